@@ -1,0 +1,59 @@
+"""python -m mlx_flash.convert: makes a store out of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mlx_flash.commands import run_command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_flash.convert",
+        description="Converts a Hugging Face checkpoint into a store that mlx_flash streams from. "
+        "An interrupted conversion goes on where it was when the same command is run again.",
+    )
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there already")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="type to store (default: the checkpoint's own)"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=4096, metavar="N", help="how much of it (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from mlx_flash.errors import UsageError
+    from mlx_flash.loading import find_checkpoint
+
+    from .conversion import Settings, convert
+
+    if arguments.calibration_tokens < 16:
+        raise UsageError(f"--calibration-tokens is {arguments.calibration_tokens}, expected at least 16.")
+    source = find_checkpoint(arguments.model)
+    settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
+    manifest = convert(source, arguments.output, settings, arguments.overwrite)
+    layout = manifest.layout
+    print(f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {layout.dtype}", file=sys.stderr)
+    for kind, report in manifest.predictors.items():
+        recall, predicted, active = (sum(report[k]) / layout.layers for k in ("recall", "predicted", "active"))
+        mark = " (default)" if kind == manifest.default_predictor else ""
+        print(
+            f"  predictor {kind}{mark}: recall {recall:.1%}, chooses {predicted:.1%} of the neurons where {active:.1%} "
+            f"are active, {report['bytes'] / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
+    if manifest.all_neurons_layers:
+        print(f"  layers {list(manifest.all_neurons_layers)} are too dense: they use all neurons", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

@@ -1,0 +1,124 @@
+"""Reading a Hugging Face checkpoint one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flash.errors import CheckpointError
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class Checkpoint:
+    """A folder with `config.json` and `*.safetensors` (or, through torch, `pytorch_model*.bin`).
+
+    Nothing is read before it is asked for; `load` returns a tensor that nobody else holds.
+    Raises CheckpointError for what is missing or cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(
+                f"{folder} has no config.json: expected the folder of a Hugging Face checkpoint, with config.json, "
+                "model*.safetensors and tokenizer files."
+            )
+        try:
+            self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{config_path} is not valid JSON: {error}. Download the checkpoint again.") from None
+        if not isinstance(self.config, dict):
+            raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
+        self.shards = self._find_shards()
+        self._places: dict[str, Path] = {}
+        for shard in self.shards:
+            for name in self._open(shard):
+                self._places.setdefault(name, shard)
+
+    def _find_shards(self) -> list[Path]:
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            path = self.folder / index
+            if path.is_file():
+                try:
+                    names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+                except (ValueError, KeyError, AttributeError, TypeError):
+                    raise CheckpointError(f"{path} is no index of shards. Download the checkpoint again.") from None
+                missing = [name for name in names if not (self.folder / name).is_file()]
+                if missing:
+                    raise CheckpointError(
+                        f"{self.folder} lacks {len(missing)} of {len(names)} shards, the first is {missing[0]}. "
+                        "Download the checkpoint again."
+                    )
+                return [self.folder / name for name in names]
+        for pattern in WEIGHT_PATTERNS:
+            if shards := sorted(self.folder.glob(pattern)):
+                return shards
+        raise CheckpointError(f"{self.folder} has no weights: expected {' or '.join(WEIGHT_PATTERNS)}.")
+
+    def _open(self, shard: Path) -> dict[str, Any]:
+        """Name -> tensor, not yet read."""
+        if shard.suffix == ".bin":
+            return _open_bin(shard)
+        try:
+            return dict(mx.load(str(shard)))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def lazy(self, name: str) -> mx.array:
+        """A tensor as an MLX array that reads its bytes when it is evaluated."""
+        shard = self._places.get(name)
+        if shard is None:
+            raise CheckpointError(f"{self.folder} has no tensor {name}. Is the checkpoint complete?")
+        tensor = self._open(shard)[name]
+        return _from_torch(tensor) if shard.suffix == ".bin" else tensor
+
+    def load(self, name: str) -> mx.array:
+        tensor = self.lazy(name)
+        try:
+            mx.eval(tensor)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self._places[name]}: {name} cannot be read ({error}). Download it again."
+            ) from None
+        return tensor
+
+    def files(self) -> dict[str, Any]:
+        """What identifies the weights: per file its size and a checksum of its first MiB (header and names)."""
+        result = {}
+        for shard in self.shards:
+            with shard.open("rb") as file:
+                head = hashlib.sha256(file.read(1 << 20)).hexdigest()
+            result[shard.name] = {"bytes": shard.stat().st_size, "head_sha256": head}
+        return result
+
+
+def _open_bin(shard: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{shard.name} is a PyTorch file; reading it needs torch: `pip install 'mlx-flash-runtime[convert]'`, "
+            "or use a checkpoint with *.safetensors."
+        ) from None
+    try:
+        return torch.load(shard, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        raise CheckpointError(f"{shard} cannot be read by torch: {error}. Download it again.") from None
+
+
+def _from_torch(tensor: Any) -> mx.array:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return mx.array(tensor.contiguous().view(torch.uint16).numpy()).view(mx.bfloat16)
+    return mx.array(tensor.contiguous().numpy())

@@ -1,0 +1,122 @@
+"""Making predictors from calibration activations, and measuring them. All in NumPy, seeded: same input, same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+RECALL_TARGET = 0.99  # share of the truly active neurons that the threshold must catch, on calibration text
+HELD_OUT = 4  # every 4th sequence is not trained on: thresholds and reports come from it
+SHADOW_BITS = 2
+SHADOW_GROUP = 64
+EPOCHS = 8
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """One layer's predictor: arrays to store (the threshold folded into `c`) and what was measured held out."""
+
+    arrays: dict[str, mx.array]
+    recall: float
+    predicted: float  # share of the neurons that is chosen
+    active: float  # share that is truly active
+
+
+def low_rank_size(width: int) -> int:
+    """The paper takes 128 at a width of 4096; half as thin again keeps small models honest."""
+    return max(32, width // 16)
+
+
+def lowrank_predictor(
+    x: np.ndarray, before: np.ndarray, up: np.ndarray, held_out: np.ndarray, seed: int, dtype: mx.Dtype
+) -> LayerPredictor:
+    """The paper's predictor (section 3.1): x A B + c, trained to say which neurons are positive.
+
+    x: (N, D); before: (N, F) pre-activations; up: (F, D); held_out: bool (N,). Starts from the best rank-r
+    approximation of the pre-activations on the training part (reduced-rank regression by a randomised range
+    finder), then Adam on a logistic loss in which positives and negatives weigh the same in total.
+    """
+    rng = np.random.default_rng(seed)
+    rank = min(low_rank_size(x.shape[1]), *up.shape)
+    train_x, train_y = x[~held_out], before[~held_out]
+    bias = np.median(train_y - train_x @ up.T, axis=0).astype(np.float32)
+    scale = np.float32(3.0) / train_y.std()  # a spread that a logistic loss can work with
+    centred = train_y - bias
+    basis = np.linalg.qr(centred.T @ rng.standard_normal((len(centred), rank + 8), dtype=np.float32))[0]
+    for _ in range(2):
+        basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
+    top = np.linalg.svd(centred @ basis, full_matrices=False)[2][:rank]  # (r, r + 8)
+    b = np.ascontiguousarray((basis @ top.T).T)  # (r, F), orthonormal rows
+    a = (up.T @ b.T) * scale  # (D, r)
+    c = bias * scale
+    a, b, c = _train_logistic(train_x, train_y > 0, a, b, c, rng)
+    arrays = {name: mx.array(value).astype(dtype) for name, value in (("a", a), ("b", b))}
+    a, b = (np.array(arrays[name].astype(mx.float32)) for name in ("a", "b"))
+    return _with_threshold(arrays, x[held_out] @ a @ b + c, before[held_out] > 0, c)
+
+
+def _train_logistic(
+    x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Minimises the mean weighted logistic loss of s = x a b + c against y in {0, 1} by Adam."""
+    active = max(1e-4, float(y.mean()))
+    weight_on, weight_off = np.float32(0.5 / active), np.float32(0.5 / (1 - min(active, 0.9999)))
+    parameters = [a, b, c]
+    means = [np.zeros_like(p) for p in parameters]
+    squares = [np.zeros_like(p) for p in parameters]
+    # Steps in proportion to each matrix's own scale.
+    rates = [np.float32(2e-3) * max(float(np.abs(p).mean()), 1e-3) * 10 for p in (a, b)] + [np.float32(2e-2)]
+    steps = EPOCHS * -(-len(x) // BATCH)
+    step = 0
+    for _ in range(EPOCHS):
+        order = rng.permutation(len(x))
+        for begin in range(0, len(x), BATCH):
+            rows = order[begin : begin + BATCH]
+            batch, wanted = x[rows], y[rows]
+            thin = batch @ parameters[0]  # (n, D) @ (D, r)
+            score = np.clip(thin @ parameters[1] + parameters[2], -30, 30)
+            error = 1 / (1 + np.exp(-score)) - wanted
+            error *= np.where(wanted, weight_on, weight_off) / error.size * error.shape[1]
+            gradients = [batch.T @ (error @ parameters[1].T), thin.T @ error, error.sum(axis=0)]
+            step += 1
+            decay = np.float32(1 - step / (steps + 1))
+            for i, gradient in enumerate(gradients):
+                means[i] = np.float32(0.9) * means[i] + np.float32(0.1) * gradient
+                squares[i] = np.float32(0.99) * squares[i] + np.float32(0.01) * gradient**2
+                mean = means[i] / np.float32(1 - 0.9**step)
+                square = squares[i] / np.float32(1 - 0.99**step)
+                parameters[i] = parameters[i] - rates[i] * decay * mean / (np.sqrt(square) + np.float32(1e-8))
+    return parameters[0], parameters[1], parameters[2]
+
+
+def shadow_predictor(
+    x: np.ndarray, before: np.ndarray, up: np.ndarray, held_out: np.ndarray, up_bias: np.ndarray, dtype: mx.Dtype
+) -> LayerPredictor | None:
+    """The up projection at SHADOW_BITS bits; no training. None where the layer does not divide into groups."""
+    if up.shape[0] % SHADOW_GROUP:
+        return None
+    transposed = mx.array(np.ascontiguousarray(up.T)).astype(dtype)  # (D, F)
+    packed, scales, biases = mx.quantize(transposed, group_size=SHADOW_GROUP, bits=SHADOW_BITS)
+    coarse = mx.dequantize(packed, scales, biases, group_size=SHADOW_GROUP, bits=SHADOW_BITS)
+    score = x[held_out] @ np.array(coarse.astype(mx.float32)) + up_bias
+    arrays = {"weight": packed, "scales": scales, "biases": biases}
+    return _with_threshold(arrays, score, before[held_out] > 0, up_bias)
+
+
+def _with_threshold(
+    arrays: dict[str, mx.array], score: np.ndarray, active: np.ndarray, c: np.ndarray
+) -> LayerPredictor:
+    """Folds into c the threshold that catches RECALL_TARGET of the active neurons; measures what it chooses."""
+    positives = score[active]
+    threshold = np.float32(np.quantile(positives, 1 - RECALL_TARGET)) if len(positives) else np.float32(0)
+    chosen = score > threshold
+    arrays = {**arrays, "c": mx.array((c - threshold).astype(np.float32))}
+    return LayerPredictor(
+        arrays,
+        recall=float((chosen & active).sum() / max(1, active.sum())),
+        predicted=float(chosen.mean()),
+        active=float(active.mean()),
+    )

@@ -1,0 +1,78 @@
+"""Writing safetensors one tensor at a time, and the raw bytes of MLX arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+SAFETENSORS_NAMES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+}
+
+
+def to_bytes(array: mx.array) -> np.ndarray:
+    """The array's elements in row order as uint8 (n,)."""
+    return np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array]]],
+    progress: Callable[[int], None],
+) -> None:
+    """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed."""
+    entries = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for name, shape, dtype, _ in entries:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.size
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, dtype, load in entries:
+            data = to_bytes(load().astype(dtype))
+            file.write(data)
+            progress(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def tensor_checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every tensor of a safetensors file, and of its header under the empty name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+        sums = {"": zlib.crc32(text, zlib.crc32(length.to_bytes(8, "little")))}
+        entries = [(k, v) for k, v in json.loads(text).items() if k != "__metadata__"]
+        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
+            file.seek(8 + length + entry["data_offsets"][0])
+            left = entry["data_offsets"][1] - entry["data_offsets"][0]
+            crc = 0
+            while left:
+                block = file.read(min(left, 1 << 22))
+                if not block:
+                    raise EOFError(f"{path} ends inside {name}")
+                crc = zlib.crc32(block, crc)
+                left -= len(block)
+            sums[name] = crc
+    return sums

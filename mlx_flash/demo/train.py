@@ -1,0 +1,323 @@
+"""Trains the packaged demo model: a small OPT on a folder of plain-text books.
+
+    python -m mlx_flash.demo.train --corpus DIR/train --held-out DIR/call_of_the_wild.txt --output DIR
+
+Needs the `train` extra (torch, sentencepiece, tqdm). One run makes everything that `mlx_flash/demo/model/`
+holds: tokenizer, configuration, float16 weights and the model card. It is seeded, saves its state every
+few minutes and goes on from there when it is started again with the same `--output`.
+
+Late in training an L1 penalty on the FFN activations pushes them to exact zeros (ProSparse,
+arXiv 2402.13516, section 3: progressive sparsity regularisation). Instead of a fixed schedule of the
+penalty's weight, a controller raises or lowers it so that the share of active neurons follows a falling
+target; that needs no tuning run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's first four ids
+BEGIN_ID = 2  # OPT begins every text with </s>
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, apart from the corpus."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 320
+    layers: int = 5
+    heads: int = 5
+    ffn_size: int = 1280
+    context: int = 512
+    dropout: float = 0.1
+    batch: int = 8
+    steps: int = 5200
+    peak_learning_rate: float = 2e-3
+    warmup_steps: int = 150
+    weight_decay: float = 0.1
+    sparsity_start: float = 0.25  # share of the steps after which the penalty begins
+    sparsity_end: float = 0.8  # share of the steps at which the target is reached
+    target_density: float = 0.05  # share of FFN neurons active at the end
+    seed: int = 20231212
+
+
+def read_books(folder: Path) -> list[str]:
+    """The books, in order of name, white space folded, stray spaces before punctuation removed."""
+    books = []
+    for path in sorted(folder.glob("*.txt")):
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8")).strip()
+        books.append(re.sub(r" ([,.;:!?)])(?=\s)", r"\1", text))
+    if not books:
+        raise SystemExit(f"train: no .txt files in {folder}; --corpus wants a folder of plain-text books")
+    return books
+
+
+def train_tokenizer(books: list[str], recipe: Recipe, output: Path):
+    """Trains a SentencePiece unigram model and writes it as a `tokenizers` JSON file.
+
+    White space of any kind counts as one space, and typographic quotes and dashes as their ASCII forms.
+    Returns the `tokenizers.Tokenizer`.
+    """
+    import io
+
+    import sentencepiece as spm
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    sentences = (s for book in books for s in re.split(r"(?<=[.!?]) ", book))
+    blob = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=blob,
+        vocab_size=recipe.vocab_size,
+        model_type="unigram",
+        byte_fallback=True,
+        character_coverage=1.0,
+        max_sentence_length=16384,
+        normalization_rule_name="identity",
+        bos_id=0,
+        bos_piece="<s>",
+        pad_id=1,
+        eos_id=2,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    sp = spm.SentencePieceProcessor(model_proto=blob.getvalue())
+    vocab = [(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.get_piece_size())]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3, byte_fallback=True))
+    replacements = [("[‘’]", "'"), ("[“”]", '"'), ("[—–]", "--"), ("…", "..."), (r"\s+", " ")]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(pattern), plain) for pattern, plain in replacements]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", BEGIN_ID)])
+    tokenizer.save(str(output / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "model_max_length": recipe.context,
+        "clean_up_tokenization_spaces": False,
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return tokenizer
+
+
+def build_model(recipe: Recipe):
+    """A randomly initialised `transformers` OPT of the recipe's shape."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    config = OPTConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        word_embed_proj_dim=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        ffn_dim=recipe.ffn_size,
+        max_position_embeddings=recipe.context,
+        dropout=recipe.dropout,
+        layerdrop=0.0,
+        bos_token_id=BEGIN_ID,
+        eos_token_id=BEGIN_ID,
+        pad_token_id=1,
+    )
+    return OPTForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+class ActivationMeter:
+    """Collects, for one forward pass, each layer's mean FFN activation and its share of active neurons."""
+
+    def __init__(self, model) -> None:
+        self.means: list = []
+        self.densities: list = []
+        for layer in model.model.decoder.layers:
+            layer.activation_fn.register_forward_hook(self._hook)
+
+    def _hook(self, _module, _inputs, output) -> None:
+        self.means.append(output.float().mean())
+        self.densities.append((output.detach() > 0).float().mean())
+
+    def take(self):
+        """Mean activation summed over layers, and the density of each layer; then forgets both."""
+        import torch
+
+        result = torch.stack(self.means).sum(), torch.stack(self.densities)
+        self.means, self.densities = [], []
+        return result
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    if step < recipe.warmup_steps:
+        return recipe.peak_learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.peak_learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def next_penalty(penalty: float, density: float, start_density: float, step: int, recipe: Recipe) -> float:
+    """One step of the controller: the penalty grows while the density is above its falling target."""
+    progress = (step / recipe.steps - recipe.sparsity_start) / (recipe.sparsity_end - recipe.sparsity_start)
+    progress = min(1.0, max(0.0, progress))
+    target = start_density ** (1 - progress) * recipe.target_density**progress  # falls geometrically
+    change = 0.01 * math.log(max(density, 1e-6) / target)
+    return min(1.0, max(1e-5, penalty * math.exp(change)))
+
+
+def sequence_loss(model, batch, autocast):
+    """Mean next-token cross entropy (nats) of `batch`: (B, T) token ids."""
+    import torch
+
+    with autocast():
+        hidden = model.model(input_ids=batch[:, :-1]).last_hidden_state
+        logits = model.lm_head(hidden)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def evaluate(model, meter: ActivationMeter, tokens: np.ndarray, context: int) -> tuple[float, list[float]]:
+    """Held-out loss (nats per token, float32) and density by layer, over windows of `context` tokens."""
+    import contextlib
+
+    import torch
+
+    model.eval()
+    total, count, densities = 0.0, 0, []
+    with torch.no_grad():
+        for begin in range(0, len(tokens) - 1, context - 1):
+            piece = tokens[begin : begin + context]
+            if len(piece) < 2:
+                break
+            batch = torch.tensor(np.concatenate([[BEGIN_ID], piece])[None].astype(np.int64))
+            total += float(sequence_loss(model, batch, contextlib.nullcontext)) * len(piece)
+            count += len(piece)
+            densities.append(meter.take()[1] * len(piece))
+    model.train()
+    return total / count, (torch.stack(densities).sum(0) / count).tolist()
+
+
+def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict:
+    """Trains, saving `training_state.pt` beside the result; returns the figures for the card."""
+    import contextlib
+
+    import torch
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer_path = output / "tokenizer.json"
+    if tokenizer_path.exists():
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    else:
+        print("training the tokenizer", file=sys.stderr)
+        tokenizer = train_tokenizer(books, recipe, output)
+    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)  # noqa: E731
+    tokens = np.concatenate([encode(book) for book in books])
+    held_out_tokens = encode(held_out)
+    print(f"{len(tokens):,} training tokens, {len(held_out_tokens):,} held out", file=sys.stderr)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(recipe).to(device)
+    meter = ActivationMeter(model)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    other = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98))
+    autocast = lambda: torch.autocast(device, torch.bfloat16)  # noqa: E731
+
+    state_path = output / "training_state.pt"
+    step, penalty, density, start_density = 0, 0.0, 1.0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        if state["recipe"] != asdict(recipe):
+            raise SystemExit(f"train: {state_path} is of another recipe; remove it, or give the same options")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, penalty, density, start_density = state["controller"]
+
+    def save_state() -> None:
+        state = {
+            "recipe": asdict(recipe),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "controller": (step, penalty, density, start_density),
+        }
+        partial = state_path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(state_path)
+
+    model.train()
+    saved_at = time.monotonic()
+    begins = torch.arange(recipe.context - 1)
+    text = torch.from_numpy(tokens.astype(np.int64))
+    log = (output / "training_log.jsonl").open("a")
+    with contextlib.closing(log), tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
+        while step < recipe.steps:
+            torch.manual_seed(recipe.seed + 1 + step)  # the same batch and dropout after a resume
+            starts = torch.randint(len(tokens) - recipe.context, (recipe.batch, 1))
+            batch = torch.cat([torch.full((recipe.batch, 1), BEGIN_ID), text[starts + begins]], dim=1).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            loss = sequence_loss(model, batch, autocast)
+            activation, densities = meter.take()
+            density = 0.95 * density + 0.05 * float(densities.mean()) if step else float(densities.mean())
+            if step >= recipe.sparsity_start * recipe.steps:
+                start_density = start_density or density
+                penalty = next_penalty(penalty or 1e-4, density, start_density, step, recipe)
+            (loss + penalty * activation).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", active=f"{density:.3f}", penalty=f"{penalty:.1e}")
+            if step % 250 == 0 or step == recipe.steps:
+                held_out_loss, by_layer = evaluate(model, meter, held_out_tokens[:10_000], recipe.context)
+                line: dict = {
+                    "step": step,
+                    "loss": round(float(loss.detach()), 4),
+                    "held_out_loss": round(held_out_loss, 4),
+                }
+                line |= {"density": [round(d, 4) for d in by_layer], "penalty": penalty}
+                print(json.dumps(line), file=log, flush=True)
+            if time.monotonic() - saved_at > 240:
+                save_state()
+                saved_at = time.monotonic()
+    save_state()
+    model.half().float()  # measured as it is shipped: rounded to float16
+    loss_value, by_layer = evaluate(model, meter, held_out_tokens, recipe.context)
+    model.half().save_pretrained(output)
+    return {"tokens": len(tokens), "held_out_loss": loss_value, "density_by_layer": by_layer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlx_flash.demo.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of plain-text books to train on")
+    parser.add_argument("--held-out", type=Path, required=True, help="a book that is only measured on")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model and the training state")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)")
+    arguments = parser.parse_args()
+    books = read_books(arguments.corpus)
+    held_out = arguments.held_out.read_text(encoding="utf-8")
+    figures = train(Recipe(steps=arguments.steps), books, held_out, arguments.output)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

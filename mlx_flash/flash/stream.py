@@ -1,0 +1,275 @@
+"""One layer's units, brought from the bundle file into MLX memory: by selection or all in turn.
+
+Host writes into an MLX buffer are invisible to MLX, so one rule holds everywhere here: before a slot or a
+scratch buffer is written, every graph that reads it has been evaluated (`hold`, `_settle`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import FlashError
+from ..stats import Counters
+from .cache import SlotCache
+from .files import NeuronLayout
+from .pool import AlignedPool
+from .reader import Reader, Ticket, UnitFile
+
+SEGMENT_BYTES = 1 << 20  # a sequential read is cut so, to keep every reader thread busy
+
+
+class BlockRows:
+    """The neurons' rows in a pool of blocks, as one strided view that is gathered from without a copy.
+
+    Rows begin at multiples of no common stride (a block may be padded), so the view overlaps itself: its
+    row r begins r * grain elements into the pool.
+    """
+
+    def __init__(self, pool: AlignedPool, layout: NeuronLayout, parts: tuple[str, ...]) -> None:
+        self.layout = layout
+        self.parts = parts
+        self.block_bytes = layout.part_range(parts)[1]
+        elements = pool.nbytes // (layout.row_bytes // layout.width)
+        self.block_elements = self.block_bytes // (layout.row_bytes // layout.width)
+        self.grain = math.gcd(self.block_elements, layout.width)
+        typed = pool.array.view(getattr(mx, layout.dtype))
+        shape = ((elements - layout.width) // self.grain + 1, layout.width)
+        self.rows = mx.as_strided(typed, shape=shape, strides=(self.grain, 1))
+        mx.eval(self.rows)
+
+    def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
+        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them."""
+        first = (blocks.astype(np.int64) * self.block_elements + lanes * self.layout.width) // self.grain
+        part_step = self.layout.neurons_per_block * self.layout.width // self.grain
+        return tuple(
+            mx.take(self.rows, mx.array((first + self.parts.index(part) * part_step).astype(np.int32)), axis=0)
+            for part in parts
+        )
+
+
+class Streamer:
+    """What the layers of one model share: the file, the reader's threads, scratch memory, counters.
+
+    Raises FlashError if this machine's device does not see what the host writes into MLX memory.
+    """
+
+    def __init__(self, file: UnitFile, reader: Reader, layout: NeuronLayout) -> None:
+        self.file = file
+        self.reader = reader
+        self.layout = layout
+        self.counters = Counters()
+        self.scratch = [AlignedPool(layout.piece_blocks * layout.block_bytes) for _ in range(2)]
+        self.scratch_rows = [BlockRows(pool, layout, layout.parts) for pool in self.scratch]
+        for pool in self.scratch:
+            _check_shared_memory(pool)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.file.close()
+
+
+def _check_shared_memory(pool: AlignedPool) -> None:
+    """Writes from the host, sums on the device, twice."""
+    count = min(pool.nbytes, 1 << 16)
+    for value in (1, 3):
+        ctypes.memset(pool.address, value, count)
+        seen = mx.sum(pool.array[:count].astype(mx.int32)).item()
+        if seen != value * count:
+            raise FlashError(
+                f"self-test failed: the host wrote {value * count} into shared memory and the device read {seen}. "
+                "This machine or this version of MLX cannot stream safely; please report it with `pip show mlx`."
+            )
+
+
+@dataclass
+class _Piece:
+    """A piece of a layer on its way: where it will be, and the read that brings it."""
+
+    start: int
+    stop: int
+    rows: BlockRows
+    places: np.ndarray  # int: the pool's place of every block of the piece
+    ticket: Ticket | None = None
+    missing: np.ndarray | None = None  # blocks to commit to `targets` when the read is done
+    targets: np.ndarray | None = None
+
+
+class LayerStream:
+    """One layer of the bundle file behind a cache of `slots` blocks.
+
+    parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere).
+    """
+
+    def __init__(
+        self, shared: Streamer, layer: int, slots: int, parts: tuple[str, ...], window: int | None = None
+    ) -> None:
+        layout = shared.layout
+        self.shared = shared
+        self.layout = layout
+        self.layer = layer
+        self.parts = parts
+        self.cache = SlotCache(layout.blocks, slots, window)
+        self.part_offset, self.slot_bytes = layout.part_range(parts)
+        self.pool = AlignedPool(self.cache.slots * self.slot_bytes) if self.cache.slots else None
+        self.rows = BlockRows(self.pool, layout, parts) if self.pool else None
+        self._held: list[mx.array] = []
+
+    def hold(self, *outputs: mx.array) -> None:
+        """Names graphs that read this layer's memory; they are evaluated before it is written again."""
+        self._held = list(outputs)
+
+    def _settle(self) -> None:
+        if self._held:
+            mx.eval(self._held)
+
+    # -- decoding: the selected neurons ---------------------------------------------------------------------
+
+    def begin(self, ids: np.ndarray) -> None:
+        """A token (or a few) needs neurons `ids`, ascending: counts hits and protects them from eviction."""
+        began = time.perf_counter()
+        blocks = self._blocks_of(ids)
+        hits = self.cache.tick(blocks)
+        self.shared.counters.hits += hits
+        self.shared.counters.misses += len(blocks) - hits
+        self.shared.counters.manage_s += time.perf_counter() - began
+
+    def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
+        """Rows of neurons `ids` (ascending), read if they are missing: one (n, width) array per part.
+
+        Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
+        """
+        assert self.rows is not None, "a layer without slots cannot select"
+        lanes = ids % self.layout.neurons_per_block
+        of_id = ids // self.layout.neurons_per_block
+        blocks = self._blocks_of(ids)
+        rounds = []
+        for begin in range(0, len(blocks), self.cache.slots):
+            here = blocks[begin : begin + self.cache.slots]
+            self._fetch(here)
+            chosen = slice(np.searchsorted(of_id, here[0]), np.searchsorted(of_id, here[-1], side="right"))
+            rounds.append(self.rows.take(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
+            if len(blocks) > self.cache.slots:
+                mx.eval(rounds[-1])  # the next round writes over these slots
+        if len(rounds) == 1:
+            return rounds[0]
+        return tuple(mx.concatenate(list(pieces)) for pieces in zip(*rounds, strict=True))
+
+    def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
+        if self.layout.neurons_per_block == 1:
+            return ids
+        blocks = ids // self.layout.neurons_per_block
+        return blocks[np.diff(blocks, prepend=-1) > 0]
+
+    def _fetch(self, blocks: np.ndarray) -> None:
+        began = time.perf_counter()
+        missing, targets = self.cache.reserve(blocks)
+        if not len(missing):
+            self.shared.counters.manage_s += time.perf_counter() - began
+            return
+        reserved = time.perf_counter()
+        self._settle()
+        settled = time.perf_counter()  # what the device still had to do is compute, not management
+        ticket = self._submit_blocks(missing, targets)
+        submitted = time.perf_counter()
+        self._wait(ticket)
+        waited = time.perf_counter()
+        self.cache.commit(missing, targets)
+        counters = self.shared.counters
+        counters.wait_s += waited - submitted
+        counters.manage_s += (reserved - began) + (submitted - settled) + (time.perf_counter() - waited)
+
+    # -- prompts: every neuron in turn ----------------------------------------------------------------------
+
+    def pieces(self) -> Iterator[tuple[int, int, tuple[mx.array, ...]]]:
+        """All neurons in pieces of a fixed size: (start, stop, rows of each part).
+
+        The next piece is read while the caller works on this one. The caller must have evaluated what it
+        made of a piece before it asks for the next.
+        """
+        ready = self._start_piece(0)
+        for start in range(0, self.layout.neurons, self.layout.piece_neurons):
+            piece = ready
+            self._finish_piece(piece)
+            if piece.stop < self.layout.neurons:
+                ready = self._start_piece(piece.stop)
+            ids = np.arange(start, piece.stop)
+            blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
+            first = start // self.layout.neurons_per_block
+            try:
+                yield start, piece.stop, piece.rows.take(piece.places[blocks - first], lanes, self.parts)
+            except BaseException:
+                if ready is not piece:
+                    self._abandon(ready)
+                raise
+
+    def whole_bundles(self) -> Iterator[tuple[int, int, tuple[mx.array, ...]]]:
+        """Like `pieces`, with every part and past the slots."""
+        return LayerStream(self.shared, self.layer, 0, self.layout.parts).pieces()
+
+    def _start_piece(self, start: int) -> _Piece:
+        began = time.perf_counter()
+        layout, counters = self.layout, self.shared.counters
+        stop = min(start + layout.piece_neurons, layout.neurons)
+        first = start // layout.neurons_per_block
+        blocks = np.arange(first, -(-stop // layout.neurons_per_block))
+        absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
+        counters.hits += len(blocks) - absent
+        if absent <= self.cache.free and self.rows is not None:
+            self._settle()
+            missing, targets = self.cache.reserve(blocks)
+            ticket = self._submit_blocks(missing, targets) if len(missing) else None
+            places = self.cache.slot_of[blocks].copy()
+            places[places < 0] = targets
+            piece = _Piece(start, stop, self.rows, places, ticket, missing, targets)
+            counters.misses += len(missing)
+        else:
+            which = first // layout.piece_blocks % 2
+            begin = self.layer * layout.layer_bytes + first * layout.block_bytes
+            offsets = np.arange(begin, begin + len(blocks) * layout.block_bytes, SEGMENT_BYTES)
+            lengths = np.minimum(SEGMENT_BYTES, begin + len(blocks) * layout.block_bytes - offsets)
+            addresses = offsets - begin + self.shared.scratch[which].address
+            ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+            piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
+            counters.misses += absent
+        counters.manage_s += time.perf_counter() - began
+        return piece
+
+    def _finish_piece(self, piece: _Piece) -> None:
+        if piece.ticket is None:
+            return
+        began = time.perf_counter()
+        ticket, piece.ticket = piece.ticket, None
+        self._wait(ticket)
+        if piece.missing is not None and piece.targets is not None:
+            self.cache.commit(piece.missing, piece.targets)
+        self.shared.counters.wait_s += time.perf_counter() - began
+
+    def _abandon(self, piece: _Piece) -> None:
+        """Waits for a read nobody wants any more, so that it does not land in memory given to another."""
+        with contextlib.suppress(FlashError):  # the error that made the caller stop is the one to show
+            self._finish_piece(piece)
+
+    # -- reading --------------------------------------------------------------------------------------------
+
+    def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
+        assert self.pool is not None
+        layout = self.layout
+        offsets = self.layer * layout.layer_bytes + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
+        addresses = self.pool.address + slots.astype(np.int64) * self.slot_bytes
+        lengths = np.full(len(blocks), self.slot_bytes, np.int64)
+        return self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+
+    def _wait(self, ticket: Ticket) -> None:
+        report = self.shared.reader.wait(ticket)
+        counters = self.shared.counters
+        counters.read_s += report.seconds
+        counters.reads += report.requests
+        counters.bytes += report.bytes

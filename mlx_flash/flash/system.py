@@ -1,0 +1,163 @@
+"""Everything that differs between macOS and Linux: opening a file past the page cache, and asking about memory."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+READ_ALIGNMENT = 4096
+"""Bytes that file offset, address and length of a direct read are multiples of (the block size of Apple's SSDs)."""
+
+POOL_ALIGNMENT = 16384 if sys.platform == "darwin" else 4096
+"""Bytes that the start of a memory pool is a multiple of: the size of a page."""
+
+# bsd/sys/fcntl.h; Python's fcntl module does not have both on every build.
+_F_RDAHEAD = 45
+_F_NOCACHE = 48
+
+
+def open_for_reading(path: str | os.PathLike[str], direct: bool) -> tuple[int, bool]:
+    """Opens `path` for positional reads, past the page cache if `direct` and the file system can.
+
+    Returns the descriptor and whether direct reading was obtained. Raises OSError.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    if sys.platform == "darwin":
+        fd = os.open(path, flags)
+        return fd, direct and _bypass_cache_on_macos(fd)
+    if direct:
+        fd = _open_direct_on_linux(path, flags)
+        if fd is not None:
+            return fd, True
+    fd = os.open(path, flags)
+    # Units lie anywhere in the file: the kernel's read-ahead would fetch bytes that nobody asked for.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd, False
+
+
+def _bypass_cache_on_macos(fd: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.fcntl(fd, _F_NOCACHE, 1)
+        fcntl.fcntl(fd, _F_RDAHEAD, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _open_direct_on_linux(path: str | os.PathLike[str], flags: int) -> int | None:
+    """A descriptor that has proved direct reads at READ_ALIGNMENT, or None where the file system refuses them."""
+    refused = (errno.EINVAL, errno.EOPNOTSUPP)
+    try:
+        fd = os.open(path, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in refused:
+            return None
+        raise
+    try:
+        # Some file systems accept the flag and refuse the read, or want a larger alignment than ours.
+        with mmap.mmap(-1, READ_ALIGNMENT) as page:
+            os.preadv(fd, [page], 0)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in refused:
+            return None
+        raise
+    return fd
+
+
+def drop_from_page_cache(fd: int) -> bool:
+    """Asks the system to forget the file's cached pages (written ones must be fsynced first).
+
+    Returns False on macOS, where an unprivileged process cannot.
+    """
+    if sys.platform == "darwin":
+        return False
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def current_memory_bytes() -> int:
+    """Resident bytes of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most bytes this process has had resident since it was started."""
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, KiB on Linux
+    # Not ru_maxrss: Linux carries it over exec, so a child of a large process starts with its parent's peak.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return current_memory_bytes()
+
+
+def available_memory_bytes() -> int:
+    """Bytes that can still be allocated without swapping: the machine's, or less where a memory cgroup says so."""
+    available = int(psutil.virtual_memory().available)
+    if sys.platform != "linux":
+        return available
+    try:
+        membership = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return available
+    free = cgroup_free_bytes(membership, Path("/sys/fs/cgroup"))
+    return available if free is None else min(available, free)
+
+
+def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
+    """What the memory cgroups of a process leave free, in bytes; None if none of them sets a limit.
+
+    membership: the text of /proc/self/cgroup. mount: where the cgroup file systems are mounted.
+    """
+    free: list[int] = []
+    for line in membership.splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0" and not controllers:
+            root, limit, usage, reclaimable = mount, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit = mount / "memory", "memory.limit_in_bytes"
+            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # Every ancestor's limit holds too. In a container the path is the host's and may not exist below this mount.
+        group = root / path.lstrip("/")
+        while True:
+            limit_bytes, used_bytes = _number(group / limit), _number(group / usage)
+            if limit_bytes is not None and used_bytes is not None:
+                used_bytes -= _statistic(group / "memory.stat", reclaimable)
+                free.append(max(0, limit_bytes - used_bytes))
+            if group == root:
+                break
+            group = group.parent
+    return min(free, default=None)
+
+
+def _number(path: Path) -> int | None:
+    """The integer a cgroup file holds; None if there is no such file or it says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(path: Path, key: str) -> int:
+    """One value of a memory.stat file, in bytes; 0 if it is not there."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if name == key:
+            return int(value)
+    return 0

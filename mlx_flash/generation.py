@@ -1,0 +1,196 @@
+"""generate and stream_generate: mlx-lm's, with our statistics, and the first token shown as soon as it is known.
+
+mlx-lm starts the next token before it hands out this one. Here a token's reads make the host wait anyway, so
+that would only delay every token by one; and mlx-lm's loop raises the wired-memory limit, which a process that
+is meant to stay small must not do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import UsageError
+from .flash.system import peak_memory_bytes
+from .plan import PREFILL_TOKENS
+from .stats import Counters, Statistics
+
+
+@dataclass
+class FlashResponse(GenerationResponse):
+    """mlx-lm's response, and what streaming did so far. `peak_memory` is the process's, in GB."""
+
+    statistics: Statistics | None = None
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | list[int] | mx.array,
+    max_tokens: int = 256,
+    *,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = PREFILL_TOKENS,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Iterator[FlashResponse]:
+    """Yields text as it is made; the arguments mean what they mean in mlx-lm.
+
+    Ends with finish_reason "length" when `max_tokens` or the planned context is full (-1: only then).
+    Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store
+    cannot be read.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    ids = encode_prompt(tokenizer, prompt)
+    context = model.flash.plan.context
+    cache = prompt_cache if prompt_cache is not None else make_prompt_cache(model)
+    taken = int(cache[0].offset) + len(ids)
+    if not ids:
+        raise UsageError("the prompt is empty: expected at least one token.")
+    if taken > context:
+        raise UsageError(
+            f"the prompt has {taken} tokens, the plan makes room for {context}. Shorten it, or load with a larger "
+            "context (--context), up to the model's own positions."
+        )
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
+    room = context - taken + 1  # the last token is never fed back
+    limit = room if max_tokens == -1 else min(max_tokens, room)
+    return _stream(
+        model,
+        tokenizer,
+        ids,
+        limit,
+        sampler or greedy_sampler,
+        logits_processors or [],
+        cache,
+        prefill_step_size,
+        prompt_progress_callback or (lambda *_: None),
+    )
+
+
+def generate(model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, **kwargs: Any) -> str:
+    """The whole text at once; the arguments are those of `stream_generate`."""
+    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[int]:
+    """Token ids; special tokens are added to a text that does not begin with one, as mlx-lm does."""
+    if isinstance(prompt, str):
+        bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        return list(tokenizer.encode(prompt, add_special_tokens=bare))
+    return [int(i) for i in np.array(prompt)]
+
+
+class _Steps:
+    """The model, called and timed; prompt and decoded tokens are counted apart."""
+
+    def __init__(self, model: Any, cache: list[Any]) -> None:
+        self.model, self.cache = model, cache
+        self.counters: Counters = model.flash.streamer.counters
+        self.started = self.counters.copy()
+        self.prompt_done = self.started.copy()
+        self.began = time.perf_counter()
+        self.first_token_s = 0.0
+        self.decoded = 0
+
+    def prefill(self, ids: list[int], step: int, progress: Callable[[int, int], None]) -> None:
+        """All but the last token, `step` at a time; like mlx-lm, which feeds the last one by itself."""
+        done, total = 0, len(ids)
+        progress(0, total)
+        while total - done > 1:
+            piece = ids[done : min(done + step, total - 1)]
+            self.model(mx.array(piece)[None], cache=self.cache)
+            mx.eval([c.state for c in self.cache])
+            mx.clear_cache()
+            done += len(piece)
+            progress(done, total)
+        self.prompt_done = self.counters.copy()
+
+    def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
+        """One token in, the next one and its log-probabilities (V,) out."""
+        began = time.perf_counter()
+        chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
+        mx.eval(chosen, logprobs)
+        self.counters.total_s += time.perf_counter() - began
+        self.decoded += 1
+        if self.decoded == 1:
+            self.first_token_s = time.perf_counter() - self.began
+        return int(np.array(chosen).item()), logprobs
+
+    def statistics(self) -> Statistics:
+        return Statistics(
+            prompt=self.prompt_done - self.started,
+            decode=self.counters - self.prompt_done,
+            decoded_tokens=self.decoded,
+            first_token_s=self.first_token_s,
+        )
+
+
+def _stream(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    limit: int,
+    sampler: Callable[[mx.array], mx.array],
+    processors: list[Callable[[mx.array, mx.array], mx.array]],
+    cache: list[Any],
+    prefill_step_size: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[FlashResponse]:
+    model.flash.streamer.file.verify_unchanged()
+    detokenizer = tokenizer.detokenizer
+    seen = mx.array(ids)
+
+    def finish(logits: mx.array) -> tuple[mx.array, mx.array]:
+        for processor in processors:
+            logits = processor(seen, logits)
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return sampler(logprobs), logprobs.squeeze(0)
+
+    steps = _Steps(model, cache)
+    steps.prefill(ids, prefill_step_size, progress)
+    prompt_s = generation_s = 0.0
+    token = ids[-1]
+    for count in range(1, limit + 1):
+        began = time.perf_counter()
+        token, logprobs = steps.decode(mx.array([token]), finish)
+        if count == 1:
+            progress(len(ids), len(ids))
+            prompt_s = steps.first_token_s
+        else:
+            generation_s += time.perf_counter() - began
+        if processors:
+            seen = mx.concatenate([seen, mx.array([token])])
+        stop = token in tokenizer.eos_token_ids
+        if not stop:
+            detokenizer.add_token(token)
+        last = stop or count == limit
+        if last:
+            detokenizer.finalize()
+        yield FlashResponse(
+            text=detokenizer.last_segment,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=len(ids),
+            prompt_tps=len(ids) / prompt_s,
+            generation_tokens=count,
+            generation_tps=(count - 1) / generation_s if generation_s else 0.0,
+            peak_memory=peak_memory_bytes() / 1e9,
+            finish_reason=("stop" if stop else "length") if last else None,
+            statistics=steps.statistics(),
+        )
+        if last:
+            return

@@ -1,0 +1,1 @@
+"""What stands in a model where its feed-forward layers stood."""

@@ -1,0 +1,91 @@
+"""The streamed ReLU feed-forward layer: y = relu(x U^T + b) D + c over the neurons that matter."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..flash.stream import LayerStream
+from .predictors import ExactPredictor, Predictor
+
+
+class StreamedNeurons(nn.Module):
+    """Takes the place of a model's MLP. x: (B, T, D) -> (B, T, D).
+
+    Up to `decode_tokens` tokens per sequence go the decode way: the predictor names each position's neurons,
+    their union is fetched, and each position computes with its own. Longer calls, and layers without a
+    predictor, use all neurons. Sums run over ascending neuron ids in pieces that the store fixes, so the
+    result does not depend on what the cache holds.
+    """
+
+    def __init__(self, stream: LayerStream, decode_tokens: int, bias: bool) -> None:
+        super().__init__()
+        layout = stream.layout
+        if bias:
+            self.up_bias = mx.zeros((layout.neurons,))
+            self.down_bias = mx.zeros((layout.width,))
+        self._stream = stream
+        self._decode_tokens = decode_tokens
+        self._predictor: Predictor | None = None
+
+    def set_predictor(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def resident_up(self, dtype: mx.Dtype) -> mx.array:
+        """This layer's up projection (F, D), read from the store."""
+        rows = []
+        for _, _, (up, *_) in self._stream.whole_bundles():
+            rows.append(up.astype(dtype))
+            mx.eval(rows)
+        return mx.concatenate(rows)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        if self._predictor is None or x.shape[1] > self._decode_tokens:
+            y = self._all(flat)
+        else:
+            y = self._selected(flat, self._predictor)
+        if "down_bias" in self:
+            y = y + self.down_bias
+        return y.reshape(x.shape)
+
+    def _all(self, x: mx.array) -> mx.array:
+        y = mx.zeros_like(x)
+        for start, stop, rows in self._stream.pieces():
+            if isinstance(self._predictor, ExactPredictor):
+                up, (down,) = self._predictor.up[start:stop], rows
+            else:
+                up, down = rows
+            h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
+            if "up_bias" in self:
+                h = h + self.up_bias[start:stop]
+            y = y + mx.maximum(h, 0) @ down.astype(x.dtype)  # (N, n) @ (n, D)
+            mx.eval(y)
+        return y
+
+    def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
+        mask, activations = predictor(x)
+        chosen = np.array(mask, copy=False)  # the layer's one read-back
+        ids = np.flatnonzero(chosen.any(axis=0) if len(chosen) > 1 else chosen[0])
+        y = mx.zeros_like(x)
+        if not len(ids):
+            return y
+        self._stream.begin(ids)
+        for begin in range(0, len(ids), self._stream.layout.piece_neurons):
+            piece = ids[begin : begin + self._stream.layout.piece_neurons]
+            index = mx.array(piece.astype(np.int32))
+            if activations is not None:
+                (down,) = self._stream.gather(piece)
+                h = mx.take(activations, index, axis=1)  # (N, n)
+            else:
+                up, down = self._stream.gather(piece)
+                h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
+                if "up_bias" in self:
+                    h = h + mx.take(self.up_bias, index)
+            h = mx.maximum(h, 0)
+            if len(chosen) > 1:
+                h = mx.where(mx.take(mask, index, axis=1), h, 0)
+            y = y + h @ down.astype(x.dtype)  # (N, n) @ (n, D)
+            self._stream.hold(y)
+        return y

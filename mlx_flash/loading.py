@@ -1,0 +1,375 @@
+"""A path or a Hugging Face id -> (model, tokenizer), as mlx-lm gives them, with the FFN streamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import (
+    CheckpointError,
+    ConversionError,
+    MissingTensorError,
+    StoreError,
+    UnsupportedModelError,
+    UsageError,
+)
+from .flash.files import VERSION, Manifest, is_store, read_manifest
+from .flash.reader import Reader, UnitFile
+from .flash.stream import LayerStream, Streamer
+from .flash.system import available_memory_bytes, current_memory_bytes
+from .layers.neurons import StreamedNeurons
+from .layers.predictors import KINDS, ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
+from .plan import (
+    MLX_CACHE_BYTES,
+    PROCESS_MARGIN_BYTES,
+    Demand,
+    Plan,
+    kv_cache_bytes,
+    make_plan,
+    parse_memory,
+    workspace_bytes,
+)
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_THREADS = 16
+PREDICTORS = ("auto", "none", "exact", *KINDS)
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
+
+
+@dataclass
+class Runtime:
+    """What a loaded model streams with; `model.flash`."""
+
+    plan: Plan
+    manifest: Manifest
+    streamer: Streamer
+    predictor: str  # the kind in use
+
+    def close(self) -> None:
+        """Stops the reader's threads and closes the file. The model cannot be used afterwards."""
+        self.streamer.close()
+
+
+# -- finding -------------------------------------------------------------------------------------------------
+
+
+def demo_folder() -> Path:
+    """The packaged demo model: an unconverted checkpoint."""
+    return Path(str(files("mlx_flash.demo").joinpath("model")))
+
+
+def find_checkpoint(model: str) -> Path:
+    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache.
+
+    Raises UsageError if there is no such folder or repository, ConversionError if the Hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError:
+        raise UsageError(f"{model} is gated: accept its terms on its page, then `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise UsageError(f"there is neither a folder nor a Hugging Face repository {model}.") from None
+    except LocalEntryNotFoundError:
+        raise ConversionError(f"{model} is no local folder, and the Hub cannot be reached. Are you online?") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ConversionError(f"downloading {model} failed: {error}. Run the same command again to go on.") from None
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder."""
+    if chosen := os.environ.get("MLX_FLASH_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_flash"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+
+
+def find_store(model: str | None, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model.
+
+    A checkpoint is converted into the cache folder first, once, by a process of its own (so that its memory is
+    not this process's); a second process waits for the first.
+    """
+    source = demo_folder() if model is None else find_checkpoint(model)
+    if is_store(source):
+        return source
+    if not (source / "config.json").is_file():
+        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
+    weights = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin"))
+    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]
+    identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
+    name = "demo" if model is None else source.resolve().name
+    target = cache_folder() / f"{name}-{identity}"
+    if is_store(target):
+        return target
+    _convert_into_cache(source, target, sum(p.stat().st_size for p in weights), say)
+    return target
+
+
+def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process that is converting {source}")
+            lock.acquire()
+    except OSError as error:
+        raise ConversionError(
+            f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
+        ) from None
+    with lock:
+        if is_store(target):
+            return
+        say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
+        command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        if code:
+            raise ConversionError(f"{source} could not be converted (see above).")
+
+
+# -- the pieces of a model -----------------------------------------------------------------------------------
+
+
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(Model, ModelArgs) for a configuration, in mlx-lm's form. Raises UnsupportedModelError."""
+    model_type = str(config.get("model_type"))
+    if not model_type.isidentifier() or find_spec(f"mlx_flash.models.{model_type}") is None:
+        raise UnsupportedModelError(f"no model of type {model_type!r} is known here.")
+    module = import_module(f"mlx_flash.models.{model_type}")
+    return module.Model, module.ModelArgs
+
+
+def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
+    """mlx-lm's TokenizerWrapper. Raises CheckpointError if there are no usable tokenizer files."""
+    from mlx_lm.utils import load_tokenizer as load_mlx_lm_tokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(names)}).")
+    try:
+        return load_mlx_lm_tokenizer(folder, eos_token_ids=(config or {}).get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def compute_dtype(stored: str) -> mx.Dtype:
+    """Metal computes in the stored type; on MLX's CPU backend anything but float32 is slow."""
+    return mx.float32 if mx.default_device() == mx.cpu else getattr(mx, stored)
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    memory: str | int | None = None,
+    predictor: str = "auto",
+    window: int | None = None,
+    threads: int = DEFAULT_THREADS,
+    context: int = DEFAULT_CONTEXT,
+    io: str = "direct",
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Any, Any]:
+    """Loads a store (or converts a checkpoint first) within a memory budget.
+
+    Args:
+        path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
+        memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
+        predictor: "auto" (the store's default), "none", "exact", "lowrank" or "shadow".
+        window: evict by a sliding window of so many tokens; None for least-recent use.
+        threads: reader threads.
+        context: tokens the plan makes room for (at most the model's positions).
+        io: "direct" past the page cache, or "buffered".
+        say: called with the plan and notes, before anything large is allocated.
+
+    Returns:
+        (model, tokenizer) for `mlx_flash.stream_generate` or mlx-lm's own functions. `model.flash` is the Runtime.
+
+    Raises:
+        BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError.
+    """
+    _check_arguments(predictor, window, threads, context, io)
+    budget = None if memory is None else parse_memory(memory)
+    folder = find_store(None if path is None else os.fspath(path), say)
+    manifest = read_manifest(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = manifest.default_predictor if predictor == "auto" else predictor
+    if kind in KINDS and kind not in manifest.predictors:
+        have = ", ".join(["none", "exact", *manifest.predictors])
+        raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
+    tokenizer = load_tokenizer(folder, config)
+    model_class, args_class = model_classes(config)
+    args = args_class.from_dict(config)
+    context = min(context, getattr(args, "max_position_embeddings", context))
+    mx.set_cache_limit(MLX_CACHE_BYTES)
+    model = model_class(args)
+    plan = _plan(model, args, manifest, kind, folder, budget, context)
+    say(plan.describe())
+    return _build(model, manifest, plan, kind, folder, window, threads, io, say), tokenizer
+
+
+def _check_arguments(predictor: str, window: int | None, threads: int, context: int, io: str) -> None:
+    if predictor not in PREDICTORS:
+        raise UsageError(f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}.")
+    if window is not None and window < 1:
+        raise UsageError(f"window is {window}, expected at least 1 token.")
+    if not 1 <= threads <= 256:
+        raise UsageError(f"threads is {threads}, expected 1 to 256.")
+    if context < 1:
+        raise UsageError(f"context is {context}, expected at least 1 token.")
+    if io not in ("direct", "buffered"):
+        raise UsageError(f"io is {io!r}, expected 'direct' or 'buffered'.")
+
+
+def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
+    """What a slot holds: the exact predictor has the up rows resident already."""
+    return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
+
+
+def _predictor_tensors(folder: Path, kind: str) -> dict[str, mx.array]:
+    """Not yet read."""
+    return dict(mx.load(str(folder / Manifest.predictor_file(kind)))) if kind in KINDS else {}  # type: ignore[arg-type]
+
+
+def _is_coded(tensor: mx.array) -> bool:
+    return not mx.issubdtype(tensor.dtype, mx.floating)
+
+
+def _plan(model: Any, args: Any, manifest: Manifest, kind: str, folder: Path, budget: int | None, context: int) -> Plan:
+    from mlx.utils import tree_flatten
+
+    layout = manifest.layout
+    item_bytes = compute_dtype(manifest.resident_dtype).size
+    dense = sum(value.size for value in dict(tree_flatten(model.parameters())).values())  # type: ignore[union-attr]
+    streamed = layout.layers * layout.neurons * layout.width * len(layout.parts)
+    resident = (dense - streamed) * item_bytes
+    if kind == "exact":
+        predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
+    else:
+        tensors = _predictor_tensors(folder, kind).values()
+        predictor_bytes = sum(t.nbytes if _is_coded(t) else t.size * item_bytes for t in tensors)
+    heads = getattr(args, "num_attention_heads", 1)
+    on_cpu = mx.default_device() == mx.cpu
+    workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=not on_cpu)
+    if kind == "exact":
+        workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
+    demand = Demand(
+        process=current_memory_bytes() + PROCESS_MARGIN_BYTES,
+        resident=resident,
+        predictors=predictor_bytes,
+        kv_cache=kv_cache_bytes(layout.layers, layout.width, context, item_bytes),
+        workspace=workspace,
+    )
+    slot_bytes = layout.part_range(_slot_parts(manifest, kind))[1]
+    return make_plan(demand, layout, slot_bytes, budget, available_memory_bytes(), context, selects=kind != "none")
+
+
+def _build(
+    model: Any,
+    manifest: Manifest,
+    plan: Plan,
+    kind: str,
+    folder: Path,
+    window: int | None,
+    threads: int,
+    io: str,
+    say: Callable[[str], None],
+) -> Any:
+    layout = manifest.layout
+    dtype = compute_dtype(manifest.resident_dtype)
+    file = UnitFile(folder / Manifest.neurons_file, direct=io == "direct")
+    if io == "direct" and not file.direct:
+        say(
+            f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
+        )
+    streamer = Streamer(file, Reader(threads), layout)
+    for index, layer in enumerate(model.layers):
+        bias = "bias" in layer.mlp.fc1
+        stream = LayerStream(streamer, index, plan.slots, _slot_parts(manifest, kind), window)
+        layer.mlp = StreamedNeurons(stream, manifest.decode_tokens, bias)
+    _load_resident(model, folder, dtype)
+    tensors = _predictor_tensors(folder, kind)
+    for index, layer in enumerate(model.layers):
+        if kind == "exact" or (kind in KINDS and index not in manifest.all_neurons_layers):
+            layer.mlp.set_predictor(_make_predictor(kind, index, manifest, tensors, layer.mlp, dtype))
+    model.flash = Runtime(plan, manifest, streamer, kind)
+    return model
+
+
+def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
+    """Reads and widens tensor by tensor, so that no second copy of them all ever stands beside the first."""
+    from mlx.utils import tree_flatten
+    from tqdm import tqdm
+
+    path = folder / Manifest.resident_file
+    try:
+        stored: dict[str, mx.array] = dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
+    wanted = dict(tree_flatten(model.parameters()))
+    for name, parameter in wanted.items():
+        if name not in stored:
+            raise MissingTensorError(f"{path} lacks the tensor {name}. Convert the checkpoint again.")
+        if stored[name].shape != parameter.shape:
+            raise StoreError(f"{path}: {name} has shape {stored[name].shape}, expected {parameter.shape}.")
+    total = sum(parameter.size for parameter in wanted.values()) * dtype.size
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
+        for name in wanted:
+            tensor = stored.pop(name).astype(dtype)
+            mx.eval(tensor)
+            model.load_weights([(name, tensor)], strict=False)
+            bar.update(tensor.nbytes)
+
+
+def _make_predictor(
+    kind: str,
+    layer: int,
+    manifest: Manifest,
+    tensors: dict[str, mx.array],
+    mlp: StreamedNeurons,
+    dtype: mx.Dtype,
+) -> Predictor:
+    if kind == "exact":
+        return ExactPredictor(mlp.resident_up(dtype), mlp.up_bias if "up_bias" in mlp else None)
+    prefix = f"{layer}."
+    own = {name.removeprefix(prefix): tensors[name] for name in list(tensors) if name.startswith(prefix)}
+    own = {name: value if _is_coded(value) else value.astype(dtype) for name, value in own.items()}
+    for name in list(tensors):
+        if name.startswith(prefix):
+            del tensors[name]
+    mx.eval(own)
+    try:
+        if kind == "lowrank":
+            return LowRankPredictor(own["a"], own["b"], own["c"])
+        report = manifest.predictors[kind]
+        return ShadowPredictor(
+            own["weight"], own["scales"], own["biases"], own["c"], report["bits"], report["group_size"]
+        )
+    except KeyError as error:
+        raise MissingTensorError(
+            f"{Manifest.predictor_file(kind)} lacks the tensor {prefix}{error.args[0]}. Convert the checkpoint again."
+        ) from None

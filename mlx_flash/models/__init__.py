@@ -1,0 +1,1 @@
+"""Model families that mlx-lm lacks, in mlx-lm's own form: one file per ``model_type``."""

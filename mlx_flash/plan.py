@@ -1,0 +1,143 @@
+"""The memory plan: what goes where, computed before anything is allocated, printed, and kept to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import BudgetError, UsageError
+from .flash.files import ITEM_BYTES, NeuronLayout, round_up
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
+MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
+PROCESS_MARGIN_BYTES = 48 << 20  # what the interpreter still grows after the plan is made
+MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
+KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
+PREFILL_TOKENS = 512  # prompt tokens computed at once by our own functions
+FLOAT32_BYTES = 4
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB" or a plain number of bytes. Raises UsageError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    unit += "B" if unit in ("K", "M", "G") else ""
+    if match is None or unit not in UNITS:
+        raise UsageError(f"memory is {text!r}, expected a number with a unit, such as 6GB, 500MB or 6GiB.")
+    return int(float(match[1]) * UNITS[unit])
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks for, apart from slots. All in bytes."""
+
+    process: int  # the process as it is now
+    resident: int
+    predictors: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.resident + self.predictors + self.kv_cache + self.workspace
+
+
+@dataclass(frozen=True)
+class Plan:
+    budget: int
+    demand: Demand
+    layers: int
+    blocks: int  # per layer
+    neurons_per_block: int
+    slots: int  # per layer
+    slot_bytes: int
+    context: int  # tokens
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.layers * self.slots * self.slot_bytes
+
+    @property
+    def total(self) -> int:
+        return self.demand.total + self.slots_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        """Bytes by kind, as `--json` prints them."""
+        return {
+            "budget": self.budget,
+            "total": self.total,
+            "process": self.demand.process,
+            "resident_weights": self.demand.resident,
+            "predictors": self.demand.predictors,
+            "slots": self.slots_bytes,
+            "kv_cache": self.demand.kv_cache,
+            "workspace": self.demand.workspace,
+        }
+
+    def describe(self) -> str:
+        share = self.slots / self.blocks
+        rows = [
+            ("process", self.demand.process, "interpreter and libraries, measured"),
+            ("resident weights", self.demand.resident, "attention, embeddings, norms"),
+            ("predictors", self.demand.predictors, ""),
+            ("slots", self.slots_bytes, f"{self.slots} of {self.blocks} blocks of each layer's neurons ({share:.0%})"),
+            ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
+            ("work space", self.demand.workspace, "pieces on their way, activations"),
+            ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
+        ]
+        lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
+        return "\n".join(["memory plan", *lines])
+
+
+def kv_cache_bytes(layers: int, width: int, context: int, item_bytes: int) -> int:
+    """Keys and values for `context` tokens, and one layer twice while its cache grows."""
+    return 2 * (layers + 1) * round_up(context, KV_STEP_TOKENS) * width * item_bytes
+
+
+def workspace_bytes(layout: NeuronLayout, heads: int, context: int, item_bytes: int, fused_attention: bool) -> int:
+    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache."""
+    tokens = min(PREFILL_TOKENS, context)
+    scratch = 2 * layout.piece_blocks * layout.block_bytes
+    gathered = layout.piece_neurons * layout.bundle_bytes
+    widened = layout.piece_neurons * layout.width * len(layout.parts) * item_bytes
+    if item_bytes == ITEM_BYTES[layout.dtype]:
+        widened = 0
+    activations = tokens * item_bytes * (16 * layout.width + 4 * layout.piece_neurons)
+    scores = 0 if fused_attention else 3 * heads * tokens * context * item_bytes
+    return scratch + 2 * (gathered + widened) + activations + scores + MLX_CACHE_BYTES
+
+
+def make_plan(
+    demand: Demand, layout: NeuronLayout, slot_bytes: int, budget: int | None, free: int, context: int, selects: bool
+) -> Plan:
+    """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
+
+    selects: False where every token uses all neurons, which works without slots.
+    Raises BudgetError, which names the smallest budget that would do.
+    """
+    minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
+    smallest = demand.total + layout.layers * minimum * slot_bytes
+    if budget is None:
+        budget = int(demand.process + FREE_SHARE * free)
+        everything = demand.total + layout.layers * layout.blocks * slot_bytes
+        budget = min(max(budget, smallest), everything)
+        source = f"{free / 1e9:.2f} GB are free, too little for this model"
+        refused = smallest > demand.process + free
+    else:
+        source = f"--memory is {budget / 1e9:.3f} GB"
+        refused = budget < smallest
+    if refused:
+        # Rounded up, so that the figure can be typed back.
+        smallest_mb = -(-smallest // 10**6)
+        raise BudgetError(
+            f"{source}; the smallest that would do is {smallest_mb}MB "
+            f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
+            f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
+            f"{demand.workspace / 1e6:.0f} MB work space). Close other programs, give more, or lower --context.",
+            smallest,
+        )
+    slots = min(layout.blocks, (budget - demand.total) // (layout.layers * slot_bytes))
+    return Plan(budget, demand, layout.layers, layout.blocks, layout.neurons_per_block, slots, slot_bytes, context)

@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
     parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="type to store (default: the checkpoint's own)"
     )
@@ -25,14 +25,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, default=4096, metavar="N", help="how much of it (default: %(default)s)"
+        "--calibration-tokens", type=int, default=2048, metavar="N", help="how much of it (default: %(default)s)"
     )
     return parser
 
 
 def main(arguments: argparse.Namespace) -> None:
+    import mlx.core as mx
+
     from mlx_flash.errors import UsageError
     from mlx_flash.loading import find_checkpoint
+    from mlx_flash.plan import MLX_CACHE_BYTES
 
     from .conversion import Settings, convert
 
@@ -40,7 +43,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--calibration-tokens is {arguments.calibration_tokens}, expected at least 16.")
     source = find_checkpoint(arguments.model)
     settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
-    manifest = convert(source, arguments.output, settings, arguments.overwrite)
+    mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them
+    try:
+        manifest = convert(source, arguments.output, settings, arguments.overwrite)
+    except KeyboardInterrupt:
+        kept = f"{arguments.output}.partial keeps what is done"
+        print(f"\nstopped: {kept}; run the same command again to go on", file=sys.stderr)
+        raise
     layout = manifest.layout
     print(f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {layout.dtype}", file=sys.stderr)
     for kind, report in manifest.predictors.items():

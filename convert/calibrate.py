@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-SEQUENCE_TOKENS = 256
+SEQUENCE_TOKENS = 128
 
 
 def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, positions: int) -> np.ndarray:
@@ -83,5 +83,7 @@ def layer_activations(
         for i in range(len(hidden)):
             hidden[i] = layer(hidden[i], "causal", None)
             mx.eval(hidden[i])
+        inputs, activations = np.concatenate(recorder.inputs), np.concatenate(recorder.activations)
         model.layers[index] = None
-        yield np.concatenate(recorder.inputs), np.concatenate(recorder.activations), up
+        del layer, recorder, up_bias, down, down_bias  # not kept while the caller works
+        yield inputs, activations, up

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_flash.errors import CheckpointError
+from mlx_flash.flash.checksums import read_header
 
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# Kind by kind, the better first: the index that lists the shards, the pattern that finds them without one.
+WEIGHT_FILES = {
+    "model.safetensors.index.json": "*.safetensors",
+    "pytorch_model.bin.index.json": "pytorch_model*.bin",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is and what it is, known without reading it."""
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str  # "float16"
 
 
 class Checkpoint:
@@ -31,23 +46,29 @@ class Checkpoint:
             )
         try:
             self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{config_path} is not valid JSON: {error}. Download the checkpoint again.") from None
+        except OSError as error:
+            raise CheckpointError(f"{config_path} cannot be read: {error}.") from None
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
         self.shards = self._find_shards()
-        self._places: dict[str, Path] = {}
+        self._sound: set[Path] = set()  # shards whose header was checked
+        self.tensors: dict[str, Tensor] = {}
         for shard in self.shards:
-            for name in self._open(shard):
-                self._places.setdefault(name, shard)
+            for name, tensor in self._open(shard).items():
+                dtype = str(tensor.dtype).removeprefix("mlx.core.").removeprefix("torch.")
+                self.tensors.setdefault(name, Tensor(shard, tuple(tensor.shape), dtype))
 
     def _find_shards(self) -> list[Path]:
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        for index, pattern in WEIGHT_FILES.items():
             path = self.folder / index
             if path.is_file():
                 try:
                     names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-                except (ValueError, KeyError, AttributeError, TypeError):
+                    if not names or not all(Path(name).name == name and name != ".." for name in names):
+                        raise ValueError
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                     raise CheckpointError(f"{path} is no index of shards. Download the checkpoint again.") from None
                 missing = [name for name in names if not (self.folder / name).is_file()]
                 if missing:
@@ -56,40 +77,31 @@ class Checkpoint:
                         "Download the checkpoint again."
                     )
                 return [self.folder / name for name in names]
-        for pattern in WEIGHT_PATTERNS:
             if shards := sorted(self.folder.glob(pattern)):
                 return shards
-        raise CheckpointError(f"{self.folder} has no weights: expected {' or '.join(WEIGHT_PATTERNS)}.")
+        raise CheckpointError(f"{self.folder} has no weights: expected {' or '.join(WEIGHT_FILES.values())}.")
 
     def _open(self, shard: Path) -> dict[str, Any]:
         """Name -> tensor, not yet read."""
         if shard.suffix == ".bin":
             return _open_bin(shard)
         try:
+            if shard not in self._sound:
+                read_header(shard)
+                self._sound.add(shard)
             return dict(mx.load(str(shard)))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._places)
-
-    def lazy(self, name: str) -> mx.array:
-        """A tensor as an MLX array that reads its bytes when it is evaluated."""
-        shard = self._places.get(name)
-        if shard is None:
-            raise CheckpointError(f"{self.folder} has no tensor {name}. Is the checkpoint complete?")
-        tensor = self._open(shard)[name]
-        return _from_torch(tensor) if shard.suffix == ".bin" else tensor
-
     def load(self, name: str) -> mx.array:
-        tensor = self.lazy(name)
+        shard = self.tensors[name].shard
+        tensor = self._open(shard)[name]
         try:
+            if shard.suffix == ".bin":
+                return _from_torch(tensor)
             mx.eval(tensor)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{self._places[name]}: {name} cannot be read ({error}). Download it again."
-            ) from None
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{shard}: {name} cannot be read ({error}). Download it again.") from None
         return tensor
 
     def files(self) -> dict[str, Any]:
@@ -111,9 +123,12 @@ def _open_bin(shard: Path) -> dict[str, Any]:
             "or use a checkpoint with *.safetensors."
         ) from None
     try:
-        return torch.load(shard, mmap=True, weights_only=True, map_location="cpu")
+        tensors = torch.load(shard, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         raise CheckpointError(f"{shard} cannot be read by torch: {error}. Download it again.") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{shard} holds something else than named tensors. Expected a model's weights.")
+    return tensors
 
 
 def _from_torch(tensor: Any) -> mx.array:

@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,25 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, UsageError
-from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store
+from mlx_flash import __version__
+from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
+from mlx_flash.flash.checksums import sha256_of, tensor_checksums
+from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
 
 from . import calibrate, predictors
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Tensor
 from .families import Family, family_of
 from .neurons import write_neurons
-from .tensors import tensor_checksums, write_safetensors
+from .output import RECORD, fsync, is_our_store, recover, refuse_to_replace, replaced_path
+from .tensors import write_safetensors
 
 DTYPES = ("float32", "float16", "bfloat16")
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.5  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
+KINDS = ("lowrank", "shadow")
 DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 2048
+LEAST_CALIBRATION_TOKENS = 16
 SPARE_BYTES = 64 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -48,34 +54,39 @@ class Settings:
 
 
 def convert(source: Path, output: Path, settings: Settings, overwrite: bool = False) -> Manifest:
-    """Converts the checkpoint in `source` into the store `output`.
+    """Converts the checkpoint in `source` into the store `output`; `overwrite` replaces a store that is there.
 
     Everything is written into `output` + ".partial" beside it, which a later run goes on with, and renamed when
-    it is whole. Raises CheckpointError, UnsupportedModelError, UsageError (the output is there already),
-    NoSpaceError or ConversionError.
+    it is whole; until then a store that was there stays. Raises CheckpointError, UnsupportedModelError, UsageError
+    (the output is there already), NoSpaceError or ConversionError.
     """
+    if is_our_store(source):
+        raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
-    if output.exists() and not overwrite and (is_store(output) or any(output.iterdir())):
-        kind = "a complete store" if is_store(output) else "a folder with other files in it"
-        raise UsageError(f"{output} is already {kind}. Choose another --output, or replace it with --overwrite.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(output) + ".lock")
+    output = Path(os.path.realpath(output))  # a link stays a link, and the partial folder is on the disk it leads to
     try:
-        with lock.acquire(timeout=0):
-            return _Conversion(checkpoint, family, output, settings).run()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{output}.lock").acquire(timeout=0) as lock:
+            try:
+                recover(output)
+                refuse_to_replace(output, source, overwrite)
+                return _Conversion(checkpoint, family, output, settings).run()
+            finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
+                with contextlib.suppress(OSError):
+                    os.unlink(lock.lock_file)
     except Timeout:
         raise ConversionError(f"another process is converting into {output}. Wait for it, or stop it.") from None
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
                 f"the disk of {output} is full. What was written is kept in {output}.partial: make room and run the "
                 "same command again to go on, or remove that folder."
             ) from None
-        raise ConversionError(f"cannot write {output}: {error}. Run the same command again to go on.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()
+        raise ConversionError(
+            f"cannot write {output}: {error}. What was written is kept: once that is mended, run the same command "
+            "again to go on."
+        ) from None
 
 
 class _Conversion:
@@ -86,24 +97,28 @@ class _Conversion:
         self.partial = output.with_name(output.name + ".partial")
         model_class, args_class = model_classes(checkpoint.config)
         try:
-            self.model = model_class(args_class.from_dict(checkpoint.config))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {error}") from None
-        # What the model calls a tensor -> what the checkpoint calls it.
-        self.original = {new: old for old in checkpoint.names for new in self.model.sanitize({old: mx.array(0)})}
-        self.layers = int(checkpoint.config[family.layers_key])
+            args = args_class.from_dict(checkpoint.config)
+            self.layers = int(getattr(args, family.layers_key))
+            self.positions = int(getattr(args, family.positions_key))
+            if not 0 < self.layers <= len(checkpoint.tensors):
+                raise ValueError(f"{family.layers_key} is {self.layers}, with {len(checkpoint.tensors)} tensors")
+            self.model = model_class(args)  # its random weights are never evaluated
+            # What the model calls a tensor -> what the checkpoint calls it.
+            self.original = {new: old for old in checkpoint.tensors for new in self.model.sanitize({old: mx.array(0)})}
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a model: {error}") from None
         self.layout, self.dtype = self._plan_layout()
         self.resident = self._resident_tensors()
 
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
-        up, down = (self._lazy(name.format(0)) for name in (self.family.up, self.family.down))
-        neurons, width = up.shape
-        if down.shape != (width, neurons):
+        up, down = (self._find(name.format(0)) for name in (self.family.up, self.family.down))
+        if len(up.shape) != 2 or down.shape != up.shape[::-1] or not all(up.shape):
             raise CheckpointError(
                 f"{self.checkpoint.folder}: up projection {up.shape} and down projection {down.shape} do not fit "
                 "together; expected (F, D) and (D, F)."
             )
-        dtype = self.settings.dtype or str(up.dtype).removeprefix("mlx.core.")
+        neurons, width = up.shape
+        dtype = self.settings.dtype or up.dtype
         if dtype not in DTYPES:
             raise CheckpointError(f"{self.checkpoint.folder} is stored in {dtype}; expected {', '.join(DTYPES)}.")
         return NeuronLayout.plan(dtype, self.layers, neurons, width, ("up", "down")), dtype
@@ -115,7 +130,7 @@ class _Conversion:
         wanted = dict(tree_flatten(self.model.parameters()))
         result = {}
         for name in sorted(wanted):
-            shape = self._lazy(name).shape
+            shape = self._find(name).shape
             if shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {self.original[name]} has shape {shape}, expected {wanted[name].shape}."
@@ -132,10 +147,10 @@ class _Conversion:
                     result[new.format(layer)] = result.pop(old.format(layer))
         return result
 
-    def _lazy(self, name: str) -> mx.array:
+    def _find(self, name: str) -> Tensor:
         if name not in self.original:
             raise CheckpointError(f"{self.checkpoint.folder} has no tensor {name}. Is the checkpoint complete?")
-        return self.checkpoint.lazy(self.original[name])
+        return self.checkpoint.tensors[self.original[name]]
 
     def _load(self, name: str) -> mx.array:
         return self.checkpoint.load(self.original[name])
@@ -143,10 +158,19 @@ class _Conversion:
     # -- the steps ------------------------------------------------------------------------------------------
 
     def run(self) -> Manifest:
+        sequences = self._calibration_sequences()
         self._claim_partial_folder()
+        if is_store(self.partial):  # all that was missing is the last renames
+            try:
+                manifest = read_manifest(self.partial)
+            except StoreError:
+                (self.partial / MANIFEST).unlink()
+            else:
+                self._rename()
+                return manifest
         dtype = getattr(mx, self.dtype)
         resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape in self.resident.values())
-        self._check_free_space(self.layout.file_bytes + resident_bytes)
+        self._check_free_space(self.layout.file_bytes + resident_bytes + 2 * predictors.stored_bytes(self.layout))
         with tqdm(
             total=self.layout.file_bytes + resident_bytes, unit="B", unit_scale=True, desc="writing", dynamic_ncols=True
         ) as bar:
@@ -163,7 +187,8 @@ class _Conversion:
                     bar.update,
                 )
         self._copy_small_files()
-        reports = self._make_predictors()
+        self._make_predictors(sequences)
+        reports = {kind: report for kind in KINDS if (report := self._merge_predictors(kind))}
         manifest = self._manifest(reports)
         self._publish(manifest)
         return manifest
@@ -171,24 +196,34 @@ class _Conversion:
     def _claim_partial_folder(self) -> None:
         """Goes on with a partial conversion of the same input, or begins anew."""
         text = self._calibration_text()
-        stat = {shard.name: shard.stat().st_mtime_ns for shard in self.checkpoint.shards}
         key = {
+            "mlx_flash": __version__,
             "version": VERSION,
             "source": str(self.checkpoint.folder.resolve()),
             "files": self.checkpoint.files(),
-            "modified": stat,
+            "modified": {shard.name: shard.stat().st_mtime_ns for shard in self.checkpoint.shards},
             "config": self.checkpoint.config,
+            "small_files": {path.name: sha256_of(path) for path in self._small_files()},
             "dtype": self.dtype,
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.settings.calibration_tokens],
         }
-        record = self.partial / "conversion.json"
-        if record.is_file() and record.read_text(encoding="utf-8") == json.dumps(key, sort_keys=True):
-            tqdm.write(f"going on with the conversion in {self.partial}")
+        wanted = json.dumps(key, sort_keys=True).encode()
+        record = self.partial / RECORD
+        if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+            raise UsageError(f"{self.partial} is in the way: the conversion needs a folder there. Remove it.")
+        if record.is_file() and record.read_bytes() == wanted:
+            tqdm.write(f"going on with the conversion in {self.partial}", file=sys.stderr)
             return
         if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
-        record.write_text(json.dumps(key, sort_keys=True), encoding="utf-8")
+            present = sorted(self.partial.iterdir(), key=lambda path: path == record)
+            if present and present[-1] != record:
+                raise UsageError(f"{self.partial} is not left over from a conversion (no {RECORD}). Move it away.")
+            tqdm.write(f"note: {self.partial} was made of another input: beginning anew", file=sys.stderr)
+            for path in present:  # the record last, so that a kill leaves what this function knows
+                path.unlink()
+        self.partial.mkdir(exist_ok=True)
+        record.write_bytes(wanted)
+        fsync(record)
 
     def _check_free_space(self, needed: int) -> None:
         present = sum(file.stat().st_size for file in self.partial.iterdir() if file.is_file())
@@ -197,7 +232,7 @@ class _Conversion:
         if free < needed:
             raise NoSpaceError(
                 f"the store needs {needed / 1e9:.2f} GB more at {self.output}, where {free / 1e9:.2f} GB are free. "
-                "Make room, or choose an --output on another disk. Nothing was written."
+                "Make room, or choose an --output on another disk."
             )
 
     def _layer_rows(self, layer: int) -> tuple[mx.array, ...]:
@@ -206,12 +241,18 @@ class _Conversion:
         down = self._load(self.family.down.format(layer)).astype(dtype)
         return up, down.T
 
-    def _copy_small_files(self) -> None:
+    def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""
-        for pattern in SMALL_FILES:
-            for path in sorted(self.checkpoint.folder.glob(pattern)):
-                if path.is_file() and not path.name.endswith(".index.json") and path.name != MANIFEST:
-                    shutil.copyfile(path, self.partial / path.name)
+        found = {path for pattern in SMALL_FILES for path in self.checkpoint.folder.glob(pattern) if path.is_file()}
+        return sorted(
+            path
+            for path in found
+            if not path.name.endswith(".index.json") and path.name != MANIFEST and not _is_work_file(path.name)
+        )
+
+    def _copy_small_files(self) -> None:
+        for path in self._small_files():
+            shutil.copyfile(path, self.partial / path.name)
 
     # -- predictors -----------------------------------------------------------------------------------------
 
@@ -226,58 +267,73 @@ class _Conversion:
     def _calibration_sequences(self) -> np.ndarray:
         from mlx_flash.loading import load_tokenizer
 
-        positions = int(self.checkpoint.config[self.family.positions_key])
+        folder, size = self.checkpoint.folder, int(self.checkpoint.config["vocab_size"])
         try:
-            tokenizer = load_tokenizer(self.partial)
+            tokenizer = load_tokenizer(folder)
             ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False))
             prefix = [i for i in tokenizer.encode("", add_special_tokens=True) if i != tokenizer.eos_token_id][:1]
             prefix = prefix or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
         except CheckpointError as error:
-            tqdm.write(f"note: {error} Predictors are calibrated on random tokens and mean little.")
+            note = f"note: {error} Predictors are calibrated on random tokens and mean little."
+            tqdm.write(note, file=sys.stderr)
             rng = np.random.default_rng(0)
-            size = int(self.checkpoint.config["vocab_size"])
             ids, prefix = rng.integers(size, size=self.settings.calibration_tokens).tolist(), []
-        return calibrate.calibration_sequences(ids, prefix, self.settings.calibration_tokens, positions)
-
-    def _make_predictors(self) -> dict[str, list[predictors.LayerPredictor]]:
-        """Both kinds for every layer. What is found finished in the partial folder is not made again."""
-        made: dict[str, list[predictors.LayerPredictor]] = {"lowrank": [], "shadow": []}
-        dtype = getattr(mx, self.dtype)
-        activations = self._activations()
-        for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
-            paths = {kind: self.partial / f"layer-{layer:04d}-{kind}.safetensors" for kind in made}
-            x, before, up, held_out = next(activations)
-            for kind, path in paths.items():
-                predictor = _read_layer_predictor(path)
-                if predictor is None:
-                    if kind == "lowrank":
-                        predictor = predictors.lowrank_predictor(x, before, up, held_out, layer, dtype)
-                    else:
-                        bias = self._bias(self.family.up_bias, layer, up.shape[0])
-                        predictor = predictors.shadow_predictor(x, before, up, held_out, bias, dtype)
-                    if predictor is not None:
-                        _write_layer_predictor(path, predictor)
-                if predictor is not None:
-                    made[kind].append(predictor)
-        finished = {kind: layers for kind, layers in made.items() if len(layers) == self.layers}
-        for kind, layers in finished.items():
-            arrays = {f"{i}.{name}": a for i, layer in enumerate(layers) for name, a in sorted(layer.arrays.items())}
-            write_safetensors(
-                self.partial / Manifest.predictor_file(kind),
-                ((name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()),  # type: ignore[misc]
-                lambda _: None,
+        if len(ids) < LEAST_CALIBRATION_TOKENS:
+            raise UsageError(
+                f"the text of --calibration has {len(ids)} tokens, expected at least {LEAST_CALIBRATION_TOKENS}."
             )
-        return finished
+        if (largest := max(*prefix, *ids)) >= size:
+            raise CheckpointError(
+                f"the tokenizer in {folder} gives token {largest}, the model has {size}. Do they belong together?"
+            )
+        return calibrate.calibration_sequences(ids, prefix, self.settings.calibration_tokens, self.positions)
 
-    def _activations(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def _make_predictors(self, sequences: np.ndarray) -> None:
+        """A file per layer and kind. What is found finished in the partial folder is not made again."""
+        dtype = getattr(mx, self.dtype)
+        activations = self._activations(sequences)
+        for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
+            x, before, up, held_out = next(activations)
+            for kind in KINDS:
+                path = self._layer_file(layer, kind)
+                if predictors.read_layer(path):
+                    continue
+                predictor: predictors.LayerPredictor | None
+                if kind == "lowrank":
+                    predictor = predictors.lowrank_predictor(x, before, up, held_out, layer, dtype)
+                else:
+                    bias = self._bias(self.family.up_bias, layer, up.shape[0])
+                    predictor = predictors.shadow_predictor(x, before, up, held_out, bias, dtype)
+                if predictor is not None:
+                    predictors.write_layer(path, predictor)
+
+    def _layer_file(self, layer: int, kind: str) -> Path:
+        return self.partial / f"layer-{layer:04d}-{kind}.safetensors"
+
+    def _merge_predictors(self, kind: str) -> dict[str, Any] | None:
+        """One file of all the layers' predictors; what was measured. None if not every layer has one."""
+        report: dict[str, Any] = {"recall": [], "predicted": [], "active": [], "bytes": 0}
+        tensors = []
+        for layer in range(self.layers):
+            path = self._layer_file(layer, kind)
+            found = predictors.read_layer(path)
+            if found is None:
+                return None
+            arrays, measured = found
+            for name, value in measured.items():
+                report[name].append(round(value, 5))
+            for name, array in sorted(arrays.items()):
+                report["bytes"] += array.nbytes
+                load = partial(predictors.load_array, path, name)
+                tensors.append((f"{layer}.{name}", array.shape, array.dtype, load))
+        if kind == "shadow":
+            report |= {"bits": predictors.SHADOW_BITS, "group_size": predictors.SHADOW_GROUP}
+        write_safetensors(self.partial / Manifest.predictor_file(kind), tensors)
+        return report
+
+    def _activations(self, sequences: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Per layer: FFN inputs, pre-activations, up projection, and which tokens are held out."""
-        weights = mx.load(str(self.partial / Manifest.resident_file))
-        back = {new: old for new, (old, _) in self.resident.items()}
-        self.model.load_weights(
-            [(back[name], w.astype(mx.float32)) for name, w in weights.items()],
-            strict=False,  # type: ignore[union-attr]
-        )
-        sequences = self._calibration_sequences()
+        self._load_resident()
         held_out = np.repeat(
             np.arange(len(sequences)) % predictors.HELD_OUT == predictors.HELD_OUT - 1, sequences.shape[1]
         )
@@ -285,6 +341,12 @@ class _Conversion:
             held_out[len(held_out) // 2 :] = True
         for x, before, up in calibrate.layer_activations(self.model, sequences, self._host_ffn):
             yield x, before, up, held_out
+
+    def _load_resident(self) -> None:
+        """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
+        weights: Any = mx.load(str(self.partial / Manifest.resident_file))
+        named = [(name, weights.pop(stored).astype(mx.float32)) for stored, (name, _) in self.resident.items()]
+        self.model.load_weights(named, strict=False)
 
     def _host_ffn(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         up, down = (np.array(rows.astype(mx.float32)) for rows in self._layer_rows(layer))
@@ -302,19 +364,9 @@ class _Conversion:
 
     # -- the end --------------------------------------------------------------------------------------------
 
-    def _manifest(self, made: dict[str, list[predictors.LayerPredictor]]) -> Manifest:
-        reports = {}
-        for kind, layers in made.items():
-            reports[kind] = {
-                "recall": [round(p.recall, 5) for p in layers],
-                "predicted": [round(p.predicted, 5) for p in layers],
-                "active": [round(p.active, 5) for p in layers],
-                "bytes": sum(a.nbytes for p in layers for a in p.arrays.values()),
-            }
-        if "shadow" in reports:
-            reports["shadow"] |= {"bits": predictors.SHADOW_BITS, "group_size": predictors.SHADOW_GROUP}
-        default = DEFAULT_PREDICTOR if DEFAULT_PREDICTOR in made else "lowrank"
-        dense = [i for i, p in enumerate(made[default]) if p.predicted > MAX_DENSITY]
+    def _manifest(self, reports: dict[str, dict[str, Any]]) -> Manifest:
+        default = DEFAULT_PREDICTOR if DEFAULT_PREDICTOR in reports else "lowrank"
+        dense = [i for i, share in enumerate(reports[default]["predicted"]) if share > MAX_DENSITY]
         names = sorted(p.name for p in self.partial.iterdir() if p.is_file() and not _is_work_file(p.name))
         return Manifest(
             model_type=str(self.checkpoint.config["model_type"]),
@@ -329,37 +381,35 @@ class _Conversion:
         )
 
     def _publish(self, manifest: Manifest) -> None:
-        for path in self.partial.iterdir():
-            if _is_work_file(path.name):
-                path.unlink()
-            else:
-                _fsync(path)
+        for name in manifest.files:
+            fsync(self.partial / name)
+        fsync(self.partial)
         with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        _fsync(self.partial)
-        if self.output.exists():
-            # Moved to a name of its own first, so that a kill between the two leaves one whole store.
-            replaced = Path(tempfile.mkdtemp(prefix=f".{self.output.name}-replaced-", dir=self.output.parent))
-            self.output.rename(replaced / "store")
-            self.partial.rename(self.output)
+        fsync(self.partial)
+        self._rename()
+
+    def _rename(self) -> None:
+        """Makes the partial folder, by now a whole store, the output. `recover` knows every state between."""
+        for path in self.partial.iterdir():
+            if _is_work_file(path.name) and path.name != RECORD:
+                path.unlink()
+        replaced = replaced_path(self.output)
+        if is_store(self.output):
+            self.output.rename(replaced)
+        self.partial.rename(self.output)
+        fsync(self.output.parent)
+        # The record until here: a partial folder without one would not be known as ours.
+        (self.output / RECORD).unlink()
+        fsync(self.output)
+        if replaced.exists():
             shutil.rmtree(replaced)
-        else:
-            self.partial.rename(self.output)
-        _fsync(self.output.parent)
 
 
 def _is_work_file(name: str) -> bool:
-    return name == "conversion.json" or name.startswith("layer-") or name.endswith(".partial")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return name == RECORD or name.startswith("layer-") or name.endswith(".partial")
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -370,20 +420,5 @@ def _file_entry(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         entry["crc32"] = tensor_checksums(path)
         return entry
-    entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    entry["sha256"] = sha256_of(path)
     return entry
-
-
-def _write_layer_predictor(path: Path, predictor: predictors.LayerPredictor) -> None:
-    measured = {name: getattr(predictor, name) for name in ("recall", "predicted", "active")}
-    partial = path.with_name(path.stem + "-new.safetensors")
-    mx.save_safetensors(str(partial), predictor.arrays, {"measured": json.dumps(measured)})
-    _fsync(partial)
-    partial.replace(path)
-
-
-def _read_layer_predictor(path: Path) -> predictors.LayerPredictor | None:
-    if not path.exists():
-        return None
-    arrays, metadata = mx.load(str(path), return_metadata=True)
-    return predictors.LayerPredictor(arrays, **json.loads(metadata["measured"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.flash.files import CHECKSUM_BYTES, Manifest, NeuronLayout
 
 from .tensors import to_bytes
 
@@ -26,6 +26,11 @@ def bundle_layer(layout: NeuronLayout, rows: tuple[mx.array, ...]) -> np.ndarray
     return blocks
 
 
+def layer_checksums(blocks: np.ndarray) -> bytes:
+    """CRC-32 of every block of a layer, as they stand in the table. blocks: uint8 (blocks, block_bytes)."""
+    return np.array([zlib.crc32(block) for block in blocks], "<u4").tobytes()
+
+
 def write_neurons(
     folder: Path,
     layout: NeuronLayout,
@@ -36,16 +41,19 @@ def write_neurons(
 
     A layer counts as written when its checksums are; those are written after its bytes are on the disk.
     """
-    sums_path = folder / Manifest.neurons_checksums_file
-    sums_bytes = layout.blocks * 4
+    neurons_path, sums_path = folder / Manifest.neurons_file, folder / Manifest.neurons_checksums_file
+    sums_bytes = layout.blocks * CHECKSUM_BYTES
+    neurons_path.touch()
     sums_path.touch()
-    with (folder / Manifest.neurons_file).open("ab"):
-        pass
-    done = min(
-        sums_path.stat().st_size // sums_bytes,
-        (folder / Manifest.neurons_file).stat().st_size // layout.layer_bytes,
-    )
-    with (folder / Manifest.neurons_file).open("r+b") as neurons, sums_path.open("r+b") as sums:
+    done = min(sums_path.stat().st_size // sums_bytes, neurons_path.stat().st_size // layout.layer_bytes)
+    with neurons_path.open("r+b") as neurons, sums_path.open("r+b") as sums:
+        if done:
+            # Of the last table a power cut may have kept the length and lost the content.
+            neurons.seek((done - 1) * layout.layer_bytes)
+            sums.seek((done - 1) * sums_bytes)
+            last = np.frombuffer(neurons.read(layout.blocks * layout.block_bytes), np.uint8)
+            if layer_checksums(last.reshape(layout.blocks, layout.block_bytes)) != sums.read(sums_bytes):
+                done -= 1
         sums.truncate(done * sums_bytes)
         sums.seek(0, os.SEEK_END)
         neurons.truncate(done * layout.layer_bytes)
@@ -53,11 +61,11 @@ def write_neurons(
         progress(done * layout.layer_bytes)
         for layer in range(done, layout.layers):
             blocks = bundle_layer(layout, load_layer(layer))
-            neurons.write(blocks.reshape(-1))
+            neurons.write(blocks.reshape(-1).data)
             neurons.write(bytes(layout.layer_bytes - blocks.size))
             neurons.flush()
             os.fsync(neurons.fileno())
-            sums.write(np.array([zlib.crc32(block) for block in blocks], "<u4").tobytes())
+            sums.write(layer_checksums(blocks))
             sums.flush()
             os.fsync(sums.fileno())
             progress(layout.layer_bytes)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-RECALL_TARGET = 0.99  # share of the truly active neurons that the threshold must catch, on calibration text
+from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
+
+from .tensors import write_safetensors
+
+RECALL_TARGET = 0.97  # share of the truly active neurons that the threshold must catch, on calibration text
 HELD_OUT = 4  # every 4th sequence is not trained on: thresholds and reports come from it
 SHADOW_BITS = 2
 SHADOW_GROUP = 64
@@ -30,6 +37,15 @@ def low_rank_size(width: int) -> int:
     return max(32, width // 16)
 
 
+def stored_bytes(layout: NeuronLayout) -> int:
+    """About what both kinds take for all layers."""
+    rank, item = low_rank_size(layout.width), ITEM_BYTES[layout.dtype]
+    lowrank = rank * (layout.width + layout.neurons) * item + layout.neurons * 4
+    shadow = layout.neurons * layout.width * SHADOW_BITS // 8
+    shadow += 2 * layout.neurons * layout.width // SHADOW_GROUP * item + layout.neurons * 4
+    return layout.layers * (lowrank + shadow)
+
+
 def lowrank_predictor(
     x: np.ndarray, before: np.ndarray, up: np.ndarray, held_out: np.ndarray, seed: int, dtype: mx.Dtype
 ) -> LayerPredictor:
@@ -43,7 +59,7 @@ def lowrank_predictor(
     rank = min(low_rank_size(x.shape[1]), *up.shape)
     train_x, train_y = x[~held_out], before[~held_out]
     bias = np.median(train_y - train_x @ up.T, axis=0).astype(np.float32)
-    scale = np.float32(3.0) / train_y.std()  # a spread that a logistic loss can work with
+    scale = np.float32(3.0) / max(train_y.std(), np.float32(1e-6))  # a spread that a logistic loss can work with
     centred = train_y - bias
     basis = np.linalg.qr(centred.T @ rng.standard_normal((len(centred), rank + 8), dtype=np.float32))[0]
     for _ in range(2):
@@ -120,3 +136,26 @@ def _with_threshold(
         predicted=float(chosen.mean()),
         active=float(active.mean()),
     )
+
+
+def write_layer(path: Path, predictor: LayerPredictor) -> None:
+    measured = {name: getattr(predictor, name) for name in ("recall", "predicted", "active")}
+    tensors = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in predictor.arrays.items()]
+    write_safetensors(path, tensors, metadata={"measured": json.dumps(measured)})
+
+
+def read_layer(path: Path) -> tuple[dict[str, mx.array], dict[str, float]] | None:
+    """Its arrays, not yet read, and what was measured; None if there is no such file, or no whole one."""
+    if not path.exists():
+        return None
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
+        return arrays, json.loads(metadata["measured"])
+    except (RuntimeError, KeyError, ValueError):
+        return None
+
+
+def load_array(path: Path, name: str) -> mx.array:
+    arrays: Any = mx.load(str(path))
+    return arrays[name]

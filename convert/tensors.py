@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,12 @@ def to_bytes(array: mx.array) -> np.ndarray:
 def write_safetensors(
     path: Path,
     tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array]]],
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda _: None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed."""
     entries = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
     position = 0
     for name, shape, dtype, _ in entries:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.size
@@ -50,29 +50,8 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, dtype, load in entries:
             data = to_bytes(load().astype(dtype))
-            file.write(data)
+            file.write(data.data)
             progress(len(data))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def tensor_checksums(path: Path) -> dict[str, int]:
-    """CRC-32 of every tensor of a safetensors file, and of its header under the empty name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length)
-        sums = {"": zlib.crc32(text, zlib.crc32(length.to_bytes(8, "little")))}
-        entries = [(k, v) for k, v in json.loads(text).items() if k != "__metadata__"]
-        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
-            file.seek(8 + length + entry["data_offsets"][0])
-            left = entry["data_offsets"][1] - entry["data_offsets"][0]
-            crc = 0
-            while left:
-                block = file.read(min(left, 1 << 22))
-                if not block:
-                    raise EOFError(f"{path} ends inside {name}")
-                crc = zlib.crc32(block, crc)
-                left -= len(block)
-            sums[name] = crc
-    return sums

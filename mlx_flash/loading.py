@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,15 +21,16 @@ import mlx.core as mx
 from .errors import (
     CheckpointError,
     ConversionError,
+    CorruptStoreError,
     MissingTensorError,
     StoreError,
     UnsupportedModelError,
     UsageError,
 )
 from .flash.files import VERSION, Manifest, is_store, read_manifest
-from .flash.reader import Reader, UnitFile
+from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
-from .flash.system import available_memory_bytes, current_memory_bytes
+from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
 from .layers.neurons import StreamedNeurons
 from .layers.predictors import KINDS, ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .plan import (
@@ -45,7 +47,10 @@ from .plan import (
 DEFAULT_CONTEXT = 2048
 DEFAULT_THREADS = 16
 PREDICTORS = ("auto", "none", "exact", *KINDS)
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
+HUB_PATTERNS = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"),
+    *(Manifest.neurons_file, Manifest.neurons_checksums_file),  # of a repository that holds a store
+]
 
 
 @dataclass
@@ -83,7 +88,12 @@ def find_checkpoint(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
@@ -93,7 +103,11 @@ def find_checkpoint(model: str) -> Path:
         raise UsageError(f"there is neither a folder nor a Hugging Face repository {model}.") from None
     except LocalEntryNotFoundError:
         raise ConversionError(f"{model} is no local folder, and the Hub cannot be reached. Are you online?") from None
-    except (HfHubHTTPError, OSError) as error:
+    except HFValidationError:
+        raise UsageError(
+            f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either."
+        ) from None
+    except Exception as error:  # its own, its HTTP library's, the disk's: a dozen unrelated kinds
         raise ConversionError(f"downloading {model} failed: {error}. Run the same command again to go on.") from None
 
 
@@ -117,14 +131,15 @@ def find_store(model: str | None, say: Callable[[str], None] = lambda _: None) -
         return source
     if not (source / "config.json").is_file():
         raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
-    weights = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin"))
-    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]
+    # What ends up in the store: also a tokenizer that was added after a first try.
+    parts = sorted(p for p in source.iterdir() if any(p.match(pattern) for pattern in HUB_PATTERNS))
+    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
     name = "demo" if model is None else source.resolve().name
     target = cache_folder() / f"{name}-{identity}"
     if is_store(target):
         return target
-    _convert_into_cache(source, target, sum(p.stat().st_size for p in weights), say)
+    _convert_into_cache(source, target, sum(size for _, size, _ in state), say)
     return target
 
 
@@ -143,7 +158,7 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
         raise ConversionError(
             f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
         ) from None
-    with lock:
+    try:
         if is_store(target):
             return
         say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
@@ -151,6 +166,8 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
         code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         if code:
             raise ConversionError(f"{source} could not be converted (see above).")
+    finally:
+        lock.release()  # `with lock` would acquire it a second time, and let go of one
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -174,7 +191,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(names)}).")
     try:
         return load_mlx_lm_tokenizer(folder, eos_token_ids=(config or {}).get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises plain ones
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
@@ -216,20 +233,36 @@ def load(
     budget = None if memory is None else parse_memory(memory)
     folder = find_store(None if path is None else os.fspath(path), say)
     manifest = read_manifest(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder)
     kind = manifest.default_predictor if predictor == "auto" else predictor
     if kind in KINDS and kind not in manifest.predictors:
         have = ", ".join(["none", "exact", *manifest.predictors])
         raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
     tokenizer = load_tokenizer(folder, config)
     model_class, args_class = model_classes(config)
-    args = args_class.from_dict(config)
+    try:
+        args = args_class.from_dict(config)
+    except (TypeError, ValueError) as error:
+        raise CorruptStoreError(f"{folder / 'config.json'}: {error}. Convert the checkpoint again.") from None
     context = min(context, getattr(args, "max_position_embeddings", context))
+    _check_compiler(say)
     mx.set_cache_limit(MLX_CACHE_BYTES)
     model = model_class(args)
-    plan = _plan(model, args, manifest, kind, folder, budget, context)
+    if len(model.layers) != manifest.layout.layers:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
+            f"{manifest.layout.layers}. Convert the checkpoint again."
+        )
+    plan = _plan(model, args, manifest, kind, folder, budget, context, threads)
     say(plan.describe())
     return _build(model, manifest, plan, kind, folder, window, threads, io, say), tokenizer
+
+
+def _check_compiler(say: Callable[[str], None]) -> None:
+    """`mx.compile` on the CPU backend runs g++; where there is none, compile is switched off."""
+    if mx.default_device() == mx.cpu and shutil.which("g++") is None:
+        mx.disable_compile()
+        say("note: there is no g++ here, so mx.compile is off (on Debian or Ubuntu: apt-get install g++)")
 
 
 def _check_arguments(predictor: str, window: int | None, threads: int, context: int, io: str) -> None:
@@ -245,21 +278,46 @@ def _check_arguments(predictor: str, window: int | None, threads: int, context: 
         raise UsageError(f"io is {io!r}, expected 'direct' or 'buffered'.")
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    from mlx_lm.utils import load_config
+
+    try:
+        return load_config(folder)
+    except (OSError, ValueError) as error:
+        raise CorruptStoreError(f"{folder / 'config.json'}: {error}. Convert the checkpoint again.") from None
+
+
 def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
     """What a slot holds: the exact predictor has the up rows resident already."""
     return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
 
 
 def _predictor_tensors(folder: Path, kind: str) -> dict[str, mx.array]:
-    """Not yet read."""
-    return dict(mx.load(str(folder / Manifest.predictor_file(kind)))) if kind in KINDS else {}  # type: ignore[arg-type]
+    return _tensors(folder / Manifest.predictor_file(kind)) if kind in KINDS else {}
+
+
+def _tensors(path: Path) -> dict[str, mx.array]:
+    """Not yet read. Raises StoreError."""
+    try:
+        return dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
 
 
 def _is_coded(tensor: mx.array) -> bool:
     return not mx.issubdtype(tensor.dtype, mx.floating)
 
 
-def _plan(model: Any, args: Any, manifest: Manifest, kind: str, folder: Path, budget: int | None, context: int) -> Plan:
+def _plan(
+    model: Any,
+    args: Any,
+    manifest: Manifest,
+    kind: str,
+    folder: Path,
+    budget: int | None,
+    context: int,
+    threads: int,
+) -> Plan:
     from mlx.utils import tree_flatten
 
     layout = manifest.layout
@@ -277,6 +335,9 @@ def _plan(model: Any, args: Any, manifest: Manifest, kind: str, folder: Path, bu
     workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=not on_cpu)
     if kind == "exact":
         workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
+    part_offset, slot_bytes = layout.part_range(_slot_parts(manifest, kind))
+    if (part_offset | slot_bytes) % READ_ALIGNMENT:
+        workspace += threads * BOUNCE_BYTES_PER_THREAD
     demand = Demand(
         process=current_memory_bytes() + PROCESS_MARGIN_BYTES,
         resident=resident,
@@ -284,7 +345,6 @@ def _plan(model: Any, args: Any, manifest: Manifest, kind: str, folder: Path, bu
         kv_cache=kv_cache_bytes(layout.layers, layout.width, context, item_bytes),
         workspace=workspace,
     )
-    slot_bytes = layout.part_range(_slot_parts(manifest, kind))[1]
     return make_plan(demand, layout, slot_bytes, budget, available_memory_bytes(), context, selects=kind != "none")
 
 
@@ -315,7 +375,7 @@ def _build(
     tensors = _predictor_tensors(folder, kind)
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in KINDS and index not in manifest.all_neurons_layers):
-            layer.mlp.set_predictor(_make_predictor(kind, index, manifest, tensors, layer.mlp, dtype))
+            layer.mlp.predictor = _make_predictor(kind, index, manifest, tensors, layer.mlp, dtype)
     model.flash = Runtime(plan, manifest, streamer, kind)
     return model
 
@@ -326,10 +386,7 @@ def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
     from tqdm import tqdm
 
     path = folder / Manifest.resident_file
-    try:
-        stored: dict[str, mx.array] = dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
+    stored = _tensors(path)
     wanted = dict(tree_flatten(model.parameters()))
     for name, parameter in wanted.items():
         if name not in stored:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .errors import BudgetError, UsageError
 from .flash.files import ITEM_BYTES, NeuronLayout, round_up
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 PROCESS_MARGIN_BYTES = 48 << 20  # what the interpreter still grows after the plan is made
+RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
 PREFILL_TOKENS = 512  # prompt tokens computed at once by our own functions
@@ -19,15 +21,17 @@ FLOAT32_BYTES = 4
 
 
 def parse_memory(text: str | int) -> int:
-    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB" or a plain number of bytes. Raises UsageError."""
+    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB", or of an int, which is bytes already. Raises UsageError."""
     if isinstance(text, int):
+        if text < 0:
+            raise UsageError(f"memory is {text} bytes, expected a positive number.")
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].upper() if match else ""
     unit += "B" if unit in ("K", "M", "G") else ""
     if match is None or unit not in UNITS:
         raise UsageError(f"memory is {text!r}, expected a number with a unit, such as 6GB, 500MB or 6GiB.")
-    return int(float(match[1]) * UNITS[unit])
+    return int(Decimal(match[1]) * UNITS[unit])
 
 
 @dataclass(frozen=True)
@@ -130,14 +134,14 @@ def make_plan(
         source = f"--memory is {budget / 1e9:.3f} GB"
         refused = budget < smallest
     if refused:
-        # Rounded up, so that the figure can be typed back.
-        smallest_mb = -(-smallest // 10**6)
+        # Rounded up, so that the figure can be typed back and is enough in another process too.
+        smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
         raise BudgetError(
             f"{source}; the smallest that would do is {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
             f"{demand.workspace / 1e6:.0f} MB work space). Close other programs, give more, or lower --context.",
-            smallest,
+            smallest_mb * 10**6,
         )
     slots = min(layout.blocks, (budget - demand.total) // (layout.layers * slot_bytes))
     return Plan(budget, demand, layout.layers, layout.blocks, layout.neurons_per_block, slots, slot_bytes, context)

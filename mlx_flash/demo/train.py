@@ -303,7 +303,61 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     model.half().float()  # measured as it is shipped: rounded to float16
     loss_value, by_layer = evaluate(model, meter, held_out_tokens, recipe.context)
     model.half().save_pretrained(output)
-    return {"tokens": len(tokens), "held_out_loss": loss_value, "density_by_layer": by_layer}
+    return {
+        "books": len(books),
+        "tokens": len(tokens),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out_tokens": len(held_out_tokens),
+        "held_out_characters": len(held_out),
+        "held_out_loss": loss_value,
+        "bits_per_character": loss_value * len(held_out_tokens) / len(held_out) / math.log(2),
+        "density_by_layer": by_layer,
+    }
+
+
+def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
+    """The model card, from what was measured."""
+    density = figures["density_by_layer"]
+    epochs = recipe.steps * recipe.batch * (recipe.context - 1) / figures["tokens"]
+    loss = figures["held_out_loss"]
+    rows = {
+        "data": f"{figures['books']} public-domain English novels and collections of tales, {figures['tokens']:,} "
+        "tokens; the texts are not included",
+        "size": f"{figures['parameters'] / 1e6:.2f} million parameters in float16: {recipe.layers} layers, width "
+        f"{recipe.hidden_size}, {recipe.ffn_size} FFN neurons per layer, {recipe.heads} heads, "
+        f"{recipe.context} positions",
+        "tokenizer": f"SentencePiece unigram, {recipe.vocab_size} pieces with byte fallback, trained on the same text; "
+        "white space of any kind counts as one space",
+        "training": f"{recipe.steps} steps of {recipe.batch} x {recipe.context} tokens ({epochs:.1f} epochs), AdamW, "
+        f"bfloat16, seed {recipe.seed}: `mlx_flash/demo/train.py`",
+        "held-out text": f"{held_out_name}: {figures['held_out_tokens']:,} tokens, "
+        f"{figures['held_out_characters']:,} characters",
+        "held-out loss": f"{loss:.4f} nats per token, that is perplexity {math.exp(loss):.2f} per token and "
+        f"{figures['bits_per_character']:.3f} bits per character",
+        "FFN activations exactly zero": f"{1 - sum(density) / len(density):.1%} on the held-out text",
+        "licence": "MIT, as the project; the texts are in the public domain",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    layers = "\n".join(f"| {layer} | {1 - share:.1%} |" for layer, share in enumerate(density))
+    return f"""# The demo model of mlx_flash
+
+A small OPT (`model_type: opt`, ReLU) that continues English prose in the manner of the nineteenth century. It exists so
+that everything in this project can be tried, tested and measured without a download; it knows nothing and follows no
+instructions.
+
+| | |
+|---|---|
+{table}
+
+Share of FFN activations that are exactly zero on the held-out text, by layer:
+
+| layer | zero |
+|---|---|
+{layers}
+
+The sparsity comes from an L1 penalty on the activations that sets in after {recipe.sparsity_start:.0%} of the steps and
+is steered towards {recipe.target_density:.0%} active neurons on the training text.
+"""
 
 
 def main() -> None:
@@ -315,7 +369,9 @@ def main() -> None:
     arguments = parser.parse_args()
     books = read_books(arguments.corpus)
     held_out = arguments.held_out.read_text(encoding="utf-8")
-    figures = train(Recipe(steps=arguments.steps), books, held_out, arguments.output)
+    recipe = Recipe(steps=arguments.steps)
+    figures = train(recipe, books, held_out, arguments.output)
+    (arguments.output / "README.md").write_text(card(recipe, figures, arguments.held_out.stem), encoding="utf-8")
     print(json.dumps(figures))
 
 

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import (
     CorruptStoreError,
     NewerFormatError,
     NotAStoreError,
     OlderFormatError,
+    StoreError,
     TruncatedStoreError,
 )
 
@@ -28,6 +27,9 @@ MAX_MANIFEST_BYTES = 64 << 20
 ALIGNMENT = 4096  # every block begins and ends on a multiple of it
 LAYER_ALIGNMENT = 16384  # every layer begins on a multiple of it (a page of Apple silicon)
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PARTS = (("up", "down"), ("gate", "up", "down"))
+CHECKSUM_BYTES = 4  # a CRC-32
+AGAIN = "Convert the checkpoint again: `python -m mlx_flash.convert --model ... --output ... --overwrite`."
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -109,15 +111,17 @@ class NeuronLayout:
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dtype", "parts")}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
-                return f"{name} is {value!r}"
+                return f"{name} is {value!r:.80}"
         if self.dtype not in ITEM_BYTES:
-            return f"dtype is {self.dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
-        if not self.parts or len(set(self.parts)) != len(self.parts):
-            return f"parts are {self.parts!r}"
+            return f"dtype is {self.dtype!r:.80}, expected one of {', '.join(ITEM_BYTES)}"
+        if self.parts not in PARTS:
+            return f"parts are {self.parts!r:.80}"
         if self.block_bytes % ALIGNMENT or self.block_bytes < self.neurons_per_block * self.bundle_bytes:
             return f"block_bytes is {self.block_bytes} for {self.neurons_per_block} x {self.bundle_bytes} bytes"
         if self.piece_neurons % self.neurons_per_block:
             return f"piece_neurons is {self.piece_neurons}, no multiple of {self.neurons_per_block}"
+        if self.neurons_per_block > self.neurons or self.piece_blocks > self.blocks:
+            return f"a block has {self.neurons_per_block} neurons, a piece {self.piece_neurons}, a layer {self.neurons}"
         return None
 
 
@@ -148,6 +152,39 @@ class Manifest:
     def predictor_file(kind: str) -> str:
         return f"predictor-{kind}.safetensors"
 
+    def problem(self) -> str | None:
+        """What is wrong with these fields, whatever their types (a manifest may lie), or None; the layout is sound."""
+        layout = self.layout
+        if type(self.model_type) is not str or type(self.source) is not dict:
+            return "model_type or source has the wrong type"
+        if self.resident_dtype not in ITEM_BYTES:
+            return f"resident_dtype is {self.resident_dtype!r:.80}"
+        if not _is_count(self.decode_tokens, 1):
+            return f"decode_tokens is {self.decode_tokens!r:.80}"
+        chosen = self.all_neurons_layers
+        if not all(_is_count(i) for i in chosen) or list(chosen) != sorted({i for i in chosen if i < layout.layers}):
+            return f"all_neurons_layers is {list(chosen)!r:.80}"
+        if self.default_predictor not in self.predictors:
+            return f"default_predictor is {self.default_predictor!r:.80}"
+        for kind, report in self.predictors.items():
+            if problem := _predictor_problem(kind, report, layout.layers):
+                return problem
+        for name, entry in self.files.items():
+            if problem := _file_problem(name, entry):
+                return problem
+        required = ["config.json", self.neurons_file, self.neurons_checksums_file, self.resident_file]
+        for name in required + [self.predictor_file(kind) for kind in self.predictors]:
+            if name not in self.files:
+                return f"files lacks {name}"
+        sizes = {
+            self.neurons_file: layout.file_bytes,
+            self.neurons_checksums_file: layout.layers * layout.blocks * CHECKSUM_BYTES,
+        }
+        for name, size in sizes.items():
+            if self.files[name]["bytes"] != size:
+                return f"{name} has {self.files[name]['bytes']} bytes where the layout needs {size}"
+        return None
+
 
 def _digest(body: dict[str, Any]) -> str:
     """SHA-256 over the manifest without its own checksum, in canonical JSON."""
@@ -162,71 +199,98 @@ def is_store(folder: Path) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks a store's manifest, and that the files it names are there in full size.
 
-    Raises NotAStoreError, NewerFormatError, OlderFormatError, CorruptStoreError or TruncatedStoreError.
+    Raises NotAStoreError, NewerFormatError, OlderFormatError, CorruptStoreError, TruncatedStoreError, or
+    StoreError for what the system cannot read.
     """
+    manifest = parse_manifest(folder)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        expected = entry["bytes"]
+        if not file.is_file():
+            raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {AGAIN}")
+        if (found := file.stat().st_size) != expected:
+            raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {AGAIN}")
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """`read_manifest` without a look at the other files."""
     path = folder / MANIFEST
     if not path.is_file():
         raise NotAStoreError(
             f"{folder} has no {MANIFEST}: it is no store. Make one with `python -m mlx_flash.convert`."
         )
-    again = "Convert the checkpoint again: `python -m mlx_flash.convert --model ... --output ... --overwrite`."
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CorruptStoreError(
-            f"{path} has {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}. {again}"
-        )
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptStoreError(f"{path} is not valid JSON ({error}). {again}") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("version"), int):
-        raise CorruptStoreError(f"{path} is not the manifest of an mlx_flash store. {again}")
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}.") from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CorruptStoreError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes. {AGAIN}")
+    try:
+        body = json.loads(text)
+        checksum = _digest(body) if isinstance(body, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} is not valid JSON ({error}). {AGAIN}") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT or type(body.get("version")) is not int:
+        raise CorruptStoreError(f"{path} is not the manifest of an mlx_flash store. {AGAIN}")
     if body["version"] > VERSION:
         raise NewerFormatError(
             f"{folder} has format version {body['version']}, this mlx_flash reads version {VERSION}. "
             "Upgrade mlx_flash: `pip install -U mlx-flash-runtime`."
         )
     if body["version"] < VERSION:
-        raise OlderFormatError(f"{folder} has format version {body['version']}, expected {VERSION}. {again}")
-    if body.pop("checksum", None) != _digest(body):
-        raise CorruptStoreError(f"{path} does not match its own checksum. {again}")
-    manifest = _parse(body, path, again)
-    for name, entry in manifest.files.items():
-        file = folder / name
-        expected = entry["bytes"]
-        if not file.is_file():
-            raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {again}")
-        if (found := file.stat().st_size) != expected:
-            raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {again}")
-    return manifest
+        raise OlderFormatError(f"{folder} has format version {body['version']}, expected {VERSION}. {AGAIN}")
+    if body.pop("checksum", None) != checksum:
+        raise CorruptStoreError(f"{path} does not match its own checksum. {AGAIN}")
+    return _parse(body, path)
 
 
-def _parse(body: dict[str, Any], path: Path, again: str) -> Manifest:
+def _parse(body: dict[str, Any], path: Path) -> Manifest:
     try:
         numbers = dict(body["layout"])
         layout = NeuronLayout(**{**numbers, "parts": tuple(numbers["parts"])})
-        problem = layout.problem()
         kept = {f.name: body[f.name] for f in fields(Manifest)}
         manifest = Manifest(**{**kept, "layout": layout, "all_neurons_layers": tuple(kept["all_neurons_layers"])})
-        for name, entry in manifest.files.items():
-            if Path(name).name != name or not isinstance(entry["bytes"], int):
-                problem = problem or f"a file entry {name!r}"
-        if manifest.files[Manifest.neurons_file]["bytes"] != layout.file_bytes:
-            problem = problem or f"{Manifest.neurons_file} has {manifest.files[Manifest.neurons_file]['bytes']} bytes"
+        problem = layout.problem() or manifest.problem()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptStoreError(
-            f"{path} lacks or misstates a field ({type(error).__name__}: {error}). {again}"
+            f"{path} lacks or misstates a field ({type(error).__name__}: {error}). {AGAIN}"
         ) from None
     if problem:
-        raise CorruptStoreError(f"{path} contradicts itself: {problem}. {again}")
+        raise CorruptStoreError(f"{path} contradicts itself: {problem}. {AGAIN}")
     return manifest
 
 
-def read_block_checksums(folder: Path, layout: NeuronLayout) -> np.ndarray:
-    """CRC-32 of every block: uint32 (layers, blocks)."""
-    table = np.fromfile(folder / Manifest.neurons_checksums_file, dtype="<u4")
-    if table.size != layout.layers * layout.blocks:
-        raise TruncatedStoreError(
-            f"{folder / Manifest.neurons_checksums_file} has {table.size} checksums, "
-            f"expected {layout.layers * layout.blocks}. Convert the checkpoint again."
-        )
-    return table.reshape(layout.layers, layout.blocks)
+def _is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 62
+
+
+def _file_problem(name: str, entry: Any) -> str | None:
+    """A name must stay inside the folder and be one that any file system takes."""
+    sound_name = name.isprintable() and not set(name) & set("/\\:") and name.strip(" .") and len(name.encode()) <= 255
+    if not sound_name or name == MANIFEST:
+        return f"a file is named {name!r}"
+    if not isinstance(entry, dict) or not _is_count(entry.get("bytes")):
+        return f"the size of {name} is {entry!r:.80}"
+    sums = {key: entry[key] for key in ("crc32", "sha256") if key in entry}
+    kind = None if name == Manifest.neurons_file else "crc32" if name.endswith(".safetensors") else "sha256"
+    sound = list(sums) == ([kind] if kind else [])
+    if kind == "crc32" and sound:
+        sound = isinstance(sums[kind], dict) and all(type(s) is int and 0 <= s < 1 << 32 for s in sums[kind].values())
+    if kind == "sha256" and sound:
+        sound = isinstance(sums[kind], str) and len(sums[kind]) == 64
+    return None if sound else f"the checksums of {name} are not what such a file has"
+
+
+def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
+    if not kind.isidentifier() or not kind.isascii() or not isinstance(report, dict):
+        return f"a predictor is {kind!r}"
+    for key in ("recall", "predicted", "active"):
+        values = report.get(key)
+        if not isinstance(values, list) or len(values) != layers or not all(type(v) in (int, float) for v in values):
+            return f"{key} of predictor {kind} is not one number per layer"
+    for key in ("bytes", *(key for key in ("bits", "group_size") if key in report)):
+        if not _is_count(report.get(key)):
+            return f"{key} of predictor {kind} is {report.get(key)!r:.80}"
+    return None

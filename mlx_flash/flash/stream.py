@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -133,16 +133,13 @@ class LayerStream:
     # -- decoding: the selected neurons ---------------------------------------------------------------------
 
     def begin(self, ids: np.ndarray) -> None:
-        """A token (or a few) needs neurons `ids`, ascending: counts hits and protects them from eviction."""
+        """A token (or a few) needs neurons `ids`, ascending: they are the last to be evicted."""
         began = time.perf_counter()
-        blocks = self._blocks_of(ids)
-        hits = self.cache.tick(blocks)
-        self.shared.counters.hits += hits
-        self.shared.counters.misses += len(blocks) - hits
+        self.cache.tick(self._blocks_of(ids))
         self.shared.counters.manage_s += time.perf_counter() - began
 
     def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
-        """Rows of neurons `ids` (ascending), read if they are missing: one (n, width) array per part.
+        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part.
 
         Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
         """
@@ -171,6 +168,8 @@ class LayerStream:
     def _fetch(self, blocks: np.ndarray) -> None:
         began = time.perf_counter()
         missing, targets = self.cache.reserve(blocks)
+        self.shared.counters.hits += len(blocks) - len(missing)
+        self.shared.counters.misses += len(missing)
         if not len(missing):
             self.shared.counters.manage_s += time.perf_counter() - began
             return
@@ -188,7 +187,7 @@ class LayerStream:
 
     # -- prompts: every neuron in turn ----------------------------------------------------------------------
 
-    def pieces(self) -> Iterator[tuple[int, int, tuple[mx.array, ...]]]:
+    def pieces(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
         """All neurons in pieces of a fixed size: (start, stop, rows of each part).
 
         The next piece is read while the caller works on this one. The caller must have evaluated what it
@@ -210,7 +209,7 @@ class LayerStream:
                     self._abandon(ready)
                 raise
 
-    def whole_bundles(self) -> Iterator[tuple[int, int, tuple[mx.array, ...]]]:
+    def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
         """Like `pieces`, with every part and past the slots."""
         return LayerStream(self.shared, self.layer, 0, self.layout.parts).pieces()
 
@@ -221,7 +220,6 @@ class LayerStream:
         first = start // layout.neurons_per_block
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
-        counters.hits += len(blocks) - absent
         if absent <= self.cache.free and self.rows is not None:
             self._settle()
             missing, targets = self.cache.reserve(blocks)
@@ -229,7 +227,8 @@ class LayerStream:
             places = self.cache.slot_of[blocks].copy()
             places[places < 0] = targets
             piece = _Piece(start, stop, self.rows, places, ticket, missing, targets)
-            counters.misses += len(missing)
+            counters.hits += len(blocks) - absent
+            counters.misses += absent
         else:
             which = first // layout.piece_blocks % 2
             begin = self.layer * layout.layer_bytes + first * layout.block_bytes
@@ -238,7 +237,7 @@ class LayerStream:
             addresses = offsets - begin + self.shared.scratch[which].address
             ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
             piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
-            counters.misses += absent
+            counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
         counters.manage_s += time.perf_counter() - began
         return piece
 

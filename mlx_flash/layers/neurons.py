@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -27,10 +29,7 @@ class StreamedNeurons(nn.Module):
             self.down_bias = mx.zeros((layout.width,))
         self._stream = stream
         self._decode_tokens = decode_tokens
-        self._predictor: Predictor | None = None
-
-    def set_predictor(self, predictor: Predictor) -> None:
-        self._predictor = predictor
+        self.predictor: Predictor | None = None
 
     def resident_up(self, dtype: mx.Dtype) -> mx.array:
         """This layer's up projection (F, D), read from the store."""
@@ -38,30 +37,34 @@ class StreamedNeurons(nn.Module):
         for _, _, (up, *_) in self._stream.whole_bundles():
             rows.append(up.astype(dtype))
             mx.eval(rows)
-        return mx.concatenate(rows)
+        up = mx.concatenate(rows)
+        mx.eval(up)  # here: another thread, as a server has, could not
+        return up
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        if self._predictor is None or x.shape[1] > self._decode_tokens:
+        if self.predictor is None or x.shape[1] > self._decode_tokens:
             y = self._all(flat)
         else:
-            y = self._selected(flat, self._predictor)
+            y = self._selected(flat, self.predictor)
         if "down_bias" in self:
             y = y + self.down_bias
         return y.reshape(x.shape)
 
     def _all(self, x: mx.array) -> mx.array:
         y = mx.zeros_like(x)
-        for start, stop, rows in self._stream.pieces():
-            if isinstance(self._predictor, ExactPredictor):
-                up, (down,) = self._predictor.up[start:stop], rows
-            else:
-                up, down = rows
-            h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
-            if "up_bias" in self:
-                h = h + self.up_bias[start:stop]
-            y = y + mx.maximum(h, 0) @ down.astype(x.dtype)  # (N, n) @ (n, D)
-            mx.eval(y)
+        # Closed here: after an exception a traceback would keep the generator, and its read would stay in flight.
+        with closing(self._stream.pieces()) as pieces:
+            for start, stop, rows in pieces:
+                if isinstance(self.predictor, ExactPredictor):
+                    up, (down,) = self.predictor.up[start:stop], rows
+                else:
+                    up, down = rows
+                h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
+                if "up_bias" in self:
+                    h = h + self.up_bias[start:stop]
+                y = y + mx.maximum(h, 0) @ down.astype(x.dtype)  # (N, n) @ (n, D)
+                mx.eval(y)
         return y
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:

@@ -1,0 +1,62 @@
+"""A Linux memory cgroup around a command: the kernel kills what goes over the limit. Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_flash.errors import UsageError
+
+V1 = Path("/sys/fs/cgroup/memory")
+V2 = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A cgroup (v1 or v2) with a memory limit, without swap."""
+
+    folder: Path
+    v1: bool
+
+    def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """Runs a command inside; its standard output is returned, its standard error is shown."""
+
+        def enter() -> None:
+            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+
+    def peak_bytes(self) -> int:
+        """The most it ever used: anonymous memory and page cache together."""
+        return int((self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")).read_text())
+
+    def kills(self) -> int:
+        """How many processes the kernel killed for memory."""
+        text = (self.folder / ("memory.oom_control" if self.v1 else "memory.events")).read_text()
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")))
+
+
+@contextlib.contextmanager
+def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
+    """Makes a group and removes it. Raises UsageError where that is not possible."""
+    v1 = (V1 / "memory.limit_in_bytes").exists()
+    folder = (V1 if v1 else V2) / f"mlx_flash-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit_bytes))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise UsageError(f"no memory cgroup can be made here ({error}); this needs Linux and root.") from None
+    with contextlib.suppress(OSError):  # absent where swap is not accounted
+        (folder / ("memory.memsw.limit_in_bytes" if v1 else "memory.swap.max")).write_text(
+            str(limit_bytes if v1 else 0)
+        )
+    try:
+        yield MemoryGroup(folder, v1)
+    finally:
+        folder.rmdir()

@@ -1,0 +1,120 @@
+"""Predictors compared on held-out text: recall, how much they choose, bytes, time, perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.errors import UsageError
+from mlx_flash.layers.predictors import KINDS, ExactPredictor, Predictor
+
+from .score import score
+
+
+class Audit:
+    """A predictor that is also compared with the truth: who was active, who was chosen, who was both."""
+
+    def __init__(self, inner: Predictor, truth: Predictor) -> None:
+        self.inner, self.truth = inner, truth
+        self.counts = np.zeros(4, np.int64)  # active, chosen, both, all
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        chosen, activations = self.inner(x)
+        active, _ = self.truth(x)
+        sums = (active.sum(), chosen.sum(), mx.logical_and(active, chosen).sum())
+        self.counts += [*(int(s.item()) for s in sums), active.size]  # type: ignore[arg-type]
+        return chosen, activations
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="store, checkpoint or id (default: the packaged demo model)")
+    parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
+    parser.add_argument("--tokens", type=int, default=0, help="score only the first N tokens (default: all)")
+    parser.add_argument("--kinds", default="none,exact,lowrank,shadow", help="which (default: %(default)s)")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --text {arguments.text}: {error}") from None
+    rows = [measure(arguments.model, kind, text, arguments.tokens) for kind in arguments.kinds.split(",")]
+    print(
+        f"{'predictor':<10}{'recall':>8}{'active':>8}{'chosen':>8}{'ratio':>7}{'MB':>8}{'ms/token':>10}{'perplexity':>12}"
+    )
+    for row in rows:
+        shares = "".join(f"{row[key]:>8.2%}" if key in row else f"{'-':>8}" for key in ("recall", "active", "chosen"))
+        ratio = f"{row['chosen'] / row['active']:>7.2f}" if "chosen" in row else f"{'-':>7}"
+        print(
+            f"{row['predictor']:<10}{shares}{ratio}{row['bytes'] / 1e6:>8.2f}{row['ms_per_token']:>10.2f}"
+            f"{row['perplexity']:>12.3f} ({row['perplexity'] / rows[0]['perplexity'] - 1:+.2%})"
+        )
+    print(json.dumps({"command": "predictors", "text": arguments.text.name, "rows": rows}))
+
+
+def measure(model_path: str | None, kind: str, text: str, tokens: int) -> dict[str, Any]:
+    """One predictor's row. Recall and shares are of neurons, over all layers and scored tokens."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_flash.loading import load
+
+    model, tokenizer = load(model_path, predictor=kind)
+    ids = list(tokenizer.encode(text, add_special_tokens=False))[: tokens or None]
+    prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    seconds = seconds_per_token(model, prefix + ids[:128])
+    audits = [audit(layer.mlp) for layer in model.layers if kind in KINDS and layer.mlp.predictor is not None]
+    with tqdm(total=len(ids), desc=kind, unit="token", dynamic_ncols=True) as bar:
+        result = score(
+            model,
+            lambda: make_prompt_cache(model),
+            ids,
+            prefix,
+            model.flash.plan.context,
+            model.flash.manifest.decode_tokens,
+            bar.update,
+        )
+    row: dict[str, Any] = {
+        "predictor": kind,
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        "bytes": model.flash.plan.demand.predictors,
+        "ms_per_token": seconds * 1e3,
+    }
+    if audits:
+        counts = np.array([a.counts for a in audits])
+        active, chosen, both, everything = counts.sum(axis=0).tolist()
+        row |= {"recall": both / active, "active": active / everything, "chosen": chosen / everything}
+        row["active_by_layer"] = (counts[:, 0] / counts[:, 3]).round(4).tolist()
+        row["chosen_by_layer"] = (counts[:, 1] / counts[:, 3]).round(4).tolist()
+    model.flash.close()
+    return row
+
+
+def audit(mlp: Any) -> Audit:
+    """Puts an Audit in the place of a layer's predictor."""
+    truth = ExactPredictor(mlp.resident_up(mx.float32), mlp.up_bias if "up_bias" in mlp else None)
+    result = Audit(mlp.predictor, truth)
+    mlp.predictor = result
+    return result
+
+
+def seconds_per_token(model: Any, ids: list[int]) -> float:
+    """Median time of a decoded token with everything in its slots: the second of two equal passes is timed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    times = []
+    for timed in (False, True):
+        cache = make_prompt_cache(model)
+        for token in ids:
+            began = time.perf_counter()
+            mx.eval(model(mx.array([[token]]), cache=cache))
+            if timed:
+                times.append(time.perf_counter() - began)
+    return float(np.median(times))

@@ -1,0 +1,91 @@
+"""Writes a random checkpoint of OPT's shapes, sparse like the real ones, to measure memory and speed with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.convert.tensors import write_safetensors
+from mlx_flash.errors import UsageError
+from mlx_flash.loading import demo_folder
+
+# hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
+SHAPES = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32)}
+VOCABULARY = 50272
+POSITIONS = 2048
+FFN_BIAS = -1.65  # with pre-activations of unit spread: about one neuron in twenty is active
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if (arguments.output / "config.json").exists():
+        raise UsageError(f"{arguments.output} holds a checkpoint already. Choose another --output.")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(arguments.output, arguments.shape, arguments.seed)
+    print(json.dumps({"command": "random-checkpoint", "shape": arguments.shape, "seed": arguments.seed}))
+
+
+def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
+    """float16, one tensor in memory at a time; the demo model's tokenizer, so that text goes in and out."""
+    hidden, layers, heads = SHAPES[shape]
+    tensors = {
+        "model.decoder.embed_tokens.weight": ((VOCABULARY, hidden), 1.0, 0.0),
+        "model.decoder.embed_positions.weight": ((POSITIONS + 2, hidden), 0.1, 0.0),
+        "model.decoder.final_layer_norm.weight": ((hidden,), 0.0, 1.0),
+        "model.decoder.final_layer_norm.bias": ((hidden,), 0.0, 0.0),
+    }
+    for i in range(layers):
+        layer = f"model.decoder.layers.{i}."
+        for name in ("q", "k", "v", "out"):
+            tensors[f"{layer}self_attn.{name}_proj.weight"] = ((hidden, hidden), hidden**-0.5, 0.0)
+            tensors[f"{layer}self_attn.{name}_proj.bias"] = ((hidden,), 0.02, 0.0)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            tensors[f"{layer}{name}.weight"] = ((hidden,), 0.0, 1.0)
+            tensors[f"{layer}{name}.bias"] = ((hidden,), 0.0, 0.0)
+        tensors[f"{layer}fc1.weight"] = ((4 * hidden, hidden), hidden**-0.5, 0.0)
+        tensors[f"{layer}fc1.bias"] = ((4 * hidden,), 0.0, FFN_BIAS)
+        tensors[f"{layer}fc2.weight"] = ((hidden, 4 * hidden), (4 * hidden) ** -0.5, 0.0)
+        tensors[f"{layer}fc2.bias"] = ((hidden,), 0.02, 0.0)
+    sizes = [int(np.prod(s)) * 2 for s, _, _ in tensors.values()]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
+        write_safetensors(
+            folder / "model.safetensors",
+            (
+                (name, dims, mx.float16, lambda i=i, d=dims, s=spread, m=mean: _normal(seed + i, d, s, m))  # type: ignore[misc]
+                for i, (name, (dims, spread, mean)) in enumerate(tensors.items())
+            ),
+            bar.update,
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_folder() / name, folder / name)
+    config = {
+        "model_type": "opt",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "num_hidden_layers": layers,
+        "ffn_dim": 4 * hidden,
+        "num_attention_heads": heads,
+        "max_position_embeddings": POSITIONS,
+        "activation_function": "relu",
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _normal(seed: int, shape: tuple[int, ...], spread: float, mean: float) -> mx.array:
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return mx.array((values * np.float32(spread) + np.float32(mean)).astype(np.float16))

@@ -1,0 +1,61 @@
+"""The folder a store is made in, and the renames at the end, such that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from mlx_flash.errors import UsageError
+from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
+
+RECORD = "conversion.json"  # in the partial folder: what it is a conversion of
+
+
+def is_our_store(folder: Path) -> bool:
+    """True for damaged ones, too; other programs also call a file manifest.json."""
+    path = folder / MANIFEST
+    return path.is_file() and ((folder / Manifest.neurons_file).exists() or FORMAT.encode() in path.read_bytes())
+
+
+def replaced_path(output: Path) -> Path:
+    """Where a store that is being replaced stands between two renames."""
+    return output.with_name(f".{output.name}.replaced")
+
+
+def recover(output: Path) -> None:
+    """Ends what a kill interrupted between two renames."""
+    replaced = replaced_path(output)
+    if replaced.is_dir():
+        if is_store(output):
+            shutil.rmtree(replaced)
+        elif not output.exists():
+            replaced.rename(output)
+    if is_store(output):
+        (output / RECORD).unlink(missing_ok=True)
+
+
+def refuse_to_replace(output: Path, source: Path, overwrite: bool) -> None:
+    """Raises UsageError for an output that must not go: anything but nothing, an empty folder or, if asked, a store."""
+    checkpoint = source.resolve()
+    if output == checkpoint or output in checkpoint.parents:
+        raise UsageError(f"--output {output} holds the checkpoint itself. Choose another --output.")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UsageError(f"--output {output} is a file. Choose another --output.")
+    if is_our_store(output):
+        if not overwrite:
+            raise UsageError(
+                f"{output} is already a complete store. Choose another --output, or replace it with --overwrite."
+            )
+    elif any(output.iterdir()):
+        raise UsageError(f"{output} is a folder with other files in it, and no store. Choose another --output.")
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""Fixtures: tiny checkpoints with a tokenizer, converted once per session, and stores that a test may change."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import make_checkpoint  # type: ignore[import-not-found]  # found beside this file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from mlx_flash import loading
+from mlx_flash.flash.files import MANIFEST, Manifest, parse_manifest, read_manifest
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_VARIANTS = ("opt-pre", "opt-350m-like", "opt-nobias")
+DTYPES = ("float32", "float16", "bfloat16")
+PREDICTORS = ("none", "exact", "lowrank", "shadow")
+PIECES = 3  # of a layer in these stores, and a shorter one
+EOS = 0
+
+
+def write_tokenizer(folder: Path, vocab: int = 96) -> None:
+    """A byte-level tokenizer of one token per character, which begins every text with </s>, as OPT's does."""
+    characters = (string.ascii_letters + "Ġ" + string.digits + string.punctuation)[: vocab - 1]
+    tokenizer = Tokenizer(models.BPE(vocab={"</s>": EOS, **{c: i + 1 for i, c in enumerate(characters)}}, merges=[]))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", EOS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "</s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    """Writes the store's manifest anew, with other fields, and the sizes of those of its files that are there."""
+    manifest = replace(parse_manifest(folder), **changes)
+    sizes = {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).exists()}
+    entries = {name: {**manifest.files[name], "bytes": size} for name, size in sizes.items()}
+    (folder / MANIFEST).write_text(replace(manifest, files=entries).to_json())
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint and the store made of it."""
+
+    checkpoint: Path
+    store: Path
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.store)
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        """The plain model in float32."""
+        config = json.loads((self.checkpoint / "config.json").read_text())
+        model_class, args_class = loading.model_classes(config)
+        model = model_class(args_class.from_dict(config))
+        weights: Any = mx.load(str(self.checkpoint / "model.safetensors"))
+        weights = model.sanitize({name: weight.astype(mx.float32) for name, weight in weights.items()})
+        model.load_weights(list(weights.items()), strict=True)
+        return model
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """What the store holds: float32 (layers, parts, neurons, width), read without the engine."""
+        layout = self.manifest.layout
+        per_block = (layout.layers, -1, layout.neurons_per_block * layout.bundle_bytes)
+        raw = np.fromfile(self.store / Manifest.neurons_file, np.uint8).reshape(layout.layers, layout.layer_bytes)
+        blocks = raw[:, : layout.blocks * layout.block_bytes].reshape(layout.layers, layout.blocks, -1)
+        typed = mx.array(blocks[:, :, : per_block[2]]).view(getattr(mx, layout.dtype)).astype(mx.float32)
+        rows = np.array(typed).reshape(layout.layers, layout.blocks, len(layout.parts), -1, layout.width)
+        rows = rows.transpose(0, 2, 1, 3, 4).reshape(layout.layers, len(layout.parts), -1, layout.width)
+        return rows[:, :, : layout.neurons]
+
+
+def make_tiny(folder: Path, checkpoint: Path, vocab: int) -> Tiny:
+    """Converts; then sets small pieces, and lets every layer select."""
+    from mlx_flash.convert.conversion import Settings, convert
+
+    write_tokenizer(checkpoint, vocab)
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=1024))
+    layout = read_manifest(folder / "store").layout
+    layout = replace(layout, piece_neurons=layout.blocks // PIECES * layout.neurons_per_block)
+    change_manifest(folder / "store", layout=layout, all_neurons_layers=())
+    return Tiny(checkpoint, folder / "store")
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """By dtype: random models that do not repeat themselves. By the name of a golden checkpoint: that one."""
+
+    @functools.cache
+    def make(name: str) -> Tiny:
+        folder = tmp_path_factory.mktemp(name)
+        checkpoint = folder / "checkpoint"
+        if name in GOLDEN_VARIANTS:
+            shutil.copytree(GOLDEN / name, checkpoint)
+            return make_tiny(folder, checkpoint, 64)
+        dtype = getattr(mx, name)
+        make_checkpoint(checkpoint, neurons=512, dtype=dtype, tie_word_embeddings=False)
+        weights: Any = mx.load(str(checkpoint / "model.safetensors"))
+        head = np.random.default_rng(1).standard_normal((96, 64), np.float32)
+        # Tied embeddings would make it say the same token for ever.
+        weights = {**weights, "lm_head.weight": mx.array(head).astype(dtype)}
+        mx.eval(weights)
+        mx.save_safetensors(str(checkpoint / "model.safetensors"), weights)
+        return make_tiny(folder, checkpoint, 96)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_of: Callable[[str], Tiny]) -> Tiny:
+    return tiny_of("float32")
+
+
+@pytest.fixture(scope="session")
+def store(tiny: Tiny) -> Path:
+    return tiny.store
+
+
+@pytest.fixture
+def own_store(store: Path, tmp_path: Path) -> Path:
+    """A store that the test may change."""
+    return Path(shutil.copytree(store, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(store: Path) -> Any:
+    return loading.load_tokenizer(store)
+
+
+@pytest.fixture
+def open_model() -> Iterator[Callable[..., Any]]:
+    """Loads the model of a store, without its tokenizer, with exactly `slots` blocks per layer (None: all)."""
+    opened: list[Any] = []
+
+    def open_store(store: Path, slots: int | None = None, predictor: str = "auto", **options: Any) -> Any:
+        real = loading.make_plan
+
+        def plan(*arguments: Any, **keywords: Any) -> Any:
+            made = real(*arguments, **keywords)
+            return replace(made, slots=made.blocks if slots is None else slots)
+
+        with patch.object(loading, "make_plan", plan), patch.object(loading, "load_tokenizer"):
+            model, _ = loading.load(store, predictor=predictor, **options)
+        opened.append(model)
+        return model
+
+    yield open_store
+    for model in opened:
+        model.flash.close()

@@ -1,0 +1,149 @@
+"""The slots' book-keeping against a model made of dictionaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mlx_flash.flash.cache import SlotCache
+
+
+def ids(*units: int) -> np.ndarray:
+    return np.array(units, np.int64)
+
+
+def put(cache: SlotCache, *units: int) -> tuple[list[int], list[int]]:
+    """One token that needs `units`, all of whose reads succeed. Returns what was read, and where to."""
+    cache.tick(ids(*units))
+    missing, slots = cache.reserve(ids(*units))
+    cache.commit(missing, slots)
+    return missing.tolist(), slots.tolist()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The naive model: which unit is in which slot, when each was last used, and what is on its way."""
+
+    @initialize(units=st.integers(1, 12), slots=st.integers(0, 14), window=st.none() | st.integers(1, 4))
+    def create(self, units: int, slots: int, window: int | None) -> None:
+        self.cache = SlotCache(units, slots, window)
+        self.units, self.slots, self.window = units, min(units, slots), window
+        self.place: dict[int, int] = {}
+        self.used: dict[int, int] = {}
+        self.clock = 0
+        self.underway: dict[int, int] = {}
+
+    def some(self, data: st.DataObject, most: int) -> np.ndarray:
+        chosen = data.draw(st.lists(st.integers(0, self.units - 1), unique=True, max_size=most))
+        return np.array(sorted(chosen), np.int64)
+
+    @precondition(lambda self: not self.underway)
+    @rule(data=st.data())
+    def tick(self, data: st.DataObject) -> None:
+        wanted = self.some(data, self.units)
+        self.clock += 1
+        here = [u for u in wanted.tolist() if u in self.place]
+        self.used |= dict.fromkeys(here, self.clock)
+        assert self.cache.tick(wanted) == len(here)
+
+    @precondition(lambda self: not self.underway)
+    @rule(data=st.data())
+    def reserve(self, data: st.DataObject) -> None:
+        wanted = self.some(data, self.slots)
+        missing, targets = self.cache.reserve(wanted)
+        expected = [u for u in wanted.tolist() if u not in self.place]
+        assert missing.tolist() == expected
+        assert len(targets) == len(expected) == len(set(targets.tolist()))
+
+        in_slot = {slot: unit for unit, slot in self.place.items()}
+        free = [slot for slot in range(self.slots) if slot not in in_slot]
+        taken = free[: len(expected)]
+        oldest = 0 if self.window is None else self.clock - self.window
+        candidates = sorted(
+            (max(self.used[unit], oldest), slot) for unit, slot in self.place.items() if unit not in wanted
+        )
+        victims = [slot for _, slot in candidates[: len(expected) - len(taken)]]
+        assert targets.tolist() == sorted(taken + victims)
+        for slot in victims:
+            unit = in_slot[slot]
+            del self.place[unit], self.used[unit]
+        self.underway = dict(zip(missing.tolist(), targets.tolist(), strict=True))
+
+    @precondition(lambda self: self.underway)
+    @rule(succeeds=st.booleans())
+    def finish(self, succeeds: bool) -> None:
+        if succeeds:
+            self.cache.commit(np.array([*self.underway]), np.array([*self.underway.values()]))
+            self.place |= self.underway
+            self.used |= dict.fromkeys(self.underway, self.clock)
+        self.underway = {}
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        assert {u: s for u, s in enumerate(self.cache.slot_of.tolist()) if s >= 0} == self.place
+        assert {u: s for s, u in enumerate(self.cache.unit_of.tolist()) if u >= 0} == self.place
+        assert self.cache.resident == len(self.place) == len(set(self.place.values()))
+        assert self.cache.free == self.slots - len(self.place)
+        assert self.cache.holds_all == (len(self.place) == self.units)
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+
+
+def test_free_slots_are_filled_first_in_order() -> None:
+    cache = SlotCache(10, 4)
+    assert put(cache, 7, 9) == ([7, 9], [0, 1])
+    assert put(cache, 3) == ([3], [2])
+    assert put(cache, 3, 9) == ([], [])
+    assert put(cache, 0, 9) == ([0], [3])
+    assert cache.free == 0
+
+
+def test_the_least_recently_used_goes() -> None:
+    cache = SlotCache(10, 3)
+    for unit in (0, 1, 2, 0):
+        put(cache, unit)
+    assert put(cache, 5) == ([5], [1])
+    assert put(cache, 6) == ([6], [2])
+    assert put(cache, 7) == ([7], [0])
+
+
+def test_a_window_keeps_its_last_tokens_and_takes_the_others_in_slot_order() -> None:
+    history = [0, 1, 2, 0]  # used last, by slot: token 4, token 2, token 3
+    by_use, by_window = SlotCache(10, 3), SlotCache(10, 3, window=1)
+    for unit in history:
+        put(by_use, unit)
+        put(by_window, unit)
+    assert put(by_use, 5)[1] == [1]
+    assert put(by_window, 5)[1] == [0]  # token 5 has begun: nothing of the others is within it
+    wide = SlotCache(10, 3, window=2)
+    for unit in history:
+        put(wide, unit)
+    assert put(wide, 5)[1] == [1]  # tokens 4 and 5 are within, so unit 0 stays
+
+
+def test_needed_units_stay_even_if_they_are_the_oldest() -> None:
+    cache = SlotCache(10, 3)
+    for unit in (0, 1, 2):
+        put(cache, unit)
+    assert put(cache, 0, 1, 9) == ([9], [2])
+
+
+@pytest.mark.parametrize("slots", [-1, float("nan")])
+def test_slots_must_make_sense(slots: Any) -> None:
+    with pytest.raises(ValueError, match="slots >= 0"):
+        SlotCache(4, slots)
+
+
+def test_more_slots_than_units_are_no_use() -> None:
+    cache = SlotCache(3, 10)
+    assert (cache.slots, cache.free, cache.holds_all) == (3, 3, False)
+    put(cache, 0, 1, 2)
+    assert (cache.slots, cache.free, cache.holds_all) == (3, 0, True)

@@ -1,0 +1,270 @@
+"""python -m mlx_flash.generate. Where a process of its own is not the point, its `main` is called in this one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import Tiny, make_tiny  # type: ignore[import-not-found]
+from tiny import make_checkpoint  # type: ignore[import-not-found]
+
+import mlx_flash
+from mlx_flash.commands import run_command
+from mlx_flash.loading import load
+
+PYTHON_M = [sys.executable, "-m", "mlx_flash.generate"]
+KEYS = {
+    *("text", "tokens", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "first_token_s"),
+    *("peak_memory_bytes", "hit_rate", "bytes_per_token", "reads_per_token", "read_s", "wait_s", "manage_s"),
+    *("compute_s", "predictor", "plan"),
+}
+PLAN_KEYS = {"budget", "total", "process", "resident_weights", "predictors", "slots", "kv_cache", "workspace"}
+HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch")
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    """The file as a module of another name: imported as mlx_flash.generate it would hide the function."""
+    path = Path(mlx_flash.__file__).parent / "generate.py"
+    spec = importlib.util.spec_from_file_location("mlx_flash.generate_command", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(
+    command: ModuleType, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs with the tiny store unless --model is given: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        given = arguments if "--model" in arguments else ("--model", str(store), *arguments)
+        monkeypatch.setattr(sys, "argv", ["generate", *given])
+        with pytest.raises(SystemExit) as caught:
+            run_command(command.make_parser(), command.main)
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+# -- in processes of their own -------------------------------------------------------------------------------
+
+
+def imported(*arguments: str) -> set[str]:
+    """Which heavy packages a Python process imports."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    modules = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
+    assert any(name.startswith("mlx_flash") for name in modules)
+    return {name.split(".")[0] for name in modules} & set(HEAVY)
+
+
+def test_help_and_the_package_import_nothing_heavy() -> None:
+    assert imported("-m", "mlx_flash.generate", "--help") == set()
+    assert imported("-c", "import mlx_flash; dir(mlx_flash)") == set()
+    assert imported("-c", "from mlx_flash.flash import pool") >= {"mlx", "numpy"}  # so the regular expression works
+
+
+def test_it_generates_what_the_library_does(store: Path) -> None:
+    done = subprocess.run(
+        [*PYTHON_M, "--model", str(store), "--prompt", "-", "--max-tokens", "12", "--memory", "2GB", "--json"],
+        input="Once upon a time",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    *text, line = done.stdout.splitlines()
+    result = json.loads(line)
+    model, tokenizer = load(store)
+    expected = list(mlx_flash.stream_generate(model, tokenizer, "Once upon a time", 12))
+    model.flash.close()
+    assert result["tokens"] == [r.token for r in expected]
+    assert result["text"] == "".join(r.text for r in expected) == "\n".join(text)
+    assert result.keys() == KEYS and result["plan"].keys() == PLAN_KEYS
+    assert result["prompt_tokens"] == 17 and result["generation_tokens"] == len(expected)
+    assert 0 < result["peak_memory_bytes"] <= result["plan"]["budget"] == 2 * 10**9
+    assert 0 < result["first_token_s"] < 30 and 0 <= result["hit_rate"] <= 1
+    for part in (
+        "memory plan",
+        "Prompt: 17 tokens",
+        "Generation: 12 tokens",
+        "Peak memory",
+        "First token",
+        "Streaming",
+    ):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_smallest_budget_it_names_is_enough(store: Path) -> None:
+    refused = subprocess.run(
+        [*PYTHON_M, "--model", str(store), "--memory", "1MB"], capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
+    smallest = re.search(r"the smallest that would do is (\d+MB)", refused.stderr)
+    assert smallest is not None
+    accepted = subprocess.run(
+        [*PYTHON_M, "--model", str(store), "--memory", smallest[1], "--max-tokens", "40", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert accepted.returncode == 0, accepted.stderr
+    result = json.loads(accepted.stdout.splitlines()[-1])
+    assert result["peak_memory_bytes"] <= result["plan"]["budget"]
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Room for thousands of tokens, and one of them said for ever."""
+    folder = tmp_path_factory.mktemp("long")
+    tiny: Tiny = make_tiny(folder, make_checkpoint(folder / "checkpoint", positions=4096, neurons=128), 96)
+    return tiny.store
+
+
+def test_ctrl_c_ends_it_cleanly(long_store: Path) -> None:
+    process = subprocess.Popen(
+        [*PYTHON_M, "--model", str(long_store), "--max-tokens", "4000", "--context", "4096", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    first = os.read(process.stdout.fileno(), 1)  # generation has begun
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    result = json.loads((first + rest).decode().splitlines()[-1])
+    assert 1 <= result["generation_tokens"] < 4000
+    for part in (b"interrupted", b"Generation: ", b"Streaming"):
+        assert part in error
+    assert b"Traceback" not in error
+
+
+# -- in this one ---------------------------------------------------------------------------------------------
+
+
+def test_the_text_stands_alone_on_standard_output(run: Callable[..., Any]) -> None:
+    code, output, error = run("--max-tokens", "5", "--prompt", "Once")
+    assert code == 0 and output.count("\n") == 1 and len(output) > 1
+    assert "memory plan" in error and "Time per token" in error
+
+
+def test_options_change_the_text_or_leave_it(run: Callable[..., Any]) -> None:
+    def text(*arguments: str) -> str:
+        code, output, _ = run("--max-tokens", "20", *arguments)
+        assert code == 0
+        return output
+
+    plain = text()
+    assert plain == text("--temp", "0", "--threads", "2", "--io", "buffered", "--window", "4", "--seed", "5")
+    assert text("--temp", "1", "--seed", "5") == text("--temp", "1", "--seed", "5") != plain
+    assert text("--temp", "1", "--top-k", "1") == plain
+    assert text("--predictor", "none") == text("--predictor", "exact")
+
+
+def test_a_chat_template_is_applied(
+    command: ModuleType, run: Callable[..., Any], own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import change_manifest
+
+    path = own_store / "tokenizer_config.json"
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    change_manifest(own_store)
+    model, tokenizer = load(own_store)
+    model.flash.close()
+    arguments = command.make_parser().parse_args(["--system-prompt", "Be"])
+    assert tokenizer.decode(command.apply_template(tokenizer, "Hi", arguments)) == "[system:Be][user:Hi]"
+    arguments = command.make_parser().parse_args(["--ignore-chat-template"])
+    assert command.apply_template(tokenizer, "Hi", arguments) == "Hi"
+    code, output, _ = run("--model", str(own_store), "--prompt", "Hi", "--max-tokens", "3", "--json")
+    assert code == 0 and json.loads(output.splitlines()[-1])["prompt_tokens"] == len("[user:Hi]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", "0"], "--max-tokens is 0, expected at least 1"),
+        (["--max-tokens", "x"], "invalid int value"),
+        (["--temp", "-1"], "--temp is -1.0"),
+        (["--temp", "nan"], "--temp is nan"),
+        (["--top-p", "0"], "--top-p is 0.0"),
+        (["--top-p", "1.5"], "--top-p is 1.5"),
+        (["--min-p", "2"], "--min-p is 2.0"),
+        (["--top-k", "-1"], "--top-k is -1"),
+        (["--threads", "0"], "threads is 0, expected 1 to 256"),
+        (["--window", "0"], "window is 0"),
+        (["--context", "0"], "context is 0"),
+        (["--memory", "6"], "memory is '6', expected a number with a unit, such as 6GB"),
+        (["--memory", "1MB"], "the smallest that would do is"),
+        (["--predictor", "oracle"], "invalid choice: 'oracle'"),
+        (["--io", "mmap"], "invalid choice: 'mmap'"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--nonsense"], "unrecognized arguments"),
+        (["--model", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (["--prompt", "x" * 70], "the prompt has 71 tokens, the plan makes room for 64"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_2_and_one_sentence(
+    run: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    code, output, error = run(*arguments)
+    assert (code, output) == (2, "")
+    assert message in error and "Traceback" not in error
+
+
+def test_a_broken_store_ends_with_1(run: Callable[..., Any], own_store: Path) -> None:
+    (own_store / "neurons.bin").unlink()
+    code, output, error = run("--model", str(own_store))
+    assert (code, output) == (1, "") and "lacks neurons.bin" in error
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_the_prompt_is_read(
+    command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Once: a clean end, with nothing to report. Twice: at once."""
+    enter = command.Interrupts.__enter__
+
+    def interrupted(self: Any) -> Any:
+        enter(self)
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return self
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(command.Interrupts, "__enter__", interrupted)
+    code, output, error = run("--json")
+    assert code == 130 and output.strip() == ""
+    assert error.rstrip().endswith("interrupted") and "Generation" not in error
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_while_loading(command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "apply_template", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, error = run()
+    assert code == 130 and error.rstrip().endswith("generate: interrupted")
+
+
+def test_the_parsers_defaults_are_those_of_the_library(command: ModuleType) -> None:
+    from mlx_flash import loading
+
+    arguments = command.make_parser().parse_args([])
+    assert arguments.context == loading.DEFAULT_CONTEXT and arguments.threads == loading.DEFAULT_THREADS
+    action = next(a for a in command.make_parser()._actions if a.dest == "predictor")
+    assert action.choices is not None and tuple(action.choices) == loading.PREDICTORS
+    assert (arguments.model, arguments.memory, arguments.window, arguments.predictor) == (None, None, None, "auto")

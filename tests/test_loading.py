@@ -1,0 +1,433 @@
+"""From a path or an id to a model: what is found, what is refused, and with which sentence."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
+from huggingface_hub import errors as hub
+
+from mlx_flash import loading
+from mlx_flash.errors import (
+    BudgetError,
+    CheckpointError,
+    ConversionError,
+    CorruptStoreError,
+    FlashError,
+    MissingTensorError,
+    ReadError,
+    StoreError,
+    TruncatedStoreError,
+    UnsupportedModelError,
+    UsageError,
+)
+from mlx_flash.flash.files import Manifest, is_store, read_manifest
+from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
+from mlx_flash.loading import find_store, load
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a conversion was started")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0) -> list[list[str]]:
+    """Conversions copy `store`, or fail with `code`. Returns their command lines, as they come."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        if code == 0:
+            shutil.copytree(store, command[command.index("--output") + 1])
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+# -- finding -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_conversion")
+def test_a_store_is_taken_as_it_is(store: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_store(str(store)) == store
+    monkeypatch.chdir(store.parent)
+    assert find_store("store") == Path("store")
+    assert not cache.exists()
+
+
+def test_two_processes_convert_a_checkpoint_once(tiny: Tiny, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys; from mlx_flash.loading import find_store\n"
+        "print(find_store(sys.argv[1], lambda text: print(text.split()[0])))"
+    )
+    command = [sys.executable, "-c", program, str(tiny.checkpoint)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    said = sorted(output.splitlines()[0] for output, _ in outputs)
+    assert said == ["converting", "waiting"]
+    found = {output.splitlines()[-1] for output, _ in outputs}
+    assert len(found) == 1 and is_store(target := Path(found.pop())) and target.parent == cache
+
+    fake_conversion(monkeypatch, tiny.store, code=1)
+    assert find_store(str(tiny.checkpoint)) == target  # not again
+
+
+def test_a_changed_checkpoint_is_converted_again(
+    tiny: Tiny, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(tiny.checkpoint, tmp_path / "model"))
+    (source / "tokenizer.json").unlink()
+    commands = fake_conversion(monkeypatch, tiny.store)
+    first = find_store(str(source))
+    assert find_store(str(source)) == first and first.name.startswith("model-") and len(commands) == 1
+    shutil.copy(tiny.checkpoint / "tokenizer.json", source)
+    second = find_store(str(source))
+    assert second != first and len(commands) == 2
+    os.utime(source / "model.safetensors", ns=(0, 0))
+    assert find_store(str(source)) not in (first, second) and len(commands) == 3
+    assert commands[0][1:4] == ["-m", "mlx_flash.convert", "--model"]
+
+
+def test_a_failed_conversion_can_be_tried_again(tiny: Tiny, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_conversion(monkeypatch, tiny.store, code=1)
+    with pytest.raises(ConversionError, match="could not be converted"):
+        find_store(str(tiny.checkpoint))
+    held = None
+    try:
+        find_store(str(tiny.checkpoint))
+    except ConversionError as error:
+        held = error  # with its traceback, as an interactive session keeps it
+    commands = fake_conversion(monkeypatch, tiny.store)
+    said: list[str] = []
+    assert is_store(find_store(str(tiny.checkpoint), said.append))
+    assert held is not None and len(commands) == 1 and not any("waiting" in text for text in said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and sys.platform == "darwin", reason="needs a folder that cannot be made")
+def test_a_cache_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConversionError, match=r"cannot write to the cache folder .*MLX_FLASH_CACHE"):
+        find_store(str(tiny.checkpoint))
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", "~/x")
+    assert loading.cache_folder() == Path.home() / "x"
+    monkeypatch.delenv("MLX_FLASH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert loading.cache_folder() == tmp_path / "mlx_flash"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert loading.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "./nothing", "/no/thing", "a/b/c", "~/no-such-folder", "a b/c d", "x/", ""]
+)
+def test_what_is_neither_a_folder_nor_an_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match=r"there is no folder|holds neither") as caught:
+        find_store(name)
+    assert caught.value.exit_code == 2
+
+
+def test_folders_and_files_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds neither a store .* nor a checkpoint"):
+        find_store(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file; expected the folder"):
+        find_store(str(tmp_path / "file"))
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """Without the HTTP response that some of them want."""
+    error = kind.__new__(kind)
+    error.args = ("from the hub",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (hub_error(hub.GatedRepoError), UsageError, "gated: accept its terms .*hf auth login"),
+        (hub_error(hub.RepositoryNotFoundError), UsageError, "neither a folder nor a Hugging Face repository"),
+        (hub_error(hub.LocalEntryNotFoundError), ConversionError, "Are you online"),
+        (hub_error(hub.HFValidationError), UsageError, "no Hugging Face repository id"),
+        (hub_error(hub.RevisionNotFoundError), ConversionError, "downloading some/model failed.*same command again"),
+        (hub_error(hub.HfHubHTTPError), ConversionError, "downloading some/model failed"),
+        (hub.OfflineModeIsEnabled("offline"), ConversionError, "downloading some/model failed: offline"),
+        (OSError(28, "No space left on device"), ConversionError, "No space left"),
+        (RuntimeError("some HTTP library's own"), ConversionError, "some HTTP library's own"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_hub_may_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Exception, expected: type[FlashError], message: str
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise raised
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(expected, match=message) as caught:
+        find_store("some/model")
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.mark.usefixtures("no_conversion")
+def test_a_repository_that_holds_a_store(store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(store)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_store("some/model") == store
+    assert asked[0][0] == "some/model"
+    wanted = {path.name for path in store.iterdir()}
+    assert all(any(Path(name).match(pattern) for pattern in asked[0][1]) for name in wanted), wanted
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def test_what_load_gives(store: Path) -> None:
+    said: list[str] = []
+    model, tokenizer = load(store, memory="2GB", say=said.append)
+    runtime, manifest = model.flash, read_manifest(store)
+    assert runtime.predictor == manifest.default_predictor and runtime.manifest == manifest
+    assert said[0] == runtime.plan.describe()
+    assert runtime.plan.budget == 2 * 10**9 and runtime.plan.slots == manifest.layout.blocks
+    assert runtime.plan.context == 64  # the model has no more positions
+    assert tokenizer.eos_token_ids == {0}
+    assert tokenizer.decode(tokenizer.encode("Hello you", add_special_tokens=False)) == "Hello you"
+    runtime.close()
+    with pytest.raises(ReadError, match="closed"):
+        model(mx.array([[5]]))
+
+
+def test_the_options_arrive(store: Path) -> None:
+    model, _ = load(str(store), predictor="lowrank", window=3, threads=2, context=17, io="buffered")
+    streamer, stream = model.flash.streamer, model.layers[1].mlp._stream
+    assert (streamer.reader.threads, streamer.file.direct, stream.cache.window) == (2, False, 3)
+    assert (model.flash.predictor, model.flash.plan.context, stream.layer) == ("lowrank", 17, 1)
+    model.flash.close()
+
+
+def test_a_file_system_without_direct_reading_is_mentioned(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loading.UnitFile
+    monkeypatch.setattr(loading, "UnitFile", lambda path, direct: real(path, False))
+    said: list[str] = []
+    for io, notes in [("direct", 1), ("buffered", 0)]:
+        said.clear()
+        model, _ = load(store, io=io, say=said.append)
+        model.flash.close()
+        assert sum("does not read past the page cache" in text for text in said) == notes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predictor": "oracle"}, "predictor is 'oracle', expected one of auto, none, exact, lowrank, shadow"),
+        ({"window": 0}, "window is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 257}, "threads is 257"),
+        ({"context": 0}, "context is 0"),
+        ({"io": "mmap"}, "io is 'mmap'"),
+        ({"memory": "6"}, "memory is '6'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_opened(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load("/no/such/folder", **options)
+
+
+@pytest.mark.parametrize("predictor", ["none", "exact", "lowrank", "shadow"])
+def test_too_small_a_budget_is_refused_before_anything_is_allocated(
+    store: Path, monkeypatch: pytest.MonkeyPatch, predictor: str
+) -> None:
+    def build(*_: Any) -> Any:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(loading, "_build", build)
+    gc.collect()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with pytest.raises(BudgetError, match=r"--memory is 0\.010 GB; the smallest that would do is \d+MB") as caught:
+        load(store, memory="10MB", predictor=predictor)
+    assert mx.get_peak_memory() - before < 100_000
+    monkeypatch.undo()
+    model, _ = load(store, memory=caught.value.smallest_bytes, predictor=predictor)
+    assert model.flash.plan.total <= caught.value.smallest_bytes
+    model.flash.close()
+
+
+def test_the_plan_counts_what_is_then_allocated(tiny_of: Callable[[str], Tiny]) -> None:
+    """Half precision, widened on the CPU: resident weights and predictors as planned."""
+    store = tiny_of("bfloat16").store
+    for predictor in ("none", "exact", "lowrank", "shadow"):
+        gc.collect()
+        before = mx.get_active_memory()
+        model, _ = load(store, predictor=predictor)
+        plan = model.flash.plan
+        scratch = sum(pool.nbytes for pool in model.flash.streamer.scratch)
+        allocated = mx.get_active_memory() - before
+        planned = plan.demand.resident + plan.demand.predictors + plan.slots_bytes + scratch
+        assert planned * 0.95 < allocated < planned * 1.02 + 150_000, predictor
+        model.flash.close()
+        del model
+
+
+def test_the_plan_counts_unaligned_reads(store: Path) -> None:
+    """Without its up rows, a block of these tiny neurons begins within a page: it goes through a buffer per thread."""
+    demands = {}
+    for predictor, threads in [("none", 1), ("none", 9), ("exact", 1), ("exact", 9)]:
+        model, _ = load(store, predictor=predictor, threads=threads)
+        demands[predictor, threads] = model.flash.plan.demand.workspace
+        model.flash.close()
+    assert demands["none", 9] == demands["none", 1]
+    assert demands["exact", 9] - demands["exact", 1] == 8 * BOUNCE_BYTES_PER_THREAD
+
+
+def test_a_store_without_that_predictor(own_store: Path) -> None:
+    lowrank = {"lowrank": read_manifest(own_store).predictors["lowrank"]}
+    change_manifest(own_store, predictors=lowrank, default_predictor="lowrank")
+    with pytest.raises(UsageError, match="has no shadow predictor; it has: none, exact, lowrank"):
+        load(own_store, predictor="shadow")
+
+
+# -- damaged stores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["neurons.bin", "model.safetensors", "predictor-shadow.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["short", "gone"])
+def test_truncated_and_missing_files(own_store: Path, name: str, how: str) -> None:
+    path = own_store / name
+    if how == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(TruncatedStoreError, match=name):
+        load(own_store)
+
+
+def rewrite(folder: Path, name: str, change: Callable[[dict[str, mx.array]], object]) -> None:
+    """Changes the tensors of a safetensors file, and the size that the manifest has of it."""
+    tensors: Any = mx.load(str(folder / name))
+    mx.eval(tensors)
+    change(tensors)
+    mx.save_safetensors(str(folder / "new.safetensors"), tensors)
+    (folder / "new.safetensors").replace(folder / name)
+    change_manifest(folder)
+
+
+def test_missing_and_misshapen_tensors(own_store: Path) -> None:
+    name = "model.decoder.layers.1.mlp.up_bias"
+    rewrite(own_store, "model.safetensors", lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    with pytest.raises(StoreError, match=rf"{name} has shape \(511,\), expected \(512,\)"):
+        load(own_store)
+    rewrite(own_store, "model.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(MissingTensorError, match=f"lacks the tensor {name}. Convert"):
+        load(own_store)
+
+
+@pytest.mark.parametrize(("kind", "tensor"), [("lowrank", "1.b"), ("shadow", "0.scales")])
+def test_missing_tensors_of_a_predictor(own_store: Path, kind: str, tensor: str) -> None:
+    rewrite(own_store, Manifest.predictor_file(kind), lambda tensors: tensors.pop(tensor))
+    with pytest.raises(MissingTensorError, match=f"predictor-{kind}.safetensors lacks the tensor {tensor}. Convert"):
+        load(own_store, predictor=kind)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "predictor-shadow.safetensors"])
+def test_a_damaged_header(own_store: Path, name: str) -> None:
+    with (own_store / name).open("r+b") as file:
+        file.write(b"\xff" * 64)
+    with pytest.raises(StoreError, match=f"{name} cannot be read"):
+        load(own_store)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "{" + text, "config.json"),
+        (lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "speaks of 3 layers, .* of 2"),
+        (lambda text: text.replace('"num_attention_heads": 4', '"num_attention_heads": 5'), "not a multiple"),
+        (lambda text: text.replace("hidden_size", "hidden"), "config.json"),
+    ],
+)
+def test_a_damaged_configuration(own_store: Path, change: Callable[[str], str], message: str) -> None:
+    path = own_store / "config.json"
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    change_manifest(own_store)
+    with pytest.raises(CorruptStoreError, match=message):
+        load(own_store)
+
+
+@pytest.mark.parametrize("model_type", ["gpt-17", "nothing", "", "os.path"])
+def test_unknown_models(own_store: Path, model_type: str) -> None:
+    path = own_store / "config.json"
+    path.write_text(path.read_text().replace('"opt"', json.dumps(model_type)))
+    change_manifest(own_store)
+    with pytest.raises(UnsupportedModelError, match=f"no model of type '{model_type}'"):
+        load(own_store)
+
+
+def test_a_store_without_a_tokenizer(own_store: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (own_store / name).unlink()
+    change_manifest(own_store)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer files \(expected one of tokenizer\.json"):
+        load(own_store)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer(own_store: Path, text: str) -> None:
+    (own_store / "tokenizer.json").write_text(text)
+    change_manifest(own_store)
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
+        load(own_store)
+
+
+def test_the_stop_tokens_are_those_of_the_generation_config(own_store: Path) -> None:
+    """As in mlx-lm: chat models name there what ends a turn."""
+    (own_store / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    model, tokenizer = load(own_store)
+    model.flash.close()
+    assert tokenizer.eos_token_ids == {0, 7}
+
+
+def test_a_store_truncated_while_it_is_used(own_store: Path) -> None:
+    model, _ = load(own_store, predictor="none")
+    os.truncate(own_store / "neurons.bin", 4096)
+    with pytest.raises(ReadError, match=r"ends early.*truncated"):
+        model(mx.array([[5]]))
+    model.flash.close()

@@ -1,0 +1,267 @@
+"""Streamed models against the dense one, and against themselves under every way of caching and reading."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import DTYPES, GOLDEN, GOLDEN_VARIANTS, PREDICTORS, Tiny, change_manifest  # type: ignore[import-not-found]
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+from mlx_flash.errors import ReadError
+
+TOLERANCE = 1e-4  # logits have a standard deviation above 1
+PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call that goes the decode way
+BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 71, 16, 38, 59]]
+
+
+def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[np.ndarray]]:
+    """A prompt in one call, then token by token: ids and the logits (V,) that each was chosen by."""
+    cache = make_prompt_cache(model)
+    ids: list[int] = []
+    logits = []
+    call = prompt
+    for _ in range(tokens):
+        logits.append(np.array(model(mx.array([call]), cache)[0, -1]))
+        call = [int(logits[-1].argmax())]
+        ids += call
+    return ids, logits
+
+
+def everything(model: Any) -> list[np.ndarray]:
+    """Logits of calls of every form: a prompt, tokens, a few at once, a batch of prompts, of tokens, of a few."""
+    cache = make_prompt_cache(model)
+    vocab = model.args.vocab_size
+    calls = [PROMPT, [4], [9], [77, 31], [6], [12, 4, 50, 63, 29, 85, 1, 36], [9], [10, 10, 10, 10, 10]]
+    results = [np.array(model(mx.array([call]) % vocab, cache)) for call in calls]
+    batch = [BatchKVCache([0, 0]) for _ in model.layers]
+    for begin, end in [(0, 9), (9, 10), (10, 11)]:
+        results.append(np.array(model(mx.array(BATCH)[:, begin:end] % vocab, batch)))
+    results.append(np.array(model(mx.array(BATCH)[:, :6] % vocab)))
+    results.append(np.array(model(mx.array([[8]]))))
+    return results
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert np.array_equal(a, b), (what, i)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("name", [*DTYPES, *GOLDEN_VARIANTS])
+def test_bit_identical_however_it_is_cached_and_read(
+    tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], name: str, predictor: str
+) -> None:
+    tiny = tiny_of(name)
+    blocks = tiny.manifest.layout.blocks
+    reference = open_model(tiny.store, predictor=predictor)
+    expected = everything(reference)
+    reads = reference.flash.streamer.counters
+    assert_same(everything(reference), expected, "again, all resident")
+    smallest = 0 if predictor == "none" else 1
+    ways: list[dict[str, Any]] = [
+        {"slots": smallest, "threads": 1},
+        {"slots": 2, "io": "buffered", "window": 1},
+        {"slots": blocks // 3, "window": 8, "threads": 2},
+        {"slots": blocks - 1},
+    ]
+    for way in ways:
+        model = open_model(tiny.store, predictor=predictor, **way)
+        for _ in range(2):
+            assert_same(everything(model), expected, way)
+        assert model.flash.streamer.counters.bytes > reads.bytes
+        model.flash.close()
+
+
+@pytest.mark.parametrize("predictor", ["none", "exact"])
+@pytest.mark.parametrize("name", [*DTYPES, *GOLDEN_VARIANTS])
+def test_without_a_guess_it_is_the_dense_model(
+    tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], name: str, predictor: str
+) -> None:
+    tiny = tiny_of(name)
+    model = open_model(tiny.store, slots=3, predictor=predictor)
+    for found, expected in zip(everything(model), everything(tiny.dense), strict=True):
+        assert np.abs(found - expected).max() < TOLERANCE
+    vocab = model.args.vocab_size
+    for prompt in ([5], [i % vocab for i in PROMPT]):
+        ids, logits = greedy(model, prompt, 40)
+        dense_ids, dense_logits = greedy(tiny.dense, prompt, 40)
+        assert ids == dense_ids
+        assert np.abs(np.stack(logits) - np.stack(dense_logits)).max() < TOLERANCE
+    if name in DTYPES:
+        assert len(set(ids)) > 5  # it does not repeat itself, or this would show little
+
+
+@pytest.mark.parametrize("predictor", ["none", "exact"])
+@pytest.mark.parametrize("variant", GOLDEN_VARIANTS)
+def test_logits_agree_with_transformers(
+    tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], variant: str, predictor: str
+) -> None:
+    with np.load(GOLDEN / variant / "golden.npz") as golden:
+        tokens, expected = mx.array(golden["tokens"]), golden["logits"]
+    model = open_model(tiny_of(variant).store, slots=4, predictor=predictor)
+    assert np.abs(np.array(model(tokens)) - expected).max() < TOLERANCE
+    assert np.abs(np.array(model(tokens[:, :7])) - expected[:, :7]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("name", ["float32", "bfloat16", *GOLDEN_VARIANTS])
+def test_a_few_tokens_at_once_equal_token_by_token(
+    tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], name: str, predictor: str
+) -> None:
+    """Each position computes with its own neurons, though the union of them is read."""
+    model = open_model(tiny_of(name).store, slots=6, predictor=predictor)
+    tokens = mx.array([PROMPT[:5], BATCH[0][:5]]) % model.args.vocab_size
+    together = np.array(model(tokens[:1]))
+    both = np.array(model(tokens))
+    for row in range(2):
+        cache = make_prompt_cache(model)
+        single = np.concatenate([np.array(model(tokens[row : row + 1, i : i + 1], cache)) for i in range(5)], axis=1)
+        assert np.abs(both[row] - single[0]).max() < TOLERANCE
+        if row == 0:
+            assert np.abs(together - single).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("predictor", ["lowrank", "shadow"])
+def test_a_predictor_leaves_neurons_out(tiny: Tiny, open_model: Callable[..., Any], predictor: str) -> None:
+    """So the tests above are about a selection: it changes the logits a little, and reads less."""
+    model = open_model(tiny.store, slots=1, predictor=predictor)
+    found, dense = (np.array(m(mx.array([[5], [17], [80]]))) for m in (model, tiny.dense))
+    assert 1e-3 < np.abs(found - dense).max() < 0.5 * dense.std()
+    mask, _ = model.layers[0].mlp.predictor(mx.random.normal((50, 64), key=mx.random.key(0)))
+    assert 0.1 < np.array(mask).mean() < 0.6
+
+
+def test_exact_chooses_the_positive_neurons_and_nothing_else(tiny: Tiny, open_model: Callable[..., Any]) -> None:
+    model = open_model(tiny.store, predictor="exact")
+    x = mx.random.normal((9, 64), key=mx.random.key(1))
+    for index, layer in enumerate(model.layers):
+        mask, before = layer.mlp.predictor(x)
+        expected = np.array(tiny.dense.layers[index].mlp.fc1(x))
+        assert np.abs(np.array(before) - expected).max() < 1e-5
+        assert np.array_equal(np.array(mask), np.array(before) > 0)
+        assert np.array_equal(np.array(layer.mlp.predictor.up), tiny.rows[index, 0])
+
+
+def test_nothing_chosen_is_only_the_bias(tiny: Tiny, open_model: Callable[..., Any]) -> None:
+    mlp = open_model(tiny.store, predictor="lowrank").layers[0].mlp
+    mlp.predictor.c = mx.full(mlp.predictor.c.shape, -1e9)
+    x = mx.random.normal((2, 1, 64), key=mx.random.key(2))
+    before = mlp._stream.shared.counters.copy()
+    y = mlp(x)
+    assert mx.array_equal(y, mx.broadcast_to(mlp.down_bias, y.shape))
+    assert (mlp._stream.shared.counters - before).bytes == 0
+
+
+@pytest.mark.parametrize("predictor", ["lowrank", "shadow"])
+def test_layers_marked_dense_use_all_neurons(
+    tiny: Tiny, own_store: Any, open_model: Callable[..., Any], predictor: str
+) -> None:
+    """Layer 1 is marked: layer 0 selects as before, layer 1 computes what the dense one does."""
+    change_manifest(own_store, all_neurons_layers=(1,))
+    selecting, marked = (open_model(s, slots=4, predictor=predictor) for s in (tiny.store, own_store))
+    x = mx.random.normal((1, 3, 64), key=mx.random.key(3))
+    assert mx.array_equal(marked.layers[0].mlp(x), selecting.layers[0].mlp(x))
+    dense = tiny.dense.layers[1].mlp(x)
+    assert np.abs(np.array(marked.layers[1].mlp(x) - dense)).max() < 1e-5
+    assert np.abs(np.array(selecting.layers[1].mlp(x) - dense)).max() > 1e-4
+    assert_same(everything(marked), everything(open_model(own_store, predictor=predictor)), "with a layer marked dense")
+
+
+def test_calls_longer_than_the_bound_are_exact(tiny: Tiny, own_store: Any, open_model: Callable[..., Any]) -> None:
+    change_manifest(own_store, decode_tokens=3)
+    model = open_model(own_store, slots=4, predictor="shadow")
+    difference = [
+        np.abs(np.array(model(mx.array([PROMPT[:n]]))) - np.array(tiny.dense(mx.array([PROMPT[:n]])))).max()
+        for n in (3, 4, 12)
+    ]
+    assert difference[0] > 1e-3
+    assert max(difference[1:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("predictor", ["exact", "lowrank", "shadow"])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_logits_evaluated_after_the_next_call_are_right(
+    tiny: Tiny, open_model: Callable[..., Any], predictor: str, slots: int
+) -> None:
+    """mlx-lm starts a call before it has evaluated the one before. The rows of the first must not be overwritten."""
+    reference = open_model(tiny.store, predictor=predictor)
+    expected = [np.array(reference(mx.array([[token]]))) for token in (5, 17, 80, 3)]
+    model = open_model(tiny.store, slots=slots, predictor=predictor)
+    lazy = [model(mx.array([[token]])) for token in (5, 17, 80, 3)]
+    model(mx.array([PROMPT]))
+    assert_same([np.array(logits) for logits in lazy], expected, predictor)
+
+    asynchronous = []
+    for token in (5, 17, 80, 3):
+        asynchronous.append(model(mx.array([[token]])))
+        mx.async_eval(asynchronous[-1])
+    assert_same([np.array(logits) for logits in asynchronous], expected, predictor)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_another_thread_may_generate(tiny: Tiny, open_model: Callable[..., Any], predictor: str) -> None:
+    """As servers do: loaded in one thread, called in another."""
+    expected = everything(open_model(tiny.store, predictor=predictor))
+    model = open_model(tiny.store, slots=5, predictor=predictor)
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            results.extend(everything(model))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert_same(results, expected, predictor)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_a_read_error_ends_the_call_and_the_next_one_is_right(
+    tiny: Tiny, open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, predictor: str
+) -> None:
+    expected = everything(open_model(tiny.store, predictor=predictor))
+    model = open_model(tiny.store, slots=5, predictor=predictor)
+    reader = model.flash.streamer.reader
+    real, errors = reader.wait, []
+    for failing in (0, 1, 3, 12):
+        waits = 0
+
+        def wait(ticket: Any, failing: int = failing) -> Any:
+            nonlocal waits
+            waits += 1
+            report = real(ticket)
+            if waits - 1 == failing:
+                raise ReadError("injected")
+            return report
+
+        monkeypatch.setattr(reader, "wait", wait)
+        with pytest.raises(ReadError, match="injected") as caught:
+            everything(model)
+        errors.append(caught)  # with its traceback, as an interactive session keeps it
+        monkeypatch.setattr(reader, "wait", real)
+        assert not reader._outstanding
+        assert_same(everything(model), expected, failing)
+
+
+def test_an_interrupted_pass_leaves_no_read_in_flight(
+    tiny: Tiny, open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(tiny.store, slots=0, predictor="none")
+    reader = model.flash.streamer.reader
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_flash.layers.neurons.mx.maximum", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        model(mx.array([[5]]))
+    monkeypatch.undo()
+    assert caught.tb is not None and not reader._outstanding

@@ -1,0 +1,162 @@
+"""The memory plan: sizes as people write them, and sums that hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_flash.errors import BudgetError, UsageError
+from mlx_flash.flash.files import NeuronLayout
+from mlx_flash.plan import (
+    FREE_SHARE,
+    MIN_SLOTS,
+    PREFILL_TOKENS,
+    RUN_TO_RUN_BYTES,
+    Demand,
+    Plan,
+    kv_cache_bytes,
+    make_plan,
+    parse_memory,
+    workspace_bytes,
+)
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6GB", 6 * 10**9),
+        ("6GiB", 6 * 2**30),
+        ("500MB", 500 * MB),
+        ("500mib", 500 * 2**20),
+        (" 1.5 gb ", 15 * 10**8),
+        ("2g", 2 * 10**9),
+        ("64k", 64_000),
+        ("0.000000001GB", 1),
+        ("1.1GB", 1_100_000_000),
+        ("9007199254740993KB", 9007199254740993000),
+        (123456, 123456),
+        (0, 0),
+    ],
+)
+def test_sizes(text: str | int, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["6", "6000000000", "", "GB", "-6GB", "6 G B", "6TBB", "1e9GB", "six", "0x6GB", "6,5GB"]
+)
+def test_other_texts_are_refused_with_the_form(text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(repr(text)) + ".*such as 6GB, 500MB or 6GiB"):
+        parse_memory(text)
+
+
+def test_negative_numbers_are_refused() -> None:
+    with pytest.raises(UsageError, match="memory is -1 bytes"):
+        parse_memory(-1)
+
+
+@given(st.integers(0, 10**500), st.sampled_from(["GB", "MiB"]))
+def test_any_number_of_digits(number: int, unit: str) -> None:
+    assert parse_memory(f"{number}{unit}") > 0 or number == 0
+
+
+DEMANDS = st.builds(Demand, *[st.integers(0, 10**10)] * 5)
+LAYOUTS = st.builds(
+    NeuronLayout.plan,
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.integers(1, 80),
+    st.integers(1, 60_000),
+    st.integers(1, 9000),
+    st.just(("up", "down")),
+)
+
+
+def plan(demand: Demand, layout: NeuronLayout, budget: int | None, free: int = 10**12, selects: bool = True) -> Plan:
+    return make_plan(demand, layout, layout.block_bytes, budget, free, context=2048, selects=selects)
+
+
+@settings(max_examples=300, deadline=None)
+@given(DEMANDS, LAYOUTS, st.none() | st.integers(0, 10**11), st.integers(0, 10**11), st.booleans())
+def test_the_total_keeps_to_the_budget(
+    demand: Demand, layout: NeuronLayout, budget: int | None, free: int, selects: bool
+) -> None:
+    minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
+    try:
+        made = plan(demand, layout, budget, free, selects)
+    except BudgetError as error:
+        smallest = error.smallest_bytes
+        assert smallest % MB == 0 and f"the smallest that would do is {smallest // MB}MB" in str(error)
+        assert smallest > (demand.process + free if budget is None else budget)
+        # Typed back it works, also where the process has grown a little.
+        for process in (demand.process, demand.process + RUN_TO_RUN_BYTES):
+            made = plan(replace(demand, process=process), layout, parse_memory(f"{smallest // MB}MB"), 0, selects)
+            assert made.slots >= minimum and made.total <= made.budget == smallest
+        lower = smallest - RUN_TO_RUN_BYTES - 2 * MB
+        with pytest.raises(BudgetError):
+            plan(demand, layout, max(0, lower), free, selects)
+    else:
+        assert made.total == sum(value for key, value in made.as_dict().items() if key not in ("budget", "total"))
+        assert made.total <= made.budget
+        assert minimum <= made.slots <= layout.blocks
+        if made.slots < layout.blocks:  # nothing is left over
+            assert made.total + layout.layers * layout.block_bytes > made.budget
+        if budget is not None:
+            assert made.budget == budget
+        else:
+            assert made.budget <= demand.process + free
+
+
+LAYOUT = NeuronLayout.plan("float16", 32, 16384, 4096, ("up", "down"))  # opt-6.7b: 8.6 GB of neurons
+DEMAND = Demand(process=400 * MB, resident=2000 * MB, predictors=500 * MB, kv_cache=1000 * MB, workspace=300 * MB)
+
+
+def test_without_a_budget_a_share_of_what_is_free() -> None:
+    assert plan(DEMAND, LAYOUT, None, free=10**10).budget == 400 * MB + FREE_SHARE * 10**10
+    roomy = plan(DEMAND, LAYOUT, None, free=10**12)
+    assert roomy.slots == roomy.blocks and roomy.budget == roomy.total  # no more than it can use
+    # A share that is too little is exceeded, as long as it is free.
+    tight = plan(DEMAND, LAYOUT, None, free=4000 * MB)
+    assert tight.slots == MIN_SLOTS and 400 * MB + FREE_SHARE * 4000 * MB < tight.budget <= 4400 * MB
+    with pytest.raises(BudgetError, match=r"3\.00 GB are free, too little"):
+        plan(DEMAND, LAYOUT, None, free=3000 * MB)
+
+
+def test_a_refusal_says_what_needs_how_much() -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan(DEMAND, LAYOUT, 3 * 10**9)
+    for part in ("--memory is 3.000 GB", "400 MB process", "2000 MB resident", "500 MB predictors", "--context"):
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_naive_loading_needs_no_slots() -> None:
+    budget = DEMAND.total + 1
+    assert plan(DEMAND, LAYOUT, budget, selects=False).slots == 0
+    with pytest.raises(BudgetError):
+        plan(DEMAND, LAYOUT, budget)
+
+
+def test_the_description_has_every_part() -> None:
+    lines = plan(DEMAND, LAYOUT, 6 * 10**9).describe().splitlines()
+    assert lines[0] == "memory plan"
+    figures = [float(line[18:27]) for line in lines[1:]]
+    assert len(figures) == 7 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
+    assert lines[-1].endswith("of 6.000 GB") and "of 16384 blocks" in lines[4] and "2048 tokens" in lines[5]
+
+
+def test_the_kv_cache_grows_in_steps() -> None:
+    assert kv_cache_bytes(4, 64, 1, 2) == kv_cache_bytes(4, 64, 256, 2) == 2 * 5 * 256 * 64 * 2
+    assert kv_cache_bytes(4, 64, 257, 2) == 2 * kv_cache_bytes(4, 64, 256, 2)
+
+
+def test_work_space_counts_widened_rows_and_unfused_scores() -> None:
+    widened = workspace_bytes(LAYOUT, 32, 2048, 4, fused_attention=True)
+    assert widened > workspace_bytes(LAYOUT, 32, 2048, 2, fused_attention=True)
+    scores = workspace_bytes(LAYOUT, 32, 2048, 4, fused_attention=False) - widened
+    assert scores == 3 * 32 * PREFILL_TOKENS * 2048 * 4

@@ -1,0 +1,358 @@
+"""A layer's stream against the plain contents of the store, through every history and after every fault."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_flash.errors import FlashError, ReadError
+from mlx_flash.flash import stream as stream_module
+from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
+from mlx_flash.flash.pool import AlignedPool
+from mlx_flash.flash.reader import Reader, ReadReport, Ticket, UnitFile
+from mlx_flash.flash.stream import LayerStream, Streamer
+
+LAYERS, NEURONS, WIDTH = 2, 50, 24
+PARTS = ("gate", "up", "down")
+SUBSETS = [PARTS, ("up", "down"), ("down",), ("gate",)]
+DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+class FaultyReader(Reader):
+    """Its `wait` fails at the calls numbered in `faults`, and then leaves rubbish where the bytes should be."""
+
+    faults: frozenset[int] = frozenset()
+    waits = 0
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.destinations: dict[Ticket, Any] = {}
+
+    def submit(self, file: UnitFile, offsets: Any, addresses: Any, lengths: Any) -> Ticket:
+        ticket = super().submit(file, offsets, addresses, lengths)
+        self.destinations[ticket] = zip(addresses.tolist(), lengths.tolist(), strict=True)
+        return ticket
+
+    def wait(self, ticket: Ticket) -> ReadReport:
+        destinations = self.destinations.pop(ticket)
+        report = super().wait(ticket)
+        self.waits += 1
+        if self.waits - 1 in self.faults:
+            for address, length in destinations:
+                ctypes.memset(address, 0xAA, length)
+            raise ReadError("injected")
+        return report
+
+
+class Bench:
+    """A bundle file of random rows and a streamer over it."""
+
+    def __init__(self, path: Path, lanes: int, dtype: str) -> None:
+        bundle = WIDTH * np.dtype(DTYPES[dtype]).itemsize * len(PARTS)
+        self.layout = NeuronLayout(
+            dtype, LAYERS, NEURONS, WIDTH, PARTS, lanes, round_up(lanes * bundle, 4096), piece_neurons=4 * lanes
+        )
+        assert self.layout.problem() is None
+        self.path = path
+        random = np.random.default_rng(lanes)
+        shape = (LAYERS, len(PARTS), NEURONS, WIDTH)
+        self.rows = random.standard_normal(shape).astype(DTYPES[dtype])
+        contents = np.zeros((LAYERS, self.layout.layer_bytes), np.uint8)
+        for layer, block in itertools.product(range(LAYERS), range(self.layout.blocks)):
+            here = self.rows[layer, :, block * lanes : (block + 1) * lanes]
+            here = np.pad(here, [(0, 0), (0, lanes - here.shape[1]), (0, 0)])
+            start = block * self.layout.block_bytes
+            contents[layer, start : start + here.nbytes] = np.frombuffer(here.tobytes(), np.uint8)
+        path.write_bytes(contents.tobytes())
+        self.reader = FaultyReader(4)
+        self.file = UnitFile(path)
+        self.streamer = Streamer(self.file, self.reader, self.layout)
+
+    def stream(self, slots: int, parts: tuple[str, ...] = PARTS, window: int | None = None) -> LayerStream:
+        self.reader.faults = frozenset()
+        return LayerStream(self.streamer, 1, slots, parts, window)
+
+    def check(self, rows: tuple[mx.array, ...], ids: Any, parts: tuple[str, ...] = PARTS) -> None:
+        assert len(rows) == len(parts)
+        for part, found in zip(parts, rows, strict=True):
+            assert np.array_equal(np.array(found), self.rows[1, PARTS.index(part), ids]), part
+
+    def check_pieces(self, stream: LayerStream, parts: tuple[str, ...] = PARTS) -> None:
+        expected = 0
+        for start, stop, rows in stream.pieces():
+            assert start == expected and 0 < stop - start <= self.layout.piece_neurons
+            self.check(rows, slice(start, stop), parts)
+            expected = stop
+        assert expected == NEURONS
+
+    @property
+    def idle(self) -> bool:
+        return not self.reader._outstanding and self.file._reads == 0
+
+
+@pytest.fixture(scope="module")
+def bench_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Bench]]:
+    benches: dict[Any, Bench] = {}
+
+    def make(lanes: int = 3, dtype: str = "float32") -> Bench:
+        key = (lanes, dtype)
+        if key not in benches:
+            benches[key] = Bench(tmp_path_factory.mktemp("stream") / "neurons.bin", lanes, dtype)
+        return benches[key]
+
+    yield make
+    for bench in benches.values():
+        bench.streamer.close()
+
+
+@pytest.fixture
+def bench(bench_of: Callable[..., Bench]) -> Bench:
+    return bench_of()
+
+
+SELECTIONS = st.lists(st.integers(0, NEURONS - 1), min_size=1, max_size=NEURONS, unique=True).map(sorted)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_history_gives_the_stored_rows(bench_of: Callable[..., Bench], data: st.DataObject) -> None:
+    """Selections and whole passes, some of which fail or are abandoned, over one stream."""
+    bench = bench_of(data.draw(st.integers(1, 9), "lanes"), data.draw(st.sampled_from([*DTYPES]), "dtype"))
+    parts = data.draw(st.sampled_from(SUBSETS), "parts")
+    slots = data.draw(st.integers(1, bench.layout.blocks), "slots")
+    stream = bench.stream(slots, parts, data.draw(st.none() | st.integers(1, 3), "window"))
+    for _ in range(data.draw(st.integers(1, 6), "steps")):
+        fault = data.draw(st.none() | st.integers(0, 4), "fault")
+        bench.reader.waits, bench.reader.faults = 0, frozenset() if fault is None else frozenset([fault])
+        action = data.draw(st.sampled_from(["gather", "gather", "pieces", "abandon"]), "action")
+        try:
+            if action == "gather":
+                ids = np.array(data.draw(SELECTIONS, "ids"))
+                stream.begin(ids)
+                bench.check(stream.gather(ids), ids, parts)
+            elif action == "pieces":
+                bench.check_pieces(stream, parts)
+            else:
+                with closing(stream.pieces()) as pieces:
+                    for start, stop, rows in itertools.islice(pieces, 2):
+                        bench.check(rows, slice(start, stop), parts)
+        except ReadError:
+            assert fault is not None and bench.reader.waits > fault
+        assert bench.idle
+        resident = [(u, s) for u, s in enumerate(stream.cache.slot_of.tolist()) if s >= 0]
+        assert [(u, s) for s, u in enumerate(stream.cache.unit_of.tolist()) if u >= 0] == sorted(
+            resident, key=lambda pair: pair[1]
+        )
+        assert stream.cache.resident == len(resident)
+
+
+@pytest.mark.parametrize("parts", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("slots", range(1, 18))
+def test_whole_passes_fill_the_slots_and_stay_right(bench: Bench, slots: int, parts: tuple[str, ...]) -> None:
+    stream = bench.stream(slots, parts)
+    for _ in range(2):
+        bench.check_pieces(stream, parts)
+    piece = bench.layout.piece_blocks
+    last = bench.layout.blocks % piece
+    filled = slots // piece * piece
+    filled += last if slots - filled >= last else 0
+    assert stream.cache.resident == min(filled, bench.layout.blocks)
+    stream.begin(np.arange(NEURONS))
+    bench.check(stream.gather(np.arange(NEURONS)), slice(None), parts)
+
+
+def test_a_layer_without_slots_has_pieces(bench: Bench) -> None:
+    bench.check_pieces(bench.stream(0))
+    for start, stop, rows in bench.stream(3, ("down",)).whole_bundles():
+        bench.check(rows, slice(start, stop))
+
+
+@pytest.mark.parametrize("slots", [1, 5, 17])
+@pytest.mark.parametrize("call", range(4))
+def test_a_read_error_leaves_the_cache_usable(bench: Bench, slots: int, call: int) -> None:
+    stream = bench.stream(slots)
+    first, ids = np.arange(0, 15), np.arange(1, NEURONS, 2)
+    bench.check(stream.gather(first), first)
+    before = stream.cache.resident
+    bench.reader.waits, bench.reader.faults = 0, frozenset([call])
+    try:
+        bench.check(stream.gather(ids), ids)
+    except ReadError:
+        assert bench.reader.waits == call + 1
+    else:
+        assert 0 < bench.reader.waits <= call
+    bench.reader.faults = frozenset()
+    assert bench.idle and 0 <= stream.cache.resident <= max(before, slots)
+    bench.check(stream.gather(ids), ids)
+    bench.check(stream.gather(first), first)
+
+
+@pytest.mark.parametrize("slots", [1, 5, 9, 17])
+@pytest.mark.parametrize("call", range(5))
+def test_a_read_error_in_a_whole_pass(bench: Bench, slots: int, call: int) -> None:
+    stream = bench.stream(slots)
+    bench.reader.waits, bench.reader.faults = 0, frozenset([call])
+    with pytest.raises(ReadError, match="injected"):
+        bench.check_pieces(stream)
+    assert bench.idle
+    for _ in range(2):
+        bench.check_pieces(stream)
+    bench.check(stream.gather(np.arange(NEURONS)), slice(None))
+
+
+@pytest.mark.parametrize("slots", [2, 17])
+def test_a_file_truncated_and_restored(tmp_path: Path, slots: int) -> None:
+    bench = Bench(tmp_path / "neurons.bin", 3, "float32")
+    contents = bench.path.read_bytes()
+    stream = bench.stream(slots)
+    early, late = np.arange(4), np.arange(NEURONS)
+    bench.check(stream.gather(early), early)
+    os.truncate(bench.path, bench.layout.layer_bytes + 5 * bench.layout.block_bytes)
+    for _ in range(2):
+        with pytest.raises(ReadError, match="ends early"):
+            stream.gather(late)
+        with pytest.raises(ReadError, match="ends early"):
+            bench.check_pieces(stream)
+        assert bench.idle
+    with bench.path.open("r+b") as file:
+        file.write(contents)
+    bench.check_pieces(stream)
+    bench.check(stream.gather(late), late)
+    bench.streamer.close()
+
+
+@pytest.mark.parametrize("slots", [1, 17])
+@pytest.mark.parametrize("how", ["closed", "forgotten", "broken off by the caller", "error in the caller"])
+def test_an_abandoned_pass_leaves_no_read_in_flight(bench: Bench, slots: int, how: str) -> None:
+    stream = bench.stream(slots)
+    pieces = stream.pieces()
+    next(pieces)
+    assert len(bench.reader._outstanding) == 1  # the next piece
+    if how == "closed":
+        pieces.close()
+    elif how == "forgotten":
+        del pieces
+    elif how == "broken off by the caller":
+        with pytest.raises(KeyboardInterrupt):
+            pieces.throw(KeyboardInterrupt())
+    else:
+        bench.reader.waits, bench.reader.faults = 0, frozenset([0])
+        with pytest.raises(ValueError, match="the caller's own"):  # not the read error behind it
+            pieces.throw(ValueError("the caller's own"))
+        bench.reader.faults = frozenset()
+    assert bench.idle
+    bench.check_pieces(stream)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 6])
+def test_held_outputs_are_evaluated_before_their_memory_is_written(bench: Bench, slots: int) -> None:
+    stream = bench.stream(slots)
+    first, second = np.arange(0, 3 * slots), np.arange(NEURONS - 3 * slots, NEURONS)
+    outputs = [rows + 0 for rows in stream.gather(first)]
+    stream.hold(*outputs)
+    bench.check(stream.gather(second), second)
+    assert not np.isin(first // 3, stream.cache.unit_of).any()
+    bench.check(tuple(outputs), first)
+
+
+def test_held_outputs_are_evaluated_before_a_pass_fills_free_slots(bench: Bench) -> None:
+    stream = bench.stream(4)
+    ids = np.arange(12, 24)
+    outputs = [rows + 0 for rows in stream.gather(ids)]
+    stream.hold(*outputs)
+    stream.cache.reserve(np.arange(8, 12))  # as before a read that failed: the slots are free, nothing was written
+    bench.check_pieces(stream)
+    assert stream.cache.slot_of[:4].min() >= 0
+    bench.check(tuple(outputs), ids)
+
+
+def test_the_counters_add_up(bench: Bench) -> None:
+    stream, counters = bench.stream(5), bench.streamer.counters
+    rng = np.random.default_rng(0)
+    blocks = 0
+    before = counters.copy()
+    for _ in range(30):
+        ids = np.flatnonzero(rng.random(NEURONS) < rng.random())
+        if len(ids):
+            stream.begin(ids)
+            stream.gather(ids)
+            blocks += len(np.unique(ids // bench.layout.neurons_per_block))
+    used = counters - before
+    assert used.hits > 0 and used.hits + used.misses == blocks
+    assert used.bytes == used.misses * bench.layout.block_bytes
+    assert 0 < used.reads <= used.misses
+    assert used.read_s > 0 and used.wait_s > 0 and used.manage_s > 0
+
+    for slots in (0, 5, 17):
+        stream = bench.stream(slots)
+        for _ in range(2):
+            before = counters.copy()
+            bench.check_pieces(stream)
+            used = counters - before
+            assert used.hits + used.misses == bench.layout.blocks
+            assert used.bytes == used.misses * bench.layout.block_bytes
+    assert used.misses == 0
+
+
+def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if MLX had copied: the pool's address is not where its array is."""
+
+    class Copying(AlignedPool):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.elsewhere = AlignedPool(*arguments)
+            self.address = self.elsewhere.address
+
+    Streamer(bench.file, bench.reader, bench.layout)
+    monkeypatch.setattr(stream_module, "AlignedPool", Copying)
+    with pytest.raises(FlashError, match=r"self-test failed: the host wrote .* and the device read 0.*please report"):
+        Streamer(bench.file, bench.reader, bench.layout)
+
+
+def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write arrives, the second does not: a device cache that nobody flushes."""
+    real = ctypes.memset
+
+    def only_ones(address: int, value: int, count: int) -> None:
+        if value == 1:
+            real(address, value, count)
+
+    monkeypatch.setattr(ctypes, "memset", only_ones)
+    with pytest.raises(FlashError, match="self-test failed"):
+        Streamer(bench.file, bench.reader, bench.layout)
+
+
+def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
+    """The fixture's own reading of a store against the checkpoint it was made of."""
+    weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))
+    for layer in range(tiny.manifest.layout.layers):
+        up, down = (np.array(weights[f"model.decoder.layers.{layer}.fc{i}.weight"]) for i in (1, 2))
+        assert np.array_equal(tiny.rows[layer, 0], up)
+        assert np.array_equal(tiny.rows[layer, 1], down.T)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_converted_store_streams(tiny_of: Callable[[str], Any], dtype: str, direct: bool) -> None:
+    tiny = tiny_of(dtype)
+    layout = replace(tiny.manifest.layout)
+    with UnitFile(tiny.store / Manifest.neurons_file, direct) as file, Reader(3) as reader:
+        streamer = Streamer(file, reader, layout)
+        ids = np.arange(1, layout.neurons, 3)
+        for layer in range(layout.layers):
+            stream = LayerStream(streamer, layer, 7, layout.parts)
+            for part, rows in enumerate(stream.gather(ids)):
+                assert rows.dtype == getattr(mx, dtype)
+                assert np.array_equal(np.array(rows.astype(mx.float32)), tiny.rows[layer, part, ids])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.loading import demo_folder, load_tokenizer
 from mlx_flash.plan import parse_memory
 
 from .cgroup import memory_group
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", default="smallest,2GB,3GB", help="separated by commas; `smallest` asks (default: %(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=32, help="to generate (default: %(default)s)")
-    parser.add_argument("--prompt-words", type=int, default=300, help="length of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens to plan for and to fill (default: %(default)s)"
+    )
     parser.add_argument("--predictor", default="auto", help="default: %(default)s")
 
 
@@ -29,7 +32,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows = []
     command = [sys.executable, "-m", "mlx_flash.generate", "--model", arguments.model, "--json"]
     command += ["--predictor", arguments.predictor, "--max-tokens", str(arguments.tokens)]
-    command += ["--prompt", " ".join(["word"] * arguments.prompt_words)]
+    command += ["--context", str(arguments.context), "--prompt", prompt_of(arguments.context - arguments.tokens)]
     for name in arguments.budgets.split(","):
         budget = smallest_budget(command) if name == "smallest" else parse_memory(name)
         with memory_group(budget) as group:
@@ -54,6 +57,13 @@ def main(arguments: argparse.Namespace) -> None:
     print(json.dumps({"command": "peak-memory", "model": arguments.model, "rows": rows}))
     if any(row["exit"] or row["peak_memory_bytes"] > row["planned"] for row in rows):
         raise FlashError("a run was killed, failed, or went over its plan (see above).")
+
+
+def prompt_of(tokens: int) -> str:
+    """Text that the demo model's tokenizer, which random checkpoints have too, makes `tokens` tokens of."""
+    tokenizer = load_tokenizer(demo_folder())
+    ids = [*tokenizer.encode("the " * tokens)][: tokens - 1]
+    return str(tokenizer.decode(ids[1:]))
 
 
 def smallest_budget(command: list[str]) -> int:

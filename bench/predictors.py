@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import KINDS, ExactPredictor, Predictor
+from mlx_flash.loading import demo_folder, find_checkpoint
 
 from .score import score
 
@@ -34,10 +38,11 @@ class Audit:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="store, checkpoint or id (default: the packaged demo model)")
+    parser.add_argument("--model", help="checkpoint, converted anew for every row (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
     parser.add_argument("--tokens", type=int, default=0, help="score only the first N tokens (default: all)")
-    parser.add_argument("--kinds", default="none,exact,lowrank,shadow", help="which (default: %(default)s)")
+    parser.add_argument("--recall", default="0.97", help="recall targets, by commas (default: %(default)s)")
+    parser.add_argument("--bits", default="2,3", help="bits of the shadow, by commas (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -45,28 +50,48 @@ def main(arguments: argparse.Namespace) -> None:
         text = arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --text {arguments.text}: {error}") from None
-    rows = [measure(arguments.model, kind, text, arguments.tokens) for kind in arguments.kinds.split(",")]
-    print(
-        f"{'predictor':<10}{'recall':>8}{'active':>8}{'chosen':>8}{'ratio':>7}{'MB':>8}{'ms/token':>10}{'perplexity':>12}"
-    )
-    for row in rows:
-        shares = "".join(f"{row[key]:>8.2%}" if key in row else f"{'-':>8}" for key in ("recall", "active", "chosen"))
-        ratio = f"{row['chosen'] / row['active']:>7.2f}" if "chosen" in row else f"{'-':>7}"
-        print(
-            f"{row['predictor']:<10}{shares}{ratio}{row['bytes'] / 1e6:>8.2f}{row['ms_per_token']:>10.2f}"
-            f"{row['perplexity']:>12.3f} ({row['perplexity'] / rows[0]['perplexity'] - 1:+.2%})"
-        )
+    source = demo_folder() if arguments.model is None else find_checkpoint(arguments.model)
+    recalls = [float(value) for value in arguments.recall.split(",")]
+    widths = [int(value) for value in arguments.bits.split(",")]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder, "store")
+        for recall, bits in itertools.product(recalls, widths):
+            seconds: dict[str, float] = {}
+            convert(source, store, Settings(recall=recall, shadow_bits=bits), overwrite=True, seconds=seconds)
+            kinds = [] if rows else ["none", "exact"]
+            kinds += ["lowrank", "shadow"] if bits == widths[0] else ["shadow"]
+            for kind in kinds:
+                row = measure(store, kind, text, arguments.tokens)
+                if kind in KINDS:
+                    row |= {"target": recall, "seconds_to_make": seconds[kind]}
+                row["predictor"] += f" {bits} bits" if kind == "shadow" else ""
+                rows.append(row)
+    show(rows)
     print(json.dumps({"command": "predictors", "text": arguments.text.name, "rows": rows}))
 
 
-def measure(model_path: str | None, kind: str, text: str, tokens: int) -> dict[str, Any]:
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table; `target` is the recall that the threshold was set for on calibration text."""
+    columns = {"target": ".2f", "recall": ".2%", "active": ".2%", "chosen": ".2%", "seconds_to_make": ".2f"}
+    heads = ("target", "recall", "active", "chosen", "made in s", "ratio", "MB", "ms/token", "perplexity")
+    print(f"{'predictor':<15}" + "".join(f"{head:>11}" for head in heads))
+    for row in rows:
+        cells = [format(row[key], spec) if key in row else "-" for key, spec in columns.items()]
+        cells.append(f"{row['chosen'] / row['active']:.2f}" if "chosen" in row else "-")
+        cells += [f"{row['bytes'] / 1e6:.2f}", f"{row['ms_per_token']:.2f}", f"{row['perplexity']:.3f}"]
+        change = row["perplexity"] / rows[0]["perplexity"] - 1
+        print(f"{row['predictor']:<15}" + "".join(f"{cell:>11}" for cell in cells) + f"  {change:+.2%}")
+
+
+def measure(store: Path, kind: str, text: str, tokens: int) -> dict[str, Any]:
     """One predictor's row. Recall and shares are of neurons, over all layers and scored tokens."""
     from mlx_lm.models.cache import make_prompt_cache
 
     from mlx_flash.loading import load
 
-    model, tokenizer = load(model_path, predictor=kind)
-    ids = list(tokenizer.encode(text, add_special_tokens=False))[: tokens or None]
+    model, tokenizer = load(store, predictor=kind)
+    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: tokens or None]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     seconds = seconds_per_token(model, prefix + ids[:128])
     audits = [audit(layer.mlp) for layer in model.layers if kind in KINDS and layer.mlp.predictor is not None]

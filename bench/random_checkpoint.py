@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ FFN_BIAS = -1.65  # with pre-activations of unit spread: about one neuron in twe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
@@ -32,12 +34,13 @@ def main(arguments: argparse.Namespace) -> None:
     if (arguments.output / "config.json").exists():
         raise UsageError(f"{arguments.output} holds a checkpoint already. Choose another --output.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(arguments.output, arguments.shape, arguments.seed)
-    print(json.dumps({"command": "random-checkpoint", "shape": arguments.shape, "seed": arguments.seed}))
+    write_checkpoint(arguments.output, arguments.shape, arguments.dtype, arguments.seed)
+    keys = ("command", "shape", "dtype", "seed")
+    print(json.dumps({key: getattr(arguments, key) for key in keys}))
 
 
-def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
-    """float16, one tensor in memory at a time; the demo model's tokenizer, so that text goes in and out."""
+def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
+    """One tensor in memory at a time; the demo model's tokenizer, so that text goes in and out."""
     hidden, layers, heads = SHAPES[shape]
     tensors = {
         "model.decoder.embed_tokens.weight": ((VOCABULARY, hidden), 1.0, 0.0),
@@ -57,12 +60,13 @@ def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
         tensors[f"{layer}fc1.bias"] = ((4 * hidden,), 0.0, FFN_BIAS)
         tensors[f"{layer}fc2.weight"] = ((hidden, 4 * hidden), (4 * hidden) ** -0.5, 0.0)
         tensors[f"{layer}fc2.bias"] = ((hidden,), 0.02, 0.0)
-    sizes = [int(np.prod(s)) * 2 for s, _, _ in tensors.values()]
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
+    stored = getattr(mx, dtype)
+    total = sum(int(np.prod(dims)) for dims, _, _ in tensors.values()) * stored.size
+    with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
         write_safetensors(
             folder / "model.safetensors",
             (
-                (name, dims, mx.float16, lambda i=i, d=dims, s=spread, m=mean: _normal(seed + i, d, s, m))  # type: ignore[misc]
+                (name, dims, stored, partial(_normal, [seed, i], dims, spread, mean))
                 for i, (name, (dims, spread, mean)) in enumerate(tensors.items())
             ),
             bar.update,
@@ -86,6 +90,6 @@ def write_checkpoint(folder: Path, shape: str, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _normal(seed: int, shape: tuple[int, ...], spread: float, mean: float) -> mx.array:
+def _normal(seed: list[int], shape: tuple[int, ...], spread: float, mean: float) -> mx.array:
     values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return mx.array((values * np.float32(spread) + np.float32(mean)).astype(np.float16))
+    return mx.array(values * np.float32(spread) + np.float32(mean))

@@ -13,11 +13,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """nats: summed negative log-likelihood of `tokens` tokens; agreed: how often the likeliest token was right."""
+    """nats: summed negative log-likelihood of `tokens` tokens."""
 
     nats: float
     tokens: int
-    agreed: int
 
     @property
     def perplexity(self) -> float:
@@ -37,7 +36,7 @@ def score(
 
     A step of at most the store's `decode_tokens` goes the decode way: each position with its own selection.
     """
-    nats, agreed, body = 0.0, 0, window - len(prefix)
+    nats, count, body = 0.0, 0, window - len(prefix)
     for begin in range(0, len(ids), body):
         wanted = ids[begin : begin + body]
         given = np.array((prefix + wanted)[:-1], np.int32)
@@ -48,6 +47,6 @@ def score(
             goal = mx.array(targets[at : at + step])
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             nats -= float(mx.take_along_axis(logprobs, goal[:, None], axis=-1).sum().item())  # type: ignore[arg-type]
-            agreed += int((mx.argmax(logits, axis=-1) == goal).sum().item())  # type: ignore[arg-type]
+            count += len(goal)
             progress(len(goal))
-    return Score(nats, len(ids) - (0 if prefix else -(-len(ids) // body)), agreed)
+    return Score(nats, count)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,14 +52,25 @@ class Settings:
     dtype: str | None = None  # None: the checkpoint's own
     calibration_text: Path | None = None  # None: the packaged text
     calibration_tokens: int = CALIBRATION_TOKENS
+    recall: float = 0.97  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
+    shadow_bits: int = 2  # bench/RESULTS.md
 
 
-def convert(source: Path, output: Path, settings: Settings, overwrite: bool = False) -> Manifest:
+def convert(
+    source: Path,
+    output: Path,
+    settings: Settings,
+    overwrite: bool = False,
+    seconds: dict[str, float] | None = None,
+) -> Manifest:
     """Converts the checkpoint in `source` into the store `output`; `overwrite` replaces a store that is there.
 
     Everything is written into `output` + ".partial" beside it, which a later run goes on with, and renamed when
-    it is whole; until then a store that was there stays. Raises CheckpointError, UnsupportedModelError, UsageError
-    (the output is there already), NoSpaceError or ConversionError.
+    it is whole; until then a store that was there stays. `seconds` is told how long each kind of predictor took
+    to make, which depends on the machine and is therefore not in the store.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError (the output is there already), NoSpaceError or
+    ConversionError.
     """
     if is_our_store(source):
         raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
@@ -71,7 +83,7 @@ def convert(source: Path, output: Path, settings: Settings, overwrite: bool = Fa
             try:
                 recover(output)
                 refuse_to_replace(output, source, overwrite)
-                return _Conversion(checkpoint, family, output, settings).run()
+                return _Conversion(checkpoint, family, output, settings, {} if seconds is None else seconds).run()
             finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
@@ -90,10 +102,13 @@ def convert(source: Path, output: Path, settings: Settings, overwrite: bool = Fa
 
 
 class _Conversion:
-    def __init__(self, checkpoint: Checkpoint, family: Family, output: Path, settings: Settings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, output: Path, settings: Settings, seconds: dict[str, float]
+    ) -> None:
         from mlx_flash.loading import model_classes
 
         self.checkpoint, self.family, self.output, self.settings = checkpoint, family, output, settings
+        self.seconds = seconds
         self.partial = output.with_name(output.name + ".partial")
         model_class, args_class = model_classes(checkpoint.config)
         try:
@@ -170,7 +185,11 @@ class _Conversion:
                 return manifest
         dtype = getattr(mx, self.dtype)
         resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape in self.resident.values())
-        self._check_free_space(self.layout.file_bytes + resident_bytes + 2 * predictors.stored_bytes(self.layout))
+        self._check_free_space(
+            self.layout.file_bytes
+            + resident_bytes
+            + 2 * predictors.stored_bytes(self.layout, self.settings.shadow_bits)
+        )
         with tqdm(
             total=self.layout.file_bytes + resident_bytes, unit="B", unit_scale=True, desc="writing", dynamic_ncols=True
         ) as bar:
@@ -206,6 +225,7 @@ class _Conversion:
             "small_files": {path.name: sha256_of(path) for path in self._small_files()},
             "dtype": self.dtype,
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.settings.calibration_tokens],
+            "predictors": [self.settings.recall, self.settings.shadow_bits],
         }
         wanted = json.dumps(key, sort_keys=True).encode()
         record = self.partial / RECORD
@@ -270,7 +290,7 @@ class _Conversion:
         folder, size = self.checkpoint.folder, int(self.checkpoint.config["vocab_size"])
         try:
             tokenizer = load_tokenizer(folder)
-            ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False))
+            ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False, verbose=False))
             prefix = [i for i in tokenizer.encode("", add_special_tokens=True) if i != tokenizer.eos_token_id][:1]
             prefix = prefix or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
         except CheckpointError as error:
@@ -293,17 +313,20 @@ class _Conversion:
         dtype = getattr(mx, self.dtype)
         activations = self._activations(sequences)
         for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
-            x, before, up, held_out = next(activations)
+            sample = next(activations)
             for kind in KINDS:
                 path = self._layer_file(layer, kind)
                 if predictors.read_layer(path):
                     continue
+                began = time.perf_counter()
                 predictor: predictors.LayerPredictor | None
                 if kind == "lowrank":
-                    predictor = predictors.lowrank_predictor(x, before, up, held_out, layer, dtype)
+                    predictor = predictors.lowrank_predictor(sample, self.settings.recall, layer, dtype)
                 else:
-                    bias = self._bias(self.family.up_bias, layer, up.shape[0])
-                    predictor = predictors.shadow_predictor(x, before, up, held_out, bias, dtype)
+                    predictor = predictors.shadow_predictor(
+                        sample, self.settings.recall, self.settings.shadow_bits, dtype
+                    )
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
                 if predictor is not None:
                     predictors.write_layer(path, predictor)
 
@@ -327,20 +350,21 @@ class _Conversion:
                 load = partial(predictors.load_array, path, name)
                 tensors.append((f"{layer}.{name}", array.shape, array.dtype, load))
         if kind == "shadow":
-            report |= {"bits": predictors.SHADOW_BITS, "group_size": predictors.SHADOW_GROUP}
+            report |= {"bits": self.settings.shadow_bits, "group_size": predictors.SHADOW_GROUP}
         write_safetensors(self.partial / Manifest.predictor_file(kind), tensors)
         return report
 
-    def _activations(self, sequences: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Per layer: FFN inputs, pre-activations, up projection, and which tokens are held out."""
+    def _activations(self, sequences: np.ndarray) -> Iterator[predictors.Sample]:
+        """Layer by layer."""
         self._load_resident()
         held_out = np.repeat(
             np.arange(len(sequences)) % predictors.HELD_OUT == predictors.HELD_OUT - 1, sequences.shape[1]
         )
         if not held_out.any():  # a single short sequence: measure on what it was trained on
             held_out[len(held_out) // 2 :] = True
-        for x, before, up in calibrate.layer_activations(self.model, sequences, self._host_ffn):
-            yield x, before, up, held_out
+        layers = calibrate.layer_activations(self.model, sequences, self._host_ffn)
+        for layer, (x, before, up) in enumerate(layers):
+            yield predictors.Sample(x, before, up, self._bias(self.family.up_bias, layer, len(up)), held_out)
 
     def _load_resident(self) -> None:
         """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""

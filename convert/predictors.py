@@ -14,12 +14,21 @@ from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
 
 from .tensors import write_safetensors
 
-RECALL_TARGET = 0.97  # share of the truly active neurons that the threshold must catch, on calibration text
 HELD_OUT = 4  # every 4th sequence is not trained on: thresholds and reports come from it
-SHADOW_BITS = 2
 SHADOW_GROUP = 64
 EPOCHS = 8
 BATCH = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one layer did on calibration text. N tokens, D the width, F neurons; float32."""
+
+    x: np.ndarray  # (N, D): the FFN's inputs
+    before: np.ndarray  # (N, F): pre-activations
+    up: np.ndarray  # (F, D): the up projection
+    up_bias: np.ndarray  # (F,)
+    held_out: np.ndarray  # bool (N,): tokens that thresholds and reports come from, and training does not see
 
 
 @dataclass(frozen=True)
@@ -33,45 +42,43 @@ class LayerPredictor:
 
 
 def low_rank_size(width: int) -> int:
-    """The paper takes 128 at a width of 4096; half as thin again keeps small models honest."""
+    """The paper takes 128 at a width of 4096, and 1024 in the last four layers; this lies between."""
     return max(32, width // 16)
 
 
-def stored_bytes(layout: NeuronLayout) -> int:
+def stored_bytes(layout: NeuronLayout, bits: int) -> int:
     """About what both kinds take for all layers."""
     rank, item = low_rank_size(layout.width), ITEM_BYTES[layout.dtype]
     lowrank = rank * (layout.width + layout.neurons) * item + layout.neurons * 4
-    shadow = layout.neurons * layout.width * SHADOW_BITS // 8
+    shadow = layout.neurons * layout.width * bits // 8
     shadow += 2 * layout.neurons * layout.width // SHADOW_GROUP * item + layout.neurons * 4
     return layout.layers * (lowrank + shadow)
 
 
-def lowrank_predictor(
-    x: np.ndarray, before: np.ndarray, up: np.ndarray, held_out: np.ndarray, seed: int, dtype: mx.Dtype
-) -> LayerPredictor:
+def lowrank_predictor(sample: Sample, recall: float, seed: int, dtype: mx.Dtype) -> LayerPredictor:
     """The paper's predictor (section 3.1): x A B + c, trained to say which neurons are positive.
 
-    x: (N, D); before: (N, F) pre-activations; up: (F, D); held_out: bool (N,). Starts from the best rank-r
-    approximation of the pre-activations on the training part (reduced-rank regression by a randomised range
-    finder), then Adam on a logistic loss in which positives and negatives weigh the same in total.
+    Starts from the best rank-r approximation of the pre-activations on the training part (reduced-rank
+    regression by a randomised range finder), then Adam on a logistic loss in which positives and negatives weigh
+    the same in total.
     """
     rng = np.random.default_rng(seed)
-    rank = min(low_rank_size(x.shape[1]), *up.shape)
-    train_x, train_y = x[~held_out], before[~held_out]
-    bias = np.median(train_y - train_x @ up.T, axis=0).astype(np.float32)
+    up, held_out = sample.up, sample.held_out
+    rank = min(low_rank_size(up.shape[1]), *up.shape)
+    train_x, train_y = sample.x[~held_out], sample.before[~held_out]
     scale = np.float32(3.0) / max(train_y.std(), np.float32(1e-6))  # a spread that a logistic loss can work with
-    centred = train_y - bias
+    centred = train_y - sample.up_bias
     basis = np.linalg.qr(centred.T @ rng.standard_normal((len(centred), rank + 8), dtype=np.float32))[0]
     for _ in range(2):
         basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
     top = np.linalg.svd(centred @ basis, full_matrices=False)[2][:rank]  # (r, r + 8)
     b = np.ascontiguousarray((basis @ top.T).T)  # (r, F), orthonormal rows
     a = (up.T @ b.T) * scale  # (D, r)
-    c = bias * scale
+    c = sample.up_bias * scale
     a, b, c = _train_logistic(train_x, train_y > 0, a, b, c, rng)
     arrays = {name: mx.array(value).astype(dtype) for name, value in (("a", a), ("b", b))}
     a, b = (np.array(arrays[name].astype(mx.float32)) for name in ("a", "b"))
-    return _with_threshold(arrays, x[held_out] @ a @ b + c, before[held_out] > 0, c)
+    return _with_threshold(arrays, sample.x[held_out] @ a @ b + c, c, sample, recall)
 
 
 def _train_logistic(
@@ -95,7 +102,7 @@ def _train_logistic(
             thin = batch @ parameters[0]  # (n, D) @ (D, r)
             score = np.clip(thin @ parameters[1] + parameters[2], -30, 30)
             error = 1 / (1 + np.exp(-score)) - wanted
-            error *= np.where(wanted, weight_on, weight_off) / error.size * error.shape[1]
+            error *= np.where(wanted, weight_on, weight_off) / len(error)
             gradients = [batch.T @ (error @ parameters[1].T), thin.T @ error, error.sum(axis=0)]
             step += 1
             decay = np.float32(1 - step / (steps + 1))
@@ -108,26 +115,25 @@ def _train_logistic(
     return parameters[0], parameters[1], parameters[2]
 
 
-def shadow_predictor(
-    x: np.ndarray, before: np.ndarray, up: np.ndarray, held_out: np.ndarray, up_bias: np.ndarray, dtype: mx.Dtype
-) -> LayerPredictor | None:
-    """The up projection at SHADOW_BITS bits; no training. None where the layer does not divide into groups."""
-    if up.shape[0] % SHADOW_GROUP:
+def shadow_predictor(sample: Sample, recall: float, bits: int, dtype: mx.Dtype) -> LayerPredictor | None:
+    """The up projection at `bits` bits; no training. None where the layer does not divide into groups."""
+    if len(sample.up) % SHADOW_GROUP:
         return None
-    transposed = mx.array(np.ascontiguousarray(up.T)).astype(dtype)  # (D, F)
-    packed, scales, biases = mx.quantize(transposed, group_size=SHADOW_GROUP, bits=SHADOW_BITS)
-    coarse = mx.dequantize(packed, scales, biases, group_size=SHADOW_GROUP, bits=SHADOW_BITS)
-    score = x[held_out] @ np.array(coarse.astype(mx.float32)) + up_bias
+    transposed = mx.array(np.ascontiguousarray(sample.up.T)).astype(dtype)  # (D, F)
+    packed, scales, biases = mx.quantize(transposed, group_size=SHADOW_GROUP, bits=bits)
+    coarse = mx.dequantize(packed, scales, biases, group_size=SHADOW_GROUP, bits=bits)
+    score = sample.x[sample.held_out] @ np.array(coarse.astype(mx.float32)) + sample.up_bias
     arrays = {"weight": packed, "scales": scales, "biases": biases}
-    return _with_threshold(arrays, score, before[held_out] > 0, up_bias)
+    return _with_threshold(arrays, score, sample.up_bias, sample, recall)
 
 
 def _with_threshold(
-    arrays: dict[str, mx.array], score: np.ndarray, active: np.ndarray, c: np.ndarray
+    arrays: dict[str, mx.array], score: np.ndarray, c: np.ndarray, sample: Sample, recall: float
 ) -> LayerPredictor:
-    """Folds into c the threshold that catches RECALL_TARGET of the active neurons; measures what it chooses."""
+    """Folds into c the threshold that catches `recall` of the active neurons held out; measures what it chooses."""
+    active = sample.before[sample.held_out] > 0
     positives = score[active]
-    threshold = np.float32(np.quantile(positives, 1 - RECALL_TARGET)) if len(positives) else np.float32(0)
+    threshold = np.float32(np.quantile(positives, 1 - recall)) if len(positives) else np.float32(0)
     chosen = score > threshold
     arrays = {**arrays, "c": mx.array((c - threshold).astype(np.float32))}
     return LayerPredictor(

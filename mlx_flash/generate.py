@@ -144,9 +144,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     from .generation import stream_generate
 
+    sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
+    mx.eval(sampler(mx.zeros((1, model.args.vocab_size))))  # compiled here, not in the first token's time
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
     prompt = apply_template(tokenizer, prompt_text, arguments)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -172,6 +173,8 @@ def main(arguments: argparse.Namespace) -> int:
     if interrupts.asked:
         say("interrupted")
     if response is not None:
+        if response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
+            say(f"note: the planned context of {model.flash.plan.context} tokens is full (--context)")
         report(response, model)
         if arguments.json:
             print(json.dumps(as_json(response, model, "".join(pieces), tokens)), flush=True)

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -233,9 +233,18 @@ def test_a_broken_store_ends_with_1(run: Callable[..., Any], own_store: Path) ->
     assert (code, output) == (1, "") and "lacks neurons.bin" in error
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.fixture
+def default_ctrl_c() -> Iterator[None]:
+    """Python's own handling, also where the tests were started in the background, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+@pytest.mark.parametrize(("times", "message"), [(1, "interrupted"), (2, "python -m mlx_flash.generate: interrupted")])
 def test_ctrl_c_while_the_prompt_is_read(
-    command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int
+    command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int, message: str
 ) -> None:
     """Once: a clean end, with nothing to report. Twice: at once."""
     enter = command.Interrupts.__enter__
@@ -246,18 +255,23 @@ def test_ctrl_c_while_the_prompt_is_read(
             signal.raise_signal(signal.SIGINT)
         return self
 
-    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(command.Interrupts, "__enter__", interrupted)
     code, output, error = run("--json")
     assert code == 130 and output.strip() == ""
-    assert error.rstrip().endswith("interrupted") and "Generation" not in error
-    signal.signal(signal.SIGINT, handler)
+    assert error.splitlines()[-1] == message and "Generation" not in error
 
 
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_ctrl_c_while_loading(command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "apply_template", lambda *_: signal.raise_signal(signal.SIGINT))
     code, _, error = run()
-    assert code == 130 and error.rstrip().endswith("generate: interrupted")
+    assert code == 130 and error.splitlines()[-1] == "python -m mlx_flash.generate: interrupted"
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+def test_ctrl_c_is_as_before_afterwards(run: Callable[..., Any]) -> None:
+    assert run("--max-tokens", "1")[0] == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_parsers_defaults_are_those_of_the_library(command: ModuleType) -> None:

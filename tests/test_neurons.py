@@ -72,8 +72,7 @@ def test_bit_identical_however_it_is_cached_and_read(
     ]
     for way in ways:
         model = open_model(tiny.store, predictor=predictor, **way)
-        for _ in range(2):
-            assert_same(everything(model), expected, way)
+        assert_same(everything(model), expected, way)
         assert model.flash.streamer.counters.bytes > reads.bytes
         model.flash.close()
 

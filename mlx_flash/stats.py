@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 class Counters:
     """Sums over calls. Seconds are wall-clock; bytes are those asked of the file."""
 
-    calls: int = 0
     hits: int = 0  # blocks needed and found in a slot
     misses: int = 0  # blocks needed and read
     reads: int = 0  # requests to the operating system, neighbours merged

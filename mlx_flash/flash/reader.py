@@ -243,6 +243,11 @@ class Reader:
         """`submit` and `wait` in one."""
         return self.wait(self.submit(file, offsets, addresses, lengths))
 
+    def drain(self) -> None:
+        """Blocks until no read is under way. Tickets not yet waited for are void."""
+        for ticket in tuple(self._outstanding):
+            self._finish(ticket)
+
     def close(self) -> None:
         """Lets outstanding reads finish, then ends the threads. Tickets not yet waited for are void."""
         if self._pool is None:
@@ -250,8 +255,7 @@ class Reader:
         if os.getpid() != self._pid:  # a forked child has the pool's memory but not its threads
             self._pool = None
             return
-        for ticket in tuple(self._outstanding):
-            self._finish(ticket)
+        self.drain()
         pool, self._pool = self._pool, None
         self._library.mf_pool_free(pool)
 

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -176,9 +176,10 @@ class LayerStream:
         reserved = time.perf_counter()
         self._settle()
         settled = time.perf_counter()  # what the device still had to do is compute, not management
-        ticket = self._submit_blocks(missing, targets)
-        submitted = time.perf_counter()
-        self._wait(ticket)
+        with self._draining():
+            ticket = self._submit_blocks(missing, targets)
+            submitted = time.perf_counter()
+            self._wait(ticket)
         waited = time.perf_counter()
         self.cache.commit(missing, targets)
         counters = self.shared.counters
@@ -193,21 +194,17 @@ class LayerStream:
         The next piece is read while the caller works on this one. The caller must have evaluated what it
         made of a piece before it asks for the next.
         """
-        ready = self._start_piece(0)
-        for start in range(0, self.layout.neurons, self.layout.piece_neurons):
-            piece = ready
-            self._finish_piece(piece)
-            if piece.stop < self.layout.neurons:
-                ready = self._start_piece(piece.stop)
-            ids = np.arange(start, piece.stop)
-            blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
-            first = start // self.layout.neurons_per_block
-            try:
+        with self._draining():
+            ready = self._start_piece(0)
+            for start in range(0, self.layout.neurons, self.layout.piece_neurons):
+                piece = ready
+                self._finish_piece(piece)
+                if piece.stop < self.layout.neurons:
+                    ready = self._start_piece(piece.stop)
+                ids = np.arange(start, piece.stop)
+                blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
+                first = start // self.layout.neurons_per_block
                 yield start, piece.stop, piece.rows.take(piece.places[blocks - first], lanes, self.parts)
-            except BaseException:
-                if ready is not piece:
-                    self._abandon(ready)
-                raise
 
     def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
         """Like `pieces`, with every part and past the slots."""
@@ -251,12 +248,16 @@ class LayerStream:
             self.cache.commit(piece.missing, piece.targets)
         self.shared.counters.wait_s += time.perf_counter() - began
 
-    def _abandon(self, piece: _Piece) -> None:
-        """Waits for a read nobody wants any more, so that it does not land in memory given to another."""
-        with contextlib.suppress(FlashError):  # the error that made the caller stop is the one to show
-            self._finish_piece(piece)
-
     # -- reading --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _draining(self) -> Iterator[None]:
+        """After an exception (Ctrl-C, too) no read may be left to land in memory that is given to another."""
+        try:
+            yield
+        except BaseException:
+            self.shared.reader.drain()
+            raise
 
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
         assert self.pool is not None

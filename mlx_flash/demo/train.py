@@ -200,10 +200,8 @@ def evaluate(model, meter: ActivationMeter, tokens: np.ndarray, context: int) ->
     model.eval()
     total, count, densities = 0.0, 0, []
     with torch.no_grad():
-        for begin in range(0, len(tokens) - 1, context - 1):
-            piece = tokens[begin : begin + context]
-            if len(piece) < 2:
-                break
+        for begin in range(0, len(tokens), context - 1):
+            piece = tokens[begin : begin + context - 1]
             batch = torch.tensor(np.concatenate([[BEGIN_ID], piece])[None].astype(np.int64))
             total += float(sequence_loss(model, batch, contextlib.nullcontext)) * len(piece)
             count += len(piece)

@@ -130,10 +130,15 @@ def shadow_predictor(sample: Sample, recall: float, bits: int, dtype: mx.Dtype) 
 def _with_threshold(
     arrays: dict[str, mx.array], score: np.ndarray, c: np.ndarray, sample: Sample, recall: float
 ) -> LayerPredictor:
-    """Folds into c the threshold that catches `recall` of the active neurons held out; measures what it chooses."""
+    """Folds into c the threshold that catches `recall` of the active neurons held out; measures what it chooses.
+
+    score: (n, F) for the held-out tokens; c: (F,).
+    """
     active = sample.before[sample.held_out] > 0
-    positives = score[active]
+    half = len(active) // 2  # the threshold comes from one half, what is reported of it from the other
+    positives = score[:half][active[:half]]
     threshold = np.float32(np.quantile(positives, 1 - recall)) if len(positives) else np.float32(0)
+    score, active = score[half:], active[half:]
     chosen = score > threshold
     arrays = {**arrays, "c": mx.array((c - threshold).astype(np.float32))}
     return LayerPredictor(

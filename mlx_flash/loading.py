@@ -304,8 +304,10 @@ def _tensors(path: Path) -> dict[str, mx.array]:
         raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
 
 
-def _is_coded(tensor: mx.array) -> bool:
-    return not mx.issubdtype(tensor.dtype, mx.floating)
+def _as_used(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A predictor's tensor in the type it is computed with, not yet read: packed bits and thresholds stay."""
+    packed = not mx.issubdtype(tensor.dtype, mx.floating)
+    return tensor if packed or name.endswith(".c") else tensor.astype(dtype)
 
 
 def _plan(
@@ -328,8 +330,9 @@ def _plan(
     if kind == "exact":
         predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
     else:
-        tensors = _predictor_tensors(folder, kind).values()
-        predictor_bytes = sum(t.nbytes if _is_coded(t) else t.size * item_bytes for t in tensors)
+        tensors = _predictor_tensors(folder, kind)
+        dtype = compute_dtype(manifest.resident_dtype)
+        predictor_bytes = sum(_as_used(name, tensor, dtype).nbytes for name, tensor in tensors.items())
     heads = getattr(args, "num_attention_heads", 1)
     on_cpu = mx.default_device() == mx.cpu
     workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=not on_cpu)
@@ -392,7 +395,7 @@ def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
         if name not in stored:
             raise MissingTensorError(f"{path} lacks the tensor {name}. Convert the checkpoint again.")
         if stored[name].shape != parameter.shape:
-            raise StoreError(f"{path}: {name} has shape {stored[name].shape}, expected {parameter.shape}.")
+            raise CorruptStoreError(f"{path}: {name} has shape {stored[name].shape}, expected {parameter.shape}.")
     total = sum(parameter.size for parameter in wanted.values()) * dtype.size
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for name in wanted:
@@ -413,20 +416,20 @@ def _make_predictor(
     if kind == "exact":
         return ExactPredictor(mlp.resident_up(dtype), mlp.up_bias if "up_bias" in mlp else None)
     prefix = f"{layer}."
-    own = {name.removeprefix(prefix): tensors[name] for name in list(tensors) if name.startswith(prefix)}
-    own = {name: value if _is_coded(value) else value.astype(dtype) for name, value in own.items()}
-    for name in list(tensors):
-        if name.startswith(prefix):
-            del tensors[name]
+    names = [name for name in tensors if name.startswith(prefix)]
+    own = {name.removeprefix(prefix): _as_used(name, tensors.pop(name), dtype) for name in names}
     mx.eval(own)
     try:
         if kind == "lowrank":
             return LowRankPredictor(own["a"], own["b"], own["c"])
         report = manifest.predictors[kind]
-        return ShadowPredictor(
+        shadow = ShadowPredictor(
             own["weight"], own["scales"], own["biases"], own["c"], report["bits"], report["group_size"]
         )
     except KeyError as error:
         raise MissingTensorError(
             f"{Manifest.predictor_file(kind)} lacks the tensor {prefix}{error.args[0]}. Convert the checkpoint again."
         ) from None
+    if layer == 0 and mx.default_device() != mx.cpu:
+        shadow.self_test()
+    return shadow

@@ -74,8 +74,8 @@ class SlotCache:
         if self.window is not None:
             used = worth >= 0
             worth[used] = np.maximum(worth[used], self.clock - self.window)
-        worth[keep[keep >= 0]] = np.iinfo(np.int64).max
+        worth[keep[keep >= 0]] = self.clock + 1
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
-        # A stable order, so that equals go by slot number; a partition would be faster and leave that open.
-        return np.sort(np.argsort(worth, kind="stable")[:count]).astype(np.int32)
+        order = worth * self.slots + np.arange(self.slots)  # no equals: those of the same worth go by slot number
+        return np.sort(np.argpartition(order, count - 1)[:count]).astype(np.int32)

@@ -23,8 +23,6 @@ from .files import NeuronLayout
 from .pool import AlignedPool
 from .reader import Reader, Ticket, UnitFile
 
-SEGMENT_BYTES = 1 << 20  # a sequential read is cut so, to keep every reader thread busy
-
 
 class BlockRows:
     """The neurons' rows in a pool of blocks, as one strided view that is gathered from without a copy.
@@ -68,25 +66,34 @@ class Streamer:
         self.counters = Counters()
         self.scratch = [AlignedPool(layout.piece_blocks * layout.block_bytes) for _ in range(2)]
         self.scratch_rows = [BlockRows(pool, layout, layout.parts) for pool in self.scratch]
-        for pool in self.scratch:
-            _check_shared_memory(pool)
+        for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
+            check_shared_memory(pool, rows)
 
     def close(self) -> None:
         self.reader.close()
         self.file.close()
 
 
-def _check_shared_memory(pool: AlignedPool) -> None:
-    """Writes from the host, sums on the device, twice."""
-    count = min(pool.nbytes, 1 << 16)
-    for value in (1, 3):
-        ctypes.memset(pool.address, value, count)
-        seen = mx.sum(pool.array[:count].astype(mx.int32)).item()
-        if seen != value * count:
-            raise FlashError(
-                f"self-test failed: the host wrote {value * count} into shared memory and the device read {seen}. "
-                "This machine or this version of MLX cannot stream safely; please report it with `pip show mlx`."
-            )
+def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
+    """Writes from the host and gathers on the device, twice, through the views that streaming uses.
+
+    Raises FlashError if the device sees anything else than what was written.
+    """
+    layout = rows.layout
+    last = pool.nbytes // rows.block_bytes - 1
+    places = np.array([0, last]), np.array([0, layout.neurons_per_block - 1])
+    for seed in (1, 2):
+        written = np.random.default_rng(seed).integers(0, 256, (last + 1) * rows.block_bytes, np.uint8)
+        ctypes.memmove(pool.address, written.ctypes.data, written.nbytes)
+        for part, seen in zip(rows.parts, rows.take(*places, rows.parts), strict=True):
+            index = rows.parts.index(part) * layout.neurons_per_block
+            begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
+            expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
+            if not np.array_equal(np.array(seen.view(mx.uint8)), expected):
+                raise FlashError(
+                    "self-test failed: the device does not see what the host writes into shared memory. This machine "
+                    "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
+                )
 
 
 @dataclass
@@ -118,22 +125,36 @@ class LayerStream:
         self.parts = parts
         self.cache = SlotCache(layout.blocks, slots, window)
         self.part_offset, self.slot_bytes = layout.part_range(parts)
-        self.pool = AlignedPool(self.cache.slots * self.slot_bytes) if self.cache.slots else None
+        self.pool = (
+            AlignedPool(self.cache.slots * self.slot_bytes, row_bytes=self.slot_bytes) if self.cache.slots else None
+        )
         self.rows = BlockRows(self.pool, layout, parts) if self.pool else None
-        self._held: list[mx.array] = []
+        self._held: tuple[mx.array, ...] = ()
 
     def hold(self, *outputs: mx.array) -> None:
-        """Names graphs that read this layer's memory; they are evaluated before it is written again."""
-        self._held = list(outputs)
+        """Names graphs that read this layer's memory: they are evaluated before that is written again.
+
+        What was held before is evaluated now, so that it is never forgotten. In a model it has been already, unless
+        nobody asked for the last call's logits.
+        """
+        self._settle()
+        self._held = outputs
 
     def _settle(self) -> None:
-        if self._held:
-            mx.eval(self._held)
+        held, self._held = self._held, ()  # first: what cannot be evaluated is not tried for ever
+        if held:
+            mx.eval(held)
+
+    def _verify_file(self) -> None:
+        """Once per call of the model: nobody has written into the file."""
+        if self.layer == 0:
+            self.shared.file.verify_unchanged()
 
     # -- decoding: the selected neurons ---------------------------------------------------------------------
 
     def begin(self, ids: np.ndarray) -> None:
         """A token (or a few) needs neurons `ids`, ascending: they are the last to be evicted."""
+        self._verify_file()
         began = time.perf_counter()
         self.cache.tick(self._blocks_of(ids))
         self.shared.counters.manage_s += time.perf_counter() - began
@@ -194,6 +215,7 @@ class LayerStream:
         The next piece is read while the caller works on this one. The caller must have evaluated what it
         made of a piece before it asks for the next.
         """
+        self._verify_file()
         with self._draining():
             ready = self._start_piece(0)
             for start in range(0, self.layout.neurons, self.layout.piece_neurons):
@@ -219,6 +241,7 @@ class LayerStream:
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
         if absent <= self.cache.free and self.rows is not None:
             self._settle()
+            began = time.perf_counter()  # what the device still had to do is compute, not management
             missing, targets = self.cache.reserve(blocks)
             ticket = self._submit_blocks(missing, targets) if len(missing) else None
             places = self.cache.slot_of[blocks].copy()
@@ -228,11 +251,9 @@ class LayerStream:
             counters.misses += absent
         else:
             which = first // layout.piece_blocks % 2
-            begin = self.layer * layout.layer_bytes + first * layout.block_bytes
-            offsets = np.arange(begin, begin + len(blocks) * layout.block_bytes, SEGMENT_BYTES)
-            lengths = np.minimum(SEGMENT_BYTES, begin + len(blocks) * layout.block_bytes - offsets)
-            addresses = offsets - begin + self.shared.scratch[which].address
-            ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+            offset = self.layer * layout.layer_bytes + first * layout.block_bytes
+            segment = (offset, self.shared.scratch[which].address, len(blocks) * layout.block_bytes)
+            ticket = self.shared.reader.submit(self.shared.file, *(np.array([value]) for value in segment))
             piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
             counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
         counters.manage_s += time.perf_counter() - began

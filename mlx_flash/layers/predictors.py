@@ -9,6 +9,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..errors import FlashError
+
 KINDS = ("lowrank", "shadow")  # those that a store holds; `exact` and `none` need nothing stored
 
 
@@ -35,7 +37,7 @@ class LowRankPredictor:
 
         x a b + c > threshold
 
-    The threshold is folded into c when it is loaded.
+    The store's c has the threshold in it, and is float32.
     """
 
     def __init__(self, a: mx.array, b: mx.array, c: mx.array) -> None:
@@ -48,8 +50,8 @@ class LowRankPredictor:
 class ShadowPredictor:
     """The up projection at a few bits: weight, scales, biases of `mx.quantize` over its transpose (D, F).
 
-    A neuron is chosen if the coarse pre-activation x W + c > 0, c being the bias less the threshold. (D, F) is
-    grouped along the neurons; on the CPU backend that product is three times faster than the other way up.
+    A neuron is chosen if the coarse pre-activation x W + c > 0, c (F,), float32, being the bias less the threshold.
+    (D, F) is grouped along the neurons; on the CPU backend that product is three times faster than the other way up.
     """
 
     def __init__(
@@ -60,7 +62,10 @@ class ShadowPredictor:
         self.group_size = group_size
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        coarse = mx.quantized_matmul(
+        return self._coarse(x) + self.c > 0, None
+
+    def _coarse(self, x: mx.array) -> mx.array:
+        return mx.quantized_matmul(
             x,
             self.weight,
             self.scales,
@@ -69,4 +74,23 @@ class ShadowPredictor:
             group_size=self.group_size,
             bits=self.bits,
         )
-        return coarse + self.c > 0, None
+
+    def self_test(self) -> None:
+        """Compares this device's product of packed bits with the one of dequantised numbers, for one row and eight.
+
+        Kernels for this product have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
+        """
+        columns = self.group_size  # of the result: enough to see it, and little memory
+        packed = columns * self.bits // 32
+        weights = mx.dequantize(
+            self.weight[:, :packed], self.scales[:, :1], self.biases[:, :1], group_size=columns, bits=self.bits
+        ).astype(mx.float32)
+        for rows in (1, 8):
+            x = mx.random.normal((rows, len(self.weight)), key=mx.random.key(rows)).astype(self.scales.dtype)
+            expected = x.astype(mx.float32) @ weights
+            error = mx.abs(self._coarse(x)[:, :columns].astype(mx.float32) - expected).max()
+            if not mx.isfinite(error).item() or (error > 0.02 * mx.abs(expected).max()).item():
+                raise FlashError(
+                    "self-test failed: products of packed bits are wrong on this device with this version of MLX. "
+                    "Use --predictor lowrank or exact, and please report it with `pip show mlx`."
+                )

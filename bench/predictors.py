@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.defaults import STORED_PREDICTORS
 from mlx_flash.errors import UsageError
-from mlx_flash.layers.predictors import KINDS, ExactPredictor, Predictor
+from mlx_flash.layers.predictors import ExactPredictor, Predictor
 from mlx_flash.loading import demo_folder, find_checkpoint
 
 from .score import score
@@ -63,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
             kinds += ["lowrank", "shadow"] if bits == widths[0] else ["shadow"]
             for kind in kinds:
                 row = measure(store, kind, text, arguments.tokens)
-                if kind in KINDS:
+                if kind in STORED_PREDICTORS:
                     row |= {"target": recall, "seconds_to_make": seconds[kind]}
                 row["predictor"] += f" {bits} bits" if kind == "shadow" else ""
                 rows.append(row)
@@ -94,7 +95,9 @@ def measure(store: Path, kind: str, text: str, tokens: int) -> dict[str, Any]:
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: tokens or None]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     seconds = seconds_per_token(model, prefix + ids[:128])
-    audits = [audit(layer.mlp) for layer in model.layers if kind in KINDS and layer.mlp.predictor is not None]
+    audits = [
+        audit(layer.mlp) for layer in model.layers if kind in STORED_PREDICTORS and layer.mlp.predictor is not None
+    ]
     with tqdm(total=len(ids), desc=kind, unit="token", dynamic_ncols=True) as bar:
         result = score(
             model,

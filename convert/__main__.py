@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mlx_flash.commands import run_command
+from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -18,14 +19,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
     parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="type to store (default: the checkpoint's own)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's own)")
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, default=2048, metavar="N", help="how much of it (default: %(default)s)"
+        "--calibration-tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help="how much of it (default: %(default)s)",
     )
     return parser
 
@@ -39,8 +42,10 @@ def main(arguments: argparse.Namespace) -> None:
 
     from .conversion import Settings, convert
 
-    if arguments.calibration_tokens < 16:
-        raise UsageError(f"--calibration-tokens is {arguments.calibration_tokens}, expected at least 16.")
+    if arguments.calibration_tokens < LEAST_CALIBRATION_TOKENS:
+        raise UsageError(
+            f"--calibration-tokens is {arguments.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
+        )
     source = find_checkpoint(arguments.model)
     settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
     mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them

@@ -23,9 +23,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlx_flash import __version__
+from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, STORED_PREDICTORS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
+from mlx_flash.flash.system import sync_to_disk
 
 from . import calibrate, predictors
 from .checkpoint import Checkpoint, Tensor
@@ -34,13 +36,9 @@ from .neurons import write_neurons
 from .output import RECORD, fsync, is_our_store, recover, refuse_to_replace, replaced_path
 from .tensors import write_safetensors
 
-DTYPES = ("float32", "float16", "bfloat16")
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.5  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
-KINDS = ("lowrank", "shadow")
 DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
-CALIBRATION_TOKENS = 2048
-LEAST_CALIBRATION_TOKENS = 16
 SPARE_BYTES = 64 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -207,7 +205,7 @@ class _Conversion:
                 )
         self._copy_small_files()
         self._make_predictors(sequences)
-        reports = {kind: report for kind in KINDS if (report := self._merge_predictors(kind))}
+        reports = {kind: report for kind in STORED_PREDICTORS if (report := self._merge_predictors(kind))}
         manifest = self._manifest(reports)
         self._publish(manifest)
         return manifest
@@ -314,7 +312,7 @@ class _Conversion:
         activations = self._activations(sequences)
         for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
             sample = next(activations)
-            for kind in KINDS:
+            for kind in STORED_PREDICTORS:
                 path = self._layer_file(layer, kind)
                 if predictors.read_layer(path):
                     continue
@@ -411,7 +409,7 @@ class _Conversion:
         with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest.to_json())
             file.flush()
-            os.fsync(file.fileno())
+            sync_to_disk(file.fileno())
         fsync(self.partial)
         self._rename()
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.flash.files import CHECKSUM_BYTES, Manifest, NeuronLayout
+from mlx_flash.flash.system import sync_to_disk
 
 from .tensors import to_bytes
 
@@ -64,8 +65,8 @@ def write_neurons(
             neurons.write(blocks.reshape(-1).data)
             neurons.write(bytes(layout.layer_bytes - blocks.size))
             neurons.flush()
-            os.fsync(neurons.fileno())
+            sync_to_disk(neurons.fileno())
             sums.write(layer_checksums(blocks))
             sums.flush()
-            os.fsync(sums.fileno())
+            sync_to_disk(sums.fileno())
             progress(layout.layer_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
+from mlx_flash.flash.system import sync_to_disk
 
 RECORD = "conversion.json"  # in the partial folder: what it is a conversion of
 
@@ -56,6 +57,6 @@ def refuse_to_replace(output: Path, source: Path, overwrite: bool) -> None:
 def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_to_disk(descriptor)
     finally:
         os.close(descriptor)

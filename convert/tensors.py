@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_flash.flash.system import sync_to_disk
 
 SAFETENSORS_NAMES = {
     mx.float32: "F32",
@@ -53,5 +54,5 @@ def write_safetensors(
             file.write(data.data)
             progress(len(data))
         file.flush()
-        os.fsync(file.fileno())
+        sync_to_disk(file.fileno())
     partial.replace(path)

@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from .commands import run_command
+from .defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from .errors import UsageError
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -33,23 +35,29 @@ def make_parser() -> argparse.ArgumentParser:
         "--memory", metavar="SIZE", help="budget for the whole process, such as 6GB (default: a share of what is free)"
     )
     model.add_argument(
-        "--context", type=int, default=2048, metavar="N", help="tokens the plan makes room for (default: %(default)s)"
+        "--context",
+        type=int,
+        default=CONTEXT,
+        metavar="N",
+        help="tokens the plan makes room for (default: %(default)s)",
     )
     model.add_argument(
         "--predictor",
         default="auto",
-        choices=("auto", "none", "exact", "lowrank", "shadow"),
+        choices=PREDICTORS,
         help="who says which neurons a token needs: the store's default, nobody (all of them: naive loading), the "
         "resident up projection, or one of the stored predictors (default: %(default)s)",
     )
     model.add_argument(
         "--window", type=int, metavar="K", help="evict by a sliding window of K tokens (default: by least-recent use)"
     )
-    model.add_argument("--threads", type=int, default=16, metavar="N", help="reader threads (default: %(default)s)")
+    model.add_argument(
+        "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"
+    )
     model.add_argument(
         "--io",
-        choices=("direct", "buffered"),
-        default="direct",
+        choices=IO_MODES,
+        default=IO_MODES[0],
         help="past the page cache or not (default: %(default)s)",
     )
     text = parser.add_argument_group("text")
@@ -87,8 +95,6 @@ class Interrupts:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UsageError for numbers that mean nothing; before anything is loaded."""
-    from .errors import UsageError
-
     if arguments.max_tokens < 1:
         raise UsageError(f"--max-tokens is {arguments.max_tokens}, expected at least 1.")
     if not arguments.temp >= 0:
@@ -102,8 +108,6 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    from .errors import UsageError
-
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
         raise UsageError("the prompt is empty; give one with --prompt, or on standard input with --prompt -.")
@@ -113,6 +117,8 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str | list[int]:
     """The prompt as the model's chat template wants it, where it has one."""
     if tokenizer.chat_template is None or arguments.ignore_chat_template:
+        if arguments.system_prompt is not None:
+            say("note: --system-prompt is not used without a chat template")
         return prompt
     messages = [{"role": "user", "content": prompt}]
     if arguments.system_prompt is not None:
@@ -149,6 +155,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
     prompt = apply_template(tokenizer, prompt_text, arguments)
+    if arguments.top_k >= model.args.vocab_size:
+        raise UsageError(f"--top-k is {arguments.top_k}, expected less than the vocabulary of {model.args.vocab_size}.")
     tokens: list[int] = []
     pieces: list[str] = []
     response = None
@@ -170,14 +178,18 @@ def main(arguments: argparse.Namespace) -> int:
         except PromptInterrupted:
             pass
     print(flush=True)
-    if interrupts.asked:
-        say("interrupted")
-    if response is not None:
-        if response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
+    if response is None:
+        say("interrupted while the prompt was read: no token was made")
+        result = {"text": "", "tokens": [], "generation_tokens": 0, "plan": model.flash.plan.as_dict()}
+    else:
+        if interrupts.asked:
+            say("interrupted")
+        elif response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
             say(f"note: the planned context of {model.flash.plan.context} tokens is full (--context)")
         report(response, model)
-        if arguments.json:
-            print(json.dumps(as_json(response, model, "".join(pieces), tokens)), flush=True)
+        result = as_json(response, model, "".join(pieces), tokens)
+    if arguments.json:
+        print(json.dumps(result), flush=True)
     model.flash.close()
     return 130 if interrupts.asked else 0
 

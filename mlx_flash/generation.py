@@ -19,9 +19,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .defaults import PREFILL_TOKENS
 from .errors import UsageError
 from .flash.system import peak_memory_bytes
-from .plan import PREFILL_TOKENS
 from .stats import Counters, Statistics
 
 
@@ -65,6 +65,8 @@ def stream_generate(
         )
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
+    if not 1 <= prefill_step_size <= PREFILL_TOKENS:
+        raise UsageError(f"prefill_step_size is {prefill_step_size}; the plan makes room for 1 to {PREFILL_TOKENS}.")
     room = context - taken + 1  # the last token is never fed back
     limit = room if max_tokens == -1 else min(max_tokens, room)
     return _stream(

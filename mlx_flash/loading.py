@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
     CheckpointError,
     ConversionError,
@@ -32,7 +33,7 @@ from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
 from .layers.neurons import StreamedNeurons
-from .layers.predictors import KINDS, ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
+from .layers.predictors import ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .plan import (
     MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,
@@ -44,9 +45,6 @@ from .plan import (
     workspace_bytes,
 )
 
-DEFAULT_CONTEXT = 2048
-DEFAULT_THREADS = 16
-PREDICTORS = ("auto", "none", "exact", *KINDS)
 HUB_PATTERNS = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"),
     *(Manifest.neurons_file, Manifest.neurons_checksums_file),  # of a repository that holds a store
@@ -206,8 +204,8 @@ def load(
     memory: str | int | None = None,
     predictor: str = "auto",
     window: int | None = None,
-    threads: int = DEFAULT_THREADS,
-    context: int = DEFAULT_CONTEXT,
+    threads: int = THREADS,
+    context: int = CONTEXT,
     io: str = "direct",
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Any]:
@@ -235,7 +233,7 @@ def load(
     manifest = read_manifest(folder)
     config = _read_config(folder)
     kind = manifest.default_predictor if predictor == "auto" else predictor
-    if kind in KINDS and kind not in manifest.predictors:
+    if kind in STORED_PREDICTORS and kind not in manifest.predictors:
         have = ", ".join(["none", "exact", *manifest.predictors])
         raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
     tokenizer = load_tokenizer(folder, config)
@@ -274,7 +272,7 @@ def _check_arguments(predictor: str, window: int | None, threads: int, context: 
         raise UsageError(f"threads is {threads}, expected 1 to 256.")
     if context < 1:
         raise UsageError(f"context is {context}, expected at least 1 token.")
-    if io not in ("direct", "buffered"):
+    if io not in IO_MODES:
         raise UsageError(f"io is {io!r}, expected 'direct' or 'buffered'.")
 
 
@@ -293,7 +291,7 @@ def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
 
 
 def _predictor_tensors(folder: Path, kind: str) -> dict[str, mx.array]:
-    return _tensors(folder / Manifest.predictor_file(kind)) if kind in KINDS else {}
+    return _tensors(folder / Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else {}
 
 
 def _tensors(path: Path) -> dict[str, mx.array]:
@@ -377,7 +375,7 @@ def _build(
     _load_resident(model, folder, dtype)
     tensors = _predictor_tensors(folder, kind)
     for index, layer in enumerate(model.layers):
-        if kind == "exact" or (kind in KINDS and index not in manifest.all_neurons_layers):
+        if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, tensors, layer.mlp, dtype)
     model.flash = Runtime(plan, manifest, streamer, kind)
     return model

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from .defaults import PREFILL_TOKENS
 from .errors import BudgetError, UsageError
 from .flash.files import ITEM_BYTES, NeuronLayout, round_up
 
@@ -16,8 +17,6 @@ PROCESS_MARGIN_BYTES = 48 << 20  # what the interpreter still grows after the pl
 RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
-PREFILL_TOKENS = 512  # prompt tokens computed at once by our own functions
-FLOAT32_BYTES = 4
 
 
 def parse_memory(text: str | int) -> int:

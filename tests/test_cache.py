@@ -90,7 +90,6 @@ class CacheMachine(RuleBasedStateMachine):
         assert {u: s for s, u in enumerate(self.cache.unit_of.tolist()) if u >= 0} == self.place
         assert self.cache.resident == len(self.place) == len(set(self.place.values()))
         assert self.cache.free == self.slots - len(self.place)
-        assert self.cache.holds_all == (len(self.place) == self.units)
 
 
 TestCache = CacheMachine.TestCase
@@ -144,6 +143,6 @@ def test_slots_must_make_sense(slots: Any) -> None:
 
 def test_more_slots_than_units_are_no_use() -> None:
     cache = SlotCache(3, 10)
-    assert (cache.slots, cache.free, cache.holds_all) == (3, 3, False)
+    assert (cache.slots, cache.free) == (3, 3)
     put(cache, 0, 1, 2)
-    assert (cache.slots, cache.free, cache.holds_all) == (3, 0, True)
+    assert (cache.slots, cache.free) == (3, 0)

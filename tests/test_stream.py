@@ -329,7 +329,9 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
 
     Streamer(bench.file, bench.reader, bench.layout)
     monkeypatch.setattr(stream_module, "AlignedPool", Copying)
-    with pytest.raises(FlashError, match="self-test failed: the device does not see what the host writes.*please report"):
+    with pytest.raises(
+        FlashError, match=r"self-test failed: the device does not see what the host writes.*please report"
+    ):
         Streamer(bench.file, bench.reader, bench.layout)
 
 

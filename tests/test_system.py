@@ -88,13 +88,6 @@ def test_a_missing_file(tmp_path: Path) -> None:
             system.open_for_reading(tmp_path / "none", direct)
 
 
-def test_dropping_cached_pages(path: Path) -> None:
-    fd, _ = system.open_for_reading(path, False)
-    assert system.drop_from_page_cache(fd) == (sys.platform == "linux")
-    assert os.pread(fd, 1, 5) == b"\x05"
-    os.close(fd)
-
-
 def test_memory_figures_follow_an_allocation() -> None:
     """In a process of its own: the peak of this one depends on the tests before."""
     program = """

@@ -13,7 +13,7 @@ class SlotCache:
     """An id-to-slot map with eviction by least-recent use, or by a sliding window.
 
     units: how many units the layer has; slots: how many fit; window: None for least-recent use, or k: units
-    used within the last k tokens are kept (paper, section 3.2), all older ones go in order of their slot.
+    used within the last k calls are kept (paper, section 3.2), all older ones go in order of their slot.
     """
 
     def __init__(self, units: int, slots: int, window: int | None = None) -> None:
@@ -26,10 +26,6 @@ class SlotCache:
         self.last_used = np.full(self.slots, -1, np.int64)
         self.clock = 0
         self.resident = 0  # how many slots are taken
-
-    @property
-    def holds_all(self) -> bool:
-        return self.resident == len(self.slot_of)
 
     @property
     def free(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -72,33 +74,41 @@ def _open_direct_on_linux(path: str | os.PathLike[str], flags: int) -> int | Non
     return fd
 
 
-def drop_from_page_cache(fd: int) -> bool:
-    """Asks the system to forget the file's cached pages (written ones must be fsynced first).
-
-    Returns False on macOS, where an unprivileged process cannot.
-    """
-    if sys.platform == "darwin":
-        return False
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return True
-
-
 def current_memory_bytes() -> int:
-    """Resident bytes of this process now."""
+    """Memory of this process now: resident bytes on Linux, the physical footprint on macOS, which counts Metal's."""
+    if sys.platform == "darwin":
+        return _macos_footprint()[0]
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """The most bytes this process has had resident since it was started."""
+    """The most memory this process has had since it was started, counted as in `current_memory_bytes`."""
     if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, KiB on Linux
+        return _macos_footprint()[1]
     # Not ru_maxrss: Linux carries it over exec, so a child of a large process starts with its parent's peak.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return current_memory_bytes()
+
+
+def _macos_footprint() -> tuple[int, int]:
+    """(now, at most so far), from proc_pid_rusage; libproc.h and sys/resource.h, struct rusage_info_v4."""
+    words = (ctypes.c_uint64 * 37)()  # 16 bytes of identity, then 35 numbers
+    if ctypes.CDLL("/usr/lib/libproc.dylib").proc_pid_rusage(os.getpid(), 4, words):
+        raise OSError("proc_pid_rusage failed")
+    return words[2 + 7], words[2 + 28]  # ri_phys_footprint, ri_lifetime_max_phys_footprint
+
+
+def sync_to_disk(fd: int) -> None:
+    """fsync that also holds after a power cut: macOS's own leaves the bytes in the drive's cache (fsync(2))."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
 
 
 def available_memory_bytes() -> int:

@@ -11,8 +11,6 @@ import mlx.core as mx
 
 from ..errors import FlashError
 
-KINDS = ("lowrank", "shadow")  # those that a store holds; `exact` and `none` need nothing stored
-
 
 class Predictor(Protocol):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]: ...

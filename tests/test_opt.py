@@ -151,7 +151,8 @@ def test_embed_offsets(model: Model, golden: dict[str, mx.array]) -> None:
     tokens = golden["tokens"]
     assert mx.array_equal(model.embed(tokens, 5), model.embed(tokens, mx.array([5, 5, 5])))
     assert mx.array_equal(model.embed(tokens, 5), model.embed(tokens, mx.array(5)))
-    assert mx.array_equal(model.embed(tokens)[:, 9:], model.embed(tokens[:, 9:], 9))
+    # Not to the bit: with project_in, a BLAS may round a product of fewer rows differently.
+    assert largest_difference(model.embed(tokens)[:, 9:], model.embed(tokens[:, 9:], 9)) < 1e-5
     assert largest_difference(model.embed(tokens, 1), model.embed(tokens, 0)) > 0.1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.commands import whole_number
 from mlx_flash.convert.neurons import write_neurons
 from mlx_flash.flash.files import Manifest, NeuronLayout
 from mlx_flash.flash.reader import Reader, UnitFile
@@ -35,10 +36,15 @@ class _Fixed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--width", type=int, default=2048, help="hidden size; the FFN is 4 x wider (default: OPT-1.3B's)"
+        "--width",
+        type=whole_number(64, 16384),
+        default=2048,
+        help="hidden size; the FFN is 4 x wider (default: OPT-1.3B's)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=30, help="rounds; the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=whole_number(1), default=30, help="rounds; the median counts (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+from mlx_flash.commands import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.loading import demo_folder, load_tokenizer
 from mlx_flash.plan import parse_memory
@@ -21,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets", default="smallest,2GB,3GB", help="separated by commas; `smallest` asks (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=32, help="to generate (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole_number(1), default=32, help="to generate (default: %(default)s)")
     parser.add_argument(
-        "--context", type=int, default=512, help="tokens to plan for and to fill (default: %(default)s)"
+        "--context", type=whole_number(64), default=512, help="tokens to plan for and to fill (default: %(default)s)"
     )
     parser.add_argument("--predictor", default="auto", help="default: %(default)s")
 

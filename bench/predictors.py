@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import STORED_PREDICTORS
 from mlx_flash.errors import UsageError
@@ -41,7 +42,9 @@ class Audit:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint, converted anew for every row (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
-    parser.add_argument("--tokens", type=int, default=0, help="score only the first N tokens (default: all)")
+    parser.add_argument(
+        "--tokens", type=whole_number(0, 10**9), default=0, help="score only the first N tokens (default: all)"
+    )
     parser.add_argument("--recall", default="0.97", help="recall targets, by commas (default: %(default)s)")
     parser.add_argument("--bits", default="2,3", help="bits of the shadow, by commas (default: %(default)s)")
 
@@ -52,8 +55,13 @@ def main(arguments: argparse.Namespace) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --text {arguments.text}: {error}") from None
     source = demo_folder() if arguments.model is None else find_checkpoint(arguments.model)
-    recalls = [float(value) for value in arguments.recall.split(",")]
-    widths = [int(value) for value in arguments.bits.split(",")]
+    try:
+        recalls = [float(value) for value in arguments.recall.split(",")]
+        widths = [int(value) for value in arguments.bits.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--recall and --bits want numbers separated by commas: {error}") from None
+    if len(text.split()) < 2:
+        raise UsageError(f"--text {arguments.text} has no text to speak of.")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store")

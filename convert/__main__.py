@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_flash.commands import run_command
+from mlx_flash.commands import run_command, whole_number
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 
@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibration-tokens",
-        type=int,
+        type=whole_number(LEAST_CALIBRATION_TOKENS, 10**7),
         default=CALIBRATION_TOKENS,
         metavar="N",
         help="how much of it (default: %(default)s)",
@@ -36,16 +36,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     import mlx.core as mx
 
-    from mlx_flash.errors import UsageError
     from mlx_flash.loading import find_checkpoint
     from mlx_flash.plan import MLX_CACHE_BYTES
 
     from .conversion import Settings, convert
 
-    if arguments.calibration_tokens < LEAST_CALIBRATION_TOKENS:
-        raise UsageError(
-            f"--calibration-tokens is {arguments.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
-        )
     source = find_checkpoint(arguments.model)
     settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
     mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them

@@ -50,8 +50,8 @@ class Settings:
     dtype: str | None = None  # None: the checkpoint's own
     calibration_text: Path | None = None  # None: the packaged text
     calibration_tokens: int = CALIBRATION_TOKENS
-    recall: float = 0.97  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
-    shadow_bits: int = 2  # bench/RESULTS.md
+    recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
+    shadow_bits: int = 3  # bench/RESULTS.md
 
 
 def convert(
@@ -74,6 +74,8 @@ def convert(
         raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
+    if not Path(os.path.realpath(output)).name:
+        raise UsageError(f"--output {output} is the root of the file system. Choose a folder.")
     output = Path(os.path.realpath(output))  # a link stays a link, and the partial folder is on the disk it leads to
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,11 @@ class _Conversion:
                 "together; expected (F, D) and (D, F)."
             )
         neurons, width = up.shape
-        dtype = self.settings.dtype or up.dtype
+        found = {self._find(name).dtype for name in self.original}
+        dtype = self.settings.dtype or (up.dtype if len(found) == 1 else "float32")
+        if len(found) > 1 and self.settings.dtype is None:
+            note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}: stored in {dtype} (--dtype)"
+            tqdm.write(note, file=sys.stderr)
         if dtype not in DTYPES:
             raise CheckpointError(f"{self.checkpoint.folder} is stored in {dtype}; expected {', '.join(DTYPES)}.")
         return NeuronLayout.plan(dtype, self.layers, neurons, width, ("up", "down")), dtype
@@ -198,7 +204,7 @@ class _Conversion:
                 write_safetensors(
                     self.partial / Manifest.resident_file,
                     (
-                        (name, shape, dtype, lambda source=source: self._load(source))  # type: ignore[misc]
+                        (name, shape, dtype, lambda source=source: self._load_finite(source))  # type: ignore[misc]
                         for name, (source, shape) in sorted(self.resident.items())
                     ),
                     bar.update,
@@ -254,10 +260,18 @@ class _Conversion:
             )
 
     def _layer_rows(self, layer: int) -> tuple[mx.array, ...]:
-        dtype = getattr(mx, self.dtype)
-        up = self._load(self.family.up.format(layer)).astype(dtype)
-        down = self._load(self.family.down.format(layer)).astype(dtype)
+        up, down = (self._load_finite(name.format(layer)) for name in (self.family.up, self.family.down))
         return up, down.T
+
+    def _load_finite(self, name: str) -> mx.array:
+        """A tensor in the store's type. Raises CheckpointError if a number in it is not finite, or is no more."""
+        tensor = self._load(name).astype(getattr(mx, self.dtype))
+        if not mx.isfinite(tensor).all().item():
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {self.original[name]} has numbers that are not finite in {self.dtype}. "
+                "Download the checkpoint again, or choose a wider --dtype."
+            )
+        return tensor
 
     def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""

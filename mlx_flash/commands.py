@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from .errors import FlashError
 
 
+def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    return parse
+
+
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None]) -> None:
-    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C."""
+    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = parser.parse_args()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller, as `>&-` does
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that children and files are cleared up
     try:
         code = main(arguments) or 0
         sys.stdout.flush()
@@ -24,5 +44,11 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
         code = 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:  # a full disk behind standard output, an unreadable folder
+        with contextlib.suppress(OSError):
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

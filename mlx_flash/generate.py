@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -97,18 +98,26 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises UsageError for numbers that mean nothing; before anything is loaded."""
     if arguments.max_tokens < 1:
         raise UsageError(f"--max-tokens is {arguments.max_tokens}, expected at least 1.")
-    if not arguments.temp >= 0:
-        raise UsageError(f"--temp is {arguments.temp}, expected 0 or more.")
-    if not 0 < arguments.top_p <= 1:
-        raise UsageError(f"--top-p is {arguments.top_p}, expected more than 0, at most 1.")
+    if arguments.temp != 0 and not 1e-3 <= arguments.temp <= 1e3:  # beyond, logits over- or underflow
+        raise UsageError(f"--temp is {arguments.temp}, expected 0, or 0.001 to 1000.")
+    if not 1e-6 <= arguments.top_p <= 1:
+        raise UsageError(f"--top-p is {arguments.top_p}, expected 0.000001 to 1.")
     if not 0 <= arguments.min_p <= 1:
         raise UsageError(f"--min-p is {arguments.min_p}, expected 0 to 1.")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
+        raise UsageError(f"--seed is {arguments.seed}, expected 0 to 2**64 - 1.")
     if arguments.top_k < 0:
         raise UsageError(f"--top-k is {arguments.top_k}, expected 0 or more.")
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = arguments.prompt
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read() if sys.stdin else ""
+        prompt.encode()  # bytes that are no text come as lone surrogates
+    except UnicodeError:
+        raise UsageError("the prompt is not valid UTF-8 text.") from None
     if not prompt:
         raise UsageError("the prompt is empty; give one with --prompt, or on standard input with --prompt -.")
     return prompt
@@ -127,7 +136,8 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # notes that cannot be shown must not cost the text
+        print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -185,13 +195,20 @@ def main(arguments: argparse.Namespace) -> int:
         if interrupts.asked:
             say("interrupted")
         elif response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
-            say(f"note: the planned context of {model.flash.plan.context} tokens is full (--context)")
+            say(f"note: the context of {model.flash.plan.context} tokens is full{more_context(model)}")
         report(response, model)
         result = as_json(response, model, "".join(pieces), tokens)
     if arguments.json:
         print(json.dumps(result), flush=True)
     model.flash.close()
     return 130 if interrupts.asked else 0
+
+
+def more_context(model: Any) -> str:
+    """What to do about it, if anything can be done."""
+    return (
+        " (--context)" if model.flash.plan.context < model.args.max_position_embeddings else ": the model has no more"
+    )
 
 
 class PromptInterrupted(Exception):

@@ -58,10 +58,16 @@ def stream_generate(
     taken = int(cache[0].offset) + len(ids)
     if not ids:
         raise UsageError("the prompt is empty: expected at least one token.")
+    known = model.args.vocab_size
+    if not 0 <= min(ids) <= max(ids) < known:
+        raise UsageError(
+            f"the prompt has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {known - 1}. "
+            "Does the tokenizer belong to this model?"
+        )
     if taken > context:
         raise UsageError(
-            f"the prompt has {taken} tokens, the plan makes room for {context}. Shorten it, or load with a larger "
-            "context (--context), up to the model's own positions."
+            f"the prompt has {taken} tokens, the plan makes room for {context}, the model for "
+            f"{model.args.max_position_embeddings}. Shorten it, or load with a larger context (--context)."
         )
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
@@ -113,8 +119,11 @@ class _Steps:
         progress(0, total)
         while total - done > 1:
             piece = ids[done : min(done + step, total - 1)]
-            self.model(mx.array(piece)[None], cache=self.cache)
-            mx.eval([c.state for c in self.cache])
+            with self.model.flash.lock:
+                self.model(mx.array(piece)[None], cache=self.cache)
+                mx.eval([c.state for c in self.cache])
+                for layer in self.model.layers:
+                    layer.mlp.settle()
             mx.clear_cache()
             done += len(piece)
             progress(done, total)
@@ -123,8 +132,10 @@ class _Steps:
     def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
         """One token in, the next one and its log-probabilities (V,) out."""
         began = time.perf_counter()
-        chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
-        mx.eval(chosen, logprobs)
+        with self.model.flash.lock:
+            chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
+            mx.eval(chosen, logprobs)
+        self.model.flash.streamer.file.verify_unchanged()  # while this token was made, too
         self.counters.total_s += time.perf_counter() - began
         self.decoded += 1
         if self.decoded == 1:
@@ -151,7 +162,6 @@ def _stream(
     prefill_step_size: int,
     progress: Callable[[int, int], None],
 ) -> Iterator[FlashResponse]:
-    model.flash.streamer.file.verify_unchanged()
     detokenizer = tokenizer.detokenizer
     seen = mx.array(ids)
 

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from .errors import (
     CheckpointError,
     ConversionError,
     CorruptStoreError,
+    FlashError,
     MissingTensorError,
     StoreError,
     UnsupportedModelError,
@@ -59,6 +61,7 @@ class Runtime:
     manifest: Manifest
     streamer: Streamer
     predictor: str  # the kind in use
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
 
     def close(self) -> None:
         """Stops the reader's threads and closes the file. The model cannot be used afterwards."""
@@ -78,10 +81,16 @@ def find_checkpoint(model: str) -> Path:
 
     Raises UsageError if there is no such folder or repository, ConversionError if the Hub cannot be reached.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, ~ of nobody
+        raise UsageError(f"{model:.80} cannot be a folder: {error}.") from None
+    if not model:
+        raise UsageError("--model is empty; leave it out for the demo model.")
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
@@ -130,7 +139,7 @@ def find_store(model: str | None, say: Callable[[str], None] = lambda _: None) -
     if not (source / "config.json").is_file():
         raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
     # What ends up in the store: also a tokenizer that was added after a first try.
-    parts = sorted(p for p in source.iterdir() if any(p.match(pattern) for pattern in HUB_PATTERNS))
+    parts = sorted(p for p in source.iterdir() if p.is_file() and any(p.match(pattern) for pattern in HUB_PATTERNS))
     state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
     name = "demo" if model is None else source.resolve().name
@@ -161,11 +170,23 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
             return
         say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
         command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
-        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-        if code:
+        if run_child(command):
             raise ConversionError(f"{source} could not be converted (see above).")
     finally:
         lock.release()  # `with lock` would acquire it a second time, and let go of one
+
+
+def run_child(command: list[str]) -> int:
+    """Runs a command to its end, which is also this process's end if that is asked for. Returns its exit code."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it got the Ctrl-C too: let it end in its own way
+            process.wait(timeout=30)
+            raise
+        except BaseException:
+            process.terminate()
+            raise
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -228,6 +249,7 @@ def load(
         BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError.
     """
     _check_arguments(predictor, window, threads, context, io)
+    _import_mlx_lm()
     budget = None if memory is None else parse_memory(memory)
     folder = find_store(None if path is None else os.fspath(path), say)
     manifest = read_manifest(folder)
@@ -256,6 +278,13 @@ def load(
     return _build(model, manifest, plan, kind, folder, window, threads, io, say), tokenizer
 
 
+def _import_mlx_lm() -> None:
+    try:
+        import_module("mlx_lm.utils")
+    except ValueError as error:  # it raises the limit of open files when it is imported
+        raise FlashError(f"mlx-lm cannot be loaded: {error}. Allow 4096 open files: `ulimit -Hn 4096`.") from None
+
+
 def _check_compiler(say: Callable[[str], None]) -> None:
     """`mx.compile` on the CPU backend runs g++; where there is none, compile is switched off."""
     if mx.default_device() == mx.cpu and shutil.which("g++") is None:
@@ -266,8 +295,8 @@ def _check_compiler(say: Callable[[str], None]) -> None:
 def _check_arguments(predictor: str, window: int | None, threads: int, context: int, io: str) -> None:
     if predictor not in PREDICTORS:
         raise UsageError(f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}.")
-    if window is not None and window < 1:
-        raise UsageError(f"window is {window}, expected at least 1 token.")
+    if window is not None and not 1 <= window <= 10**6:
+        raise UsageError(f"window is {window}, expected 1 to 1000000 tokens.")
     if not 1 <= threads <= 256:
         raise UsageError(f"threads is {threads}, expected 1 to 256.")
     if context < 1:

@@ -130,7 +130,8 @@ def make_plan(
         source = f"{free / 1e9:.2f} GB are free, too little for this model"
         refused = smallest > demand.process + free
     else:
-        source = f"--memory is {budget / 1e9:.3f} GB"
+        budget = min(budget, 2**62)  # as good as endless
+        source = f"the memory budget is {budget / 1e9:.3f} GB"
         refused = budget < smallest
     if refused:
         # Rounded up, so that the figure can be typed back and is enough in another process too.

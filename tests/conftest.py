@@ -19,6 +19,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]  # found besi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mlx_flash import loading
+from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import MANIFEST, Manifest, parse_manifest, read_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,10 +44,13 @@ def write_tokenizer(folder: Path, vocab: int = 96) -> None:
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
-    """Writes the store's manifest anew, with other fields, and the sizes of those of its files that are there."""
+    """Writes the store's manifest anew, with other fields, and sizes and checksums of the files that are there."""
     manifest = replace(parse_manifest(folder), **changes)
     sizes = {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).exists()}
     entries = {name: {**manifest.files[name], "bytes": size} for name, size in sizes.items()}
+    for name, entry in entries.items():
+        if "sha256" in entry:
+            entry["sha256"] = sha256_of(folder / name)
     (folder / MANIFEST).write_text(replace(manifest, files=entries).to_json())
 
 

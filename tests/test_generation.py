@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -146,7 +147,9 @@ def test_the_context_ends_the_text(model: Any, endless: Any, prompt: Any, max_to
 def test_a_planned_context_below_the_models(store: Any, open_model: Callable[..., Any], endless: Any) -> None:
     model = open_model(store, context=30)
     assert last(stream_generate(model, endless, PROMPT, -1)).generation_tokens == 30 - 27 + 1
-    with pytest.raises(UsageError, match=r"31 tokens, the plan makes room for 30. Shorten it, or load with a larger"):
+    with pytest.raises(
+        UsageError, match=r"31 tokens, the plan makes room for 30, the model for 64. Shorten it, or load with a larger"
+    ):
         stream_generate(model, endless, [1] * 31)
 
 
@@ -293,3 +296,22 @@ def test_the_package_exports_what_it_says() -> None:
     assert set(mlx_flash.__all__) <= set(dir(mlx_flash))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_threads_may_generate_at_once(tiny: Tiny, endless: Any, open_model: Callable[..., Any]) -> None:
+    model = open_model(tiny.store, slots=6, predictor="exact")
+    expected = generate(model, endless, [5, 17, 80, 3], max_tokens=12)
+    texts: list[object] = []
+
+    def work() -> None:
+        try:
+            texts.append(generate(model, endless, [5, 17, 80, 3], max_tokens=12))
+        except Exception as error:
+            texts.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [expected] * 4

@@ -46,23 +46,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*_: Any, **__: Any) -> Any:
+    def run(_: list[str]) -> int:
         raise AssertionError("a conversion was started")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(loading, "run_child", run)
 
 
 def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0) -> list[list[str]]:
     """Conversions copy `store`, or fail with `code`. Returns their command lines, as they come."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> Any:
+    def run(command: list[str]) -> int:
         commands.append(command)
         if code == 0:
             shutil.copytree(store, command[command.index("--output") + 1])
-        return subprocess.CompletedProcess(command, code)
+        return code
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(loading, "run_child", run)
     return commands
 
 
@@ -151,7 +151,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_what_is_neither_a_folder_nor_an_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UsageError, match=r"there is no folder|holds neither") as caught:
+    with pytest.raises(UsageError, match=r"there is no folder|holds neither|is empty") as caught:
         find_store(name)
     assert caught.value.exit_code == 2
 
@@ -280,7 +280,9 @@ def test_too_small_a_budget_is_refused_before_anything_is_allocated(
     gc.collect()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    with pytest.raises(BudgetError, match=r"--memory is 0\.010 GB; the smallest that would do is \d+MB") as caught:
+    with pytest.raises(
+        BudgetError, match=r"the memory budget is 0\.010 GB; the smallest that would do is \d+MB"
+    ) as caught:
         load(store, memory="10MB", predictor=predictor)
     assert mx.get_peak_memory() - before < 100_000
     monkeypatch.undo()
@@ -428,6 +430,6 @@ def test_the_stop_tokens_are_those_of_the_generation_config(own_store: Path) -> 
 def test_a_store_truncated_while_it_is_used(own_store: Path) -> None:
     model, _ = load(own_store, predictor="none")
     os.truncate(own_store / "neurons.bin", 4096)
-    with pytest.raises(ReadError, match="was changed while it was in use: 4096 bytes"):
+    with pytest.raises(ReadError, match=r"was changed while it was in use .it has 4096 bytes"):
         model(mx.array([[5]]))
     model.flash.close()

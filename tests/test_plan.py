@@ -130,7 +130,13 @@ def test_without_a_budget_a_share_of_what_is_free() -> None:
 def test_a_refusal_says_what_needs_how_much() -> None:
     with pytest.raises(BudgetError) as caught:
         plan(DEMAND, LAYOUT, 3 * 10**9)
-    for part in ("--memory is 3.000 GB", "400 MB process", "2000 MB resident", "500 MB predictors", "--context"):
+    for part in (
+        "the memory budget is 3.000 GB",
+        "400 MB process",
+        "2000 MB resident",
+        "500 MB predictors",
+        "--context",
+    ):
         assert part in str(caught.value)
     assert caught.value.exit_code == 2
 

@@ -19,6 +19,7 @@ from ..errors import (
     StoreError,
     TruncatedStoreError,
 )
+from .checksums import sha256_of
 
 FORMAT = "mlx_flash store"
 VERSION = 1
@@ -210,6 +211,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {AGAIN}")
         if (found := file.stat().st_size) != expected:
             raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {AGAIN}")
+        if "sha256" in entry and sha256_of(file) != entry["sha256"]:  # configuration and tokenizer: small, and decisive
+            raise CorruptStoreError(f"{file} does not match its checksum. {AGAIN}")
     return manifest
 
 
@@ -293,4 +296,8 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
     for key in ("bytes", *(key for key in ("bits", "group_size") if key in report)):
         if not _is_count(report.get(key)):
             return f"{key} of predictor {kind} is {report.get(key)!r:.80}"
+    if kind == "shadow" and (
+        report.get("bits") not in (2, 3, 4, 5, 6, 8) or report.get("group_size") not in (32, 64, 128)
+    ):
+        return f"predictor {kind} has {report.get('bits')!r:.20} bits in groups of {report.get('group_size')!r:.20}"
     return None

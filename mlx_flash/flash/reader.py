@@ -105,7 +105,7 @@ class UnitFile:
             raise ReadError(f"{self.path} cannot be examined: {error.strerror}.") from error
         if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
             raise ReadError(
-                f"{self.path} was changed while it was in use: {status.st_size} bytes, {self.size} when opened. "
+                f"{self.path} was changed while it was in use (it has {status.st_size} bytes, and had {self.size}). "
                 "Leave a store's files alone while a model runs; start again."
             )
 

@@ -1,7 +1,7 @@
 """One layer's units, brought from the bundle file into MLX memory: by selection or all in turn.
 
 Host writes into an MLX buffer are invisible to MLX, so one rule holds everywhere here: before a slot or a
-scratch buffer is written, every graph that reads it has been evaluated (`hold`, `_settle`).
+scratch buffer is written, every graph that reads it has been evaluated (`hold`, `settle`).
 """
 
 from __future__ import annotations
@@ -137,10 +137,11 @@ class LayerStream:
         What was held before is evaluated now, so that it is never forgotten. In a model it has been already, unless
         nobody asked for the last call's logits.
         """
-        self._settle()
+        self.settle()
         self._held = outputs
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Evaluates what is held: another thread could not."""
         held, self._held = self._held, ()  # first: what cannot be evaluated is not tried for ever
         if held:
             mx.eval(held)
@@ -195,7 +196,7 @@ class LayerStream:
             self.shared.counters.manage_s += time.perf_counter() - began
             return
         reserved = time.perf_counter()
-        self._settle()
+        self.settle()
         settled = time.perf_counter()  # what the device still had to do is compute, not management
         with self._draining():
             ticket = self._submit_blocks(missing, targets)
@@ -240,7 +241,7 @@ class LayerStream:
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
         if absent <= self.cache.free and self.rows is not None:
-            self._settle()
+            self.settle()
             began = time.perf_counter()  # what the device still had to do is compute, not management
             missing, targets = self.cache.reserve(blocks)
             ticket = self._submit_blocks(missing, targets) if len(missing) else None

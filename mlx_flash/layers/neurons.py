@@ -31,6 +31,10 @@ class StreamedNeurons(nn.Module):
         self._decode_tokens = decode_tokens
         self.predictor: Predictor | None = None
 
+    def settle(self) -> None:
+        """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
+        self._stream.settle()
+
     def resident_up(self, dtype: mx.Dtype) -> mx.array:
         """This layer's up projection (F, D), read from the store."""
         rows = []

@@ -37,7 +37,7 @@ from .output import RECORD, fsync, is_our_store, recover, refuse_to_replace, rep
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
-MAX_DENSITY = 0.5  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
+MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
 DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
 SPARE_BYTES = 64 << 20
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

@@ -375,7 +375,10 @@ def _plan(
         kv_cache=kv_cache_bytes(layout.layers, layout.width, context, item_bytes),
         workspace=workspace,
     )
-    return make_plan(demand, layout, slot_bytes, budget, available_memory_bytes(), context, selects=kind != "none")
+    free = available_memory_bytes()
+    if not on_cpu:  # more than Metal recommends would be swapped or refused
+        free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
+    return make_plan(demand, layout, slot_bytes, budget, free, context, selects=kind != "none")
 
 
 def _build(

@@ -126,6 +126,8 @@ class _Conversion:
         self.resident = self._resident_tensors()
 
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
+        from mlx.utils import tree_flatten
+
         up, down = (self._find(name.format(0)) for name in (self.family.up, self.family.down))
         if len(up.shape) != 2 or down.shape != up.shape[::-1] or not all(up.shape):
             raise CheckpointError(
@@ -133,7 +135,7 @@ class _Conversion:
                 "together; expected (F, D) and (D, F)."
             )
         neurons, width = up.shape
-        found = {self._find(name).dtype for name in self.original}
+        found = {self._find(name).dtype for name in dict(tree_flatten(self.model.parameters()))}
         dtype = self.settings.dtype or (up.dtype if len(found) == 1 else "float32")
         if len(found) > 1 and self.settings.dtype is None:
             note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}: stored in {dtype} (--dtype)"

@@ -160,13 +160,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     from .generation import stream_generate
 
+    if arguments.top_k >= model.args.vocab_size:
+        raise UsageError(f"--top-k is {arguments.top_k}, expected less than the vocabulary of {model.args.vocab_size}.")
     sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
     mx.eval(sampler(mx.zeros((1, model.args.vocab_size))))  # compiled here, not in the first token's time
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
     prompt = apply_template(tokenizer, prompt_text, arguments)
-    if arguments.top_k >= model.args.vocab_size:
-        raise UsageError(f"--top-k is {arguments.top_k}, expected less than the vocabulary of {model.args.vocab_size}.")
     tokens: list[int] = []
     pieces: list[str] = []
     response = None

@@ -206,6 +206,7 @@ def test_a_chat_template_is_applied(
         (["--top-p", "1.5"], "--top-p is 1.5"),
         (["--min-p", "2"], "--min-p is 2.0"),
         (["--top-k", "-1"], "--top-k is -1"),
+        (["--temp", "1", "--top-k", "96"], "--top-k is 96, expected less than the vocabulary of 96"),
         (["--threads", "0"], "threads is 0, expected 1 to 256"),
         (["--window", "0"], "window is 0"),
         (["--context", "0"], "context is 0"),

@@ -56,6 +56,15 @@ def test_mixed_types_are_stored_in_the_widest(checkpoint: Path, tmp_path: Path, 
     assert "mixes float16, float32: stored in float32" in capsys.readouterr().err
 
 
+def test_tensors_that_the_model_does_not_use_have_no_say_in_the_type(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    weights: Any = {name: weight.astype(mx.float16) for name, weight in mx.load(str(path)).items()}  # type: ignore[union-attr]
+    mx.eval(weights)
+    mx.save_safetensors(str(path), {**weights, "model.decoder.position_ids": mx.arange(64)})
+    manifest = convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
+    assert manifest.layout.dtype == "float16"
+
+
 def test_the_root_is_no_output(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="root of the file system"):
         convert(checkpoint, Path("/"), Settings())

@@ -7,6 +7,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +41,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
-    """One tensor in memory at a time; the demo model's tokenizer, so that text goes in and out."""
+    """One tensor in memory at a time."""
     hidden, layers, heads = SHAPES[shape]
     tensors = {
         "model.decoder.embed_tokens.weight": ((VOCABULARY, hidden), 1.0, 0.0),
@@ -71,11 +72,21 @@ def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
             ),
             bar.update,
         )
+    copy_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(opt_config(hidden, layers, heads), indent=2) + "\n")
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """The demo model's, so that text goes in and out."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo_folder() / name, folder / name)
-    config = {
+
+
+def opt_config(hidden: int, layers: int, heads: int, vocabulary: int | None = None) -> dict[str, Any]:
+    """config.json of an OPT of these sizes."""
+    return {
         "model_type": "opt",
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary or VOCABULARY,
         "hidden_size": hidden,
         "word_embed_proj_dim": hidden,
         "num_hidden_layers": layers,
@@ -87,7 +98,6 @@ def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _normal(seed: list[int], shape: tuple[int, ...], spread: float, mean: float) -> mx.array:

@@ -25,15 +25,14 @@ from tqdm import tqdm
 from mlx_flash import __version__
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, STORED_PREDICTORS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
-from mlx_flash.flash.checksums import sha256_of, tensor_checksums
+from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
-from mlx_flash.flash.system import sync_to_disk
 
 from . import calibrate, predictors
 from .checkpoint import Checkpoint, Tensor
 from .families import Family, family_of
 from .neurons import write_neurons
-from .output import RECORD, fsync, is_our_store, recover, refuse_to_replace, replaced_path
+from .output import RECORD, file_entry, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
@@ -415,18 +414,11 @@ class _Conversion:
             all_neurons_layers=tuple(dense),
             predictors=reports,
             default_predictor=default,
-            files={name: _file_entry(self.partial / name) for name in names},
+            files={name: file_entry(self.partial / name) for name in names},
         )
 
     def _publish(self, manifest: Manifest) -> None:
-        for name in manifest.files:
-            fsync(self.partial / name)
-        fsync(self.partial)
-        with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            sync_to_disk(file.fileno())
-        fsync(self.partial)
+        publish(self.partial, manifest)
         self._rename()
 
     def _rename(self) -> None:
@@ -448,15 +440,3 @@ class _Conversion:
 
 def _is_work_file(name: str) -> bool:
     return name == RECORD or name.startswith("layer-") or name.endswith(".partial")
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    """Size and checksums. The bundle file has its own table of checksums and is not read again here."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    if path.name == Manifest.neurons_file:
-        return entry
-    if path.suffix == ".safetensors":
-        entry["crc32"] = tensor_checksums(path)
-        return entry
-    entry["sha256"] = sha256_of(path)
-    return entry

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mlx_flash.errors import UsageError
+from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
 from mlx_flash.flash.system import sync_to_disk
 
@@ -60,3 +62,27 @@ def fsync(path: Path) -> None:
         sync_to_disk(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish(folder: Path, manifest: Manifest) -> None:
+    """Makes sure that every file is on the disk, then writes the manifest: from then on the folder is a store."""
+    for name in manifest.files:
+        fsync(folder / name)
+    fsync(folder)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        sync_to_disk(file.fileno())
+    fsync(folder)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and checksums. The bundle file has its own table of checksums and is not read again here."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size}
+    if path.name == Manifest.neurons_file:
+        return entry
+    if path.suffix == ".safetensors":
+        entry["crc32"] = tensor_checksums(path)
+        return entry
+    entry["sha256"] = sha256_of(path)
+    return entry

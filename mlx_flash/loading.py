@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ from .plan import (
     parse_memory,
     workspace_bytes,
 )
+
+# Cheap enough to be asked twice. Nothing depends on a guess but time.
+LOOK_AHEAD_PREDICTORS = ("lowrank", "shadow")
 
 HUB_PATTERNS = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"),
@@ -409,6 +413,9 @@ def _build(
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, tensors, layer.mlp, dtype)
+    if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
+        for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
+            layer.mlp.look_ahead(following.mlp, norm, following_norm)
     model.flash = Runtime(plan, manifest, streamer, kind)
     return model
 

@@ -11,6 +11,8 @@ class Counters:
 
     hits: int = 0  # blocks needed and found in a slot
     misses: int = 0  # blocks needed and read
+    early: int = 0  # of the misses: read ahead, on a guess
+    vain: int = 0  # blocks read ahead that were not needed
     reads: int = 0  # requests to the operating system, neighbours merged
     bytes: int = 0
     read_s: float = 0.0  # the device was busy

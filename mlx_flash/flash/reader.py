@@ -160,14 +160,18 @@ class ReadReport:
 
 
 class Ticket:
-    """A batch of reads under way; `Reader.wait` takes it once. It keeps its file open, not its destinations."""
+    """A batch of reads under way; `Reader.wait` takes it once. It keeps its file open.
 
-    __slots__ = ("_batch", "file", "requests")
+    destination: whatever owns the memory that is read into; who submits sets it, so that it outlives the read.
+    """
+
+    __slots__ = ("_batch", "destination", "file", "requests")
 
     def __init__(self, batch: int, file: UnitFile, requests: int) -> None:
         self._batch: int | None = batch
         self.file = file
         self.requests = requests
+        self.destination: object = None
 
 
 class Reader:

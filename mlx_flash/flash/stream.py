@@ -68,6 +68,14 @@ class Streamer:
         self.scratch_rows = [BlockRows(pool, layout, layout.parts) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
             check_shared_memory(pool, rows)
+        self.flying: list[LayerStream] = []  # those with blocks on their way
+
+    def drain(self) -> None:
+        """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
+        self.reader.drain()
+        for stream in self.flying:
+            stream.flight = None
+        self.flying.clear()
 
     def close(self) -> None:
         self.reader.close()
@@ -109,6 +117,15 @@ class _Piece:
     targets: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """Blocks on their way into a layer's slots."""
+
+    ticket: Ticket
+    blocks: np.ndarray
+    slots: np.ndarray
+
+
 class LayerStream:
     """One layer of the bundle file behind a cache of `slots` blocks.
 
@@ -130,6 +147,8 @@ class LayerStream:
         )
         self.rows = BlockRows(self.pool, layout, parts) if self.pool else None
         self._held: tuple[mx.array, ...] = ()
+        self.flight: _Flight | None = None
+        self._begun = False  # all that the current token needs was asked for at once
 
     def hold(self, *outputs: mx.array) -> None:
         """Names graphs that read this layer's memory: they are evaluated before that is written again.
@@ -153,11 +172,43 @@ class LayerStream:
 
     # -- decoding: the selected neurons ---------------------------------------------------------------------
 
-    def begin(self, ids: np.ndarray) -> None:
-        """A token (or a few) needs neurons `ids`, ascending: they are the last to be evicted."""
-        self._verify_file()
+    def read_ahead(self, ids: np.ndarray) -> None:
+        """Starts to read what is missing of neurons `ids` (ascending), which the next token may need here.
+
+        A guess: what was read in vain costs time, never changes a result. Nothing is done where it would not fit.
+        """
+        if self.flight is not None or self.cache.resident == self.layout.blocks:
+            return
         began = time.perf_counter()
-        self.cache.tick(self._blocks_of(ids))
+        blocks = self._blocks_of(ids)
+        if len(blocks) <= self.cache.slots:
+            with self._draining():
+                self._start(blocks)
+        self.shared.counters.manage_s += time.perf_counter() - began
+
+    def begin(self, ids: np.ndarray) -> None:
+        """A token (or a few) needs neurons `ids`, ascending: they are the last to be evicted.
+
+        Starts to read those that are missing, so that the caller can do something else before `gather`.
+        """
+        self._verify_file()
+        early = self._land()
+        began = time.perf_counter()
+        blocks = self._blocks_of(ids)
+        here = self.cache.tick(blocks)
+        if early is not None:
+            used = int(np.count_nonzero(np.isin(early, blocks, assume_unique=True)))
+            counters = self.shared.counters
+            counters.early += used
+            counters.vain += len(early) - used
+            counters.misses += used
+            counters.hits -= used  # they are here, and are counted as such below
+        self._begun = len(blocks) <= self.cache.slots
+        if self._begun:
+            self._count(len(blocks), here)
+            if here < len(blocks):
+                with self._draining():
+                    self._start(blocks)
         self.shared.counters.manage_s += time.perf_counter() - began
 
     def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
@@ -166,6 +217,7 @@ class LayerStream:
         Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
         """
         assert self.rows is not None, "a layer without slots cannot select"
+        self._land()
         lanes = ids % self.layout.neurons_per_block
         of_id = ids // self.layout.neurons_per_block
         blocks = self._blocks_of(ids)
@@ -188,25 +240,46 @@ class LayerStream:
         return blocks[np.diff(blocks, prepend=-1) > 0]
 
     def _fetch(self, blocks: np.ndarray) -> None:
+        """Brings in what `begin` did not ask for already."""
         began = time.perf_counter()
+        here = int(np.count_nonzero(self.cache.slot_of[blocks] >= 0))
+        if not self._begun:
+            self._count(len(blocks), here)
+        if here < len(blocks):
+            with self._draining():
+                self._start(blocks)
+        self.shared.counters.manage_s += time.perf_counter() - began
+        self._land()
+
+    def _count(self, needed: int, here: int) -> None:
+        self.shared.counters.hits += here
+        self.shared.counters.misses += needed - here
+
+    def _start(self, blocks: np.ndarray) -> None:
+        """Makes room for `blocks` and submits the reads of those that are missing."""
         missing, targets = self.cache.reserve(blocks)
-        self.shared.counters.hits += len(blocks) - len(missing)
-        self.shared.counters.misses += len(missing)
-        if not len(missing):
-            self.shared.counters.manage_s += time.perf_counter() - began
-            return
-        reserved = time.perf_counter()
-        self.settle()
-        settled = time.perf_counter()  # what the device still had to do is compute, not management
+        if len(missing):
+            began = time.perf_counter()
+            self.settle()
+            self.shared.counters.manage_s -= time.perf_counter() - began  # what the device still did is compute
+            self.flight = _Flight(self._submit_blocks(missing, targets), missing, targets)
+            self.shared.flying.append(self)
+
+    def _land(self) -> np.ndarray | None:
+        """Waits for what is on its way, which is then here. Returns its blocks; None if there was nothing."""
+        if self.flight is None:
+            return None
+        began = time.perf_counter()
+        flight = self.flight
         with self._draining():
-            ticket = self._submit_blocks(missing, targets)
-            submitted = time.perf_counter()
-            self._wait(ticket)
+            self._wait(flight.ticket)
         waited = time.perf_counter()
-        self.cache.commit(missing, targets)
-        counters = self.shared.counters
-        counters.wait_s += waited - submitted
-        counters.manage_s += (reserved - began) + (submitted - settled) + (time.perf_counter() - waited)
+        self.flight = None
+        self.shared.flying.remove(self)
+        self.cache.commit(flight.blocks, flight.slots)
+        self.shared.counters.wait_s += waited - began
+        self.shared.counters.manage_s += time.perf_counter() - waited
+        return flight.blocks
 
     # -- prompts: every neuron in turn ----------------------------------------------------------------------
 
@@ -217,6 +290,7 @@ class LayerStream:
         made of a piece before it asks for the next.
         """
         self._verify_file()
+        self._land()
         with self._draining():
             ready = self._start_piece(0)
             for start in range(0, self.layout.neurons, self.layout.piece_neurons):
@@ -278,7 +352,7 @@ class LayerStream:
         try:
             yield
         except BaseException:
-            self.shared.reader.drain()
+            self.shared.drain()
             raise
 
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
@@ -287,7 +361,9 @@ class LayerStream:
         offsets = self.layer * layout.layer_bytes + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
         addresses = self.pool.address + slots.astype(np.int64) * self.slot_bytes
         lengths = np.full(len(blocks), self.slot_bytes, np.int64)
-        return self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+        ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+        ticket.destination = self.pool
+        return ticket
 
     def _wait(self, ticket: Ticket) -> None:
         report = self.shared.reader.wait(ticket)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,10 +31,23 @@ class StreamedNeurons(nn.Module):
         self._stream = stream
         self._decode_tokens = decode_tokens
         self.predictor: Predictor | None = None
+        self._ahead: LookAhead | None = None
+
+    def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> None:
+        """From now on, guesses at every token what `following`, the next layer, will need, and starts to read it.
+
+        norm, following_norm: the norms whose outputs the two layers take.
+        """
+        self._ahead = LookAhead.of(following, norm, following_norm)
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
         self._stream.settle()
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every neuron is in its slot, so that nothing will be read any more."""
+        return self._stream.cache.resident == self._stream.layout.blocks
 
     def resident_up(self, dtype: mx.Dtype) -> mx.array:
         """This layer's up projection (F, D), read from the store."""
@@ -73,12 +87,16 @@ class StreamedNeurons(nn.Module):
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
         mask, activations = predictor(x)
+        guess = self._ahead.guess(x) if self._ahead is not None else None
+        if guess is not None:
+            mx.eval(mask, guess)
         chosen = np.array(mask, copy=False)  # the layer's one read-back
-        ids = np.flatnonzero(chosen.any(axis=0) if len(chosen) > 1 else chosen[0])
+        ids = _union(chosen)
+        if len(ids):
+            self._stream.begin(ids)
+        if self._ahead is not None and guess is not None:
+            self._ahead.following._stream.read_ahead(_union(np.array(guess, copy=False)))
         y = mx.zeros_like(x)
-        if not len(ids):
-            return y
-        self._stream.begin(ids)
         for begin in range(0, len(ids), self._stream.layout.piece_neurons):
             piece = ids[begin : begin + self._stream.layout.piece_neurons]
             index = mx.array(piece.astype(np.int32))
@@ -96,3 +114,42 @@ class StreamedNeurons(nn.Module):
             y = y + h @ down.astype(x.dtype)  # (N, n) @ (n, D)
             self._stream.hold(y)
         return y
+
+
+def _union(mask: np.ndarray) -> np.ndarray:
+    """Ids that any row chooses, ascending. mask: bool (N, F)."""
+    return np.flatnonzero(mask.any(axis=0) if len(mask) > 1 else mask[0])
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """A guess of what the next layer will choose, made before this layer's FFN and the next attention have run.
+
+    They add little to the residual, and the next layer's norm sees nearly what this one saw. Norms differ only in
+    weights w and biases b: x = n w + b here gives n w' + b' = x (w' / w) + (b' - b w' / w) there, for the same n.
+    """
+
+    following: StreamedNeurons
+    scale: mx.array  # (D,)
+    shift: mx.array  # (D,)
+
+    @staticmethod
+    def of(following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> LookAhead | None:
+        """None where this norm erases what the next one would need."""
+        weight = norm.weight.astype(mx.float32)
+        if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():
+            return None
+        scale = following_norm.weight / weight
+        shift = mx.zeros_like(scale)
+        if "bias" in norm:
+            shift = following_norm.bias - norm.bias * scale
+        scale, shift = scale.astype(norm.weight.dtype), shift.astype(norm.weight.dtype)
+        mx.eval(scale, shift)
+        return LookAhead(following, scale, shift)
+
+    def guess(self, x: mx.array) -> mx.array | None:
+        """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
+        predictor = self.following.predictor
+        if predictor is None or self.following.all_resident:
+            return None
+        return predictor(x * self.scale + self.shift)[0]

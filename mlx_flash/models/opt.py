@@ -221,6 +221,11 @@ class Model(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return self.model.decoder.layers
 
+    @property
+    def ffn_norms(self) -> list[nn.LayerNorm] | None:
+        """The norm whose output each layer's FFN takes; None where the FFN takes the residual itself."""
+        return [layer.final_layer_norm for layer in self.layers] if self.args.do_layer_norm_before else None
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint names to this module's.
 

@@ -8,7 +8,7 @@ from mlx_flash.commands import run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from . import density, peak_memory, predictors, random_checkpoint
+    from . import density, lookahead, peak_memory, predictors, random_checkpoint
 
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -17,6 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
         "density": density,
         "peak-memory": peak_memory,
         "random-checkpoint": random_checkpoint,
+        "lookahead": lookahead,
     }
     for name, module in modules.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").strip(), description=module.__doc__)

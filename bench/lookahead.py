@@ -109,7 +109,9 @@ def observe(model: Any) -> dict[int, Guesser]:
     before: dict[str, Remember] = {}
     for index, layer in enumerate(model.layers):
         if not getattr(layer, "norm_before", False):
-            raise UsageError("look-ahead is measured on models that are normed before attention and FFN (not opt-350m).")
+            raise UsageError(
+                "look-ahead is measured on models that are normed before attention and FFN (not opt-350m)."
+            )
         own, norm = Remember(layer.self_attn_layer_norm), layer.final_layer_norm
         layer.self_attn_layer_norm, layer.final_layer_norm = own, Remember(norm)
         if layer.mlp.predictor is not None:

@@ -236,7 +236,7 @@ def load(
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
         memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
         predictor: "auto" (the store's default), "none", "exact", "lowrank" or "shadow".
-        window: evict by a sliding window of so many tokens; None for least-recent use.
+        window: evict by a sliding window of so many tokens; None for the least used lately.
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
         io: "direct" past the page cache, or "buffered".

@@ -109,9 +109,7 @@ def observe(model: Any) -> dict[int, Guesser]:
     before: dict[str, Remember] = {}
     for index, layer in enumerate(model.layers):
         if not getattr(layer, "norm_before", False):
-            raise UsageError(
-                "look-ahead is measured on models that are normed before attention and FFN (not opt-350m)."
-            )
+            raise UsageError("look-ahead is measured on models that are normed before attention and FFN.")
         own, norm = Remember(layer.self_attn_layer_norm), layer.final_layer_norm
         layer.self_attn_layer_norm, layer.final_layer_norm = own, Remember(norm)
         if layer.mlp.predictor is not None:
@@ -144,7 +142,7 @@ def layer_rows(
 
 
 def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
-    """Who has a slot when a token comes, least-recent use. bool (T, U) -> bool (T, U)"""
+    """Who has a slot when a token comes, in the engine's cache. bool (T, U) -> bool (T, U)"""
     cache = SlotCache(chosen.shape[1], slots)
     held = np.zeros_like(chosen)
     for token, mask in enumerate(chosen):

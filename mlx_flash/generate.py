@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--window",
         type=int,
         metavar="K",
-        help="evict by a sliding window of K tokens (default: the least used lately go)",
+        help="evict by a sliding window of K tokens (default: the least used go)",
     )
     model.add_argument(
         "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-
 HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
 LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
 

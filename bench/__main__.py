@@ -8,7 +8,7 @@ from mlx_flash.commands import run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from . import density, lookahead, peak_memory, predictors, random_checkpoint
+    from . import density, eviction, lookahead, peak_memory, predictors, random_checkpoint
 
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -18,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "peak-memory": peak_memory,
         "random-checkpoint": random_checkpoint,
         "lookahead": lookahead,
+        "eviction": eviction,
     }
     for name, module in modules.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").strip(), description=module.__doc__)

@@ -94,11 +94,7 @@ class Plan:
             ("process", self.demand.process, "interpreter and libraries, measured"),
             ("resident weights", self.demand.resident, "attention, embeddings, norms"),
             ("predictors", self.demand.predictors, ""),
-            (
-                "slots",
-                self.slots_bytes,
-                f"{each} of {self.blocks} blocks of each layer's neurons ({self.slot_share:.0%})",
-            ),
+            ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from mlx_flash.commands import run_command
 
+COMMANDS = (
+    "density",
+    "eviction",
+    "lookahead",
+    "peak-memory",
+    "predictors",
+    "random-checkpoint",
+    "synthetic",
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
-    from . import density, peak_memory, predictors, random_checkpoint, synthetic
-
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {
-        "predictors": predictors,
-        "density": density,
-        "peak-memory": peak_memory,
-        "random-checkpoint": random_checkpoint,
-        "synthetic": synthetic,
-    }
-    for name, module in modules.items():
-        command = commands.add_parser(name, help=(module.__doc__ or "").strip(), description=module.__doc__)
+    for name in COMMANDS:
+        module = import_module(f".{name.replace('-', '_')}", __package__)
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.main)
     return parser

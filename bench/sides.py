@@ -121,7 +121,7 @@ def _run_here(side: Side, task: Task) -> dict[str, Any]:
         "top": top,
         "peak_memory_bytes": peak_memory_bytes(),
         "plan": plan.as_dict(),
-        "slot_share": plan.slots / plan.blocks,
+        "slot_share": plan.slot_share,
     }
     model.flash.close()
     return result

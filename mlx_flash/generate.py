@@ -50,7 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
         "resident up projection, or one of the stored predictors (default: %(default)s)",
     )
     model.add_argument(
-        "--window", type=int, metavar="K", help="evict by a sliding window of K tokens (default: by least-recent use)"
+        "--window",
+        type=int,
+        metavar="K",
+        help="evict by a sliding window of K tokens (default: the least used go)",
     )
     model.add_argument(
         "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"

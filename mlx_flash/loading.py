@@ -42,6 +42,7 @@ from .plan import (
     PROCESS_MARGIN_BYTES,
     Demand,
     Plan,
+    blocks_needed,
     kv_cache_bytes,
     make_plan,
     parse_memory,
@@ -240,7 +241,7 @@ def load(
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
         memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
         predictor: "auto" (the store's default), "none", "exact", "lowrank" or "shadow".
-        window: evict by a sliding window of so many tokens; None for least-recent use.
+        window: evict by a sliding window of so many tokens; None for the least used lately.
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
         io: "direct" past the page cache, or "buffered".
@@ -382,7 +383,18 @@ def _plan(
     free = available_memory_bytes()
     if not on_cpu:  # more than Metal recommends would be swapped or refused
         free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
-    return make_plan(demand, layout, slot_bytes, budget, free, context, selects=kind != "none")
+    need = _need(manifest, kind)
+    return make_plan(demand, layout, slot_bytes, budget, free, context, selects=kind != "none", need=need)
+
+
+def _need(manifest: Manifest, kind: str) -> list[float]:
+    """Share of each layer's blocks that a token is expected to need, measured on calibration text."""
+    report = manifest.predictors[kind if kind in STORED_PREDICTORS else manifest.default_predictor]
+    shares = report["active" if kind == "exact" else "predicted"]
+    every = range(manifest.layout.layers) if kind == "none" else manifest.all_neurons_layers
+    if kind != "exact":
+        shares = [1.0 if layer in every else share for layer, share in enumerate(shares)]
+    return blocks_needed(shares, manifest.layout)
 
 
 def _build(
@@ -406,7 +418,7 @@ def _build(
     streamer = Streamer(file, Reader(threads), layout)
     for index, layer in enumerate(model.layers):
         bias = "bias" in layer.mlp.fc1
-        stream = LayerStream(streamer, index, plan.slots, _slot_parts(manifest, kind), window)
+        stream = LayerStream(streamer, index, plan.slots[index], _slot_parts(manifest, kind), window)
         layer.mlp = StreamedNeurons(stream, manifest.decode_tokens, bias)
     _load_resident(model, folder, dtype)
     tensors = _predictor_tensors(folder, kind)

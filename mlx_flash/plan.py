@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -55,13 +56,18 @@ class Plan:
     layers: int
     blocks: int  # per layer
     neurons_per_block: int
-    slots: int  # per layer
+    slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
 
     @property
     def slots_bytes(self) -> int:
-        return self.layers * self.slots * self.slot_bytes
+        return sum(self.slots) * self.slot_bytes
+
+    @property
+    def slot_share(self) -> float:
+        """Of all blocks, those that fit into slots."""
+        return sum(self.slots) / (self.layers * self.blocks)
 
     @property
     def total(self) -> int:
@@ -81,12 +87,14 @@ class Plan:
         }
 
     def describe(self) -> str:
-        share = self.slots / self.blocks
+        least, most = min(self.slots), max(self.slots)
+        each = f"{least}" if least == most else f"by need {least} to {most}"
+        slots = f"{each} of {self.blocks} blocks of each layer's neurons ({self.slot_share:.0%})"
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
             ("resident weights", self.demand.resident, "attention, embeddings, norms"),
             ("predictors", self.demand.predictors, ""),
-            ("slots", self.slots_bytes, f"{self.slots} of {self.blocks} blocks of each layer's neurons ({share:.0%})"),
+            ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
@@ -113,12 +121,48 @@ def workspace_bytes(layout: NeuronLayout, heads: int, context: int, item_bytes: 
     return scratch + 2 * (gathered + widened) + activations + scores + MLX_CACHE_BYTES
 
 
+def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
+    """From the share of a layer's neurons that a token needs, that of its blocks: those with any such neuron."""
+    sound = [min(1.0, max(1e-3, share)) for share in shares]  # a manifest may hold any number
+    return [1 - (1 - share) ** layout.neurons_per_block for share in sound]
+
+
+def share_out(total: int, need: Sequence[float], least: int, most: int) -> tuple[int, ...]:
+    """Slots of each layer in proportion to `need`, each within [least, most], `total` in all or as many as fit.
+
+    So every layer keeps the blocks of about as many tokens.
+    """
+    total = min(total, most * len(need))
+    low, high = 0.0, most / min(need)
+    for _ in range(64):  # by halves: the scale at which the sum is `total`, or a little less
+        scale = (low + high) / 2
+        fits = sum(_bounded(scale * n, least, most) for n in need) <= total
+        low, high = (scale, high) if fits else (low, scale)
+    slots = [_bounded(low * n, least, most) for n in need]
+    while left := total - sum(slots):  # by rounding down, less than one for each layer
+        for layer in [i for i, count in enumerate(slots) if count < most][:left]:
+            slots[layer] += 1
+    return tuple(slots)
+
+
+def _bounded(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))
+
+
 def make_plan(
-    demand: Demand, layout: NeuronLayout, slot_bytes: int, budget: int | None, free: int, context: int, selects: bool
+    demand: Demand,
+    layout: NeuronLayout,
+    slot_bytes: int,
+    budget: int | None,
+    free: int,
+    context: int,
+    selects: bool,
+    need: Sequence[float] | None = None,
 ) -> Plan:
     """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
 
     selects: False where every token uses all neurons, which works without slots.
+    need: share of each layer's blocks that a token needs; None: the same in every layer.
     Raises BudgetError, which names the smallest budget that would do.
     """
     minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
@@ -143,5 +187,6 @@ def make_plan(
             f"{demand.workspace / 1e6:.0f} MB work space). Close other programs, give more, or lower --context.",
             smallest_mb * 10**6,
         )
-    slots = min(layout.blocks, (budget - demand.total) // (layout.layers * slot_bytes))
+    total = (budget - demand.total) // slot_bytes
+    slots = share_out(total, need or [1.0] * layout.layers, minimum, layout.blocks)
     return Plan(budget, demand, layout.layers, layout.blocks, layout.neurons_per_block, slots, slot_bytes, context)

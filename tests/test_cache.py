@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_flash.flash.cache import SlotCache
+from mlx_flash.flash.cache import HALF_LIFE, SlotCache
 
 
 def ids(*units: int) -> np.ndarray:
@@ -34,6 +34,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.units, self.slots, self.window = units, min(units, slots), window
         self.place: dict[int, int] = {}
         self.used: dict[int, int] = {}
+        self.uses: dict[int, list[int]] = {}
         self.clock = 0
         self.underway: dict[int, int] = {}
 
@@ -48,7 +49,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock += 1
         here = [u for u in wanted.tolist() if u in self.place]
         self.used |= dict.fromkeys(here, self.clock)
+        for unit in wanted.tolist():
+            self.uses.setdefault(unit, []).append(self.clock)
         assert self.cache.tick(wanted) == len(here)
+
+    def score(self, unit: int) -> float:
+        return sum(2 ** ((use - self.clock) / HALF_LIFE) for use in self.uses.get(unit, []))
 
     @precondition(lambda self: not self.underway)
     @rule(data=st.data())
@@ -62,11 +68,17 @@ class CacheMachine(RuleBasedStateMachine):
         in_slot = {slot: unit for unit, slot in self.place.items()}
         free = [slot for slot in range(self.slots) if slot not in in_slot]
         taken = free[: len(expected)]
-        oldest = 0 if self.window is None else self.clock - self.window
-        candidates = sorted(
-            (max(self.used[unit], oldest), slot) for unit, slot in self.place.items() if unit not in wanted
-        )
-        victims = [slot for _, slot in candidates[: len(expected) - len(taken)]]
+        candidates = {slot: unit for unit, slot in self.place.items() if unit not in wanted}
+        if self.window is None:  # those of the same score may go in any order
+            victims = [slot for slot in targets.tolist() if slot in in_slot]
+            assert {*victims} <= {*candidates}
+            gone = [self.score(candidates[slot]) for slot in victims]
+            kept = [self.score(unit) for slot, unit in candidates.items() if slot not in victims]
+            assert max(gone, default=0) <= min(kept, default=float("inf")) * (1 + 1e-5)
+        else:
+            oldest = self.clock - self.window
+            order = sorted((max(self.used[unit], oldest), slot) for slot, unit in candidates.items())
+            victims = [slot for _, slot in order[: len(expected) - len(taken)]]
         assert targets.tolist() == sorted(taken + victims)
         for slot in victims:
             unit = in_slot[slot]
@@ -105,23 +117,49 @@ def test_free_slots_are_filled_first_in_order() -> None:
     assert cache.free == 0
 
 
-def test_the_least_recently_used_goes() -> None:
+def test_of_equally_often_used_units_the_least_recent_goes() -> None:
     cache = SlotCache(10, 3)
     for unit in (0, 1, 2, 0):
         put(cache, unit)
     assert put(cache, 5) == ([5], [1])
     assert put(cache, 6) == ([6], [2])
-    assert put(cache, 7) == ([7], [0])
+    assert put(cache, 7) == ([7], [1])
+
+
+def test_use_counts_until_it_has_faded() -> None:
+    cache = SlotCache(10, 2)
+    for unit in (0, 0, 0, 1):
+        put(cache, unit)
+    assert put(cache, 2) == ([2], [1])  # 1 is more recent, 0 was used more
+    for _ in range(3 * HALF_LIFE):
+        put(cache, 2)
+    assert put(cache, 3) == ([3], [0])
+
+
+def test_a_unit_that_comes_back_is_remembered() -> None:
+    cache = SlotCache(10, 1)
+    for unit in (0, 0, 1, 0):
+        put(cache, unit)
+    assert cache.score[0] > 2.5 * cache.score[1]
+
+
+def test_scores_do_not_overflow() -> None:
+    cache = SlotCache(4, 2)
+    put(cache, 0, 1)
+    for _ in range(200 * HALF_LIFE):  # 2 ** 200 is no float32
+        cache.tick(ids(1))
+    assert np.isfinite(cache.score).all() and cache.score[1] > cache.score[0] >= 0
+    assert put(cache, 3) == ([3], [0])
 
 
 def test_a_window_keeps_its_last_tokens_and_takes_the_others_in_slot_order() -> None:
     history = [0, 1, 2, 0]  # used last, by slot: token 4, token 2, token 3
-    by_use, by_window = SlotCache(10, 3), SlotCache(10, 3, window=1)
+    endless, short = SlotCache(10, 3, window=10**6), SlotCache(10, 3, window=1)
     for unit in history:
-        put(by_use, unit)
-        put(by_window, unit)
-    assert put(by_use, 5)[1] == [1]
-    assert put(by_window, 5)[1] == [0]  # token 5 has begun: nothing of the others is within it
+        put(endless, unit)
+        put(short, unit)
+    assert put(endless, 5)[1] == [1]  # least-recent use
+    assert put(short, 5)[1] == [0]  # token 5 has begun: nothing of the others is within it
     wide = SlotCache(10, 3, window=2)
     for unit in history:
         put(wide, unit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -18,9 +19,11 @@ from mlx_flash.plan import (
     RUN_TO_RUN_BYTES,
     Demand,
     Plan,
+    blocks_needed,
     kv_cache_bytes,
     make_plan,
     parse_memory,
+    share_out,
     workspace_bytes,
 )
 
@@ -77,18 +80,27 @@ LAYOUTS = st.builds(
 )
 
 
-def plan(demand: Demand, layout: NeuronLayout, budget: int | None, free: int = 10**12, selects: bool = True) -> Plan:
-    return make_plan(demand, layout, layout.block_bytes, budget, free, context=2048, selects=selects)
+def plan(
+    demand: Demand,
+    layout: NeuronLayout,
+    budget: int | None,
+    free: int = 10**12,
+    selects: bool = True,
+    need: list[float] | None = None,
+) -> Plan:
+    return make_plan(demand, layout, layout.block_bytes, budget, free, context=2048, selects=selects, need=need)
 
 
 @settings(max_examples=300, deadline=None)
-@given(DEMANDS, LAYOUTS, st.none() | st.integers(0, 10**11), st.integers(0, 10**11), st.booleans())
+@given(DEMANDS, LAYOUTS, st.none() | st.integers(0, 10**11), st.integers(0, 10**11), st.booleans(), st.data())
 def test_the_total_keeps_to_the_budget(
-    demand: Demand, layout: NeuronLayout, budget: int | None, free: int, selects: bool
+    demand: Demand, layout: NeuronLayout, budget: int | None, free: int, selects: bool, data: st.DataObject
 ) -> None:
+    shares = data.draw(st.lists(st.floats(), min_size=layout.layers, max_size=layout.layers))
+    need = blocks_needed(shares, layout)
     minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
     try:
-        made = plan(demand, layout, budget, free, selects)
+        made = plan(demand, layout, budget, free, selects, need)
     except BudgetError as error:
         smallest = error.smallest_bytes
         assert smallest % MB == 0 and f"the smallest that would do is {smallest // MB}MB" in str(error)
@@ -96,16 +108,16 @@ def test_the_total_keeps_to_the_budget(
         # Typed back it works, also where the process has grown a little.
         for process in (demand.process, demand.process + RUN_TO_RUN_BYTES):
             made = plan(replace(demand, process=process), layout, parse_memory(f"{smallest // MB}MB"), 0, selects)
-            assert made.slots >= minimum and made.total <= made.budget == smallest
+            assert min(made.slots) >= minimum and made.total <= made.budget == smallest
         lower = smallest - RUN_TO_RUN_BYTES - 2 * MB
         with pytest.raises(BudgetError):
             plan(demand, layout, max(0, lower), free, selects)
     else:
         assert made.total == sum(value for key, value in made.as_dict().items() if key not in ("budget", "total"))
         assert made.total <= made.budget
-        assert minimum <= made.slots <= layout.blocks
-        if made.slots < layout.blocks:  # nothing is left over
-            assert made.total + layout.layers * layout.block_bytes > made.budget
+        assert all(minimum <= slots <= layout.blocks for slots in made.slots)
+        if min(made.slots) < layout.blocks:  # nothing is left over
+            assert made.total + layout.block_bytes > made.budget
         if budget is not None:
             assert made.budget == budget
         else:
@@ -119,10 +131,10 @@ DEMAND = Demand(process=400 * MB, resident=2000 * MB, predictors=500 * MB, kv_ca
 def test_without_a_budget_a_share_of_what_is_free() -> None:
     assert plan(DEMAND, LAYOUT, None, free=10**10).budget == 400 * MB + FREE_SHARE * 10**10
     roomy = plan(DEMAND, LAYOUT, None, free=10**12)
-    assert roomy.slots == roomy.blocks and roomy.budget == roomy.total  # no more than it can use
+    assert set(roomy.slots) == {roomy.blocks} and roomy.budget == roomy.total  # no more than it can use
     # A share that is too little is exceeded, as long as it is free.
     tight = plan(DEMAND, LAYOUT, None, free=4000 * MB)
-    assert tight.slots == MIN_SLOTS and 400 * MB + FREE_SHARE * 4000 * MB < tight.budget <= 4400 * MB
+    assert set(tight.slots) == {MIN_SLOTS} and 400 * MB + FREE_SHARE * 4000 * MB < tight.budget <= 4400 * MB
     with pytest.raises(BudgetError, match=r"3\.00 GB are free, too little"):
         plan(DEMAND, LAYOUT, None, free=3000 * MB)
 
@@ -141,9 +153,39 @@ def test_a_refusal_says_what_needs_how_much() -> None:
     assert caught.value.exit_code == 2
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 1), min_size=1, max_size=12),
+    st.integers(0, 20),
+    st.integers(1, 10**4),
+    st.integers(0, 10**5),
+)
+def test_slots_go_where_the_need_is(need: list[float], least: int, most: int, total: int) -> None:
+    least = min(least, most)
+    total = max(total, least * len(need))
+    slots = share_out(total, need, least, most)
+    assert sum(slots) == min(total, most * len(need)) and all(least <= count <= most for count in slots)
+    ordered = [count for _, count in sorted(zip(need, slots, strict=True))]
+    assert all(a <= b + 1 for a, b in pairwise(ordered))  # 1: what rounding left over
+
+
+def test_a_layer_of_twice_the_need_gets_twice_the_slots() -> None:
+    assert share_out(700, [0.1, 0.2, 0.4], 16, 1000) == (100, 200, 400)
+    assert share_out(700, [0.1, 0.2, 0.4], 16, 250) == (200, 250, 250)
+    assert share_out(100, [0.01, 0.2, 0.4], 16, 250) == (16, 28, 56)
+    made = plan(DEMAND, LAYOUT, 6 * 10**9, need=[0.01] * 16 + [0.03] * 16)
+    assert made.slots[31] // made.slots[0] in (2, 3) and "by need" in made.describe()
+
+
+def test_a_block_is_needed_for_any_of_its_neurons() -> None:
+    assert blocks_needed([0.25, 1.0], LAYOUT) == [0.25, 1.0]
+    assert blocks_needed([0.5, 1.0], replace(LAYOUT, neurons_per_block=3)) == [0.875, 1.0]
+    assert all(0 < share <= 1 for share in blocks_needed([float("nan"), -1.0, 2.0, 1e308, 0.0], LAYOUT))
+
+
 def test_naive_loading_needs_no_slots() -> None:
     budget = DEMAND.total + 1
-    assert plan(DEMAND, LAYOUT, budget, selects=False).slots == 0
+    assert plan(DEMAND, LAYOUT, budget, selects=False).slots == (0,) * LAYOUT.layers
     with pytest.raises(BudgetError):
         plan(DEMAND, LAYOUT, budget)
 

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
+HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
+LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
+
 
 class SlotCache:
-    """An id-to-slot map with eviction by least-recent use, or by a sliding window.
+    """An id-to-slot map with eviction by fading use, or by a sliding window.
 
-    units: how many units the layer has; slots: how many fit; window: None for least-recent use, or k: units
-    used within the last k calls are kept (paper, section 3.2), all older ones go in order of their slot.
+    units: how many units the layer has; slots: how many fit. window: None, or k: units used within the last k calls
+    are kept, the oldest going first, and all older ones go in order of their slot (paper, section 3.2); a window
+    longer than any text is least-recent use. With None the unit of the lowest score goes:
+
+        score = sum over the calls that used the unit of 2 ** (-age in calls / HALF_LIFE)
+
+    which is least-recent use for a short half-life, most frequent use for an endless one. Scores are kept for units
+    without a slot as well. Instead of all fading at every call, later uses weigh more.
     """
 
     def __init__(self, units: int, slots: int, window: int | None = None) -> None:
@@ -23,7 +32,10 @@ class SlotCache:
         self.slots = min(slots, units)
         self.slot_of = np.full(units, -1, np.int32)
         self.unit_of = np.full(self.slots, -1, np.int32)
-        self.last_used = np.full(self.slots, -1, np.int64)
+        self.score = np.zeros(units, np.float32)  # times `gain`
+        self.gain = 1.0  # what a use adds now
+        self.growth = 2 ** (1 / HALF_LIFE)
+        self.last_used = np.full(self.slots, -1, np.int64)  # call; kept for a window only
         self.clock = 0
         self.resident = 0  # how many slots are taken
 
@@ -32,11 +44,18 @@ class SlotCache:
         return self.slots - self.resident
 
     def tick(self, units: np.ndarray) -> int:
-        """Begins a token that needs `units` (unique ids): marks those that are here. Returns their number."""
+        """Begins a token that needs `units` (unique ids): marks their use. Returns how many are here."""
         self.clock += 1
         slots = self.slot_of[units]
         here = slots[slots >= 0]
-        self.last_used[here] = self.clock
+        if self.window is not None:
+            self.last_used[here] = self.clock
+            return len(here)
+        self.gain *= self.growth
+        if self.gain > LARGEST_GAIN:
+            self.score /= self.gain
+            self.gain = 1.0
+        self.score[units] += self.gain
         return len(here)
 
     def reserve(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,16 +64,17 @@ class SlotCache:
         Returns the missing units and the slots they shall be read into, both int32; those slots are empty
         until `commit`. None of `units` that is here is evicted.
         """
-        missing = units[self.slot_of[units] < 0]
+        slots = self.slot_of[units]
+        absent = slots < 0
+        missing = units[absent]
         if not len(missing):
             return missing, np.empty(0, np.int32)
-        targets = self._victims(len(missing), keep=self.slot_of[units])
+        targets = self._victims(len(missing), keep=slots[~absent])
         old = self.unit_of[targets]
         old = old[old >= 0]
         self.slot_of[old] = -1
         self.resident -= len(old)
         self.unit_of[targets] = -1
-        self.last_used[targets] = -1
         return missing, targets
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
@@ -65,13 +85,19 @@ class SlotCache:
         self.resident += len(units)
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
-        """The slots to fill next: empty ones, then the least worth keeping; ascending."""
-        worth = self.last_used.copy()
-        if self.window is not None:
-            used = worth >= 0
-            worth[used] = np.maximum(worth[used], self.clock - self.window)
-        worth[keep[keep >= 0]] = self.clock + 1
+        """The slots to fill next: empty ones, then the least worth keeping; ascending. None of `keep`."""
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
-        order = worth * self.slots + np.arange(self.slots)  # no equals: those of the same worth go by slot number
-        return np.sort(np.argpartition(order, count - 1)[:count]).astype(np.int32)
+        worth = self._worth()
+        worth[keep] = np.inf
+        if self.resident < self.slots:
+            empty = np.flatnonzero(self.unit_of < 0)
+            worth[empty] = empty - self.slots  # below zero, in order
+        return np.sort(np.argpartition(worth, count - 1)[:count]).astype(np.int32)
+
+    def _worth(self) -> np.ndarray:
+        """What each slot is worth keeping, (slots,): at least 0. Whatever for an empty one."""
+        if self.window is None:
+            return self.score[self.unit_of]
+        used = np.maximum(self.last_used, self.clock - self.window)
+        return (used * self.slots + np.arange(self.slots)).astype(np.float64)  # no equals: by slot number

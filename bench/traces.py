@@ -1,0 +1,173 @@
+"""Which neurons a model chooses and which are truly active, token by token, as it decodes a text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.commands import whole_number
+from mlx_flash.defaults import PREDICTORS
+from mlx_flash.errors import UsageError
+from mlx_flash.layers.predictors import ExactPredictor, Predictor
+
+from .report import add_output_argument
+
+
+@dataclass
+class LayerTrace:
+    """One layer's history. Both masks packed by `np.packbits`, eight neurons a byte, a row for every token."""
+
+    layer: int
+    neurons: int
+    neurons_per_block: int
+    chosen_rows: list[np.ndarray] = field(default_factory=list)
+    active_rows: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """bool (tokens, neurons): what the predictor chose."""
+        return unpacked(self.chosen_rows, self.neurons)
+
+    @property
+    def active(self) -> np.ndarray:
+        """bool (tokens, neurons): what is above zero before the ReLU."""
+        return unpacked(self.active_rows, self.neurons)
+
+
+class Tap:
+    """Stands in a predictor's place and writes down what it chose and what it should have chosen."""
+
+    def __init__(self, inner: Predictor, truth: Predictor, trace: LayerTrace) -> None:
+        self.inner, self.truth, self.trace = inner, truth, trace
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        chosen, activations = self.inner(x)
+        active, _ = self.truth(x)
+        mx.eval(chosen, active)
+        self.trace.chosen_rows.append(packed(chosen))
+        self.trace.active_rows.append(packed(active))
+        return chosen, activations
+
+
+def packed(mask: mx.array) -> np.ndarray:
+    """bool (n, F) -> uint8 (n, ceil(F / 8))"""
+    return np.packbits(np.array(mask), axis=1)
+
+
+def unpacked(rows: list[np.ndarray], neurons: int) -> np.ndarray:
+    """What `packed` gave, call after call -> bool (tokens, neurons)"""
+    return np.unpackbits(np.concatenate(rows), axis=1, count=neurons).view(bool)
+
+
+def by_block(mask: np.ndarray, neurons_per_block: int) -> np.ndarray:
+    """What the engine reads for a choice of neurons. bool (tokens, neurons) -> bool (tokens, blocks)"""
+    if neurons_per_block == 1:
+        return mask
+    return np.logical_or.reduceat(mask, np.arange(0, mask.shape[1], neurons_per_block), axis=1)
+
+
+def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[LayerTrace]:
+    """Decodes `ids` and returns a trace of every layer that has a predictor."""
+    layout = model.flash.manifest.layout
+    taps = {}
+    for index, layer in enumerate(model.layers):
+        mlp = layer.mlp
+        if mlp.predictor is None:
+            continue
+        truth = ExactPredictor(mlp.resident_up(mx.float32), mlp.up_bias if "up_bias" in mlp else None)
+        taps[index] = Tap(mlp.predictor, truth, LayerTrace(index, layout.neurons, layout.neurons_per_block))
+        mlp.predictor = taps[index]
+    if not taps:
+        raise UsageError("no layer of this model has a predictor, so there is nothing to trace.")
+    try:
+        decode(model, ids, prefix, name)
+    finally:
+        for index, tap in taps.items():
+            model.layers[index].mlp.predictor = tap.inner
+    return [tap.trace for tap in taps.values()]
+
+
+def decode(model: Any, ids: list[int], prefix: list[int], name: str) -> None:
+    """Runs the model over `ids` the decode way: windows of the planned context, each begun with `prefix`.
+
+    A call has as many tokens as go the decode way at once; every one still has a selection of its own.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    step, body = model.flash.manifest.decode_tokens, model.flash.plan.context - len(prefix)
+    with tqdm(total=len(ids), desc=name, unit="token", dynamic_ncols=True) as bar:
+        for begin in range(0, len(ids), body):
+            here = ids[begin : begin + body]
+            given = np.array(prefix + here, np.int32)
+            cache = make_prompt_cache(model)
+            for at in range(0, len(given), step):
+                mx.eval(model(mx.array(given[at : at + step])[None], cache=cache))
+            bar.update(len(here))
+
+
+# -- what the commands share ---------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
+    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
+    parser.add_argument("--text", type=Path, required=True, help="plain text that the model was not trained on")
+    parser.add_argument(
+        "--tokens",
+        type=whole_number(16, 10**9),
+        default=tokens,
+        help="decode only the first N tokens (default: %(default)s)",
+    )
+    kinds = [kind for kind in PREDICTORS if kind != "none"]
+    parser.add_argument("--predictor", choices=kinds, default="auto", help="who chooses (default: the store's own)")
+    add_output_argument(parser)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model, the tokens of the text and of the calibration text."""
+
+    model: Any
+    store: Path
+    ids: list[int]
+    calibration_ids: list[int]
+    prefix: list[int]
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[Subject]:
+    """The model and the texts that the arguments name; the text is read before the model is."""
+    from mlx_flash.loading import find_store, load
+
+    text = read_text(arguments.text)
+    store = find_store(arguments.model, say)
+    model, tokenizer = load(store, predictor=arguments.predictor)
+    try:
+        calibration = files("mlx_flash.convert").joinpath("calibration.txt").read_text(encoding="utf-8")
+        ids, calibration_ids = (
+            list(tokenizer.encode(each, add_special_tokens=False, verbose=False))[: arguments.tokens]
+            for each in (text, calibration)
+        )
+        prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        yield Subject(model, store, ids, calibration_ids, prefix)
+    finally:
+        model.flash.close()
+
+
+def read_text(path: Path) -> str:
+    """Raises UsageError if it cannot be read or is hardly a text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --text {path}: {error}") from None
+    if len(text.split()) < 2:
+        raise UsageError(f"--text {path} has no text to speak of.")
+    return text

@@ -1,13 +1,15 @@
 """The baselines: every weight, or half of them, comes from the SSD for every token; "naive" and "hybrid" loading.
 
-Written to be as fast as reading allows: all reads are long, aligned and used where they land, the next piece is on its
-way while this one is multiplied, and a layer's attention comes a layer ahead. Bundles have up and down rows side by
-side, where a dense engine would have two matrices; so that nothing is copied, a piece is multiplied as one matrix
-twice as long, and the products with the other part's rows are dropped.
+Written to be as fast as reading allows. They read up and down projection as whole matrices, as a checkpoint has them
+(`write_matrices` undoes the bundles), in long, aligned pieces that are used where they land; the next piece is on its
+way while this one is multiplied, and a layer's attention comes a layer ahead. "dense" keeps everything.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +18,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
+from mlx_flash.errors import UsageError
 from mlx_flash.flash.checksums import TensorEntry, read_header
-from mlx_flash.flash.files import Manifest, round_up
+from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import READ_ALIGNMENT, Ticket, UnitFile
 from mlx_flash.flash.stream import Streamer
 from mlx_flash.layers.neurons import StreamedNeurons
 
-HEAD_PIECE_BYTES = 16 << 20
+PIECE_BYTES = 16 << 20
 
 
 def wait(streamer: Streamer, ticket: Ticket) -> None:
@@ -38,63 +42,88 @@ def wait(streamer: Streamer, ticket: Ticket) -> None:
     counters.bytes += report.bytes
 
 
+def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
+    """Writes every layer's up rows, then its down rows, each (F, D): what a dense engine would read.
+
+    Raises UsageError if the disk has too little room.
+    """
+    needed = layout.layers * 2 * layout.neurons * layout.row_bytes
+    if (free := shutil.disk_usage(path.parent).free) < 1.02 * needed:
+        raise UsageError(
+            f"the baselines need {needed / 1e9:.1f} GB at {path.parent}, where {free / 1e9:.1f} GB are free."
+        )
+    per_block = layout.neurons_per_block * layout.row_bytes
+    with (
+        (store / Manifest.neurons_file).open("rb") as source,
+        path.open("wb") as file,
+        tqdm(total=needed, unit="B", unit_scale=True, desc="matrices", dynamic_ncols=True) as bar,
+    ):
+        for layer in range(layout.layers):
+            source.seek(layer * layout.layer_bytes)
+            raw = np.frombuffer(source.read(layout.blocks * layout.block_bytes), np.uint8)
+            blocks = raw.reshape(layout.blocks, layout.block_bytes)
+            for part in range(2):
+                rows = np.ascontiguousarray(blocks[:, part * per_block : (part + 1) * per_block]).reshape(-1)
+                bar.update(file.write(rows[: layout.neurons * layout.row_bytes].data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class _Neurons:
     """A layer's whole FFN, piece by piece: the first `resident` pieces stay in memory, the others are read."""
 
-    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, scratch: list[AlignedPool]) -> None:
-        self.mlp, self.layer, self.resident = mlp, layer, resident
+    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, matrices: UnitFile, scratch: list[AlignedPool]):
+        self.mlp, self.layer, self.matrices, self.scratch = mlp, layer, matrices, scratch
         self.streamer = mlp._stream.shared
         self.layout = self.streamer.layout
-        self.pools = [AlignedPool(scratch[0].nbytes) for _ in range(resident)]
-        for piece, pool in enumerate(self.pools):
+        self.rows = rows_of_piece(self.layout)
+        starts = range(0, self.layout.neurons, self.rows)
+        self.pieces = [(part, start) for part in range(2) for start in starts]
+        self.resident = [AlignedPool(self._bytes(start)) for _, start in self.pieces[:resident]]
+        for piece, pool in enumerate(self.resident):
             self.streamer.reader.wait(self._submit(piece, pool))
-        self.scratch = scratch
-        self.pieces = -(-self.layout.blocks // self.layout.piece_blocks)
 
-    def _blocks(self, piece: int) -> int:
-        return min(self.layout.piece_blocks, self.layout.blocks - piece * self.layout.piece_blocks)
+    def _bytes(self, start: int) -> int:
+        return min(self.rows, self.layout.neurons - start) * self.layout.row_bytes
 
     def _submit(self, piece: int, pool: AlignedPool) -> Ticket:
-        layout = self.layout
-        offset = self.layer * layout.layer_bytes + piece * layout.piece_blocks * layout.block_bytes
-        segment = (np.array([value]) for value in (offset, pool.address, self._blocks(piece) * layout.block_bytes))
-        return self.streamer.reader.submit(self.streamer.file, *segment)
+        part, start = self.pieces[piece]
+        offset = ((2 * self.layer + part) * self.layout.neurons + start) * self.layout.row_bytes
+        segment = (np.array([value]) for value in (offset, pool.address, self._bytes(start)))
+        return self.streamer.reader.submit(self.matrices, *segment)
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        hidden: list[mx.array] = []
         y = mx.zeros_like(flat)
-        ticket = None
-        if self.resident < self.pieces:
-            ticket = self._submit(self.resident, self.scratch[0])
-        for piece in range(self.pieces):
-            if piece < self.resident:
-                y = self._add(y, flat, piece, self.pools[piece])
-                continue
-            assert ticket is not None
-            wait(self.streamer, ticket)
-            turn = (piece - self.resident) % 2
-            if piece + 1 < self.pieces:
-                ticket = self._submit(piece + 1, self.scratch[1 - turn])
-            y = self._add(y, flat, piece, self.scratch[turn])
+        first, count = len(self.resident), len(self.pieces)
+        ticket = self._submit(first, self.scratch[0]) if first < count else None
+        for piece, (part, start) in enumerate(self.pieces):
+            if piece < first:
+                pool = self.resident[piece]
+            else:
+                assert ticket is not None
+                wait(self.streamer, ticket)
+                pool, spare = self.scratch[(piece - first) % 2], self.scratch[(piece - first + 1) % 2]
+                ticket = self._submit(piece + 1, spare) if piece + 1 < count else None
+            typed = pool.array.reshape(-1)[: self._bytes(start)].view(getattr(mx, self.layout.dtype))
+            rows = typed.reshape(-1, self.layout.width).astype(x.dtype)
+            if part == 0:
+                h = flat @ rows.T  # (N, D) @ (D, n)
+                if "up_bias" in self.mlp:
+                    h = h + self.mlp.up_bias[start : start + len(rows)]
+                hidden.append(mx.maximum(h, 0))
+                mx.eval(hidden)
+            else:
+                y = y + hidden.pop(0) @ rows  # (N, n) @ (n, D)
+                mx.eval(y)
         return (y + self.mlp.down_bias if "down_bias" in self.mlp else y).reshape(x.shape)
 
-    def _add(self, y: mx.array, x: mx.array, piece: int, pool: AlignedPool) -> mx.array:
-        """y plus what the neurons of a piece add."""
-        layout, lanes, blocks = self.layout, self.layout.neurons_per_block, self._blocks(piece)
-        typed = pool.array.view(getattr(mx, layout.dtype))
-        strides = (layout.block_bytes // typed.dtype.size, layout.width, 1)
-        rows = mx.as_strided(typed, (blocks, 2 * lanes, layout.width), strides).reshape(-1, layout.width)
-        rows = rows.astype(x.dtype)
-        start = piece * layout.piece_neurons
-        count = min(layout.neurons - start, blocks * lanes)
-        h = (x @ rows.T).reshape(-1, blocks, 2, lanes)[:, :, 0].reshape(len(x), -1)[:, :count]
-        if "up_bias" in self.mlp:
-            h = h + self.mlp.up_bias[start : start + count]
-        h = mx.pad(mx.maximum(h, 0), [(0, 0), (0, blocks * lanes - count)]).reshape(-1, blocks, 1, lanes)
-        h = mx.concatenate([mx.zeros_like(h), h], axis=2).reshape(len(x), -1)  # nothing for the up rows
-        y = y + h @ rows
-        mx.eval(y)
-        return y
+
+def rows_of_piece(layout: NeuronLayout) -> int:
+    """Rows of a matrix that are read and multiplied at once: about PIECE_BYTES, whole blocks of the disk."""
+    step = READ_ALIGNMENT // math.gcd(READ_ALIGNMENT, layout.row_bytes)
+    return max(step, PIECE_BYTES // layout.row_bytes // step * step)
 
 
 def spread_pieces(pieces: int, layers: int) -> list[int]:
@@ -102,17 +131,16 @@ def spread_pieces(pieces: int, layers: int) -> list[int]:
     return [(pieces * (i + 1)) // layers - (pieces * i) // layers for i in range(layers)]
 
 
-def keep_some(model: Any, resident_bytes: int) -> None:
+def keep_some(model: Any, matrices: Path, resident_bytes: int) -> None:
     """Gives a model that was loaded with the predictor "none" a whole FFN, `resident_bytes` of it in memory."""
-    streamer = model.flash.streamer
-    layout = streamer.layout
-    piece_bytes = layout.piece_blocks * layout.block_bytes
-    per_layer = -(-layout.blocks // layout.piece_blocks)
-    pieces = min(resident_bytes // piece_bytes, per_layer * layout.layers)
-    scratch = [AlignedPool(piece_bytes) for _ in range(2)]
-    kept = spread_pieces(pieces, layout.layers)
-    for i, layer in enumerate(model.layers):
-        layer.mlp = _Neurons(layer.mlp, i, min(kept[i], per_layer), scratch)
+    layout = model.flash.streamer.layout
+    rows = rows_of_piece(layout)
+    per_layer = 2 * -(-layout.neurons // rows)
+    pieces = min(resident_bytes // (rows * layout.row_bytes), per_layer * layout.layers)
+    scratch = [AlignedPool(rows * layout.row_bytes) for _ in range(2)]
+    file = UnitFile(matrices)
+    for i, (layer, kept) in enumerate(zip(model.layers, spread_pieces(pieces, layout.layers), strict=True)):
+        layer.mlp = _Neurons(layer.mlp, i, kept, file, scratch)
 
 
 class _Weights:
@@ -182,8 +210,8 @@ class _Embedding:
         entry = weights.entries[name]
         self.weights, self.entry = weights, entry
         self.row_bytes = entry.shape[1] * 4
-        self.rows = HEAD_PIECE_BYTES // self.row_bytes
-        self.pools = [AlignedPool(HEAD_PIECE_BYTES + 2 * READ_ALIGNMENT) for _ in range(2)]
+        self.rows = PIECE_BYTES // self.row_bytes
+        self.pools = [AlignedPool(PIECE_BYTES + 2 * READ_ALIGNMENT) for _ in range(2)]
         self.row_pool = AlignedPool(round_up(self.row_bytes, READ_ALIGNMENT) + READ_ALIGNMENT)
 
     def _submit(self, row: int, rows: int, pool: AlignedPool) -> Ticket:
@@ -217,9 +245,9 @@ class _Embedding:
         return mx.concatenate(logits, axis=-1)
 
 
-def keep_nothing(model: Any, folder: Path) -> None:
+def keep_nothing(model: Any, folder: Path, matrices: Path) -> None:
     """Makes a model that was loaded with the predictor "none" read everything for every token."""
-    keep_some(model, 0)
+    keep_some(model, matrices, 0)
     weights = _Weights(folder, model.flash.streamer)
     decoder = model.model.decoder
     layers = []

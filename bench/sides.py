@@ -25,7 +25,7 @@ SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it 
 
 @dataclass(frozen=True)
 class Side:
-    """How to run: name: "naive", "hybrid" or "flash". memory: bytes for the whole process."""
+    """How to run: "naive", "hybrid", "dense" or "flash". memory: bytes for the whole process, of flash only."""
 
     name: str
     memory: int | None = None
@@ -34,11 +34,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: `prompt` tokens at once, then `tokens` one by one, out of `ids`."""
+    """What to run: `prompt` tokens at once, then `tokens` one by one, out of `ids`.
+
+    matrices: file of `baselines.write_matrices`, for the baselines.
+    """
 
     store: str
     ids: list[int]
     prompt: int
+    matrices: str = ""
 
     @property
     def tokens(self) -> int:
@@ -70,12 +74,15 @@ def _load_baseline(side: Side, task: Task) -> Any:
         load(task.store, memory=1, **options)
     except BudgetError as error:
         model, tokenizer = load(task.store, memory=error.smallest_bytes + SPARE_BYTES, **options)
+    folder, matrices = Path(task.store), Path(task.matrices)
     if side.name == "naive":
-        keep_nothing(model, Path(task.store))
-    else:
+        keep_nothing(model, folder, matrices)
+    elif side.name == "hybrid":
         manifest = model.flash.manifest
         resident = manifest.files[Manifest.resident_file]["bytes"]
-        keep_some(model, max(0, (resident + manifest.layout.file_bytes) // 2 - resident))
+        keep_some(model, matrices, max(0, (resident + manifest.layout.file_bytes) // 2 - resident))
+    else:
+        keep_some(model, matrices, model.flash.manifest.layout.file_bytes)
     return model, tokenizer
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_flash.errors import FlashError, ReadError
+from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Int64Array, Reader, ReadReport, Ticket, UnitFile
 
 BATCH_READS = 200  # about what a token misses in a layer
@@ -48,7 +49,7 @@ def batch_reads(piece_bytes: int) -> int:
 
 
 class Pieces:
-    """Random pieces of a file and the memory they go to, a ring of BATCHES_IN_FLIGHT batches.
+    """Random pieces of a file and the memory they go to: a pool as the runtime's, a ring of BATCHES_IN_FLIGHT batches.
 
     Offsets are multiples of the piece, in no order, as fio's: what adjoins in the file seldom follows in a batch, so
     that a read stays one piece (the reader cuts pieces beyond 1.5 MiB itself).
@@ -58,14 +59,19 @@ class Pieces:
         self.file = file
         self.piece_bytes = piece_bytes
         self.reads = batch_reads(piece_bytes)
-        self._memory = mmap.mmap(-1, BATCHES_IN_FLIGHT * self.reads * piece_bytes)  # its start is that of a page
-        memory = np.frombuffer(self._memory, np.uint8)
-        memory[:: mmap.PAGESIZE] = 1  # resident before anything is timed
-        self._addresses = memory.ctypes.data + np.arange(BATCHES_IN_FLIGHT * self.reads) * piece_bytes
-        self._addresses = self._addresses.reshape(BATCHES_IN_FLIGHT, self.reads)
+        self._pool = AlignedPool(BATCHES_IN_FLIGHT * self.reads * piece_bytes)
         self._lengths = np.full(self.reads, piece_bytes, np.int64)
         self.offsets = np.random.default_rng(seed).integers(0, file.size // piece_bytes, OFFSETS) * piece_bytes
         self._batch = 0
+        self.use_slots(BATCHES_IN_FLIGHT * self.reads)
+
+    def use_slots(self, slots: int) -> None:
+        """Lets the reads go to so many places, in turn. One per thread is what fio has: they stay in the processor's
+        cache, or the hypervisor's, which the many slots of a model do not."""
+        count = BATCHES_IN_FLIGHT * self.reads
+        # From the middle: the pool's ends are not in huge pages.
+        places = (count // 2 + np.arange(count) % slots) % count
+        self._addresses = (self._pool.address + places * self.piece_bytes).reshape(BATCHES_IN_FLIGHT, self.reads)
 
     def submit(self, reader: Reader) -> Ticket:
         batch, self._batch = self._batch, self._batch + 1
@@ -181,11 +187,16 @@ def find_fio() -> str | None:
 def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: int, seconds: float) -> Sample:
     """The same reads by fio, one at a time in each of its threads. Raises FlashError if it fails."""
     milliseconds = max(1, round(seconds * 1e3))
+    # The memory of our reader, huge pages: without them fio is two to four times slower here, and no ceiling.
+    # glibc's malloc asks for them in large blocks only, hence the 4 MiB that no read is as long as.
+    largest = max(piece_bytes, 4 << 20)
+    blocks = f"{piece_bytes}/100" + (f":{largest}/0" if largest > piece_bytes else "")
+    settings = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     command = [program, "--name=reads", f"--filename={path}", "--readonly", "--rw=randread", f"--direct={direct:d}"]
-    command += ["--ioengine=psync", "--thread", f"--bs={piece_bytes}", f"--numjobs={threads}", "--norandommap"]
+    command += ["--ioengine=psync", "--thread", f"--bssplit={blocks}", "--iomem_align=2m", f"--numjobs={threads}", "--norandommap"]
     command += ["--randrepeat=0", "--time_based", f"--runtime={milliseconds}ms", "--group_reporting"]
     command += ["--output-format=json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
     try:
         job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]  # warnings stand before it
         read, elapsed = job["read"], job["read"]["runtime"] * 1e-3

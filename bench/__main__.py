@@ -8,7 +8,7 @@ from mlx_flash.commands import run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from . import density, peak_memory, predictors, random_checkpoint
+    from . import density, peak_memory, predictors, random_checkpoint, reads
 
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -16,6 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
         "predictors": predictors,
         "density": density,
         "peak-memory": peak_memory,
+        "reads": reads,
         "random-checkpoint": random_checkpoint,
     }
     for name, module in modules.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import mmap
 import os
 import shutil
 import subprocess
@@ -68,10 +67,15 @@ class Pieces:
     def use_slots(self, slots: int) -> None:
         """Lets the reads go to so many places, in turn. One per thread is what fio has: they stay in the processor's
         cache, or the hypervisor's, which the many slots of a model do not."""
-        count = BATCHES_IN_FLIGHT * self.reads
+        places = np.arange(BATCHES_IN_FLIGHT * self.reads) % slots
         # From the middle: the pool's ends are not in huge pages.
-        places = (count // 2 + np.arange(count) % slots) % count
+        places = (len(places) // 2 + places) % len(places)
         self._addresses = (self._pool.address + places * self.piece_bytes).reshape(BATCHES_IN_FLIGHT, self.reads)
+
+    def place(self, index: int) -> memoryview:
+        """Where `use_slots` lets the read number `index` go."""
+        start = int(self._addresses.flat[index % self._addresses.size]) - self._pool.address
+        return memoryview(self._pool.array)[start : start + self.piece_bytes]  # type: ignore[arg-type]
 
     def submit(self, reader: Reader) -> Ticket:
         batch, self._batch = self._batch, self._batch + 1
@@ -145,21 +149,20 @@ def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> 
     stop = threading.Event()
     counts = [0] * threads  # bytes
     failures: list[BaseException] = []
-    fd, piece_bytes = pieces.file.fd, pieces.piece_bytes
+    file = pieces.file
     shares = [pieces.offsets[i::threads].tolist() for i in range(threads)]
 
     def work(index: int) -> None:
-        with mmap.mmap(-1, piece_bytes) as memory:
-            target, count = [memory], 0
-            start.wait()
-            try:
-                for offset in itertools.cycle(shares[index]):
-                    count += os.preadv(fd, target, offset)
-                    if stop.is_set():
-                        break
-            except OSError as error:
-                failures.append(error)
-            counts[index] = count
+        target, count = [pieces.place(index)], 0
+        start.wait()
+        try:
+            for offset in itertools.cycle(shares[index]):
+                count += os.preadv(file.fd, target, offset)
+                if stop.is_set():
+                    break
+        except OSError as error:
+            failures.append(error)
+        counts[index] = count
 
     workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads)]
     for worker in workers:
@@ -175,9 +178,9 @@ def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> 
         worker.join()
     elapsed = time.perf_counter() - began
     if failures:
-        raise ReadError(f"{pieces.file.path}: {failures[0]}")
+        raise ReadError(f"{file.path}: {failures[0]}")
     total = sum(counts)
-    return Sample(total, elapsed, total // piece_bytes, None if busy else time.process_time() - cpu)
+    return Sample(total, elapsed, total // pieces.piece_bytes, None if busy else time.process_time() - cpu)
 
 
 def find_fio() -> str | None:
@@ -193,7 +196,14 @@ def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: i
     blocks = f"{piece_bytes}/100" + (f":{largest}/0" if largest > piece_bytes else "")
     settings = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     command = [program, "--name=reads", f"--filename={path}", "--readonly", "--rw=randread", f"--direct={direct:d}"]
-    command += ["--ioengine=psync", "--thread", f"--bssplit={blocks}", "--iomem_align=2m", f"--numjobs={threads}", "--norandommap"]
+    command += [
+        "--ioengine=psync",
+        "--thread",
+        f"--bssplit={blocks}",
+        "--iomem_align=2m",
+        f"--numjobs={threads}",
+        "--norandommap",
+    ]
     command += ["--randrepeat=0", "--time_based", f"--runtime={milliseconds}ms", "--group_reporting"]
     command += ["--output-format=json"]
     done = subprocess.run(command, capture_output=True, text=True, env=settings)

@@ -28,10 +28,10 @@ def draw(figure: Any, result: dict[str, Any], typical: list[dict[str, Any]]) -> 
     shades = colormaps["Blues"]
     labels: list[tuple[int, float, str, Any]] = []
     for index, threads in enumerate(depths):
-        colour = shades(0.35 + 0.6 * (index + 1) / len(depths))
+        shade = shades(0.35 + 0.6 * (index + 1) / len(depths))
         x, y = _line(rows, threads, "kept_full")
-        left.plot(x, y, "-o", color=colour, markersize=4)
-        labels.append((x[-1], y[-1], f"{threads} thread{'s' * (threads > 1)}", colour))
+        left.plot(x, y, "-o", color=shade, markersize=4)
+        labels.append((x[-1], y[-1], f"{threads} thread{'s' * (threads > 1)}", shade))
         if "fio" in rows[0]["methods"]:
             left.plot(*_line(rows, threads, "fio"), "--", color=COLOURS["ceiling"], linewidth=0.9, alpha=0.6)
     _label(left, labels)

@@ -14,6 +14,7 @@ COMMANDS = (
     "peak-memory",
     "predictors",
     "random-checkpoint",
+    "reads",
     "synthetic",
 )
 

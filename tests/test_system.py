@@ -139,3 +139,12 @@ def test_cgroup_v1_in_a_container(tmp_path: Path) -> None:
 def test_no_cgroup_limit(tmp_path: Path) -> None:
     assert system.cgroup_free_bytes("0::/\n", tmp_path) is None
     assert system.cgroup_free_bytes("", tmp_path) is None
+
+
+@linux_only
+def test_huge_pages_keep_the_bytes_and_their_place() -> None:
+    memory = np.random.default_rng(0).integers(0, 256, 7 << 20, dtype=np.uint8)
+    before = memory.copy()
+    system.use_huge_pages(memory.ctypes.data + 3, memory.nbytes - 3)  # True or False: the system's choice
+    assert np.array_equal(memory, before)
+    assert not system.use_huge_pages(memory.ctypes.data, 4096)  # no whole one lies in there

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError, UsageError
-from .system import POOL_ALIGNMENT
+from .system import POOL_ALIGNMENT, use_huge_pages
 
 _WORD = 8  # bytes of the base's elements: an MLX axis is below 2**31, so bytes alone would end at 2 GiB
 
@@ -51,6 +51,7 @@ class AlignedPool:
         self.array = array
         if _address(memoryview(array)) != self.address:  # type: ignore[arg-type]
             raise FlashError("MLX copied the pool where a view was expected; this version of MLX is unsupported.")
+        use_huge_pages(self.address, nbytes)
 
 
 def _rows(nbytes: int, row_bytes: int) -> tuple[int, int]:

@@ -1,0 +1,219 @@
+"""Ways of reading random pieces of a file, timed alike: our reader, a plain Python loop, and fio."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mlx_flash.errors import FlashError, ReadError
+from mlx_flash.flash.pool import AlignedPool
+from mlx_flash.flash.reader import Int64Array, Reader, ReadReport, Ticket, UnitFile
+
+BATCH_READS = 200  # about what a token misses in a layer
+BATCH_BYTES = 32 << 20  # at most, so that batches of large pieces stay small beside memory
+BATCHES_IN_FLIGHT = 3
+OFFSETS = 1 << 14  # drawn ahead, so that drawing them is not timed
+
+
+@dataclass
+class Sample:
+    """One method at one piece size and depth for a moment.
+
+    batch_seconds: per batch, for methods that drain. cpu_seconds: of all threads; None where something else ran too.
+    """
+
+    bytes: int = 0
+    seconds: float = 0.0
+    reads: int = 0
+    cpu_seconds: float | None = None
+    batch_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.seconds
+
+
+def batch_reads(piece_bytes: int) -> int:
+    return max(1, min(BATCH_READS, BATCH_BYTES // piece_bytes))
+
+
+class Pieces:
+    """Random pieces of a file and the memory they go to: a pool as the runtime's, a ring of BATCHES_IN_FLIGHT batches.
+
+    Offsets are multiples of the piece, in no order, as fio's: what adjoins in the file seldom follows in a batch, so
+    that a read stays one piece (the reader cuts pieces beyond 1.5 MiB itself).
+    """
+
+    def __init__(self, file: UnitFile, piece_bytes: int, seed: int) -> None:
+        self.file = file
+        self.piece_bytes = piece_bytes
+        self.reads = batch_reads(piece_bytes)
+        self._pool = AlignedPool(BATCHES_IN_FLIGHT * self.reads * piece_bytes)
+        self._lengths = np.full(self.reads, piece_bytes, np.int64)
+        self.offsets = np.random.default_rng(seed).integers(0, file.size // piece_bytes, OFFSETS) * piece_bytes
+        self._batch = 0
+        self.use_slots(BATCHES_IN_FLIGHT * self.reads)
+
+    def use_slots(self, slots: int) -> None:
+        """Lets the reads go to so many places, in turn. One per thread is what fio has: they stay in the processor's
+        cache, or the hypervisor's, which the many slots of a model do not."""
+        places = np.arange(BATCHES_IN_FLIGHT * self.reads) % slots
+        # From the middle: the pool's ends are not in huge pages.
+        places = (len(places) // 2 + places) % len(places)
+        self._addresses = (self._pool.address + places * self.piece_bytes).reshape(BATCHES_IN_FLIGHT, self.reads)
+
+    def place(self, index: int) -> memoryview:
+        """Where `use_slots` lets the read number `index` go."""
+        start = int(self._addresses.flat[index % self._addresses.size]) - self._pool.address
+        return memoryview(self._pool.array)[start : start + self.piece_bytes]  # type: ignore[arg-type]
+
+    def submit(self, reader: Reader) -> Ticket:
+        batch, self._batch = self._batch, self._batch + 1
+        start = batch * self.reads % (OFFSETS - self.reads)
+        offsets: Int64Array = self.offsets[start : start + self.reads]
+        return reader.submit(self.file, offsets, self._addresses[batch % BATCHES_IN_FLIGHT], self._lengths)
+
+
+def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
+    """Submits the next batch before waiting for the oldest, as fio's threads never wait for each other."""
+    pending = deque(pieces.submit(reader) for _ in range(BATCHES_IN_FLIGHT))
+    reader.wait(pending.popleft())  # from here to the last wait the queue is full
+    sample = Sample()
+    cpu, began = time.process_time(), time.perf_counter()
+    while sample.seconds < seconds:
+        pending.append(pieces.submit(reader))
+        _count(sample, reader.wait(pending.popleft()), pieces)
+        sample.seconds = time.perf_counter() - began
+    sample.cpu_seconds = time.process_time() - cpu
+    reader.drain()
+    return sample
+
+
+def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
+    """One batch at a time, as a layer of a token without look-ahead reads."""
+    sample = Sample()
+    cpu = time.process_time()
+    while sample.seconds < seconds:
+        began = time.perf_counter()
+        _count(sample, reader.wait(pieces.submit(reader)), pieces)
+        sample.batch_seconds.append(time.perf_counter() - began)
+        sample.seconds += sample.batch_seconds[-1]
+    sample.cpu_seconds = time.process_time() - cpu
+    return sample
+
+
+def drain_beside_work(reader: Reader, pieces: Pieces, seconds: float, work_seconds: float) -> Sample:
+    """As `drain_batches`, with a pure Python loop on the submitting thread for `work_seconds` before it waits.
+
+    A batch's time is what the reader reports, to the last byte: how long the loop goes on after that is not in it.
+    """
+    sample = Sample()
+    until = time.perf_counter() + 2 * seconds  # the loop may outlast the reads
+    while sample.seconds < seconds and time.perf_counter() < until:
+        ticket = pieces.submit(reader)
+        _compute(time.perf_counter() + work_seconds)
+        report = reader.wait(ticket)
+        _count(sample, report, pieces)
+        sample.batch_seconds.append(report.seconds)
+        sample.seconds += report.seconds
+    return sample
+
+
+def _count(sample: Sample, report: ReadReport, pieces: Pieces) -> None:
+    sample.bytes += report.bytes
+    sample.reads += pieces.reads
+
+
+def _compute(until: float) -> int:
+    """A busy interpreter, as one that builds a graph is."""
+    total = 0
+    while time.perf_counter() < until:
+        for i in range(200):
+            total += i * i
+    return total
+
+
+def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> Sample:
+    """`threads` Python threads that call preadv in a loop; with `busy` the main thread computes meanwhile."""
+    start = threading.Barrier(threads + 1)
+    stop = threading.Event()
+    counts = [0] * threads  # bytes
+    failures: list[BaseException] = []
+    file = pieces.file
+    shares = [pieces.offsets[i::threads].tolist() for i in range(threads)]
+
+    def work(index: int) -> None:
+        target, count = [pieces.place(index)], 0
+        start.wait()
+        try:
+            for offset in itertools.cycle(shares[index]):
+                count += os.preadv(file.fd, target, offset)
+                if stop.is_set():
+                    break
+        except OSError as error:
+            failures.append(error)
+        counts[index] = count
+
+    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    start.wait()
+    cpu, began = time.process_time(), time.perf_counter()
+    if busy:
+        _compute(began + seconds)
+    else:
+        time.sleep(seconds)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    elapsed = time.perf_counter() - began
+    if failures:
+        raise ReadError(f"{file.path}: {failures[0]}")
+    total = sum(counts)
+    return Sample(total, elapsed, total // pieces.piece_bytes, None if busy else time.process_time() - cpu)
+
+
+def find_fio() -> str | None:
+    return shutil.which("fio")
+
+
+def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: int, seconds: float) -> Sample:
+    """The same reads by fio, one at a time in each of its threads. Raises FlashError if it fails."""
+    milliseconds = max(1, round(seconds * 1e3))
+    # The memory of our reader, huge pages: without them fio is two to four times slower here, and no ceiling.
+    # glibc's malloc asks for them in large blocks only, hence the 4 MiB that no read is as long as.
+    largest = max(piece_bytes, 4 << 20)
+    blocks = f"{piece_bytes}/100" + (f":{largest}/0" if largest > piece_bytes else "")
+    settings = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    command = [program, "--name=reads", f"--filename={path}", "--readonly", "--rw=randread", f"--direct={direct:d}"]
+    command += [
+        "--ioengine=psync",
+        "--thread",
+        f"--bssplit={blocks}",
+        "--iomem_align=2m",
+        f"--numjobs={threads}",
+        "--norandommap",
+    ]
+    command += ["--randrepeat=0", "--time_based", f"--runtime={milliseconds}ms", "--group_reporting"]
+    command += ["--output-format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
+    try:
+        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]  # warnings stand before it
+        read, elapsed = job["read"], job["read"]["runtime"] * 1e-3
+        if done.returncode or job["error"] or not elapsed:
+            raise ValueError
+    except (ValueError, LookupError):
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise FlashError(f"fio failed (exit code {done.returncode}): {said[0]}. Leave it out with --no-fio.") from None
+    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * elapsed * threads  # shares of all threads' time
+    return Sample(read["io_bytes"], elapsed, read["total_ios"], cpu)

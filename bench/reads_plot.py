@@ -1,0 +1,94 @@
+"""The figure of `reads`: throughput by piece size, by depth on the left, by method at the best depth on the right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .report import COLOURS
+
+# (key, label, colour, style) in the order in which they are drawn, the ceiling on top
+LINES = (
+    ("python_busy", "Python threads,\nbusy main thread", COLOURS["other"], ":"),
+    ("python", "Python threads", COLOURS["other"], "-"),
+    ("busy", "200 reads,\nbusy main thread", COLOURS["good"], ":"),
+    ("drained", "200 reads, then wait", COLOURS["good"], "-"),
+    ("slots", "queue full,\nmany slots", "#56B4E9", "-"),
+    ("kept_full", "queue full", COLOURS["ours"], "-"),
+    ("fio", "fio", COLOURS["ceiling"], "--"),
+)
+
+
+def draw(figure: Any, result: dict[str, Any], typical: list[dict[str, Any]]) -> None:
+    """typical: the rows that the headline speaks of."""
+    from matplotlib import colormaps
+
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows, best = result["rows"], result["best_threads"]
+    depths = sorted({row["threads"] for row in rows})
+    shades = colormaps["Blues"]
+    labels: list[tuple[int, float, str, Any]] = []
+    for index, threads in enumerate(depths):
+        shade = shades(0.35 + 0.6 * (index + 1) / len(depths))
+        x, y = _line(rows, threads, "kept_full")
+        left.plot(x, y, "-o", color=shade, markersize=4)
+        labels.append((x[-1], y[-1], f"{threads} thread{'s' * (threads > 1)}", shade))
+        if "fio" in rows[0]["methods"]:
+            left.plot(*_line(rows, threads, "fio"), "--", color=COLOURS["ceiling"], linewidth=0.9, alpha=0.6)
+    _label(left, labels)
+    left.set_title("Our reader by number of threads" + (" (dashed: fio)" if "fio" in rows[0]["methods"] else ""))
+
+    labels = []
+    for key, label, colour, style in LINES:
+        if key in rows[0]["methods"]:
+            x, y = _line(rows, best, key)
+            right.plot(x, y, style, color=colour, marker="o", markersize=4)
+            labels.append((x[-1], y[-1], label, colour))
+    _label(right, labels)
+    right.set_title(f"Ways of reading, {best} thread{'s' * (best > 1)}")
+    sizes = sorted({row["piece_bytes"] for row in rows})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [_short(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlim(sizes[0] / 1.3, sizes[-1] * (1 if len(sizes) == 1 else 1.3))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("size of a piece")
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.set_axisbelow(True)
+    left.set_ylabel("throughput (GB/s)")
+    figure.suptitle(headline(result, typical), x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+
+def headline(result: dict[str, Any], some: list[dict[str, Any]]) -> str:
+    """The finding: which share of the ceiling the reader has at the best depth, where neurons are."""
+    shares = [f"{row['methods']['kept_full']['ratio']:.0%}" for row in some]
+    low, high = min(shares, key=lambda s: float(s[:-1])), max(shares, key=lambda s: float(s[:-1]))
+    sizes = sorted(row["piece_bytes"] for row in some)
+    ceiling = "fio's rate" if result["ceiling"] == "fio" else "the best rate measured"
+    return (
+        f"At {result['best_threads']} threads and {_short(sizes[0])}-{_short(sizes[-1])} the reader has "
+        f"{low if low == high else f'{low} to {high}'} of {ceiling} ({result['cache']})"
+    )
+
+
+def _line(rows: list[dict[str, Any]], threads: int, key: str) -> tuple[list[int], list[float]]:
+    some = sorted((row for row in rows if row["threads"] == threads), key=lambda row: row["piece_bytes"])
+    return [row["piece_bytes"] for row in some], [row["methods"][key]["bytes_per_second"] / 1e9 for row in some]
+
+
+def _label(axes: Any, labels: list[tuple[int, float, str, Any]]) -> None:
+    """Names at the lines' ends, moved apart where they would overlap."""
+    top = max(line.get_ydata().max() for line in axes.get_lines())
+    axes.set_ylim(0, 1.05 * top)
+    room, last = 0.085 * top, -top
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        last = max(y, last + room)
+        axes.annotate(
+            text, (x, y), xytext=(1.035, last / (1.05 * top)), textcoords=axes.transAxes, color=colour, va="center",
+            fontsize=8, linespacing=0.95, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+        )  # fmt: skip
+
+
+def _short(nbytes: int) -> str:
+    return f"{nbytes >> 20}M" if nbytes >= 1 << 20 and nbytes % (1 << 20) == 0 else f"{nbytes >> 10}K"

@@ -8,7 +8,7 @@ from mlx_flash.commands import run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from . import density, eviction, lookahead, peak_memory, predictors, random_checkpoint
+    from . import density, eviction, lookahead, ordering, peak_memory, predictors, random_checkpoint, windows
 
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -19,6 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
         "random-checkpoint": random_checkpoint,
         "lookahead": lookahead,
         "eviction": eviction,
+        "windows": windows,
+        "ordering": ordering,
     }
     for name, module in modules.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").strip(), description=module.__doc__)

@@ -102,7 +102,7 @@ def compare(
         for name in ORDERS:
             by_layer = np.array(sums[disk.name, name])
             row: dict[str, Any] = {"disk": disk.name, "order": name, "by_layer": by_layer.tolist()}
-            for part, layers in {"": slice(None), "rest_": rest}.items():
+            for part, layers in {"": list(range(len(by_layer))), "rest_": rest}.items():
                 reads, bundles = by_layer[layers].sum(axis=0).tolist()
                 seconds = disk.seconds(reads, bundles * bundle_bytes)
                 row |= {f"{part}reads": reads, f"{part}bytes": bundles * bundle_bytes, f"{part}seconds": seconds}
@@ -234,7 +234,7 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
         labels = [row["order"] for row in mine]
         bars = axes.barh(labels, [row["seconds"] * 1e3 for row in mine], color=COLOURS["reading"], height=0.6)
         bars[0].set_color(COLOURS["compute"])
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_title(name)
         axes.set_xlabel("modelled ms per token")
         axes.margins(x=0.12)

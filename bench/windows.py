@@ -89,11 +89,14 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     titles = {"resident": "Resident: touched by the last k tokens", "new": "New: read for the next token"}
     colours = {"active": COLOURS["good"], "chosen": COLOURS["ours"]}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for layer, values in zip(result["layers"], result[f"chosen_{name}_by_layer"], strict=True):
+        written = -1.0  # height of the last label: those that would overlap are left out
+        lines = zip(result["layers"], result[f"chosen_{name}_by_layer"], strict=True)
+        for layer, values in sorted(lines, key=lambda line: line[1][-1]):
             axes.plot(result["windows"], values, color=SERIES[0], alpha=0.3, lw=0.9)
-            axes.annotate(
-                f" layer {layer}", (result["windows"][-1], values[-1]), fontsize=6, color="#777777", va="center"
-            )
+            if name == "resident" and values[-1] > written + 0.02:
+                place = (result["windows"][-1], values[-1])
+                axes.annotate(f" layer {layer}", place, fontsize=6, color="#777777", va="center")
+                written = values[-1]
         for kind, label in KINDS.items():
             values = result[f"{kind}_{name}"]
             style = "-" if kind == "chosen" else "--"

@@ -11,11 +11,13 @@ COMMANDS = (
     "density",
     "eviction",
     "lookahead",
+    "ordering",
     "peak-memory",
     "predictors",
     "random-checkpoint",
     "reads",
     "synthetic",
+    "windows",
 )
 
 

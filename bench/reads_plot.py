@@ -8,11 +8,11 @@ from .report import COLOURS
 
 # (key, label, colour, style) in the order in which they are drawn, the ceiling on top
 LINES = (
-    ("python_busy", "Python threads,\nbusy main thread", COLOURS["other"], ":"),
+    ("python_busy", "Python threads, busy main thread", COLOURS["other"], ":"),
     ("python", "Python threads", COLOURS["other"], "-"),
-    ("busy", "200 reads,\nbusy main thread", COLOURS["good"], ":"),
+    ("busy", "200 reads, busy main thread", COLOURS["good"], ":"),
     ("drained", "200 reads, then wait", COLOURS["good"], "-"),
-    ("slots", "queue full,\nmany slots", "#56B4E9", "-"),
+    ("slots", "queue full, many slots", "#56B4E9", "-"),
     ("kept_full", "queue full", COLOURS["ours"], "-"),
     ("fio", "fio", COLOURS["ceiling"], "--"),
 )
@@ -80,13 +80,17 @@ def _label(axes: Any, labels: list[tuple[int, float, str, Any]]) -> None:
     """Names at the lines' ends, moved apart where they would overlap."""
     top = max(line.get_ydata().max() for line in axes.get_lines())
     axes.set_ylim(0, 1.05 * top)
-    room, last = 0.085 * top, -top
-    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        last = max(y, last + room)
+    room = 0.065 * top
+    labels = sorted(labels, key=lambda label: label[1])
+    heights: list[float] = []
+    for _, y, _, _ in labels:
+        heights.append(max([y, *(last + room for last in heights[-1:])]))
+    for i in reversed(range(len(heights))):  # back below the top
+        heights[i] = min(heights[i], top - (len(heights) - 1 - i) * room)
+    for (x, y, text, colour), height in zip(labels, heights, strict=True):
         axes.annotate(
-            text, (x, y), xytext=(1.035, last / (1.05 * top)), textcoords=axes.transAxes, color=colour, va="center",
-            fontsize=8, linespacing=0.95, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            text, (x, y), xytext=(1.035, height / (1.05 * top)), textcoords=axes.transAxes, color=colour, va="center",
+            fontsize=8, annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
         )  # fmt: skip
 
 

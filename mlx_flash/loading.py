@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
@@ -433,7 +434,11 @@ def _build(
 
 
 def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
-    """Reads and widens tensor by tensor, so that no second copy of them all ever stands beside the first."""
+    """Reads and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
+
+    On the CPU backend, what tokens are multiplied with is laid out input by input: BLAS reads it 1.2 to 1.7 times
+    faster (bench/RESULTS.md).
+    """
     from mlx.utils import tree_flatten
     from tqdm import tqdm
 
@@ -445,13 +450,26 @@ def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
             raise MissingTensorError(f"{path} lacks the tensor {name}. Convert the checkpoint again.")
         if stored[name].shape != parameter.shape:
             raise CorruptStoreError(f"{path}: {name} has shape {stored[name].shape}, expected {parameter.shape}.")
+    turned = _multiplied(model) if mx.default_device() == mx.cpu else set()
     total = sum(parameter.size for parameter in wanted.values()) * dtype.size
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
-        for name in wanted:
+        for name in sorted(wanted, key=lambda name: wanted[name].size, reverse=True):
             tensor = stored.pop(name).astype(dtype)
+            if name in turned:
+                tensor = mx.contiguous(tensor.T).T
             mx.eval(tensor)
             model.load_weights([(name, tensor)], strict=False)
             bar.update(tensor.nbytes)
+
+
+def _multiplied(model: Any) -> set[str]:
+    """Names of the matrices that every token is multiplied with."""
+    tied = getattr(model.args, "tie_word_embeddings", False)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (tied and name.endswith("embed_tokens"))
+    }
 
 
 def _make_predictor(

@@ -23,6 +23,8 @@ from .files import NeuronLayout
 from .pool import AlignedPool
 from .reader import Reader, Ticket, UnitFile
 
+FADING = 0.9  # of what is remembered about guesses, per guess
+
 
 class BlockRows:
     """The neurons' rows in a pool of blocks, as one strided view that is gathered from without a copy.
@@ -42,14 +44,17 @@ class BlockRows:
         shape = ((elements - layout.width) // self.grain + 1, layout.width)
         self.rows = mx.as_strided(typed, shape=shape, strides=(self.grain, 1))
         mx.eval(self.rows)
+        # The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
+        self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
         """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them."""
         first = (blocks.astype(np.int64) * self.block_elements + lanes * self.layout.width) // self.grain
         part_step = self.layout.neurons_per_block * self.layout.width // self.grain
+        begins = [mx.array((first + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
+        streams = [None] + [self.side] * (len(parts) - 1)
         return tuple(
-            mx.take(self.rows, mx.array((first + self.parts.index(part) * part_step).astype(np.int32)), axis=0)
-            for part in parts
+            mx.take(self.rows, begin, axis=0, stream=stream) for begin, stream in zip(begins, streams, strict=True)
         )
 
 
@@ -149,15 +154,11 @@ class LayerStream:
         self._held: tuple[mx.array, ...] = ()
         self.flight: _Flight | None = None
         self._begun = False  # all that the current token needs was asked for at once
+        self.used_early = self.vain_early = 0.0  # blocks read ahead that were needed and that were not, lately
 
     def hold(self, *outputs: mx.array) -> None:
-        """Names graphs that read this layer's memory: they are evaluated before that is written again.
-
-        What was held before is evaluated now, so that it is never forgotten. In a model it has been already, unless
-        nobody asked for the last call's logits.
-        """
-        self.settle()
-        self._held = outputs
+        """Names graphs that read this layer's memory: they are evaluated before that is written again."""
+        self._held += outputs
 
     def settle(self) -> None:
         """Evaluates what is held: another thread could not."""
@@ -192,15 +193,19 @@ class LayerStream:
         Starts to read those that are missing, so that the caller can do something else before `gather`.
         """
         self._verify_file()
+        self.settle()  # the last token's are by now, unless nobody asked for its logits
         early = self._land()
         began = time.perf_counter()
         blocks = self._blocks_of(ids)
         here = self.cache.tick(blocks)
         if early is not None:
             used = int(np.count_nonzero(np.isin(early, blocks, assume_unique=True)))
+            vain = len(early) - used
+            self.used_early = FADING * self.used_early + used
+            self.vain_early = FADING * self.vain_early + vain
             counters = self.shared.counters
             counters.early += used
-            counters.vain += len(early) - used
+            counters.vain += vain
             counters.misses += used
             counters.hits -= used  # they are here, and are counted as such below
         self._begun = len(blocks) <= self.cache.slots

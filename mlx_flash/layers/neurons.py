@@ -12,6 +12,8 @@ import numpy as np
 from ..flash.stream import LayerStream
 from .predictors import ExactPredictor, Predictor
 
+GUESS_AGAIN = 32  # calls after which a layer that guesses badly tries again
+
 
 class StreamedNeurons(nn.Module):
     """Takes the place of a model's MLP. x: (B, T, D) -> (B, T, D).
@@ -121,7 +123,7 @@ def _union(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(mask.any(axis=0) if len(mask) > 1 else mask[0])
 
 
-@dataclass(frozen=True)
+@dataclass
 class LookAhead:
     """A guess of what the next layer will choose, made before this layer's FFN and the next attention have run.
 
@@ -132,6 +134,7 @@ class LookAhead:
     following: StreamedNeurons
     scale: mx.array  # (D,)
     shift: mx.array  # (D,)
+    skipped: int = 0  # calls without a guess, since the last one
 
     @staticmethod
     def of(following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> LookAhead | None:
@@ -149,7 +152,12 @@ class LookAhead:
 
     def guess(self, x: mx.array) -> mx.array | None:
         """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
-        predictor = self.following.predictor
+        predictor, stream = self.following.predictor, self.following._stream
         if predictor is None or self.following.all_resident:
             return None
+        # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.
+        self.skipped += 1
+        if stream.vain_early > stream.used_early and self.skipped < GUESS_AGAIN:
+            return None
+        self.skipped = 0
         return predictor(x * self.scale + self.shift)[0]

@@ -159,6 +159,30 @@ def test_an_unaligned_segment_leaves_its_neighbours_direct(path: Path) -> None:
         assert requests[:, 2].tolist() == ([1, 2, 1] if file.direct else [4])
 
 
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks=st.lists(st.integers(0, 900), max_size=200),
+    ordered=st.booleans(),
+    length=st.sampled_from([0, 1, 100, PAGE, 2 * PAGE, MERGE_BYTES // 2, MERGE_BYTES]),
+    shift=st.sampled_from([0, 0, 8]),
+)
+def test_one_length_for_all_is_the_same(path: Path, blocks: list[int], ordered: bool, length: int, shift: int) -> None:
+    """The quick way of planning against the general one, on whatever it is given."""
+    blocks = sorted(set(blocks)) if ordered else blocks
+    offsets = np.array(blocks, np.int64) * length + shift
+    addresses = np.arange(len(blocks), dtype=np.int64) * length + (1 << 40) + shift
+    arguments = offsets, addresses, np.full(len(blocks), length, np.int64)
+    with UnitFile(path) as file:
+        try:
+            expected = plan_requests(file, *arguments)
+        except ReadError:
+            with pytest.raises(ReadError):
+                plan_requests(file, offsets, addresses, length)
+            return
+        for found, table in zip(plan_requests(file, offsets, addresses, length), expected, strict=True):
+            assert np.array_equal(found, table)
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(

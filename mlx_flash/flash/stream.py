@@ -365,8 +365,7 @@ class LayerStream:
         layout = self.layout
         offsets = self.layer * layout.layer_bytes + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
         addresses = self.pool.address + slots.astype(np.int64) * self.slot_bytes
-        lengths = np.full(len(blocks), self.slot_bytes, np.int64)
-        ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, lengths)
+        ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, self.slot_bytes)
         ticket.destination = self.pool
         return ticket
 

@@ -115,6 +115,7 @@ class StreamedNeurons(nn.Module):
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
             y = y + h @ down.astype(x.dtype)  # (N, n) @ (n, D)
             self._stream.hold(y)
+        mx.async_eval(y)  # computed while the next layer's graph is being built
         return y
 
 

@@ -11,6 +11,7 @@ COMMANDS = (
     "density",
     "eviction",
     "lookahead",
+    "naive-vs-flash",
     "peak-memory",
     "predictors",
     "random-checkpoint",

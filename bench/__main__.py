@@ -15,6 +15,7 @@ COMMANDS = (
     "peak-memory",
     "predictors",
     "random-checkpoint",
+    "steps",
     "synthetic",
 )
 

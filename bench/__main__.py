@@ -11,6 +11,7 @@ COMMANDS = (
     "density",
     "eviction",
     "lookahead",
+    "memory",
     "naive-vs-flash",
     "peak-memory",
     "predictors",

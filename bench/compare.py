@@ -99,11 +99,15 @@ class Subject:
         return int(plan["process"] + plan["kv_cache"] + plan["workspace"])
 
     @property
+    def streamed(self) -> list[Path]:
+        """The large files, the largest first."""
+        return ([self.matrices] if self.matrices else []) + [self.store / Manifest.neurons_file]
+
+    @property
     def files(self) -> list[Path]:
         """All that the sides read."""
-        names = [Manifest.neurons_file, Manifest.resident_file]
-        names += [Manifest.predictor_file(kind) for kind in self.manifest.predictors]
-        return [self.store / name for name in names] + ([self.matrices] if self.matrices else [])
+        names = [Manifest.resident_file, *map(Manifest.predictor_file, self.manifest.predictors)]
+        return self.streamed + [self.store / name for name in names]
 
     def describe(self) -> dict[str, Any]:
         """What every result begins with."""
@@ -206,8 +210,7 @@ def matrices_file(store: Path, layout: NeuronLayout, folder: Path | None) -> Ite
 
 def cached_shares(subject: Subject) -> dict[str, float | None]:
     """Of the files that are streamed, what the operating system holds in its page cache now."""
-    streamed = [subject.store / Manifest.neurons_file] + ([subject.matrices] if subject.matrices else [])
-    return {path.name: cached_share(path) for path in streamed}
+    return {path.name: cached_share(path) for path in subject.streamed}
 
 
 def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,19 +62,18 @@ def main(arguments: argparse.Namespace) -> None:
             "rounds": rounds,
             "dense": "measured" if with_dense else f"left out: needs {everything / 1e9:.1f} GB",
         }
-        rates = [disk.sequential_rate(subject.files)]
-        result["disk_state"] = disk.disk_state(rates[0])
+        result["disk_first"] = disk.prepare(subject.files)
+        result["disk"] = []
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES if name != "dense" or with_dense}
         jobs = [(turn, name) for turn in range(rounds) for name in runs]
         for turn, name in jobs:
-            if turn and name == "naive":
-                rates.append(disk.sequential_rate([subject.files[-1]], disk.RATE_BYTES))
+            if name == "naive":
+                result["disk"].append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
             tokens = counts[name] * (turn + 1) // rounds - counts[name] * turn // rounds
             side = Side(name, budget if name == "flash" else None, keep=min(HALF, arguments.share))
             limit = None if name == "dense" else budget
             label = f"{name}, round {turn + 1} of {rounds}"
             runs[name].append(subject.run(side, tokens, limit, turn * span, label))
-        result["disk"] = rates
         result["cached_share_after"] = compare.cached_shares(subject)
     if any(run.get("kills") for members in runs.values() for run in members):
         raise FlashError("the kernel killed a process for memory (see above): the figures are void.")
@@ -162,8 +161,8 @@ def show(result: dict[str, Any]) -> None:
         f"memory: {result['budget_bytes'] / 1e6:,.0f} MB = {result['share']:.0%} of the weights + "
         f"{result['base_bytes'] / 1e6:,.0f} MB for the process; limit {result['memory_limit']}"
     )
-    print(f"disk: {result['disk_state']}")
-    print(f"ceiling, in sequence, before every round: {disk.rates(result['disk'])}")
+    print(f"disk: {result['disk_first']['state']}")
+    print(f"ceiling, before every round: {disk.rates(result['disk_first'], result['disk'])}")
     held = ", ".join(
         f"{'unknown' if share is None else f'{share:.1%}'} of {name}"
         for name, share in result["cached_share_after"].items()

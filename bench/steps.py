@@ -55,13 +55,14 @@ def main(arguments: argparse.Namespace) -> None:
     with compare.opened(arguments, span, span) as subject:
         budget = budget_for(subject, arguments.share)
         refuse_to_swap(budget, f"{arguments.share:.0%} of the model", arguments.force)
-        rates = [disk.sequential_rate(subject.files)]
+        first = disk.prepare(subject.files)
+        rates = [disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES)]
         result: dict[str, Any] = {
             **subject.describe(),
             "share": arguments.share,
             "budget_bytes": budget,
             "window": WINDOW,
-            "disk_state": disk.disk_state(rates[0]),
+            "disk_first": first,
             "note": SLOT_NOTE,
         }
         tokens = min(arguments.baseline_tokens, arguments.tokens)
@@ -70,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
             engine(subject, "hybrid: half resident", Side("hybrid", keep=min(HALF, arguments.share)), tokens, budget),
             *replays(subject, record(subject, arguments.tokens, budget)),
         ]
-        rates.append(disk.sequential_rate(subject.files[-1:], disk.RATE_BYTES))
+        rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
         flash = {
             f"engine, window of {WINDOW}": Side("flash", budget, look_ahead=False, options={"window": WINDOW}),
             "+ eviction by fading use": Side("flash", budget, look_ahead=False),
@@ -214,7 +215,8 @@ def replay(
 
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['model']}: {result['weights_bytes'] / 1e9:.3f} GB of weights; memory {result['memory_limit']}")
-    print(f"disk: {result['disk_state']}; in sequence, before and midway: {disk.rates(result['disk'])}\n")
+    print(f"disk: {result['disk_first']['state']}")
+    print(f"ceiling, before and midway: {disk.rates(result['disk_first'], result['disk'])}\n")
     head = ["step", "kind", "tokens", "DRAM MB", "MB/token", "reads", "GB/s", "I/O busy ms", "median", "p90"]
     head += ["waited ms", "total ms", "median", "p90"]
     lines = []
@@ -233,31 +235,44 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A bar for every step: how long the disk was busy for a token, and what of it the token waited for."""
+    """A bar for every step: how long the disk was busy for a token and, within, what the token waited for it."""
     steps = result["steps"]
     axes = figure.subplots()
     first, last = steps[0], steps[-1]
     compare.title(
         figure,
-        f"Step by step: from {amount(first['bytes'])} and {ms(first['read_s'])} ms of reading per token to "
+        f"Step by step, from {amount(first['bytes'])} and {ms(first['read_s'])} ms of reading per token to "
         f"{amount(last['bytes'])} and {ms(last['read_s'])} ms",
-        f"{result['model']}; I/O of a token, the disk's rate in the last column",
+        f"{result['model']}; steps marked * are the reads of a recorded run alone, the others whole runs",
     )
-    values = [max(row["read_s"], row["wait_s"]) * 1e3 for row in steps]
-    least = 10 ** np.floor(np.log10(min(v for row in steps for v in (row["read_s"] * 1e3,) if v > 0)) - 0.3)
-    for y, (row, value) in enumerate(zip(steps, values, strict=True)):
-        replayed = row["kind"] == "replay"
-        axes.barh(y, row["read_s"] * 1e3, height=0.55, color=COLOURS["reading"], alpha=0.45 if replayed else 1)
+    busy = [row["read_s"] * 1e3 for row in steps]
+    waited = [row["wait_s"] * 1e3 for row in steps]
+    least = min(value for value in [*busy, *waited] if value > 0) / 3
+    for y, row in enumerate(steps):
+        labels = ["disk busy", "of which the token waited"] if y == 0 else [None, None]
+        axes.barh(y, busy[y], height=0.62, color="#9ECAE1", label=labels[0])
+        axes.barh(y, min(waited[y], busy[y]), height=0.3, color=COLOURS["reading"], label=labels[1])
+        axes.text(max(busy[y], least) * 1.1, y, f"{ms(row['read_s'])} ms", va="center", fontsize=9)
         quick = row["bytes_per_second"]
-        note = f"{ms(row['read_s'])} ms   {amount(row['bytes'])}"
-        note += f"   {quick / 1e9:.2f} GB/s" if quick else ""
-        axes.text(value * 1.08, y, note, va="center", fontsize=8.5)
-    axes.set_yticks(range(len(steps)), [f"{row['step']}" for row in steps])
+        columns = {
+            0.82: amount(row["bytes"]),
+            0.91: f"{quick / 1e9:.2f}" if quick else "-",
+            1.0: ms(row.get("total_s")),
+        }
+        for x, text in columns.items():
+            axes.text(x, y, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8.5)
+    for x, text in {0.82: "read", 0.91: "GB/s", 1.0: "ms in all"}.items():
+        axes.text(
+            x, -0.75, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8, color="#555555"
+        )
+    axes.set_yticks(range(len(steps)), [row["step"] + ("*" if row["kind"] == "replay" else "") for row in steps])
     axes.set_xscale("log")
-    axes.set_xlim(least, max(values) * 12)
-    axes.invert_yaxis()
+    axes.set_xlim(least, max(busy) * (max(busy) / least) ** 0.6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(len(steps) - 0.4, -1.1)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("ms per token in which the disk was busy (mean, logarithmic)")
+    axes.set_xlabel("ms of reading per token (mean, logarithmic)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, fontsize=8, borderaxespad=0.2)
 
 
 def amount(count: float) -> str:

@@ -7,8 +7,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ import numpy as np
 
 from mlx_flash.commands import whole_number
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.files import Manifest, NeuronLayout, read_manifest
+from mlx_flash.flash.files import Manifest, read_manifest
 
 from . import sides
 from .cgroup import memory_group
 from .random_checkpoint import SHAPES
-from .report import add_output_argument, cached_share, environment, forget_cached, spread
+from .report import add_output_argument, cached_share, environment, spread
 from .synthetic import is_synthetic
 
+SHARE = 0.6
 
-def add_arguments(parser: argparse.ArgumentParser, tokens: int, matrices: bool = True) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
     parser.add_argument(
         "--prompt", type=whole_number(1), default=32, help="tokens of the prompt, taken at once (default: %(default)s)"
@@ -40,15 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int, matrices: bool =
     parser.add_argument("--text", type=Path, help="plain text to feed (default: the packaged calibration text)")
     parser.add_argument("--no-cgroup", action="store_true", help="do not enforce the budget by a memory cgroup")
     parser.add_argument("--force", action="store_true", help="go on where the machine would swap")
-    if matrices:
-        parser.add_argument(
-            "--matrices",
-            type=Path,
-            metavar="FOLDER",
-            help="keep the matrices as the baselines read them here, and reuse them "
-            "(default: a temporary folder beside the store)",
-        )
+    parser.add_argument(
+        "--matrices",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the matrices as the baselines read them here, and reuse them "
+        "(default: a temporary folder beside the store)",
+    )
     add_output_argument(parser)
+
+
+def add_share_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--share",
+        type=share_of_one,
+        help="of the weights' bytes, for flash loading, beside what the process itself needs "
+        f"(default: {SHARE}, or the least that the model goes with)",
+    )
 
 
 def share_of_one(text: str) -> float:
@@ -109,6 +119,19 @@ class Subject:
         names = [Manifest.resident_file, *map(Manifest.predictor_file, self.manifest.predictors)]
         return self.streamed + [self.store / name for name in names]
 
+    def budget_for(self, share: float | None) -> tuple[float, int]:
+        """The share, and the budget for the whole process. Raises UsageError where flash loading needs more."""
+        budget, least = int((share or SHARE) * self.weights_bytes) + self.base_bytes, self.least["smallest_bytes"]
+        if budget >= least:
+            return share or SHARE, budget
+        needed = (least - self.base_bytes) / self.weights_bytes
+        if share is None:
+            return needed, least
+        raise UsageError(
+            f"--share {share} gives {budget / 1e6:.0f} MB, the model needs {least / 1e6:.0f} MB: "
+            f"pass --share {needed + 0.01:.2f} or more, or leave it out."
+        )
+
     def describe(self) -> dict[str, Any]:
         """What every result begins with."""
         return {
@@ -135,8 +158,8 @@ class Subject:
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace, ids: int, span: int) -> Iterator[Subject]:
-    """The store and the text that the arguments name, with the baselines' matrices if the command has that option.
+def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = True) -> Iterator[Subject]:
+    """The store and the text that the arguments name, with the baselines' matrices unless told otherwise.
 
     ids: tokens needed of the text; span: those of one run. Raises UsageError, before anything long begins, for what
     cannot be used.
@@ -153,12 +176,9 @@ def opened(arguments: argparse.Namespace, ids: int, span: int) -> Iterator[Subje
         )
     text = read_ids(arguments.text, store, ids, config["vocab_size"])
     least = sides.run(sides.Side("plan"), sides.Task(str(store), text[:span], arguments.prompt))
-    fence = fence_problem(arguments.no_cgroup)
-    if not hasattr(arguments, "matrices"):
-        yield Subject(store, manifest, text, arguments.prompt, least, None, fence)
-        return
-    with matrices_file(store, manifest.layout, arguments.matrices) as path:
-        yield Subject(store, manifest, text, arguments.prompt, least, path, fence)
+    subject = Subject(store, manifest, text, arguments.prompt, least, None, fence_problem(arguments.no_cgroup))
+    with with_matrices(subject, arguments.matrices) if matrices else nullcontext(subject) as ready:
+        yield ready
 
 
 def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> list[int]:
@@ -184,10 +204,11 @@ def fence_problem(unwanted: bool) -> str | None:
 
 
 @contextmanager
-def matrices_file(store: Path, layout: NeuronLayout, folder: Path | None) -> Iterator[Path]:
-    """The up and down matrices as a checkpoint has them; in a folder that stays if one is given."""
+def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
+    """With the up and down matrices as a checkpoint has them; in a folder that stays if one is given."""
     from .baselines import write_matrices
 
+    store, layout = subject.store, subject.manifest.layout
     size = layout.layers * 2 * layout.neurons * layout.row_bytes
     temporary = None
     try:
@@ -200,9 +221,7 @@ def matrices_file(store: Path, layout: NeuronLayout, folder: Path | None) -> Ite
         path = folder / "matrices.bin"
         if not path.is_file() or path.stat().st_size != size:
             write_matrices(store, layout, path)
-            for file in (path, store / Manifest.neurons_file):
-                forget_cached(file)
-        yield path
+        yield replace(subject, matrices=path)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

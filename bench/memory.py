@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     span = arguments.prompt + arguments.tokens
-    with compare.opened(arguments, span, span) as subject:
+    with compare.opened(arguments, span, span, matrices=False) as subject:
         points = budgets(subject.least, subject.manifest.layout.layers, arguments.points)
         refuse_to_swap(points[-1], "the whole model", arguments.force)
         everything = subject.weights_bytes + subject.base_bytes
@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
             result["points"].append(row_of(run) | {"budget_bytes": budget, "slot_share": run["slot_share"]})
         rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
         if with_dense:
-            result["all_in_memory"] = row_of(subject.run(Side("dense"), arguments.tokens, None))
+            with compare.with_matrices(subject, arguments.matrices) as full:
+                result["all_in_memory"] = row_of(full.run(Side("dense"), arguments.tokens, None))
         result["disk"] = rates
         result["cached_share_after"] = compare.cached_shares(subject)
     show(result)

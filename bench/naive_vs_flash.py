@@ -25,12 +25,7 @@ BASELINES = ("naive", "hybrid")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_arguments(parser, tokens=128)
-    parser.add_argument(
-        "--share",
-        type=compare.share_of_one,
-        default=0.6,
-        help="of the weights' bytes, for flash loading, beside what the process itself needs (default: %(default)s)",
-    )
+    compare.add_share_argument(parser)
     parser.add_argument(
         "--baseline-tokens", type=whole_number(1), help="tokens of naive and hybrid, which are slow (default: --tokens)"
     )
@@ -51,13 +46,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--tokens and --baseline-tokens have to be at least --rounds, which is {rounds}.")
     span = arguments.prompt + -(-arguments.tokens // rounds)
     with compare.opened(arguments, rounds * span, span) as subject:
-        budget = budget_for(subject, arguments.share)
-        refuse_to_swap(budget, f"{arguments.share:.0%} of the model", arguments.force)
+        share, budget = subject.budget_for(arguments.share)
+        refuse_to_swap(budget, f"{share:.0%} of the model", arguments.force)
         everything = subject.weights_bytes + subject.base_bytes
         with_dense = arguments.force or everything <= available_memory_bytes()
         result: dict[str, Any] = {
             **subject.describe(),
-            "share": arguments.share,
+            "share": share,
             "budget_bytes": budget,
             "rounds": rounds,
             "dense": "measured" if with_dense else f"left out: needs {everything / 1e9:.1f} GB",
@@ -70,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
             if name == "naive":
                 result["disk"].append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
             tokens = counts[name] * (turn + 1) // rounds - counts[name] * turn // rounds
-            side = Side(name, budget if name == "flash" else None, keep=min(HALF, arguments.share))
+            side = Side(name, budget if name == "flash" else None, keep=min(HALF, share))
             limit = None if name == "dense" else budget
             label = f"{name}, round {turn + 1} of {rounds}"
             runs[name].append(subject.run(side, tokens, limit, turn * span, label))
@@ -81,19 +76,6 @@ def main(arguments: argparse.Namespace) -> None:
     result["ratios"] = ratios(result["sides"])
     show(result)
     finish(arguments.output, "naive-vs-flash", result, lambda figure: draw(figure, result), size=(9, 5))
-
-
-def budget_for(subject: compare.Subject, share: float) -> int:
-    """Raises UsageError where flash loading does not go with so little."""
-    budget = int(share * subject.weights_bytes) + subject.base_bytes
-    least = subject.least["smallest_bytes"]
-    if budget < least:
-        needed = (least - subject.base_bytes) / subject.weights_bytes
-        raise UsageError(
-            f"--share {share} gives {budget / 1e6:.0f} MB, the model needs {least / 1e6:.0f} MB: "
-            f"pass --share {min(1.0, needed + 0.01):.2f} or more."
-        )
-    return budget
 
 
 # -- figures -------------------------------------------------------------------------------------------------

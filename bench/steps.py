@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_flash.commands import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import Manifest
@@ -25,7 +26,6 @@ from mlx_flash.layers.predictors import Predictor
 
 from . import compare, disk, traces
 from .compare import mb, ms
-from .naive_vs_flash import budget_for
 from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
 from .sides import HALF, Side, forget_look_ahead
 
@@ -35,15 +35,10 @@ SLOT_NOTE = "the engine shares its slots out by need in all its rows"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_arguments(parser, tokens=64)
-    parser.add_argument(
-        "--share",
-        type=compare.share_of_one,
-        default=0.6,
-        help="of the weights' bytes, for the engine, beside what the process itself needs (default: %(default)s)",
-    )
+    compare.add_share_argument(parser)
     parser.add_argument(
         "--baseline-tokens",
-        type=compare.whole_number(1),
+        type=whole_number(1),
         default=8,
         help="tokens of naive and hybrid, which are slow (default: %(default)s)",
     )
@@ -53,13 +48,13 @@ def main(arguments: argparse.Namespace) -> None:
     require_plots()
     span = arguments.prompt + arguments.tokens
     with compare.opened(arguments, span, span) as subject:
-        budget = budget_for(subject, arguments.share)
-        refuse_to_swap(budget, f"{arguments.share:.0%} of the model", arguments.force)
+        share, budget = subject.budget_for(arguments.share)
+        refuse_to_swap(budget, f"{share:.0%} of the model", arguments.force)
         first = disk.prepare(subject.files)
         rates = [disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES)]
         result: dict[str, Any] = {
             **subject.describe(),
-            "share": arguments.share,
+            "share": share,
             "budget_bytes": budget,
             "window": WINDOW,
             "disk_first": first,
@@ -68,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
         tokens = min(arguments.baseline_tokens, arguments.tokens)
         result["steps"] = [
             engine(subject, "naive: all from flash", Side("naive"), tokens, budget),
-            engine(subject, "hybrid: half resident", Side("hybrid", keep=min(HALF, arguments.share)), tokens, budget),
+            engine(subject, "hybrid: half resident", Side("hybrid", keep=min(HALF, share)), tokens, budget),
             *replays(subject, record(subject, arguments.tokens, budget)),
         ]
         rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
@@ -139,8 +134,7 @@ def replays(subject: compare.Subject, chosen: list[np.ndarray]) -> list[dict[str
     """The rows of predictor, windowing and bundling."""
     layout = subject.manifest.layout
     assert subject.matrices is not None
-    report = subject.manifest.predictors.get(subject.least["predictor"], {"bytes": 0})
-    resident = subject.resident_bytes + report["bytes"]
+    resident = subject.resident_bytes + subject.least["plan"]["predictors"]
     blocks = [traces.by_block(mask, layout.neurons_per_block) for mask in chosen]
     up_and_down = 2 * layout.row_bytes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_flash import loading
-from mlx_flash.bench import baselines, compare, sides, steps, synthetic
+from mlx_flash.bench import baselines, compare, sides, steps, synthetic, traces
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
@@ -119,6 +119,14 @@ def test_a_window_keeps_what_its_tokens_used() -> None:
         for t in range(len(mask)):
             before = set(np.flatnonzero(mask[max(0, t - window) : t].any(axis=0)))
             assert set(np.flatnonzero(steps.missing(mask, window)[t])) == set(np.flatnonzero(mask[t])) - before
+
+
+def test_a_trace_has_a_row_for_every_token(tiny_synthetic: Path) -> None:
+    model, _ = loading.load(tiny_synthetic, context=64)
+    history = traces.record(model, IDS, [2], "recording")
+    model.flash.close()
+    assert [trace.layer for trace in history] == [0, 1, 2]
+    assert all(trace.chosen.shape == trace.active.shape == (len(IDS) + 1, 1024) for trace in history)
 
 
 # -- commands ------------------------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     first, last = steps[0], steps[-1]
     compare.title(
         figure,
-        f"Step by step, from {amount(first['bytes'])} and {ms(first['read_s'])} ms of reading per token to "
-        f"{amount(last['bytes'])} and {ms(last['read_s'])} ms",
+        f"Reading per token: from {amount(first['bytes'])} in {ms(first['read_s'])} ms to {amount(last['bytes'])} "
+        f"in {ms(last['read_s'])} ms, {ms(last['wait_s'])} ms of it waited for",
         f"{result['model']}; steps marked * are the reads of a recorded run alone, the others whole runs",
     )
     busy = [row["read_s"] * 1e3 for row in steps]
@@ -255,14 +255,16 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
         }
         for x, text in columns.items():
             axes.text(x, y, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8.5)
-    for x, text in {0.82: "read", 0.91: "GB/s", 1.0: "ms in all"}.items():
+    for x, text in {0.82: "read", 0.91: "GB/s", 1.0: "total ms"}.items():
         axes.text(
             x, -0.75, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8, color="#555555"
         )
     axes.set_yticks(range(len(steps)), [row["step"] + ("*" if row["kind"] == "replay" else "") for row in steps])
     axes.set_xscale("log")
     axes.set_xlim(least, max(busy) * (max(busy) / least) ** 0.6)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    powers = [10.0**power for power in range(-3, 7) if least <= 10.0**power <= max(busy)]
+    axes.set_xticks(powers, [f"{power:g}" for power in powers])
+    axes.minorticks_off()
     axes.set_ylim(len(steps) - 0.4, -1.1)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("ms of reading per token (mean, logarithmic)")

@@ -78,6 +78,13 @@ def main(arguments: argparse.Namespace) -> None:
     finish(arguments.output, "naive-vs-flash", result, lambda figure: draw(figure, result), size=(9, 5))
 
 
+def title_of(name: str, result: dict[str, Any]) -> str:
+    """Hybrid keeps half, or less where the budget is less."""
+    if name == "hybrid" and result["share"] < HALF:
+        return f"hybrid: {result['share']:.0%} resident"
+    return NAMES[name]
+
+
 # -- figures -------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +163,13 @@ def show(result: dict[str, Any]) -> None:
     for name, row in rows.items():
         quick, spread = row["bytes_per_second"], row["total_spread_s"]
         lines.append(
-            [NAMES[name], str(row["tokens"]), mb(row["weights_bytes"]), mb(row["peak_memory_bytes"]), mb(row["bytes"])]
+            [
+                title_of(name, result),
+                str(row["tokens"]),
+                mb(row["weights_bytes"]),
+                mb(row["peak_memory_bytes"]),
+                mb(row["bytes"]),
+            ]
             + [f"{row['reads']:,.0f}", "-" if quick is None else f"{quick / 1e9:.2f}"]
             + [ms(row[f"{part}_s"]) for part in ("read", "hidden", "wait", "manage", "compute", "total")]
             + [ms(spread[part]) for part in ("median", "p90", "p99")]
@@ -176,7 +189,7 @@ def show(result: dict[str, Any]) -> None:
     for name in BASELINES:
         row = found[name]
         cells = "".join(f"{times(row[part]):>10}" for part in ("total", "total_median", "steady"))
-        print(f"{NAMES[name]:<24}{cells}{times(row['no_overlap']):>50}")
+        print(f"{title_of(name, result):<24}{cells}{times(row['no_overlap']):>50}")
     print(f"compute of the baselines in the last column: {found['compute_of_baselines']}")
     flash = rows["flash"]
     print(
@@ -238,7 +251,9 @@ def stack(axes: Any, names: list[str], result: dict[str, Any]) -> None:
             note += f"   {times(ratio[name]['total'])}"
         note += f"   reads {mb(row['bytes'])} MB" if row["bytes"] else "   reads nothing"
         axes.text(max(left, hidden) + 0.01 * longest, y, note, va="center", fontsize=8.5)
-    axes.set_yticks(range(len(names)), [f"{NAMES[n]}\n{mb(rows[n]['weights_bytes'])} MB in DRAM" for n in names])
+    axes.set_yticks(
+        range(len(names)), [f"{title_of(n, result)}\n{mb(rows[n]['weights_bytes'])} MB in DRAM" for n in names]
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * longest)
     axes.tick_params(axis="y", length=0)

@@ -57,7 +57,9 @@ def test_baselines_give_the_engine_s_logits(
 ) -> None:
     store = tiny_synthetic if name == "synthetic" else tiny_of(name).store
     task = task_of(store)
-    monkeypatch.setattr(baselines, "PIECE_BYTES", 4 << 10)  # so that a matrix has several pieces
+    monkeypatch.setattr(
+        baselines, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10
+    )  # so that a matrix has several pieces
     manifest = read_manifest(store)
     resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
     keep = (resident + 0.3 * streamed) / (resident + streamed)

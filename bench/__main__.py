@@ -8,16 +8,19 @@ from importlib import import_module
 from mlx_flash.commands import run_command
 
 COMMANDS = (
-    "density",
+    "naive-vs-flash",
+    "steps",
+    "memory",
+    "reads",
+    "windows",
+    "predictors",
     "eviction",
     "lookahead",
     "ordering",
+    "density",
     "peak-memory",
-    "predictors",
-    "random-checkpoint",
-    "reads",
     "synthetic",
-    "windows",
+    "random-checkpoint",
 )
 
 

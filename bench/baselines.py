@@ -29,6 +29,7 @@ from mlx_flash.flash.stream import Streamer
 from mlx_flash.layers.neurons import StreamedNeurons
 
 PIECE_BYTES = 16 << 20
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # by safetensors' names
 
 
 def wait(streamer: Streamer, ticket: Ticket) -> None:
@@ -73,8 +74,9 @@ class _Neurons:
     """A layer's whole FFN, piece by piece: the first `resident` pieces stay in memory, the others are read."""
 
     def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, matrices: UnitFile, scratch: list[AlignedPool]):
-        self.mlp, self.layer, self.matrices, self.scratch = mlp, layer, matrices, scratch
-        self.streamer = mlp._stream.shared
+        # Not the layer itself: its slots are not used any more.
+        self.biases = {name: mlp[name] for name in ("up_bias", "down_bias") if name in mlp}
+        self.streamer, self.layer, self.matrices, self.scratch = mlp._stream.shared, layer, matrices, scratch
         self.layout = self.streamer.layout
         self.rows = rows_of_piece(self.layout)
         starts = range(0, self.layout.neurons, self.rows)
@@ -110,20 +112,20 @@ class _Neurons:
             rows = typed.reshape(-1, self.layout.width).astype(x.dtype)
             if part == 0:
                 h = flat @ rows.T  # (N, D) @ (D, n)
-                if "up_bias" in self.mlp:
-                    h = h + self.mlp.up_bias[start : start + len(rows)]
+                if "up_bias" in self.biases:
+                    h = h + self.biases["up_bias"][start : start + len(rows)]
                 hidden.append(mx.maximum(h, 0))
                 mx.eval(hidden)
             else:
                 y = y + hidden.pop(0) @ rows  # (N, n) @ (n, D)
                 mx.eval(y)
-        return (y + self.mlp.down_bias if "down_bias" in self.mlp else y).reshape(x.shape)
+        return (y + self.biases["down_bias"] if "down_bias" in self.biases else y).reshape(x.shape)
 
 
 def rows_of_piece(layout: NeuronLayout) -> int:
-    """Rows of a matrix that are read and multiplied at once: about PIECE_BYTES, whole blocks of the disk."""
+    """Rows of a matrix that are read and multiplied at once: about PIECE_BYTES, whole blocks of the disk; or all."""
     step = READ_ALIGNMENT // math.gcd(READ_ALIGNMENT, layout.row_bytes)
-    return max(step, PIECE_BYTES // layout.row_bytes // step * step)
+    return min(layout.neurons, max(step, PIECE_BYTES // layout.row_bytes // step * step))
 
 
 def spread_pieces(pieces: int, layers: int) -> list[int]:
@@ -131,8 +133,11 @@ def spread_pieces(pieces: int, layers: int) -> list[int]:
     return [(pieces * (i + 1)) // layers - (pieces * i) // layers for i in range(layers)]
 
 
-def keep_some(model: Any, matrices: Path, resident_bytes: int) -> None:
-    """Gives a model that was loaded with the predictor "none" a whole FFN, `resident_bytes` of it in memory."""
+def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
+    """Gives a model that was loaded with the predictor "none" a whole FFN, `resident_bytes` of it in memory.
+
+    Returns the bytes that are, in whole pieces.
+    """
     layout = model.flash.streamer.layout
     rows = rows_of_piece(layout)
     per_layer = 2 * -(-layout.neurons // rows)
@@ -141,12 +146,14 @@ def keep_some(model: Any, matrices: Path, resident_bytes: int) -> None:
     file = UnitFile(matrices)
     for i, (layer, kept) in enumerate(zip(model.layers, spread_pieces(pieces, layout.layers), strict=True)):
         layer.mlp = _Neurons(layer.mlp, i, kept, file, scratch)
+    return sum(pool.nbytes for layer in model.layers for pool in layer.mlp.resident)
 
 
 class _Weights:
     """model.safetensors, read range by range with the engine's reader and counted in its counters."""
 
-    def __init__(self, folder: Path, streamer: Streamer) -> None:
+    def __init__(self, folder: Path, streamer: Streamer, dtype: mx.Dtype) -> None:
+        self.dtype = dtype
         self.path = folder / Manifest.resident_file
         self.entries: dict[str, TensorEntry] = read_header(self.path)[1]
         self.file = UnitFile(self.path)
@@ -160,11 +167,15 @@ class _Weights:
         return self.streamer.reader.submit(self.file, *segment)
 
     def view(self, name: str, pool: AlignedPool, begin: int) -> mx.array:
-        """The float32 tensor where it lies in a pool that bytes from `begin` on were read into."""
+        """The tensor where it lies in a pool that bytes from `begin` on were read into; a widened copy if need be."""
         entry = self.entries[name]
-        offset = entry.begin - begin // READ_ALIGNMENT * READ_ALIGNMENT
-        count = (entry.end - entry.begin) // 4
-        array = pool.array.view(mx.float32)[offset // 4 : offset // 4 + count].reshape(entry.shape)
+        return self.typed(entry, pool, entry.begin - begin // READ_ALIGNMENT * READ_ALIGNMENT, entry.shape)
+
+    def typed(self, entry: TensorEntry, pool: AlignedPool, offset: int, shape: tuple[int, ...]) -> mx.array:
+        """Elements of a tensor from byte `offset` of a pool on, in the type that is computed with."""
+        dtype = DTYPES[entry.dtype]
+        first = offset // dtype.size
+        array = pool.array.view(dtype)[first : first + math.prod(shape)].reshape(shape).astype(self.dtype)
         mx.eval(array)
         return array
 
@@ -204,13 +215,13 @@ class _Attention:
 
 
 class _Embedding:
-    """The token table, tied to the output: single rows on the way in, all of it in pieces on the way out."""
+    """A token table: single rows on the way in; on the way out, where it is tied or the output's, all in pieces."""
 
     def __init__(self, name: str, weights: _Weights) -> None:
         entry = weights.entries[name]
         self.weights, self.entry = weights, entry
-        self.row_bytes = entry.shape[1] * 4
-        self.rows = PIECE_BYTES // self.row_bytes
+        self.row_bytes = (entry.end - entry.begin) // entry.shape[0]
+        self.rows = max(1, PIECE_BYTES // self.row_bytes)
         self.pools = [AlignedPool(PIECE_BYTES + 2 * READ_ALIGNMENT) for _ in range(2)]
         self.row_pool = AlignedPool(round_up(self.row_bytes, READ_ALIGNMENT) + READ_ALIGNMENT)
 
@@ -219,8 +230,8 @@ class _Embedding:
         return self.weights.submit(begin, begin + rows * self.row_bytes, pool)
 
     def _rows(self, row: int, rows: int, pool: AlignedPool) -> mx.array:
-        offset = (self.entry.begin + row * self.row_bytes) % READ_ALIGNMENT // 4
-        return pool.array.view(mx.float32)[offset : offset + rows * self.row_bytes // 4].reshape(rows, -1)
+        offset = (self.entry.begin + row * self.row_bytes) % READ_ALIGNMENT
+        return self.weights.typed(self.entry, pool, offset, (rows, self.entry.shape[1]))
 
     def __call__(self, tokens: mx.array) -> mx.array:
         rows = []
@@ -245,21 +256,29 @@ class _Embedding:
         return mx.concatenate(logits, axis=-1)
 
 
-def keep_nothing(model: Any, folder: Path, matrices: Path) -> None:
-    """Makes a model that was loaded with the predictor "none" read everything for every token."""
+def keep_nothing(model: Any, folder: Path, matrices: Path, dtype: mx.Dtype) -> int:
+    """Makes a model that was loaded with the predictor "none" read every matrix for every token.
+
+    Norms, biases of the FFN and the table of positions stay. Returns their bytes, as they are stored.
+    """
     keep_some(model, matrices, 0)
-    weights = _Weights(folder, model.flash.streamer)
-    decoder = model.model.decoder
-    layers = []
+    weights = _Weights(folder, model.flash.streamer, dtype)
     prefixes = [f"model.decoder.layers.{i}.self_attn." for i in range(len(model.layers))]
     sizes = []
     for prefix in prefixes:
         entries = [entry for name, entry in weights.entries.items() if name.startswith(prefix)]
         sizes.append(max(e.end for e in entries) - min(e.begin for e in entries))
     pools = [AlignedPool(round_up(max(sizes), READ_ALIGNMENT) + 2 * READ_ALIGNMENT) for _ in range(2)]
+    layers = []
     for i, (layer, prefix) in enumerate(zip(model.layers, prefixes, strict=True)):
         layer.self_attn = _Attention(layer.self_attn, prefix, weights, pools, i)
         layers.append(layer.self_attn)
     for this, following in pairwise(layers):
         this.following = following
-    decoder.embed_tokens = _Embedding("model.decoder.embed_tokens.weight", weights)
+    tables = ["model.decoder.embed_tokens.weight"]
+    model.model.decoder.embed_tokens = _Embedding(tables[0], weights)
+    if "lm_head" in model:
+        tables.append("lm_head.weight")
+        model.lm_head = _Embedding(tables[1], weights).as_linear
+    read = sum(sizes) + sum(weights.entries[name].end - weights.entries[name].begin for name in tables)
+    return sum(entry.end - entry.begin for entry in weights.entries.values()) - read

@@ -5,6 +5,7 @@ The tokens are given, not sampled, so that every side does the same work; the lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,17 +19,25 @@ import numpy as np
 
 from mlx_flash.errors import BudgetError, FlashError
 from mlx_flash.flash.files import Manifest
+from mlx_flash.flash.system import current_memory_bytes, peak_memory_bytes
 
 PART = "mlx_flash.bench.sides"
 SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it needs
+HALF = 0.5
 
 
 @dataclass(frozen=True)
 class Side:
-    """How to run: "naive", "hybrid", "dense" or "flash". memory: bytes for the whole process, of flash only."""
+    """How to run: "naive", "hybrid", "dense" or "flash"; "plan" loads what is least and stops there.
+
+    memory: bytes for the whole process, of flash only; None as in mlx_flash.load. keep: share of the model's bytes that
+    hybrid has in memory.
+    """
 
     name: str
     memory: int | None = None
+    keep: float = HALF
+    look_ahead: bool = True
     options: dict[str, Any] = field(default_factory=dict)  # of mlx_flash.load
 
 
@@ -36,13 +45,14 @@ class Side:
 class Task:
     """What to run: `prompt` tokens at once, then `tokens` one by one, out of `ids`.
 
-    matrices: file of `baselines.write_matrices`, for the baselines.
+    matrices: file of `baselines.write_matrices`, for the baselines. label: for the progress line.
     """
 
     store: str
     ids: list[int]
     prompt: int
     matrices: str = ""
+    label: str = ""
 
     @property
     def tokens(self) -> int:
@@ -50,7 +60,12 @@ class Task:
 
 
 def run(side: Side, task: Task, group: Any = None) -> dict[str, Any]:
-    """Runs a side in a child process, in a memory cgroup if one is given. Raises FlashError if it fails."""
+    """Runs a side in a child process, in a memory cgroup if one is given. Raises FlashError if it fails.
+
+    Returns "samples": Counters and `total_s` of every token; "top": the most likely token after each; "prompt": the
+    prompt's Counters; "plan"; in bytes "weights_bytes", planned to stay in memory, and "peak_memory_bytes",
+    of the process (on Linux without what a baseline had while it was loaded).
+    """
     command = [sys.executable, "-m", PART, json.dumps([asdict(side), asdict(task)])]
     if group is None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -58,80 +73,119 @@ def run(side: Side, task: Task, group: Any = None) -> dict[str, Any]:
         done = group.run(command, dict(os.environ))
     if done.returncode != 0:
         killed = f", killed by the kernel {group.kills()} times" if group is not None else ""
-        raise FlashError(f"the side {side.name} ended with exit code {done.returncode}{killed}.")
+        raise FlashError(f"the side {side.name} ended with exit code {done.returncode}{killed} (see above).")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _load_baseline(side: Side, task: Task) -> Any:
-    """ "naive" keeps nothing; "hybrid" half of the model's bytes, what the engine has resident counted in."""
+def _load_least(task: Task, options: dict[str, Any]) -> tuple[Any, int]:
+    """The model within the smallest budget, and that budget."""
     from mlx_flash.loading import load
 
-    from .baselines import keep_nothing, keep_some
-
-    options = {**side.options, "predictor": "none", "context": len(task.ids)}
     try:
         load(task.store, memory=1, **options)
     except BudgetError as error:
-        model, tokenizer = load(task.store, memory=error.smallest_bytes + SPARE_BYTES, **options)
-    folder, matrices = Path(task.store), Path(task.matrices)
+        least = error.smallest_bytes
+    return load(task.store, memory=least + SPARE_BYTES, **options)[0], least
+
+
+def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
+    """The model and the bytes of its weights in memory.
+
+    "naive" keeps nothing; "hybrid" a share of the model's bytes, what the engine has resident counted in.
+    """
+    from mlx_flash.loading import compute_dtype
+
+    from .baselines import keep_nothing, keep_some
+
+    model, _ = _load_least(task, {**options, "predictor": "none"})
+    manifest, matrices = model.flash.manifest, Path(task.matrices)
     if side.name == "naive":
-        keep_nothing(model, folder, matrices)
-    elif side.name == "hybrid":
-        manifest = model.flash.manifest
-        resident = manifest.files[Manifest.resident_file]["bytes"]
-        keep_some(model, matrices, max(0, (resident + manifest.layout.file_bytes) // 2 - resident))
-    else:
-        keep_some(model, matrices, model.flash.manifest.layout.file_bytes)
-    return model, tokenizer
+        return model, keep_nothing(model, Path(task.store), matrices, compute_dtype(manifest.resident_dtype))
+    resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
+    wanted = streamed if side.name == "dense" else max(0, int(side.keep * (resident + streamed)) - resident)
+    kept = keep_some(model, matrices, wanted)
+    return model, model.flash.plan.demand.resident + kept
+
+
+def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
+    from mlx_flash.loading import load
+
+    model, _ = load(task.store, memory=side.memory, **options)
+    if not side.look_ahead:
+        forget_look_ahead(model)
+    plan = model.flash.plan
+    return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
+
+
+def forget_look_ahead(model: Any) -> None:
+    """From now on no layer guesses what the next one will need."""
+    for layer in model.layers:
+        layer.mlp._ahead = None
+
+
+def _forget_peak() -> None:
+    """Lets the peak of this process's memory begin anew, where that is possible (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _run_here(side: Side, task: Task) -> dict[str, Any]:
     """The child's work."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-    from tqdm import tqdm
-
-    from mlx_flash.flash.system import peak_memory_bytes
-    from mlx_flash.loading import load
-
+    options = {**side.options, "context": len(task.ids)}
     began = time.perf_counter()
+    if side.name == "plan":
+        model, least = _load_least(task, options)
+        plan = model.flash.plan
+        return {
+            "smallest_bytes": least,
+            "slots": sum(plan.slots),
+            "blocks": plan.layers * plan.blocks,
+            "slot_bytes": plan.slot_bytes,
+            "plan": plan.as_dict(),
+            "predictor": model.flash.predictor,
+        }
     if side.name == "flash":
-        model, _ = load(task.store, memory=side.memory, context=len(task.ids), **side.options)
+        model, weights = _load_flash(side, task, options)
     else:
-        model, _ = _load_baseline(side, task)
-    loaded = time.perf_counter()
-    cache = make_prompt_cache(model)
-    counters = model.flash.streamer.counters
-    top, samples = [], []
-    before = counters.copy()
-    if task.prompt:
-        mx.eval(model(mx.array([task.ids[: task.prompt]]), cache=cache))
-    prompt_s = time.perf_counter() - loaded
-    prompt_counters = counters - before
-    for token in tqdm(task.ids[task.prompt :], desc=side.name, unit="token", dynamic_ncols=True):
-        before = counters.copy()
-        began_token = time.perf_counter()
-        logits = np.array(model(mx.array([[token]]), cache=cache)[0, -1])
-        sample = asdict(counters - before)
-        sample["total_s"] = time.perf_counter() - began_token
-        samples.append(sample)
-        top.append(int(logits.argmax()))
+        model, weights = _load_baseline(side, task, options)
+        _forget_peak()
+    load_s = time.perf_counter() - began
+    result = {"side": side.name, "predictor": model.flash.predictor, "load_s": load_s, "weights_bytes": weights}
+    result |= _decode(model, task, side.name)
     plan = model.flash.plan
-    result = {
-        "side": side.name,
-        "predictor": model.flash.predictor,
-        "load_s": loaded - began,
-        "prompt_s": prompt_s,
-        "prompt": asdict(prompt_counters),
-        "samples": samples,
-        "top": top,
+    result |= {
         "peak_memory_bytes": peak_memory_bytes(),
+        "memory_bytes": current_memory_bytes(),
         "plan": plan.as_dict(),
         "slot_share": plan.slot_share,
     }
     model.flash.close()
     return result
+
+
+def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from tqdm import tqdm
+
+    cache = make_prompt_cache(model)
+    counters = model.flash.streamer.counters
+    top, samples = [], []
+    began, before = time.perf_counter(), counters.copy()
+    if task.prompt:
+        mx.eval(model(mx.array([task.ids[: task.prompt]]), cache=cache))
+    prompt_s = time.perf_counter() - began
+    prompt = asdict(counters - before)
+    for token in tqdm(task.ids[task.prompt :], desc=task.label or name, unit="token", dynamic_ncols=True):
+        before = counters.copy()
+        began = time.perf_counter()
+        logits = np.array(model(mx.array([[token]]), cache=cache)[0, -1])
+        sample = asdict(counters - before)
+        sample["total_s"] = time.perf_counter() - began
+        samples.append(sample)
+        top.append(int(logits.argmax()))
+    return {"prompt_s": prompt_s, "prompt": prompt, "samples": samples, "top": top}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import ExactPredictor, Predictor
 
 from .report import add_output_argument
+from .sides import forget_look_ahead
 
 
 @dataclass
@@ -76,7 +77,8 @@ def by_block(mask: np.ndarray, neurons_per_block: int) -> np.ndarray:
 
 
 def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[LayerTrace]:
-    """Decodes `ids` and returns a trace of every layer that has a predictor."""
+    """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more."""
+    forget_look_ahead(model)  # a guess asks the next layer's predictor too, and would be taken for its choice
     layout = model.flash.manifest.layout
     taps = {}
     for index, layer in enumerate(model.layers):

@@ -1,0 +1,221 @@
+"""Naive, hybrid, dense and flash loading: the same logits, bytes as promised; and the commands that compare them."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flash import loading
+from mlx_flash.bench import baselines, compare, sides, steps, synthetic, traces
+from mlx_flash.bench.__main__ import make_parser
+from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.flash.files import Manifest, read_manifest
+
+IDS = [5, 9, 17, 33, 2, 60, 41, 7]
+PROMPT = 3
+
+
+@pytest.fixture(scope="module")
+def tiny_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "store"
+    synthetic.write_store(folder, (256, 3, 4), vocabulary=512)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], sides.Task]:
+    def make(store: Path) -> sides.Task:
+        path = tmp_path_factory.mktemp("matrices") / "matrices.bin"
+        baselines.write_matrices(store, read_manifest(store).layout, path)
+        return sides.Task(str(store), IDS, PROMPT, str(path))
+
+    return make
+
+
+def logits_of(model: Any) -> np.ndarray:
+    """Of a prompt and then token by token, (T, vocabulary)."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    rows = [np.array(model(mx.array([IDS[:PROMPT]]), cache=cache)[0])]
+    rows += [np.array(model(mx.array([[token]]), cache=cache)[0]) for token in IDS[PROMPT:]]
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "float16", "bfloat16", "opt-350m-like", "opt-nobias"])
+def test_baselines_give_the_engine_s_logits(
+    name: str,
+    tiny_synthetic: Path,
+    tiny_of: Callable[[str], Any],
+    task_of: Callable[[Path], sides.Task],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = tiny_synthetic if name == "synthetic" else tiny_of(name).store
+    task = task_of(store)
+    monkeypatch.setattr(
+        baselines, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10
+    )  # so that a matrix has several pieces
+    manifest = read_manifest(store)
+    resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
+    keep = (resident + 0.3 * streamed) / (resident + streamed)
+    model, _ = loading.load(store, predictor="none")
+    expected = logits_of(model)
+    model.flash.close()
+    for side in (sides.Side("naive"), sides.Side("hybrid", keep=keep), sides.Side("dense")):
+        model, _ = sides._load_baseline(side, task, {"context": 64})
+        pieces = [(len(layer.mlp.resident), len(layer.mlp.pieces)) for layer in model.layers]
+        resident, total = (sum(counts) for counts in zip(*pieces, strict=True))
+        if side.name == "hybrid":
+            assert 0 < resident < total
+        else:
+            assert resident == (total if side.name == "dense" else 0)
+        np.testing.assert_allclose(logits_of(model), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        model.flash.close()
+
+
+def test_naive_reads_every_matrix_for_every_token(tiny_synthetic: Path, task_of: Callable[[Path], sides.Task]) -> None:
+    manifest = read_manifest(tiny_synthetic)
+    result = sides._run_here(sides.Side("naive"), task_of(tiny_synthetic))
+    everything = manifest.files[Manifest.resident_file]["bytes"] + manifest.layout.file_bytes - result["weights_bytes"]
+    for sample in result["samples"]:
+        assert sample["bytes"] == pytest.approx(everything, rel=0.01)
+    positions = 2050 * 256 * 4
+    assert positions < result["weights_bytes"] < 1.1 * positions  # which, with norms and biases, is what stays
+
+
+def test_a_side_runs_in_a_process_of_its_own(
+    tiny_synthetic: Path, task_of: Callable[[Path], sides.Task], capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of(tiny_synthetic)
+    result = sides.run(sides.Side("flash"), task)
+    assert len(result["samples"]) == len(result["top"]) == task.tokens == len(IDS) - PROMPT
+    assert {"hits", "misses", "bytes", "reads", "read_s", "wait_s", "manage_s", "total_s"} <= set(result["samples"][0])
+    assert result["peak_memory_bytes"] >= result["memory_bytes"] > 0
+    assert result["weights_bytes"] < result["plan"]["total"]
+    with pytest.raises(FlashError, match="the side flash ended with exit code"):
+        sides.run(sides.Side("flash", memory=1), task)
+    assert "smallest that would do" in capfd.readouterr().err
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def test_figures_add_up() -> None:
+    sample = {"hits": 3, "misses": 1, "bytes": 4000, "reads": 2, "read_s": 2e-3, "wait_s": 5e-4, "manage_s": 1e-4}
+    row = compare.figures([sample | {"total_s": 1e-3}, sample | {"total_s": 3e-3}])
+    assert row["bytes_per_second"] == pytest.approx(2e6)
+    assert (row["hidden_s"], row["hit_rate"]) == (pytest.approx(1.5e-3), 0.75)
+    assert row["wait_s"] + row["manage_s"] + row["compute_s"] == pytest.approx(row["total_s"]) == 2e-3
+    assert "total_s" not in compare.figures([sample])
+
+
+def test_a_window_keeps_what_its_tokens_used() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((12, 30)) < 0.2
+    for window in (0, 1, 4, 20):
+        for t in range(len(mask)):
+            before = set(np.flatnonzero(mask[max(0, t - window) : t].any(axis=0)))
+            assert set(np.flatnonzero(steps.missing(mask, window)[t])) == set(np.flatnonzero(mask[t])) - before
+
+
+def test_a_trace_has_a_row_for_every_token(tiny_synthetic: Path) -> None:
+    model, _ = loading.load(tiny_synthetic, context=64)
+    history = traces.record(model, IDS, [2], "recording")
+    model.flash.close()
+    assert [trace.layer for trace in history] == [0, 1, 2]
+    assert all(trace.chosen.shape == trace.active.shape == (len(IDS) + 1, 1024) for trace in history)
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(
+    tiny_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a command in this process, whose size is made not to matter; returns the last line."""
+    monkeypatch.setattr(sides, "run", lambda side, task, group=None: sides._run_here(side, task))
+    monkeypatch.setattr(loading, "current_memory_bytes", lambda: 100_000_000)
+
+    def run(name: str, *flags: str) -> dict[str, Any]:
+        given = [name, "--model", str(tiny_synthetic), "--output", str(tmp_path / "out"), "--no-cgroup", *flags]
+        arguments = make_parser().parse_args(given)
+        arguments.run(arguments)
+        result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text()) == result
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+        assert result["synthetic"] and result["model"].startswith("synthetic")
+        assert result["memory_limit"].startswith("not enforced")
+        assert not list(tiny_synthetic.parent.glob("mlx_flash-matrices-*"))
+        return result
+
+    yield run
+
+
+def test_naive_vs_flash(command: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    flags = ["--prompt", "4", "--tokens", "6", "--baseline-tokens", "3", "--rounds", "2", "--share", "1"]
+    result = command("naive-vs-flash", *flags, "--matrices", str(tmp_path / "kept"), "--force")
+    rows = result["sides"]
+    assert set(rows) == {"naive", "hybrid", "flash", "dense"}
+    assert [rows[name]["tokens"] for name in rows] == [3, 3, 6, 6]
+    assert rows["naive"]["bytes"] > rows["hybrid"]["bytes"] > rows["flash"]["bytes"] > 0 == rows["dense"]["bytes"]
+    assert rows["hybrid"]["agreement"] == rows["dense"]["agreement"] == 1 and rows["flash"]["agreement_tokens"] == 3
+    assert len(result["disk"]) == 2
+    size = (tmp_path / "kept" / "matrices.bin").stat().st_size
+    assert size == 3 * 2 * 1024 * 256 * 4  # layers, matrices, neurons, width, bytes
+
+
+def test_steps(command: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    result = command("steps", *["--prompt", "4", "--tokens", "6", "--baseline-tokens", "2", "--share", "1"])
+    rows = {row["step"]: row for row in result["steps"]}
+    assert [row["kind"] for row in result["steps"]] == ["engine"] * 2 + ["replay"] * 3 + ["engine"] * 3
+    assert rows["+ predictor"]["bytes"] > rows["+ windowing"]["bytes"]
+    assert rows["+ predictor"]["reads"] > rows["+ windowing"]["reads"] > rows["+ bundling"]["reads"] > 0
+
+
+def test_memory(command: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    result = command("memory", *["--prompt", "4", "--tokens", "4", "--points", "3", "--force"])
+    points = result["points"]
+    assert len(points) == 3 and result["all_in_memory"]["bytes"] == 0
+    budgets = [row["budget_bytes"] for row in points]
+    assert budgets == sorted(budgets) and budgets[0] == result["smallest_bytes"]
+    assert points[-1]["slot_share"] == 1 and points[0]["slot_share"] < 1
+    assert all(math.isclose(row["tokens_per_second"], 1 / row["total_s"]) for row in points)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["naive-vs-flash", "--share", "0.01"], "pass --share"),
+        (["naive-vs-flash", "--tokens", "2", "--rounds", "3"], "--rounds"),
+        (["naive-vs-flash", "--tokens", "5000"], "positions"),
+        (["memory", "--text", "/nowhere/text"], "cannot read --text"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags: list[str], message: str, command: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UsageError, match=message):
+        command(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["naive-vs-flash", "--share", "0"],
+        ["steps", "--share", "x"],
+        ["memory", "--points", "1"],
+        ["steps", "--rounds", "2"],
+    ],
+)
+def test_wrong_flags(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        make_parser().parse_args(flags)
+    assert raised.value.code == 2

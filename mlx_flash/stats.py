@@ -16,7 +16,7 @@ class Counters:
     reads: int = 0  # requests to the operating system, neighbours merged
     bytes: int = 0
     read_s: float = 0.0  # the device was busy
-    wait_s: float = 0.0  # the model waited for it
+    wait_s: float = 0.0  # the model waited for reads: to be handed over, and to end
     manage_s: float = 0.0  # ids, maps, slots
     total_s: float = 0.0  # whole calls of the model
 

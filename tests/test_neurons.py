@@ -13,6 +13,7 @@ from conftest import DTYPES, GOLDEN, GOLDEN_VARIANTS, PREDICTORS, Tiny, change_m
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_flash.errors import ReadError
+from mlx_flash.layers.neurons import GUESS_AGAIN, LookAhead
 
 TOLERANCE = 1e-4  # logits have a standard deviation above 1
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call that goes the decode way
@@ -75,6 +76,47 @@ def test_bit_identical_however_it_is_cached_and_read(
         assert_same(everything(model), expected, way)
         assert model.flash.streamer.counters.bytes > reads.bytes
         model.flash.close()
+
+
+@pytest.mark.parametrize("slots", [2, 20, 60])
+@pytest.mark.parametrize("guess", ["good", "random", "nothing", "everything", "raises"])
+def test_look_ahead_never_changes_the_text(
+    tiny: Tiny, open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, slots: int, guess: str
+) -> None:
+    expected = everything(open_model(tiny.store, predictor="lowrank"))
+    model = open_model(tiny.store, slots=slots, predictor="lowrank")
+    rng = np.random.default_rng(0)
+    shares = {"random": 0.1, "nothing": 0.0, "everything": 1.0}
+
+    def guessed(self: LookAhead, x: mx.array) -> mx.array:
+        if guess == "raises":
+            raise KeyboardInterrupt
+        return mx.array(rng.random((len(x), tiny.manifest.layout.neurons)) < shares[guess])
+
+    if guess != "good":
+        monkeypatch.setattr(LookAhead, "guess", guessed)
+    if guess == "raises":
+        with pytest.raises(KeyboardInterrupt):
+            everything(model)
+        monkeypatch.undo()
+    assert_same(everything(model), expected, guess)
+    assert_same(everything(model), expected, guess)
+    counters = model.flash.streamer.counters
+    if slots == 60:  # with fewer, guesses of these small blocks do not fit
+        assert (counters.early > 0) == (guess not in ("nothing", "everything"))
+    assert counters.early <= counters.misses
+
+
+def test_a_layer_that_guesses_badly_stops_and_tries_again(tiny: Tiny, open_model: Callable[..., Any]) -> None:
+    model = open_model(tiny.store, slots=60, predictor="lowrank")
+    ahead = model.layers[0].mlp._ahead
+    x = mx.zeros((1, 64))
+    assert ahead.guess(x) is not None
+    ahead.following._stream.vain_early = 5.0
+    asked = [ahead.guess(x) is not None for _ in range(2 * GUESS_AGAIN)]
+    assert [i for i, was in enumerate(asked) if was] == [GUESS_AGAIN - 1, 2 * GUESS_AGAIN - 1]
+    ahead.following._stream.used_early = 6.0
+    assert ahead.guess(x) is not None
 
 
 @pytest.mark.parametrize("predictor", ["none", "exact"])

@@ -42,6 +42,7 @@ class FaultyReader(Reader):
 
     def submit(self, file: UnitFile, offsets: Any, addresses: Any, lengths: Any) -> Ticket:
         ticket = super().submit(file, offsets, addresses, lengths)
+        lengths = np.broadcast_to(lengths, addresses.shape)
         self.destinations[ticket] = zip(addresses.tolist(), lengths.tolist(), strict=True)
         return ticket
 
@@ -128,16 +129,21 @@ SELECTIONS = st.lists(st.integers(0, NEURONS - 1), min_size=1, max_size=NEURONS,
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_history_gives_the_stored_rows(bench_of: Callable[..., Bench], data: st.DataObject) -> None:
-    """Selections and whole passes, some of which fail or are abandoned, over one stream."""
+    """Selections, guessed at or not, and whole passes, some of which fail or are abandoned, over one stream."""
     bench = bench_of(data.draw(st.integers(1, 9), "lanes"), data.draw(st.sampled_from([*DTYPES]), "dtype"))
     parts = data.draw(st.sampled_from(SUBSETS), "parts")
     slots = data.draw(st.integers(1, bench.layout.blocks), "slots")
+    bench.streamer.drain()  # of what an example before this left on its way
     stream = bench.stream(slots, parts, data.draw(st.none() | st.integers(1, 3), "window"))
     for _ in range(data.draw(st.integers(1, 6), "steps")):
         fault = data.draw(st.none() | st.integers(0, 4), "fault")
         bench.reader.waits, bench.reader.faults = 0, frozenset() if fault is None else frozenset([fault])
-        action = data.draw(st.sampled_from(["gather", "gather", "pieces", "abandon"]), "action")
+        action = data.draw(st.sampled_from(["gather", "gather", "ahead", "pieces", "abandon"]), "action")
         try:
+            if action == "ahead":
+                stream.read_ahead(np.array(data.draw(SELECTIONS, "guess")))
+                assert stream.flight is None or bench.streamer.flying[-1] is stream
+                continue
             if action == "gather":
                 ids = np.array(data.draw(SELECTIONS, "ids"))
                 stream.begin(ids)
@@ -288,6 +294,34 @@ def test_held_outputs_are_evaluated_before_a_pass_fills_free_slots(bench: Bench)
     bench.check_pieces(stream)
     assert stream.cache.slot_of[:4].min() >= 0
     bench.check(tuple(outputs), ids)
+
+
+def test_a_guess_is_counted_as_what_it_turned_out_to_be(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(1)
+    stream, counters = bench.stream(40), bench.streamer.counters
+    bench.check(stream.gather(np.arange(10)), np.arange(10))
+    before = counters.copy()
+    stream.read_ahead(np.arange(5, 20))  # 10 to 19 are missing
+    ids = np.array([0, 6, 12, 13, 30])
+    stream.begin(ids)
+    bench.check(stream.gather(ids), ids)
+    used = counters - before
+    assert (used.hits, used.misses, used.early, used.vain) == (2, 3, 2, 8)
+    assert used.bytes == 11 * bench.layout.block_bytes and (stream.used_early, stream.vain_early) == (2, 8)
+    stream.read_ahead(np.arange(NEURONS))  # more than there are slots for
+    assert stream.flight is None and bench.idle
+
+
+def test_what_is_on_its_way_outlives_its_layer(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(1)
+    stream = bench.stream(40)
+    stream.read_ahead(np.arange(30))
+    (ticket,) = bench.reader._outstanding
+    assert ticket.destination is stream.pool and stream.pool is not None
+    bench.streamer.drain()
+    assert bench.idle and stream.flight is None and not bench.streamer.flying
+    assert stream.cache.resident == 0  # nobody vouches for the bytes
+    bench.check(stream.gather(np.arange(30)), np.arange(30))
 
 
 def test_the_counters_add_up(bench: Bench) -> None:

@@ -199,7 +199,9 @@ class LayerStream:
         blocks = self._blocks_of(ids)
         here = self.cache.tick(blocks)
         if early is not None:
-            used = int(np.count_nonzero(np.isin(early, blocks, assume_unique=True)))
+            wanted = np.zeros(self.layout.blocks, np.bool_)
+            wanted[blocks] = True
+            used = int(np.count_nonzero(wanted[early]))
             vain = len(early) - used
             self.used_early = FADING * self.used_early + used
             self.vain_early = FADING * self.vain_early + vain
@@ -266,9 +268,12 @@ class LayerStream:
         if len(missing):
             began = time.perf_counter()
             self.settle()
-            self.shared.counters.manage_s -= time.perf_counter() - began  # what the device still did is compute
+            settled = time.perf_counter()  # what the device still did is compute
             self.flight = _Flight(self._submit_blocks(missing, targets), missing, targets)
+            submitted = time.perf_counter()
             self.shared.flying.append(self)
+            self.shared.counters.wait_s += submitted - settled
+            self.shared.counters.manage_s -= submitted - began  # which the caller measures around this
 
     def _land(self) -> np.ndarray | None:
         """Waits for what is on its way, which is then here. Returns its blocks; None if there was nothing."""

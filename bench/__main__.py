@@ -11,6 +11,7 @@ COMMANDS = (
     "naive-vs-flash",
     "steps",
     "memory",
+    "prompts",
     "reads",
     "windows",
     "predictors",

@@ -104,9 +104,8 @@ class Subject:
 
     @property
     def base_bytes(self) -> int:
-        """What the process needs beside weights: itself as measured, KV cache, work space."""
-        plan = self.least["plan"]
-        return int(plan["process"] + plan["kv_cache"] + plan["workspace"])
+        """The process itself, interpreter and libraries, as measured; KV cache and work space come out of the share."""
+        return int(self.least["plan"]["process"])
 
     @property
     def streamed(self) -> list[Path]:

@@ -109,12 +109,14 @@ def side_row(runs: list[dict[str, Any]], naive: list[dict[str, Any]]) -> dict[st
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, Any]:
-    """How many times what flash loading takes; as the paper counts, every side reads, then manages, then computes."""
+    """How many times what flash loading takes.
+
+    no_overlap: the baselines as the paper counts them, reading and then computing, against flash loading as it is.
+    """
     flash = rows["flash"]
     hybrid = rows["hybrid"]
     alone = rows["dense"]["compute_s"] if "dense" in rows else hybrid["compute_s"]
     in_turn = {name: rows[name]["read_s"] + alone for name in BASELINES}
-    in_turn["flash"] = flash["read_s"] + flash["manage_s"] + flash["compute_s"]
     found: dict[str, Any] = {
         "compute_of_baselines": "measured alone (all in memory)" if "dense" in rows else "hybrid: total - wait - manage"
     }
@@ -128,7 +130,7 @@ def ratios(rows: dict[str, Any]) -> dict[str, Any]:
             "steady": row["steady_s"] / flash["steady_s"],
         }
         if name in in_turn:
-            found[name] |= {"no_overlap_s": in_turn[name], "no_overlap": in_turn[name] / in_turn["flash"]}
+            found[name] |= {"no_overlap_s": in_turn[name], "no_overlap": in_turn[name] / flash["total_s"]}
     return found
 
 
@@ -184,13 +186,13 @@ def show(result: dict[str, Any]) -> None:
     if "dense" not in rows:
         print(f"all in memory: {result['dense']}")
     print(
-        f"\n{'':<24}{'measured':>10}{'median':>10}{'steady':>10}{'read + compute, no overlap, as the paper counts':>50}"
+        f"\n{'':<24}{'measured':>10}{'median':>10}{'steady':>10}{'baseline without overlap, as the paper counts':>50}"
     )
     for name in BASELINES:
         row = found[name]
         cells = "".join(f"{times(row[part]):>10}" for part in ("total", "total_median", "steady"))
         print(f"{title_of(name, result):<24}{cells}{times(row['no_overlap']):>50}")
-    print(f"compute of the baselines in the last column: {found['compute_of_baselines']}")
+    print(f"last column: (read + compute of the baseline) / flash; compute: {found['compute_of_baselines']}")
     flash = rows["flash"]
     print(
         f"flash loading: {flash['slot_share']:.0%} of the neurons have a slot, "

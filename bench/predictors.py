@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import ExactPredictor, Predictor
 from mlx_flash.loading import demo_folder, find_checkpoint
 
+from .report import COLOURS, SERIES, add_output_argument, environment, finish, require_plots
 from .score import score
 
 
@@ -46,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=whole_number(0, 10**9), default=0, help="score only the first N tokens (default: all)"
     )
     parser.add_argument("--recall", default="0.97", help="recall targets, by commas (default: %(default)s)")
+    add_output_argument(parser)
     parser.add_argument("--bits", default="2,3", help="bits of the shadow, by commas (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    require_plots()
     try:
         text = arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +79,8 @@ def main(arguments: argparse.Namespace) -> None:
                 row["predictor"] += f" {bits} bits" if kind == "shadow" else ""
                 rows.append(row)
     show(rows)
-    print(json.dumps({"command": "predictors", "text": arguments.text.name, "rows": rows}))
+    result = {"environment": environment(source), "text": arguments.text.name, "model": source.name, "rows": rows}
+    finish(arguments.output, "predictors", result, lambda figure: draw(figure, result), size=(8, 4.8))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -91,6 +94,46 @@ def show(rows: list[dict[str, Any]]) -> None:
         cells += [f"{row['bytes'] / 1e6:.2f}", f"{row['ms_per_token']:.2f}", f"{row['perplexity']:.3f}"]
         change = row["perplexity"] / rows[0]["perplexity"] - 1
         print(f"{row['predictor']:<15}" + "".join(f"{cell:>11}" for cell in cells) + f"  {change:+.2%}")
+
+
+def draw(figure: Any, result: dict[str, Any]) -> None:
+    """Chosen share against the rise of perplexity: the lower left corner is where one wants to be."""
+    rows = [row for row in result["rows"] if "chosen" in row]
+    dense = result["rows"][0]["perplexity"]
+    axes = figure.add_subplot()
+    kinds = sorted({row["predictor"] for row in rows})
+    for kind, colour in zip(kinds, SERIES, strict=False):
+        own = sorted((row for row in rows if row["predictor"] == kind), key=lambda row: row["chosen"])
+        x = [100 * row["chosen"] for row in own]
+        y = [max(1e-3, 100 * (row["perplexity"] / dense - 1)) for row in own]
+        axes.plot(x, y, "o-", color=colour, lw=1.2, ms=5)
+        for row, a, b in zip(own, x, y, strict=True):
+            axes.annotate(f"{row['target']:.2f}", (a, b), (5, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            f"{kind}, {own[-1]['bytes'] / 1e6:.2f} MB",
+            (x[-1], y[-1]),
+            (9, -11),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+        )
+    active = 100 * rows[0]["active"]
+    axes.axvline(active, color=COLOURS["ceiling"], lw=0.8, ls=":")
+    axes.annotate(
+        "truly active",
+        (active, 1),
+        (3, -2),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        fontsize=8,
+        textcoords="offset points",
+    )
+    axes.set_yscale("log")
+    axes.margins(x=0.22, y=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("neurons chosen, % (what may have to be read)")
+    axes.set_ylabel("rise of perplexity, % (log scale)")
+    axes.set_title(f"What a predictor's mistakes cost, {result['text']}; numbers: recall aimed at")
 
 
 def measure(store: Path, kind: str, text: str, tokens: int) -> dict[str, Any]:

@@ -191,9 +191,20 @@ def test_memory(command: Callable[..., dict[str, Any]]) -> None:
     assert all(math.isclose(row["tokens_per_second"], 1 / row["total_s"]) for row in points)
 
 
+def test_prompts(command: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    result = command("prompts", "--lengths", "10,20", "--rounds", "1", "--share", "1")
+    assert [row["length"] for row in result["rows"]] == [10, 20]
+    for row in result["rows"]:
+        assert math.isclose(row["ratio"], row["prompt_s"] / max(row["read_once_s"], row["compute_s"]))
+        assert row["first_token_s"] > row["prompt_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["prompts", "--lengths", "32,x"], "--lengths"),
+        (["prompts", "--lengths", "513"], "1 to 512"),
         (["naive-vs-flash", "--share", "0.01"], "pass --share"),
         (["naive-vs-flash", "--tokens", "2", "--rounds", "3"], "--rounds"),
         (["naive-vs-flash", "--tokens", "5000"], "positions"),

@@ -159,7 +159,7 @@ def command(
 
 def test_naive_vs_flash(command: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    flags = ["--prompt", "4", "--tokens", "6", "--baseline-tokens", "3", "--rounds", "2", "--share", "1"]
+    flags = ["--prompt", "4", "--tokens", "6", "--baseline-tokens", "3", "--rounds", "2"]
     result = command("naive-vs-flash", *flags, "--matrices", str(tmp_path / "kept"), "--force")
     rows = result["sides"]
     assert set(rows) == {"naive", "hybrid", "flash", "dense"}
@@ -173,7 +173,7 @@ def test_naive_vs_flash(command: Callable[..., dict[str, Any]], tmp_path: Path) 
 
 def test_steps(command: Callable[..., dict[str, Any]]) -> None:
     pytest.importorskip("matplotlib")
-    result = command("steps", *["--prompt", "4", "--tokens", "6", "--baseline-tokens", "2", "--share", "1"])
+    result = command("steps", *["--prompt", "4", "--tokens", "6", "--baseline-tokens", "2"])
     rows = {row["step"]: row for row in result["steps"]}
     assert [row["kind"] for row in result["steps"]] == ["engine"] * 2 + ["replay"] * 3 + ["engine"] * 3
     assert rows["+ predictor"]["bytes"] > rows["+ windowing"]["bytes"]
@@ -193,7 +193,7 @@ def test_memory(command: Callable[..., dict[str, Any]]) -> None:
 
 def test_prompts(command: Callable[..., dict[str, Any]]) -> None:
     pytest.importorskip("matplotlib")
-    result = command("prompts", "--lengths", "10,20", "--rounds", "1", "--share", "1")
+    result = command("prompts", "--lengths", "10,20", "--rounds", "1")
     assert [row["length"] for row in result["rows"]] == [10, 20]
     for row in result["rows"]:
         assert math.isclose(row["ratio"], row["prompt_s"] / max(row["read_once_s"], row["compute_s"]))

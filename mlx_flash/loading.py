@@ -38,6 +38,7 @@ from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
 from .layers.neurons import StreamedNeurons
+from .layers.pace import Pace
 from .layers.predictors import ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .plan import (
     MLX_CACHE_BYTES,
@@ -427,9 +428,10 @@ def _build(
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, tensors, layer.mlp, dtype)
+    pace = Pace()
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm)
+            layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
     model.flash = Runtime(plan, manifest, streamer, kind)
     return model
 

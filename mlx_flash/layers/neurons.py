@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.stream import LayerStream
+from .pace import Pace
 from .predictors import ExactPredictor, Predictor
 
 GUESS_AGAIN = 32  # calls after which a layer that guesses badly tries again
@@ -35,12 +36,12 @@ class StreamedNeurons(nn.Module):
         self.predictor: Predictor | None = None
         self._ahead: LookAhead | None = None
 
-    def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> None:
-        """From now on, guesses at every token what `following`, the next layer, will need, and starts to read it.
+    def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> None:
+        """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
         norm, following_norm: the norms whose outputs the two layers take.
         """
-        self._ahead = LookAhead.of(following, norm, following_norm)
+        self._ahead = LookAhead.of(following, norm, following_norm, pace)
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
@@ -88,6 +89,8 @@ class StreamedNeurons(nn.Module):
         return y
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
+        if self._ahead is not None and self._stream.layer == 0:
+            self._ahead.pace.token()
         mask, activations = predictor(x)
         guess = self._ahead.guess(x) if self._ahead is not None else None
         if guess is not None:
@@ -135,10 +138,11 @@ class LookAhead:
     following: StreamedNeurons
     scale: mx.array  # (D,)
     shift: mx.array  # (D,)
+    pace: Pace
     skipped: int = 0  # calls without a guess, since the last one
 
     @staticmethod
-    def of(following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> LookAhead | None:
+    def of(following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> LookAhead | None:
         """None where this norm erases what the next one would need."""
         weight = norm.weight.astype(mx.float32)
         if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():
@@ -149,12 +153,12 @@ class LookAhead:
             shift = following_norm.bias - norm.bias * scale
         scale, shift = scale.astype(norm.weight.dtype), shift.astype(norm.weight.dtype)
         mx.eval(scale, shift)
-        return LookAhead(following, scale, shift)
+        return LookAhead(following, scale, shift, pace)
 
     def guess(self, x: mx.array) -> mx.array | None:
         """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
         predictor, stream = self.following.predictor, self.following._stream
-        if predictor is None or self.following.all_resident:
+        if predictor is None or self.following.all_resident or not self.pace.guessing:
             return None
         # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.
         self.skipped += 1

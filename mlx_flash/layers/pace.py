@@ -1,0 +1,46 @@
+"""Whether reading ahead pays on this machine: found out by trying, again and again, while tokens are made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+WARM_UP = 24  # tokens before the first trial: a cold cache is no measure
+TURN = 6  # tokens of one turn of a trial; the first is not counted
+TURNS = 4  # with, without, with, without: what drifts hits both
+TERM = 400  # tokens until the next trial
+
+
+class Pace:
+    """Guessing costs a second call of every predictor and some reads in vain, and hides what would be waited for.
+
+    Which weighs more depends on the disk, the cores and the budget; the text does not depend on it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.guessing = True
+        self._clock = clock
+        self._last: float | None = None
+        self._left = WARM_UP  # tokens of the current turn or term
+        self._turn = -1  # of a trial; -1 outside of one
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def token(self) -> None:
+        """A token begins."""
+        now = self._clock()
+        if self._turn >= 0 and self._last is not None and self._left < TURN:
+            self._seconds[self.guessing].append(now - self._last)
+        self._last = now
+        self._left -= 1
+        if self._left < 0:
+            self._next_turn()
+
+    def _next_turn(self) -> None:
+        self._turn += 1
+        if self._turn < TURNS:
+            self.guessing, self._left = self._turn % 2 == 0, TURN
+            return
+        with_guess, without = median(self._seconds[True]), median(self._seconds[False])
+        self.guessing, self._turn, self._left = with_guess <= without, -1, TERM
+        self._seconds = {True: [], False: []}

@@ -16,6 +16,7 @@ COMMANDS = (
     "windows",
     "predictors",
     "eviction",
+    "host",
     "lookahead",
     "ordering",
     "density",

@@ -1,8 +1,8 @@
 """The baselines: every weight, or half of them, comes from the SSD for every token; "naive" and "hybrid" loading.
 
-Written to be as fast as reading allows. They read up and down projection as whole matrices, as a checkpoint has them
-(`write_matrices` undoes the bundles), in long, aligned pieces that are used where they land; the next piece is on its
-way while this one is multiplied, and a layer's attention comes a layer ahead. "dense" keeps everything.
+Written to be as fast as reading allows. They read up and down projection as whole matrices (`write_matrices` undoes the
+bundles), in long, aligned pieces that are used where they land; the next piece, be it another layer's, is always on its
+way, and a layer's attention comes a layer ahead. "dense" keeps everything.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def wait(streamer: Streamer, ticket: Ticket) -> None:
 
 
 def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
-    """Writes every layer's up rows, then its down rows, each (F, D): what a dense engine would read.
+    """Writes every layer's up projection, then its down projection, piece by piece: what a dense engine would read.
 
-    Raises UsageError if the disk has too little room.
+    A piece is `rows_of_piece` neurons: (D, n) of the up projection, (n, D) of the down projection, the way round that
+    BLAS is quickest with. Raises UsageError if the disk has too little room.
     """
     needed = layout.layers * 2 * layout.neurons * layout.row_bytes
     if (free := shutil.disk_usage(path.parent).free) < 1.02 * needed:
@@ -64,60 +65,81 @@ def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
             raw = np.frombuffer(source.read(layout.blocks * layout.block_bytes), np.uint8)
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):
-                rows = np.ascontiguousarray(blocks[:, part * per_block : (part + 1) * per_block]).reshape(-1)
-                bar.update(file.write(rows[: layout.neurons * layout.row_bytes].data))
+                packed = np.ascontiguousarray(blocks[:, part * per_block : (part + 1) * per_block]).reshape(-1)
+                items = packed.view(f"u{layout.row_bytes // layout.width}").reshape(-1, layout.width)[: layout.neurons]
+                for start in range(0, layout.neurons, rows_of_piece(layout)):
+                    piece = items[start : start + rows_of_piece(layout)]
+                    bar.update(file.write(np.ascontiguousarray(piece.T if part == 0 else piece).data))
         file.flush()
         os.fsync(file.fileno())
+
+
+class _Conveyor:
+    """The pieces that are read for every token, of all layers in order, over and over; one is always on its way."""
+
+    def __init__(self, streamer: Streamer, matrices: UnitFile, piece_bytes: int) -> None:
+        self.streamer, self.matrices = streamer, matrices
+        self.places: list[tuple[int, int]] = []  # offset in the file, bytes
+        self.scratch = [AlignedPool(piece_bytes) for _ in range(2)]
+        self.turn = 0
+        self.ticket: Ticket | None = None
+
+    def read(self, place: tuple[int, int], pool: AlignedPool) -> Ticket:
+        segment = (np.array([value]) for value in (place[0], pool.address, place[1]))
+        return self.streamer.reader.submit(self.matrices, *segment)
+
+    def take(self) -> AlignedPool:
+        """The next piece. What was made of the one before has been evaluated: its memory is filled again."""
+        if self.ticket is None:
+            self._start()
+        assert self.ticket is not None
+        wait(self.streamer, self.ticket)
+        pool = self.scratch[self.turn % 2]
+        self.turn += 1
+        self._start()
+        return pool
+
+    def _start(self) -> None:
+        self.ticket = self.read(self.places[self.turn % len(self.places)], self.scratch[self.turn % 2])
 
 
 class _Neurons:
     """A layer's whole FFN, piece by piece: the first `resident` pieces stay in memory, the others are read."""
 
-    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, matrices: UnitFile, scratch: list[AlignedPool]):
+    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, conveyor: _Conveyor) -> None:
         # Not the layer itself: its slots are not used any more.
         self.biases = {name: mlp[name] for name in ("up_bias", "down_bias") if name in mlp}
-        self.streamer, self.layer, self.matrices, self.scratch = mlp._stream.shared, layer, matrices, scratch
-        self.layout = self.streamer.layout
-        self.rows = rows_of_piece(self.layout)
-        starts = range(0, self.layout.neurons, self.rows)
-        self.pieces = [(part, start) for part in range(2) for start in starts]
-        self.resident = [AlignedPool(self._bytes(start)) for _, start in self.pieces[:resident]]
-        for piece, pool in enumerate(self.resident):
-            self.streamer.reader.wait(self._submit(piece, pool))
-
-    def _bytes(self, start: int) -> int:
-        return min(self.rows, self.layout.neurons - start) * self.layout.row_bytes
-
-    def _submit(self, piece: int, pool: AlignedPool) -> Ticket:
-        part, start = self.pieces[piece]
-        offset = ((2 * self.layer + part) * self.layout.neurons + start) * self.layout.row_bytes
-        segment = (np.array([value]) for value in (offset, pool.address, self._bytes(start)))
-        return self.streamer.reader.submit(self.matrices, *segment)
+        self.conveyor, self.layout = conveyor, mlp._stream.layout
+        rows, neurons = rows_of_piece(self.layout), self.layout.neurons
+        self.pieces = [
+            (part, start, min(rows, neurons - start)) for part in range(2) for start in range(0, neurons, rows)
+        ]
+        row_bytes = self.layout.row_bytes
+        places = [
+            (((2 * layer + part) * neurons + start) * row_bytes, count * row_bytes)
+            for part, start, count in self.pieces
+        ]
+        self.resident = [AlignedPool(nbytes) for _, nbytes in places[:resident]]
+        for place, pool in zip(places, self.resident, strict=False):
+            conveyor.streamer.reader.wait(conveyor.read(place, pool))
+        conveyor.places += places[resident:]
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         hidden: list[mx.array] = []
         y = mx.zeros_like(flat)
-        first, count = len(self.resident), len(self.pieces)
-        ticket = self._submit(first, self.scratch[0]) if first < count else None
-        for piece, (part, start) in enumerate(self.pieces):
-            if piece < first:
-                pool = self.resident[piece]
-            else:
-                assert ticket is not None
-                wait(self.streamer, ticket)
-                pool, spare = self.scratch[(piece - first) % 2], self.scratch[(piece - first + 1) % 2]
-                ticket = self._submit(piece + 1, spare) if piece + 1 < count else None
-            typed = pool.array.reshape(-1)[: self._bytes(start)].view(getattr(mx, self.layout.dtype))
-            rows = typed.reshape(-1, self.layout.width).astype(x.dtype)
+        for piece, (part, start, count) in enumerate(self.pieces):
+            pool = self.resident[piece] if piece < len(self.resident) else self.conveyor.take()
+            nbytes = count * self.layout.row_bytes
+            matrix = pool.array.reshape(-1)[:nbytes].view(getattr(mx, self.layout.dtype)).astype(x.dtype)
             if part == 0:
-                h = flat @ rows.T  # (N, D) @ (D, n)
+                h = flat @ matrix.reshape(-1, count)  # (N, D) @ (D, n)
                 if "up_bias" in self.biases:
-                    h = h + self.biases["up_bias"][start : start + len(rows)]
+                    h = h + self.biases["up_bias"][start : start + count]
                 hidden.append(mx.maximum(h, 0))
                 mx.eval(hidden)
             else:
-                y = y + hidden.pop(0) @ rows  # (N, n) @ (n, D)
+                y = y + hidden.pop(0) @ matrix.reshape(count, -1)  # (N, n) @ (n, D)
                 mx.eval(y)
         return (y + self.biases["down_bias"] if "down_bias" in self.biases else y).reshape(x.shape)
 
@@ -142,10 +164,9 @@ def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
     rows = rows_of_piece(layout)
     per_layer = 2 * -(-layout.neurons // rows)
     pieces = min(resident_bytes // (rows * layout.row_bytes), per_layer * layout.layers)
-    scratch = [AlignedPool(rows * layout.row_bytes) for _ in range(2)]
-    file = UnitFile(matrices)
+    conveyor = _Conveyor(model.flash.streamer, UnitFile(matrices), rows * layout.row_bytes)
     for i, (layer, kept) in enumerate(zip(model.layers, spread_pieces(pieces, layout.layers), strict=True)):
-        layer.mlp = _Neurons(layer.mlp, i, kept, file, scratch)
+        layer.mlp = _Neurons(layer.mlp, i, kept, conveyor)
     return sum(pool.nbytes for layer in model.layers for pool in layer.mlp.resident)
 
 

@@ -29,7 +29,7 @@ SHARE = 0.6
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
-    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
+    add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=whole_number(1), default=32, help="tokens of the prompt, taken at once (default: %(default)s)"
     )
@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
         default=tokens,
         help="tokens taken one by one, which are timed (default: %(default)s)",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, help="plain text to feed (default: the packaged calibration text)")
     parser.add_argument("--no-cgroup", action="store_true", help="do not enforce the budget by a memory cgroup")
     parser.add_argument("--force", action="store_true", help="go on where the machine would swap")
@@ -267,6 +271,11 @@ def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def steady(rounds: list[list[dict[str, Any]]]) -> float:
     """Median seconds of a token in the second half of every round: the cache is warm by then."""
     return spread(sample["total_s"] for samples in rounds for sample in samples[len(samples) // 2 :])["median"]
+
+
+def hybrid_title(share: float) -> str:
+    """Hybrid keeps half, or less where the budget is less."""
+    return "hybrid: half resident" if share >= sides.HALF else f"hybrid: {share:.0%} resident"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Latency per token of naive, hybrid and flash loading: reading, management, compute, in the same memory."""
+"""Latency per token of naive, hybrid and flash loading: reading, management, compute, under one memory limit."""
 
 from __future__ import annotations
 
@@ -79,10 +79,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def title_of(name: str, result: dict[str, Any]) -> str:
-    """Hybrid keeps half, or less where the budget is less."""
-    if name == "hybrid" and result["share"] < HALF:
-        return f"hybrid: {result['share']:.0%} resident"
-    return NAMES[name]
+    return compare.hybrid_title(result["share"]) if name == "hybrid" else NAMES[name]
 
 
 # -- figures -------------------------------------------------------------------------------------------------
@@ -213,7 +210,10 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     panels = figure.subplots(2, 1, height_ratios=[len(upper) + 0.6, len(lower) + 0.6])
     for axes, names in zip(panels, (upper, lower), strict=True):
         stack(axes, names, result)
-    compare.title(figure, finding(result), f"{result['model']}, {result['share']:.0%} of the weights' bytes in memory")
+    limit = (
+        f"memory limit: {result['share']:.0%} of the weights and {result['base_bytes'] / 1e6:.0f} MB for the process"
+    )
+    compare.title(figure, finding(result), f"{result['model']}; {limit}")
     panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, borderaxespad=0.2)
     panels[1].set_title("on a scale of its own", fontweight="normal", fontsize=8, loc="right")
     panels[1].set_xlabel("ms per token (mean, first tokens counted)")

@@ -13,7 +13,11 @@ if [ -z "$folder" ]; then
     trap 'rm -rf "$folder"' EXIT
 fi
 python3 -m venv .venv-gpu
-.venv-gpu/bin/pip install -q -e ".[test,bench]" "mlx[${MLX_CUDA:-cuda13}]"
+.venv-gpu/bin/pip install -q -e ".[test,bench]"
+# Both back ends bring the same library: the CPU's goes before the GPU's comes.
+version=$(.venv-gpu/bin/pip show mlx | sed -n 's/^Version: //p')
+.venv-gpu/bin/pip uninstall -q -y mlx-cpu
+.venv-gpu/bin/pip install -q "mlx[${MLX_CUDA:-cuda13}]==$version"
 python=.venv-gpu/bin/python
 $python - <<'PYTHON'
 import mlx.core as mx

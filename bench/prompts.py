@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from mlx_flash.commands import whole_number
+from mlx_flash.defaults import PREFILL_TOKENS
 from mlx_flash.errors import UsageError
 
 from . import compare, disk
@@ -19,8 +21,9 @@ from .sides import Side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    compare.add_arguments(parser, tokens=2)
+    compare.add_model_arguments(parser)
     compare.add_share_argument(parser)
+    parser.set_defaults(prompt=1, tokens=2)
     parser.add_argument("--lengths", default="32,512", help="tokens of the prompts, by commas (default: %(default)s)")
     parser.add_argument("--rounds", type=whole_number(1, 20), default=3, help="medians count (default: %(default)s)")
 
@@ -31,8 +34,8 @@ def main(arguments: argparse.Namespace) -> None:
         lengths = [int(length) for length in arguments.lengths.split(",")]
     except ValueError:
         raise UsageError(f"--lengths is {arguments.lengths!r}, expected numbers separated by commas.") from None
-    if not all(1 <= length <= 512 for length in lengths):
-        raise UsageError("--lengths: expected 1 to 512 tokens, which is what is read at once.")
+    if not all(9 <= length <= PREFILL_TOKENS for length in lengths):
+        raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, which is what is read at once.")
     rows = []
     count = max(lengths) + 2
     with compare.opened(arguments, count, count) as subject:
@@ -79,7 +82,7 @@ def measure(subject: compare.Subject, length: int, budget: int, rounds: int) -> 
                 "compute_s": dense["prompt_s"],
             }
         )
-    medians = {key: sorted(sample[key] for sample in samples)[rounds // 2] for key in samples[0]}
+    medians = {key: median(sample[key] for sample in samples) for key in samples[0]}
     bound = max(medians["read_once_s"], medians["compute_s"])
     return {"length": length, **medians, "ratio": medians["prompt_s"] / bound, "samples": samples}
 

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,13 +31,13 @@ class Side:
     """How to run: "naive", "hybrid", "dense" or "flash"; "plan" loads what is least and stops there.
 
     memory: bytes for the whole process, of flash only; None as in mlx_flash.load. keep: share of the model's bytes that
-    hybrid has in memory.
+    hybrid has in memory. look_ahead: as the engine has it, which tries out whether it pays, or all the time, or never.
     """
 
     name: str
     memory: int | None = None
     keep: float = HALF
-    look_ahead: bool = True
+    look_ahead: Literal["tried", "always", "never"] = "tried"
     options: dict[str, Any] = field(default_factory=dict)  # of mlx_flash.load
 
 
@@ -109,11 +109,15 @@ def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any
 
 
 def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
+    from mlx_flash.layers.pace import Pace
     from mlx_flash.loading import load
 
     model, _ = load(task.store, memory=side.memory, **options)
-    if not side.look_ahead:
+    if side.look_ahead == "never":
         forget_look_ahead(model)
+    for layer in model.layers:
+        if side.look_ahead == "always" and layer.mlp._ahead is not None:
+            layer.mlp._ahead.pace = Pace(warm_up=2**62)
     plan = model.flash.plan
     return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
 
@@ -169,12 +173,18 @@ def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
     from mlx_lm.models.cache import make_prompt_cache
     from tqdm import tqdm
 
+    from mlx_flash.layers.neurons import StreamedNeurons
+
     cache = make_prompt_cache(model)
     counters = model.flash.streamer.counters
     top, samples = [], []
     began, before = time.perf_counter(), counters.copy()
     if task.prompt:
-        mx.eval(model(mx.array([task.ids[: task.prompt]]), cache=cache))
+        model(mx.array([task.ids[: task.prompt]]), cache=cache)
+        mx.eval([c.state for c in cache])  # as generation does: nobody asks for the logits inside a prompt
+        for layer in model.layers:
+            if isinstance(layer.mlp, StreamedNeurons):
+                layer.mlp.settle()
     prompt_s = time.perf_counter() - began
     prompt = asdict(counters - before)
     for token in tqdm(task.ids[task.prompt :], desc=task.label or name, unit="token", dynamic_ncols=True):

@@ -63,14 +63,14 @@ def main(arguments: argparse.Namespace) -> None:
         tokens = min(arguments.baseline_tokens, arguments.tokens)
         result["steps"] = [
             engine(subject, "naive: all from flash", Side("naive"), tokens, budget),
-            engine(subject, "hybrid: half resident", Side("hybrid", keep=min(HALF, share)), tokens, budget),
+            engine(subject, compare.hybrid_title(share), Side("hybrid", keep=min(HALF, share)), tokens, budget),
             *replays(subject, record(subject, arguments.tokens, budget)),
         ]
         rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
         flash = {
-            f"engine, window of {WINDOW}": Side("flash", budget, look_ahead=False, options={"window": WINDOW}),
-            "+ eviction by fading use": Side("flash", budget, look_ahead=False),
-            "+ look-ahead": Side("flash", budget),
+            f"engine, window of {WINDOW}": Side("flash", budget, look_ahead="never", options={"window": WINDOW}),
+            "+ eviction by fading use": Side("flash", budget, look_ahead="never"),
+            "+ look-ahead": Side("flash", budget, look_ahead="always"),
         }
         result["steps"] += [engine(subject, name, side, arguments.tokens, budget) for name, side in flash.items()]
         result["disk"] = rates

@@ -15,6 +15,7 @@ from mlx_flash.bench import baselines, compare, sides, steps, synthetic, traces
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
+from mlx_flash.flash.reader import Reader
 
 IDS = [5, 9, 17, 33, 2, 60, 41, 7]
 PROMPT = 3
@@ -56,10 +57,9 @@ def test_baselines_give_the_engine_s_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = tiny_synthetic if name == "synthetic" else tiny_of(name).store
+    # Before the matrices are written; so that one has several pieces.
+    monkeypatch.setattr(baselines, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10)
     task = task_of(store)
-    monkeypatch.setattr(
-        baselines, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10
-    )  # so that a matrix has several pieces
     manifest = read_manifest(store)
     resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
     keep = (resident + 0.3 * streamed) / (resident + streamed)
@@ -200,11 +200,21 @@ def test_prompts(command: Callable[..., dict[str, Any]]) -> None:
         assert row["first_token_s"] > row["prompt_s"] > 0
 
 
+def test_host(tiny_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit = Reader.submit
+    arguments = make_parser().parse_args(["host", "--model", str(tiny_synthetic), "--tokens", "4"])
+    arguments.run(arguments)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert Reader.submit is submit
+    assert 0 < result["manage_share"] < 1
+    assert 0 < result["ms_per_token"]["tick"] < result["ms_per_token"]["begin"] < result["total_ms"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["prompts", "--lengths", "32,x"], "--lengths"),
-        (["prompts", "--lengths", "513"], "1 to 512"),
+        (["prompts", "--lengths", "513"], "9 to 512"),
         (["naive-vs-flash", "--share", "0.01"], "pass --share"),
         (["naive-vs-flash", "--tokens", "2", "--rounds", "3"], "--rounds"),
         (["naive-vs-flash", "--tokens", "5000"], "positions"),

@@ -141,8 +141,9 @@ class UnitFile:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
-            os.close(self.fd)  # a ticket holds its file, so no read can be outstanding here
+        # While a read is outstanding its reader has the file; both may go at once, as parts of a cycle, in any order.
+        if getattr(self, "fd", -1) >= 0 and self._reads == 0:
+            os.close(self.fd)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ class BlockRows:
     row r begins r * grain elements into the pool.
     """
 
-    def __init__(self, pool: AlignedPool, layout: NeuronLayout, parts: tuple[str, ...]) -> None:
+    def __init__(
+        self, pool: AlignedPool, layout: NeuronLayout, parts: tuple[str, ...], side: mx.ThreadLocalStream | None
+    ) -> None:
+        self.side = side
         self.layout = layout
         self.parts = parts
         self.block_bytes = layout.part_range(parts)[1]
@@ -44,8 +47,6 @@ class BlockRows:
         shape = ((elements - layout.width) // self.grain + 1, layout.width)
         self.rows = mx.as_strided(typed, shape=shape, strides=(self.grain, 1))
         mx.eval(self.rows)
-        # The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
-        self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
         """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them."""
@@ -70,7 +71,9 @@ class Streamer:
         self.layout = layout
         self.counters = Counters()
         self.scratch = [AlignedPool(layout.piece_blocks * layout.block_bytes) for _ in range(2)]
-        self.scratch_rows = [BlockRows(pool, layout, layout.parts) for pool in self.scratch]
+        # The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
+        self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
+        self.scratch_rows = [BlockRows(pool, layout, layout.parts, self.side) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
             check_shared_memory(pool, rows)
         self.flying: list[LayerStream] = []  # those with blocks on their way
@@ -150,7 +153,7 @@ class LayerStream:
         self.pool = (
             AlignedPool(self.cache.slots * self.slot_bytes, row_bytes=self.slot_bytes) if self.cache.slots else None
         )
-        self.rows = BlockRows(self.pool, layout, parts) if self.pool else None
+        self.rows = BlockRows(self.pool, layout, parts, shared.side) if self.pool else None
         self._held: tuple[mx.array, ...] = ()
         self.flight: _Flight | None = None
         self._begun = False  # all that the current token needs was asked for at once
@@ -174,7 +177,7 @@ class LayerStream:
     # -- decoding: the selected neurons ---------------------------------------------------------------------
 
     def read_ahead(self, ids: np.ndarray) -> None:
-        """Starts to read what is missing of neurons `ids` (ascending), which the next token may need here.
+        """Starts to read what is missing of neurons `ids` (ascending), which the token under way may need here.
 
         A guess: what was read in vain costs time, never changes a result. Nothing is done where it would not fit.
         """
@@ -198,7 +201,8 @@ class LayerStream:
         began = time.perf_counter()
         blocks = self._blocks_of(ids)
         here = self.cache.tick(blocks)
-        if early is not None:
+        self._begun = len(blocks) <= self.cache.slots
+        if early is not None and self._begun:  # else they may have gone again before they are used
             wanted = np.zeros(self.layout.blocks, np.bool_)
             wanted[blocks] = True
             used = int(np.count_nonzero(wanted[early]))
@@ -210,7 +214,6 @@ class LayerStream:
             counters.vain += vain
             counters.misses += used
             counters.hits -= used  # they are here, and are counted as such below
-        self._begun = len(blocks) <= self.cache.slots
         if self._begun:
             self._count(len(blocks), here)
             if here < len(blocks):
@@ -269,9 +272,9 @@ class LayerStream:
             began = time.perf_counter()
             self.settle()
             settled = time.perf_counter()  # what the device still did is compute
+            self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
             self.flight = _Flight(self._submit_blocks(missing, targets), missing, targets)
             submitted = time.perf_counter()
-            self.shared.flying.append(self)
             self.shared.counters.wait_s += submitted - settled
             self.shared.counters.manage_s -= submitted - began  # which the caller measures around this
 
@@ -283,9 +286,9 @@ class LayerStream:
         flight = self.flight
         with self._draining():
             self._wait(flight.ticket)
+            self.shared.flying.remove(self)
+            self.flight = None
         waited = time.perf_counter()
-        self.flight = None
-        self.shared.flying.remove(self)
         self.cache.commit(flight.blocks, flight.slots)
         self.shared.counters.wait_s += waited - began
         self.shared.counters.manage_s += time.perf_counter() - waited
@@ -320,6 +323,7 @@ class LayerStream:
     def _start_piece(self, start: int) -> _Piece:
         began = time.perf_counter()
         layout, counters = self.layout, self.shared.counters
+        handing_over = 0.0
         stop = min(start + layout.piece_neurons, layout.neurons)
         first = start // layout.neurons_per_block
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
@@ -328,7 +332,9 @@ class LayerStream:
             self.settle()
             began = time.perf_counter()  # what the device still had to do is compute, not management
             missing, targets = self.cache.reserve(blocks)
+            handing_over -= time.perf_counter()
             ticket = self._submit_blocks(missing, targets) if len(missing) else None
+            handing_over += time.perf_counter()
             places = self.cache.slot_of[blocks].copy()
             places[places < 0] = targets
             piece = _Piece(start, stop, self.rows, places, ticket, missing, targets)
@@ -338,10 +344,13 @@ class LayerStream:
             which = first // layout.piece_blocks % 2
             offset = self.layer * layout.layer_bytes + first * layout.block_bytes
             segment = (offset, self.shared.scratch[which].address, len(blocks) * layout.block_bytes)
+            handing_over -= time.perf_counter()
             ticket = self.shared.reader.submit(self.shared.file, *(np.array([value]) for value in segment))
+            handing_over += time.perf_counter()
             piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
             counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
-        counters.manage_s += time.perf_counter() - began
+        counters.wait_s += handing_over
+        counters.manage_s += time.perf_counter() - began - handing_over
         return piece
 
     def _finish_piece(self, piece: _Piece) -> None:

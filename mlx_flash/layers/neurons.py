@@ -39,9 +39,11 @@ class StreamedNeurons(nn.Module):
     def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
-        norm, following_norm: the norms whose outputs the two layers take.
+        norm, following_norm: the norms whose outputs the two layers take. pace: the model's; the first layer that
+        guesses tells it when a token begins.
         """
-        self._ahead = LookAhead.of(following, norm, following_norm, pace)
+        if self.predictor is not None:
+            self._ahead = LookAhead.of(following, norm, following_norm, pace)
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
@@ -89,7 +91,7 @@ class StreamedNeurons(nn.Module):
         return y
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
-        if self._ahead is not None and self._stream.layer == 0:
+        if self._ahead is not None and self._ahead.leads:
             self._ahead.pace.token()
         mask, activations = predictor(x)
         guess = self._ahead.guess(x) if self._ahead is not None else None
@@ -118,7 +120,6 @@ class StreamedNeurons(nn.Module):
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
             y = y + h @ down.astype(x.dtype)  # (N, n) @ (n, D)
             self._stream.hold(y)
-        mx.async_eval(y)  # computed while the next layer's graph is being built
         return y
 
 
@@ -139,6 +140,7 @@ class LookAhead:
     scale: mx.array  # (D,)
     shift: mx.array  # (D,)
     pace: Pace
+    leads: bool = False  # tells `pace` when a token begins
     skipped: int = 0  # calls without a guess, since the last one
 
     @staticmethod

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 WARM_UP = 24  # tokens before the first trial: a cold cache is no measure
-TURN = 6  # tokens of one turn of a trial; the first is not counted
+TURN = 6  # tokens of one turn of a trial that count; one before them does not
 TURNS = 4  # with, without, with, without: what drifts hits both
 TERM = 400  # tokens until the next trial
 
@@ -18,11 +18,11 @@ class Pace:
     Which weighs more depends on the disk, the cores and the budget; the text does not depend on it.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, warm_up: int = WARM_UP) -> None:
         self.guessing = True
         self._clock = clock
         self._last: float | None = None
-        self._left = WARM_UP  # tokens of the current turn or term
+        self._left = warm_up  # tokens of the current turn or term
         self._turn = -1  # of a trial; -1 outside of one
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 

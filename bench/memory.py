@@ -40,15 +40,15 @@ def main(arguments: argparse.Namespace) -> None:
             "smallest_bytes": points[0],
             "dense": "measured" if with_dense else f"left out: needs {everything / 1e9:.1f} GB",
         }
+        if with_dense:  # first: it needs room on the disk, which may be lacking
+            with compare.with_matrices(subject, arguments.matrices) as full:
+                result["all_in_memory"] = row_of(full.run(Side("dense"), arguments.tokens, None))
         result["points"] = []
         for number, budget in enumerate(points):
             label = f"{budget / 1e6:,.0f} MB, {number + 1} of {len(points)}"
             run = subject.run(Side("flash", budget), arguments.tokens, budget, label=label)
             result["points"].append(row_of(run) | {"budget_bytes": budget, "slot_share": run["slot_share"]})
         rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
-        if with_dense:
-            with compare.with_matrices(subject, arguments.matrices) as full:
-                result["all_in_memory"] = row_of(full.run(Side("dense"), arguments.tokens, None))
         result["disk"] = rates
         result["cached_share_after"] = compare.cached_shares(subject)
     show(result)

@@ -105,5 +105,5 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(max(row[key] for key, _, _ in bars) for row in rows))
     axes.set_xlabel("seconds")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     compare.title(figure, "Reading a prompt, beside its two bounds", result["model"])

@@ -103,7 +103,8 @@ def test_look_ahead_never_changes_the_text(
     assert_same(everything(model), expected, guess)
     counters = model.flash.streamer.counters
     if slots == 60:  # with fewer, guesses of these small blocks do not fit
-        assert (counters.early > 0) == (guess not in ("nothing", "everything"))
+        assert counters.early > 0 or guess not in ("good", "raises")
+        assert counters.early == counters.vain == 0 or guess not in ("nothing", "everything")
     assert counters.early <= counters.misses
 
 

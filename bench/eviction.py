@@ -13,7 +13,7 @@ from mlx_flash.flash.cache import HALF_LIFE, SlotCache
 from mlx_flash.plan import MIN_SLOTS, share_out
 
 from . import policies, traces
-from .report import COLOURS, SERIES, environment, finish, require_plots
+from .report import COLOURS, SERIES, finish, require_plots
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.24, 0.3, 0.4, 0.5)  # of all units that have a slot
 WINDOWS = (4, 16, 64)  # tokens
@@ -36,10 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
         held_out = traces.record(subject.model, subject.ids, subject.prefix, "held-out text")
         calibration = traces.record(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
         result: dict[str, Any] = {
-            "environment": environment(subject.store),
-            "text": arguments.text.name,
-            "tokens": len(subject.ids),
-            "predictor": subject.model.flash.predictor,
+            **traces.head_of(subject, arguments.text),
             "neurons_per_block": count,
         }
     result["units"] = {}

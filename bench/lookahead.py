@@ -14,7 +14,7 @@ from mlx_flash.flash.cache import SlotCache
 from mlx_flash.layers.predictors import ExactPredictor, LowRankPredictor, Predictor
 
 from . import traces
-from .report import SERIES, environment, finish, require_plots
+from .report import SERIES, finish, require_plots
 
 SHARES = (0.25, 0.10)  # of a layer's neurons that have a slot
 SHIFTS = (-0.25, 0.0, 0.25, 0.5)  # of the guess's threshold, in standard deviations of the layer's score
@@ -35,10 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
         layout, guesses = subject.model.flash.manifest.layout, observe(subject.model)
         history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
         result: dict[str, Any] = {
-            "environment": environment(subject.store),
-            "text": arguments.text.name,
-            "tokens": len(subject.ids),
-            "predictor": subject.model.flash.predictor,
+            **traces.head_of(subject, arguments.text),
             "states": STATES,
         }
     jobs = [

@@ -17,7 +17,7 @@ from mlx_flash.plan import MIN_SLOTS, share_out
 
 from . import traces
 from .eviction import everyone_but
-from .report import COLOURS, environment, finish, require_plots
+from .report import COLOURS, finish, require_plots
 
 NEIGHBOURS = 32  # of every neuron, that an order by pairs considers
 LARGEST_SPECTRAL = 4096  # neurons; more would take minutes per layer
@@ -60,9 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
         held_out = traces.record(subject.model, subject.ids, subject.prefix, "held-out text")
         calibration = traces.record(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
         result: dict[str, Any] = {
-            "environment": environment(subject.store),
-            "text": arguments.text.name,
-            "tokens": len(subject.ids),
+            **traces.head_of(subject, arguments.text),
             "slots": arguments.slots,
             "bundle_bytes": arguments.bundle,
             "disks": [vars(disk) for disk in disks],

@@ -19,7 +19,7 @@ from mlx_flash.defaults import PREDICTORS
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import ExactPredictor, Predictor
 
-from .report import add_output_argument
+from .report import add_output_argument, environment
 from .sides import forget_look_ahead
 
 
@@ -142,6 +142,16 @@ class Subject:
     ids: list[int]
     calibration_ids: list[int]
     prefix: list[int]
+
+
+def head_of(subject: Subject, text: Path) -> dict[str, Any]:
+    """What the result of every command on traces begins with."""
+    return {
+        "environment": environment(subject.store),
+        "text": text.name,
+        "tokens": len(subject.ids),
+        "predictor": subject.model.flash.predictor,
+    }
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mlx_flash.commands import whole_number
 
 from . import traces
-from .report import COLOURS, SERIES, environment, finish, require_plots
+from .report import COLOURS, SERIES, finish, require_plots
 
 KINDS = {"active": "truly active", "chosen": "chosen by the predictor"}
 
@@ -26,10 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
     with traces.opened(arguments, print) as subject:
         history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
         result: dict[str, Any] = {
-            "environment": environment(subject.store),
-            "text": arguments.text.name,
-            "tokens": len(subject.ids),
-            "predictor": subject.model.flash.predictor,
+            **traces.head_of(subject, arguments.text),
         }
     windows = list(range(1, min(arguments.largest, len(subject.ids) // 4) + 1))
     result |= {"windows": windows, "layers": [trace.layer for trace in history]}

@@ -159,6 +159,11 @@ class LayerStream:
         self._begun = False  # all that the current token needs was asked for at once
         self.used_early = self.vain_early = 0.0  # blocks read ahead that were needed and that were not, lately
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether every block is in its slot, so that nothing will be read any more."""
+        return self.cache.resident == self.layout.blocks
+
     def hold(self, *outputs: mx.array) -> None:
         """Names graphs that read this layer's memory: they are evaluated before that is written again."""
         self._held += outputs
@@ -181,7 +186,7 @@ class LayerStream:
 
         A guess: what was read in vain costs time, never changes a result. Nothing is done where it would not fit.
         """
-        if self.flight is not None or self.cache.resident == self.layout.blocks:
+        if self.flight is not None or self.all_resident:
             return
         began = time.perf_counter()
         blocks = self._blocks_of(ids)

@@ -49,11 +49,6 @@ class StreamedNeurons(nn.Module):
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
         self._stream.settle()
 
-    @property
-    def all_resident(self) -> bool:
-        """Whether every neuron is in its slot, so that nothing will be read any more."""
-        return self._stream.cache.resident == self._stream.layout.blocks
-
     def resident_up(self, dtype: mx.Dtype) -> mx.array:
         """This layer's up projection (F, D), read from the store."""
         rows = []
@@ -160,7 +155,7 @@ class LookAhead:
     def guess(self, x: mx.array) -> mx.array | None:
         """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
         predictor, stream = self.following.predictor, self.following._stream
-        if predictor is None or self.following.all_resident or not self.pace.guessing:
+        if predictor is None or stream.all_resident or not self.pace.guessing:
             return None
         # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.
         self.skipped += 1

@@ -16,6 +16,7 @@ from mlx_flash.convert.neurons import write_neurons
 from mlx_flash.flash.files import Manifest, NeuronLayout
 from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.stream import LayerStream, Streamer
+from mlx_flash.layers.activations import Activation
 from mlx_flash.layers.neurons import StreamedNeurons
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -63,7 +64,9 @@ def measure(folder: Path, layout: NeuronLayout, repeat: int) -> list[dict[str, f
     matrices = tuple(mx.random.normal((layout.neurons, layout.width)).astype(dtype) for _ in layout.parts)
     write_neurons(folder, layout, lambda _: matrices, lambda _: None)
     streamer = Streamer(UnitFile(folder / Manifest.neurons_file), Reader(16), layout)
-    layer = StreamedNeurons(LayerStream(streamer, 0, layout.blocks, layout.parts), decode_tokens=8, bias=False)
+    layer = StreamedNeurons(
+        LayerStream(streamer, 0, layout.blocks, layout.parts), Activation(), decode_tokens=8, bias=False
+    )
     x = mx.random.normal((1, 1, layout.width))
     choices = {"all": None, **{str(share): _Fixed(layout.neurons, share) for share in DENSITIES}}
     times: dict[str, list[float]] = {name: [] for name in choices}

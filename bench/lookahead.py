@@ -93,8 +93,7 @@ class Guesser:
 def score(predictor: Any, x: mx.array) -> mx.array:
     """What a predictor compares with zero. x: (N, D) -> (N, F)"""
     if isinstance(predictor, ExactPredictor):
-        product, constant = x @ predictor.up.T, predictor.bias
-        return product if constant is None else product + constant
+        return predictor.before(x) - predictor.activation.threshold
     if isinstance(predictor, LowRankPredictor):
         return x @ predictor.a @ predictor.b + predictor.c
     return predictor._coarse(x) + predictor.c

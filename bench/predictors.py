@@ -17,7 +17,7 @@ from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import STORED_PREDICTORS
 from mlx_flash.errors import UsageError
-from mlx_flash.layers.predictors import ExactPredictor, Predictor
+from mlx_flash.layers.predictors import Predictor
 from mlx_flash.loading import demo_folder, find_checkpoint
 
 from .report import COLOURS, SERIES, add_output_argument, environment, finish, require_plots
@@ -178,7 +178,7 @@ def measure(store: Path, kind: str, text: str, tokens: int) -> dict[str, Any]:
 
 def audit(mlp: Any) -> Audit:
     """Puts an Audit in the place of a layer's predictor."""
-    truth = ExactPredictor(mlp.resident_up(mx.float32), mlp.up_bias if "up_bias" in mlp else None)
+    truth = mlp.exact_predictor(mx.float32)
     result = Audit(mlp.predictor, truth)
     mlp.predictor = result
     return result

@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -34,6 +34,7 @@ from mlx_flash.convert.output import file_entry, publish
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.layers.activations import Activation
 
 from .random_checkpoint import SHAPES, copy_tokenizer, opt_config
 
@@ -182,6 +183,7 @@ def write_store(
             model_type="opt",
             source={"synthetic": {"shape": [hidden, layers, heads], "seed": seed}},
             layout=layout,
+            activation=asdict(Activation()),
             resident_dtype="float32",
             decode_tokens=8,
             all_neurons_layers=(),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlx_flash.commands import whole_number
 from mlx_flash.defaults import PREDICTORS
 from mlx_flash.errors import UsageError
-from mlx_flash.layers.predictors import ExactPredictor, Predictor
+from mlx_flash.layers.predictors import Predictor
 
 from .report import add_output_argument, environment
 from .sides import forget_look_ahead
@@ -85,7 +85,7 @@ def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[Lay
         mlp = layer.mlp
         if mlp.predictor is None:
             continue
-        truth = ExactPredictor(mlp.resident_up(mx.float32), mlp.up_bias if "up_bias" in mlp else None)
+        truth = mlp.exact_predictor(mx.float32)
         taps[index] = Tap(mlp.predictor, truth, LayerTrace(index, layout.neurons, layout.neurons_per_block))
         mlp.predictor = taps[index]
     if not taps:

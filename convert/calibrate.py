@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from mlx_flash.layers.activations import Activation
 
 SEQUENCE_TOKENS = 128
 
@@ -26,24 +29,41 @@ def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, 
     return np.array([prefix + token_ids[i * step : i * step + body] for i in range(count)], np.int32)
 
 
-class _Recorder:
-    """Stands where the FFN stood: keeps its input, computes it on the host.
+@dataclass(frozen=True)
+class HostFFN:
+    """One layer's FFN for the host, float32.
 
     NumPy's own BLAS is some 30 times faster at this than the one of MLX's Linux wheel, and on any machine
     these weights are used once only.
     """
 
-    def __init__(self, up: np.ndarray, up_bias: np.ndarray, down: np.ndarray, down_bias: np.ndarray) -> None:
-        self.up, self.up_bias, self.down, self.down_bias = up, up_bias, down, down_bias
+    activation: Activation
+    matrices: tuple[np.ndarray, ...]  # (F, D) each: up, or gate and up
+    up_bias: np.ndarray  # (F,)
+    down: np.ndarray  # (F, D)
+    down_bias: np.ndarray  # (D,)
+
+    def before(self, x: np.ndarray) -> list[np.ndarray]:
+        """The pre-activations of every matrix, (N, F) each. x: (N, D)."""
+        products = [x @ matrix.T for matrix in self.matrices]
+        products[-1] += self.up_bias
+        return products
+
+
+class _Recorder:
+    """Stands where the FFN stood: keeps its input, computes it on the host."""
+
+    def __init__(self, ffn: HostFFN) -> None:
+        self.ffn = ffn
         self.inputs: list[np.ndarray] = []
-        self.activations: list[np.ndarray] = []
+        self.scores: list[np.ndarray] = []
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        before = flat @ self.up.T + self.up_bias  # (N, D) @ (D, F)
+        before = self.ffn.before(flat)
         self.inputs.append(flat)
-        self.activations.append(before)
-        y = np.maximum(before, 0) @ self.down + self.down_bias
+        self.scores.append(self.ffn.activation.score(*before, xp=np))
+        y = self.ffn.activation(*before, xp=np) @ self.ffn.down + self.ffn.down_bias
         return mx.array(y).reshape(x.shape).astype(x.dtype)
 
 
@@ -62,19 +82,18 @@ class _HostLinear:
 def layer_activations(
     model: Any,
     sequences: np.ndarray,
-    load_ffn: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each layer in turn: (FFN inputs (N, D), pre-activations (N, F), up projection (F, D)), float32.
+    load_ffn: Callable[[int], HostFFN],
+) -> Iterator[tuple[np.ndarray, np.ndarray, HostFFN]]:
+    """For each layer in turn: (FFN inputs (N, D), scores (N, F) which are above 0 where a neuron is active, the FFN).
 
-    N = sequences x length, in order. load_ffn(layer) -> up (F, D), up bias (F,), down (F, D), down bias (D,).
+    float32; N = sequences x length, in order.
     The model's layers are consumed: each is dropped after its turn.
     """
     hidden = [model.embed(mx.array(s[None])) for s in sequences]
     mx.eval(hidden)
     for index in range(len(model.layers)):
         layer = model.layers[index]
-        up, up_bias, down, down_bias = load_ffn(index)
-        recorder = _Recorder(up, up_bias, down, down_bias)
+        recorder = _Recorder(load_ffn(index))
         layer.mlp = recorder
         if mx.default_device() == mx.cpu:
             for name, module in list(layer.self_attn.items()):
@@ -83,7 +102,7 @@ def layer_activations(
         for i in range(len(hidden)):
             hidden[i] = layer(hidden[i], "causal", None)
             mx.eval(hidden[i])
-        inputs, activations = np.concatenate(recorder.inputs), np.concatenate(recorder.activations)
+        inputs, scores, ffn = np.concatenate(recorder.inputs), np.concatenate(recorder.scores), recorder.ffn
         model.layers[index] = None
-        del layer, recorder, up_bias, down, down_bias  # not kept while the caller works
-        yield inputs, activations, up
+        del layer, recorder  # not kept while the caller works
+        yield inputs, scores, ffn

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,7 @@ from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOK
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
+from mlx_flash.layers.activations import Activation
 
 from . import calibrate, predictors
 from .checkpoint import Checkpoint, Tensor
@@ -73,6 +74,7 @@ def convert(
         raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
+    activation = family.activation(checkpoint.config, source)
     if not Path(os.path.realpath(output)).name:
         raise UsageError(f"--output {output} is the root of the file system. Choose a folder.")
     output = Path(os.path.realpath(output))  # a link stays a link, and the partial folder is on the disk it leads to
@@ -82,7 +84,8 @@ def convert(
             try:
                 recover(output)
                 refuse_to_replace(output, source, overwrite)
-                return _Conversion(checkpoint, family, output, settings, {} if seconds is None else seconds).run()
+                told = {} if seconds is None else seconds
+                return _Conversion(checkpoint, family, activation, output, settings, told).run()
             finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
@@ -102,12 +105,18 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, output: Path, settings: Settings, seconds: dict[str, float]
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        activation: Activation,
+        output: Path,
+        settings: Settings,
+        seconds: dict[str, float],
     ) -> None:
         from mlx_flash.loading import model_classes
 
-        self.checkpoint, self.family, self.output, self.settings = checkpoint, family, output, settings
-        self.seconds = seconds
+        self.checkpoint, self.family, self.activation = checkpoint, family, activation
+        self.output, self.settings, self.seconds = output, settings, seconds
         self.partial = output.with_name(output.name + ".partial")
         model_class, args_class = model_classes(checkpoint.config)
         try:
@@ -127,11 +136,13 @@ class _Conversion:
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
         from mlx.utils import tree_flatten
 
-        up, down = (self._find(name.format(0)) for name in (self.family.up, self.family.down))
-        if len(up.shape) != 2 or down.shape != up.shape[::-1] or not all(up.shape):
+        *first, down = (self._find(name) for name in self.family.weights(0))
+        up = first[-1]
+        if len(up.shape) != 2 or not all(up.shape) or {m.shape for m in first} | {down.shape[::-1]} != {up.shape}:
+            shapes = ", ".join(f"{part} {m.shape}" for part, m in zip(self.family.parts, [*first, down], strict=True))
             raise CheckpointError(
-                f"{self.checkpoint.folder}: up projection {up.shape} and down projection {down.shape} do not fit "
-                "together; expected (F, D) and (D, F)."
+                f"{self.checkpoint.folder}: the FFN's matrices do not fit together: {shapes}; expected (F, D), and "
+                "(D, F) of the last."
             )
         neurons, width = up.shape
         found = {self._find(name).dtype for name in dict(tree_flatten(self.model.parameters()))}
@@ -141,7 +152,7 @@ class _Conversion:
             tqdm.write(note, file=sys.stderr)
         if dtype not in DTYPES:
             raise CheckpointError(f"{self.checkpoint.folder} is stored in {dtype}; expected {', '.join(DTYPES)}.")
-        return NeuronLayout.plan(dtype, self.layers, neurons, width, ("up", "down")), dtype
+        return NeuronLayout.plan(dtype, self.layers, neurons, width, self.family.parts), dtype
 
     def _resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored name -> (model's name, shape) of everything that is not streamed; checks that all is there."""
@@ -157,14 +168,11 @@ class _Conversion:
                 )
             result[name] = (name, shape)
         for layer in range(self.layers):
-            for part in (self.family.up, self.family.down):
-                result.pop(part.format(layer))
-            for old, new in (
-                (self.family.up_bias, self.family.streamed_up_bias),
-                (self.family.down_bias, self.family.streamed_down_bias),
-            ):
-                if old.format(layer) in result:
-                    result[new.format(layer)] = result.pop(old.format(layer))
+            for name in self.family.weights(layer):
+                result.pop(name)
+            for old, new in self.family.biases_of(layer).items():
+                if old in result:
+                    result[new] = result.pop(old)
         return result
 
     def _find(self, name: str) -> Tensor:
@@ -261,8 +269,8 @@ class _Conversion:
             )
 
     def _layer_rows(self, layer: int) -> tuple[mx.array, ...]:
-        up, down = (self._load_finite(name.format(layer)) for name in (self.family.up, self.family.down))
-        return up, down.T
+        *first, down = (self._load_finite(name) for name in self.family.weights(layer))
+        return *first, down.T
 
     def _load_finite(self, name: str) -> mx.array:
         """A tensor in the store's type. Raises CheckpointError if a number in it is not finite, or is no more."""
@@ -375,9 +383,9 @@ class _Conversion:
         )
         if not held_out.any():  # a single short sequence: measure on what it was trained on
             held_out[len(held_out) // 2 :] = True
-        layers = calibrate.layer_activations(self.model, sequences, self._host_ffn)
-        for layer, (x, before, up) in enumerate(layers):
-            yield predictors.Sample(x, before, up, self._bias(self.family.up_bias, layer, len(up)), held_out)
+        for x, score, ffn in calibrate.layer_activations(self.model, sequences, self._host_ffn):
+            bias = np.zeros(len(ffn.matrices[0]), np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
+            yield predictors.Sample(x, score, ffn.matrices[0], bias - np.float32(self.activation.threshold), held_out)
 
     def _load_resident(self) -> None:
         """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
@@ -385,19 +393,13 @@ class _Conversion:
         named = [(name, weights.pop(stored).astype(mx.float32)) for stored, (name, _) in self.resident.items()]
         self.model.load_weights(named, strict=False)
 
-    def _host_ffn(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        up, down = (np.array(rows.astype(mx.float32)) for rows in self._layer_rows(layer))
-        return (
-            up,
-            self._bias(self.family.up_bias, layer, up.shape[0]),
-            down,
-            self._bias(self.family.down_bias, layer, up.shape[1]),
+    def _host_ffn(self, layer: int) -> calibrate.HostFFN:
+        *matrices, down = (np.array(rows.astype(mx.float32)) for rows in self._layer_rows(layer))
+        up_bias, down_bias = (
+            np.array(self._load(name).astype(mx.float32)) if name in self.original else np.zeros(size, np.float32)
+            for name, size in zip(self.family.biases_of(layer), down.shape, strict=True)
         )
-
-    def _bias(self, name: str, layer: int, size: int) -> np.ndarray:
-        if name.format(layer) not in self.original:
-            return np.zeros(size, np.float32)
-        return np.array(self._load(name.format(layer)).astype(mx.float32))
+        return calibrate.HostFFN(self.activation, tuple(matrices), up_bias, down, down_bias)
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -409,6 +411,7 @@ class _Conversion:
             model_type=str(self.checkpoint.config["model_type"]),
             source=self.checkpoint.files(),
             layout=self.layout,
+            activation=asdict(self.activation),
             resident_dtype=self.dtype,
             decode_tokens=DECODE_TOKENS,
             all_neurons_layers=tuple(dense),

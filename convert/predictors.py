@@ -25,9 +25,9 @@ class Sample:
     """What one layer did on calibration text. N tokens, D the width, F neurons; float32."""
 
     x: np.ndarray  # (N, D): the FFN's inputs
-    before: np.ndarray  # (N, F): pre-activations
-    up: np.ndarray  # (F, D): the up projection
-    up_bias: np.ndarray  # (F,)
+    before: np.ndarray  # (N, F): scores, above 0 where a neuron is active; without a gate its pre-activations
+    up: np.ndarray  # (F, D): the projection whose sign decides: the gate if there is one, else up
+    up_bias: np.ndarray  # (F,): its bias, less the activation's threshold
     held_out: np.ndarray  # bool (N,): tokens that thresholds and reports come from, and training does not see
 
 

@@ -37,9 +37,10 @@ from .flash.files import VERSION, Manifest, is_store, read_manifest
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
+from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
-from .layers.predictors import ExactPredictor, LowRankPredictor, Predictor, ShadowPredictor
+from .layers.predictors import LowRankPredictor, Predictor, ShadowPredictor
 from .plan import (
     MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,
@@ -323,7 +324,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
-    """What a slot holds: the exact predictor has the up rows resident already."""
+    """What a slot holds: the exact predictor has the first projection (up, or the gate) resident already."""
     return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
 
 
@@ -380,7 +381,7 @@ def _plan(
         process=current_memory_bytes() + PROCESS_MARGIN_BYTES,
         resident=resident,
         predictors=predictor_bytes,
-        kv_cache=kv_cache_bytes(layout.layers, layout.width, context, item_bytes),
+        kv_cache=kv_cache_bytes(layout.layers, model.kv_width, context, item_bytes),
         workspace=workspace,
     )
     free = available_memory_bytes()
@@ -418,11 +419,15 @@ def _build(
         say(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
         )
+    try:
+        activation = Activation(**manifest.activation)
+    except ValueError as error:
+        raise CorruptStoreError(f"{folder}: {error}. Convert the checkpoint again.") from None
     streamer = Streamer(file, Reader(threads), layout)
+    bias = any(name.endswith(".up_bias") for name in _tensors(folder / Manifest.resident_file))
     for index, layer in enumerate(model.layers):
-        bias = "bias" in layer.mlp.fc1
         stream = LayerStream(streamer, index, plan.slots[index], _slot_parts(manifest, kind), window)
-        layer.mlp = StreamedNeurons(stream, manifest.decode_tokens, bias)
+        layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
     _load_resident(model, folder, dtype)
     tensors = _predictor_tensors(folder, kind)
     for index, layer in enumerate(model.layers):
@@ -496,7 +501,7 @@ def _make_predictor(
     dtype: mx.Dtype,
 ) -> Predictor:
     if kind == "exact":
-        return ExactPredictor(mlp.resident_up(dtype), mlp.up_bias if "up_bias" in mlp else None)
+        return mlp.exact_predictor(dtype)
     prefix = f"{layer}."
     names = [name for name in tensors if name.startswith(prefix)]
     own = {name.removeprefix(prefix): _as_used(name, tensors.pop(name), dtype) for name in names}

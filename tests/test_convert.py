@@ -548,8 +548,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (cut, "its tensors end at byte"),
     "lying header": (huge_header, "its header claims"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"x"), "no readable safetensors file"),
-    "other family": (lambda f: change_config(f, model_type="gpt2"), "neurons can be streamed for: opt"),
-    "no family": (lambda f: change_config(f, model_type=None), "neurons can be streamed for: opt"),
+    "other family": (lambda f: change_config(f, model_type="gpt2"), "neurons can be streamed for: "),
+    "no family": (lambda f: change_config(f, model_type=None), "neurons can be streamed for: "),
     "gelu": (lambda f: change_config(f, activation_function="gelu"), "uses the activation 'gelu'"),
     "torch is missing": (only_torch, "reading it needs torch"),
 }  # fmt: skip

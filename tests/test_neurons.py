@@ -187,7 +187,7 @@ def test_exact_chooses_the_positive_neurons_and_nothing_else(tiny: Tiny, open_mo
         expected = np.array(tiny.dense.layers[index].mlp.fc1(x))
         assert np.abs(np.array(before) - expected).max() < 1e-5
         assert np.array_equal(np.array(mask), np.array(before) > 0)
-        assert np.array_equal(np.array(layer.mlp.predictor.up), tiny.rows[index, 0])
+        assert np.array_equal(np.array(layer.mlp.predictor.matrix), tiny.rows[index, 0])
 
 
 def test_nothing_chosen_is_only_the_bias(tiny: Tiny, open_model: Callable[..., Any]) -> None:

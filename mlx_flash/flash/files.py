@@ -22,7 +22,7 @@ from ..errors import (
 from .checksums import sha256_of
 
 FORMAT = "mlx_flash store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 ALIGNMENT = 4096  # every block begins and ends on a multiple of it
@@ -133,6 +133,7 @@ class Manifest:
     model_type: str
     source: dict[str, Any]  # files of the checkpoint: name -> bytes; header checksums
     layout: NeuronLayout
+    activation: dict[str, Any]  # kind and threshold, as layers/activations.py has them
     resident_dtype: str
     decode_tokens: int  # calls with at most so many tokens per sequence go the decode way
     all_neurons_layers: tuple[int, ...]  # layers too dense to be worth selecting in
@@ -158,6 +159,8 @@ class Manifest:
         layout = self.layout
         if type(self.model_type) is not str or type(self.source) is not dict:
             return "model_type or source has the wrong type"
+        if set(self.activation) != {"kind", "threshold"}:
+            return f"activation is {self.activation!r:.80}"
         if self.resident_dtype not in ITEM_BYTES:
             return f"resident_dtype is {self.resident_dtype!r:.80}"
         if not _is_count(self.decode_tokens, 1):

@@ -1,4 +1,4 @@
-"""The streamed ReLU feed-forward layer: y = relu(x U^T + b) D + c over the neurons that matter."""
+"""The streamed feed-forward layer, over the neurons that matter: y = f(x U^T + b) D + c, or y = f(x G^T, x U^T) D."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.stream import LayerStream
+from .activations import Activation
 from .pace import Pace
 from .predictors import ExactPredictor, Predictor
 
@@ -25,13 +26,14 @@ class StreamedNeurons(nn.Module):
     result does not depend on what the cache holds.
     """
 
-    def __init__(self, stream: LayerStream, decode_tokens: int, bias: bool) -> None:
+    def __init__(self, stream: LayerStream, activation: Activation, decode_tokens: int, bias: bool) -> None:
         super().__init__()
         layout = stream.layout
         if bias:
             self.up_bias = mx.zeros((layout.neurons,))
             self.down_bias = mx.zeros((layout.width,))
         self._stream = stream
+        self._activation = activation
         self._decode_tokens = decode_tokens
         self.predictor: Predictor | None = None
         self._ahead: LookAhead | None = None
@@ -49,15 +51,16 @@ class StreamedNeurons(nn.Module):
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
         self._stream.settle()
 
-    def resident_up(self, dtype: mx.Dtype) -> mx.array:
-        """This layer's up projection (F, D), read from the store."""
+    def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
+        """One that knows which neurons can be active: it has the first projection, which is read here."""
         rows = []
-        for _, _, (up, *_) in self._stream.whole_bundles():
-            rows.append(up.astype(dtype))
+        for _, _, (first, *_) in self._stream.whole_bundles():
+            rows.append(first.astype(dtype))
             mx.eval(rows)
-        up = mx.concatenate(rows)
-        mx.eval(up)  # here: another thread, as a server has, could not
-        return up
+        matrix = mx.concatenate(rows)
+        mx.eval(matrix)  # here: another thread, as a server has, could not
+        gated = len(self._stream.layout.parts) == 3
+        return ExactPredictor(matrix, self.up_bias if "up_bias" in self and not gated else None, self._activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
@@ -74,16 +77,20 @@ class StreamedNeurons(nn.Module):
         # Closed here: after an exception a traceback would keep the generator, and its read would stay in flight.
         with closing(self._stream.pieces()) as pieces:
             for start, stop, rows in pieces:
+                known = []
                 if isinstance(self.predictor, ExactPredictor):
-                    up, (down,) = self.predictor.up[start:stop], rows
-                else:
-                    up, down = rows
-                h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
-                if "up_bias" in self:
-                    h = h + self.up_bias[start:stop]
-                y = y + mx.maximum(h, 0) @ down.astype(x.dtype)  # (N, n) @ (n, D)
+                    known.append(self.predictor.before(x, start, stop))
+                h = self._activation(*known, *self._products(x, rows, slice(start, stop)))  # (N, n)
+                y = y + h @ rows[-1].astype(x.dtype)  # (N, n) @ (n, D)
                 mx.eval(y)
         return y
+
+    def _products(self, x: mx.array, rows: tuple[mx.array, ...], ids: slice | mx.array) -> list[mx.array]:
+        """Pre-activations (N, n) by all of neurons `ids`' rows but the down rows."""
+        products = [x @ matrix.astype(x.dtype).T for matrix in rows[:-1]]  # (N, D) @ (D, n)
+        if "up_bias" in self and products:
+            products[-1] = products[-1] + self.up_bias[ids]
+        return products
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
         if self._ahead is not None and self._ahead.leads:
@@ -102,18 +109,12 @@ class StreamedNeurons(nn.Module):
         for begin in range(0, len(ids), self._stream.layout.piece_neurons):
             piece = ids[begin : begin + self._stream.layout.piece_neurons]
             index = mx.array(piece.astype(np.int32))
-            if activations is not None:
-                (down,) = self._stream.gather(piece)
-                h = mx.take(activations, index, axis=1)  # (N, n)
-            else:
-                up, down = self._stream.gather(piece)
-                h = x @ up.astype(x.dtype).T  # (N, D) @ (D, n)
-                if "up_bias" in self:
-                    h = h + mx.take(self.up_bias, index)
-            h = mx.maximum(h, 0)
+            known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
+            rows = self._stream.gather(piece)
+            h = self._activation(*known, *self._products(x, rows, index))
             if len(chosen) > 1:
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
-            y = y + h @ down.astype(x.dtype)  # (N, n) @ (n, D)
+            y = y + h @ rows[-1].astype(x.dtype)  # (N, n) @ (n, D)
             self._stream.hold(y)
         return y
 

@@ -1,6 +1,6 @@
 """Who says which neurons a token needs. Each is called with x: (N, D) and answers (mask, activations).
 
-mask: bool (N, F). activations: (N, F) before the ReLU where they are known anyway, else None.
+mask: bool (N, F). activations: (N, F), a resident projection's, where they are known anyway, else None.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..errors import FlashError
+from .activations import Activation
 
 
 class Predictor(Protocol):
@@ -17,17 +18,21 @@ class Predictor(Protocol):
 
 
 class ExactPredictor:
-    """The up projection itself, resident. up: (F, D); bias: (F,) or None."""
+    """The first projection itself, resident: the gate (F, D) of a gated FFN, else up with its bias (F,) or None."""
 
-    def __init__(self, up: mx.array, bias: mx.array | None) -> None:
-        self.up = up
+    def __init__(self, matrix: mx.array, bias: mx.array | None, activation: Activation) -> None:
+        self.matrix = matrix
         self.bias = bias
+        self.activation = activation
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        activations = x @ self.up.T  # (N, D) @ (D, F)
-        if self.bias is not None:
-            activations = activations + self.bias
-        return activations > 0, activations
+        first = self.before(x)
+        return self.activation.may_fire(first), first
+
+    def before(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
+        """Pre-activations of neurons start .. stop. x: (N, D) -> (N, stop - start)"""
+        first = x @ self.matrix[start:stop].T  # (N, D) @ (D, n)
+        return first if self.bias is None else first + self.bias[start:stop]
 
 
 class LowRankPredictor:
@@ -46,7 +51,8 @@ class LowRankPredictor:
 
 
 class ShadowPredictor:
-    """The up projection at a few bits: weight, scales, biases of `mx.quantize` over its transpose (D, F).
+    """The up projection, of a gated FFN the gate, at a few bits: weight, scales, biases of `mx.quantize` over its
+    transpose (D, F).
 
     A neuron is chosen if the coarse pre-activation x W + c > 0, c (F,), float32, being the bias less the threshold.
     (D, F) is grouped along the neurons; on the CPU backend that product is three times faster than the other way up.

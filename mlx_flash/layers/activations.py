@@ -1,0 +1,59 @@
+"""How a neuron fires: the activations that leave most neurons exactly zero."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+KINDS = ("relu", "relu2", "drelu")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What becomes of a neuron's pre-activations: u of the up projection and, in a gated FFN, g of the gate.
+
+    | kind    | ungated     | gated              | known as                                                      |
+    |---------|-------------|--------------------|---------------------------------------------------------------|
+    | `relu`  | r(u)        | r(g) u             | ReLU, ReGLU; with a threshold FATReLU (ProSparse, section 3.3) |
+    | `relu2` | r(u)^2      | r(g)^2 u           | squared ReLU (Primer)                                         |
+    | `drelu` |             | r(g) max(u, 0)     | dReLU (TurboSparse, section 3)                                |
+
+    where r(v) = v if v > threshold, else 0.
+    """
+
+    kind: str = "relu"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        sound = isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold) and self.threshold >= 0
+        if self.kind not in KINDS or not sound:
+            raise ValueError(
+                f"activation {self.kind!r} with threshold {self.threshold!r}: expected one of {', '.join(KINDS)} and a "
+                "threshold of at least 0"
+            )
+
+    def __call__(self, *before: Any, xp: ModuleType = mx) -> Any:
+        """before: (u,) or (g, u), each (..., F), of `xp` (mlx.core or numpy) -> (..., F), 0 where inactive."""
+        first = before[0]
+        h = xp.maximum(first, 0) if self.threshold == 0 else xp.where(first > self.threshold, first, 0)
+        if self.kind == "relu2":
+            h = h * h
+        if len(before) == 2:
+            h = h * (xp.maximum(before[1], 0) if self.kind == "drelu" else before[1])
+        return h
+
+    def score(self, *before: Any, xp: ModuleType = mx) -> Any:
+        """Arguments as above -> (..., F), above 0 where the neuron is active.
+
+        Of a gated neuron that dReLU does not stop, an up pre-activation of exactly 0 counts as active.
+        """
+        first = before[0] - self.threshold if self.threshold else before[0]
+        return xp.minimum(first, before[1]) if self.kind == "drelu" and len(before) == 2 else first
+
+    def may_fire(self, first: mx.array) -> mx.array:
+        """Bool: where a neuron can be active, judged by its first pre-activation alone (the gate's if there is one)."""
+        return first > self.threshold

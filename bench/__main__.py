@@ -15,6 +15,7 @@ COMMANDS = (
     "reads",
     "windows",
     "predictors",
+    "quality",
     "eviction",
     "host",
     "lookahead",

@@ -123,21 +123,39 @@ def all_neurons(model: Any) -> Iterator[None]:
             layer.mlp._decode_tokens = limit
 
 
+class Tapped:
+    """Stands in a layer's place and keeps what it puts out."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.output: mx.array | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
+        self.output = self.layer(*arguments, **keywords)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 def dense_hidden(model: Any, given: np.ndarray, cache: list[Any]) -> list[mx.array]:
-    """What enters the output matrix of the dense model, in chunks of PREFILL_TOKENS tokens: (n, D) each.
+    """What the dense model's `head` is given, in chunks of PREFILL_TOKENS tokens: (n, D) each.
 
     Each chunk reads every layer's neurons once. Logits, which are larger by far, are made of it when they are used.
     """
-    chunks = []
-    model.head = lambda hidden: hidden  # stands before the class's own
+    chunks, last = [], Tapped(model.layers[-1])
+    model.layers[-1] = last
     try:
         with all_neurons(model):
             for at in range(0, len(given), PREFILL_TOKENS):
-                chunks.append(model(mx.array(given[at : at + PREFILL_TOKENS])[None], cache=cache)[0])
+                model(mx.array(given[at : at + PREFILL_TOKENS])[None], cache=cache)  # its logits are not evaluated
+                assert last.output is not None
+                chunks.append(last.output[0])
+                last.output = None
                 mx.eval(chunks[-1], [c.state for c in cache])
                 mx.clear_cache()
     finally:
-        del model.head
+        model.layers[-1] = last.layer
     return chunks
 
 

@@ -13,11 +13,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PREDICTORS, Tiny  # type: ignore[import-not-found]
+from conftest import PREDICTORS, Tiny, write_tokenizer  # type: ignore[import-not-found]
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.bench import quality, score, tasks
+from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.loading import demo_folder, model_classes
 
 PREFIX = [0]
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, 90, 36)]
@@ -57,6 +60,24 @@ def test_the_dense_side_is_the_plain_model(tiny: Tiny, open_model: Callable[...,
         assert abs(found.rise) < 1e-5
     else:
         assert max(found.divergences) > 1e-9
+
+
+def test_a_gated_model_of_mlx_lms_form(tmp_path: Path, open_model: Callable[..., Any]) -> None:
+    config = {"model_type": "llama", "hidden_act": "relu", "hidden_size": 64, "intermediate_size": 256}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    config |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 64, "rope_theta": 10000.0}
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model_class, args_class = model_classes(config)
+    mx.random.seed(0)
+    plain = model_class(args_class.from_dict(config))
+    mx.save_safetensors(str(checkpoint / "model.safetensors"), dict(tree_flatten(plain.parameters())))
+    write_tokenizer(checkpoint)
+    convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=256))
+    found = compare(open_model(tmp_path / "store", slots=20, predictor="exact", context=CONTEXT))
+    assert found.dense_nats == pytest.approx(nats_of(plain), rel=1e-5)
+    assert found.agreed == 36 and 0 <= max(found.divergences) < 1e-9
 
 
 def test_a_predictor_that_chooses_nothing_is_found_out(tiny: Tiny, open_model: Callable[..., Any]) -> None:
@@ -234,9 +255,6 @@ def test_a_question_longer_than_the_context_loses_its_beginning(
 def test_the_demo_model_answers_alike_streamed_and_dense(
     lm_eval: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlx_flash.convert.conversion import Settings, convert
-    from mlx_flash.loading import demo_folder
-
     convert(demo_folder(), tmp_path / "store", Settings(calibration_tokens=256))
     run("--model", tmp_path / "store", "--tasks", "tests/tasks/endings.yaml", "--limit", 24)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

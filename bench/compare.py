@@ -167,7 +167,7 @@ def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = 
     ids: tokens needed of the text; span: those of one run. Raises UsageError, before anything long begins, for what
     cannot be used.
     """
-    from mlx_flash.loading import find_store
+    from mlx_flash.finding import find_store
 
     store = find_store(arguments.model, print)
     manifest = read_manifest(store)

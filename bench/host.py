@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.commands import whole_number
+from mlx_flash.finding import find_store
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.stream import BlockRows, LayerStream
 from mlx_flash.layers import neurons
-from mlx_flash.loading import find_store, load
+from mlx_flash.loading import load
 
 # What is timed, and what of it is management: ids, maps, slots.
 STEPS: tuple[tuple[Any, str, str], ...] = (

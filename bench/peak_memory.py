@@ -11,7 +11,8 @@ import sys
 
 from mlx_flash.commands import whole_number
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.loading import demo_folder, load_tokenizer
+from mlx_flash.finding import demo_folder
+from mlx_flash.loading import load_tokenizer
 from mlx_flash.plan import parse_memory
 
 from .cgroup import memory_group

@@ -17,8 +17,8 @@ from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import STORED_PREDICTORS
 from mlx_flash.errors import UsageError
+from mlx_flash.finding import demo_folder, find_checkpoint
 from mlx_flash.layers.predictors import Predictor
-from mlx_flash.loading import demo_folder, find_checkpoint
 
 from .report import COLOURS, SERIES, add_output_argument, environment, finish, require_plots
 from .score import score

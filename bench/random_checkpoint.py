@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_flash.commands import whole_number
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.errors import UsageError
-from mlx_flash.loading import demo_folder
+from mlx_flash.finding import demo_folder
 
 # hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
 SHAPES = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32)}
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--layers", type=whole_number(1), help="fewer or more than the shape has")
+    parser.add_argument("--shards", type=whole_number(1), default=1, help="files of weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
@@ -35,14 +38,18 @@ def main(arguments: argparse.Namespace) -> None:
     if (arguments.output / "config.json").exists():
         raise UsageError(f"{arguments.output} holds a checkpoint already. Choose another --output.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(arguments.output, arguments.shape, arguments.dtype, arguments.seed)
-    keys = ("command", "shape", "dtype", "seed")
+    keys = ("shape", "dtype", "seed", "layers", "shards")
+    write_checkpoint(arguments.output, *(getattr(arguments, key) for key in keys))
+    keys = ("command", *keys)
     print(json.dumps({key: getattr(arguments, key) for key in keys}))
 
 
-def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
-    """One tensor in memory at a time."""
-    hidden, layers, heads = SHAPES[shape]
+def write_checkpoint(
+    folder: Path, shape: str, dtype: str, seed: int, layers: int | None = None, shards: int = 1
+) -> None:
+    """One tensor in memory at a time. layers: None for as many as the shape has."""
+    hidden, all_layers, heads = SHAPES[shape]
+    layers = layers or all_layers
     tensors = {
         "model.decoder.embed_tokens.weight": ((VOCABULARY, hidden), 1.0, 0.0),
         "model.decoder.embed_positions.weight": ((POSITIONS + 2, hidden), 0.1, 0.0),
@@ -62,16 +69,22 @@ def write_checkpoint(folder: Path, shape: str, dtype: str, seed: int) -> None:
         tensors[f"{layer}fc2.weight"] = ((hidden, 4 * hidden), (4 * hidden) ** -0.5, 0.0)
         tensors[f"{layer}fc2.bias"] = ((hidden,), 0.02, 0.0)
     stored = getattr(mx, dtype)
-    total = sum(int(np.prod(dims)) for dims, _, _ in tensors.values()) * stored.size
-    with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
-        write_safetensors(
-            folder / "model.safetensors",
-            (
-                (name, dims, stored, partial(_normal, [seed, i], dims, spread, mean))
-                for i, (name, (dims, spread, mean)) in enumerate(tensors.items())
-            ),
-            bar.update,
-        )
+    entries = [
+        (name, dims, stored, partial(_normal, [seed, i], dims, spread, mean))
+        for i, (name, (dims, spread, mean)) in enumerate(tensors.items())
+    ]
+    sizes = [int(np.prod(dims)) * stored.size for _, dims, _, _ in entries]
+    ends = np.cumsum(sizes)
+    shard_of = ((ends - 1) * shards // ends[-1]).tolist()  # by size, in order
+    index = {}
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
+        for number in range(shards):
+            file = "model.safetensors" if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+            part = [entry for entry, shard in zip(entries, shard_of, strict=True) if shard == number]
+            write_safetensors(folder / file, part, bar.update)
+            index |= {name: file for name, _, _, _ in part}
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}, indent=2) + "\n")
     copy_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(opt_config(hidden, layers, heads), indent=2) + "\n")
 

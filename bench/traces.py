@@ -157,7 +157,8 @@ def head_of(subject: Subject, text: Path) -> dict[str, Any]:
 @contextmanager
 def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[Subject]:
     """The model and the texts that the arguments name; the text is read before the model is."""
-    from mlx_flash.loading import find_store, load
+    from mlx_flash.finding import find_store
+    from mlx_flash.loading import load
 
     text = read_text(arguments.text)
     store = find_store(arguments.model, say)

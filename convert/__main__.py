@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_flash.commands import run_command, whole_number
+from mlx_flash.commands import REVISION_HELP, run_command, whole_number
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 
@@ -17,6 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
         "An interrupted conversion goes on where it was when the same command is run again.",
     )
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
     parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's own)")
@@ -36,12 +37,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     import mlx.core as mx
 
-    from mlx_flash.loading import find_checkpoint
+    from mlx_flash.finding import find_checkpoint
     from mlx_flash.plan import MLX_CACHE_BYTES
 
     from .conversion import Settings, convert
 
-    source = find_checkpoint(arguments.model)
+    source = find_checkpoint(arguments.model, arguments.revision, lambda text: print(text, file=sys.stderr))
     settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
     mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them
     try:

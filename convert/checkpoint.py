@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_flash.checkpoint_files import weight_files
 from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.checksums import read_header
-
-# Kind by kind, the better first: the index that lists the shards, the pattern that finds them without one.
-WEIGHT_FILES = {
-    "model.safetensors.index.json": "*.safetensors",
-    "pytorch_model.bin.index.json": "pytorch_model*.bin",
-}
 
 
 @dataclass(frozen=True)
@@ -61,25 +57,11 @@ class Checkpoint:
                 self.tensors.setdefault(name, Tensor(shard, tuple(tensor.shape), dtype))
 
     def _find_shards(self) -> list[Path]:
-        for index, pattern in WEIGHT_FILES.items():
-            path = self.folder / index
-            if path.is_file():
-                try:
-                    names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-                    if not names or not all(Path(name).name == name and name != ".." for name in names):
-                        raise ValueError
-                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                    raise CheckpointError(f"{path} is no index of shards. Download the checkpoint again.") from None
-                missing = [name for name in names if not (self.folder / name).is_file()]
-                if missing:
-                    raise CheckpointError(
-                        f"{self.folder} lacks {len(missing)} of {len(names)} shards, the first is {missing[0]}. "
-                        "Download the checkpoint again."
-                    )
-                return [self.folder / name for name in names]
-            if shards := sorted(self.folder.glob(pattern)):
-                return shards
-        raise CheckpointError(f"{self.folder} has no weights: expected {' or '.join(WEIGHT_FILES.values())}.")
+        names = [path.name for path in self.folder.iterdir() if path.is_file()]
+        _, shards = weight_files(
+            names, lambda name: (self.folder / name).read_text(encoding="utf-8", errors="replace"), self.folder
+        )
+        return [self.folder / name for name in shards]
 
     def _open(self, shard: Path) -> dict[str, Any]:
         """Name -> tensor, not yet read."""
@@ -125,6 +107,18 @@ def _open_bin(shard: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(shard, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises a dozen kinds for a damaged file
+        text = str(error)
+        if wanted := re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", text):
+            # Its own sentence also says how to load the file all the same.
+            raise CheckpointError(
+                f"{shard} holds more than tensors: reading it would call {wanted[1]}, which was not done. Do not use "
+                "this file; look for a checkpoint with *.safetensors."
+            ) from None
+        if "_use_new_zipfile_serialization" in text:
+            raise CheckpointError(
+                f"{shard} is in the format of PyTorch before 1.6, which cannot be read a tensor at a time. Load and "
+                "save it with a newer torch (torch.load with weights_only=True, torch.save), or use *.safetensors."
+            ) from None
         raise CheckpointError(f"{shard} cannot be read by torch: {error}. Download it again.") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{shard} holds something else than named tensors. Expected a model's weights.")

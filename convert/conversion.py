@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlx_flash import __version__
+from mlx_flash.checkpoint_files import small_files
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, STORED_PREDICTORS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
@@ -40,7 +41,6 @@ DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
 DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
 SPARE_BYTES = 64 << 20
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -284,12 +284,9 @@ class _Conversion:
 
     def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""
-        found = {path for pattern in SMALL_FILES for path in self.checkpoint.folder.glob(pattern) if path.is_file()}
-        return sorted(
-            path
-            for path in found
-            if not path.name.endswith(".index.json") and path.name != MANIFEST and not _is_work_file(path.name)
-        )
+        names = [path.name for path in self.checkpoint.folder.iterdir() if path.is_file()]
+        kept = [name for name in small_files(names) if name != MANIFEST and not _is_work_file(name)]
+        return [self.checkpoint.folder / name for name in kept]
 
     def _copy_small_files(self) -> None:
         for path in self._small_files():

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from .errors import FlashError
 
+REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
+
 
 def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from .commands import run_command
+from .commands import REVISION_HELP, run_command
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
 from .errors import UsageError
 
@@ -32,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of a store or of a checkpoint, or a Hugging Face id; a checkpoint is converted into the cache "
         "folder first (default: the packaged demo model)",
     )
+    model.add_argument("--revision", help=REVISION_HELP)
     model.add_argument(
         "--memory", metavar="SIZE", help="budget for the whole process, such as 6GB (default: a share of what is free)"
     )
@@ -150,6 +151,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     model, tokenizer = load(
         arguments.model,
+        revision=arguments.revision,
         memory=arguments.memory,
         predictor=arguments.predictor,
         window=arguments.window,

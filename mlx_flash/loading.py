@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.resources import files
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +20,6 @@ import numpy as np
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
     CheckpointError,
-    ConversionError,
     CorruptStoreError,
     FlashError,
     MissingTensorError,
@@ -33,7 +27,8 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .flash.files import VERSION, Manifest, is_store, read_manifest
+from .finding import find_store
+from .flash.files import Manifest, read_manifest
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
@@ -56,11 +51,6 @@ from .plan import (
 # Cheap enough to be asked twice. Nothing depends on a guess but time.
 LOOK_AHEAD_PREDICTORS = ("lowrank", "shadow")
 
-HUB_PATTERNS = [
-    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"),
-    *(Manifest.neurons_file, Manifest.neurons_checksums_file),  # of a repository that holds a store
-]
-
 
 @dataclass
 class Runtime:
@@ -75,127 +65,6 @@ class Runtime:
     def close(self) -> None:
         """Stops the reader's threads and closes the file. The model cannot be used afterwards."""
         self.streamer.close()
-
-
-# -- finding -------------------------------------------------------------------------------------------------
-
-
-def demo_folder() -> Path:
-    """The packaged demo model: an unconverted checkpoint."""
-    return Path(str(files("mlx_flash.demo").joinpath("model")))
-
-
-def find_checkpoint(model: str) -> Path:
-    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache.
-
-    Raises UsageError if there is no such folder or repository, ConversionError if the Hub cannot be reached.
-    """
-    try:
-        folder = Path(model).expanduser()
-        is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, ~ of nobody
-        raise UsageError(f"{model:.80} cannot be a folder: {error}.") from None
-    if not model:
-        raise UsageError("--model is empty; leave it out for the demo model.")
-    if is_folder:
-        return folder
-    if exists:
-        raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError:
-        raise UsageError(f"{model} is gated: accept its terms on its page, then `hf auth login`.") from None
-    except RepositoryNotFoundError:
-        raise UsageError(f"there is neither a folder nor a Hugging Face repository {model}.") from None
-    except LocalEntryNotFoundError:
-        raise ConversionError(f"{model} is no local folder, and the Hub cannot be reached. Are you online?") from None
-    except HFValidationError:
-        raise UsageError(
-            f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either."
-        ) from None
-    except Exception as error:  # its own, its HTTP library's, the disk's: a dozen unrelated kinds
-        raise ConversionError(f"downloading {model} failed: {error}. Run the same command again to go on.") from None
-
-
-def cache_folder() -> Path:
-    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder."""
-    if chosen := os.environ.get("MLX_FLASH_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_flash"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
-
-
-def find_store(model: str | None, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model.
-
-    A checkpoint is converted into the cache folder first, once, by a process of its own (so that its memory is
-    not this process's); a second process waits for the first.
-    """
-    source = demo_folder() if model is None else find_checkpoint(model)
-    if is_store(source):
-        return source
-    if not (source / "config.json").is_file():
-        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
-    # What ends up in the store: also a tokenizer that was added after a first try.
-    parts = sorted(p for p in source.iterdir() if p.is_file() and any(p.match(pattern) for pattern in HUB_PATTERNS))
-    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-    identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
-    name = "demo" if model is None else source.resolve().name
-    target = cache_folder() / f"{name}-{identity}"
-    if is_store(target):
-        return target
-    _convert_into_cache(source, target, sum(size for _, size, _ in state), say)
-    return target
-
-
-def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:
-    from filelock import FileLock, Timeout
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.parent / f".{target.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that is converting {source}")
-            lock.acquire()
-    except OSError as error:
-        raise ConversionError(
-            f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
-        ) from None
-    try:
-        if is_store(target):
-            return
-        say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
-        command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
-        if run_child(command):
-            raise ConversionError(f"{source} could not be converted (see above).")
-    finally:
-        lock.release()  # `with lock` would acquire it a second time, and let go of one
-
-
-def run_child(command: list[str]) -> int:
-    """Runs a command to its end, which is also this process's end if that is asked for. Returns its exit code."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it got the Ctrl-C too: let it end in its own way
-            process.wait(timeout=30)
-            raise
-        except BaseException:
-            process.terminate()
-            raise
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -231,6 +100,7 @@ def compute_dtype(stored: str) -> mx.Dtype:
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
+    revision: str | None = None,
     memory: str | int | None = None,
     predictor: str = "auto",
     window: int | None = None,
@@ -243,6 +113,7 @@ def load(
 
     Args:
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
+        revision: of the Hugging Face repository: a branch, a tag or a commit; None for its main branch.
         memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
         predictor: "auto" (the store's default), "none", "exact", "lowrank" or "shadow".
         window: evict by a sliding window of so many tokens; None for the least used lately.
@@ -260,7 +131,7 @@ def load(
     _check_arguments(predictor, window, threads, context, io)
     _import_mlx_lm()
     budget = None if memory is None else parse_memory(memory)
-    folder = find_store(None if path is None else os.fspath(path), say)
+    folder = find_store(None if path is None else os.fspath(path), say, revision)
     manifest = read_manifest(folder)
     config = _read_config(folder)
     kind = manifest.default_predictor if predictor == "auto" else predictor

@@ -517,7 +517,8 @@ def huge_header(folder: Path) -> None:
 
 
 def strange_name(folder: Path) -> None:
-    mx.save_safetensors(str(folder / "x.safetensors"), {"decoder.layers.1": mx.zeros(1)})
+    weights = tensors_of(folder / "model.safetensors")
+    mx.save_safetensors(str(folder / "model.safetensors"), {**weights, "decoder.layers.1": mx.zeros(1)})
 
 
 def only_torch(folder: Path) -> None:

@@ -5,26 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import mlx.core as mx
 import pytest
 from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
-from huggingface_hub import errors as hub
 
 from mlx_flash import loading
 from mlx_flash.errors import (
     BudgetError,
     CheckpointError,
-    ConversionError,
     CorruptStoreError,
-    FlashError,
     MissingTensorError,
     ReadError,
     StoreError,
@@ -32,190 +25,9 @@ from mlx_flash.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from mlx_flash.flash.files import Manifest, is_store, read_manifest
+from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
-from mlx_flash.loading import find_store, load
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("MLX_FLASH_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(_: list[str]) -> int:
-        raise AssertionError("a conversion was started")
-
-    monkeypatch.setattr(loading, "run_child", run)
-
-
-def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0) -> list[list[str]]:
-    """Conversions copy `store`, or fail with `code`. Returns their command lines, as they come."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str]) -> int:
-        commands.append(command)
-        if code == 0:
-            shutil.copytree(store, command[command.index("--output") + 1])
-        return code
-
-    monkeypatch.setattr(loading, "run_child", run)
-    return commands
-
-
-# -- finding -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_conversion")
-def test_a_store_is_taken_as_it_is(store: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_store(str(store)) == store
-    monkeypatch.chdir(store.parent)
-    assert find_store("store") == Path("store")
-    assert not cache.exists()
-
-
-def test_two_processes_convert_a_checkpoint_once(tiny: Tiny, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import sys; from mlx_flash.loading import find_store\n"
-        "print(find_store(sys.argv[1], lambda text: print(text.split()[0])))"
-    )
-    command = [sys.executable, "-c", program, str(tiny.checkpoint)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    said = sorted(output.splitlines()[0] for output, _ in outputs)
-    assert said == ["converting", "waiting"]
-    found = {output.splitlines()[-1] for output, _ in outputs}
-    assert len(found) == 1 and is_store(target := Path(found.pop())) and target.parent == cache
-
-    fake_conversion(monkeypatch, tiny.store, code=1)
-    assert find_store(str(tiny.checkpoint)) == target  # not again
-
-
-def test_a_changed_checkpoint_is_converted_again(
-    tiny: Tiny, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Path(shutil.copytree(tiny.checkpoint, tmp_path / "model"))
-    (source / "tokenizer.json").unlink()
-    commands = fake_conversion(monkeypatch, tiny.store)
-    first = find_store(str(source))
-    assert find_store(str(source)) == first and first.name.startswith("model-") and len(commands) == 1
-    shutil.copy(tiny.checkpoint / "tokenizer.json", source)
-    second = find_store(str(source))
-    assert second != first and len(commands) == 2
-    os.utime(source / "model.safetensors", ns=(0, 0))
-    assert find_store(str(source)) not in (first, second) and len(commands) == 3
-    assert commands[0][1:4] == ["-m", "mlx_flash.convert", "--model"]
-
-
-def test_a_failed_conversion_can_be_tried_again(tiny: Tiny, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_conversion(monkeypatch, tiny.store, code=1)
-    with pytest.raises(ConversionError, match="could not be converted"):
-        find_store(str(tiny.checkpoint))
-    held = None
-    try:
-        find_store(str(tiny.checkpoint))
-    except ConversionError as error:
-        held = error  # with its traceback, as an interactive session keeps it
-    commands = fake_conversion(monkeypatch, tiny.store)
-    said: list[str] = []
-    assert is_store(find_store(str(tiny.checkpoint), said.append))
-    assert held is not None and len(commands) == 1 and not any("waiting" in text for text in said)
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and sys.platform == "darwin", reason="needs a folder that cannot be made")
-def test_a_cache_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ConversionError, match=r"cannot write to the cache folder .*MLX_FLASH_CACHE"):
-        find_store(str(tiny.checkpoint))
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MLX_FLASH_CACHE", "~/x")
-    assert loading.cache_folder() == Path.home() / "x"
-    monkeypatch.delenv("MLX_FLASH_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert loading.cache_folder() == tmp_path / "mlx_flash"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert loading.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
-
-
-@pytest.mark.parametrize(
-    "name", ["nothing", "./nothing", "/no/thing", "a/b/c", "~/no-such-folder", "a b/c d", "x/", ""]
-)
-def test_what_is_neither_a_folder_nor_an_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UsageError, match=r"there is no folder|holds neither|is empty") as caught:
-        find_store(name)
-    assert caught.value.exit_code == 2
-
-
-def test_folders_and_files_that_hold_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds neither a store .* nor a checkpoint"):
-        find_store(str(tmp_path))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file; expected the folder"):
-        find_store(str(tmp_path / "file"))
-
-
-def hub_error(kind: type[Exception]) -> Exception:
-    """Without the HTTP response that some of them want."""
-    error = kind.__new__(kind)
-    error.args = ("from the hub",)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected", "message"),
-    [
-        (hub_error(hub.GatedRepoError), UsageError, "gated: accept its terms .*hf auth login"),
-        (hub_error(hub.RepositoryNotFoundError), UsageError, "neither a folder nor a Hugging Face repository"),
-        (hub_error(hub.LocalEntryNotFoundError), ConversionError, "Are you online"),
-        (hub_error(hub.HFValidationError), UsageError, "no Hugging Face repository id"),
-        (hub_error(hub.RevisionNotFoundError), ConversionError, "downloading some/model failed.*same command again"),
-        (hub_error(hub.HfHubHTTPError), ConversionError, "downloading some/model failed"),
-        (hub.OfflineModeIsEnabled("offline"), ConversionError, "downloading some/model failed: offline"),
-        (OSError(28, "No space left on device"), ConversionError, "No space left"),
-        (RuntimeError("some HTTP library's own"), ConversionError, "some HTTP library's own"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-)
-def test_what_the_hub_may_answer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Exception, expected: type[FlashError], message: str
-) -> None:
-    def download(*_: Any, **__: Any) -> str:
-        raise raised
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(expected, match=message) as caught:
-        find_store("some/model")
-    assert caught.value.__cause__ is None and caught.value.__suppress_context__
-
-
-@pytest.mark.usefixtures("no_conversion")
-def test_a_repository_that_holds_a_store(store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(store)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_store("some/model") == store
-    assert asked[0][0] == "some/model"
-    wanted = {path.name for path in store.iterdir()}
-    assert all(any(Path(name).match(pattern) for pattern in asked[0][1]) for name in wanted), wanted
-
-
-# -- loading -------------------------------------------------------------------------------------------------
+from mlx_flash.loading import load
 
 
 def test_what_load_gives(store: Path) -> None:

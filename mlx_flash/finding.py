@@ -1,0 +1,124 @@
+"""What --model names -> a folder: a store, a checkpoint that is converted first, or a repository to download."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from .checkpoint_files import WEIGHT_PATTERNS, matching, small_files
+from .errors import ConversionError, UsageError
+from .flash.files import VERSION, is_store
+
+
+def demo_folder() -> Path:
+    """The packaged demo model: an unconverted checkpoint."""
+    return Path(str(files("mlx_flash.demo").joinpath("model")))
+
+
+def find_checkpoint(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
+    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache.
+
+    Raises UsageError if there is no such folder, repository or revision, CheckpointError if the repository holds no
+    model, ConversionError if the Hub cannot be reached.
+    """
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of nobody, a zero byte
+        raise UsageError(f"{model:.80} cannot be a folder: {error}.") from None
+    if not model:
+        raise UsageError("--model is empty; leave it out for the demo model.")
+    if is_folder:
+        if revision is not None:
+            raise UsageError(f"{model} is a folder, and a revision belongs to a Hugging Face repository. Leave it out.")
+        return folder
+    if exists:
+        raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
+    from .hub import download
+
+    return download(model, revision, say)
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder."""
+    if chosen := os.environ.get("MLX_FLASH_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_flash"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+
+
+def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
+    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model.
+
+    A checkpoint is converted into the cache folder first, once, by a process of its own (so that its memory is
+    not this process's); a second process waits for the first.
+    """
+    if model is None and revision is not None:
+        raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
+    source = demo_folder() if model is None else find_checkpoint(model, revision, say)
+    if is_store(source):
+        return source
+    if not (source / "config.json").is_file():
+        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
+    # What ends up in the store: also a tokenizer that was added after a first try.
+    present = [path.name for path in source.iterdir() if path.is_file()]
+    parts = [source / name for name in sorted({*small_files(present), *matching(present, WEIGHT_PATTERNS)})]
+    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+    identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
+    if model is None:
+        name = "demo"
+    else:
+        name = source.resolve().name if Path(model).expanduser().is_dir() else model.replace("/", "--")
+    target = cache_folder() / f"{name}-{identity}"
+    if is_store(target):
+        return target
+    _convert_into_cache(source, target, sum(size for _, size, _ in state), say)
+    return target
+
+
+def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process that is converting {source}")
+            lock.acquire()
+    except OSError as error:
+        raise ConversionError(
+            f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
+        ) from None
+    try:
+        if is_store(target):
+            return
+        say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
+        command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
+        if run_child(command):
+            raise ConversionError(f"{source} could not be converted (see above).")
+    finally:
+        lock.release()  # `with lock` would acquire it a second time, and let go of one
+
+
+def run_child(command: list[str]) -> int:
+    """Runs a command to its end, which is also this process's end if that is asked for. Returns its exit code."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it got the Ctrl-C too: let it end in its own way
+            process.wait(timeout=30)
+            raise
+        except BaseException:
+            process.terminate()
+            raise

@@ -1,0 +1,189 @@
+"""A Hugging Face Hub on this machine: as much of its HTTP as huggingface_hub asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LFS_BYTES = 1 << 20  # larger files are stored apart, and their ETag is their SHA-256
+
+
+def digest(data: bytes) -> str:
+    """As the Hub's ETags: SHA-256 for large files, SHA-1 of a git blob for small ones."""
+    if len(data) >= LFS_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@dataclass
+class Hub:
+    """repositories: id -> revision -> files. Everything else is what a test sets, or what it looks at afterwards."""
+
+    address: str = ""
+    repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    broken: bool = False  # answers 500 to everything
+    cut_at: dict[str, int] = field(default_factory=dict)  # by file: the connection ends at this byte, and ever after
+    stall_at: dict[str, int] = field(default_factory=dict)  # by file: nothing comes after this byte
+    stalled: threading.Event = field(default_factory=threading.Event)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, what, Range)
+
+    def commit(self, repository: str, revision: str) -> str:
+        return hashlib.sha1(f"{repository}@{revision}".encode()).hexdigest()
+
+    def add(self, repository: str, folder: Path, revision: str = "main", **more: bytes) -> None:
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.repositories.setdefault(repository, {})[revision] = files | more
+
+    def fetched(self) -> dict[str, list[str | None]]:
+        """By file: the Range of each GET of it."""
+        result: dict[str, list[str | None]] = {}
+        for method, what, span in self.requests:
+            if method == "GET" and not what.startswith("/api/"):
+                result.setdefault(what, []).append(span)
+        return result
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """For a process whose Hub this is."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        return kept | {
+            "HF_ENDPOINT": self.address,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "MLX_FLASH_CACHE": str(home / "stores"),
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def run(self, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Python with these arguments, its Hugging Face cache in `home`."""
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            env=self.environment(home) | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        hub = self.hub
+        if hub.broken:
+            return self.send(500, b"out of order")
+        if path.startswith("/api/models/"):
+            hub.requests.append((self.command, path, None))
+            owner, name, *rest = path.removeprefix("/api/models/").split("/", 3)
+            return self.answer_api(f"{owner}/{name}", *rest)
+        owner, name, _, revision, file = path.removeprefix("/").split("/", 4)
+        hub.requests.append((self.command, file, self.headers.get("Range")))
+        return self.answer_file(f"{owner}/{name}", revision, file)
+
+    def answer_api(self, repository: str, kind: str = "revision", revision: str = "main") -> None:
+        if repository not in self.hub.repositories:
+            return self.refuse(404, "RepoNotFound")
+        files = self.files_of(repository, revision)
+        if files is None:
+            return self.refuse(404, "RevisionNotFound")
+        if kind == "tree":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": digest(data)} | large(data)
+                for name, data in files.items()
+            ]
+            return self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        siblings = [
+            {"rfilename": name, "size": len(data), "blobId": digest(data)} | large(data) for name, data in files.items()
+        ]
+        sha = revision if len(revision) == 40 else self.hub.commit(repository, revision)
+        info = {"id": repository, "sha": sha, "siblings": siblings, "tags": [], "private": False}
+        self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, repository: str, revision: str, file: str) -> None:
+        hub = self.hub
+        if repository in hub.gated:
+            return self.refuse(401, "GatedRepo")
+        files = self.files_of(repository, revision)
+        if files is None:
+            return self.refuse(404, "RevisionNotFound")
+        if file not in files:
+            return self.refuse(404, "EntryNotFound")
+        data = files[file]
+        begin, status, headers = 0, 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": revision}
+        if span := self.headers.get("Range"):
+            begin, status = int(span.removeprefix("bytes=").split("-")[0]), 206
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and file in hub.cut_at:
+            self.send(status, data[begin:], headers, only=max(0, hub.cut_at[file] - begin))
+            self.close_connection = True
+        elif self.command == "GET" and file in hub.stall_at:
+            self.send(status, data[begin:], headers, only=max(0, hub.stall_at[file] - begin))
+            self.wfile.flush()
+            hub.stalled.set()
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)  # until the other side is gone
+            self.close_connection = True
+        else:
+            self.send(status, data[begin:], headers)
+
+    def files_of(self, repository: str, revision: str) -> dict[str, bytes] | None:
+        revisions = self.hub.repositories[repository]
+        return next((f for r, f in revisions.items() if revision in (r, self.hub.commit(repository, r))), None)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def send(self, status: int, data: bytes, headers: dict[str, str] | None = None, only: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(OSError):  # who asked was killed
+                self.wfile.write(data if only is None else data[:only])
+
+
+def large(data: bytes) -> dict[str, Any]:
+    if len(data) < LFS_BYTES:
+        return {}
+    oid = hashlib.sha256(data).hexdigest()
+    return {"lfs": {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": 134}}
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Hub]:
+    """A Hub on 127.0.0.1, in threads of this process."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -150,6 +150,16 @@ def test_shards_give_the_same_store(own_checkpoint: Path, reference: dict[str, b
     assert without_source(contents(tmp_path / "store")) == without_source(reference)
 
 
+def test_a_copy_of_tied_embeddings_is_left_out(
+    own_checkpoint: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    weights = tensors_of(own_checkpoint / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
+    mx.save_safetensors(str(own_checkpoint / "model.safetensors"), weights)
+    convert(own_checkpoint, tmp_path / "store", QUICK)
+    assert without_source(contents(tmp_path / "store")) == without_source(reference)
+
+
 def test_names_without_model_prefix_give_the_same_store(
     own_checkpoint: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -174,6 +184,53 @@ def test_torch_files_give_the_same_store(own_checkpoint: Path, reference: dict[s
     torch.save([1], path)
     with pytest.raises(CheckpointError, match="something else"):
         convert(own_checkpoint, tmp_path / "other", QUICK)
+    torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"format of PyTorch before 1\.6.*newer torch"):
+        convert(own_checkpoint, tmp_path / "other", QUICK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_shards_with_tied_embeddings_give_the_same_store(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, dtype=getattr(mx, dtype))
+    convert(folder, tmp_path / "reference", QUICK)
+    weights = {
+        name: torch.from_numpy(np.array(weight.astype(mx.float32))).to(getattr(torch, dtype))
+        for name, weight in tensors_of(folder / "model.safetensors").items()
+    }
+    (folder / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]  # one storage, two names
+    names = sorted(weights)
+    index = {}
+    for number, part in enumerate((names[:12], names[12:]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    torch.save({"optimizer": torch.zeros(9)}, folder / "pytorch_model-old.bin")  # the index does not name it
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    manifest = convert(folder, tmp_path / "store", QUICK)
+    assert manifest.layout.dtype == dtype
+    assert without_source(contents(tmp_path / "store")) == without_source(contents(tmp_path / "reference"))
+
+
+class Malicious:
+    """Pickled, it asks whoever reads it to call os.mkdir."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_torch_file_that_would_run_code_is_refused(own_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
+    torch = pytest.importorskip("torch")
+    (own_checkpoint / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(3), "x": Malicious(tmp_path / "run")}, own_checkpoint / "pytorch_model.bin")
+    code, err = cli("--model", own_checkpoint, "--output", tmp_path / "store")
+    assert code == 1 and "reading it would call posix.mkdir, which was not done" in err, err
+    assert "Traceback" not in err and "weights_only" not in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_memory_follows_the_largest_layer_not_the_model(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ COMMANDS = (
     "ordering",
     "density",
     "peak-memory",
+    "convert-memory",
     "synthetic",
     "random-checkpoint",
 )

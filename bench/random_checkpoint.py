@@ -40,8 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     keys = ("shape", "dtype", "seed", "layers", "shards")
     write_checkpoint(arguments.output, *(getattr(arguments, key) for key in keys))
-    keys = ("command", *keys)
-    print(json.dumps({key: getattr(arguments, key) for key in keys}))
+    print(json.dumps({key: getattr(arguments, key) for key in ("command", *keys)}))
 
 
 def write_checkpoint(
@@ -76,7 +75,7 @@ def write_checkpoint(
     sizes = [int(np.prod(dims)) * stored.size for _, dims, _, _ in entries]
     ends = np.cumsum(sizes)
     shard_of = ((ends - 1) * shards // ends[-1]).tolist()  # by size, in order
-    index = {}
+    index: dict[str, str] = {}
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
         for number in range(shards):
             file = "model.safetensors" if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"

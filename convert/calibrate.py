@@ -12,7 +12,10 @@ import numpy as np
 
 from mlx_flash.layers.activations import Activation
 
+from .host import HostLinear, HostMatrix
+
 SEQUENCE_TOKENS = 128
+BATCH_SEQUENCES = 8  # at once: a layer's weights are widened as often as there are batches
 
 
 def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, positions: int) -> np.ndarray:
@@ -31,21 +34,17 @@ def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, 
 
 @dataclass(frozen=True)
 class HostFFN:
-    """One layer's FFN for the host, float32.
-
-    NumPy's own BLAS is some 30 times faster at this than the one of MLX's Linux wheel, and on any machine
-    these weights are used once only.
-    """
+    """One layer's FFN for the host."""
 
     activation: Activation
-    matrices: tuple[np.ndarray, ...]  # (F, D) each: up, or gate and up
-    up_bias: np.ndarray  # (F,)
-    down: np.ndarray  # (F, D)
-    down_bias: np.ndarray  # (D,)
+    matrices: tuple[HostMatrix, ...]  # (F, D) each: up, or gate and up
+    up_bias: np.ndarray  # (F,), float32
+    down: HostMatrix  # (F, D)
+    down_bias: np.ndarray  # (D,), float32
 
     def before(self, x: np.ndarray) -> list[np.ndarray]:
         """The pre-activations of every matrix, (N, F) each. x: (N, D)."""
-        products = [x @ matrix.T for matrix in self.matrices]
+        products = [matrix.rows_dot(x) for matrix in self.matrices]
         products[-1] += self.up_bias
         return products
 
@@ -63,20 +62,19 @@ class _Recorder:
         before = self.ffn.before(flat)
         self.inputs.append(flat)
         self.scores.append(self.ffn.activation.score(*before, xp=np))
-        y = self.ffn.activation(*before, xp=np) @ self.ffn.down + self.ffn.down_bias
+        y = self.ffn.down.sum_of_rows(self.ffn.activation(*before, xp=np)) + self.ffn.down_bias  # (N, F) @ (F, D)
         return mx.array(y).reshape(x.shape).astype(x.dtype)
 
 
-class _HostLinear:
-    """A linear layer on the host, for the same reason."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        self.weight = np.array(linear.weight.astype(mx.float32))
-        self.bias = np.array(linear.bias.astype(mx.float32)) if "bias" in linear else np.float32(0)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        return mx.array(flat @ self.weight.T + self.bias).reshape(*x.shape[:-1], -1).astype(x.dtype)
+def join(parts: list[np.ndarray]) -> np.ndarray:
+    """The rows of all parts, (n, C) each. Empties the list on the way: no row is in memory twice for long."""
+    result = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    end = len(result)
+    while parts:
+        part = parts.pop()
+        result[end - len(part) : end] = part
+        end -= len(part)
+    return result
 
 
 def layer_activations(
@@ -89,7 +87,8 @@ def layer_activations(
     float32; N = sequences x length, in order.
     The model's layers are consumed: each is dropped after its turn.
     """
-    hidden = [model.embed(mx.array(s[None])) for s in sequences]
+    batches = range(0, len(sequences), BATCH_SEQUENCES)
+    hidden = [model.embed(mx.array(sequences[i : i + BATCH_SEQUENCES])) for i in batches]  # (B, T, D)
     mx.eval(hidden)
     for index in range(len(model.layers)):
         layer = model.layers[index]
@@ -98,11 +97,11 @@ def layer_activations(
         if mx.default_device() == mx.cpu:
             for name, module in list(layer.self_attn.items()):
                 if isinstance(module, nn.Linear):
-                    setattr(layer.self_attn, name, _HostLinear(module))
+                    setattr(layer.self_attn, name, HostLinear(module))
         for i in range(len(hidden)):
             hidden[i] = layer(hidden[i], "causal", None)
             mx.eval(hidden[i])
-        inputs, scores, ffn = np.concatenate(recorder.inputs), np.concatenate(recorder.scores), recorder.ffn
         model.layers[index] = None
-        del layer, recorder  # not kept while the caller works
-        yield inputs, scores, ffn
+        inputs, scores, ffns = recorder.inputs, recorder.scores, [recorder.ffn]
+        del layer, recorder
+        yield join(inputs), join(scores), ffns.pop()  # not kept while the caller works

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_flash.checkpoint_files import weight_files
+from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
-from mlx_flash.flash.checksums import read_header
+from mlx_flash.flash.checksums import TensorEntry, read_header
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Checkpoint:
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
         self.shards = self._find_shards()
-        self._sound: set[Path] = set()  # shards whose header was checked
+        self._headers: dict[Path, dict[str, TensorEntry]] = {}
         self.tensors: dict[str, Tensor] = {}
         for shard in self.shards:
             for name, tensor in self._open(shard).items():
@@ -68,21 +70,26 @@ class Checkpoint:
         if shard.suffix == ".bin":
             return _open_bin(shard)
         try:
-            if shard not in self._sound:
-                read_header(shard)
-                self._sound.add(shard)
+            if shard not in self._headers:
+                self._headers[shard] = read_header(shard)[1]
             return dict(mx.load(str(shard)))  # type: ignore[arg-type]
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
 
-    def load(self, name: str) -> mx.array:
-        shard = self.tensors[name].shard
-        tensor = self._open(shard)[name]
+    def load(self, name: str, begin: int = 0, end: int | None = None) -> mx.array:
+        """The tensor, or rows begin to end of it; of those files only these are read."""
+        shard, dtype = self.tensors[name].shard, self.tensors[name].dtype
+        whole = begin == 0 and end is None
         try:
             if shard.suffix == ".bin":
-                return _from_torch(tensor)
+                tensor = self._open(shard)[name]
+                return _from_torch(tensor if whole else tensor[begin:end])
+            if not whole and dtype in DTYPES:
+                return _rows_of(shard, self._headers[shard][name], getattr(mx, dtype), begin, end)
+            tensor = self._open(shard)[name]
+            tensor = tensor if whole else tensor[begin:end]
             mx.eval(tensor)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, OSError) as error:
             raise CheckpointError(f"{shard}: {name} cannot be read ({error}). Download it again.") from None
         return tensor
 
@@ -94,6 +101,16 @@ class Checkpoint:
                 head = hashlib.sha256(file.read(1 << 20)).hexdigest()
             result[shard.name] = {"bytes": shard.stat().st_size, "head_sha256": head}
         return result
+
+
+def _rows_of(shard: Path, entry: TensorEntry, dtype: mx.Dtype, begin: int, end: int | None) -> mx.array:
+    begin, end, _ = slice(begin, end).indices(entry.shape[0])
+    row_bytes = (entry.end - entry.begin) // entry.shape[0]
+    count = (end - begin) * row_bytes
+    data = np.fromfile(shard, np.uint8, count, offset=entry.begin + begin * row_bytes)
+    if len(data) < count:
+        raise ValueError(f"{len(data)} of {count} bytes")
+    return mx.array(data).view(dtype).reshape(end - begin, *entry.shape[1:])
 
 
 def _open_bin(shard: Path) -> dict[str, Any]:

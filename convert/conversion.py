@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -33,6 +34,7 @@ from mlx_flash.layers.activations import Activation
 from . import calibrate, predictors
 from .checkpoint import Checkpoint, Tensor
 from .families import Family, family_of
+from .host import FileEmbedding, HostMatrix, row_pieces
 from .neurons import write_neurons
 from .output import RECORD, file_entry, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
 from .tensors import write_safetensors
@@ -213,7 +215,7 @@ class _Conversion:
                 write_safetensors(
                     self.partial / Manifest.resident_file,
                     (
-                        (name, shape, dtype, lambda source=source: self._load_finite(source))  # type: ignore[misc]
+                        (name, shape, dtype, partial(self._finite_pieces, source))
                         for name, (source, shape) in sorted(self.resident.items())
                     ),
                     bar.update,
@@ -275,12 +277,23 @@ class _Conversion:
     def _load_finite(self, name: str) -> mx.array:
         """A tensor in the store's type. Raises CheckpointError if a number in it is not finite, or is no more."""
         tensor = self._load(name).astype(getattr(mx, self.dtype))
+        for begin, end in row_pieces(tensor.shape, tensor.itemsize):
+            self._check_finite(name, tensor[begin:end])
+        return tensor
+
+    def _finite_pieces(self, name: str) -> Iterator[mx.array]:
+        """The same, a few rows at a time: an embedding may be larger than a layer."""
+        for begin, end in row_pieces(self._find(name).shape, 4):
+            piece = self.checkpoint.load(self.original[name], begin, end).astype(getattr(mx, self.dtype))
+            self._check_finite(name, piece)
+            yield piece
+
+    def _check_finite(self, name: str, tensor: mx.array) -> None:
         if not mx.isfinite(tensor).all().item():
             raise CheckpointError(
                 f"{self.checkpoint.folder}: {self.original[name]} has numbers that are not finite in {self.dtype}. "
                 "Download the checkpoint again, or choose a wider --dtype."
             )
-        return tensor
 
     def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""
@@ -331,6 +344,7 @@ class _Conversion:
         dtype = getattr(mx, self.dtype)
         activations = self._activations(sequences)
         for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
+            sample = None  # the layer before goes first
             sample = next(activations)
             for kind in STORED_PREDICTORS:
                 path = self._layer_file(layer, kind)
@@ -381,17 +395,31 @@ class _Conversion:
         if not held_out.any():  # a single short sequence: measure on what it was trained on
             held_out[len(held_out) // 2 :] = True
         for x, score, ffn in calibrate.layer_activations(self.model, sequences, self._host_ffn):
-            bias = np.zeros(len(ffn.matrices[0]), np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
-            yield predictors.Sample(x, score, ffn.matrices[0], bias - np.float32(self.activation.threshold), held_out)
+            bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
+            up = ffn.matrices[0].widened()
+            sample = [predictors.Sample(x, score, up, bias - np.float32(self.activation.threshold), held_out)]
+            del x, score, ffn, up
+            yield sample.pop()  # kept by who asked for it, and nobody else
 
     def _load_resident(self) -> None:
         """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
-        weights: Any = mx.load(str(self.partial / Manifest.resident_file))
-        named = [(name, weights.pop(stored).astype(mx.float32)) for stored, (name, _) in self.resident.items()]
+        path = self.partial / Manifest.resident_file
+        weights: Any = mx.load(str(path))
+        stored_as = {name: stored for stored, (name, _) in self.resident.items()}
+        for parent_name, parent in list(self.model.named_modules()):
+            for key, child in list(parent.items()):
+                if isinstance(child, nn.Embedding):
+                    stored = stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
+                    setattr(parent, key, FileEmbedding(path, stored, weights.pop(stored).dtype))
+        linear = {f"{name}.weight" for name, child in self.model.named_modules() if isinstance(child, nn.Linear)}
+        named = []
+        for name, stored in stored_as.items():
+            weight = weights.pop(stored)  # a linear layer's is widened where it is used
+            named.append((name, weight if name in linear else weight.astype(mx.float32)))
         self.model.load_weights(named, strict=False)
 
     def _host_ffn(self, layer: int) -> calibrate.HostFFN:
-        *matrices, down = (np.array(rows.astype(mx.float32)) for rows in self._layer_rows(layer))
+        *matrices, down = (HostMatrix(rows) for rows in self._layer_rows(layer))
         up_bias, down_bias = (
             np.array(self._load(name).astype(mx.float32)) if name in self.original else np.zeros(size, np.float32)
             for name, size in zip(self.family.biases_of(layer), down.shape, strict=True)

@@ -13,17 +13,23 @@ import numpy as np
 from mlx_flash.flash.files import CHECKSUM_BYTES, Manifest, NeuronLayout
 from mlx_flash.flash.system import sync_to_disk
 
+from .host import row_pieces
 from .tensors import to_bytes
 
 
-def bundle_layer(layout: NeuronLayout, rows: tuple[mx.array, ...]) -> np.ndarray:
-    """The blocks of one layer: uint8 (blocks, block_bytes). rows: one (F, D) array per part."""
-    blocks = np.zeros((layout.blocks, layout.block_bytes), np.uint8)
-    per_block = layout.neurons_per_block * layout.row_bytes
+def bundle_layer(
+    layout: NeuronLayout, rows: tuple[mx.array, ...], begin: int = 0, end: int | None = None
+) -> np.ndarray:
+    """Blocks begin to end of one layer, all by default: uint8 (n, block_bytes). rows: one (F, D) array per part."""
+    count = (layout.blocks if end is None else end) - begin
+    blocks = np.zeros((count, layout.block_bytes), np.uint8)
+    each = layout.neurons_per_block
+    per_block = each * layout.row_bytes
     for part, matrix in enumerate(rows):
-        lanes = np.zeros((layout.blocks * per_block,), np.uint8)
-        lanes[: layout.neurons * layout.row_bytes] = to_bytes(matrix)
-        blocks[:, part * per_block : (part + 1) * per_block] = lanes.reshape(layout.blocks, per_block)
+        data = to_bytes(matrix[begin * each : (begin + count) * each])
+        lanes = np.zeros((count * per_block,), np.uint8)
+        lanes[: len(data)] = data
+        blocks[:, part * per_block : (part + 1) * per_block] = lanes.reshape(count, per_block)
     return blocks
 
 
@@ -61,12 +67,17 @@ def write_neurons(
         neurons.seek(0, os.SEEK_END)
         progress(done * layout.layer_bytes)
         for layer in range(done, layout.layers):
-            blocks = bundle_layer(layout, load_layer(layer))
-            neurons.write(blocks.reshape(-1).data)
-            neurons.write(bytes(layout.layer_bytes - blocks.size))
+            rows = load_layer(layer)
+            table = b""
+            for begin, end in row_pieces((layout.blocks, layout.block_bytes), 1):
+                blocks = bundle_layer(layout, rows, begin, end)
+                neurons.write(blocks.reshape(-1).data)
+                table += layer_checksums(blocks)
+            del rows
+            neurons.write(bytes(layout.layer_bytes - layout.blocks * layout.block_bytes))
             neurons.flush()
             sync_to_disk(neurons.fileno())
-            sums.write(layer_checksums(blocks))
+            sums.write(table)
             sums.flush()
             sync_to_disk(sums.fileno())
             progress(layout.layer_bytes)

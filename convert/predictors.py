@@ -16,6 +16,7 @@ from .tensors import write_safetensors
 
 HELD_OUT = 4  # every 4th sequence is not trained on: thresholds and reports come from it
 SHADOW_GROUP = 64
+SHADOW_PIECE = 32 * SHADOW_GROUP  # neurons that are made coarse at once
 EPOCHS = 8
 BATCH = 256
 
@@ -66,8 +67,10 @@ def lowrank_predictor(sample: Sample, recall: float, seed: int, dtype: mx.Dtype)
     up, held_out = sample.up, sample.held_out
     rank = min(low_rank_size(up.shape[1]), *up.shape)
     train_x, train_y = sample.x[~held_out], sample.before[~held_out]
+    positive = train_y > 0
     scale = np.float32(3.0) / max(train_y.std(), np.float32(1e-6))  # a spread that a logistic loss can work with
-    centred = train_y - sample.up_bias
+    centred = train_y
+    centred -= sample.up_bias
     basis = np.linalg.qr(centred.T @ rng.standard_normal((len(centred), rank + 8), dtype=np.float32))[0]
     for _ in range(2):
         basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
@@ -75,7 +78,7 @@ def lowrank_predictor(sample: Sample, recall: float, seed: int, dtype: mx.Dtype)
     b = np.ascontiguousarray((basis @ top.T).T)  # (r, F), orthonormal rows
     a = (up.T @ b.T) * scale  # (D, r)
     c = sample.up_bias * scale
-    a, b, c = _train_logistic(train_x, train_y > 0, a, b, c, rng)
+    a, b, c = _train_logistic(train_x, positive, a, b, c, rng)
     arrays = {name: mx.array(value).astype(dtype) for name, value in (("a", a), ("b", b))}
     a, b = (np.array(arrays[name].astype(mx.float32)) for name in ("a", "b"))
     return _with_threshold(arrays, sample.x[held_out] @ a @ b + c, c, sample, recall)
@@ -119,11 +122,18 @@ def shadow_predictor(sample: Sample, recall: float, bits: int, dtype: mx.Dtype) 
     """The up projection at `bits` bits; no training. None where the layer does not divide into groups."""
     if len(sample.up) % SHADOW_GROUP:
         return None
-    transposed = mx.array(np.ascontiguousarray(sample.up.T)).astype(dtype)  # (D, F)
-    packed, scales, biases = mx.quantize(transposed, group_size=SHADOW_GROUP, bits=bits)
-    coarse = mx.dequantize(packed, scales, biases, group_size=SHADOW_GROUP, bits=bits)
-    score = sample.x[sample.held_out] @ np.array(coarse.astype(mx.float32)) + sample.up_bias
-    arrays = {"weight": packed, "scales": scales, "biases": biases}
+    x = sample.x[sample.held_out]
+    score = np.empty((len(x), len(sample.up)), np.float32)
+    parts = []
+    for begin in range(0, len(sample.up), SHADOW_PIECE):  # a piece in memory at a time
+        end = begin + SHADOW_PIECE
+        transposed = mx.array(np.ascontiguousarray(sample.up[begin:end].T)).astype(dtype)  # (D, f)
+        parts.append(mx.quantize(transposed, group_size=SHADOW_GROUP, bits=bits))
+        coarse = mx.dequantize(*parts[-1], group_size=SHADOW_GROUP, bits=bits)
+        score[:, begin:end] = x @ np.array(coarse.astype(mx.float32))
+    score += sample.up_bias
+    joined = [mx.concatenate(list(arrays), axis=1) for arrays in zip(*parts, strict=True)]
+    arrays = dict(zip(("weight", "scales", "biases"), joined, strict=True))
     return _with_threshold(arrays, score, sample.up_bias, sample, recall)
 
 

@@ -28,11 +28,14 @@ def to_bytes(array: mx.array) -> np.ndarray:
 
 def write_safetensors(
     path: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array]]],
+    tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array | Iterable[mx.array]]]],
     progress: Callable[[int], None] = lambda _: None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed."""
+    """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed.
+
+    load gives the tensor, or one after another the pieces that its rows are cut into.
+    """
     entries = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
     position = 0
@@ -50,9 +53,11 @@ def write_safetensors(
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, dtype, load in entries:
-            data = to_bytes(load().astype(dtype))
-            file.write(data.data)
-            progress(len(data))
+            loaded = load()
+            for piece in (loaded,) if isinstance(loaded, mx.array) else loaded:
+                data = to_bytes(piece.astype(dtype))
+                file.write(data.data)
+                progress(len(data))
         file.flush()
         sync_to_disk(file.fileno())
     partial.replace(path)

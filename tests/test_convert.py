@@ -201,7 +201,7 @@ def test_torch_shards_with_tied_embeddings_give_the_same_store(tmp_path: Path, d
     (folder / "model.safetensors").unlink()
     weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]  # one storage, two names
     names = sorted(weights)
-    index = {}
+    index: dict[str, str] = {}
     for number, part in enumerate((names[:12], names[12:]), 1):
         file = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({name: weights[name] for name in part}, folder / file)

@@ -1,0 +1,142 @@
+"""Does a conversion keep to one layer plus 1 GB? Converts in a memory cgroup that kills what goes over it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flash.convert.checkpoint import Checkpoint
+from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.plan import parse_memory
+
+from .cgroup import memory_group
+from .random_checkpoint import SHAPES, write_checkpoint
+
+ALLOWANCE_BYTES = 10**9  # beside one layer
+LAYERS = 6  # of OPT-6.7B's shape: 2.8 GB in float16, twice what a conversion may use
+SHARDS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, help=f"folder of a checkpoint (default: {LAYERS} random layers of OPT-6.7B's shape)"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="6.7b", help="of the random one (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make for what is removed in the end")
+    parser.add_argument("--limit", help="another limit than one layer and 1 GB, such as 1.2GB")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    work: Path = arguments.output
+    if work.exists():
+        raise UsageError(f"{work} exists already. Choose another --output.")
+    work.mkdir(parents=True)
+    try:
+        model = arguments.model
+        if model is None:
+            model = work / "checkpoint"
+            model.mkdir()
+            write_checkpoint(model, arguments.shape, "float16", 0, LAYERS, SHARDS)
+        checkpoint = Checkpoint(model)
+        layer = largest_layer_bytes(checkpoint)
+        limit = parse_memory(arguments.limit) if arguments.limit else layer + ALLOWANCE_BYTES
+        size = sum(shard.stat().st_size for shard in checkpoint.shards)
+        if size <= limit:
+            raise UsageError(f"{model} has {size / 1e9:.2f} GB, within the limit of {limit / 1e9:.2f} GB: too small.")
+        result: dict[str, Any] = {
+            "command": "convert-memory",
+            "checkpoint_bytes": size,
+            "files": [shard.name for shard in checkpoint.shards],
+            "layer_bytes": layer,
+            "limit_bytes": limit,
+            **measure(model, work / "store", limit),
+        }
+    finally:
+        shutil.rmtree(work)
+    show(result)
+    print(json.dumps(result))
+    if result["exit"]:
+        raise FlashError("the conversion was killed, or failed (see above).")
+
+
+def largest_layer_bytes(checkpoint: Checkpoint) -> int:
+    """By the first number in a tensor's name."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name, tensor in checkpoint.tensors.items():
+        if found := re.search(r"\.(\d+)\.", name):
+            sizes[found[1]] += int(np.prod(tensor.shape)) * getattr(mx, tensor.dtype).size
+    if not sizes:
+        raise UsageError(f"{checkpoint.folder} has no numbered layers.")
+    return max(sizes.values())
+
+
+def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | float]:
+    """Converts in a cgroup of that size, watching the output's folder."""
+    highest = 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.05):
+            highest = max(highest, folder_bytes(output.parent, output.name))
+
+    watcher = threading.Thread(target=watch)
+    with memory_group(limit_bytes) as group:
+        watcher.start()
+        began = time.perf_counter()
+        try:
+            command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(model), "--output", str(output)]
+            code = group.run(command, dict(os.environ)).returncode
+        finally:
+            done.set()
+            watcher.join()
+        seconds = time.perf_counter() - began
+        peak, kills = group.peak_bytes(), group.kills()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "exit": code,
+        "kills": kills,
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
+        "cgroup_peak_bytes": peak,
+        "store_bytes": folder_bytes(output.parent, output.name),
+        "highest_disk_bytes": highest,
+    }
+
+
+def folder_bytes(folder: Path, prefix: str) -> int:
+    """What the files take on the disk, in the subfolders with that prefix."""
+    total = 0
+    for path in folder.glob(f"{prefix}*/*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # renamed meanwhile
+            continue
+    return total
+
+
+def show(result: dict[str, Any]) -> None:
+    def mb(key: str) -> str:
+        return f"{result[key] / 1e6:,.0f} MB"
+
+    print(f"\ncheckpoint         {mb('checkpoint_bytes')}, its largest layer {mb('layer_bytes')}")
+    print(f"limit              {mb('limit_bytes')}")
+    print(f"peak               {mb('peak_rss_bytes')} of the process, {mb('cgroup_peak_bytes')} with page cache")
+    print(f"killed             {result['kills']}, exit code {result['exit']}")
+    print(f"time               {result['seconds']:.0f} s")
+    if result["store_bytes"]:
+        share = result["highest_disk_bytes"] / result["store_bytes"]
+        print(f"disk, at most      {mb('highest_disk_bytes')}, {share:.3f} of the finished store's {mb('store_bytes')}")

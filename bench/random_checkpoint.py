@@ -73,8 +73,8 @@ def write_checkpoint(
         for i, (name, (dims, spread, mean)) in enumerate(tensors.items())
     ]
     sizes = [int(np.prod(dims)) * stored.size for _, dims, _, _ in entries]
-    ends = np.cumsum(sizes)
-    shard_of = ((ends - 1) * shards // ends[-1]).tolist()  # by size, in order
+    begins = np.cumsum([0, *sizes])
+    shard_of = (begins[:-1] * shards // begins[-1]).tolist()  # by size, in order
     index: dict[str, str] = {}
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="random weights", dynamic_ncols=True) as bar:
         for number in range(shards):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 from mlx_flash.check import check_store, unlisted_files
 from mlx_flash.commands import run_command
 from mlx_flash.convert import __main__ as command
+from mlx_flash.convert import host
+from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, UsageError
 from mlx_flash.flash.files import MANIFEST, Manifest, read_manifest
@@ -244,6 +248,78 @@ def test_memory_follows_the_largest_layer_not_the_model(tmp_path: Path) -> None:
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[0] > 0
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "PIECE_BYTES", 1 << 20)
+    folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, vocab=200_000)  # 51 MB, and 0.1 MB a layer
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    try:
+        convert(folder, tmp_path / "store", QUICK)
+        on_host = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert on_host + mx.get_peak_memory() - before < 30e6
+    stored, given = (tensors_of(f / "model.safetensors") for f in (tmp_path / "store", folder))
+    name = "model.decoder.embed_tokens.weight"
+    assert mx.array_equal(stored[name], given[name]).item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_small_pieces_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", hidden=36, neurons=67, dtype=getattr(mx, dtype))
+    convert(folder, tmp_path / "store", QUICK)
+    monkeypatch.setattr(host, "PIECE_BYTES", 700)
+    convert(folder, tmp_path / "pieces", QUICK)
+    whole, pieces = (contents(tmp_path / name) for name in ("store", "pieces"))
+    for name in (Manifest.neurons_file, Manifest.neurons_checksums_file, Manifest.resident_file):
+        assert whole[name] == pieces[name]
+    reports = [read_manifest(tmp_path / name).predictors["lowrank"] for name in ("store", "pieces")]
+    for key in ("recall", "predicted", "active"):  # sums in another order
+        assert np.allclose(reports[0][key], reports[1][key], atol=0.02), key
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_rows_of_a_tensor(tmp_path: Path, kind: str) -> None:
+    torch = pytest.importorskip("torch") if kind == "bin" else None
+    for dtype in ("float32", "float16", "bfloat16"):
+        folder = make_checkpoint(tmp_path / dtype, dtype=getattr(mx, dtype))
+        weights = tensors_of(folder / "model.safetensors")
+        if torch is not None:
+            named = {n: torch.from_numpy(np.array(w.astype(mx.float32))) for n, w in weights.items()}
+            torch.save({n: t.to(getattr(torch, dtype)) for n, t in named.items()}, folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        checkpoint = Checkpoint(folder)
+        for name in ("model.decoder.embed_positions.weight", "model.decoder.layers.1.fc1.bias"):
+            for begin, end in ((0, 1), (3, 10), (60, 66)):
+                rows = checkpoint.load(name, begin, end)
+                assert rows.dtype == weights[name].dtype
+                assert mx.array_equal(rows, weights[name][begin:end]).item(), (name, begin, end)
+
+
+def test_a_checkpoint_that_shrinks_while_it_is_read(own_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(own_checkpoint)
+    os.truncate(own_checkpoint / "model.safetensors", 4000)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight cannot be read \(0 of 24320 bytes\)"):
+        checkpoint.load("model.decoder.embed_tokens.weight", 1, 96)
+
+
+def test_matrices_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weight, x, h = (rng.standard_normal(shape, np.float32) for shape in ((50, 7), (4, 7), (4, 50)))
+    monkeypatch.setattr(host, "PIECE_BYTES", 12 * 7 * 4)  # 12 rows
+    for stored in (mx.array(weight), mx.array(np.ascontiguousarray(weight.T)).T):
+        matrix = host.HostMatrix(stored)
+        assert [(begin, end) for begin, end, _ in matrix.pieces()] == [(0, 12), (12, 24), (24, 36), (36, 48), (48, 50)]
+        assert (matrix.widened() == weight).all()
+        assert np.allclose(matrix.rows_dot(x), x @ weight.T, atol=1e-5)
+        assert np.allclose(matrix.sum_of_rows(h), h @ weight, atol=1e-5)
 
 
 # -- interrupted ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOK
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
+from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
 
 from . import calibrate, predictors
@@ -345,11 +346,13 @@ class _Conversion:
         activations = self._activations(sequences)
         for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
             sample = None  # the layer before goes first
+            return_freed_memory()
             sample = next(activations)
             for kind in STORED_PREDICTORS:
                 path = self._layer_file(layer, kind)
                 if predictors.read_layer(path):
                     continue
+                return_freed_memory()
                 began = time.perf_counter()
                 predictor: predictors.LayerPredictor | None
                 if kind == "lowrank":

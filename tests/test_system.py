@@ -148,3 +148,12 @@ def test_huge_pages_keep_the_bytes_and_their_place() -> None:
     system.use_huge_pages(memory.ctypes.data + 3, memory.nbytes - 3)  # True or False: the system's choice
     assert np.array_equal(memory, before)
     assert not system.use_huge_pages(memory.ctypes.data, 4096)  # no whole one lies in there
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way of keeping memory")
+def test_freed_memory_is_handed_back() -> None:
+    pieces = [np.ones(8000) for _ in range(3000)]  # 64 kB each, too small for a mapping of their own
+    before = system.current_memory_bytes()
+    pieces = pieces[-1:]  # holds the heap's end
+    system.return_freed_memory()
+    assert before - system.current_memory_bytes() > 100e6

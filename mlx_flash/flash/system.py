@@ -192,3 +192,9 @@ def _statistic(path: Path, key: str) -> int:
         if name == key:
             return int(value)
     return 0
+
+
+def return_freed_memory() -> None:
+    """Hands memory that was freed back to the system; glibc keeps much of what many small arrays leave behind."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))

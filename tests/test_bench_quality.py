@@ -20,7 +20,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_flash.bench import quality, score, tasks
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.loading import demo_folder, model_classes
+from mlx_flash.finding import demo_folder
+from mlx_flash.loading import model_classes
 
 PREFIX = [0]
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, 90, 36)]

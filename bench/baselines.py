@@ -7,20 +7,21 @@ way, and a layer's attention comes a layer ahead. "dense" keeps everything.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.errors import UsageError
+from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.flash.checksums import TensorEntry, read_header
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.pool import AlignedPool
@@ -47,22 +48,43 @@ def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
     """Writes every layer's up projection, then its down projection, piece by piece: what a dense engine would read.
 
     A piece is `rows_of_piece` neurons: (D, n) of the up projection, (n, D) of the down projection, the way round that
-    BLAS is quickest with. Raises UsageError if the disk has too little room.
+    BLAS is quickest with. Written beside and renamed: what stands at `path` is whole. Raises UsageError if the disk has
+    too little room or another process writes the same, ReadError if the store ends early.
     """
     needed = layout.layers * 2 * layout.neurons * layout.row_bytes
     if (free := shutil.disk_usage(path.parent).free) < 1.02 * needed:
         raise UsageError(
             f"the baselines need {needed / 1e9:.1f} GB at {path.parent}, where {free / 1e9:.1f} GB are free."
         )
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is writing {path}. Wait until it has, or name another folder.") from None
+        try:
+            file.truncate(0)
+            _write_pieces(store / Manifest.neurons_file, layout, file, needed)
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, total: int) -> None:
     per_block = layout.neurons_per_block * layout.row_bytes
     with (
-        (store / Manifest.neurons_file).open("rb") as source,
-        path.open("wb") as file,
-        tqdm(total=needed, unit="B", unit_scale=True, desc="matrices", dynamic_ncols=True) as bar,
+        neurons_file.open("rb") as source,
+        tqdm(total=total, unit="B", unit_scale=True, desc="matrices", dynamic_ncols=True) as bar,
     ):
         for layer in range(layout.layers):
             source.seek(layer * layout.layer_bytes)
             raw = np.frombuffer(source.read(layout.blocks * layout.block_bytes), np.uint8)
+            if len(raw) < layout.blocks * layout.block_bytes:
+                raise ReadError(
+                    f"{neurons_file} ends within layer {layer}: it was cut while it was in use. "
+                    "Leave a store's files alone while a model runs; start again."
+                )
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):
                 packed = np.ascontiguousarray(blocks[:, part * per_block : (part + 1) * per_block]).reshape(-1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +25,8 @@ class MemoryGroup:
     v1: bool
 
     def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """Runs a command inside; its standard output is returned, its standard error is shown."""
-
-        def enter() -> None:
-            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
-        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+        """`run_child`, inside."""
+        return run_child(command, environment, lambda: (self.folder / "cgroup.procs").write_text(str(os.getpid())))
 
     def peak_bytes(self) -> int:
         """The most it ever used: anonymous memory and page cache together."""
@@ -38,6 +36,43 @@ class MemoryGroup:
         """How many processes the kernel killed for memory."""
         text = (self.folder / ("memory.oom_control" if self.v1 else "memory.events")).read_text()
         return int(next(line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")))
+
+
+def run_child(
+    command: list[str], environment: dict[str, str] | None = None, enter: Callable[[], object] = lambda: None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command; its standard output is returned, its standard error is shown. It never outlives the call.
+
+    enter: called in the child before the command begins. Ctrl-C, which a terminal sends to both, is left to this
+    process: the child has nothing to say about it, and is gone before the exception goes on.
+    """
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        enter()
+
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=prepare) as child:
+        try:
+            output, _ = child.communicate()
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, output)
+
+
+def remove(folder: Path) -> None:
+    """Removes a group. The kernel may need a moment to let go of a process that was killed."""
+    for _ in range(100):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -59,4 +94,4 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     try:
         yield MemoryGroup(folder, v1)
     finally:
-        folder.rmdir()
+        remove(folder)

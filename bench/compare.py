@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.commands import whole_number
-from mlx_flash.errors import UsageError
+from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
 
 from . import sides
 from .cgroup import memory_group
 from .random_checkpoint import SHAPES
-from .report import add_output_argument, cached_share, environment, spread
+from .report import add_output_argument, cached_share, environment, spread, writable_folder
 from .synthetic import is_synthetic
 
 SHARE = 0.6
@@ -48,7 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="go on where the machine would swap")
     parser.add_argument(
         "--matrices",
-        type=Path,
+        type=writable_folder,
         metavar="FOLDER",
         help="keep the matrices as the baselines read them here, and reuse them "
         "(default: a temporary folder beside the store)",
@@ -130,9 +130,9 @@ class Subject:
         needed = (least - self.base_bytes) / self.weights_bytes
         if share is None:
             return needed, least
+        remedy = f"pass --share {needed + 0.01:.2f} or more, or leave it out" if needed < 0.99 else "leave it out"
         raise UsageError(
-            f"--share {share} gives {budget / 1e6:.0f} MB, the model needs {least / 1e6:.0f} MB: "
-            f"pass --share {needed + 0.01:.2f} or more, or leave it out."
+            f"--share {share} gives {budget / 1e6:.0f} MB, the model needs {least / 1e6:.0f} MB: {remedy}."
         )
 
     def describe(self) -> dict[str, Any]:
@@ -208,11 +208,14 @@ def fence_problem(unwanted: bool) -> str | None:
 
 @contextmanager
 def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
-    """With the up and down matrices as a checkpoint has them; in a folder that stays if one is given."""
+    """With the up and down matrices as a checkpoint has them; in a folder that stays if one is given.
+
+    The file's name has the checksum of the store's own checksums in it: another store's are not taken for them.
+    """
     from .baselines import write_matrices
 
     store, layout = subject.store, subject.manifest.layout
-    size = layout.layers * 2 * layout.neurons * layout.row_bytes
+    digest = subject.manifest.files[Manifest.neurons_checksums_file]["sha256"]
     temporary = None
     try:
         if folder is None:
@@ -220,10 +223,16 @@ def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
                 temporary = folder = Path(tempfile.mkdtemp(prefix="mlx_flash-matrices-", dir=store.resolve().parent))
             except OSError as error:
                 raise UsageError(f"nothing can be written beside the store ({error}): pass --matrices.") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "matrices.bin"
-        if not path.is_file() or path.stat().st_size != size:
-            write_matrices(store, layout, path)
+        path = folder / f"matrices-{digest[:12]}.bin"
+        if not path.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_matrices(store, layout, path)
+            except OSError as error:
+                raise FlashError(
+                    f"the baselines' matrices cannot be written into {folder} ({error.strerror}): "
+                    "free some room there, or pass another folder as --matrices."
+                ) from None
         yield replace(subject, matrices=path)
     finally:
         if temporary is not None:

@@ -45,8 +45,14 @@ def main(arguments: argparse.Namespace) -> None:
             continue  # it is the same
         wanted, known = ([traces.by_block(t.chosen, per) for t in history] for history in (held_out, calibration))
         result["units"][unit] = compare(wanted, known, unit)
-        show(result["units"][unit], unit, count)
-    finish(arguments.output, "eviction", result, lambda figure: draw(figure, result["units"]), size=(9, 4.5))
+    finish(
+        arguments.output,
+        "eviction",
+        result,
+        lambda figure: draw(figure, result["units"]),
+        size=(9, 4.5),
+        show=lambda: show(result),
+    )
 
 
 def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str) -> dict[str, Any]:
@@ -123,7 +129,12 @@ def per_token(rows: list[np.ndarray]) -> list[float]:
     return [float(row[min(WARM_UP, len(row) // 2) :].mean()) for row in rows]
 
 
-def show(part: dict[str, Any], unit: str, count: int) -> None:
+def show(result: dict[str, Any]) -> None:
+    for unit, part in result["units"].items():
+        show_unit(part, unit, result["neurons_per_block"])
+
+
+def show_unit(part: dict[str, Any], unit: str, count: int) -> None:
     what = "blocks, as the engine reads them" if unit == "block" else "single neurons"
     size = f" of {count} neurons" if unit == "block" else ""
     print(f"\n{what}{size}: {part['needed']:.0f} needed per token; misses per token, others against least-recent use")

@@ -47,8 +47,14 @@ def main(arguments: argparse.Namespace) -> None:
     for trace, rows, share in tqdm(jobs, desc="caches", dynamic_ncols=True):
         result["by_layer"] += layer_rows(trace, rows, share, layout.neurons_per_block)
     result["mean"] = means(result["by_layer"])
-    show(result["mean"])
-    finish(arguments.output, "lookahead", result, lambda figure: draw(figure, result["mean"]), size=(8, 4))
+    finish(
+        arguments.output,
+        "lookahead",
+        result,
+        lambda figure: draw(figure, result["mean"]),
+        size=(8, 4),
+        show=lambda: show(result["mean"]),
+    )
 
 
 # -- guessing ------------------------------------------------------------------------------------------------

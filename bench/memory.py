@@ -51,8 +51,14 @@ def main(arguments: argparse.Namespace) -> None:
         rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
         result["disk"] = rates
         result["cached_share_after"] = compare.cached_shares(subject)
-    show(result)
-    finish(arguments.output, "memory", result, lambda figure: draw(figure, result), size=(8, 4.8))
+    finish(
+        arguments.output,
+        "memory",
+        result,
+        lambda figure: draw(figure, result),
+        size=(8, 4.8),
+        show=lambda: show(result),
+    )
 
 
 def budgets(least: dict[str, Any], layers: int, points: int) -> list[int]:

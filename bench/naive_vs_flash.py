@@ -74,8 +74,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise FlashError("the kernel killed a process for memory (see above): the figures are void.")
     result["sides"] = {name: side_row(runs[name], runs["naive"]) for name in runs}
     result["ratios"] = ratios(result["sides"])
-    show(result)
-    finish(arguments.output, "naive-vs-flash", result, lambda figure: draw(figure, result), size=(9, 5))
+    finish(
+        arguments.output,
+        "naive-vs-flash",
+        result,
+        lambda figure: draw(figure, result),
+        size=(9, 5),
+        show=lambda: show(result),
+    )
 
 
 def title_of(name: str, result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Disk:
 
     def gap(self, bundle_bytes: int) -> int:
         """How many bundles nobody asked for may be read through, for less than the price of another request."""
-        return math.floor(self.bytes_per_s / self.reads_per_s / bundle_bytes)
+        return math.floor(min(self.bytes_per_s / self.reads_per_s / bundle_bytes, 2**62))
 
     def seconds(self, reads: float, read_bytes: float) -> float:
         return reads / self.reads_per_s + read_bytes / self.bytes_per_s
@@ -66,8 +66,14 @@ def main(arguments: argparse.Namespace) -> None:
             "disks": [vars(disk) for disk in disks],
         }
     result["rows"] = compare(held_out, calibration, arguments.slots, arguments.bundle, disks)
-    show(result["rows"], disks)
-    finish(arguments.output, "ordering", result, lambda figure: draw(figure, result["rows"]), size=(9, 3.8))
+    finish(
+        arguments.output,
+        "ordering",
+        result,
+        lambda figure: draw(figure, result["rows"]),
+        size=(9, 3.8),
+        show=lambda: show(result["rows"], disks),
+    )
 
 
 def compare(

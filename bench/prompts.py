@@ -46,6 +46,10 @@ def main(arguments: argparse.Namespace) -> None:
             row = measure(subject, length, budget, arguments.rounds)
             rows.append(row)
     result["rows"] = rows
+    finish(arguments.output, "prompts", result, lambda figure: draw(figure, result), show=lambda: show(result))
+
+
+def show(result: dict[str, Any]) -> None:
     head = [
         "prompt",
         "first token s",
@@ -57,10 +61,9 @@ def main(arguments: argparse.Namespace) -> None:
         "x bound",
     ]
     keys = ("first_token_s", "prompt_s", "wait_s", "read_s", "read_once_s", "compute_s", "ratio")
-    print(f"\n{subject.describe()['model']}, {share:.0%} of the weights' bytes in memory")
-    compare.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in rows])
+    print(f"\n{result['model']}, {result['share']:.0%} of the weights' bytes in memory")
+    compare.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["rows"]])
     print("x bound: prompt s / max(read once, compute alone)")
-    finish(arguments.output, "prompts", result, lambda figure: draw(figure, result))
 
 
 def measure(subject: compare.Subject, length: int, budget: int, rounds: int) -> dict[str, Any]:

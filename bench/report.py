@@ -9,7 +9,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import psutil
 
 from mlx_flash import __version__
-from mlx_flash.errors import UsageError
+from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.system import available_memory_bytes
 
 FOLDER = Path("bench-results")
@@ -47,8 +48,25 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, default=FOLDER, help="folder for the JSON file and the plot (default: %(default)s)"
+        "--output",
+        type=writable_folder,
+        default=str(FOLDER),
+        help="folder for the JSON file and the plot (default: %(default)s)",
     )
+
+
+def writable_folder(text: str) -> Path:
+    """An argparse type: a folder to write into, there or to be made. Asked for before a long measurement."""
+    folder = Path(text)
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({error.strerror}): choose another folder") from None
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is no folder: choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to: choose another folder")
+    return folder
 
 
 def spread(samples: Iterable[float]) -> dict[str, float]:
@@ -128,26 +146,55 @@ def forget_cached(path: Path) -> None:
 
 
 def finish(
-    folder: Path, name: str, result: dict[str, Any], draw: Callable[[Any], None], size: tuple[float, float] = (8, 4.5)
+    folder: Path,
+    name: str,
+    result: dict[str, Any],
+    draw: Callable[[Any], None],
+    size: tuple[float, float] = (8, 4.5),
+    show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes NAME.json and NAME.png into `folder` and prints the result as the last line.
+    """Writes NAME.json and NAME.png into `folder`, shows the result and prints it as the last line.
 
-    draw: fills a matplotlib Figure. result: with "environment", which stands small at the plot's foot.
+    draw: fills a matplotlib Figure. result: with "environment", which stands small at the plot's foot. show: prints
+    the table; after writing, as the reader of standard output may be gone. What is written is whole, and what cannot
+    be written is printed all the same. Raises FlashError where the folder does not take the files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     body = {"command": name, **result}
-    (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    written = f"not written: {folder / name}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with beside(folder / f"{name}.json") as path:
+            path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=size)
-        draw(figure)
-        figure.text(0.01, 0.012, describe(result["environment"]), fontsize=6, color="#555555")
-        figure.tight_layout(rect=(0, 0.035, 1, 1))
-        figure.savefig(folder / f"{name}.png", dpi=160)
-    print(f"written: {folder / name}.json, {folder / name}.png")
-    print(json.dumps(body))
+        with rc_context(STYLE), beside(folder / f"{name}.png") as path:
+            figure = Figure(figsize=size)
+            draw(figure)
+            figure.text(0.01, 0.012, describe(result["environment"]), fontsize=6, color="#555555")
+            figure.tight_layout(rect=(0, 0.035, 1, 1))
+            figure.savefig(path, format="png", dpi=160)
+        written = f"written: {folder / name}.json, {folder / name}.png"
+    except OSError as error:
+        raise FlashError(
+            f"not all results could be written into {folder} ({error.strerror}); standard output ends with them. "
+            "Free some room there, or choose another --output."
+        ) from None
+    finally:
+        show()
+        print(written)
+        print(json.dumps(body))
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end: what stands there is whole, whatever interrupts."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_plots() -> None:

@@ -75,8 +75,9 @@ def main(arguments: argparse.Namespace) -> None:
         result["steps"] += [engine(subject, name, side, arguments.tokens, budget) for name, side in flash.items()]
         result["disk"] = rates
         result["cached_share_after"] = compare.cached_shares(subject)
-    show(result)
-    finish(arguments.output, "steps", result, lambda figure: draw(figure, result), size=(9, 4.8))
+    finish(
+        arguments.output, "steps", result, lambda figure: draw(figure, result), size=(9, 4.8), show=lambda: show(result)
+    )
 
 
 def engine(subject: compare.Subject, name: str, side: Side, tokens: int, limit: int) -> dict[str, Any]:

@@ -37,8 +37,14 @@ def main(arguments: argparse.Namespace) -> None:
         for name, rows in zip(("resident", "new"), zip(*sizes, strict=True), strict=True):
             result[f"{kind}_{name}_by_layer"] = np.array(rows).tolist()
             result[f"{kind}_{name}"] = np.mean(rows, axis=0).tolist()
-    show(result)
-    finish(arguments.output, "windows", result, lambda figure: draw(figure, result), size=(9, 4.8))
+    finish(
+        arguments.output,
+        "windows",
+        result,
+        lambda figure: draw(figure, result),
+        size=(9, 4.8),
+        show=lambda: show(result),
+    )
 
 
 def by_window(mask: np.ndarray, windows: list[int]) -> tuple[list[float], list[float]]:

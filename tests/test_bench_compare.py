@@ -1,19 +1,28 @@
 """Naive, hybrid, dense and flash loading: the same logits, bytes as promised; and the commands that compare them."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 
 from mlx_flash import loading
-from mlx_flash.bench import baselines, compare, sides, steps, synthetic, traces
+from mlx_flash.bench import baselines, cgroup, compare, report, sides, steps, synthetic, traces
 from mlx_flash.bench.__main__ import make_parser
-from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import Reader
 
@@ -97,9 +106,12 @@ def test_a_side_runs_in_a_process_of_its_own(
     assert {"hits", "misses", "bytes", "reads", "read_s", "wait_s", "manage_s", "total_s"} <= set(result["samples"][0])
     assert result["peak_memory_bytes"] >= result["memory_bytes"] > 0
     assert result["weights_bytes"] < result["plan"]["total"]
-    with pytest.raises(FlashError, match="the side flash ended with exit code"):
+    with pytest.raises(UsageError, match="smallest that would do"):
         sides.run(sides.Side("flash", memory=1), task)
-    assert "smallest that would do" in capfd.readouterr().err
+    capfd.readouterr()
+    with pytest.raises(FlashError, match="the side nonsense ended with exit code"):
+        sides.run(sides.Side("nonsense", options={"nonsense": 1}), task)
+    assert "nonsense" in capfd.readouterr().err
 
 
 # -- figures -------------------------------------------------------------------------------------------------
@@ -167,8 +179,8 @@ def test_naive_vs_flash(command: Callable[..., dict[str, Any]], tmp_path: Path) 
     assert rows["naive"]["bytes"] > rows["hybrid"]["bytes"] > rows["flash"]["bytes"] > 0 == rows["dense"]["bytes"]
     assert rows["hybrid"]["agreement"] == rows["dense"]["agreement"] == 1 and rows["flash"]["agreement_tokens"] == 3
     assert len(result["disk"]) == 2
-    size = (tmp_path / "kept" / "matrices.bin").stat().st_size
-    assert size == 3 * 2 * 1024 * 256 * 4  # layers, matrices, neurons, width, bytes
+    [kept] = (tmp_path / "kept").iterdir()
+    assert kept.stat().st_size == 3 * 2 * 1024 * 256 * 4  # layers, matrices, neurons, width, bytes
 
 
 def test_steps(command: Callable[..., dict[str, Any]]) -> None:
@@ -200,6 +212,74 @@ def test_prompts(command: Callable[..., dict[str, Any]]) -> None:
         assert row["first_token_s"] > row["prompt_s"] > 0
 
 
+def test_kept_matrices_are_whole_and_this_store_s(
+    tiny_synthetic: Path, tiny_of: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(store: Path) -> Path:
+        subject = compare.Subject(store, read_manifest(store), [], 0, {}, None, None)
+        with compare.with_matrices(subject, tmp_path / "kept") as ready:
+            assert ready.matrices is not None
+            return ready.matrices
+
+    def stop(layout: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(baselines, "rows_of_piece", stop)
+        kept(tiny_synthetic)
+    assert not list((tmp_path / "kept").iterdir())
+    path = kept(tiny_synthetic)
+    before = path.stat()
+    assert kept(tiny_synthetic) == path and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert kept(tiny_of("float16").store) != path
+    layout = read_manifest(tiny_synthetic).layout
+    with path.with_name("more.partial").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another run is writing"):
+            baselines.write_matrices(tiny_synthetic, layout, path.with_name("more"))
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_synthetic, cut)
+    os.truncate(cut / Manifest.neurons_file, layout.layer_bytes + 4096)
+    with pytest.raises(ReadError, match="within layer 1"):
+        baselines.write_matrices(cut, layout, tmp_path / "matrices")
+    assert not list(tmp_path.glob("matrices*"))
+
+
+def test_results_are_not_lost_where_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def full(self: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    result = {"environment": report.environment(tmp_path)}
+    with pytest.raises(FlashError, match="No space left"):
+        report.finish(tmp_path, "name", result, lambda figure: None, show=lambda: print("a table"))
+    assert [path.name for path in tmp_path.iterdir()] == ["name.json"]
+    table, written, last = capsys.readouterr().out.splitlines()
+    assert (table, written) == ("a table", f"not written: {tmp_path / 'name'}.png")
+    assert json.loads(last) == json.loads((tmp_path / "name.json").read_text()) == {"command": "name", **result}
+
+
+def test_an_interrupted_child_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"]
+    command[-1] += "; time.sleep(60)"
+
+    def interrupt() -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)  # which it leaves to its parent
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        cgroup.run_child(command)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_host(tiny_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submit = Reader.submit
     arguments = make_parser().parse_args(["host", "--model", str(tiny_synthetic), "--tokens", "4"])
@@ -215,7 +295,7 @@ def test_host(tiny_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["prompts", "--lengths", "32,x"], "--lengths"),
         (["prompts", "--lengths", "513"], "9 to 512"),
-        (["naive-vs-flash", "--share", "0.01"], "pass --share"),
+        (["naive-vs-flash", "--share", "0.01"], "leave it out"),
         (["naive-vs-flash", "--tokens", "2", "--rounds", "3"], "--rounds"),
         (["naive-vs-flash", "--tokens", "5000"], "positions"),
         (["memory", "--text", "/nowhere/text"], "cannot read --text"),
@@ -234,6 +314,8 @@ def test_what_cannot_be_is_refused(flags: list[str], message: str, command: Call
         ["steps", "--share", "x"],
         ["memory", "--points", "1"],
         ["steps", "--rounds", "2"],
+        ["steps", "--output", __file__],
+        ["memory", "--matrices", f"{__file__}/folder"],
     ],
 )
 def test_wrong_flags(flags: list[str]) -> None:

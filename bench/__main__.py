@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from importlib import import_module
 
 from mlx_flash.commands import run_command
@@ -44,5 +45,16 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.run(arguments)
 
 
+def load_parser() -> argparse.ArgumentParser:
+    """`make_parser`; Ctrl-C while the modules load ends the process without a word, as nothing has begun."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as `nohup` and scripts have it
+        return make_parser()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parser = make_parser()
+    signal.signal(signal.SIGINT, before)
+    return parser
+
+
 if __name__ == "__main__":
-    run_command(make_parser(), main)
+    run_command(load_parser(), main)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.tensors import write_safetensors
-from mlx_flash.errors import UsageError
+from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.finding import demo_folder
 
 # hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
@@ -37,9 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if (arguments.output / "config.json").exists():
         raise UsageError(f"{arguments.output} holds a checkpoint already. Choose another --output.")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise UsageError(f"{arguments.output} is no folder. Choose another --output.")
     arguments.output.mkdir(parents=True, exist_ok=True)
     keys = ("shape", "dtype", "seed", "layers", "shards")
-    write_checkpoint(arguments.output, *(getattr(arguments, key) for key in keys))
+    try:
+        write_checkpoint(arguments.output, *(getattr(arguments, key) for key in keys))
+    except OSError as error:
+        raise FlashError(
+            f"{arguments.output} cannot be written ({error.strerror}): make room there, or choose another --output."
+        ) from None
+    finally:
+        for path in arguments.output.glob("*.partial"):
+            path.unlink()
     print(json.dumps({key: getattr(arguments, key) for key in ("command", *keys)}))
 
 

@@ -85,11 +85,17 @@ def main(arguments: argparse.Namespace) -> None:
             "environment": environment(path),
         }
     result["best_threads"] = best_threads(result["rows"])
-    print_table(result)
     from .reads_plot import draw
 
     typical = [row for row in neuron_sized(result["rows"]) if row["threads"] == result["best_threads"]]
-    finish(arguments.output, "reads", result, lambda figure: draw(figure, result, typical), size=(12, 5.2))
+    finish(
+        arguments.output,
+        "reads",
+        result,
+        lambda figure: draw(figure, result, typical),
+        size=(12, 5.2),
+        show=lambda: print_table(result),
+    )
 
 
 @dataclass
@@ -228,9 +234,15 @@ def print_table(result: dict[str, Any]) -> None:
 def _file(arguments: argparse.Namespace) -> Iterator[Path]:
     """The file to read: the user's, or a fresh one of random bytes that is removed at the end."""
     if arguments.file is not None:
+        if not arguments.file.is_file():  # a pipe would be waited for
+            raise UsageError(f"--file {arguments.file} is not there, or no regular file. Name one, or leave it out.")
         yield arguments.file
         return
-    nbytes, folder = parse_memory(arguments.size), arguments.folder
+    folder = arguments.folder
+    try:
+        nbytes = parse_memory(arguments.size)
+    except UsageError:
+        raise UsageError(f"--size is {arguments.size!r}, expected a number with a unit, such as 2GB.") from None
     if not folder.is_dir():
         raise UsageError(f"--folder {folder} is no folder.")
     free = psutil.disk_usage(str(folder)).free

@@ -22,6 +22,8 @@ from mlx_flash.layers.predictors import Predictor
 from .report import add_output_argument, environment
 from .sides import forget_look_ahead
 
+LEAST_TOKENS = 16  # that a trace makes sense of
+
 
 @dataclass
 class LayerTrace:
@@ -124,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
     parser.add_argument("--text", type=Path, required=True, help="plain text that the model was not trained on")
     parser.add_argument(
         "--tokens",
-        type=whole_number(16, 10**9),
+        type=whole_number(LEAST_TOKENS, 10**9),
         default=tokens,
         help="decode only the first N tokens (default: %(default)s)",
     )
@@ -169,6 +171,8 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
             list(tokenizer.encode(each, add_special_tokens=False, verbose=False))[: arguments.tokens]
             for each in (text, calibration)
         )
+        if len(ids) < LEAST_TOKENS:
+            raise UsageError(f"--text {arguments.text} has {len(ids)} tokens, expected {LEAST_TOKENS} or more.")
         prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         yield Subject(model, store, ids, calibration_ids, prefix)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_what_does_not_go_together_exits_with_2(path: Path) -> None:
         with pytest.raises(UsageError) as error:
             run(*flags)
         assert error.value.exit_code == 2
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "missing", "."):
+        with pytest.raises(UsageError, match="no regular file"):
+            run("--file", tmp_path / name, "--no-fio")
 
 
 def test_without_matplotlib_it_says_so_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,16 @@ def test_a_text_must_be_one(tmp_path: Path, content: str | bytes | None) -> None
         traces.read_text(path)
 
 
+def test_a_text_must_have_tokens_enough(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("so it")
+    parser = argparse.ArgumentParser()
+    traces.add_arguments(parser)
+    arguments = parser.parse_args(["--model", str(tiny.store), "--text", str(text)])
+    with pytest.raises(UsageError, match="tokens, expected 16 or more"), traces.opened(arguments):
+        pass
+
+
 # -- eviction ------------------------------------------------------------------------------------------------
 
 

@@ -206,6 +206,13 @@ def fence_problem(unwanted: bool) -> str | None:
         return f"not enforced: {error}"
 
 
+def dense_problem(manifest: Manifest) -> str | None:
+    """Why `baselines` cannot run a model, or None: they know OPT's tensors and an FFN without a gate."""
+    return (
+        None if manifest.model_type == "opt" else f"are written for OPT, and this model's type is {manifest.model_type}"
+    )
+
+
 @contextmanager
 def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
     """With the up and down matrices as a checkpoint has them; in a folder that stays if one is given.
@@ -214,6 +221,8 @@ def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
     """
     from .baselines import write_matrices
 
+    if problem := dense_problem(subject.manifest):
+        raise UsageError(f"the baselines {problem}. Choose the store of another model.")
     store, layout = subject.store, subject.manifest.layout
     digest = subject.manifest.files[Manifest.neurons_checksums_file]["sha256"]
     temporary = None

@@ -31,14 +31,15 @@ def main(arguments: argparse.Namespace) -> None:
         points = budgets(subject.least, subject.manifest.layout.layers, arguments.points)
         refuse_to_swap(points[-1], "the whole model", arguments.force)
         everything = subject.weights_bytes + subject.base_bytes
-        with_dense = arguments.force or everything <= available_memory_bytes()
+        problem = compare.dense_problem(subject.manifest)
+        with_dense = not problem and (arguments.force or everything <= available_memory_bytes())
         first = disk.prepare(subject.files)
         rates = [disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES)]
         result: dict[str, Any] = {
             **subject.describe(),
             "disk_first": first,
             "smallest_bytes": points[0],
-            "dense": "measured" if with_dense else f"left out: needs {everything / 1e9:.1f} GB",
+            "dense": "measured" if with_dense else f"left out: {problem or f'needs {everything / 1e9:.1f} GB'}",
         }
         if with_dense:  # first: it needs room on the disk, which may be lacking
             with compare.with_matrices(subject, arguments.matrices) as full:

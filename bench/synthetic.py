@@ -32,7 +32,7 @@ from mlx_flash.commands import whole_number
 from mlx_flash.convert.neurons import write_neurons
 from mlx_flash.convert.output import file_entry, publish
 from mlx_flash.convert.tensors import write_safetensors
-from mlx_flash.errors import UsageError
+from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, NeuronLayout
 from mlx_flash.layers.activations import Activation
 
@@ -125,7 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    write_store(arguments.output, arguments.shape, arguments.seed)
+    try:
+        write_store(arguments.output, arguments.shape, arguments.seed)
+    except OSError as error:
+        raise FlashError(
+            f"{arguments.output} cannot be written ({error.strerror}): make room there, or choose another --output."
+        ) from None
     measured = measure(arguments.output, arguments.tokens)
     print(f"synthetic store of OPT-{arguments.shape}'s shape, shares of the neurons over {arguments.tokens} tokens")
     published = (FIRST_ACTIVE, LAST_ACTIVE, MEAN_ACTIVE, PREDICTED_PER_ACTIVE, RECALL, IN_WINDOW, NEW_PER_TOKEN)

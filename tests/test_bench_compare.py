@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,13 @@ def test_kept_matrices_are_whole_and_this_store_s(
     with pytest.raises(ReadError, match="within layer 1"):
         baselines.write_matrices(cut, layout, tmp_path / "matrices")
     assert not list(tmp_path.glob("matrices*"))
+
+
+def test_baselines_are_for_opt_alone(tiny_synthetic: Path, tmp_path: Path) -> None:
+    manifest = replace(read_manifest(tiny_synthetic), model_type="llama")
+    subject = compare.Subject(tiny_synthetic, manifest, [], 0, {}, None, None)
+    with pytest.raises(UsageError, match="written for OPT"), compare.with_matrices(subject, tmp_path):
+        pass
 
 
 def test_results_are_not_lost_where_they_cannot_be_written(

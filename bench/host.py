@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.commands import whole_number
+from mlx_flash.errors import UsageError
 from mlx_flash.finding import find_store
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.reader import Reader
@@ -45,6 +46,10 @@ def main(arguments: argparse.Namespace) -> None:
 
     seconds: dict[str, float] = defaultdict(float)
     model, _ = load(find_store(arguments.model), memory=arguments.memory, context=64 + arguments.tokens)
+    most = getattr(model.args, "max_position_embeddings", 64 + arguments.tokens)
+    if 64 + arguments.tokens > most:
+        model.flash.close()
+        raise UsageError(f"a run has {64 + arguments.tokens} tokens and the model {most} positions. Lower --tokens.")
     cache = make_prompt_cache(model)
     ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 64 + arguments.tokens)
     mx.eval(model(mx.array(ids[None, :32]), cache=cache))

@@ -18,6 +18,8 @@ from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.finding import demo_folder
 
+from .report import writable_folder
+
 # hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
 SHAPES = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32)}
 VOCABULARY = 50272
@@ -27,18 +29,16 @@ FFN_BIAS = -1.65  # with pre-activations of unit spread: about one neuron in twe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=writable_folder, required=True, help="folder to make")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--layers", type=whole_number(1), help="fewer or more than the shape has")
     parser.add_argument("--shards", type=whole_number(1), default=1, help="files of weights (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
 
 
 def main(arguments: argparse.Namespace) -> None:
     if (arguments.output / "config.json").exists():
         raise UsageError(f"{arguments.output} holds a checkpoint already. Choose another --output.")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UsageError(f"{arguments.output} is no folder. Choose another --output.")
     arguments.output.mkdir(parents=True, exist_ok=True)
     keys = ("shape", "dtype", "seed", "layers", "shards")
     try:

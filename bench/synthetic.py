@@ -36,7 +36,8 @@ from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, NeuronLayout
 from mlx_flash.layers.activations import Activation
 
-from .random_checkpoint import SHAPES, copy_tokenizer, opt_config
+from .random_checkpoint import POSITIONS, SHAPES, copy_tokenizer, opt_config
+from .report import writable_folder
 
 # Published for OPT 6.7B, shares of a layer's neurons.
 FIRST_ACTIVE, LAST_ACTIVE, MEAN_ACTIVE = 0.016, 0.054, 0.033
@@ -117,10 +118,13 @@ def rank_of(width: int) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the store to make")
+    parser.add_argument("--output", type=writable_folder, required=True, help="folder of the store to make")
     parser.add_argument("--seed", type=whole_number(0), default=SEED, help="default: %(default)s")
     parser.add_argument(
-        "--tokens", type=whole_number(16), default=160, help="to measure the statistics on (default: %(default)s)"
+        "--tokens",
+        type=whole_number(16, POSITIONS),
+        default=160,
+        help="to measure the statistics on (default: %(default)s)",
     )
 
 

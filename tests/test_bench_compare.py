@@ -294,6 +294,9 @@ def test_host(tiny_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments.run(arguments)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert Reader.submit is submit
+    arguments.tokens = 2000
+    with pytest.raises(UsageError, match="2048 positions"):
+        arguments.run(arguments)
     assert 0 < result["manage_share"] < 1
     assert 0 < result["ms_per_token"]["tick"] < result["ms_per_token"]["begin"] < result["total_ms"]
 
@@ -324,6 +327,9 @@ def test_what_cannot_be_is_refused(flags: list[str], message: str, command: Call
         ["steps", "--rounds", "2"],
         ["steps", "--output", __file__],
         ["memory", "--matrices", f"{__file__}/folder"],
+        ["synthetic", "--output", f"{__file__}/folder"],
+        ["random-checkpoint", "--output", __file__],
+        ["random-checkpoint", "--output", "nowhere", "--seed", "-1"],
     ],
 )
 def test_wrong_flags(flags: list[str]) -> None:

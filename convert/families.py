@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_flash.errors import UnsupportedModelError
@@ -27,6 +27,7 @@ class Family:
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     biases: bool = True  # whether the FFN may have them
+    instead: str = "a relufied version of it"  # of a model that is not sparse
     parts: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,12 +44,17 @@ class Family:
 
     def activation(self, config: Mapping[str, Any], where: object) -> Activation:
         """Raises UnsupportedModelError, naming what was found."""
-        found = config.get(self.activation_key, self.default_activation)
+        found = config.get(self.activation_key)
+        unnamed = ""
+        if found is None:
+            found, key, wanted = self.default_activation, self.activation_key, next(iter(self.activations))
+            remedy = f'if its own code computes {wanted}, add "{key}": "{wanted}"'
+            unnamed = f" by default (its config.json has no {key}; {remedy})"
         if not isinstance(found, str) or found not in self.activations:
             raise UnsupportedModelError(
-                f"{where} uses the activation {found!r}, which leaves no neuron exactly zero; streaming by neuron "
-                f"needs {' or '.join(self.activations)} there. If it fits into memory, run it with mlx-lm; else look "
-                "for a relufied version of it, or for a mixture-of-experts model."
+                f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero; streaming by "
+                f"neuron needs {' or '.join(self.activations)} there. What would work: {self.instead}, or, if it fits "
+                "into memory, a runtime that loads it whole, such as mlx-lm."
             )
         threshold = config.get(self.threshold_key, 0.0) if self.threshold_key else 0.0
         try:
@@ -57,14 +63,39 @@ class Family:
             raise UnsupportedModelError(f"{where}: {error}.") from None
 
 
+# What has no table of its own below: gated, with names as Llama's.
+LLAMA_LIKE = Family(
+    ffn="model.layers.{}.mlp",
+    matrices=("gate_proj", "up_proj", "down_proj"),
+    activations={"relu": "relu", "fatrelu": "relu"},
+    default_activation="silu",
+    threshold_key="hidden_act_param",
+    biases=False,
+    instead="a relufied version (SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b)",
+)
+
 FAMILIES = {
-    "llama": Family(
+    "bamboo": replace(LLAMA_LIKE, activations={"relu": "drelu"}, default_activation="relu", threshold_key=None),
+    "falcon": Family(
+        ffn="transformer.h.{}.mlp",
+        matrices=("dense_h_to_4h", "dense_4h_to_h"),
+        activations={"relu": "relu"},
+        activation_key="activation",
+        default_activation="gelu",
+        instead="a relufied version (SparseLLM/ReluFalcon-40B)",
+    ),
+    "llama": LLAMA_LIKE,
+    "mistral": replace(
+        LLAMA_LIKE,
+        activations={"relu": "relu"},
+        threshold_key=None,
+        instead="a relufied version (PowerInfer/TurboSparse-Mistral-Instruct), its mixture-of-experts sibling Mixtral",
+    ),
+    "nemotron": Family(
         ffn="model.layers.{}.mlp",
-        matrices=("gate_proj", "up_proj", "down_proj"),
-        activations={"relu": "relu", "fatrelu": "relu"},
-        default_activation="silu",
-        threshold_key="hidden_act_param",
-        biases=False,
+        matrices=("up_proj", "down_proj"),
+        activations={"relu2": "relu2"},
+        default_activation="relu2",
     ),
     "opt": Family(
         ffn="model.decoder.layers.{}.mlp",
@@ -73,6 +104,19 @@ FAMILIES = {
         activation_key="activation_function",
         default_activation="relu",
     ),
+    "persimmon": Family(
+        ffn="model.layers.{}.mlp",
+        matrices=("dense_h_to_4h", "dense_4h_to_h"),
+        activations={"relu2": "relu2"},
+        default_activation="relu2",
+    ),
+    "phi": Family(
+        ffn="model.layers.{}.mlp",
+        matrices=("fc1", "fc2"),
+        activations={"relu": "relu"},
+        default_activation="gelu_new",
+    ),
+    "sparsellama": LLAMA_LIKE,
 }
 
 

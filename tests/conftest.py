@@ -23,7 +23,11 @@ from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import MANIFEST, Manifest, parse_manifest, read_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_VARIANTS = ("opt-pre", "opt-350m-like", "opt-nobias")
+GOLDEN_VARIANTS = (
+    *("opt-pre", "opt-350m-like", "opt-nobias"),
+    *("falcon-7b-like", "falcon-40b-like", "falcon-rw-like"),
+    *("llama-relu", "prosparse", "bamboo", "persimmon", "phi-relu", "nemotron"),
+)
 DTYPES = ("float32", "float16", "bfloat16")
 PREDICTORS = ("none", "exact", "lowrank", "shadow")
 PIECES = 3  # of a layer in these stores, and a shorter one

@@ -71,7 +71,7 @@ def test_bit_identical_however_it_is_cached_and_read(
         {"slots": blocks // 3, "window": 8, "threads": 2},
         {"slots": blocks - 1},
     ]
-    for way in ways:
+    for way in ways if name in DTYPES else ways[::2]:
         model = open_model(tiny.store, predictor=predictor, **way)
         assert_same(everything(model), expected, way)
         assert model.flash.streamer.counters.bytes > reads.bytes

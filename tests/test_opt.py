@@ -1,46 +1,24 @@
-"""OPT against transformers' logits (``tests/golden/make_opt.py``), and the cached ways against the plain one."""
+"""What only OPT has; what it shares with the other families is in test_models.py."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
+from test_models import (  # type: ignore[import-not-found]  # found beside this file
+    GOLDEN,
+    checkpoint_of,
+    config_of,
+    largest_difference,
+    load,
+    parameter_names,
+)
 
 from mlx_flash.models.opt import Model, ModelArgs
 
-GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ["opt-pre", "opt-350m-like", "opt-nobias"]
-TOLERANCE = 1e-4  # logits have a standard deviation above 1
-
-
-def config_of(variant: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / variant / "config.json").read_text())
-
-
-def checkpoint_of(variant: str) -> dict[str, mx.array]:
-    weights = mx.load(str(GOLDEN / variant / "model.safetensors"))
-    assert isinstance(weights, dict)
-    return {name: weight.astype(mx.float32) for name, weight in weights.items()}
-
-
-def load(variant: str, **changes: Any) -> Model:
-    model = Model(ModelArgs.from_dict({**config_of(variant), **changes}))
-    model.load_weights(list(model.sanitize(checkpoint_of(variant)).items()), strict=True)
-    return model
-
-
-def parameter_names(model: Model) -> set[str]:
-    return {name for name, _ in list(tree_flatten(model.parameters()))}
-
-
-def largest_difference(a: mx.array, b: mx.array) -> float:
-    assert a.shape == b.shape
-    return float(np.abs(np.array(a) - np.array(b)).max())
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(params=VARIANTS)
@@ -67,84 +45,6 @@ def test_variants_differ_in_what_they_are_for() -> None:
     assert "model.decoder.project_in.weight" in names and "model.decoder.final_layer_norm.weight" not in names
     names = parameter_names(no_bias)
     assert "lm_head.weight" in names and not any("bias" in name or "norm" in name for name in names)
-
-
-def test_logits_agree_with_transformers(model: Model, golden: dict[str, mx.array]) -> None:
-    assert largest_difference(model(golden["tokens"]), golden["logits"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_through_the_cache_in_chunks(model: Model, golden: dict[str, mx.array], chunk: int) -> None:
-    tokens = golden["tokens"]
-    cache = make_prompt_cache(model)
-    pieces = [model(tokens[:, i : i + chunk], cache) for i in range(0, tokens.shape[1], chunk)]
-    assert cache[0].offset == tokens.shape[1]
-    assert largest_difference(mx.concatenate(pieces, axis=1), golden["logits"]) < TOLERANCE
-
-
-def test_greedy_continuation_agrees_with_transformers(model: Model, golden: dict[str, mx.array]) -> None:
-    cache = make_prompt_cache(model)
-    logits = model(golden["tokens"][:1], cache)
-    continuation: list[int] = []
-    for _ in range(golden["greedy"].size):
-        continuation.append(np.array(logits[0, -1]).argmax().item())
-        logits = model(mx.array([continuation[-1:]]), cache)
-    assert continuation == golden["greedy"].tolist()
-
-
-def test_left_padded_batch_equals_single_rows(model: Model, golden: dict[str, mx.array]) -> None:
-    tokens, prompt, decoded = golden["tokens"], 20, 4
-    padding = [5, 0, 13]
-    rows = [mx.pad(tokens[i, : prompt - pad], (pad, 0)) for i, pad in enumerate(padding)]
-    follow = [tokens[i, prompt - pad : prompt - pad + decoded] for i, pad in enumerate(padding)]
-
-    cache = [BatchKVCache(padding) for _ in model.layers]
-    pieces = [model(mx.stack(rows), cache)]
-    pieces += [model(mx.stack(follow)[:, i : i + 1], cache) for i in range(decoded)]
-    logits = mx.concatenate(pieces, axis=1)
-    for i, pad in enumerate(padding):
-        expected = golden["logits"][i : i + 1, : prompt - pad + decoded]
-        assert largest_difference(logits[i : i + 1, pad:], expected) < TOLERANCE
-
-
-def test_right_padded_prompts_equal_single_rows(model: Model, golden: dict[str, mx.array]) -> None:
-    """mlx-lm's batch generator pads prompts on the right, then rolls the cache so that the padding is on the left."""
-    tokens, lengths = golden["tokens"], [9, 14, 3]
-    longest = max(lengths)
-    cache = [BatchKVCache([0, 0, 0]) for _ in model.layers]
-    for layer_cache in cache:
-        layer_cache.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
-    prompts = model(tokens[:, :longest], cache)  # whatever follows a row's length stands in for padding
-    for layer_cache in cache:
-        layer_cache.finalize()
-    decoded = model(mx.stack([tokens[i, length : length + 1] for i, length in enumerate(lengths)]), cache)
-    for i, length in enumerate(lengths):
-        assert largest_difference(prompts[i, :length], golden["logits"][i, :length]) < TOLERANCE
-        assert largest_difference(decoded[i, 0], golden["logits"][i, length]) < TOLERANCE
-
-
-def test_embed_layers_and_head_make_the_model(model: Model, golden: dict[str, mx.array]) -> None:
-    tokens = golden["tokens"]
-    h = model.embed(tokens)
-    assert h.shape == (*tokens.shape, model.args.hidden_size)
-    for layer in model.layers:
-        assert layer.mlp(h).shape == h.shape
-        h = layer(h, "causal", None)
-    assert mx.array_equal(model.head(h), model(tokens))
-
-
-def test_mlp_can_be_replaced(golden: dict[str, mx.array], model: Model) -> None:
-    class Doubled(nn.Module):
-        def __init__(self, mlp: Any):
-            super().__init__()
-            self.mlp = mlp
-
-        def __call__(self, x: mx.array) -> mx.array:
-            return 2 * self.mlp(x)
-
-    before = model(golden["tokens"])
-    model.layers[0].mlp = Doubled(model.layers[0].mlp)
-    assert largest_difference(model(golden["tokens"]), before) > 0.1
 
 
 def test_embed_offsets(model: Model, golden: dict[str, mx.array]) -> None:
@@ -234,10 +134,3 @@ def test_other_activations_are_refused(name: str) -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="hidden_size 32 is not a multiple of num_attention_heads 5"):
         ModelArgs.from_dict({**config_of("opt-pre"), "num_attention_heads": 5})
-
-
-def test_float16_stays_float16(model: Model, golden: dict[str, mx.array]) -> None:
-    model.set_dtype(mx.float16)
-    logits = model(golden["tokens"])
-    assert logits.dtype == mx.float16
-    assert largest_difference(logits.astype(mx.float32), golden["logits"]) < 0.1

@@ -1,0 +1,79 @@
+"""Attention whose queries, keys and values come of one matrix, as Falcon and Persimmon have it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
+
+
+class FusedAttention(nn.Module):
+    """Heads H in groups G that share a key and a value; the matrix's rows go group by group: H / G queries, key, value.
+
+    G = 1 is multi-query attention, G = H the plain one.
+
+    rotated: numbers of each head's that are rotated by position. 0: none are; ALiBi instead, which adds to the score
+    of a key at position p a bias of slope x p.
+    norm_eps: of the norms on queries and keys; None: there are none.
+    """
+
+    def __init__(
+        self, width: int, heads: int, groups: int, bias: bool, rotated: int, theta: float, norm_eps: float | None = None
+    ) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim = heads, groups, width // heads
+        self.scale = self.head_dim**-0.5
+        self.query_key_value = nn.Linear(width, (heads + 2 * groups) * self.head_dim, bias=bias)
+        self.dense = nn.Linear(width, width, bias=bias)
+        if norm_eps is not None:
+            self.q_layernorm = nn.LayerNorm(self.head_dim, eps=norm_eps)
+            self.k_layernorm = nn.LayerNorm(self.head_dim, eps=norm_eps)
+        if rotated:
+            self.rope = nn.RoPE(rotated, base=theta)
+        else:
+            self._slopes = alibi_slopes(heads)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
+        """x: (B, T, D) -> (B, T, D)"""
+        batch, length, _ = x.shape
+        fused = self.query_key_value(x).reshape(batch, length, self.groups, -1, self.head_dim)  # (B, T, G, H/G + 2, d)
+        queries = fused[..., :-2, :].flatten(2, 3)  # (B, T, H, d)
+        keys, values = fused[..., -2, :], fused[..., -1, :]  # (B, T, G, d)
+        if "q_layernorm" in self:
+            queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)
+        queries, keys, values = (array.transpose(0, 2, 1, 3) for array in (queries, keys, values))
+        if "rope" in self:
+            offset = cache.offset if cache is not None else 0
+            queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        if "rope" not in self:
+            mask = self._with_alibi(mask, length, keys.shape[2], cache).astype(queries.dtype)
+        out = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        return self.dense(out.transpose(0, 2, 1, 3).reshape(x.shape))  # (B, H, T, d) -> (B, T, D)
+
+    def _with_alibi(self, mask: mx.array | str | None, length: int, total: int, cache: Any | None) -> mx.array:
+        """What is added to the scores, (H, T, L) or (B, H, T, L): biases, and -inf or nearly where `mask` forbids.
+
+        Rounded to bfloat16 as transformers does: from position 257 on it shows.
+        """
+        end = cache.offset if cache is not None else total  # keys, without padding: an int, or (B,)
+        begin = mx.array(end)[..., None] - total  # (1,) or (B, 1)
+        positions = (begin + mx.arange(total)).astype(mx.bfloat16)  # (L,) or (B, L)
+        bias = (self._slopes[:, None] * positions[..., None, :]).astype(mx.float32) * self.scale  # ([B,] H, L)
+        bias = bias[..., None, :]  # ([B,] H, 1, L)
+        if mask is None:
+            return bias
+        allowed: mx.array = create_causal_mask(length, total - length) if isinstance(mask, str) else mask
+        return mx.where(allowed, bias, mx.finfo(mx.float16).min)
+
+
+def alibi_slopes(heads: int) -> mx.array:
+    """bfloat16 (H,): 2^(-8 i / n), i = 1 to n, the power of two n <= H; then, for the rest, every other one of 2n."""
+    n = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    slopes += [2 ** (-8 * i / (2 * n)) for i in range(1, 2 * (heads - n), 2)]
+    return mx.array(slopes, mx.bfloat16)

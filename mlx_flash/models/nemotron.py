@@ -1,0 +1,54 @@
+"""Nemotron (Minitron, Nemotron-4): squared ReLU natively, norms that multiply by one more than their weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.nn as nn
+from mlx_lm.models import nemotron
+
+from ..layers.activations import Activation
+from ..layers.ffn import FFN
+from .parts import InParts, activation_named
+from .rope import RopeArgs
+
+MATRICES = ("up_proj", "down_proj")
+
+
+@dataclass
+class ModelArgs(RopeArgs, nemotron.ModelArgs):
+    """mlx-lm's, with Hugging Face's defaults."""
+
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self) -> None:
+        self.refuse_rope_scaling()
+        self.rope_scaling = None
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+
+    @property
+    def activation(self) -> Activation:
+        return activation_named(self.hidden_act, {"relu2": Activation("relu2")})
+
+
+class Model(InParts, nemotron.Model):
+    """mlx-lm's, in parts."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        activation = args.activation
+        for layer in self.layers:
+            layer.mlp = FFN(MATRICES, args.hidden_size, args.intermediate_size, activation, args.mlp_bias)
+
+    @property
+    def ffn_norms(self) -> list[nn.Module]:
+        """The norm whose output each layer's FFN takes, as a LayerNorm whose weight is what it multiplies by."""
+        return [_plain(layer.post_attention_layernorm) for layer in self.layers]
+
+
+def _plain(norm: nemotron.NemotronLayerNorm1P) -> nn.LayerNorm:
+    plain = nn.LayerNorm(norm.weight.size, eps=norm.eps)
+    plain.weight, plain.bias = norm.weight + 1, norm.bias
+    return plain

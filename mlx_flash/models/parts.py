@@ -1,0 +1,81 @@
+"""A model in the parts that streaming and conversion ask for: `head(layers(embed(tokens)))`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+
+from ..layers.activations import Activation
+
+
+def activation_named(name: str, known: Mapping[str, Activation], key: str = "hidden_act") -> Activation:
+    """The activation that a configuration's `key` names. Raises ValueError."""
+    if name not in known:
+        raise ValueError(f"{key} is {name!r}, expected {' or '.join(known)}")
+    return known[name]
+
+
+class InParts:
+    """A base for Model, before mlx-lm's own: a decoder with names as Llama's, unless overridden.
+
+    Besides what stands here, each layer has `mlp` (whose place a streamed one takes) and `self_attn`, and is called as
+    `layer(h, mask, cache)`; `ffn_norms` are the norms whose outputs the FFNs take.
+    """
+
+    args: Any
+    model: Any
+    lm_head: Any
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """inputs: (B, T) token ids -> (B, T, vocab_size) logits"""
+        caches = cache if cache is not None else [None] * len(self.layers)
+        h = self.embed(inputs)
+        mask = create_attention_mask(h, caches[0], window_size=self.window(caches[0], inputs.shape[1]))
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            h = layer(h, mask, layer_cache)
+        return self.head(h)
+
+    @property
+    def layers(self) -> Any:
+        return self.model.layers
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that a token's keys, or its values, have in one layer."""
+        args = self.args
+        head_dim = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
+        return int(args.num_key_value_heads * head_dim)
+
+    def window(self, cache: Any | None, length: int) -> int | None:
+        """How many tokens attention may look back on, itself included, in a call of `length` tokens; None: all."""
+        return None
+
+    def embed(self, inputs: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """The hidden states that enter layer 0; positions are the attention's affair. (B, T) -> (B, T, D)"""
+        return self.embedding(inputs)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """What follows the last layer. (B, T, D) -> (B, T, vocab_size)"""
+        out = self.final_norm(hidden)
+        return self.embedding.as_linear(out) if self.args.tie_word_embeddings else self.lm_head(out)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Checkpoint names to this module's. Dropped: the output matrix of a tied model, and tables of rotations."""
+        tied = self.args.tie_word_embeddings
+        return {
+            name: weight
+            for name, weight in weights.items()
+            if not (name.endswith(".inv_freq") or (tied and name == "lm_head.weight"))
+        }

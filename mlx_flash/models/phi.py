@@ -1,0 +1,58 @@
+"""Phi with ReLU, as Phi-2 was relufied: attention and FFN side by side. mlx-lm's own Phi computes GELU only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import phi
+
+from ..layers.activations import Activation
+from ..layers.ffn import FFN
+from .parts import InParts, activation_named
+from .rope import RopeArgs
+
+MATRICES = ("fc1", "fc2")
+
+
+@dataclass
+class ModelArgs(RopeArgs, phi.ModelArgs):
+    """mlx-lm's, with Hugging Face's defaults for what decides the computation."""
+
+    num_key_value_heads: int | None = None
+    partial_rotary_factor: float = 0.5
+    hidden_act: str = "gelu_new"
+    qk_layernorm: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_rope_scaling()
+        for key in ("qk_layernorm", "tie_word_embeddings"):
+            if getattr(self, key):
+                raise ValueError(f"{key} is true, which is not supported for Phi: expected false")
+
+    @property
+    def activation(self) -> Activation:
+        return activation_named(self.hidden_act, {"relu": Activation()})
+
+
+class Model(InParts, phi.Model):
+    """mlx-lm's, in parts."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        activation = args.activation
+        for layer in self.layers:
+            layer.mlp = FFN(MATRICES, args.hidden_size, args.intermediate_size, activation, bias=True)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.final_layernorm
+
+    @property
+    def ffn_norms(self) -> list[nn.Module]:
+        """The norm whose output each layer's FFN takes, and its attention too."""
+        return [layer.input_layernorm for layer in self.layers]

@@ -242,7 +242,8 @@ def _plan(
         predictor_bytes = sum(_as_used(name, tensor, dtype).nbytes for name, tensor in tensors.items())
     heads = getattr(args, "num_attention_heads", 1)
     on_cpu = mx.default_device() == mx.cpu
-    workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=not on_cpu)
+    fused = not on_cpu and not getattr(args, "alibi", False)  # biases are an array as large as the scores
+    workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=fused)
     if kind == "exact":
         workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
     part_offset, slot_bytes = layout.part_range(_slot_parts(manifest, kind))
@@ -259,7 +260,16 @@ def _plan(
     if not on_cpu:  # more than Metal recommends would be swapped or refused
         free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
     need = _need(manifest, kind)
-    return make_plan(demand, layout, slot_bytes, budget, free, context, selects=kind != "none", need=need)
+    note = _predictors_note(manifest, kind)
+    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, note)
+
+
+def _predictors_note(manifest: Manifest, kind: str) -> str:
+    if kind != "exact":
+        return kind
+    if len(manifest.layout.parts) == 3:
+        return "exact: all gates, a third of the FFN; the other two thirds are streamed"
+    return "exact: all up projections, half of the FFN; the other half is streamed"
 
 
 def _need(manifest: Manifest, kind: str) -> list[float]:
@@ -359,7 +369,7 @@ def _multiplied(model: Any) -> set[str]:
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (tied and name.endswith("embed_tokens"))
+        if isinstance(module, nn.Linear) or (tied and name.endswith(("embed_tokens", "word_embeddings")))
     }
 
 

@@ -59,6 +59,7 @@ class Plan:
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
+    predictors_note: str = ""  # which they are
 
     @property
     def slots_bytes(self) -> int:
@@ -93,7 +94,7 @@ class Plan:
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
             ("resident weights", self.demand.resident, "attention, embeddings, norms"),
-            ("predictors", self.demand.predictors, ""),
+            ("predictors", self.demand.predictors, self.predictors_note),
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
@@ -158,6 +159,7 @@ def make_plan(
     context: int,
     selects: bool,
     need: Sequence[float] | None = None,
+    predictors_note: str = "",
 ) -> Plan:
     """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
 
@@ -189,4 +191,14 @@ def make_plan(
         )
     total = (budget - demand.total) // slot_bytes
     slots = share_out(total, need or [1.0] * layout.layers, minimum, layout.blocks)
-    return Plan(budget, demand, layout.layers, layout.blocks, layout.neurons_per_block, slots, slot_bytes, context)
+    return Plan(
+        budget,
+        demand,
+        layout.layers,
+        layout.blocks,
+        layout.neurons_per_block,
+        slots,
+        slot_bytes,
+        context,
+        predictors_note,
+    )

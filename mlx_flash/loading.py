@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -86,10 +87,17 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(names)}).")
+    # Families that transformers lacks bring code of their own: it would ask whether to run it, or warn of them.
+    warns = logging.getLogger("transformers.configuration_utils")
+    level = warns.level
+    warns.setLevel(logging.ERROR)
     try:
-        return load_mlx_lm_tokenizer(folder, eos_token_ids=(config or {}).get("eos_token_id"))
+        eos_token_ids = (config or {}).get("eos_token_id")
+        return load_mlx_lm_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
     except Exception as error:  # tokenizers raises plain ones
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+    finally:
+        warns.setLevel(level)
 
 
 def compute_dtype(stored: str) -> mx.Dtype:

@@ -45,6 +45,12 @@ def drelu(mlp: torch.nn.Module) -> None:
     mlp.forward = lambda x: mlp.down_proj(torch.relu(mlp.gate_proj(x)) * torch.relu(mlp.up_proj(x)))
 
 
+def own_code(module: str, name: str) -> dict[str, str]:
+    """How a config.json refers to code beside it, which nobody here runs."""
+    model = f"modeling_{module}.{name}ForCausalLM"
+    return {"AutoConfig": f"configuration_{module}.{name}Config", "AutoModel": model, "AutoModelForCausalLM": model}
+
+
 @dataclass(frozen=True)
 class Variant:
     kind: str  # transformers' classes are this + Config and + ForCausalLM
@@ -99,6 +105,7 @@ VARIANTS = {
         fatrelu,
         {
             "architectures": ["SparseLlamaForCausalLM"],
+            "auto_map": own_code("sparsellama", "SparseLlama"),
             "hidden_act": "fatrelu",
             "hidden_act_param": FATRELU_THRESHOLD,
             "model_type": "sparsellama",
@@ -113,6 +120,7 @@ VARIANTS = {
         drelu,
         {
             "architectures": ["BambooForCausalLM"],
+            "auto_map": own_code("bamboo", "Bamboo"),
             "hidden_act": "relu",
             "model_type": "bamboo",
             "rope_parameters": None,

@@ -13,6 +13,7 @@ COMMANDS = (
     "memory",
     "prompts",
     "reads",
+    "blocks",
     "windows",
     "predictors",
     "quality",

@@ -59,6 +59,8 @@ class Plan:
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
+    bits: int = 16  # of the neurons
+    resident: str = ""  # what is said of the resident weights
 
     @property
     def slots_bytes(self) -> int:
@@ -90,9 +92,10 @@ class Plan:
         least, most = min(self.slots), max(self.slots)
         each = f"{least}" if least == most else f"by need {least} to {most}"
         slots = f"{each} of {self.blocks} blocks of each layer's neurons ({self.slot_share:.0%})"
+        slots += f", {self.bits} bits" if self.bits < 16 else ""
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
-            ("resident weights", self.demand.resident, "attention, embeddings, norms"),
+            ("resident weights", self.demand.resident, f"attention, embeddings, norms{self.resident}"),
             ("predictors", self.demand.predictors, ""),
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
@@ -109,12 +112,17 @@ def kv_cache_bytes(layers: int, width: int, context: int, item_bytes: int) -> in
 
 
 def workspace_bytes(layout: NeuronLayout, heads: int, context: int, item_bytes: int, fused_attention: bool) -> int:
-    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache."""
+    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache.
+
+    Quantised rows are widened by `mx.dequantize`, whose own work space on the CPU backend is as large as its result.
+    """
     tokens = min(PREFILL_TOKENS, context)
     scratch = 2 * layout.piece_blocks * layout.block_bytes
     gathered = layout.piece_neurons * layout.bundle_bytes
     widened = layout.piece_neurons * layout.width * len(layout.parts) * item_bytes
-    if item_bytes == ITEM_BYTES[layout.dtype]:
+    if layout.quantised:
+        widened += widened // 2
+    elif item_bytes == ITEM_BYTES[layout.dtype]:
         widened = 0
     activations = tokens * item_bytes * (16 * layout.width + 4 * layout.piece_neurons)
     scores = 0 if fused_attention else 3 * heads * tokens * context * item_bytes
@@ -158,11 +166,13 @@ def make_plan(
     context: int,
     selects: bool,
     need: Sequence[float] | None = None,
+    resident: str = "",
 ) -> Plan:
     """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
 
     selects: False where every token uses all neurons, which works without slots.
     need: share of each layer's blocks that a token needs; None: the same in every layer.
+    resident: what is to be said of the resident weights.
     Raises BudgetError, which names the smallest budget that would do.
     """
     minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
@@ -189,4 +199,15 @@ def make_plan(
         )
     total = (budget - demand.total) // slot_bytes
     slots = share_out(total, need or [1.0] * layout.layers, minimum, layout.blocks)
-    return Plan(budget, demand, layout.layers, layout.blocks, layout.neurons_per_block, slots, slot_bytes, context)
+    return Plan(
+        budget,
+        demand,
+        layout.layers,
+        layout.blocks,
+        layout.neurons_per_block,
+        slots,
+        slot_bytes,
+        context,
+        layout.bits,
+        resident,
+    )

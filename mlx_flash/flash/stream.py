@@ -27,10 +27,11 @@ FADING = 0.9  # of what is remembered about guesses, per guess
 
 
 class BlockRows:
-    """The neurons' rows in a pool of blocks, as one strided view that is gathered from without a copy.
+    """The neurons' rows in a pool of blocks, as strided views that are gathered from without another copy.
 
-    Rows begin at multiples of no common stride (a block may be padded), so the view overlaps itself: its
-    row r begins r * grain elements into the pool.
+    Rows begin at multiples of no common stride (a block may be padded), so a view overlaps itself: its row r begins
+    r * grain_bytes into the pool. A quantised row has three views, of its packed numbers, scales and biases: gathered
+    one by one they lie as `mx.dequantize` wants them, which copies slices of a row first.
     """
 
     def __init__(
@@ -40,23 +41,58 @@ class BlockRows:
         self.layout = layout
         self.parts = parts
         self.block_bytes = layout.part_range(parts)[1]
-        elements = pool.nbytes // (layout.row_bytes // layout.width)
-        self.block_elements = self.block_bytes // (layout.row_bytes // layout.width)
-        self.grain = math.gcd(self.block_elements, layout.width)
-        typed = pool.array.view(getattr(mx, layout.dtype))
-        shape = ((elements - layout.width) // self.grain + 1, layout.width)
-        self.rows = mx.as_strided(typed, shape=shape, strides=(self.grain, 1))
-        mx.eval(self.rows)
+        self.grain_bytes = math.gcd(self.block_bytes, layout.row_bytes)
+        rows = (pool.nbytes - layout.row_bytes) // self.grain_bytes + 1
+        self.views = []
+        begin = 0  # of a component within its row
+        for name, elements in layout.components:
+            dtype = getattr(mx, name)
+            typed = pool.array.view(dtype)
+            strides = (self.grain_bytes // dtype.size, 1)
+            self.views.append(mx.as_strided(typed, (rows, elements), strides, begin // dtype.size))
+            begin += elements * dtype.size
+        mx.eval(self.views)
+        # On the CPU backend numbers of 16 bits are dequantised five times slower than those of 32 (bench/RESULTS.md).
+        self.dtype = mx.float32 if layout.quantised and side is not None else getattr(mx, layout.dtype)
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
-        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them."""
-        first = (blocks.astype(np.int64) * self.block_elements + lanes * self.layout.width) // self.grain
-        part_step = self.layout.neurons_per_block * self.layout.width // self.grain
-        begins = [mx.array((first + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
-        streams = [None] + [self.side] * (len(parts) - 1)
+        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them.
+
+        In the layout's dtype; dequantised on the CPU backend in float32.
+        """
+        taken = self.take_stored(blocks, lanes, parts)
+        if not self.layout.quantised:
+            return tuple(row for (row,) in taken)
+        group, bits = self.layout.group_size, self.layout.bits
+        streams = self._streams(parts)
         return tuple(
-            mx.take(self.rows, begin, axis=0, stream=stream) for begin, stream in zip(begins, streams, strict=True)
+            mx.dequantize(
+                packed,
+                scales.astype(self.dtype, stream=stream),
+                biases.astype(self.dtype, stream=stream),
+                group_size=group,
+                bits=bits,
+                stream=stream,
+            )
+            for (packed, scales, biases), stream in zip(taken, streams, strict=True)
         )
+
+    def take_stored(
+        self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]
+    ) -> tuple[tuple[mx.array, ...], ...]:
+        """The same as it is stored: for each part the components of the rows, (n, elements) each."""
+        layout = self.layout
+        first = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
+        part_step = layout.neurons_per_block * layout.row_bytes // self.grain_bytes
+        begins = [mx.array((first + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
+        return tuple(
+            tuple(mx.take(view, begin, axis=0, stream=stream) for view in self.views)
+            for begin, stream in zip(begins, self._streams(parts), strict=True)
+        )
+
+    def _streams(self, parts: tuple[str, ...]) -> list[mx.ThreadLocalStream | None]:
+        """Parts are gathered side by side."""
+        return [None] + [self.side] * (len(parts) - 1)
 
 
 class Streamer:
@@ -101,11 +137,11 @@ def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
     for seed in (1, 2):
         written = np.random.default_rng(seed).integers(0, 256, (last + 1) * rows.block_bytes, np.uint8)
         ctypes.memmove(pool.address, written.ctypes.data, written.nbytes)
-        for part, seen in zip(rows.parts, rows.take(*places, rows.parts), strict=True):
+        for part, seen in zip(rows.parts, rows.take_stored(*places, rows.parts), strict=True):
             index = rows.parts.index(part) * layout.neurons_per_block
             begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
             expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
-            if not np.array_equal(np.array(seen.view(mx.uint8)), expected):
+            if not np.array_equal(np.concatenate([np.array(s.view(mx.uint8)) for s in seen], axis=1), expected):
                 raise FlashError(
                     "self-test failed: the device does not see what the host writes into shared memory. This machine "
                     "or this version of MLX cannot stream safely; please report it with `pip show mlx`."

@@ -17,6 +17,8 @@ COMMANDS = (
     "windows",
     "predictors",
     "quality",
+    "bits",
+    "plan",
     "eviction",
     "host",
     "lookahead",

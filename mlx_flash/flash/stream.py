@@ -26,6 +26,47 @@ from .reader import Reader, Ticket, UnitFile
 FADING = 0.9  # of what is remembered about guesses, per guess
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """Quantised rows (n, width) as a store has them, grouped along the width.
+
+    packed: uint32 (n, width * bits / 32); scales, biases: (n, width / group_size). A row's number is q * scale + bias.
+    """
+
+    packed: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+    @property
+    def components(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.packed, self.scales, self.biases
+
+    def dequantised(self, dtype: mx.Dtype, stream: mx.ThreadLocalStream | None = None) -> mx.array:
+        """The rows (n, width) themselves."""
+        scales, biases = (part.astype(dtype, stream=stream) for part in (self.scales, self.biases))
+        return mx.dequantize(self.packed, scales, biases, group_size=self.group_size, bits=self.bits, stream=stream)
+
+    def project(self, x: mx.array) -> mx.array:
+        """x rows^T: (N, width) -> (N, n)"""
+        return self._product(x, transpose=True)
+
+    def combine(self, h: mx.array) -> mx.array:
+        """h rows: (N, n) -> (N, width)"""
+        return self._product(h, transpose=False)
+
+    def _product(self, x: mx.array, transpose: bool) -> mx.array:
+        scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
+        return mx.quantized_matmul(
+            x, self.packed, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
+        )
+
+
+StoredRows = tuple[mx.array | PackedRows, ...]
+"""Rows of each part: (n, width), or packed where the store is quantised."""
+
+
 class BlockRows:
     """The neurons' rows in a pool of blocks, as strided views that are gathered from without another copy.
 
@@ -60,39 +101,35 @@ class BlockRows:
 
         In the layout's dtype; dequantised on the CPU backend in float32.
         """
-        taken = self.take_stored(blocks, lanes, parts)
-        if not self.layout.quantised:
-            return tuple(row for (row,) in taken)
-        group, bits = self.layout.group_size, self.layout.bits
-        streams = self._streams(parts)
+        return self.widened(self.take_stored(blocks, lanes, parts))
+
+    def widened(self, stored: StoredRows) -> tuple[mx.array, ...]:
+        """What `take_stored` gave as numbers, (n, width) for each part."""
+        streams = self._streams(len(stored))
         return tuple(
-            mx.dequantize(
-                packed,
-                scales.astype(self.dtype, stream=stream),
-                biases.astype(self.dtype, stream=stream),
-                group_size=group,
-                bits=bits,
-                stream=stream,
-            )
-            for (packed, scales, biases), stream in zip(taken, streams, strict=True)
+            each.dequantised(self.dtype, stream) if isinstance(each, PackedRows) else each
+            for each, stream in zip(stored, streams, strict=True)
         )
 
-    def take_stored(
-        self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]
-    ) -> tuple[tuple[mx.array, ...], ...]:
-        """The same as it is stored: for each part the components of the rows, (n, elements) each."""
+    def take_stored(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> StoredRows:
+        """The same without dequantising."""
         layout = self.layout
-        first = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
+        start = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
         part_step = layout.neurons_per_block * layout.row_bytes // self.grain_bytes
-        begins = [mx.array((first + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
-        return tuple(
-            tuple(mx.take(view, begin, axis=0, stream=stream) for view in self.views)
-            for begin, stream in zip(begins, self._streams(parts), strict=True)
-        )
+        begins = [mx.array((start + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
+        result: list[mx.array | PackedRows] = []
+        for begin, stream in zip(begins, self._streams(len(parts)), strict=True):
+            first, *others = (mx.take(view, begin, axis=0, stream=stream) for view in self.views)
+            if layout.quantised:
+                scales, biases = others
+                result.append(PackedRows(first, scales, biases, layout.group_size, layout.bits))
+            else:
+                result.append(first)
+        return tuple(result)
 
-    def _streams(self, parts: tuple[str, ...]) -> list[mx.ThreadLocalStream | None]:
+    def _streams(self, parts: int) -> list[mx.ThreadLocalStream | None]:
         """Parts are gathered side by side."""
-        return [None] + [self.side] * (len(parts) - 1)
+        return [None] + [self.side] * (parts - 1)
 
 
 class Streamer:
@@ -137,15 +174,26 @@ def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
     for seed in (1, 2):
         written = np.random.default_rng(seed).integers(0, 256, (last + 1) * rows.block_bytes, np.uint8)
         ctypes.memmove(pool.address, written.ctypes.data, written.nbytes)
-        for part, seen in zip(rows.parts, rows.take_stored(*places, rows.parts), strict=True):
+        for part, taken in zip(rows.parts, rows.take_stored(*places, rows.parts), strict=True):
             index = rows.parts.index(part) * layout.neurons_per_block
             begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
             expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
-            if not np.array_equal(np.concatenate([np.array(s.view(mx.uint8)) for s in seen], axis=1), expected):
+            components = taken.components if isinstance(taken, PackedRows) else (taken,)
+            seen = np.concatenate([np.array(component.view(mx.uint8)) for component in components], axis=1)
+            if not np.array_equal(seen, expected):
                 raise FlashError(
                     "self-test failed: the device does not see what the host writes into shared memory. This machine "
                     "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
                 )
+
+
+def _joined(pieces: StoredRows) -> mx.array | PackedRows:
+    """The rows of several rounds, one behind the other."""
+    if not isinstance(pieces[0], PackedRows):
+        return mx.concatenate(list(pieces))  # type: ignore[arg-type]  # all are alike
+    each = zip(*(piece.components for piece in pieces), strict=True)  # type: ignore[union-attr]
+    packed, scales, biases = (mx.concatenate(list(parts)) for parts in each)
+    return PackedRows(packed, scales, biases, pieces[0].group_size, pieces[0].bits)
 
 
 @dataclass
@@ -263,7 +311,13 @@ class LayerStream:
         self.shared.counters.manage_s += time.perf_counter() - began
 
     def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
-        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part.
+        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part."""
+        stored = self.gather_stored(ids)
+        assert self.rows is not None
+        return self.rows.widened(stored)
+
+    def gather_stored(self, ids: np.ndarray) -> StoredRows:
+        """The same without dequantising.
 
         Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
         """
@@ -277,12 +331,12 @@ class LayerStream:
             here = blocks[begin : begin + self.cache.slots]
             self._fetch(here)
             chosen = slice(np.searchsorted(of_id, here[0]), np.searchsorted(of_id, here[-1], side="right"))
-            rounds.append(self.rows.take(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
-            if len(blocks) > self.cache.slots:
-                mx.eval(rounds[-1])  # the next round writes over these slots
+            rounds.append(self.rows.take_stored(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
+            if len(blocks) > self.cache.slots:  # the next round writes over these slots
+                mx.eval([each.components if isinstance(each, PackedRows) else each for each in rounds[-1]])
         if len(rounds) == 1:
             return rounds[0]
-        return tuple(mx.concatenate(list(pieces)) for pieces in zip(*rounds, strict=True))
+        return tuple(_joined(pieces) for pieces in zip(*rounds, strict=True))
 
     def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
         if self.layout.neurons_per_block == 1:

@@ -21,9 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from mlx_flash import loading
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
-from mlx_flash.flash import files
 from mlx_flash.flash.checksums import sha256_of
-from mlx_flash.flash.files import MANIFEST, Manifest, parse_manifest, read_manifest
+from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.layers.quantised import companions
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -128,6 +127,17 @@ def make_tiny(folder: Path, checkpoint: Path, vocab: int, **settings: Any) -> Ti
     return Tiny(checkpoint, folder / "store")
 
 
+def several_in_a_block(plan: Callable[..., NeuronLayout]) -> Callable[..., NeuronLayout]:
+    """A plan that puts 16 neurons into a block, as the format allows."""
+
+    def planned(*arguments: Any) -> NeuronLayout:
+        layout = plan(*arguments)
+        block_bytes = round_up(16 * layout.bundle_bytes, ALIGNMENT)
+        return replace(layout, neurons_per_block=16, block_bytes=block_bytes, piece_neurons=16)
+
+    return planned
+
+
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     """By dtype: random models that do not repeat themselves. By the name of a golden checkpoint: that one.
@@ -144,10 +154,11 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
             return make_tiny(folder, checkpoint, 64)
         if name == "4 bits":
             make_checkpoint(checkpoint, hidden=128, neurons=384, dtype=mx.float16)
-            with patch.object(files, "TIGHT_BYTES", 0):
-                return make_tiny(folder, checkpoint, 96, bits=4, resident_bits=4)
+            return make_tiny(folder, checkpoint, 96, bits=4, resident_bits=4)
         if name == "gated 8 bits":
-            return make_tiny(folder, make_gated_checkpoint(checkpoint), 96, bits=8, resident_bits=8, group_size=32)
+            make_gated_checkpoint(checkpoint)
+            with patch.object(NeuronLayout, "plan", several_in_a_block(NeuronLayout.plan)):
+                return make_tiny(folder, checkpoint, 96, bits=8, resident_bits=8, group_size=32)
         dtype = getattr(mx, name)
         make_checkpoint(checkpoint, neurons=512, dtype=dtype, tie_word_embeddings=False)
         weights: Any = mx.load(str(checkpoint / "model.safetensors"))

@@ -384,6 +384,16 @@ def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.Mo
         Streamer(bench.file, bench.reader, bench.layout)
 
 
+@pytest.mark.parametrize("product", ["project", "combine"])
+def test_wrong_products_with_packed_rows_are_refused(monkeypatch: pytest.MonkeyPatch, product: str) -> None:
+    for bits in (4, 8):
+        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, bits))
+    real = getattr(stream_module.PackedRows, product)
+    monkeypatch.setattr(stream_module.PackedRows, product, lambda self, x: 1.1 * real(self, x))
+    with pytest.raises(FlashError, match=r"self-test failed: products .*16 bits"):
+        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, 4))
+
+
 def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
     """The fixture's own reading of a store against the checkpoint it was made of."""
     weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))

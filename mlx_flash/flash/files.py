@@ -34,7 +34,6 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 WORD_BYTES = 4  # of the integers that quantised numbers are packed into
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 64  # bench/RESULTS.md
-TIGHT_BYTES = 2048  # smaller neurons share a block in any case
 TIGHT_PADDING = 1.25  # of a neuron's bytes; above, quantised neurons lie without padding (bench/RESULTS.md)
 PARTS = (("up", "down"), ("gate", "up", "down"))
 CHECKSUM_BYTES = 4  # a CRC-32
@@ -138,14 +137,14 @@ class NeuronLayout:
     ) -> NeuronLayout:
         """Chooses the block for a model.
 
-        The smallest number of neurons per block whose padding stays under a tenth. A quantised neuron, unless it is
-        tiny, has a block of its own, which is not padded where that would cost more than a quarter. Pieces of about
-        16 MiB as they are multiplied, but no more than the layer.
+        The smallest number of neurons per block whose padding stays under a tenth. A quantised neuron has a block of
+        its own, which is not padded where that would cost more than a quarter. Pieces of about 16 MiB as they are
+        multiplied, but no more than the layer.
         """
         group_size = group_size if bits < 16 else 0
         one = NeuronLayout(dtype, layers, neurons, width, parts, 1, ALIGNMENT, 1, bits, group_size)
         count, bundle = 1, one.bundle_bytes
-        if bits < 16 and bundle >= TIGHT_BYTES:
+        if bits < 16:
             block = round_up(bundle, ALIGNMENT)
             if block > TIGHT_PADDING * bundle:
                 block = round_up(bundle, BLOCK_ALIGNMENT)

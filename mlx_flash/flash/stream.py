@@ -149,6 +149,8 @@ class Streamer:
         self.scratch_rows = [BlockRows(pool, layout, layout.parts, self.side) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
             check_shared_memory(pool, rows)
+        if layout.quantised and self.side is None:
+            check_packed_products(layout)
         self.flying: list[LayerStream] = []  # those with blocks on their way
 
     def drain(self) -> None:
@@ -194,6 +196,31 @@ def _joined(pieces: StoredRows) -> mx.array | PackedRows:
     each = zip(*(piece.components for piece in pieces), strict=True)  # type: ignore[union-attr]
     packed, scales, biases = (mx.concatenate(list(parts)) for parts in each)
     return PackedRows(packed, scales, biases, pieces[0].group_size, pieces[0].bits)
+
+
+def check_packed_products(layout: NeuronLayout) -> None:
+    """Compares this device's products with packed rows with those of dequantised ones.
+
+    Kernels for such products have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
+    """
+    dtype = getattr(mx, layout.dtype)
+    rows = mx.random.normal((64, layout.width), key=mx.random.key(0)).astype(dtype)
+    parts = mx.quantize(rows, group_size=layout.group_size, bits=layout.bits)
+    packed = PackedRows(*parts, layout.group_size, layout.bits)  # type: ignore[call-arg, arg-type]
+    numbers = packed.dequantised(dtype).astype(mx.float32)
+    for n in (1, 2):
+        x = mx.random.normal((n, layout.width), key=mx.random.key(n)).astype(dtype)
+        h = mx.random.normal((n, 64), key=mx.random.key(n)).astype(dtype)
+        for found, expected in (
+            (packed.project(x), x.astype(mx.float32) @ numbers.T),
+            (packed.combine(h), h.astype(mx.float32) @ numbers),
+        ):
+            error = mx.abs(found.astype(mx.float32) - expected).max()
+            if not mx.isfinite(error).item() or (error > 0.02 * mx.abs(expected).max()).item():
+                raise FlashError(
+                    "self-test failed: products with quantised rows are wrong on this device with this version of MLX. "
+                    "Use a store of 16 bits, and please report it with `pip show mlx`."
+                )
 
 
 @dataclass

@@ -17,9 +17,10 @@ from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import BITS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
+from mlx_flash.finding import demo_folder, find_checkpoint
 from mlx_flash.flash.files import GROUP_SIZE, GROUP_SIZES
 from mlx_flash.flash.system import current_memory_bytes
-from mlx_flash.loading import demo_folder, find_checkpoint, load
+from mlx_flash.loading import load
 from mlx_flash.plan import PROCESS_MARGIN_BYTES
 
 from .report import environment, spread
@@ -51,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--groups", default=str(GROUP_SIZE), help="numbers that share a scale, by commas (default: %(default)s)"
     )
     parser.add_argument(
-        "--timed", type=whole_number(0), default=192, help="tokens to time in each of two rounds (default: %(default)s)"
+        "--timed",
+        type=whole_number(0),
+        default=192,
+        help="tokens to time in each of two rounds; 0: only the perplexity of all neurons (default: %(default)s)",
     )
     parser.add_argument(
         "--percent", type=whole_number(1, 100), default=33, help="of the neurons in slots (default: %(default)s)"
@@ -75,7 +79,7 @@ def main(arguments: argparse.Namespace) -> None:
         ids: list[int] = []
         prefix: list[int] = []
         for row in rows:
-            ids, prefix = measure_quality(row, text, arguments.tokens)
+            ids, prefix = measure_quality(row, text, arguments.tokens, predicted=arguments.timed > 0)
         if arguments.timed:
             measure_speed(rows, prefix + ids, arguments.timed, arguments.percent / 100)
     show(rows)
@@ -110,15 +114,16 @@ def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], group
     return rows
 
 
-def measure_quality(row: Row, text: str, tokens: int) -> tuple[list[int], list[int]]:
-    """Perplexity with all neurons, and with those that the store's predictor chooses. Returns ids and their prefix."""
+def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[list[int], list[int]]:
+    """Perplexity with all neurons and, if asked, with those the predictor chooses. Returns ids and their prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
     model, tokenizer = load(row.store)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[:tokens]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     runtime = model.flash
-    for name, step in (("perplexity", PREFILL_TOKENS), ("predicted_perplexity", runtime.manifest.decode_tokens)):
+    steps = {"perplexity": PREFILL_TOKENS, "predicted_perplexity": runtime.manifest.decode_tokens}
+    for name, step in steps.items() if predicted else [*steps.items()][:1]:
         with tqdm(total=len(ids), desc=f"{row.store.name} {name}", unit="token", dynamic_ncols=True) as bar:
             found = score(model, lambda: make_prompt_cache(model), ids, prefix, runtime.plan.context, step, bar.update)
         row.result[name] = found.perplexity
@@ -179,7 +184,7 @@ def show(rows: list[Row]) -> None:
             f"{r['neurons_bytes'] / 1e6:.2f}",
             f"{r['perplexity']:.3f}",
             f"{r['perplexity'] / first['perplexity'] - 1:+.2%}",
-            f"{r['predicted_perplexity']:.3f}",
+            f"{r['predicted_perplexity']:.3f}" if "predicted_perplexity" in r else "-",
         ]
         if "seconds" in r:
             rate, read = 1 / r["seconds"]["median"], r["bytes_per_token"] / 1e6

@@ -256,11 +256,9 @@ def _plan(
     if not on_cpu:  # more than Metal recommends would be swapped or refused
         free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
     need = _need(manifest, kind)
-    resident_bits = ""
-    if manifest.resident_bits < 16:
-        resident_bits = (
-            f", {manifest.resident_bits} bits" if keeps_packed() else f", {manifest.resident_bits} bits widened"
-        )
+    resident_bits = f", {manifest.resident_bits} bits" if manifest.resident_bits < 16 else ""
+    if resident_bits and not keeps_packed():
+        resident_bits += " widened"
     return make_plan(
         demand, layout, slot_bytes, budget, free, context, selects=kind != "none", need=need, resident=resident_bits
     )

@@ -172,6 +172,8 @@ def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = 
     store = find_store(arguments.model, print)
     manifest = read_manifest(store)
     config = json.loads((store / "config.json").read_text())
+    if manifest.layout.quantised or manifest.resident_bits < 16:
+        raise UsageError(f"{store} is quantised, which the baselines do not read. Convert with --bits 16.")
     most = config.get("max_position_embeddings", span)
     if span > most:
         raise UsageError(

@@ -21,7 +21,13 @@ from mlx_flash.finding import demo_folder
 from .report import writable_folder
 
 # hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
-SHAPES = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32)}
+SHAPES = {
+    "125m": (768, 12, 12),
+    "1.3b": (2048, 24, 32),
+    "2.7b": (2560, 32, 32),
+    "6.7b": (4096, 32, 32),
+    "13b": (5120, 40, 40),
+}
 VOCABULARY = 50272
 POSITIONS = 2048
 FFN_BIAS = -1.65  # with pre-activations of unit spread: about one neuron in twenty is active

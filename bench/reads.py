@@ -41,12 +41,16 @@ METHODS = {  # in the table's order
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, help="to read from, best larger than any cache (default: makes one)")
     parser.add_argument("--size", default="2GB", help="of the file that is made (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path(), help="where it is made and removed again (default: this folder)"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_file_arguments(parser)
     parser.add_argument(
         "--pieces-kib", type=_numbers(4, 16384), default=PIECES_KIB, help="multiples of 4 (default: 4,16, ... 4096)"
     )
@@ -68,10 +72,9 @@ def main(arguments: argparse.Namespace) -> None:
     fio = None if arguments.no_fio else methods.find_fio()
     if fio is None:
         print("fio is left out: the ceiling is the best of what was measured.")
-    with _file(arguments) as path, UnitFile(path) as file:
+    with opened_file(arguments) as (path, file):
         if file.size < max(arguments.pieces_kib) << 10:
             raise UsageError(f"{path} has {file.size} bytes; that is less than the largest piece.")
-        _read_once(path, file)
         result = {
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
@@ -228,6 +231,14 @@ def print_table(result: dict[str, Any]) -> None:
                 one = row["methods"][name]
                 line += f"{one['bytes_per_second'] / 1e6:>8.0f}{one['ratio']:>6.2f}"
         print(line)
+
+
+@contextlib.contextmanager
+def opened_file(arguments: argparse.Namespace) -> Iterator[tuple[Path, UnitFile]]:
+    """The file to read random pieces of, which was read once."""
+    with _file(arguments) as path, UnitFile(path) as file:
+        _read_once(path, file)
+        yield path, file
 
 
 @contextlib.contextmanager

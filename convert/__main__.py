@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_flash.commands import REVISION_HELP, run_command, whole_number
-from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
+from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
+
+if TYPE_CHECKING:
+    from mlx_flash.flash.files import Manifest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -21,6 +25,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
     parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's own)")
+    for name, of, default in (
+        ("--bits", "the neurons on the SSD", "16: as they are in the type stored"),
+        ("--resident-bits", "the attention's matrices, the embeddings and the output matrix", "16"),
+    ):
+        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"per number of {of} (default: {default})")
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
     )
@@ -43,7 +52,13 @@ def main(arguments: argparse.Namespace) -> None:
     from .conversion import Settings, convert
 
     source = find_checkpoint(arguments.model, arguments.revision, lambda text: print(text, file=sys.stderr))
-    settings = Settings(arguments.dtype, arguments.calibration, arguments.calibration_tokens)
+    settings = Settings(
+        arguments.dtype,
+        arguments.calibration,
+        arguments.calibration_tokens,
+        bits=arguments.bits,
+        resident_bits=arguments.resident_bits,
+    )
     mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them
     try:
         manifest = convert(source, arguments.output, settings, arguments.overwrite)
@@ -52,7 +67,9 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"\nstopped: {kept}; run the same command again to go on", file=sys.stderr)
         raise
     layout = manifest.layout
-    print(f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {layout.dtype}", file=sys.stderr)
+    print(
+        f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {_stored(manifest)}", file=sys.stderr
+    )
     for kind, report in manifest.predictors.items():
         recall, predicted, active = (sum(report[k]) / layout.layers for k in ("recall", "predicted", "active"))
         mark = " (default)" if kind == manifest.default_predictor else ""
@@ -63,6 +80,12 @@ def main(arguments: argparse.Namespace) -> None:
         )
     if manifest.all_neurons_layers:
         print(f"  layers {list(manifest.all_neurons_layers)} are too dense: they use all neurons", file=sys.stderr)
+
+
+def _stored(manifest: Manifest) -> str:
+    """As "float16", or "float16, neurons in 4 bits, resident matrices in 8"."""
+    names = {"neurons": manifest.layout.bits, "resident matrices": manifest.resident_bits}
+    return ", ".join([manifest.layout.dtype, *(f"{name} in {bits} bits" for name, bits in names.items() if bits < 16)])
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def layer_activations(
         layer.mlp = recorder
         if mx.default_device() == mx.cpu:
             for name, module in list(layer.self_attn.items()):
-                if isinstance(module, nn.Linear):
+                if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                     setattr(layer.self_attn, name, HostLinear(module))
         for i in range(len(hidden)):
             hidden[i] = layer(hidden[i], "causal", None)

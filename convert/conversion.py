@@ -28,21 +28,33 @@ from mlx_flash.checkpoint_files import small_files
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, STORED_PREDICTORS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
-from mlx_flash.flash.files import MANIFEST, VERSION, Manifest, NeuronLayout, is_store, read_manifest
+from mlx_flash.flash.files import (
+    GROUP_SIZE,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    NeuronLayout,
+    group_problem,
+    is_store,
+    read_manifest,
+)
 from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
+from mlx_flash.layers.quantised import companions, matrices_of
 
 from . import calibrate, predictors
 from .checkpoint import Checkpoint, Tensor
 from .families import Family, family_of
-from .host import FileEmbedding, HostMatrix, row_pieces
-from .neurons import write_neurons
+from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix, row_pieces
+from .neurons import quantised, write_neurons
 from .output import RECORD, file_entry, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .resident import ResidentTensors
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
 DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
+RESIDENT_GROUP = 64  # mlx-lm's
 SPARE_BYTES = 64 << 20
 
 
@@ -55,6 +67,9 @@ class Settings:
     calibration_tokens: int = CALIBRATION_TOKENS
     recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
     shadow_bits: int = 3  # bench/RESULTS.md
+    bits: int = 16  # of the neurons; 16: as the dtype has them
+    resident_bits: int = 16  # of the other matrices
+    group_size: int = GROUP_SIZE  # numbers that share a scale and a bias, where they are quantised
 
 
 def convert(
@@ -134,7 +149,15 @@ class _Conversion:
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a model: {error}") from None
         self.layout, self.dtype = self._plan_layout()
-        self.resident = self._resident_tensors()
+        bits = settings.resident_bits
+        self.resident = ResidentTensors(
+            self.model,
+            self._resident_tensors(),
+            bits,
+            RESIDENT_GROUP if bits < 16 else 0,
+            getattr(mx, self.dtype),
+            self._finite_pieces,
+        )
 
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
         from mlx.utils import tree_flatten
@@ -155,7 +178,10 @@ class _Conversion:
             tqdm.write(note, file=sys.stderr)
         if dtype not in DTYPES:
             raise CheckpointError(f"{self.checkpoint.folder} is stored in {dtype}; expected {', '.join(DTYPES)}.")
-        return NeuronLayout.plan(dtype, self.layers, neurons, width, self.family.parts), dtype
+        bits, group = self.settings.bits, self.settings.group_size
+        if problem := group_problem(bits, group if bits < 16 else 0, width):
+            raise UsageError(f"{self.checkpoint.folder} cannot be stored with --bits {bits}: {problem}. Use --bits 16.")
+        return NeuronLayout.plan(dtype, self.layers, neurons, width, self.family.parts, bits, group), dtype
 
     def _resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored name -> (model's name, shape) of everything that is not streamed; checks that all is there."""
@@ -199,8 +225,8 @@ class _Conversion:
             else:
                 self._rename()
                 return manifest
-        dtype = getattr(mx, self.dtype)
-        resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape in self.resident.values())
+        entries = self.resident.entries()
+        resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in entries)
         self._check_free_space(
             self.layout.file_bytes
             + resident_bytes
@@ -213,14 +239,7 @@ class _Conversion:
             if (self.partial / Manifest.resident_file).exists():
                 bar.update(resident_bytes)
             else:
-                write_safetensors(
-                    self.partial / Manifest.resident_file,
-                    (
-                        (name, shape, dtype, partial(self._finite_pieces, source))
-                        for name, (source, shape) in sorted(self.resident.items())
-                    ),
-                    bar.update,
-                )
+                write_safetensors(self.partial / Manifest.resident_file, entries, bar.update)
         self._copy_small_files()
         self._make_predictors(sequences)
         reports = {kind: report for kind in STORED_PREDICTORS if (report := self._merge_predictors(kind))}
@@ -240,6 +259,7 @@ class _Conversion:
             "config": self.checkpoint.config,
             "small_files": {path.name: sha256_of(path) for path in self._small_files()},
             "dtype": self.dtype,
+            "bits": [self.settings.bits, self.settings.group_size, self.settings.resident_bits],
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.settings.calibration_tokens],
             "predictors": [self.settings.recall, self.settings.shadow_bits],
         }
@@ -408,26 +428,43 @@ class _Conversion:
         """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
         path = self.partial / Manifest.resident_file
         weights: Any = mx.load(str(path))
-        stored_as = {name: stored for stored, (name, _) in self.resident.items()}
+        group_size, bits = self.resident.group_size, self.resident.bits
+        stored_as = {name: stored for stored, (name, _) in self.resident.tensors.items()}
         for parent_name, parent in list(self.model.named_modules()):
             for key, child in list(parent.items()):
                 if isinstance(child, nn.Embedding):
                     stored = stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
-                    setattr(parent, key, FileEmbedding(path, stored, weights.pop(stored).dtype))
-        linear = {f"{name}.weight" for name, child in self.model.named_modules() if isinstance(child, nn.Linear)}
+                    names = [stored, *companions(stored)] if stored in self.resident.packed else [stored]
+                    dtypes = {name: weights.pop(name).dtype for name in names}
+                    embedding: FileEmbedding | PackedFileEmbedding = FileEmbedding(path, stored, dtypes[stored])
+                    if len(names) > 1:
+                        embedding = PackedFileEmbedding(path, dtypes, group_size, bits)
+                    setattr(parent, key, embedding)
+        packed = {name for name, stored in stored_as.items() if stored in self.resident.packed}
+        if packed:
+            nn.quantize(self.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
+        linear = {name for name in matrices_of(self.model) if name not in packed}
         named = []
         for name, stored in stored_as.items():
             weight = weights.pop(stored)  # a linear layer's is widened where it is used
-            named.append((name, weight if name in linear else weight.astype(mx.float32)))
+            named.append((name, weight if name in linear | packed else weight.astype(mx.float32)))
+            if name in packed:
+                named += [(own, weights.pop(own)) for own in companions(name)]
         self.model.load_weights(named, strict=False)
 
     def _host_ffn(self, layer: int) -> calibrate.HostFFN:
-        *matrices, down = (HostMatrix(rows) for rows in self._layer_rows(layer))
+        *matrices, down = (self._host_matrix(rows) for rows in self._layer_rows(layer))
         up_bias, down_bias = (
             np.array(self._load(name).astype(mx.float32)) if name in self.original else np.zeros(size, np.float32)
             for name, size in zip(self.family.biases_of(layer), down.shape, strict=True)
         )
         return calibrate.HostFFN(self.activation, tuple(matrices), up_bias, down, down_bias)
+
+    def _host_matrix(self, rows: mx.array) -> HostMatrix:
+        """With the numbers that a reader of the store multiplies with."""
+        if not self.layout.quantised:
+            return HostMatrix(rows)
+        return PackedHostMatrix(*quantised(self.layout, rows), self.layout.group_size, self.layout.bits)
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -446,6 +483,8 @@ class _Conversion:
             predictors=reports,
             default_predictor=default,
             files={name: file_entry(self.partial / name) for name in names},
+            resident_bits=self.resident.bits,
+            resident_group_size=self.resident.group_size,
         )
 
     def _publish(self, manifest: Manifest) -> None:

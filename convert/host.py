@@ -35,36 +35,55 @@ class HostMatrix:
 
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """(begin, end, rows begin to end in float32)"""
-        for begin, end in row_pieces(self.weight.shape, 4):
+        for begin, end in row_pieces(self.shape, 4):
             yield begin, end, np.array(self.weight[begin:end].astype(mx.float32))
 
     def widened(self) -> np.ndarray:
         """float32 (R, C)"""
-        result = np.empty(self.weight.shape, np.float32)
+        result = np.empty(self.shape, np.float32)
         for begin, end, rows in self.pieces():
             result[begin:end] = rows
         return result
 
     def rows_dot(self, x: np.ndarray) -> np.ndarray:
         """x W^T: (N, C) -> (N, R)"""
-        result = np.empty((len(x), self.weight.shape[0]), np.float32)
+        result = np.empty((len(x), self.shape[0]), np.float32)
         for begin, end, rows in self.pieces():
             result[:, begin:end] = x @ rows.T
         return result
 
     def sum_of_rows(self, h: np.ndarray) -> np.ndarray:
         """h W: (N, R) -> (N, C)"""
-        result = np.zeros((len(h), self.weight.shape[1]), np.float32)
+        result = np.zeros((len(h), self.shape[1]), np.float32)
         for begin, end, rows in self.pieces():
             result += h[:, begin:end] @ rows
         return result
 
 
-class HostLinear:
-    """Stands where a linear layer stood."""
+class PackedHostMatrix(HostMatrix):
+    """One that is quantised, along the rows: packed numbers, scales and biases of `mx.quantize`."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.matrix = HostMatrix(linear.weight)
+    def __init__(self, packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> None:
+        super().__init__(packed)
+        self.scales, self.biases, self.group_size, self.bits = scales, biases, group_size, bits
+        self.shape = packed.shape[0], packed.shape[1] * 32 // bits
+
+    def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        for begin, end in row_pieces(self.shape, 4):
+            scales, biases = (part[begin:end].astype(mx.float32) for part in (self.scales, self.biases))
+            rows = mx.dequantize(self.weight[begin:end], scales, biases, group_size=self.group_size, bits=self.bits)
+            yield begin, end, np.array(rows)
+
+
+class HostLinear:
+    """Stands where a linear layer stood, quantised or not."""
+
+    def __init__(self, linear: nn.Linear | nn.QuantizedLinear) -> None:
+        if isinstance(linear, nn.QuantizedLinear):
+            scales, biases = linear["scales"], linear["biases"]
+            self.matrix: HostMatrix = PackedHostMatrix(linear.weight, scales, biases, linear.group_size, linear.bits)
+        else:
+            self.matrix = HostMatrix(linear.weight)
         self.bias = np.array(linear.bias.astype(mx.float32)) if "bias" in linear else np.float32(0)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -83,5 +102,21 @@ class FileEmbedding:
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids (...) -> float32 (..., D)"""
-        rows = mx.array(self.rows[np.array(ids)])
-        return rows.view(self.dtype).astype(mx.float32)
+        return self.stored(ids).astype(mx.float32)
+
+    def stored(self, ids: mx.array) -> mx.array:
+        """The rows in the type they are stored in."""
+        return mx.array(self.rows[np.array(ids)]).view(self.dtype)
+
+
+class PackedFileEmbedding:
+    """The same for a quantised one: the names of its packed numbers, scales and biases, and their types."""
+
+    def __init__(self, path: Path, dtypes: dict[str, mx.Dtype], group_size: int, bits: int) -> None:
+        self.packed, self.scales, self.biases = (FileEmbedding(path, name, dtype) for name, dtype in dtypes.items())
+        self.group_size, self.bits = group_size, bits
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """ids (...) -> float32 (..., D)"""
+        packed, scales, biases = self.packed.stored(ids), self.scales(ids), self.biases(ids)
+        return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)

@@ -17,6 +17,18 @@ from .host import row_pieces
 from .tensors import to_bytes
 
 
+def row_bytes(layout: NeuronLayout, matrix: mx.array) -> np.ndarray:
+    """The rows as they are stored. matrix: (F, D) of the layout's dtype -> uint8 (F, row_bytes)"""
+    components = quantised(layout, matrix) if layout.quantised else (matrix,)
+    return np.concatenate([to_bytes(part).reshape(len(matrix), -1) for part in components], axis=1)
+
+
+def quantised(layout: NeuronLayout, matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The rows of a matrix (F, D) as packed numbers, scales and biases."""
+    parts = mx.quantize(mx.contiguous(matrix), group_size=layout.group_size, bits=layout.bits)
+    return parts  # type: ignore[return-value]
+
+
 def bundle_layer(
     layout: NeuronLayout, rows: tuple[mx.array, ...], begin: int = 0, end: int | None = None
 ) -> np.ndarray:
@@ -26,7 +38,7 @@ def bundle_layer(
     each = layout.neurons_per_block
     per_block = each * layout.row_bytes
     for part, matrix in enumerate(rows):
-        data = to_bytes(matrix[begin * each : (begin + count) * each])
+        data = row_bytes(layout, matrix[begin * each : (begin + count) * each]).reshape(-1)
         lanes = np.zeros((count * per_block,), np.uint8)
         lanes[: len(data)] = data
         blocks[:, part * per_block : (part + 1) * per_block] = lanes.reshape(count, per_block)

@@ -1,6 +1,7 @@
 """Every choice and default that more than one place needs; imports nothing, so that `--help` is quick."""
 
 DTYPES = ("float32", "float16", "bfloat16")  # that a store can be in
+BITS = (16, 8, 4)  # of one number in a store; 16: as the type has it
 STORED_PREDICTORS = ("lowrank", "shadow")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")

@@ -37,10 +37,12 @@ from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
 from .layers.predictors import LowRankPredictor, Predictor, ShadowPredictor
+from .layers.quantised import companions, matrices_of, widen
 from .plan import (
     MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,
     Demand,
+    Notes,
     Plan,
     blocks_needed,
     kv_cache_bytes,
@@ -235,13 +237,9 @@ def _plan(
     context: int,
     threads: int,
 ) -> Plan:
-    from mlx.utils import tree_flatten
-
     layout = manifest.layout
     item_bytes = compute_dtype(manifest.resident_dtype).size
-    dense = sum(value.size for value in dict(tree_flatten(model.parameters())).values())  # type: ignore[union-attr]
-    streamed = layout.layers * layout.neurons * layout.width * len(layout.parts)
-    resident = (dense - streamed) * item_bytes
+    resident = _resident_bytes(folder, manifest, item_bytes)
     if kind == "exact":
         predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
     else:
@@ -268,16 +266,31 @@ def _plan(
     if not on_cpu:  # more than Metal recommends would be swapped or refused
         free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
     need = _need(manifest, kind)
-    note = _predictors_note(manifest, kind)
-    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, note)
+    notes = _notes(manifest, kind)
+    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, notes)
 
 
-def _predictors_note(manifest: Manifest, kind: str) -> str:
-    if kind != "exact":
-        return kind
-    if len(manifest.layout.parts) == 3:
-        return "exact: all gates, a third of the FFN; the other two thirds are streamed"
-    return "exact: all up projections, half of the FFN; the other half is streamed"
+def _notes(manifest: Manifest, kind: str) -> Notes:
+    resident = Notes().resident
+    if manifest.resident_bits < 16:
+        resident += f", {manifest.resident_bits} bits" + ("" if keeps_packed() else " widened")
+    predictors = kind
+    if kind == "exact" and len(manifest.layout.parts) == 3:
+        predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
+    elif kind == "exact":
+        predictors += ": all up projections, half of the FFN; the other half is streamed"
+    return Notes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
+
+
+def _resident_bytes(folder: Path, manifest: Manifest, item_bytes: int) -> int:
+    """Of all resident weights, as they will lie in memory."""
+    tensors = _tensors(folder / Manifest.resident_file)
+    packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype == mx.uint32}
+    plain = sum(tensor.size for name, tensor in tensors.items() if name not in packed)
+    if keeps_packed():
+        return plain * item_bytes + sum(tensor.nbytes for tensor in packed.values())
+    plain -= sum(tensors[own].size for name in packed for own in companions(name) if own in tensors)
+    return item_bytes * (plain + sum(tensor.size * 32 // manifest.resident_bits for tensor in packed.values()))
 
 
 def _need(manifest: Manifest, kind: str) -> list[float]:
@@ -317,7 +330,7 @@ def _build(
     for index, layer in enumerate(model.layers):
         stream = LayerStream(streamer, index, plan.slots[index], _slot_parts(manifest, kind), window)
         layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
-    _load_resident(model, folder, dtype)
+    _load_resident(model, folder, manifest, dtype)
     tensors = _predictor_tensors(folder, kind)
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
@@ -332,33 +345,62 @@ def _build(
     return model
 
 
-def _load_resident(model: Any, folder: Path, dtype: mx.Dtype) -> None:
+def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype) -> None:
     """Reads and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
 
-    On the CPU backend, what tokens are multiplied with is laid out input by input, which is quicker: the output matrix
-    of OPT-1.3B takes 27 ms instead of 45 (bench/RESULTS.md).
+    Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
+    is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
+    (bench/RESULTS.md).
     """
     from mlx.utils import tree_flatten
     from tqdm import tqdm
 
     path = folder / Manifest.resident_file
     stored = _tensors(path)
+    bits, group_size = manifest.resident_bits, manifest.resident_group_size
+    packed = {name for name in matrices_of(model) if name in stored and stored[name].dtype == mx.uint32}
+    if packed and bits == 16:
+        raise CorruptStoreError(f"{path} is quantised, the manifest says it is not. Convert the checkpoint again.")
+    turned = _multiplied(model) if mx.default_device() == mx.cpu else set()
+    if keeps_packed() and packed:
+        turned -= packed
+        nn.quantize(model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
     wanted = dict(tree_flatten(model.parameters()))
     for name, parameter in wanted.items():
-        if name not in stored:
-            raise MissingTensorError(f"{path} lacks the tensor {name}. Convert the checkpoint again.")
-        if stored[name].shape != parameter.shape:
-            raise CorruptStoreError(f"{path}: {name} has shape {stored[name].shape}, expected {parameter.shape}.")
-    turned = _multiplied(model) if mx.default_device() == mx.cpu else set()
+        needed = [name] if name not in packed else [name, *companions(name)]
+        if lacking := [own for own in needed if own not in stored]:
+            raise MissingTensorError(f"{path} lacks the tensor {lacking[0]}. Convert the checkpoint again.")
+        shapes = [stored[own].shape for own in needed]
+        if name in packed and not keeps_packed():
+            rows, columns = parameter.shape
+            expected = [(rows, columns * bits // 32), *[(rows, columns // group_size)] * 2]
+        else:
+            shapes, expected = shapes[:1], [parameter.shape]
+        if shapes != expected:
+            found = ", ".join(map(str, shapes))
+            raise CorruptStoreError(
+                f"{path}: {name} has shape {found}, expected {', '.join(map(str, expected))}. "
+                "Convert the checkpoint again."
+            )
     total = sum(parameter.size for parameter in wanted.values()) * dtype.size
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for name in sorted(wanted, key=lambda name: wanted[name].size, reverse=True):
-            tensor = stored.pop(name).astype(dtype)
+            tensor = stored.pop(name)
+            if name not in packed:
+                tensor = tensor.astype(dtype)
+            elif not keeps_packed():
+                scales, biases = (stored.pop(own) for own in companions(name))
+                tensor = widen(tensor, scales, biases, group_size, bits).astype(dtype)
             if name in turned:
                 tensor = _turned(tensor)
             mx.eval(tensor)
             model.load_weights([(name, tensor)], strict=False)
             bar.update(tensor.nbytes)
+
+
+def keeps_packed() -> bool:
+    """Whether quantised matrices stay so in memory: not on MLX's CPU backend, whose products with them are slow."""
+    return bool(mx.default_device() != mx.cpu)
 
 
 def _turned(matrix: mx.array) -> mx.array:

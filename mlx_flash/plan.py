@@ -50,6 +50,15 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What is said beside the figures of a plan."""
+
+    resident: str = "attention, embeddings, norms"
+    predictors: str = ""
+    slots: str = ""  # after what is said anyway
+
+
+@dataclass(frozen=True)
 class Plan:
     budget: int
     demand: Demand
@@ -59,7 +68,7 @@ class Plan:
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
-    predictors_note: str = ""  # which they are
+    notes: Notes
 
     @property
     def slots_bytes(self) -> int:
@@ -91,10 +100,11 @@ class Plan:
         least, most = min(self.slots), max(self.slots)
         each = f"{least}" if least == most else f"by need {least} to {most}"
         slots = f"{each} of {self.blocks} blocks of each layer's neurons ({self.slot_share:.0%})"
+        slots += self.notes.slots
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
-            ("resident weights", self.demand.resident, "attention, embeddings, norms"),
-            ("predictors", self.demand.predictors, self.predictors_note),
+            ("resident weights", self.demand.resident, self.notes.resident),
+            ("predictors", self.demand.predictors, self.notes.predictors),
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
@@ -110,12 +120,17 @@ def kv_cache_bytes(layers: int, width: int, context: int, item_bytes: int) -> in
 
 
 def workspace_bytes(layout: NeuronLayout, heads: int, context: int, item_bytes: int, fused_attention: bool) -> int:
-    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache."""
+    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache.
+
+    Quantised rows are widened by `mx.dequantize`, whose own work space on the CPU backend is as large as its result.
+    """
     tokens = min(PREFILL_TOKENS, context)
     scratch = 2 * layout.piece_blocks * layout.block_bytes
     gathered = layout.piece_neurons * layout.bundle_bytes
     widened = layout.piece_neurons * layout.width * len(layout.parts) * item_bytes
-    if item_bytes == ITEM_BYTES[layout.dtype]:
+    if layout.quantised:
+        widened += widened // 2
+    elif item_bytes == ITEM_BYTES[layout.dtype]:
         widened = 0
     activations = tokens * item_bytes * (16 * layout.width + 4 * layout.piece_neurons)
     scores = 0 if fused_attention else 3 * heads * tokens * context * item_bytes
@@ -159,12 +174,13 @@ def make_plan(
     context: int,
     selects: bool,
     need: Sequence[float] | None = None,
-    predictors_note: str = "",
+    notes: Notes = Notes(),
 ) -> Plan:
     """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
 
     selects: False where every token uses all neurons, which works without slots.
     need: share of each layer's blocks that a token needs; None: the same in every layer.
+    notes: what is to be said beside the figures.
     Raises BudgetError, which names the smallest budget that would do.
     """
     minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
@@ -200,5 +216,5 @@ def make_plan(
         slots,
         slot_bytes,
         context,
-        predictors_note,
+        notes,
     )

@@ -15,12 +15,15 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import make_checkpoint  # type: ignore[import-not-found]  # found beside this file
+from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mlx_flash import loading
+from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.convert.families import family_of
 from mlx_flash.flash.checksums import sha256_of
-from mlx_flash.flash.files import MANIFEST, Manifest, parse_manifest, read_manifest
+from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
+from mlx_flash.layers.quantised import companions
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_VARIANTS = (
@@ -29,6 +32,7 @@ GOLDEN_VARIANTS = (
     *("llama-relu", "prosparse", "bamboo", "persimmon", "phi-relu", "nemotron"),
 )
 DTYPES = ("float32", "float16", "bfloat16")
+QUANTISED = ("4 bits", "gated 8 bits")
 PREDICTORS = ("none", "exact", "lowrank", "shadow")
 PIECES = 3  # of a layer in these stores, and a shorter one
 EOS = 0
@@ -71,12 +75,21 @@ class Tiny:
 
     @functools.cached_property
     def dense(self) -> Any:
-        """The plain model in float32."""
+        """The plain model in float32, with the numbers that the store has after quantisation."""
         config = json.loads((self.checkpoint / "config.json").read_text())
         model_class, args_class = loading.model_classes(config)
         model = model_class(args_class.from_dict(config))
         weights: Any = mx.load(str(self.checkpoint / "model.safetensors"))
         weights = model.sanitize({name: weight.astype(mx.float32) for name, weight in weights.items()})
+        if self.manifest.layout.quantised:
+            for layer, rows in enumerate(self.rows):
+                *first, down = family_of(config, self.checkpoint).weights(layer)
+                weights |= {name: mx.array(part) for name, part in zip(first, rows, strict=False)}
+                weights[down] = mx.array(rows[-1].T)
+        stored: Any = mx.load(str(self.store / Manifest.resident_file))
+        for name in [name for name in stored if stored[name].dtype == mx.uint32]:
+            scales, biases = (np.array(stored[own].astype(mx.float32)) for own in companions(name))
+            weights[name] = mx.array(unpacked(np.array(stored[name]), scales, biases, self.manifest.resident_bits))
         model.load_weights(list(weights.items()), strict=True)
         return model
 
@@ -84,30 +97,57 @@ class Tiny:
     def rows(self) -> np.ndarray:
         """What the store holds: float32 (layers, parts, neurons, width), read without the engine."""
         layout = self.manifest.layout
-        per_block = (layout.layers, -1, layout.neurons_per_block * layout.bundle_bytes)
+        used = layout.neurons_per_block * layout.bundle_bytes
         raw = np.fromfile(self.store / Manifest.neurons_file, np.uint8).reshape(layout.layers, layout.layer_bytes)
-        blocks = raw[:, : layout.blocks * layout.block_bytes].reshape(layout.layers, layout.blocks, -1)
-        typed = mx.array(blocks[:, :, : per_block[2]]).view(getattr(mx, layout.dtype)).astype(mx.float32)
-        rows = np.array(typed).reshape(layout.layers, layout.blocks, len(layout.parts), -1, layout.width)
-        rows = rows.transpose(0, 2, 1, 3, 4).reshape(layout.layers, len(layout.parts), -1, layout.width)
-        return rows[:, :, : layout.neurons]
+        blocks = raw[:, : layout.blocks * layout.block_bytes].reshape(layout.layers, layout.blocks, -1)[:, :, :used]
+        rows = blocks.reshape(layout.layers, layout.blocks, len(layout.parts), -1, layout.row_bytes)
+        rows = rows.transpose(0, 2, 1, 3, 4).reshape(layout.layers, len(layout.parts), -1, layout.row_bytes)
+        rows = np.ascontiguousarray(rows[:, :, : layout.neurons])
+        dtype = getattr(mx, layout.dtype)
+        if not layout.quantised:
+            return np.array(mx.array(rows).view(dtype).astype(mx.float32))
+        words = layout.width * layout.bits // 8
+        numbers = np.array(mx.array(rows[..., words:]).view(dtype).astype(mx.float32))
+        packed = np.ascontiguousarray(rows[..., :words]).view(np.uint32)
+        scales, biases = np.split(numbers, 2, axis=-1)
+        return unpacked(packed, scales, biases, layout.bits)
 
 
-def make_tiny(folder: Path, checkpoint: Path, vocab: int) -> Tiny:
+def unpacked(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    """MLX's affine quantisation undone, the lowest bits of a word first: float32 (..., m * 32 / bits) of (..., m)."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    numbers = (packed[..., None] >> shifts & np.uint32(2**bits - 1)).astype(np.float32)
+    grouped = numbers.reshape(*scales.shape, -1)
+    return (grouped * scales[..., None] + biases[..., None]).reshape(*packed.shape[:-1], -1)
+
+
+def make_tiny(folder: Path, checkpoint: Path, vocab: int, **settings: Any) -> Tiny:
     """Converts; then sets small pieces, and lets every layer select."""
-    from mlx_flash.convert.conversion import Settings, convert
-
     write_tokenizer(checkpoint, vocab)
-    convert(checkpoint, folder / "store", Settings(calibration_tokens=1024))
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=1024, **settings))
     layout = read_manifest(folder / "store").layout
     layout = replace(layout, piece_neurons=layout.blocks // PIECES * layout.neurons_per_block)
     change_manifest(folder / "store", layout=layout, all_neurons_layers=())
     return Tiny(checkpoint, folder / "store")
 
 
+def several_in_a_block(plan: Callable[..., NeuronLayout]) -> Callable[..., NeuronLayout]:
+    """A plan that puts 16 neurons into a block, as the format allows."""
+
+    def planned(*arguments: Any) -> NeuronLayout:
+        layout = plan(*arguments)
+        block_bytes = round_up(16 * layout.bundle_bytes, ALIGNMENT)
+        return replace(layout, neurons_per_block=16, block_bytes=block_bytes, piece_neurons=16)
+
+    return planned
+
+
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """By dtype: random models that do not repeat themselves. By the name of a golden checkpoint: that one."""
+    """By dtype: random models that do not repeat themselves. By the name of a golden checkpoint: that one.
+
+    By one of QUANTISED: neurons each in a block without padding, or several in a padded one.
+    """
 
     @functools.cache
     def make(name: str) -> Tiny:
@@ -116,6 +156,13 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         if name in GOLDEN_VARIANTS:
             shutil.copytree(GOLDEN / name, checkpoint)
             return make_tiny(folder, checkpoint, 64)
+        if name == "4 bits":
+            make_checkpoint(checkpoint, hidden=128, neurons=384, dtype=mx.float16)
+            return make_tiny(folder, checkpoint, 96, bits=4, resident_bits=4)
+        if name == "gated 8 bits":
+            make_gated_checkpoint(checkpoint)
+            with patch.object(NeuronLayout, "plan", several_in_a_block(NeuronLayout.plan)):
+                return make_tiny(folder, checkpoint, 96, bits=8, resident_bits=8, group_size=32)
         dtype = getattr(mx, name)
         make_checkpoint(checkpoint, neurons=512, dtype=dtype, tie_word_embeddings=False)
         weights: Any = mx.load(str(checkpoint / "model.safetensors"))

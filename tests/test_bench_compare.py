@@ -318,6 +318,12 @@ def test_what_cannot_be_is_refused(flags: list[str], message: str, command: Call
         command(*flags)
 
 
+def test_a_quantised_store_is_refused(tiny_of: Callable[[str], Any], command: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UsageError, match="is quantised, which the baselines do not read"):
+        command("naive-vs-flash", "--model", str(tiny_of("4 bits").store))
+
+
 @pytest.mark.parametrize(
     "flags",
     [

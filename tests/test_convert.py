@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -716,6 +717,31 @@ def test_wrong_usage(checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
         code, err = cli(*arguments)
         assert code == 2 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "store.partial").exists()
+
+
+def test_rows_that_do_not_divide_into_groups_are_refused(tmp_path: Path, cli: Cli) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", hidden=48)
+    code, said = cli("--model", folder, "--output", tmp_path / "store", "--bits", "4")
+    assert code == 2 and "rows of 48 numbers do not divide into groups of 64. Use --bits 16" in said
+    # Resident ones stay plain there.
+    code, said = cli("--model", folder, "--output", tmp_path / "store", "--resident-bits", "4")
+    assert code == 0 and "resident matrices in 4 bits" in said
+    assert check_store(tmp_path / "store") == []
+    assert not any(name.endswith(".scales") for name in tensors_of(tmp_path / "store" / Manifest.resident_file))
+
+
+def test_other_bits_are_another_conversion(checkpoint: Path, tmp_path: Path) -> None:
+    stores: dict[tuple[int, int], list[dict[str, bytes]]] = {}
+    for bits, resident in ((4, 16), (4, 4), (4, 4)):
+        manifest = convert(checkpoint, tmp_path / "store", replace(QUICK, bits=bits, resident_bits=resident), True)
+        assert (manifest.layout.bits, manifest.layout.group_size) == (4, 64)
+        assert (manifest.resident_bits, manifest.resident_group_size) == ((4, 64) if resident == 4 else (16, 0))
+        assert check_store(tmp_path / "store") == []
+        stores.setdefault((bits, resident), []).append(contents(tmp_path / "store"))
+    assert stores[4, 4][0] == stores[4, 4][1]
+    plain, packed = stores[4, 16][0], stores[4, 4][0]
+    assert plain["neurons.bin"] == packed["neurons.bin"]
+    assert len(packed["model.safetensors"]) < 0.5 * len(plain["model.safetensors"])
 
 
 def test_calibration_text_must_have_tokens_of_this_model(tiny: Any, tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
-from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
+from conftest import QUANTISED, Tiny, change_manifest  # type: ignore[import-not-found]
+from mlx.utils import tree_flatten
 
 from mlx_flash import loading
 from mlx_flash.errors import (
@@ -245,3 +249,62 @@ def test_a_store_truncated_while_it_is_used(own_store: Path) -> None:
     with pytest.raises(ReadError, match=r"was changed while it was in use .it has 4096 bytes"):
         model(mx.array([[5]]))
     model.flash.close()
+
+
+# -- bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_resident_matrices_stay_packed_where_products_with_them_are_quick(
+    tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As on Metal: MLX's quantised modules, in the store's type; here it is told to."""
+    tiny = tiny_of(name)
+    tokens = mx.array([[5, 17, 80, 3, 44, 61, 9, 30, 72, 1]])
+    widened = open_model(tiny.store, predictor="exact")
+    monkeypatch.setattr(loading, "keeps_packed", lambda: True)
+    packed = open_model(tiny.store, predictor="exact")
+    modules = [m for _, m in packed.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
+    assert len(modules) == sum(isinstance(m, (nn.Linear, nn.Embedding)) for _, m in widened.named_modules()) > 8
+    assert {m.bits for m in modules} == {tiny.manifest.resident_bits}
+    assert not any(isinstance(m, (nn.Linear, nn.Embedding)) for _, m in packed.named_modules())
+    found, expected, dense = (np.array(m(tokens)) for m in (packed, widened, tiny.dense))
+    assert np.abs(found - dense).max() < 1e-3 and np.abs(expected - dense).max() < 1e-4
+
+    def kept(model: Any) -> int:
+        arrays: Any = tree_flatten(model.parameters())
+        return sum(array.nbytes for _, array in arrays)
+
+    assert (kept(packed), kept(widened)) == tuple(m.flash.plan.demand.resident for m in (packed, widened))
+    assert kept(packed) < kept(widened) / 2
+    bits = f"{tiny.manifest.resident_bits} bits"
+    assert f"norms, {bits}\n" in packed.flash.plan.describe()
+    assert f"norms, {bits} widened\n" in widened.flash.plan.describe()
+    assert f"(100%), {tiny.manifest.layout.bits} bits\n" in packed.flash.plan.describe()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("damage", ["scales", "biases", "weight", "bits", "16"])
+def test_damaged_quantised_matrices(
+    tiny_of: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, packed: bool
+) -> None:
+    folder = Path(shutil.copytree(tiny_of("4 bits").store, tmp_path / "store"))
+    monkeypatch.setattr(loading, "keeps_packed", lambda: packed)
+    tensors: Any = mx.load(str(folder / Manifest.resident_file))
+    name = "model.decoder.layers.1.self_attn.q_proj"
+    expected: type[StoreError]
+    if damage in ("bits", "16"):
+        bits = 8 if damage == "bits" else 16
+        change_manifest(folder, resident_bits=bits, resident_group_size=64 if bits == 8 else 0)
+        expected, words = CorruptStoreError, "expected|says it is not"
+    elif damage == "weight":
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :8]
+        expected, words = CorruptStoreError, f"{name}.weight has shape"
+    else:
+        del tensors[f"{name}.{damage}"]
+        expected, words = MissingTensorError, f"lacks the tensor {name}.{damage}"
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / Manifest.resident_file), tensors)
+    change_manifest(folder)
+    with pytest.raises(expected, match=words):
+        load(folder)

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_flash import loading
-from mlx_flash.convert.neurons import bundle_layer, write_neurons
+from mlx_flash.convert.neurons import bundle_layer, row_bytes, write_neurons
 from mlx_flash.convert.tensors import write_safetensors
+from mlx_flash.defaults import BITS
 from mlx_flash.errors import (
     CorruptStoreError,
     MissingTensorError,
@@ -35,6 +36,7 @@ from mlx_flash.flash import files
 from mlx_flash.flash.checksums import read_header, tensor_checksums
 from mlx_flash.flash.files import (
     ALIGNMENT,
+    BLOCK_ALIGNMENT,
     ITEM_BYTES,
     LAYER_ALIGNMENT,
     MANIFEST,
@@ -50,12 +52,15 @@ from mlx_flash.flash.files import (
 @st.composite
 def layouts(draw: st.DrawFn) -> NeuronLayout:
     """What the converter plans, and now and then another number of neurons per block."""
+    bits, group = draw(st.sampled_from(BITS)), draw(st.sampled_from(files.GROUP_SIZES))
     layout = NeuronLayout.plan(
         draw(st.sampled_from(sorted(ITEM_BYTES))),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 150)),
-        draw(st.integers(1, 40) | st.integers(1, 1500)),
+        draw(st.integers(1, 40) | st.integers(1, 1500) if bits == 16 else st.integers(1, 40).map(lambda n: n * group)),
         draw(st.sampled_from(files.PARTS)),
+        bits,
+        group,
     )
     if draw(st.booleans()):
         count = draw(st.integers(1, layout.neurons))
@@ -65,8 +70,11 @@ def layouts(draw: st.DrawFn) -> NeuronLayout:
 
 
 def random_rows(layout: NeuronLayout, seed: int) -> tuple[mx.array, ...]:
-    """One (F, D) array per part, of any bits: NaNs must come through, too."""
+    """One (F, D) array per part; unless they are to be quantised, of any bits: NaNs must come through, too."""
     rng = np.random.default_rng(seed)
+    if layout.quantised:
+        numbers = (rng.standard_normal((layout.neurons, layout.width), np.float32) for _ in layout.parts)
+        return tuple(mx.array(matrix).astype(getattr(mx, layout.dtype)) for matrix in numbers)
     shape = (layout.neurons, layout.row_bytes)
     return tuple(mx.array(rng.integers(1, 256, shape, np.uint8)).view(getattr(mx, layout.dtype)) for _ in layout.parts)
 
@@ -80,7 +88,9 @@ def test_every_row_lies_where_the_law_says(layout: NeuronLayout, seed: int) -> N
     assert blocks.shape == (layout.blocks, layout.block_bytes)
     flat = blocks.reshape(-1).copy()
     for part, matrix in enumerate(rows):
-        expected = np.array(matrix.view(mx.uint8))
+        expected = row_bytes(layout, matrix)
+        assert expected.shape == (layout.neurons, layout.row_bytes)
+        assert layout.quantised or (expected == np.array(matrix.view(mx.uint8))).all()
         for neuron in range(layout.neurons):
             block, lane = divmod(neuron, layout.neurons_per_block)
             begin = block * layout.block_bytes + (part * layout.neurons_per_block + lane) * layout.row_bytes
@@ -92,7 +102,8 @@ def test_every_row_lies_where_the_law_says(layout: NeuronLayout, seed: int) -> N
 @settings(deadline=None)
 @given(layouts())
 def test_layout_arithmetic(layout: NeuronLayout) -> None:
-    assert layout.block_bytes % ALIGNMENT == 0 and layout.layer_bytes % LAYER_ALIGNMENT == 0
+    assert layout.block_bytes % (BLOCK_ALIGNMENT if layout.quantised else ALIGNMENT) == 0
+    assert layout.layer_bytes % LAYER_ALIGNMENT == 0
     assert (layout.blocks - 1) * layout.neurons_per_block < layout.neurons <= layout.blocks * layout.neurons_per_block
     assert 0 <= layout.layer_bytes - layout.blocks * layout.block_bytes < LAYER_ALIGNMENT
     assert layout.file_bytes == layout.layers * layout.layer_bytes
@@ -111,6 +122,23 @@ def test_blocks_of_real_models_waste_little() -> None:
         used = layout.neurons_per_block * layout.bundle_bytes
         assert used <= layout.block_bytes <= 1.1 * used
         assert layout.piece_blocks * layout.block_bytes <= 16 << 20
+
+
+def test_small_quantised_neurons_lie_without_padding_where_it_would_be_much() -> None:
+    found = {}
+    for width, bits, parts in ((4096, 4, 2), (4096, 4, 3), (4096, 8, 2), (2048, 4, 2), (320, 4, 2)):
+        layout = NeuronLayout.plan("float16", 1, 4 * width, width, files.PARTS[parts - 2], bits)
+        found[width, bits, parts] = layout.neurons_per_block, layout.block_bytes
+        assert layout.problem() is None
+        assert layout.piece_neurons * width * 2 * parts <= 16 << 20  # as they are multiplied
+        assert layout.piece_blocks * layout.block_bytes % ALIGNMENT == 0 or layout.piece_blocks == layout.blocks
+    assert found == {
+        (4096, 4, 2): (1, 4608),
+        (4096, 4, 3): (1, 8192),
+        (4096, 8, 2): (1, 8704),
+        (2048, 4, 2): (1, 2304),
+        (320, 4, 2): (1, 368),
+    }
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.data_too_large])
@@ -300,6 +328,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[StoreError], str]
     "no predictor": (lambda b: b["files"].pop("predictor-shadow.safetensors"), CorruptStoreError, "lacks predictor-sh"),
     "other default": (lambda b: b.update(default_predictor="x"), CorruptStoreError, "default_predictor"),
     "dtype": (lambda b: b["layout"].update(dtype="int8"), CorruptStoreError, "dtype"),
+    "bits": (lambda b: b["layout"].update(bits=5), CorruptStoreError, "bits is 5"),
+    "group": (lambda b: b["layout"].update(group_size=64), CorruptStoreError, "group_size is 64 at 16 bits"),
+    "odd group": (lambda b: b["layout"].update(bits=4, group_size=48), CorruptStoreError, "group_size is 48"),
+    "wide group": (lambda b: b["layout"].update(bits=4, group_size=128), CorruptStoreError, "64 numbers do not divide"),
+    "resident bits": (lambda b: b.update(resident_bits=4), CorruptStoreError, "resident_bits"),
+    "resident type": (lambda b: b.update(resident_bits=[]), CorruptStoreError, "resident_bits"),
     "more layers": (lambda b: b["layout"].update(layers=10**9), CorruptStoreError, "layer"),
     "huge block": (lambda b: b["layout"].update(block_bytes=1 << 39), CorruptStoreError, "neurons.bin has"),
     "piece": (lambda b: b["layout"].update(piece_neurons=1 << 33), CorruptStoreError, "a piece"),

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import QUANTISED  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -383,6 +384,16 @@ def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.Mo
         Streamer(bench.file, bench.reader, bench.layout)
 
 
+@pytest.mark.parametrize("product", ["project", "combine"])
+def test_wrong_products_with_packed_rows_are_refused(monkeypatch: pytest.MonkeyPatch, product: str) -> None:
+    for bits in (4, 8):
+        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, bits))
+    real = getattr(stream_module.PackedRows, product)
+    monkeypatch.setattr(stream_module.PackedRows, product, lambda self, x: 1.1 * real(self, x))
+    with pytest.raises(FlashError, match=r"self-test failed: products .*16 bits"):
+        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, 4))
+
+
 def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
     """The fixture's own reading of a store against the checkpoint it was made of."""
     weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))
@@ -392,8 +403,30 @@ def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
         assert np.array_equal(tiny.rows[layer, 1], down.T)
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_store_is_near_its_checkpoint(tiny_of: Callable[[str], Any], name: str) -> None:
+    """Each number within one and a half steps, (max - min) / (2^bits - 1) of its group, and its rounding in 16 bits.
+
+    Half a step, were it not that MLX moves the ends so that one of them and zero are met exactly.
+    """
+    tiny = tiny_of(name)
+    weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))
+    layout = tiny.manifest.layout
+    assert (layout.bits, layout.neurons_per_block) == ((4, 1) if name == "4 bits" else (8, 16))
+    for layer in range(layout.layers):
+        names = ("fc1", "fc2") if len(layout.parts) == 2 else ("gate_proj", "up_proj", "down_proj")
+        found = [next(n for n in weights if f"layers.{layer}." in n and f"{name}.weight" in n) for name in names]
+        for part, matrix in enumerate(found):
+            exact = np.array(weights[matrix].astype(mx.float32))
+            exact = exact.T if part == len(found) - 1 else exact
+            groups = exact.reshape(len(exact), -1, layout.group_size)
+            step = (groups.max(axis=-1) - groups.min(axis=-1)) / (2**layout.bits - 1)
+            error = np.abs(tiny.rows[layer, part] - exact).reshape(groups.shape).max(axis=-1)
+            assert (error <= 1.5 * step + 1e-3 * np.abs(groups).max(axis=-1)).all() and error.max() > 0
+
+
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", *QUANTISED])
 def test_a_converted_store_streams(tiny_of: Callable[[str], Any], dtype: str, direct: bool) -> None:
     tiny = tiny_of(dtype)
     layout = replace(tiny.manifest.layout)
@@ -403,5 +436,10 @@ def test_a_converted_store_streams(tiny_of: Callable[[str], Any], dtype: str, di
         for layer in range(layout.layers):
             stream = LayerStream(streamer, layer, 7, layout.parts)
             for part, rows in enumerate(stream.gather(ids)):
+                expected = tiny.rows[layer, part, ids]
+                if layout.quantised:
+                    assert rows.dtype == mx.float32  # on this backend
+                    assert np.abs(np.array(rows) - expected).max() < 1e-6  # a rounding: fused or not
+                    continue
                 assert rows.dtype == getattr(mx, dtype)
-                assert np.array_equal(np.array(rows.astype(mx.float32)), tiny.rows[layer, part, ids])
+                assert np.array_equal(np.array(rows.astype(mx.float32)), expected)

@@ -1,4 +1,4 @@
-"""Tiny random OPT checkpoints for the tests, sparse as real ones are."""
+"""Tiny random checkpoints for the tests, OPT's and a gated Llama's, sparse as real ones are."""
 
 import json
 from pathlib import Path
@@ -58,6 +58,47 @@ def make_checkpoint(
         "max_position_embeddings": positions,
         "activation_function": "relu",
         **config,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_gated_checkpoint(folder: Path, *, hidden: int = 64, neurons: int = 256, vocab: int = 96) -> Path:
+    """A Llama with FATReLU in float32: of its gates, normal with unit spread, about one in six passes."""
+    rng = np.random.default_rng(2)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def normal(*shape: int, scale: float) -> mx.array:
+        return mx.array(rng.standard_normal(shape, dtype=np.float32) * scale)
+
+    weights = {
+        "model.embed_tokens.weight": normal(vocab, hidden, scale=1.0),
+        "lm_head.weight": normal(vocab, hidden, scale=1.0),
+        "model.norm.weight": mx.ones((hidden,)),
+    }
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        for name in ("q", "k", "v", "o"):
+            weights[f"{layer}self_attn.{name}_proj.weight"] = normal(hidden, hidden, scale=hidden**-0.5)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{layer}{name}.weight"] = mx.ones((hidden,))
+        for name in ("gate", "up"):
+            weights[f"{layer}mlp.{name}_proj.weight"] = normal(neurons, hidden, scale=hidden**-0.5)
+        weights[f"{layer}mlp.down_proj.weight"] = normal(hidden, neurons, scale=neurons**-0.5)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    settings = {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": neurons,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "fatrelu",
+        "hidden_act_param": 1.0,
+        "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(settings))
     return folder

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..defaults import BITS
 from ..errors import (
     CorruptStoreError,
     NewerFormatError,
@@ -25,9 +27,14 @@ FORMAT = "mlx_flash store"
 VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
-ALIGNMENT = 4096  # every block begins and ends on a multiple of it
+ALIGNMENT = 4096  # a page of most disks, the least that a read costs
 LAYER_ALIGNMENT = 16384  # every layer begins on a multiple of it (a page of Apple silicon)
+BLOCK_ALIGNMENT = 16  # every block's size is a multiple of it
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+WORD_BYTES = 4  # of the integers that quantised numbers are packed into
+GROUP_SIZES = (32, 64, 128)
+GROUP_SIZE = 64  # bench/RESULTS.md
+TIGHT_PADDING = 1.25  # of a neuron's bytes; above, quantised neurons lie without padding (bench/RESULTS.md)
 PARTS = (("up", "down"), ("gate", "up", "down"))
 CHECKSUM_BYTES = 4  # a CRC-32
 AGAIN = "Convert the checkpoint again: `python -m mlx_flash.convert --model ... --output ... --overwrite`."
@@ -37,12 +44,24 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def group_problem(bits: int, group_size: int, width: int) -> str | None:
+    """Why rows of `width` numbers cannot be stored in `bits` bits, or None."""
+    if bits not in BITS:
+        return f"bits is {bits}, expected one of {', '.join(map(str, BITS))}"
+    if group_size not in (GROUP_SIZES if bits < 16 else (0,)):
+        return f"group_size is {group_size} at {bits} bits"
+    if bits < 16 and width % group_size:
+        return f"rows of {width} numbers do not divide into groups of {group_size}"
+    return None
+
+
 @dataclass(frozen=True)
 class NeuronLayout:
     """Where the bytes of every neuron lie in the bundle file.
 
     A *block* is what one read brings: `neurons_per_block` neurons, part after part (all their up rows,
-    then all their down columns), padded to a multiple of 4096 bytes. A layer is a run of blocks.
+    then all their down columns), padded to a multiple of 4096 bytes, or of 16 where small quantised neurons would
+    waste too much of that. A layer is a run of blocks.
     """
 
     dtype: str
@@ -53,11 +72,25 @@ class NeuronLayout:
     neurons_per_block: int
     block_bytes: int
     piece_neurons: int  # neurons multiplied at once: fixed here, so that the sums never depend on a budget
+    bits: int = 16  # of one number; below 16, rows are quantised as MLX does it (affine)
+    group_size: int = 0  # numbers of a row that share a scale and a bias; 0 where rows are not quantised
+
+    @property
+    def quantised(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def components(self) -> tuple[tuple[str, int], ...]:
+        """What a row consists of, one behind the other: (dtype, elements) of each."""
+        if not self.quantised:
+            return ((self.dtype, self.width),)
+        groups = self.width // self.group_size
+        return ("uint32", self.width * self.bits // 32), (self.dtype, groups), (self.dtype, groups)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one part of one neuron."""
-        return self.width * ITEM_BYTES[self.dtype]
+        return sum(elements * ITEM_BYTES.get(dtype, WORD_BYTES) for dtype, elements in self.components)
 
     @property
     def bundle_bytes(self) -> int:
@@ -93,31 +126,54 @@ class NeuronLayout:
         return first * part_bytes, len(parts) * part_bytes
 
     @staticmethod
-    def plan(dtype: str, layers: int, neurons: int, width: int, parts: tuple[str, ...]) -> NeuronLayout:
+    def plan(
+        dtype: str,
+        layers: int,
+        neurons: int,
+        width: int,
+        parts: tuple[str, ...],
+        bits: int = 16,
+        group_size: int = GROUP_SIZE,
+    ) -> NeuronLayout:
         """Chooses the block for a model.
 
-        The smallest number of neurons per block whose padding stays under a tenth; pieces of about 16 MiB,
-        but no more than the layer.
+        The smallest number of neurons per block whose padding stays under a tenth. A quantised neuron has a block of
+        its own, which is not padded where that would cost more than a quarter. Pieces of about 16 MiB as they are
+        multiplied, but no more than the layer.
         """
-        bundle = width * ITEM_BYTES[dtype] * len(parts)
-        count = 1
-        while round_up(count * bundle, ALIGNMENT) > 1.1 * count * bundle and count < min(64, neurons):
-            count += 1
-        block = round_up(count * bundle, ALIGNMENT)
-        piece = max(1, min((16 << 20) // block, -(-neurons // count))) * count
-        return NeuronLayout(dtype, layers, neurons, width, parts, count, block, piece)
+        group_size = group_size if bits < 16 else 0
+        one = NeuronLayout(dtype, layers, neurons, width, parts, 1, ALIGNMENT, 1, bits, group_size)
+        count, bundle = 1, one.bundle_bytes
+        if bits < 16:
+            block = round_up(bundle, ALIGNMENT)
+            if block > TIGHT_PADDING * bundle:
+                block = round_up(bundle, BLOCK_ALIGNMENT)
+        else:
+            while round_up(count * bundle, ALIGNMENT) > 1.1 * count * bundle and count < min(64, neurons):
+                count += 1
+            block = round_up(count * bundle, ALIGNMENT)
+        blocks = -(-neurons // count)
+        widened = count * width * ITEM_BYTES[dtype] * len(parts)  # bytes of a block as it is multiplied
+        piece = max(1, min((16 << 20) // max(block, widened), blocks))
+        aligned = ALIGNMENT // math.gcd(block, ALIGNMENT)  # blocks after which a read begins on a page again
+        if aligned < piece < blocks:
+            piece -= piece % aligned
+        return replace(one, neurons_per_block=count, block_bytes=block, piece_neurons=piece * count)
 
     def problem(self) -> str | None:
         """What is wrong with these numbers (a manifest may lie), or None."""
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dtype", "parts")}
         for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
+            if not isinstance(value, int) or isinstance(value, bool) or not (name != "group_size") <= value < 1 << 40:
                 return f"{name} is {value!r:.80}"
         if self.dtype not in ITEM_BYTES:
             return f"dtype is {self.dtype!r:.80}, expected one of {', '.join(ITEM_BYTES)}"
         if self.parts not in PARTS:
             return f"parts are {self.parts!r:.80}"
-        if self.block_bytes % ALIGNMENT or self.block_bytes < self.neurons_per_block * self.bundle_bytes:
+        if problem := group_problem(self.bits, self.group_size, self.width):
+            return problem
+        alignment = BLOCK_ALIGNMENT if self.quantised else ALIGNMENT
+        if self.block_bytes % alignment or self.block_bytes < self.neurons_per_block * self.bundle_bytes:
             return f"block_bytes is {self.block_bytes} for {self.neurons_per_block} x {self.bundle_bytes} bytes"
         if self.piece_neurons % self.neurons_per_block:
             return f"piece_neurons is {self.piece_neurons}, no multiple of {self.neurons_per_block}"
@@ -140,6 +196,8 @@ class Manifest:
     predictors: dict[str, dict[str, Any]]  # kind -> measured report, thresholds
     default_predictor: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> bytes, sha256, tensors' crc32
+    resident_bits: int = 16  # of the matrices in `resident_file`; below 16 quantised as mlx.nn.quantize does it
+    resident_group_size: int = 0
 
     neurons_file = "neurons.bin"
     neurons_checksums_file = "neurons.crc32"
@@ -163,6 +221,9 @@ class Manifest:
             return f"activation is {self.activation!r:.80}"
         if self.resident_dtype not in ITEM_BYTES:
             return f"resident_dtype is {self.resident_dtype!r:.80}"
+        resident = self.resident_bits, self.resident_group_size
+        if not all(map(_is_count, resident)) or group_problem(*resident, width=self.resident_group_size):
+            return f"resident_bits and resident_group_size are {resident!r:.80}"
         if not _is_count(self.decode_tokens, 1):
             return f"decode_tokens is {self.decode_tokens!r:.80}"
         chosen = self.all_neurons_layers
@@ -256,7 +317,7 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
     try:
         numbers = dict(body["layout"])
         layout = NeuronLayout(**{**numbers, "parts": tuple(numbers["parts"])})
-        kept = {f.name: body[f.name] for f in fields(Manifest)}
+        kept = {f.name: body[f.name] for f in fields(Manifest) if f.name in body or f.default is MISSING}
         manifest = Manifest(**{**kept, "layout": layout, "all_neurons_layers": tuple(kept["all_neurons_layers"])})
         problem = layout.problem() or manifest.problem()
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -338,7 +338,8 @@ def plan_requests(
 def _plan_rows(
     file: UnitFile, offsets: npt.NDArray[np.integer], addresses: npt.NDArray[np.integer], length: int
 ) -> tuple[Int64Array, Int64Array] | None:
-    """`plan_requests` for what a token needs: aligned blocks of one length; None for whatever else it is given.
+    """`plan_requests` for what a token needs: blocks of one length, which are all aligned or may all be bounced; None
+    for whatever else it is given.
 
     Called for every layer of every token, so it does with a third of the array operations.
     """
@@ -350,9 +351,10 @@ def _plan_rows(
         return None
     if not 0 <= offsets[0] <= offsets[-1] <= file.size - length:
         return None
-    used = int(np.bitwise_or.reduce(offsets)) | int(np.bitwise_or.reduce(addresses)) | length
-    if used % file.alignment:
-        return None
+    if length % file.alignment == 0:
+        used = int(np.bitwise_or.reduce(offsets)) | int(np.bitwise_or.reduce(addresses))
+        if used % file.alignment:
+            return None
     starts = np.ones(n, np.bool_)
     np.not_equal(steps, length, out=starts[1:])
     first = np.flatnonzero(starts)  # (r,) the segment that each request begins with

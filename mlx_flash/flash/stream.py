@@ -26,11 +26,53 @@ from .reader import Reader, Ticket, UnitFile
 FADING = 0.9  # of what is remembered about guesses, per guess
 
 
-class BlockRows:
-    """The neurons' rows in a pool of blocks, as one strided view that is gathered from without a copy.
+@dataclass(frozen=True)
+class PackedRows:
+    """Quantised rows (n, width) as a store has them, grouped along the width.
 
-    Rows begin at multiples of no common stride (a block may be padded), so the view overlaps itself: its
-    row r begins r * grain elements into the pool.
+    packed: uint32 (n, width * bits / 32); scales, biases: (n, width / group_size). A row's number is q * scale + bias.
+    """
+
+    packed: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+    @property
+    def components(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.packed, self.scales, self.biases
+
+    def dequantised(self, dtype: mx.Dtype, stream: mx.ThreadLocalStream | None = None) -> mx.array:
+        """The rows (n, width) themselves."""
+        scales, biases = (part.astype(dtype, stream=stream) for part in (self.scales, self.biases))
+        return mx.dequantize(self.packed, scales, biases, group_size=self.group_size, bits=self.bits, stream=stream)
+
+    def project(self, x: mx.array) -> mx.array:
+        """x rows^T: (N, width) -> (N, n)"""
+        return self._product(x, transpose=True)
+
+    def combine(self, h: mx.array) -> mx.array:
+        """h rows: (N, n) -> (N, width)"""
+        return self._product(h, transpose=False)
+
+    def _product(self, x: mx.array, transpose: bool) -> mx.array:
+        scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
+        return mx.quantized_matmul(
+            x, self.packed, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
+        )
+
+
+StoredRows = tuple[mx.array | PackedRows, ...]
+"""Rows of each part: (n, width), or packed where the store is quantised."""
+
+
+class BlockRows:
+    """The neurons' rows in a pool of blocks, as strided views that are gathered from without another copy.
+
+    Rows begin at multiples of no common stride (a block may be padded), so a view overlaps itself: its row r begins
+    r * grain_bytes into the pool. A quantised row has three views, of its packed numbers, scales and biases: gathered
+    one by one they lie as `mx.dequantize` wants them, which copies slices of a row first.
     """
 
     def __init__(
@@ -40,23 +82,54 @@ class BlockRows:
         self.layout = layout
         self.parts = parts
         self.block_bytes = layout.part_range(parts)[1]
-        elements = pool.nbytes // (layout.row_bytes // layout.width)
-        self.block_elements = self.block_bytes // (layout.row_bytes // layout.width)
-        self.grain = math.gcd(self.block_elements, layout.width)
-        typed = pool.array.view(getattr(mx, layout.dtype))
-        shape = ((elements - layout.width) // self.grain + 1, layout.width)
-        self.rows = mx.as_strided(typed, shape=shape, strides=(self.grain, 1))
-        mx.eval(self.rows)
+        self.grain_bytes = math.gcd(self.block_bytes, layout.row_bytes)
+        rows = (pool.nbytes - layout.row_bytes) // self.grain_bytes + 1
+        self.views = []
+        begin = 0  # of a component within its row
+        for name, elements in layout.components:
+            dtype = getattr(mx, name)
+            typed = pool.array.view(dtype)
+            strides = (self.grain_bytes // dtype.size, 1)
+            self.views.append(mx.as_strided(typed, (rows, elements), strides, begin // dtype.size))
+            begin += elements * dtype.size
+        mx.eval(self.views)
+        # On the CPU backend numbers of 16 bits are dequantised five times slower than those of 32 (bench/RESULTS.md).
+        self.dtype = mx.float32 if layout.quantised and side is not None else getattr(mx, layout.dtype)
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
-        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them."""
-        first = (blocks.astype(np.int64) * self.block_elements + lanes * self.layout.width) // self.grain
-        part_step = self.layout.neurons_per_block * self.layout.width // self.grain
-        begins = [mx.array((first + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
-        streams = [None] + [self.side] * (len(parts) - 1)
+        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them.
+
+        In the layout's dtype; dequantised on the CPU backend in float32.
+        """
+        return self.widened(self.take_stored(blocks, lanes, parts))
+
+    def widened(self, stored: StoredRows) -> tuple[mx.array, ...]:
+        """What `take_stored` gave as numbers, (n, width) for each part."""
+        streams = self._streams(len(stored))
         return tuple(
-            mx.take(self.rows, begin, axis=0, stream=stream) for begin, stream in zip(begins, streams, strict=True)
+            each.dequantised(self.dtype, stream) if isinstance(each, PackedRows) else each
+            for each, stream in zip(stored, streams, strict=True)
         )
+
+    def take_stored(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> StoredRows:
+        """The same without dequantising."""
+        layout = self.layout
+        start = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
+        part_step = layout.neurons_per_block * layout.row_bytes // self.grain_bytes
+        begins = [mx.array((start + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
+        result: list[mx.array | PackedRows] = []
+        for begin, stream in zip(begins, self._streams(len(parts)), strict=True):
+            first, *others = (mx.take(view, begin, axis=0, stream=stream) for view in self.views)
+            if layout.quantised:
+                scales, biases = others
+                result.append(PackedRows(first, scales, biases, layout.group_size, layout.bits))
+            else:
+                result.append(first)
+        return tuple(result)
+
+    def _streams(self, parts: int) -> list[mx.ThreadLocalStream | None]:
+        """Parts are gathered side by side."""
+        return [None] + [self.side] * (parts - 1)
 
 
 class Streamer:
@@ -76,6 +149,8 @@ class Streamer:
         self.scratch_rows = [BlockRows(pool, layout, layout.parts, self.side) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
             check_shared_memory(pool, rows)
+        if layout.quantised and self.side is None:
+            check_packed_products(layout)
         self.flying: list[LayerStream] = []  # those with blocks on their way
 
     def drain(self) -> None:
@@ -101,14 +176,50 @@ def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
     for seed in (1, 2):
         written = np.random.default_rng(seed).integers(0, 256, (last + 1) * rows.block_bytes, np.uint8)
         ctypes.memmove(pool.address, written.ctypes.data, written.nbytes)
-        for part, seen in zip(rows.parts, rows.take(*places, rows.parts), strict=True):
+        for part, taken in zip(rows.parts, rows.take_stored(*places, rows.parts), strict=True):
             index = rows.parts.index(part) * layout.neurons_per_block
             begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
             expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
-            if not np.array_equal(np.array(seen.view(mx.uint8)), expected):
+            components = taken.components if isinstance(taken, PackedRows) else (taken,)
+            seen = np.concatenate([np.array(component.view(mx.uint8)) for component in components], axis=1)
+            if not np.array_equal(seen, expected):
                 raise FlashError(
                     "self-test failed: the device does not see what the host writes into shared memory. This machine "
                     "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
+                )
+
+
+def _joined(pieces: StoredRows) -> mx.array | PackedRows:
+    """The rows of several rounds, one behind the other."""
+    if not isinstance(pieces[0], PackedRows):
+        return mx.concatenate(list(pieces))  # type: ignore[arg-type]  # all are alike
+    each = zip(*(piece.components for piece in pieces), strict=True)  # type: ignore[union-attr]
+    packed, scales, biases = (mx.concatenate(list(parts)) for parts in each)
+    return PackedRows(packed, scales, biases, pieces[0].group_size, pieces[0].bits)
+
+
+def check_packed_products(layout: NeuronLayout) -> None:
+    """Compares this device's products with packed rows with those of dequantised ones.
+
+    Kernels for such products have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
+    """
+    dtype = getattr(mx, layout.dtype)
+    rows = mx.random.normal((64, layout.width), key=mx.random.key(0)).astype(dtype)
+    parts = mx.quantize(rows, group_size=layout.group_size, bits=layout.bits)
+    packed = PackedRows(*parts, layout.group_size, layout.bits)  # type: ignore[call-arg, arg-type]
+    numbers = packed.dequantised(dtype).astype(mx.float32)
+    for n in (1, 2):
+        x = mx.random.normal((n, layout.width), key=mx.random.key(n)).astype(dtype)
+        h = mx.random.normal((n, 64), key=mx.random.key(n)).astype(dtype)
+        for found, expected in (
+            (packed.project(x), x.astype(mx.float32) @ numbers.T),
+            (packed.combine(h), h.astype(mx.float32) @ numbers),
+        ):
+            error = mx.abs(found.astype(mx.float32) - expected).max()
+            if not mx.isfinite(error).item() or (error > 0.02 * mx.abs(expected).max()).item():
+                raise FlashError(
+                    "self-test failed: products with quantised rows are wrong on this device with this version of MLX. "
+                    "Use a store of 16 bits, and please report it with `pip show mlx`."
                 )
 
 
@@ -227,7 +338,13 @@ class LayerStream:
         self.shared.counters.manage_s += time.perf_counter() - began
 
     def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
-        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part.
+        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part."""
+        stored = self.gather_stored(ids)
+        assert self.rows is not None
+        return self.rows.widened(stored)
+
+    def gather_stored(self, ids: np.ndarray) -> StoredRows:
+        """The same without dequantising.
 
         Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
         """
@@ -241,12 +358,12 @@ class LayerStream:
             here = blocks[begin : begin + self.cache.slots]
             self._fetch(here)
             chosen = slice(np.searchsorted(of_id, here[0]), np.searchsorted(of_id, here[-1], side="right"))
-            rounds.append(self.rows.take(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
-            if len(blocks) > self.cache.slots:
-                mx.eval(rounds[-1])  # the next round writes over these slots
+            rounds.append(self.rows.take_stored(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
+            if len(blocks) > self.cache.slots:  # the next round writes over these slots
+                mx.eval([each.components if isinstance(each, PackedRows) else each for each in rounds[-1]])
         if len(rounds) == 1:
             return rounds[0]
-        return tuple(mx.concatenate(list(pieces)) for pieces in zip(*rounds, strict=True))
+        return tuple(_joined(pieces) for pieces in zip(*rounds, strict=True))
 
     def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
         if self.layout.neurons_per_block == 1:

@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..flash.stream import LayerStream
+from ..flash.stream import LayerStream, PackedRows, StoredRows
 from .activations import Activation
 from .pace import Pace
 from .predictors import ExactPredictor, Predictor
 
+PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/RESULTS.md)
 GUESS_AGAIN = 32  # calls after which a layer that guesses badly tries again
 
 
@@ -81,13 +82,13 @@ class StreamedNeurons(nn.Module):
                 if isinstance(self.predictor, ExactPredictor):
                     known.append(self.predictor.before(x, start, stop))
                 h = self._activation(*known, *self._products(x, rows, slice(start, stop)))  # (N, n)
-                y = y + h @ rows[-1].astype(x.dtype)  # (N, n) @ (n, D)
+                y = y + _combine(h, rows[-1])
                 mx.eval(y)
         return y
 
-    def _products(self, x: mx.array, rows: tuple[mx.array, ...], ids: slice | mx.array) -> list[mx.array]:
+    def _products(self, x: mx.array, rows: StoredRows, ids: slice | mx.array) -> list[mx.array]:
         """Pre-activations (N, n) by all of neurons `ids`' rows but the down rows."""
-        products = [x @ matrix.astype(x.dtype).T for matrix in rows[:-1]]  # (N, D) @ (D, n)
+        products = [_project(x, matrix) for matrix in rows[:-1]]
         if "up_bias" in self and products:
             products[-1] = products[-1] + self.up_bias[ids]
         return products
@@ -105,18 +106,29 @@ class StreamedNeurons(nn.Module):
             self._stream.begin(ids)
         if self._ahead is not None and guess is not None:
             self._ahead.following._stream.read_ahead(_union(np.array(guess, copy=False)))
+        packed = len(x) <= PACKED_TOKENS
         y = mx.zeros_like(x)
         for begin in range(0, len(ids), self._stream.layout.piece_neurons):
             piece = ids[begin : begin + self._stream.layout.piece_neurons]
             index = mx.array(piece.astype(np.int32))
             known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
-            rows = self._stream.gather(piece)
+            rows = self._stream.gather_stored(piece) if packed else self._stream.gather(piece)
             h = self._activation(*known, *self._products(x, rows, index))
             if len(chosen) > 1:
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
-            y = y + h @ rows[-1].astype(x.dtype)  # (N, n) @ (n, D)
+            y = y + _combine(h, rows[-1])
             self._stream.hold(y)
         return y
+
+
+def _project(x: mx.array, rows: mx.array | PackedRows) -> mx.array:
+    """(N, D) -> (N, n)"""
+    return rows.project(x) if isinstance(rows, PackedRows) else x @ rows.astype(x.dtype).T  # (N, D) @ (D, n)
+
+
+def _combine(h: mx.array, rows: mx.array | PackedRows) -> mx.array:
+    """(N, n) -> (N, D)"""
+    return rows.combine(h) if isinstance(rows, PackedRows) else h @ rows.astype(h.dtype)  # (N, n) @ (n, D)
 
 
 def _union(mask: np.ndarray) -> np.ndarray:

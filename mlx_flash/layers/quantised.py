@@ -1,0 +1,43 @@
+"""Resident matrices in 4 or 8 bits: MLX's own quantised modules where it has quick products for them, else widened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+PIECE_NUMBERS = 4 << 20  # dequantised at once
+
+
+def matrices_of(model: Any) -> dict[str, nn.Module]:
+    """Linear layers and embeddings by the name of their weight: what can be quantised."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
+
+
+def companions(weight: str) -> tuple[str, str]:
+    """The names of the scales and the biases that belong to a quantised weight."""
+    module = weight.removesuffix(".weight")
+    return f"{module}.scales", f"{module}.biases"
+
+
+def widen(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
+    """The numbers (n, m) in float32, evaluated, made piece by piece: `mx.dequantize` needs twice its result.
+
+    packed: uint32 (n, m * bits / 32); scales, biases: (n, m / group_size).
+    """
+    columns = packed.shape[1] * 32 // bits
+    result = mx.zeros((packed.shape[0], columns))
+    mx.eval(result, packed, scales, biases)
+    target = np.array(result, copy=False)
+    step = max(1, PIECE_NUMBERS // columns)
+    for begin in range(0, len(target), step):
+        rows = slice(begin, begin + step)
+        scale, bias = (part[rows].astype(mx.float32) for part in (scales, biases))
+        target[rows] = np.array(mx.dequantize(packed[rows], scale, bias, group_size=group_size, bits=bits))
+    return result

@@ -1,10 +1,12 @@
-"""Trains the packaged demo model: a small OPT on a folder of plain-text books.
+"""Trains the packaged demo model, a small OPT, or its gated sibling, a small Llama, on a folder of plain-text books.
 
     python -m mlx_flash.demo.train --corpus DIR/train --held-out DIR/call_of_the_wild.txt --output DIR
+    python -m mlx_flash.demo.train --form llama --corpus ... --held-out ... --output ...
 
-Needs the `train` extra (torch, sentencepiece, tqdm). One run makes everything that `mlx_flash/demo/model/`
-holds: tokenizer, configuration, float16 weights and the model card. It is seeded, saves its state every
-few minutes and goes on from there when it is started again with the same `--output`.
+Needs the `train` extra. One run makes everything that `mlx_flash/demo/model/`, or `tests/models/gated-demo/`, holds:
+tokenizer, configuration, float16 weights and the model card. It is seeded, saves its state every two minutes and goes
+on from there when it is started again with the same `--output`. On a machine whose cores do other work too,
+`OMP_WAIT_POLICY=PASSIVE` in the environment makes it several times faster.
 
 Late in training an L1 penalty on the FFN activations pushes them to exact zeros (ProSparse,
 arXiv 2402.13516, section 3: progressive sparsity regularisation). Instead of a fixed schedule of the
@@ -18,37 +20,17 @@ import argparse
 import json
 import math
 import re
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from mlx_flash.demo.forms import BEGIN_ID, PACKAGED, RECIPES, Recipe, build_model, ffn_activations
+
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's first four ids
-BEGIN_ID = 2  # OPT begins every text with </s>
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result, apart from the corpus."""
-
-    vocab_size: int = 4096
-    hidden_size: int = 320
-    layers: int = 5
-    heads: int = 5
-    ffn_size: int = 1280
-    context: int = 512
-    dropout: float = 0.1
-    batch: int = 8
-    steps: int = 5200
-    peak_learning_rate: float = 2e-3
-    warmup_steps: int = 150
-    weight_decay: float = 0.1
-    sparsity_start: float = 0.25  # share of the steps after which the penalty begins
-    sparsity_end: float = 0.8  # share of the steps at which the target is reached
-    target_density: float = 0.05  # share of FFN neurons active at the end
-    seed: int = 20231212
 
 
 def read_books(folder: Path) -> list[str]:
@@ -119,37 +101,14 @@ def train_tokenizer(books: list[str], recipe: Recipe, output: Path):
     return tokenizer
 
 
-def build_model(recipe: Recipe):
-    """A randomly initialised `transformers` OPT of the recipe's shape."""
-    import torch
-    from transformers import OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(recipe.seed)
-    config = OPTConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        word_embed_proj_dim=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        ffn_dim=recipe.ffn_size,
-        max_position_embeddings=recipe.context,
-        dropout=recipe.dropout,
-        layerdrop=0.0,
-        bos_token_id=BEGIN_ID,
-        eos_token_id=BEGIN_ID,
-        pad_token_id=1,
-    )
-    return OPTForCausalLM._from_config(config, attn_implementation="sdpa")
-
-
 class ActivationMeter:
     """Collects, for one forward pass, each layer's mean FFN activation and its share of active neurons."""
 
     def __init__(self, model) -> None:
         self.means: list = []
         self.densities: list = []
-        for layer in model.model.decoder.layers:
-            layer.activation_fn.register_forward_hook(self._hook)
+        for activation in ffn_activations(model):
+            activation.register_forward_hook(self._hook)
 
     def _hook(self, _module, _inputs, output) -> None:
         self.means.append(output.float().mean())
@@ -177,7 +136,7 @@ def next_penalty(penalty: float, density: float, start_density: float, step: int
     progress = (step / recipe.steps - recipe.sparsity_start) / (recipe.sparsity_end - recipe.sparsity_start)
     progress = min(1.0, max(0.0, progress))
     target = start_density ** (1 - progress) * recipe.target_density**progress  # falls geometrically
-    change = 0.01 * math.log(max(density, 1e-6) / target)
+    change = recipe.controller_gain * math.log(max(density, 1e-6) / target)
     return min(1.0, max(1e-5, penalty * math.exp(change)))
 
 
@@ -186,7 +145,7 @@ def sequence_loss(model, batch, autocast):
     import torch
 
     with autocast():
-        hidden = model.model(input_ids=batch[:, :-1]).last_hidden_state
+        hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden)
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
@@ -220,6 +179,9 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
 
     output.mkdir(parents=True, exist_ok=True)
     tokenizer_path = output / "tokenizer.json"
+    if recipe.form == "llama":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(PACKAGED / name, output / name)
     if tokenizer_path.exists():
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
     else:
@@ -237,10 +199,10 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     other = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98))
-    autocast = lambda: torch.autocast(device, torch.bfloat16)  # noqa: E731
+    autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")  # noqa: E731
 
     state_path = output / "training_state.pt"
-    step, penalty, density, start_density = 0, 0.0, 1.0, 0.0
+    step, penalty, density, start_density, cpu_seconds = 0, 0.0, 1.0, 0.0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True, map_location=device)
         if state["recipe"] != asdict(recipe):
@@ -248,6 +210,8 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, penalty, density, start_density = state["controller"]
+        cpu_seconds = state["cpu_seconds"]
+    cpu_began = time.process_time() - cpu_seconds  # time in which the process was stopped or waited does not count
 
     def save_state() -> None:
         state = {
@@ -255,6 +219,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "controller": (step, penalty, density, start_density),
+            "cpu_seconds": time.process_time() - cpu_began,
         }
         partial = state_path.with_suffix(".partial")
         torch.save(state, partial)
@@ -294,16 +259,18 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
                 }
                 line |= {"density": [round(d, 4) for d in by_layer], "penalty": penalty}
                 print(json.dumps(line), file=log, flush=True)
-            if time.monotonic() - saved_at > 240:
+            if time.monotonic() - saved_at > 120:
                 save_state()
                 saved_at = time.monotonic()
     save_state()
+    cpu_seconds = time.process_time() - cpu_began
     model.half().float()  # measured as it is shipped: rounded to float16
     loss_value, by_layer = evaluate(model, meter, held_out_tokens, recipe.context)
     model.half().save_pretrained(output)
     return {
         "books": len(books),
         "tokens": len(tokens),
+        "cpu_minutes": cpu_seconds / 60,
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_tokens": len(held_out_tokens),
         "held_out_characters": len(held_out),
@@ -318,16 +285,25 @@ def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
     density = figures["density_by_layer"]
     epochs = recipe.steps * recipe.batch * (recipe.context - 1) / figures["tokens"]
     loss = figures["held_out_loss"]
+    shape = f"{recipe.layers} layers, width {recipe.hidden_size}, {recipe.ffn_size} FFN neurons per layer, "
+    shape += f"{recipe.heads} heads"
+    if recipe.form == "opt":
+        title, kind = "The demo model", "OPT (`model_type: opt`, ReLU)"
+        purpose = "everything in this project can be tried, tested and measured without a download"
+        tokenizer = f"SentencePiece unigram, {recipe.vocab_size} pieces with byte fallback, trained on the same text"
+    else:
+        title, kind = "The gated demo model", "Llama with ReLU gates (`model_type: llama`, `hidden_act: relu`)"
+        purpose = "the streaming of gated neurons can be tested and measured on real activations"
+        tokenizer = "the demo model's; training began with that model's token embeddings, reduced to this width"
+        shape += f", {recipe.key_value_heads} of keys and values"
     rows = {
         "data": f"{figures['books']} public-domain English novels and collections of tales, {figures['tokens']:,} "
         "tokens; the texts are not included",
-        "size": f"{figures['parameters'] / 1e6:.2f} million parameters in float16: {recipe.layers} layers, width "
-        f"{recipe.hidden_size}, {recipe.ffn_size} FFN neurons per layer, {recipe.heads} heads, "
-        f"{recipe.context} positions",
-        "tokenizer": f"SentencePiece unigram, {recipe.vocab_size} pieces with byte fallback, trained on the same text; "
-        "white space of any kind counts as one space",
+        "size": f"{figures['parameters'] / 1e6:.2f} million parameters in float16: {shape}, {recipe.context} positions",
+        "tokenizer": f"{tokenizer}; white space of any kind counts as one space",
         "training": f"{recipe.steps} steps of {recipe.batch} x {recipe.context} tokens ({epochs:.1f} epochs), AdamW, "
-        f"bfloat16, seed {recipe.seed}: `mlx_flash/demo/train.py`",
+        f"{recipe.precision}, seed {recipe.seed}, {figures['cpu_minutes']:.0f} minutes of processor time: "
+        f"`python -m mlx_flash.demo.train --form {recipe.form} --steps {recipe.steps}`",
         "held-out text": f"{held_out_name}: {figures['held_out_tokens']:,} tokens, "
         f"{figures['held_out_characters']:,} characters",
         "held-out loss": f"{loss:.4f} nats per token, that is perplexity {math.exp(loss):.2f} per token and "
@@ -337,11 +313,11 @@ def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     layers = "\n".join(f"| {layer} | {1 - share:.1%} |" for layer, share in enumerate(density))
-    return f"""# The demo model of mlx_flash
+    return f"""# {title} of mlx_flash
 
-A small OPT (`model_type: opt`, ReLU) that continues English prose in the manner of the nineteenth century. It exists so
-that everything in this project can be tried, tested and measured without a download; it knows nothing and follows no
-instructions.
+A small {kind} that continues English prose in the manner of the
+nineteenth century. It exists so that {purpose};
+it knows nothing and follows no instructions.
 
 | | |
 |---|---|
@@ -363,11 +339,13 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of plain-text books to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="a book that is only measured on")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and the training state")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--form", choices=RECIPES, default="opt", help="architecture (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: as many as the form's recipe says)")
     arguments = parser.parse_args()
     books = read_books(arguments.corpus)
     held_out = arguments.held_out.read_text(encoding="utf-8")
-    recipe = Recipe(steps=arguments.steps)
+    recipe = RECIPES[arguments.form]
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
     figures = train(recipe, books, held_out, arguments.output)
     (arguments.output / "README.md").write_text(card(recipe, figures, arguments.held_out.stem), encoding="utf-8")
     print(json.dumps(figures))

@@ -1,0 +1,117 @@
+"""The two forms of the demo model: OPT, with a plain FFN, and Llama, with a gated one; and the recipe of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGED = Path(__file__).parent / "model"
+BEGIN_ID = 2  # OPT begins every text with </s>, and so does its sibling, which shares its tokenizer
+PAD_ID = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, apart from the corpus. The defaults are those of the packaged model."""
+
+    form: str = "opt"
+    vocab_size: int = 4096
+    hidden_size: int = 320
+    layers: int = 5
+    heads: int = 5
+    key_value_heads: int = 5
+    ffn_size: int = 1280
+    context: int = 512
+    dropout: float = 0.1
+    precision: str = "bfloat16"
+    batch: int = 8
+    steps: int = 5200
+    peak_learning_rate: float = 2e-3
+    warmup_steps: int = 150
+    weight_decay: float = 0.1
+    sparsity_start: float = 0.25  # share of the steps after which the penalty begins
+    sparsity_end: float = 0.8  # share of the steps at which the target is reached
+    target_density: float = 0.05  # share of FFN neurons active at the end
+    controller_gain: float = 0.01  # growth of the penalty's logarithm per step and unit of the density's
+    seed: int = 20231212
+
+
+RECIPES = {
+    "opt": Recipe(),
+    "llama": Recipe(
+        form="llama",
+        hidden_size=192,
+        layers=4,
+        heads=4,
+        key_value_heads=2,
+        ffn_size=1024,
+        dropout=0.0,
+        precision="float32",  # bfloat16 is slower where the processor has no instructions for it
+        batch=2,
+        steps=1800,
+        peak_learning_rate=3e-3,
+        warmup_steps=100,
+        target_density=0.1,
+        controller_gain=0.03,
+    ),
+}
+
+
+def build_model(recipe: Recipe):
+    """A randomly initialised `transformers` model of the recipe's form and shape, with tied embeddings.
+
+    The gated one starts from the packaged model's token embeddings, whose tokenizer it shares.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    common = {
+        "vocab_size": recipe.vocab_size,
+        "hidden_size": recipe.hidden_size,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "max_position_embeddings": recipe.context,
+        "bos_token_id": BEGIN_ID,
+        "eos_token_id": BEGIN_ID,
+        "pad_token_id": PAD_ID,
+        "tie_word_embeddings": True,
+    }
+    if recipe.form == "opt":
+        config = OPTConfig(
+            **common,
+            word_embed_proj_dim=recipe.hidden_size,
+            ffn_dim=recipe.ffn_size,
+            dropout=recipe.dropout,
+            layerdrop=0.0,
+        )
+        return OPTForCausalLM._from_config(config, attn_implementation="sdpa")
+    config = LlamaConfig(
+        **common,
+        num_key_value_heads=recipe.key_value_heads,
+        intermediate_size=recipe.ffn_size,
+        hidden_act="relu",  # of the gate
+        attention_dropout=recipe.dropout,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(packaged_embeddings(recipe.hidden_size, config.initializer_range))
+    return model
+
+
+def packaged_embeddings(width: int, deviation: float):
+    """The packaged model's token embeddings in their `width` principal directions: (V, width) of that deviation."""
+    import torch
+    from safetensors.torch import load_file
+
+    weight = load_file(PACKAGED / "model.safetensors")["model.decoder.embed_tokens.weight"].float()
+    left, singular, _ = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
+    reduced = left[:, :width] * singular[:width]
+    return reduced * (deviation / reduced.std())
+
+
+def ffn_activations(model) -> list:
+    """By layer, the module whose output, (B, T, F), is zero for every neuron that adds nothing to the FFN's result."""
+    if model.config.model_type == "opt":
+        return [layer.activation_fn for layer in model.model.decoder.layers]
+    return [layer.mlp.act_fn for layer in model.model.layers]

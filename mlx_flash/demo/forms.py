@@ -32,6 +32,7 @@ class Recipe:
     sparsity_start: float = 0.25  # share of the steps after which the penalty begins
     sparsity_end: float = 0.8  # share of the steps at which the target is reached
     target_density: float = 0.05  # share of FFN neurons active at the end
+    penalty_by_layer: bool = False  # every layer is steered to the target, not their mean
     controller_gain: float = 0.01  # growth of the penalty's logarithm per step and unit of the density's
     seed: int = 20231212
 
@@ -48,10 +49,11 @@ RECIPES = {
         dropout=0.0,
         precision="float32",  # bfloat16 is slower where the processor has no instructions for it
         batch=2,
-        steps=1800,
+        steps=1300,
         peak_learning_rate=3e-3,
         warmup_steps=100,
         target_density=0.1,
+        penalty_by_layer=True,
         controller_gain=0.03,
     ),
 }

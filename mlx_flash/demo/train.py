@@ -11,7 +11,7 @@ on from there when it is started again with the same `--output`. On a machine wh
 Late in training an L1 penalty on the FFN activations pushes them to exact zeros (ProSparse,
 arXiv 2402.13516, section 3: progressive sparsity regularisation). Instead of a fixed schedule of the
 penalty's weight, a controller raises or lowers it so that the share of active neurons follows a falling
-target; that needs no tuning run.
+target; that needs no tuning run. The Llama's layers each have a controller: its first needs a far larger weight.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class ActivationMeter:
         self.densities.append((output.detach() > 0).float().mean())
 
     def take(self):
-        """Mean activation summed over layers, and the density of each layer; then forgets both."""
+        """Mean activation and density of each layer, (L,); then forgets both."""
         import torch
 
-        result = torch.stack(self.means).sum(), torch.stack(self.densities)
+        result = torch.stack(self.means), torch.stack(self.densities)
         self.means, self.densities = [], []
         return result
 
@@ -131,13 +131,16 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.peak_learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def next_penalty(penalty: float, density: float, start_density: float, step: int, recipe: Recipe) -> float:
-    """One step of the controller: the penalty grows while the density is above its falling target."""
+def next_penalty(penalty, density, start_density, step: int, recipe: Recipe):
+    """One step of the controller: a penalty grows while its density is above the falling target.
+
+    All are float64 tensors, of one number for all layers or of one for each.
+    """
     progress = (step / recipe.steps - recipe.sparsity_start) / (recipe.sparsity_end - recipe.sparsity_start)
     progress = min(1.0, max(0.0, progress))
     target = start_density ** (1 - progress) * recipe.target_density**progress  # falls geometrically
-    change = recipe.controller_gain * math.log(max(density, 1e-6) / target)
-    return min(1.0, max(1e-5, penalty * math.exp(change)))
+    change = recipe.controller_gain * (density.clamp(min=1e-6) / target).log()
+    return (penalty * change.exp()).clamp(1e-5, 1.0)
 
 
 def sequence_loss(model, batch, autocast):
@@ -202,14 +205,15 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")  # noqa: E731
 
     state_path = output / "training_state.pt"
-    step, penalty, density, start_density, cpu_seconds = 0, 0.0, 1.0, 0.0, 0.0
+    step, cpu_seconds = 0, 0.0
+    penalty, density, start_density = torch.zeros(3, recipe.layers if recipe.penalty_by_layer else 1).double()
     if state_path.exists():
         state = torch.load(state_path, weights_only=True, map_location=device)
-        if state["recipe"] != asdict(recipe):
+        if state["recipe"] | {"steps": recipe.steps} != asdict(recipe):  # a run may be shortened under way
             raise SystemExit(f"train: {state_path} is of another recipe; remove it, or give the same options")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, penalty, density, start_density = state["controller"]
+        step, (penalty, density, start_density) = state["step"], (part.cpu() for part in state["controller"])
         cpu_seconds = state["cpu_seconds"]
     cpu_began = time.process_time() - cpu_seconds  # time in which the process was stopped or waited does not count
 
@@ -218,7 +222,8 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
             "recipe": asdict(recipe),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "controller": (step, penalty, density, start_density),
+            "step": step,
+            "controller": (penalty, density, start_density),
             "cpu_seconds": time.process_time() - cpu_began,
         }
         partial = state_path.with_suffix(".partial")
@@ -238,18 +243,21 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, recipe)
             loss = sequence_loss(model, batch, autocast)
-            activation, densities = meter.take()
-            density = 0.95 * density + 0.05 * float(densities.mean()) if step else float(densities.mean())
+            activations, densities = meter.take()
+            measured = densities.double().cpu()
+            measured = measured if recipe.penalty_by_layer else measured.mean(0, keepdim=True)
+            density = 0.95 * density + 0.05 * measured if step else measured
             if step >= recipe.sparsity_start * recipe.steps:
-                start_density = start_density or density
-                penalty = next_penalty(penalty or 1e-4, density, start_density, step, recipe)
-            (loss + penalty * activation).backward()
+                if not start_density.any():
+                    start_density, penalty = density, torch.full_like(penalty, 1e-4)
+                penalty = next_penalty(penalty, density, start_density, step, recipe)
+            (loss + (penalty.to(activations) * activations).sum()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", active=f"{density:.3f}", penalty=f"{penalty:.1e}")
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", active=f"{float(density.mean()):.3f}")
             if step % 250 == 0 or step == recipe.steps:
                 held_out_loss, by_layer = evaluate(model, meter, held_out_tokens[:10_000], recipe.context)
                 line: dict = {
@@ -257,7 +265,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
                     "loss": round(float(loss.detach()), 4),
                     "held_out_loss": round(held_out_loss, 4),
                 }
-                line |= {"density": [round(d, 4) for d in by_layer], "penalty": penalty}
+                line |= {"density": [round(d, 4) for d in by_layer], "penalty": penalty.tolist()}
                 print(json.dumps(line), file=log, flush=True)
             if time.monotonic() - saved_at > 120:
                 save_state()
@@ -311,6 +319,7 @@ def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
         "FFN activations exactly zero": f"{1 - sum(density) / len(density):.1%} on the held-out text",
         "licence": "MIT, as the project; the texts are in the public domain",
     }
+    steered = "in every layer by a weight of its own" if recipe.penalty_by_layer else "on average over the layers"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     layers = "\n".join(f"| {layer} | {1 - share:.1%} |" for layer, share in enumerate(density))
     return f"""# {title} of mlx_flash
@@ -330,7 +339,7 @@ Share of FFN activations that are exactly zero on the held-out text, by layer:
 {layers}
 
 The sparsity comes from an L1 penalty on the activations that sets in after {recipe.sparsity_start:.0%} of the steps and
-is steered towards {recipe.target_density:.0%} active neurons on the training text.
+is steered towards {recipe.target_density:.0%} active neurons on the training text, {steered}.
 """
 
 

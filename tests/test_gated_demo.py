@@ -98,8 +98,8 @@ def test_the_card_states_its_parameters(card, weights):
     assert f"| {millions:.2f} million parameters in float16" in card
 
 
-def test_it_has_learnt_and_its_gates_are_sparse(card, text_ids):
-    model = Tiny(FOLDER, FOLDER).dense
+def test_it_has_learnt_and_its_gates_are_sparse(card, gated, text_ids):
+    model = gated.dense
     stated = [float(share) / 100 for share in re.findall(r"^\| \d+ \| ([\d.]+)% \|$", card, re.MULTILINE)]
     assert len(stated) == len(model.layers) and all(0.7 < share < 0.98 for share in stated)
     hidden = model.embed(text_ids)

@@ -202,11 +202,12 @@ def test_other_activations_are_refused(variant: str, name: str) -> None:
         load(variant, **{key: name})
 
 
-def test_float16_stays_float16(model: Any, golden: dict[str, mx.array]) -> None:
+def test_float16_stays_float16(variant: str, model: Any, golden: dict[str, mx.array]) -> None:
     model.set_dtype(mx.float16)
     logits = model(golden["tokens"])
     assert logits.dtype == mx.float16
-    assert largest_difference(logits.astype(mx.float32), golden["logits"]) < 0.1
+    bound = 0.3 if variant == "prosparse" else 0.1  # FATReLU jumps at its threshold, to either side of which one rounds
+    assert largest_difference(logits.astype(mx.float32), golden["logits"]) < bound
 
 
 @pytest.mark.parametrize(

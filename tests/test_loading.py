@@ -107,9 +107,10 @@ def test_too_small_a_budget_is_refused_before_anything_is_allocated(
     model.flash.close()
 
 
-def test_the_plan_counts_what_is_then_allocated(tiny_of: Callable[[str], Tiny]) -> None:
-    """Half precision, widened on the CPU: resident weights and predictors as planned."""
-    store = tiny_of("bfloat16").store
+@pytest.mark.parametrize("name", ["bfloat16", "4 bits"])
+def test_the_plan_counts_what_is_then_allocated(tiny_of: Callable[[str], Tiny], name: str) -> None:
+    """Half precision and less, widened on the CPU: resident weights and predictors as planned."""
+    store = tiny_of(name).store
     for predictor in ("none", "exact", "lowrank", "shadow"):
         gc.collect()
         before = mx.get_active_memory()

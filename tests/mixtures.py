@@ -74,7 +74,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_scaling": None,
     },
-    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy"},
+    "deepseek_v2": {
+        **MLA,
+        "topk_method": "group_limited_greedy",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    },
     "deepseek_v3": {**MLA, "norm_topk_prob": True},
     "glm4_moe": {
         "n_routed_experts": 8,
@@ -134,6 +146,29 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
         name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         mx.save_safetensors(str(folder / name), part)
     return folder
+
+
+def unstack(folder: Path, family: str) -> None:
+    """Rewrites a checkpoint with one tensor per expert and matrix, as Hugging Face has them."""
+    names = {
+        "mixtral": ("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", ("w1", "w2", "w3")),
+        "olmoe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+        "qwen3_moe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+    }
+    ours, theirs, matrices = names[family]
+    path = folder / "model.safetensors"
+    loaded: Any = mx.load(str(path))
+    weights = {}
+    for name, array in loaded.items():
+        if ours not in name:
+            weights[name] = array
+            continue
+        for matrix, new in zip(("gate_proj", "down_proj", "up_proj"), matrices, strict=True):
+            head, found, tail = name.partition(f"{ours}.{matrix}.")
+            if found:
+                weights |= {f"{head}{theirs}.{e}.{new}.{tail}": array[e] for e in range(len(array))}
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
 
 
 def _random_like(name: str, array: mx.array) -> mx.array:

@@ -195,11 +195,12 @@ def test_generation_stays_within_the_plan_and_says_the_same(
     folder = mixture_of("qwen3_moe", "4 bits")
     write_tokenizer(folder, VOCABULARY)
     texts = set()
-    smallest = None
+    smallest = ""
     for memory in (None, "1MB", "smallest"):
         command = [sys.executable, "-m", "mlx_flash.generate", "--model", str(folder), "--context", "256", "--json"]
         command += ["--prompt", "the quick brown fox", "--max-tokens", "12", "--ignore-chat-template"]
-        command += [] if memory is None else ["--memory", smallest if memory == "smallest" else memory]
+        if memory is not None:
+            command += ["--memory", smallest if memory == "smallest" else memory]
         done = subprocess.run(command, capture_output=True, text=True)
         if memory == "1MB":
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

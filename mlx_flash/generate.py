@@ -29,8 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="folder of a store or of a checkpoint, or a Hugging Face id; a checkpoint is converted into the cache "
-        "folder first (default: the packaged demo model)",
+        help="folder of a store or of a checkpoint, or a Hugging Face id; a mixture of experts runs from its "
+        "checkpoint as it is, other checkpoints are converted into the cache folder first (default: the packaged demo "
+        "model)",
     )
     model.add_argument("--revision", help=REVISION_HELP)
     model.add_argument(
@@ -48,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         choices=PREDICTORS,
         help="who says which neurons a token needs: the store's default, nobody (all of them: naive loading), the "
-        "resident up projection, or one of the stored predictors (default: %(default)s)",
+        "resident up projection, or one of the stored predictors; a mixture of experts has its router instead "
+        "(default: %(default)s)",
     )
     model.add_argument(
         "--window",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,16 @@ def main() -> None:
     folder, ids, prompt = Path(task["model"]), task["ids"], task["prompt"]
     began = time.perf_counter()
     plan: dict[str, Any] = {}
+    close: Callable[[], None] | None = None
     if task["side"] == "flash":
         context = len(ids) + 8
         model = load_mixture(folder, task["memory"], None, THREADS, context, task["io"], say)
         counters = model.flash.streamer.counters
-        made = model.flash.plan
+        close, made = model.flash.close, model.flash.plan
         plan = {**made.as_dict(), "slots_per_layer": made.slots[0], "experts": made.units.per_layer}
     elif task["side"] == "naive":
         model, streamer = load_naive(folder)
-        counters = streamer.counters
+        counters, close = streamer.counters, streamer.close  # which lets the layer on its way arrive
     else:
         from mlx_lm.utils import load_model
 
@@ -124,6 +126,8 @@ def main() -> None:
         counters = Counters()
     loaded = time.perf_counter() - began
     samples, likeliest, first = decode(model, ids, prompt, counters, task["side"])
+    if close is not None:
+        close()
     result = {
         "load_s": loaded,
         "prompt": first,

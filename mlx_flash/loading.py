@@ -135,6 +135,7 @@ def load(
     if not is_store(source) and is_mixture(config := _read_config(source)):
         if predictor != "auto":
             raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
+        _check_compiler(say)
         model = load_mixture(source, budget, window, threads, context, io, say)
         return model, load_tokenizer(source, config)
     folder = store_of(source, name, say)

@@ -55,8 +55,6 @@ from .runtime import Runtime
 LOOK_AHEAD_PREDICTORS = ("lowrank", "shadow")
 
 
-
-
 # -- the pieces of a model -----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,10 @@ from ..errors import FlashError
 from ..stats import Counters
 from .cache import SlotCache
 from .pool import AlignedPool
-from .reader import Reader, Ticket, UnitFile
+from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
+from .system import READ_ALIGNMENT
+
+SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,15 @@ class ExpertStream:
             for tensor, address in self._streamed
         ]
         file_of, offsets, addresses, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
+        request_bytes = min(MERGE_BYTES, max(SHORTEST_REQUEST, share))
         for number in np.unique(file_of):
             here = np.flatnonzero(file_of == number)
             here = here[np.argsort(offsets[here], kind="stable")]
             file = self.shared.files[number]
-            ticket = self.shared.reader.submit(file, offsets[here], addresses[here], lengths[here])
+            ticket = self.shared.reader.submit(
+                file, offsets[here], addresses[here], lengths[here], request_bytes=request_bytes
+            )
             ticket.destination = self._memory
             tickets.append(ticket)
 

@@ -29,6 +29,8 @@ COMMANDS = (
     "convert-memory",
     "synthetic",
     "random-checkpoint",
+    "mixture",
+    "synthetic-mixture",
 )
 
 

@@ -164,7 +164,7 @@ def _budget(store: Path, share: float) -> int:
     model, _ = load(store)
     plan = model.flash.plan
     model.flash.close()
-    most = plan.layers * plan.blocks * plan.slot_bytes
+    most = plan.units.layers * plan.units.per_layer * plan.slot_bytes
     fixed = plan.demand.total - plan.demand.process + current_memory_bytes() + PROCESS_MARGIN_BYTES
     return int(fixed + share * most)
 

@@ -69,7 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     text = None if arguments.text is None else read_text(arguments.text)
     # First: without them there is no need to load a model; and the plan counts the process with what they brought.
     found = [] if arguments.tasks is None else tasks.find(arguments.tasks)
-    from mlx_flash.loading import find_store, load
+    from mlx_flash.finding import find_store
+    from mlx_flash.loading import load
 
     store = find_store(arguments.model, say)
     model, tokenizer = load(

@@ -144,7 +144,7 @@ def _run_here(side: Side, task: Task) -> dict[str, Any]:
         return {
             "smallest_bytes": least,
             "slots": sum(plan.slots),
-            "blocks": plan.layers * plan.blocks,
+            "blocks": plan.units.layers * plan.units.per_layer,
             "slot_bytes": plan.slot_bytes,
             "plan": plan.as_dict(),
             "predictor": model.flash.predictor,

@@ -18,6 +18,7 @@ SAFETENSORS_NAMES = {
     mx.bfloat16: "BF16",
     mx.uint32: "U32",
     mx.int32: "I32",
+    mx.uint8: "U8",
 }
 
 

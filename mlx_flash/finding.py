@@ -56,19 +56,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
 
 
-def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
-    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model.
-
-    A checkpoint is converted into the cache folder first, once, by a process of its own (so that its memory is
-    not this process's); a second process waits for the first.
-    """
+def find_source(model: str | None, revision: str | None, say: Callable[[str], None]) -> Path:
+    """The folder of the store or of the checkpoint that a folder or a repository id names; None is the demo model."""
     if model is None and revision is not None:
         raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
     source = demo_folder() if model is None else find_checkpoint(model, revision, say)
+    if not is_store(source) and not (source / "config.json").is_file():
+        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
+    return source
+
+
+def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
+    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model."""
+    return store_of(find_source(model, revision, say), model, say)
+
+
+def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Path:
+    """`source` itself if it is a store, else what it is converted to. model: what it was called.
+
+    A checkpoint is converted into the cache folder, once, by a process of its own (so that its memory is not this
+    process's); a second process waits for the first.
+    """
     if is_store(source):
         return source
-    if not (source / "config.json").is_file():
-        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
     # What ends up in the store: also a tokenizer that was added after a first try.
     present = [path.name for path in source.iterdir() if path.is_file()]
     parts = [source / name for name in sorted({*small_files(present), *matching(present, WEIGHT_PATTERNS)})]

@@ -29,8 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="folder of a store or of a checkpoint, or a Hugging Face id; a checkpoint is converted into the cache "
-        "folder first (default: the packaged demo model)",
+        help="folder of a store or of a checkpoint, or a Hugging Face id; a mixture of experts runs from its "
+        "checkpoint as it is, other checkpoints are converted into the cache folder first (default: the packaged demo "
+        "model)",
     )
     model.add_argument("--revision", help=REVISION_HELP)
     model.add_argument(
@@ -48,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         choices=PREDICTORS,
         help="who says which neurons a token needs: the store's default, nobody (all of them: naive loading), the "
-        "resident up projection, or one of the stored predictors (default: %(default)s)",
+        "resident up projection, or one of the stored predictors; a mixture of experts has its router instead "
+        "(default: %(default)s)",
     )
     model.add_argument(
         "--window",
@@ -165,10 +167,11 @@ def main(arguments: argparse.Namespace) -> int:
 
     from .generation import stream_generate
 
-    if arguments.top_k >= model.args.vocab_size:
-        raise UsageError(f"--top-k is {arguments.top_k}, expected less than the vocabulary of {model.args.vocab_size}.")
+    vocabulary = model.flash.vocabulary
+    if arguments.top_k >= vocabulary:
+        raise UsageError(f"--top-k is {arguments.top_k}, expected less than the vocabulary of {vocabulary}.")
     sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
-    mx.eval(sampler(mx.zeros((1, model.args.vocab_size))))  # compiled here, not in the first token's time
+    mx.eval(sampler(mx.zeros((1, vocabulary))))  # compiled here, not in the first token's time
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
     prompt = apply_template(tokenizer, prompt_text, arguments)
@@ -211,9 +214,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def more_context(model: Any) -> str:
     """What to do about it, if anything can be done."""
-    return (
-        " (--context)" if model.flash.plan.context < model.args.max_position_embeddings else ": the model has no more"
-    )
+    return " (--context)" if model.flash.plan.context < model.flash.positions else ": the model has no more"
 
 
 class PromptInterrupted(Exception):

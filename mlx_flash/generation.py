@@ -55,10 +55,10 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt)
     context = model.flash.plan.context
     cache = prompt_cache if prompt_cache is not None else make_prompt_cache(model)
-    taken = int(cache[0].offset) + len(ids)
+    taken = cached_tokens(cache) + len(ids)
     if not ids:
         raise UsageError("the prompt is empty: expected at least one token.")
-    known = model.args.vocab_size
+    known = model.flash.vocabulary
     if not 0 <= min(ids) <= max(ids) < known:
         raise UsageError(
             f"the prompt has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {known - 1}. "
@@ -67,7 +67,7 @@ def stream_generate(
     if taken > context:
         raise UsageError(
             f"the prompt has {taken} tokens, the plan makes room for {context}, the model for "
-            f"{model.args.max_position_embeddings}. Shorten it, or load with a larger context (--context)."
+            f"{model.flash.positions}. Shorten it, or load with a larger context (--context)."
         )
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
@@ -101,6 +101,12 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[in
     return [int(i) for i in np.array(prompt)]
 
 
+def cached_tokens(cache: list[Any]) -> int:
+    """Tokens that a prompt cache holds; a model may have layers, or parts of layers, that do not count them."""
+    parts = [part for entry in cache for part in getattr(entry, "caches", [entry])]
+    return max((int(part.offset) for part in parts if hasattr(part, "offset")), default=0)
+
+
 class _Steps:
     """The model, called and timed; prompt and decoded tokens are counted apart."""
 
@@ -122,8 +128,7 @@ class _Steps:
             with self.model.flash.lock:
                 self.model(mx.array(piece)[None], cache=self.cache)
                 mx.eval([c.state for c in self.cache])
-                for layer in self.model.layers:
-                    layer.mlp.settle()
+                self.model.flash.settle()
             mx.clear_cache()
             done += len(piece)
             progress(done, total)
@@ -135,7 +140,7 @@ class _Steps:
         with self.model.flash.lock:
             chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
             mx.eval(chosen, logprobs)
-        self.model.flash.streamer.file.verify_unchanged()  # while this token was made, too
+        self.model.flash.verify_unchanged()  # while this token was made, too
         self.counters.total_s += time.perf_counter() - began
         self.decoded += 1
         if self.decoded == 1:

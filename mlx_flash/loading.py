@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -28,8 +26,8 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .finding import find_store
-from .flash.files import Manifest, read_manifest
+from .finding import find_source, store_of
+from .flash.files import Manifest, is_store, read_manifest
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
@@ -38,6 +36,7 @@ from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
 from .layers.predictors import LowRankPredictor, Predictor, ShadowPredictor
 from .layers.quantised import companions, matrices_of, widen
+from .mixture import is_mixture, load_mixture
 from .plan import (
     MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,
@@ -50,24 +49,10 @@ from .plan import (
     parse_memory,
     workspace_bytes,
 )
+from .runtime import Runtime
 
 # Cheap enough to be asked twice. Nothing depends on a guess but time.
 LOOK_AHEAD_PREDICTORS = ("lowrank", "shadow")
-
-
-@dataclass
-class Runtime:
-    """What a loaded model streams with; `model.flash`."""
-
-    plan: Plan
-    manifest: Manifest
-    streamer: Streamer
-    predictor: str  # the kind in use
-    lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
-
-    def close(self) -> None:
-        """Stops the reader's threads and closes the file. The model cannot be used afterwards."""
-        self.streamer.close()
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -135,13 +120,23 @@ def load(
     Returns:
         (model, tokenizer) for `mlx_flash.stream_generate` or mlx-lm's own functions. `model.flash` is the Runtime.
 
+    A mixture of experts is read from the checkpoint as it is, without a conversion.
+
     Raises:
         BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError.
     """
     _check_arguments(predictor, window, threads, context, io)
     _import_mlx_lm()
     budget = None if memory is None else parse_memory(memory)
-    folder = find_store(None if path is None else os.fspath(path), say, revision)
+    name = None if path is None else os.fspath(path)
+    source = find_source(name, revision, say)
+    if not is_store(source) and is_mixture(config := _read_config(source)):
+        if predictor != "auto":
+            raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
+        _check_compiler(say)
+        model = load_mixture(source, budget, window, threads, context, io, say)
+        return model, load_tokenizer(source, config)
+    folder = store_of(source, name, say)
     manifest = read_manifest(folder)
     config = _read_config(folder)
     kind = manifest.default_predictor if predictor == "auto" else predictor
@@ -341,7 +336,15 @@ def _build(
             layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
         for layer in [layer for layer in model.layers if layer.mlp._ahead is not None][:1]:
             layer.mlp._ahead.leads = True
-    model.flash = Runtime(plan, manifest, streamer, kind)
+    model.flash = Runtime(
+        plan,
+        streamer,
+        [layer.mlp for layer in model.layers],
+        kind,
+        model.args.vocab_size,
+        model.args.max_position_embeddings,
+        manifest,
+    )
     return model
 
 

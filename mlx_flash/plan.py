@@ -59,12 +59,20 @@ class Notes:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What slots are for."""
+
+    layers: int
+    per_layer: int
+    least: int  # slots that a layer must have
+    name: str  # "... of 64 <name>"
+
+
+@dataclass(frozen=True)
 class Plan:
     budget: int
     demand: Demand
-    layers: int
-    blocks: int  # per layer
-    neurons_per_block: int
+    units: Units
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
@@ -77,7 +85,7 @@ class Plan:
     @property
     def slot_share(self) -> float:
         """Of all blocks, those that fit into slots."""
-        return sum(self.slots) / (self.layers * self.blocks)
+        return sum(self.slots) / (self.units.layers * self.units.per_layer)
 
     @property
     def total(self) -> int:
@@ -99,8 +107,7 @@ class Plan:
     def describe(self) -> str:
         least, most = min(self.slots), max(self.slots)
         each = f"{least}" if least == most else f"by need {least} to {most}"
-        slots = f"{each} of {self.blocks} blocks of each layer's neurons ({self.slot_share:.0%})"
-        slots += self.notes.slots
+        slots = f"{each} of {self.units.per_layer} {self.units.name} ({self.slot_share:.0%}){self.notes.slots}"
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
             ("resident weights", self.demand.resident, self.notes.resident),
@@ -176,18 +183,38 @@ def make_plan(
     need: Sequence[float] | None = None,
     notes: Notes = Notes(),
 ) -> Plan:
-    """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
+    """The plan of a model whose neurons are streamed.
 
     selects: False where every token uses all neurons, which works without slots.
     need: share of each layer's blocks that a token needs; None: the same in every layer.
     notes: what is to be said beside the figures.
+    Raises BudgetError.
+    """
+    least = min(MIN_SLOTS, layout.blocks) if selects else 0
+    units = Units(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
+    return share_budget(demand, units, slot_bytes, budget, free, context, need, notes)
+
+
+def share_budget(
+    demand: Demand,
+    units: Units,
+    slot_bytes: int,
+    budget: int | None,
+    free: int,
+    context: int,
+    need: Sequence[float] | None = None,
+    notes: Notes = Notes(),
+) -> Plan:
+    """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
+
+    need: what each layer's slots shall be in proportion to; None: the same in every layer.
+    notes: what is to be said beside the figures.
     Raises BudgetError, which names the smallest budget that would do.
     """
-    minimum = min(MIN_SLOTS, layout.blocks) if selects else 0
-    smallest = demand.total + layout.layers * minimum * slot_bytes
+    smallest = demand.total + units.layers * units.least * slot_bytes
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
-        everything = demand.total + layout.layers * layout.blocks * slot_bytes
+        everything = demand.total + units.layers * units.per_layer * slot_bytes
         budget = min(max(budget, smallest), everything)
         source = f"{free / 1e9:.2f} GB are free, too little for this model"
         refused = smallest > demand.process + free
@@ -206,15 +233,5 @@ def make_plan(
             smallest_mb * 10**6,
         )
     total = (budget - demand.total) // slot_bytes
-    slots = share_out(total, need or [1.0] * layout.layers, minimum, layout.blocks)
-    return Plan(
-        budget,
-        demand,
-        layout.layers,
-        layout.blocks,
-        layout.neurons_per_block,
-        slots,
-        slot_bytes,
-        context,
-        notes,
-    )
+    slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)
+    return Plan(budget, demand, units, slots, slot_bytes, context, notes)

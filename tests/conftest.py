@@ -207,7 +207,7 @@ def open_model() -> Iterator[Callable[..., Any]]:
 
         def plan(*arguments: Any, **keywords: Any) -> Any:
             made = real(*arguments, **keywords)
-            return replace(made, slots=(made.blocks if slots is None else slots,) * made.layers)
+            return replace(made, slots=(made.units.per_layer if slots is None else slots,) * made.units.layers)
 
         with patch.object(loading, "make_plan", plan), patch.object(loading, "load_tokenizer"):
             model, _ = loading.load(store, predictor=predictor, **options)

@@ -31,7 +31,8 @@ logits = [np.array(model(tokens[:, i : i + 1], cache=cache)).tobytes() for i in 
 for response in mlx_flash.stream_generate(model, tokenizer, "Once upon a time", max_tokens=12):
     logits.append(str(response.token).encode())
 plan = model.flash.plan
-print(json.dumps({"digest": hashlib.sha256(b" ".join(logits)).hexdigest(), "share": max(plan.slots) / plan.blocks,
+print(json.dumps({"digest": hashlib.sha256(b" ".join(logits)).hexdigest(),
+                  "share": max(plan.slots) / plan.units.per_layer,
                   "peak": response.peak_memory * 1e9, "planned": plan.total}))
 """
 

@@ -131,7 +131,7 @@ DEMAND = Demand(process=400 * MB, resident=2000 * MB, predictors=500 * MB, kv_ca
 def test_without_a_budget_a_share_of_what_is_free() -> None:
     assert plan(DEMAND, LAYOUT, None, free=10**10).budget == 400 * MB + FREE_SHARE * 10**10
     roomy = plan(DEMAND, LAYOUT, None, free=10**12)
-    assert set(roomy.slots) == {roomy.blocks} and roomy.budget == roomy.total  # no more than it can use
+    assert set(roomy.slots) == {roomy.units.per_layer} and roomy.budget == roomy.total  # no more than it can use
     # A share that is too little is exceeded, as long as it is free.
     tight = plan(DEMAND, LAYOUT, None, free=4000 * MB)
     assert set(tight.slots) == {MIN_SLOTS} and 400 * MB + FREE_SHARE * 4000 * MB < tight.budget <= 4400 * MB

@@ -41,8 +41,8 @@ class FaultyReader(Reader):
         super().__init__(threads)
         self.destinations: dict[Ticket, Any] = {}
 
-    def submit(self, file: UnitFile, offsets: Any, addresses: Any, lengths: Any) -> Ticket:
-        ticket = super().submit(file, offsets, addresses, lengths)
+    def submit(self, file: UnitFile, offsets: Any, addresses: Any, lengths: Any, **options: Any) -> Ticket:
+        ticket = super().submit(file, offsets, addresses, lengths, **options)
         lengths = np.broadcast_to(lengths, addresses.shape)
         self.destinations[ticket] = zip(addresses.tolist(), lengths.tolist(), strict=True)
         return ticket

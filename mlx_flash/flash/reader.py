@@ -199,16 +199,19 @@ class Reader:
         offsets: npt.NDArray[np.integer],
         addresses: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer] | int,
+        *,
+        request_bytes: int = MERGE_BYTES,
     ) -> Ticket:
         """Starts reading segments of `file` and returns at once.
 
         offsets, addresses, lengths: (n,) int64, in bytes; in ascending offset, so that neighbours are found. One
-        number for `lengths` is that of every segment, and quicker.
+        number for `lengths` is that of every segment, and quicker. request_bytes: what a request aims at, at most
+        MERGE_BYTES: a few long segments in shorter requests keep more threads busy.
         Raises ReadError if a segment lies outside the file; ValueError if the arrays disagree.
         """
         if self._pool is None:
             raise ReadError("The reader is closed.")
-        requests, iovecs = plan_requests(file, offsets, addresses, lengths)
+        requests, iovecs = plan_requests(file, offsets, addresses, lengths, request_bytes)
         file._begin_read()
         # The GIL is kept: this only copies two tables, and taking the GIL back from a busy thread costs 5 ms.
         batch = self._keeping_gil.mf_submit(
@@ -293,11 +296,14 @@ def plan_requests(
     offsets: npt.NDArray[np.integer],
     addresses: npt.NDArray[np.integer],
     lengths: npt.NDArray[np.integer] | int,
+    request_bytes: int = MERGE_BYTES,
 ) -> tuple[Int64Array, Int64Array]:
     """Segments -> requests (r, 3) of (offset, first iovec, number of iovecs) and iovecs (m, 2) of (address, length).
 
-    No request is longer than 1.5 * MERGE_BYTES + READ_ALIGNMENT. Raises as `Reader.submit` does.
+    No request is longer than 1.5 * request_bytes + READ_ALIGNMENT. Raises as `Reader.submit` does.
     """
+    if not READ_ALIGNMENT <= request_bytes <= MERGE_BYTES or request_bytes % READ_ALIGNMENT:
+        raise ValueError(f"request_bytes is {request_bytes}, expected a multiple of {READ_ALIGNMENT} to {MERGE_BYTES}")
     if isinstance(lengths, int):
         tables = _plan_rows(file, offsets, addresses, lengths)
         if tables is not None:
@@ -324,9 +330,9 @@ def plan_requests(
         offsets, addresses, lengths = offsets[some], addresses[some], lengths[some]
     if len(lengths) == 0:
         return np.empty((0, 3), np.int64), np.empty((0, 2), np.int64)
-    if lengths.max() >= MERGE_BYTES * 3 // 2:
-        offsets, addresses, lengths = _cut(offsets, addresses, lengths)
-    first = _first_segments(offsets, addresses, lengths, file.alignment)
+    if lengths.max() >= request_bytes * 3 // 2:
+        offsets, addresses, lengths = _cut(offsets, addresses, lengths, request_bytes)
+    first = _first_segments(offsets, addresses, lengths, file.alignment, request_bytes)
     requests = np.empty((len(first), 3), np.int64)
     requests[:, 0] = offsets[first]
     requests[:, 1] = first
@@ -371,27 +377,29 @@ def _plan_rows(
     return requests, iovecs
 
 
-def _cut(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array) -> tuple[Int64Array, ...]:
+def _cut(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, request_bytes: int) -> tuple[Int64Array, ...]:
     """Segments with the long ones in pieces, so that one segment keeps several threads busy and bounce buffers small.
 
-    Pieces are MERGE_BYTES long and end on multiples of READ_ALIGNMENT in the file, so that no block is read twice; the
-    last one is 0.5 to 1.5 times as long (and up to READ_ALIGNMENT more).
+    Pieces are request_bytes long and end on multiples of READ_ALIGNMENT in the file, so that no block is read twice;
+    the last one is 0.5 to 1.5 times as long (and up to READ_ALIGNMENT more).
     """
-    pieces = np.maximum((lengths + MERGE_BYTES // 2) // MERGE_BYTES, 1)  # (n,)
+    pieces = np.maximum((lengths + request_bytes // 2) // request_bytes, 1)  # (n,)
     owner = np.repeat(np.arange(len(lengths)), pieces)  # (m,) the segment of each piece
     rank = np.arange(len(owner)) - (np.cumsum(pieces) - pieces)[owner]
     head = offsets[owner] % READ_ALIGNMENT
-    begin = np.where(rank == 0, 0, rank * MERGE_BYTES - head)
-    end = np.where(rank == pieces[owner] - 1, lengths[owner], (rank + 1) * MERGE_BYTES - head)
+    begin = np.where(rank == 0, 0, rank * request_bytes - head)
+    end = np.where(rank == pieces[owner] - 1, lengths[owner], (rank + 1) * request_bytes - head)
     return offsets[owner] + begin, addresses[owner] + begin, end - begin
 
 
-def _first_segments(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, alignment: int) -> Int64Array:
+def _first_segments(
+    offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, alignment: int, request_bytes: int
+) -> Int64Array:
     """The index of the first segment of each request: (n,) three times -> (r,)."""
     n = len(offsets)
     starts = np.ones(n, np.bool_)
     starts[1:] = offsets[1:] != offsets[:-1] + lengths[:-1]
-    long = lengths >= MERGE_BYTES // 2  # gain nothing by being merged
+    long = lengths >= request_bytes // 2  # gain nothing by being merged
     starts[1:] |= long[1:] | long[:-1]
     if alignment > 1:
         # A loose segment makes its whole request go through a bounce buffer; it shall not take aligned ones along.
@@ -400,6 +408,6 @@ def _first_segments(offsets: Int64Array, addresses: Int64Array, lengths: Int64Ar
     if starts.all():
         return np.arange(n)
     run = np.maximum.accumulate(np.where(starts, np.arange(n), 0))  # the first segment of each run of neighbours
-    window = (offsets - offsets[run]) // MERGE_BYTES
+    window = (offsets - offsets[run]) // request_bytes
     starts[1:] |= window[1:] != window[:-1]
     return np.flatnonzero(starts)

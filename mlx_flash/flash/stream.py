@@ -160,6 +160,10 @@ class Streamer:
             stream.flight = None
         self.flying.clear()
 
+    def verify_unchanged(self) -> None:
+        """Raises ReadError if someone has written into the bundle file."""
+        self.file.verify_unchanged()
+
     def close(self) -> None:
         self.reader.close()
         self.file.close()

@@ -1,0 +1,241 @@
+"""The experts of one layer, read from the checkpoint's own files into slots.
+
+The rule of stream.py holds here too: before a slot is written, every graph that reads it has been evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import FlashError
+from ..stats import Counters
+from .cache import SlotCache
+from .pool import AlignedPool
+from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
+from .system import READ_ALIGNMENT
+
+SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of a layer's experts: where in which files each expert's part of it lies, contiguous."""
+
+    file_of: np.ndarray  # int (E,): number of the file
+    offsets: np.ndarray  # int64 (E,): bytes
+    shape: tuple[int, ...]  # of one expert's part
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of one expert's part."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
+
+    @property
+    def is_table(self) -> bool:
+        """Whether an expert's part is a vector or a number (a bias, a global scale): that is kept, not streamed."""
+        return len(self.shape) < 2
+
+
+@dataclass
+class ExpertStreamer:
+    """What the layers of one model share: the checkpoint's files, the reader's threads, counters."""
+
+    files: Sequence[UnitFile]
+    reader: Reader
+    counters: Counters = field(default_factory=Counters)
+    flying: list[ExpertStream] = field(default_factory=list)  # those with experts on their way
+
+    def verify_unchanged(self) -> None:
+        """Raises ReadError if someone has written into one of the files."""
+        for file in self.files:
+            file.verify_unchanged()
+
+    def drain(self) -> None:
+        """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
+        self.reader.drain()
+        for stream in self.flying:
+            stream.flight = None
+        self.flying.clear()
+
+    def close(self) -> None:
+        self.reader.close()
+        for file in self.files:
+            file.close()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """Experts on their way into a layer's slots."""
+
+    tickets: list[Ticket]
+    experts: np.ndarray
+    slots: np.ndarray
+
+
+class ExpertStream:
+    """One layer's experts behind a cache of `slots` of them.
+
+    pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
+    """
+
+    def __init__(
+        self, shared: ExpertStreamer, tensors: dict[str, ExpertTensor], slots: int, window: int | None = None
+    ) -> None:
+        self.shared = shared
+        self.tensors = tensors
+        self.experts = len(next(iter(tensors.values())).offsets)
+        self.cache = SlotCache(self.experts, slots, window)
+        self._memory = {
+            name: AlignedPool(self.cache.slots * t.nbytes, row_bytes=t.nbytes) for name, t in tensors.items()
+        }
+        self.pools = {name: self._typed(name) for name in tensors}
+        mx.eval(list(self.pools.values()))
+        self._tables = {name: self._read_table(t) for name, t in tensors.items() if t.is_table}
+        streamed = {name: t for name, t in tensors.items() if not t.is_table}
+        self._streamed = [(t, self._memory[name].address) for name, t in streamed.items()]
+        self._held: tuple[mx.array, ...] = ()
+        self.flight: _Flight | None = None
+        for name in tensors:
+            _check_shared_memory(self._memory[name], self.pools[name])
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert is in its slot, so that nothing will be read any more."""
+        return self.cache.resident == self.experts
+
+    def hold(self, *outputs: mx.array) -> None:
+        """Names graphs that read the slots: they are evaluated before those are written again."""
+        self._held += outputs
+
+    def settle(self) -> None:
+        """Evaluates what is held: another thread could not."""
+        held, self._held = self._held, ()
+        if held:
+            mx.eval(held)
+
+    def fetch(self, experts: np.ndarray) -> np.ndarray:
+        """Brings in `experts` (unique, ascending, at most as many as slots); the int32 slot of every expert (E,)."""
+        self.use(experts)
+        self.begin(experts)
+        self.land()
+        return self.cache.slot_of
+
+    def use(self, experts: np.ndarray) -> None:
+        """A call of the model needs `experts`: they are the last to be evicted."""
+        began = time.perf_counter()
+        here = self.cache.tick(experts)
+        self.shared.counters.hits += here
+        self.shared.counters.misses += len(experts) - here
+        self.shared.counters.manage_s += time.perf_counter() - began
+
+    def begin(self, experts: np.ndarray, keep: np.ndarray | None = None) -> None:
+        """Starts to read those of `experts` that are missing. None of `keep`, which are here, makes room for them."""
+        began = time.perf_counter()
+        missing, slots = self.cache.reserve(experts if keep is None else np.union1d(experts, keep))
+        if len(missing):
+            settling = time.perf_counter()
+            self.settle()
+            began += time.perf_counter() - settling  # what the device still did is compute
+            with self._draining():
+                self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
+                tickets: list[Ticket] = []
+                self.flight = _Flight(tickets, missing, slots)
+                self._submit(missing, slots, tickets)
+        self.shared.counters.manage_s += time.perf_counter() - began
+
+    def land(self) -> None:
+        """Waits for what is on its way, which is then here."""
+        flight, counters = self.flight, self.shared.counters
+        if flight is None:
+            return
+        began = time.perf_counter()
+        with self._draining():
+            for ticket in flight.tickets:
+                report = self.shared.reader.wait(ticket)
+                counters.read_s += report.seconds
+                counters.reads += report.requests
+                counters.bytes += report.bytes
+            self.shared.flying.remove(self)
+            self.flight = None
+        for name, table in self._tables.items():
+            self._rows_of(name)[flight.slots] = table[flight.experts]
+        self.cache.commit(flight.experts, flight.slots)
+        counters.wait_s += time.perf_counter() - began
+
+    def _submit(self, experts: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
+        parts = [
+            (
+                tensor.file_of[experts],
+                tensor.offsets[experts],
+                address + slots.astype(np.int64) * tensor.nbytes,
+                np.full(len(experts), tensor.nbytes, np.int64),
+            )
+            for tensor, address in self._streamed
+        ]
+        file_of, offsets, addresses, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
+        request_bytes = min(MERGE_BYTES, max(SHORTEST_REQUEST, share))
+        for number in np.unique(file_of):
+            here = np.flatnonzero(file_of == number)
+            here = here[np.argsort(offsets[here], kind="stable")]
+            file = self.shared.files[number]
+            ticket = self.shared.reader.submit(
+                file, offsets[here], addresses[here], lengths[here], request_bytes=request_bytes
+            )
+            ticket.destination = self._memory
+            tickets.append(ticket)
+
+    def _typed(self, name: str) -> mx.array:
+        tensor = self.tensors[name]
+        return self._memory[name].array.view(tensor.dtype).reshape(self.cache.slots, *tensor.shape)
+
+    def _rows_of(self, name: str) -> np.ndarray:
+        """The slots as the host writes them: uint8 (slots, nbytes)."""
+        memory = self._memory[name]
+        raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
+        return np.ctypeslib.as_array(raw).reshape(self.cache.slots, -1)
+
+    def _read_table(self, tensor: ExpertTensor) -> np.ndarray:
+        """All experts' parts: uint8 (E, nbytes)."""
+        table = np.zeros((self.experts, tensor.nbytes), np.uint8)
+        for number in np.unique(tensor.file_of):
+            here = np.flatnonzero(tensor.file_of == number)
+            here = here[np.argsort(tensor.offsets[here], kind="stable")]
+            addresses = table.ctypes.data + here.astype(np.int64) * tensor.nbytes
+            self.shared.reader.read(self.shared.files[number], tensor.offsets[here], addresses, tensor.nbytes)
+        return table
+
+    @contextlib.contextmanager
+    def _draining(self) -> Iterator[None]:
+        """After an exception (Ctrl-C, too) no read may be left to land in memory that is given to another."""
+        try:
+            yield
+        except BaseException:
+            self.shared.drain()
+            raise
+
+
+def _check_shared_memory(memory: AlignedPool, view: mx.array) -> None:
+    """Writes from the host and reads on the device, twice, through the view that is computed with.
+
+    Raises FlashError if the device sees anything else than what was written.
+    """
+    last = len(view) - 1
+    rows = memory.nbytes // len(view)
+    for seed in (1, 2):
+        written = np.random.default_rng(seed).integers(0, 256, rows, np.uint8)
+        ctypes.memmove(memory.address + last * rows, written.ctypes.data, rows)
+        seen = mx.take(view, mx.array([last]), axis=0).reshape(-1).view(mx.uint8)
+        if not np.array_equal(np.array(seen), written):
+            raise FlashError(
+                "self-test failed: the device does not see what the host writes into shared memory. This machine "
+                "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
+            )

@@ -1,0 +1,121 @@
+"""The experts of a mixture-of-experts layer, in slots: mlx-lm's own products over slot numbers instead of ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..flash.experts import ExpertStream
+
+SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
+
+
+class StreamedExperts(nn.Module):
+    """Takes the place of a `SwitchGLU` or `SwitchMLP` of mlx-lm. x: (..., D), indices: (..., K) -> (..., K, D).
+
+    The router has chosen: every expert that it named is used, whatever is in the cache. Each (token, expert) pair is
+    computed by itself and in the same way as in mlx-lm, so the result has the same bits.
+    """
+
+    def __init__(self, inner: nn.Module, stream: ExpertStream) -> None:
+        """inner: the layer whose place this takes. stream: its tensors are named `projection.tensor`, as inner's."""
+        super().__init__()
+        self._inner = inner
+        self._stream = stream
+        self._slot_of: mx.array | None = None  # (E,), once all experts are resident
+        on_cpu = mx.default_device() == mx.cpu
+        for name, pool in stream.pools.items():
+            projection, tensor = name.rsplit(".", 1)
+            inner[projection][tensor] = pool
+            if tensor == "weight" and on_cpu and pool.dtype in (mx.bfloat16, mx.float16):
+                inner[projection] = _Widened(inner[projection])
+
+    def settle(self) -> None:
+        """Evaluates what still reads this layer's slots."""
+        self._stream.settle()
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        stream = self._stream
+        if stream.all_resident:  # then nothing moves any more, and nobody needs to know
+            if self._slot_of is None:
+                self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
+                mx.eval(self._slot_of)
+            return self._inner(x, self._slot_of[indices])
+        needed = np.array(indices)  # the layer's one read-back
+        experts = np.unique(needed)
+        if len(experts) > stream.cache.slots:
+            return self._in_rounds(x, needed, experts)
+        slot_of = stream.fetch(experts)
+        y = self._inner(x, mx.array(slot_of[needed].astype(np.uint32)))
+        stream.hold(y)
+        return y
+
+    def _in_rounds(self, x: mx.array, needed: np.ndarray, experts: np.ndarray) -> mx.array:
+        """More experts than slots: some at a time, those that are here first, the next ones read meanwhile."""
+        stream, cache = self._stream, self._stream.cache
+        stream.use(experts)
+        at_once = max(1, cache.slots // 2)
+        by_turn = experts[np.argsort(cache.slot_of[experts] < 0, kind="stable")]
+        rounds = [by_turn[i : i + at_once] for i in range(0, len(by_turn), at_once)]
+        pairs, choices = needed.reshape(-1), needed.shape[-1]
+        rows = x.reshape(-1, 1, x.shape[-1])  # (N, 1, D)
+        turn_of = np.zeros(cache.slot_of.shape, np.int64)
+        for turn, group in enumerate(rounds):
+            turn_of[group] = turn
+        outputs, order = [], []
+        stream.begin(rounds[0])
+        for turn, group in enumerate(rounds):
+            stream.land()
+            following = rounds[turn + 1] if turn + 1 < len(rounds) else np.empty(0, group.dtype)
+            overlaps = 0 < len(following) <= cache.slots - len(group)
+            if overlaps:
+                stream.begin(following, keep=group)
+            members = np.flatnonzero(turn_of[pairs] == turn)
+            slots = cache.slot_of[pairs[members]]
+            by_slot = np.argsort(slots, kind="stable")
+            members = members[by_slot]
+            y = self._products(
+                rows[mx.array((members // choices).astype(np.int32))],  # (n, 1, D)
+                mx.array(slots[by_slot].astype(np.uint32)),
+                sorted_indices=pairs.size >= SORTED_FROM,
+            )
+            mx.eval(y)
+            outputs.append(y)
+            order.append(members)
+            if len(following) and not overlaps:
+                stream.begin(following)
+        back = np.argsort(np.concatenate(order)).astype(np.int32)
+        return mx.concatenate(outputs)[mx.array(back)].reshape(*needed.shape, -1)
+
+    def _products(self, x: mx.array, slots: mx.array, sorted_indices: bool) -> mx.array:
+        """x: (n, 1, D), slots: (n,), ascending -> (n, 1, D)"""
+        inner: Any = self._inner
+        if "fc1" in inner:
+            return inner.fc2(inner.activation(inner.fc1(x, slots, sorted_indices)), slots, sorted_indices)
+        up, gate = inner.up_proj(x, slots, sorted_indices), inner.gate_proj(x, slots, sorted_indices)
+        return inner.down_proj(inner.activation(up, gate), slots, sorted_indices)
+
+
+class _Widened(nn.Module):
+    """A `SwitchLinear` in 16 bits for MLX's CPU backend, whose `gather_mm` takes float32 alone: the slots that a call
+    uses are widened for it."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        slots, compact = np.unique(np.array(indices), return_inverse=True)
+        weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
+        y = mx.gather_mm(
+            x.astype(mx.float32),
+            weight.swapaxes(-1, -2),
+            rhs_indices=mx.array(compact.reshape(indices.shape).astype(np.uint32)),
+            sorted_indices=sorted_indices,
+        )
+        if "bias" in self._inner:
+            y = y + mx.expand_dims(self._inner.bias[indices], -2)
+        return y.astype(x.dtype)

@@ -1,0 +1,181 @@
+"""Tiny random mixture-of-experts checkpoints, made with mlx-lm's own models and saved as it reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+VOCABULARY = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
+MLA = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "routed_scaling_factor": 1.5,
+    "n_group": 2,
+    "topk_group": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 8, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {
+        "num_experts": 12,
+        "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "shared_expert_intermediate_size": 64,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "partial_rotary_factor": 0.5,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": None,
+    },
+    "deepseek_v2": {
+        **MLA,
+        "topk_method": "group_limited_greedy",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    },
+    "deepseek_v3": {**MLA, "norm_topk_prob": True},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+    },
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+    },
+}
+QUANTISATIONS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "4 bits": {"group_size": 32, "bits": 4},
+    "3 bits": {"group_size": 64, "bits": 3},
+    "8 bits": {"group_size": 64, "bits": 8},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+}
+
+
+def config_of(family: str) -> dict[str, Any]:
+    return {"model_type": family, **COMMON, **FAMILIES[family]}
+
+
+def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards: int = 1, **changes: Any) -> Path:
+    """Writes config.json and model*.safetensors of a random model, float32 where it is not quantised."""
+    from mlx_lm.utils import _get_classes
+
+    config = {**config_of(family), **changes}
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(len(family))
+    model = model_class(args_class.from_dict(config))
+    parameters: Any = tree_flatten(model.parameters())
+    model.load_weights([(name, _random_like(name, array)) for name, array in parameters])
+    if (settings := QUANTISATIONS[quantisation]) is not None:
+        nn.quantize(model, **settings, class_predicate=lambda path, module: hasattr(module, "to_quantized"))
+        config["quantization"] = settings
+    weights: Any = dict(tree_flatten(model.parameters()))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(weights)
+    for shard in range(shards):
+        part = {name: weights[name] for name in names[shard::shards]}
+        name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        mx.save_safetensors(str(folder / name), part)
+    return folder
+
+
+def unstack(folder: Path, family: str) -> None:
+    """Rewrites a checkpoint with one tensor per expert and matrix, as Hugging Face has them."""
+    names = {
+        "mixtral": ("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", ("w1", "w2", "w3")),
+        "olmoe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+        "qwen3_moe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
+    }
+    ours, theirs, matrices = names[family]
+    path = folder / "model.safetensors"
+    loaded: Any = mx.load(str(path))
+    weights = {}
+    for name, array in loaded.items():
+        if ours not in name:
+            weights[name] = array
+            continue
+        for matrix, new in zip(("gate_proj", "down_proj", "up_proj"), matrices, strict=True):
+            head, found, tail = name.partition(f"{ours}.{matrix}.")
+            if found:
+                weights |= {f"{head}{theirs}.{e}.{new}.{tail}": array[e] for e in range(len(array))}
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+
+
+def _random_like(name: str, array: mx.array) -> mx.array:
+    """Numbers that make a token's way matter: norms around 1, matrices that keep the size of what they multiply."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    noise = mx.random.normal(array.shape)
+    if array.ndim < 2:
+        return 1 + 0.1 * noise if "norm" in name or name.endswith("A_log") else 0.1 * noise
+    return noise * (1.5 / array.shape[-1] ** 0.5)

@@ -1,0 +1,231 @@
+"""Mixtures of experts against mlx-lm with everything resident: the same bits, at every number of slots."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from mixtures import (  # type: ignore[import-not-found]
+    FAMILIES,
+    QUANTISATIONS,
+    VOCABULARY,
+    make_mixture,
+    unstack,
+)
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from mlx_flash import loading
+from mlx_flash.errors import ReadError, UnsupportedModelError, UsageError
+from mlx_flash.flash.checksums import read_header
+from mlx_flash.flash.experts import ExpertStreamer
+from mlx_flash.flash.reader import Reader
+from mlx_flash.mixture import Mixture, open_files, open_mixture
+
+PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
+
+
+@pytest.fixture(scope="module")
+def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @functools.cache
+    def make(family: str, quantisation: str = "plain", shards: int = 1) -> Path:
+        return make_mixture(tmp_path_factory.mktemp(family), family, quantisation, shards)
+
+    return make
+
+
+@pytest.fixture
+def stream() -> Iterator[Callable[..., tuple[Any, ExpertStreamer]]]:
+    """(model, streamer) of a checkpoint with so many slots for each layer."""
+    streamers: list[ExpertStreamer] = []
+
+    def open_streamed(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertStreamer]:
+        mixture: Mixture = open_mixture(folder)
+        streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
+        streamers.append(streamer)
+        mixture.stream(streamer, [slots] * len(mixture.switches), options.get("window"))
+        return mixture.model, streamer
+
+    yield open_streamed
+    for streamer in streamers:
+        streamer.close()
+
+
+def everything(model: Any) -> list[np.ndarray]:
+    """Logits of calls of every form: a prompt, tokens, a few at once, and a batch without a cache."""
+    cache = make_prompt_cache(model)
+    calls = [PROMPT, [4], [9], [77, 31], [6], [12, 4, 50], [9]]
+    results = [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
+    batch = mx.array([PROMPT[:9], PROMPT[9:18]])
+    return [*results, np.array(model(batch).astype(mx.float32))]
+
+
+@functools.cache
+def reference(folder: Path) -> list[np.ndarray]:
+    return everything(load_model(folder)[0])
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert np.isfinite(b).all() and b.std() > 1e-3
+        assert np.array_equal(a, b), (what, i, np.abs(a - b).max())
+
+
+@pytest.mark.parametrize("quantisation", ["plain", "4 bits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_bits_of_mlx_lm(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str, quantisation: str
+) -> None:
+    folder = mixture_of(family, quantisation)
+    expected = reference(folder)
+    for slots in (1, 2, 5, 12):
+        model, streamer = stream(folder, slots)
+        assert_same(everything(model), expected, slots)
+        read = streamer.counters.bytes
+        assert read > 0 and streamer.counters.misses > 0
+        assert_same(everything(model), expected, (slots, "again"))
+        if slots == 12:
+            assert streamer.counters.bytes == read, "everything is resident by now"
+
+
+@pytest.mark.parametrize("quantisation", [q for q in QUANTISATIONS if q not in ("plain", "4 bits")])
+def test_every_quantisation(mixture_of: Callable[..., Path], stream: Callable[..., Any], quantisation: str) -> None:
+    folder = mixture_of("qwen3_moe", quantisation)
+    for slots in (3, 7, 12):
+        model, _ = stream(folder, slots)
+        assert_same(everything(model), reference(folder), slots)
+
+
+def test_shards(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    folder = mixture_of("qwen3_moe", "4 bits", 3)
+    assert_same(reference(folder), reference(mixture_of("qwen3_moe", "4 bits")), "the same weights")
+    model, _ = stream(folder, 5)
+    assert_same(everything(model), reference(folder), "sharded")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_one_tensor_per_expert(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], tmp_path: Path, family: str
+) -> None:
+    """As Hugging Face has them, which `sanitize` stacks."""
+    expected = reference(mixture_of(family))
+    folder = make_mixture(tmp_path / family, family)
+    unstack(folder, family)
+    names = set(read_header(folder / "model.safetensors")[1])
+    assert not any("switch_mlp" in name for name in names)
+    model, streamer = stream(folder, 4)
+    assert_same(everything(model), expected, family)
+    assert streamer.counters.bytes > 0
+
+
+def test_experts_that_mlx_lm_changes_are_refused(tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path / "granite", "granitemoe")
+    path = folder / "model.safetensors"
+    weights: Any = mx.load(str(path))
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        gate, up, down = (
+            weights.pop(f"{prefix}.switch_mlp.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        weights[f"{prefix}.input_linear.weight"] = mx.concatenate([gate, up], axis=1)
+        weights[f"{prefix}.output_linear.weight"] = down
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+    assert load_model(folder, lazy=True), "mlx-lm reads it"
+    with pytest.raises(UnsupportedModelError, match=r"gate_proj.weight.*mlx_lm.convert --hf-path"):
+        open_mixture(folder)
+
+
+def test_16_bits_are_widened_on_the_cpu_backend(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], tmp_path: Path
+) -> None:
+    """mlx-lm cannot run these there at all, so the reference is the same numbers in float32."""
+    folder = make_mixture(tmp_path / "bfloat16", "qwen3_moe")
+    path = folder / "model.safetensors"
+    weights: Any = mx.load(str(path))
+    rounded = {name: array.astype(mx.bfloat16) if "switch_mlp" in name else array for name, array in weights.items()}
+    mx.eval(rounded)
+    mx.save_safetensors(str(path), {name: array.astype(array.dtype) for name, array in rounded.items()})
+    same = tmp_path / "float32"
+    shutil.copytree(folder, same)
+    mx.save_safetensors(str(same / "model.safetensors"), {n: a.astype(mx.float32) for n, a in rounded.items()})
+    for slots in (2, 12):
+        assert_same(everything(stream(folder, slots)[0]), reference(same), slots)
+
+
+def test_a_failed_read_is_an_error_and_the_next_call_is_right(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mixture_of("qwen3_moe", "4 bits")
+    model, streamer = stream(folder, 5)
+    everything(model)
+    wait = Reader.wait
+    for number in (0, 1, 7):
+        waits = iter(range(1000))
+
+        def failing(reader: Reader, ticket: Any, waits: Any = waits, number: int = number) -> Any:
+            report = wait(reader, ticket)
+            if next(waits) == number:
+                raise ReadError("injected")
+            return report
+
+        monkeypatch.setattr(Reader, "wait", failing)
+        with pytest.raises(ReadError, match="injected"):
+            everything(model)
+        monkeypatch.undo()
+        assert not streamer.flying and not streamer.reader._outstanding
+        assert_same(everything(model), reference(folder), number)
+
+
+def test_generation_stays_within_the_plan_and_says_the_same(
+    mixture_of: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = mixture_of("qwen3_moe", "4 bits")
+    write_tokenizer(folder, VOCABULARY)
+    texts = set()
+    smallest = ""
+    for memory in (None, "1MB", "smallest"):
+        command = [sys.executable, "-m", "mlx_flash.generate", "--model", str(folder), "--context", "256", "--json"]
+        command += ["--prompt", "the quick brown fox", "--max-tokens", "12", "--ignore-chat-template"]
+        if memory is not None:
+            command += ["--memory", smallest if memory == "smallest" else memory]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if memory == "1MB":
+            assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+            smallest = re.search(r"smallest that would do is (\d+MB)", done.stderr)[1]  # type: ignore[index]
+            continue
+        assert done.returncode == 0, done.stderr
+        assert "experts of each layer" in done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["predictor"] == "router" and result["peak_memory_bytes"] <= result["plan"]["total"]
+        texts.add(tuple(result["tokens"]))
+    assert len(texts) == 1
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_a_predictor_is_a_mistake(mixture_of: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="its router chooses"):
+        loading.load(mixture_of("mixtral"), predictor="shadow")
+
+
+def test_nothing_of_an_expert_is_a_parameter(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    folder = mixture_of("deepseek_v3")
+    model, _ = stream(folder, 2)
+    plain: Any = dict(tree_flatten(load_model(folder, lazy=True)[0].parameters()))
+    rest = dict(tree_flatten(model.parameters()))
+    assert {name for name in plain if "switch_mlp" not in name} == set(rest)
+    assert any("shared_experts" in name for name in rest)

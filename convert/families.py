@@ -26,7 +26,6 @@ class Family:
     threshold_key: str | None = None
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
-    biases: bool = True  # whether the FFN may have them
     instead: str = "a relufied version of it"  # of a model that is not sparse
     parts: tuple[str, ...] = field(init=False)
 
@@ -70,7 +69,6 @@ LLAMA_LIKE = Family(
     activations={"relu": "relu", "fatrelu": "relu"},
     default_activation="silu",
     threshold_key="hidden_act_param",
-    biases=False,
     instead="a relufied version (SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b)",
 )
 

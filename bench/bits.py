@@ -9,10 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_flash import loading
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import BITS, PREFILL_TOKENS
@@ -20,8 +22,6 @@ from mlx_flash.errors import UsageError
 from mlx_flash.finding import demo_folder, find_checkpoint
 from mlx_flash.flash.files import GROUP_SIZE, GROUP_SIZES
 from mlx_flash.flash.system import current_memory_bytes
-from mlx_flash.loading import load
-from mlx_flash.plan import PROCESS_MARGIN_BYTES
 
 from .report import environment, spread
 from .score import score
@@ -118,7 +118,7 @@ def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[
     """Perplexity with all neurons and, if asked, with those the predictor chooses. Returns ids and their prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, tokenizer = load(row.store)
+    model, tokenizer = loading.load(row.store)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[:tokens]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     runtime = model.flash
@@ -137,7 +137,7 @@ def measure_speed(rows: list[Row], ids: list[int], timed: int, share: float) -> 
 
     for turn in range(2):
         for row in rows if turn == 0 else reversed(rows):
-            model, _ = load(row.store, memory=_budget(row.store, share))
+            model = open_with(row.store, share)
             cache = make_prompt_cache(model)
             mx.eval(model(mx.array([ids[:32]]), cache))
             counters = model.flash.streamer.counters
@@ -160,13 +160,19 @@ def measure_speed(rows: list[Row], ids: list[int], timed: int, share: float) -> 
         row.result["seconds"] = spread(row.result["seconds"])
 
 
-def _budget(store: Path, share: float) -> int:
-    model, _ = load(store)
-    plan = model.flash.plan
-    model.flash.close()
-    most = plan.units.layers * plan.units.per_layer * plan.slot_bytes
-    fixed = plan.demand.total - plan.demand.process + current_memory_bytes() + PROCESS_MARGIN_BYTES
-    return int(fixed + share * most)
+def open_with(store: Path, share: float) -> Any:
+    """The model with `share` of its neurons in slots.
+
+    The process's own size, which every plan measures anew, varies by more than a small model's slots: it is held fixed.
+    """
+    process = current_memory_bytes()
+    with patch.object(loading, "current_memory_bytes", lambda: process):
+        model, _ = loading.load(store)
+        plan = model.flash.plan
+        model.flash.close()
+        budget = plan.demand.total + int(share * plan.units.layers * plan.units.per_layer * plan.slot_bytes)
+        model, _ = loading.load(store, memory=budget)
+    return model
 
 
 def show(rows: list[Row]) -> None:

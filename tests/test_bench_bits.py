@@ -37,7 +37,7 @@ def test_stores_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureF
     assert plain["store_bytes"] > 2 * four["store_bytes"]  # scales and biases are in float32
     assert 0 < abs(four["perplexity"] / plain["perplexity"] - 1) < 0.5
     for row in result["rows"]:
-        assert row["seconds"]["median"] > 0 and row["bytes_per_token"] >= 0 and 0.2 < row["slot_share"] < 0.6
+        assert row["seconds"]["median"] > 0 and row["bytes_per_token"] >= 0 and 0.28 < row["slot_share"] < 0.38
     for flag, value in (("--groups", "48"), ("--text", tmp_path / "none")):
         with pytest.raises(UsageError, match=flag):
             run("bits", *flags, flag, value)

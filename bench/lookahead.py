@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.cache import SlotCache
-from mlx_flash.layers.predictors import ExactPredictor, LowRankPredictor, Predictor
+from mlx_flash.layers.predictors import ExactPredictor, Predictor
 
 from . import traces
 from .report import SERIES, finish, require_plots
@@ -100,9 +100,7 @@ def score(predictor: Any, x: mx.array) -> mx.array:
     """What a predictor compares with zero. x: (N, D) -> (N, F)"""
     if isinstance(predictor, ExactPredictor):
         return predictor.before(x) - predictor.activation.threshold
-    if isinstance(predictor, LowRankPredictor):
-        return x @ predictor.a @ predictor.b + predictor.c
-    return predictor._coarse(x) + predictor.c
+    return predictor.score(x)
 
 
 def observe(model: Any) -> dict[int, Guesser]:

@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.convert.imported import find_predictors
 from mlx_flash.defaults import STORED_PREDICTORS
 from mlx_flash.errors import UsageError
 from mlx_flash.finding import demo_folder, find_checkpoint
 from mlx_flash.layers.predictors import Predictor
+from mlx_flash.plan import parse_memory
 
 from .report import COLOURS, SERIES, add_output_argument, environment, finish, require_plots
 from .score import score
@@ -40,12 +42,16 @@ class Audit:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint, converted anew for every row (default: the packaged demo model)")
+    parser.add_argument(
+        "--model", help="checkpoint, converted once for each of --bits (default: the packaged demo model)"
+    )
     parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
     parser.add_argument(
         "--tokens", type=whole_number(0, 10**9), default=0, help="score only the first N tokens (default: all)"
     )
     parser.add_argument("--recall", default="0.97", help="recall targets, by commas (default: %(default)s)")
+    parser.add_argument("--predictor-memory", metavar="SIZE", help="as convert's: bytes of the low-rank predictors")
+    parser.add_argument("--predictor-from", metavar="DIR_OR_ID", help="as convert's: predictors to import")
     add_output_argument(parser)
     parser.add_argument("--bits", default="2,3", help="bits of the shadow, by commas (default: %(default)s)")
 
@@ -67,20 +73,28 @@ def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store")
-        for recall, bits in itertools.product(recalls, widths):
+        for bits in widths:
             seconds: dict[str, float] = {}
-            convert(source, store, Settings(recall=recall, shadow_bits=bits), overwrite=True, seconds=seconds)
-            kinds = [] if rows else ["none", "exact"]
-            kinds += ["lowrank", "shadow"] if bits == widths[0] else ["shadow"]
-            for kind in kinds:
-                row = measure(store, kind, text, arguments.tokens)
-                if kind in STORED_PREDICTORS:
-                    row |= {"target": recall, "seconds_to_make": seconds[kind]}
+            manifest = convert(source, store, settings(arguments, bits), overwrite=True, seconds=seconds)
+            if not rows:
+                rows = [measure(store, kind, text, arguments.tokens) for kind in ("none", "exact")]
+            kinds = [kind for kind in manifest.predictors if kind == "shadow" or bits == widths[0]]
+            for recall, kind in itertools.product(recalls, kinds):
+                row = measure(store, kind, text, arguments.tokens, recall)
+                row |= {"target": recall, "seconds_to_make": seconds[kind]}
                 row["predictor"] += f" {bits} bits" if kind == "shadow" else ""
                 rows.append(row)
     show(rows)
     result = {"environment": environment(source), "text": arguments.text.name, "model": source.name, "rows": rows}
     finish(arguments.output, "predictors", result, lambda figure: draw(figure, result), size=(8, 4.8))
+
+
+def settings(arguments: argparse.Namespace, bits: int) -> Settings:
+    return Settings(
+        shadow_bits=bits,
+        predictor_memory=None if arguments.predictor_memory is None else parse_memory(arguments.predictor_memory),
+        predictor_from=None if arguments.predictor_from is None else find_predictors(arguments.predictor_from),
+    )
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -136,13 +150,13 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.set_title(f"What a predictor's mistakes cost, {result['text']}; numbers: recall aimed at")
 
 
-def measure(store: Path, kind: str, text: str, tokens: int) -> dict[str, Any]:
+def measure(store: Path, kind: str, text: str, tokens: int, recall: float | None = None) -> dict[str, Any]:
     """One predictor's row. Recall and shares are of neurons, over all layers and scored tokens."""
     from mlx_lm.models.cache import make_prompt_cache
 
     from mlx_flash.loading import load
 
-    model, tokenizer = load(store, predictor=kind)
+    model, tokenizer = load(store, predictor=kind, recall=recall)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: tokens or None]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     seconds = seconds_per_token(model, prefix + ids[:128])

@@ -182,11 +182,20 @@ def write_store(
                 write_safetensors(partial_folder / name, entries, bar.update)
         copy_tokenizer(partial_folder)
         (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        predicted = [round(PREDICTED_PER_ACTIVE * s.active, 5) for s in statistics]
         report = {
             "recall": [RECALL] * layers,
-            "predicted": [round(PREDICTED_PER_ACTIVE * s.active, 5) for s in statistics],
+            "predicted": predicted,
             "active": [round(s.active, 5) for s in statistics],
             "bytes": totals[1],
+            "target": RECALL,
+            "table": {
+                "recall": [RECALL],
+                "threshold": [[0.0]] * layers,
+                "caught": [[RECALL]] * layers,
+                "predicted": [[share] for share in predicted],
+            },
+            "perplexity": None,  # of random weights it would mean nothing
         }
         manifest = Manifest(
             model_type="opt",

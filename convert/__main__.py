@@ -40,6 +40,18 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how much of it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--predictor-memory",
+        metavar="SIZE",
+        help="what the low-rank predictors of all layers may take, such as 200MB (default: a tenth "
+        "of the FFN's bytes before --bits)",
+    )
+    parser.add_argument(
+        "--predictor-from",
+        metavar="DIR_OR_ID",
+        help="also import PowerInfer's predictors for this model, model_0.pt and so on, from a folder or a Hugging "
+        "Face repository; they become the default",
+    )
     return parser
 
 
@@ -47,15 +59,20 @@ def main(arguments: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from mlx_flash.finding import find_checkpoint
-    from mlx_flash.plan import MLX_CACHE_BYTES
+    from mlx_flash.layers.recall import Setting
+    from mlx_flash.plan import MLX_CACHE_BYTES, parse_memory
 
     from .conversion import Settings, convert
+    from .imported import find_predictors
 
+    memory = None if arguments.predictor_memory is None else parse_memory(arguments.predictor_memory)
     source = find_checkpoint(arguments.model, arguments.revision, lambda text: print(text, file=sys.stderr))
     settings = Settings(
         arguments.dtype,
         arguments.calibration,
         arguments.calibration_tokens,
+        predictor_memory=memory,
+        predictor_from=None if arguments.predictor_from is None else find_predictors(arguments.predictor_from),
         bits=arguments.bits,
         resident_bits=arguments.resident_bits,
     )
@@ -71,13 +88,10 @@ def main(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {_stored(manifest)}", file=sys.stderr
     )
     for kind, report in manifest.predictors.items():
-        recall, predicted, active = (sum(report[k]) / layout.layers for k in ("recall", "predicted", "active"))
-        mark = " (default)" if kind == manifest.default_predictor else ""
-        print(
-            f"  predictor {kind}{mark}: recall {recall:.1%}, chooses {predicted:.1%} of the neurons where {active:.1%} "
-            f"are active, {report['bytes'] / 1e6:.1f} MB",
-            file=sys.stderr,
-        )
+        mark = "; the default" if kind == manifest.default_predictor else ""
+        ranks = ", ".join(map(str, sorted(set(report.get("rank", [])))))
+        size = f"{report['bytes'] / 1e6:.1f} MB" + (f", rank {ranks}" if ranks else "")
+        print(f"  {Setting.of(kind, report).describe()}; {size}{mark}", file=sys.stderr)
     if manifest.all_neurons_layers:
         print(f"  layers {list(manifest.all_neurons_layers)} are too dense: they use all neurons", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
 
-from .host import HostLinear, HostMatrix
+from .host import HostLinear, HostMatrix, row_pieces
 
 SEQUENCE_TOKENS = 128
 BATCH_SEQUENCES = 8  # at once: a layer's weights are widened as often as there are batches
+
+Choose = Callable[[np.ndarray], np.ndarray]  # x (N, D) -> bool (N, F)
+
+
+@dataclass
+class Following:
+    """Some of the sequences once more, behind the others, each FFN computing with the neurons that are chosen."""
+
+    hidden: list[mx.array]  # (B, T, D) each; changed in place
+    choose: Choose | None = None  # for the layer whose turn it is; None: all neurons
 
 
 def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, positions: int) -> np.ndarray:
@@ -56,13 +68,20 @@ class _Recorder:
         self.ffn = ffn
         self.inputs: list[np.ndarray] = []
         self.scores: list[np.ndarray] = []
+        self.recording = True
+        self.choose: Choose | None = None  # who computes; None: all
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         before = self.ffn.before(flat)
-        self.inputs.append(flat)
-        self.scores.append(self.ffn.activation.score(*before, xp=np))
-        y = self.ffn.down.sum_of_rows(self.ffn.activation(*before, xp=np)) + self.ffn.down_bias  # (N, F) @ (F, D)
+        if self.recording:
+            self.inputs.append(flat)
+            self.scores.append(self.ffn.activation.score(*before, xp=np))
+        hidden = self.ffn.activation(*before, xp=np)
+        del before
+        if self.choose is not None:
+            hidden *= self.choose(flat)
+        y = self.ffn.down.sum_of_rows(hidden) + self.ffn.down_bias  # (N, F) @ (F, D)
         return mx.array(y).reshape(x.shape).astype(x.dtype)
 
 
@@ -77,19 +96,26 @@ def join(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
+def embed(model: Any, sequences: np.ndarray) -> list[mx.array]:
+    """What enters the first layer: (B, T, D) for each batch of the sequences (S, T)."""
+    batches = range(0, len(sequences), BATCH_SEQUENCES)
+    hidden = [model.embed(mx.array(sequences[i : i + BATCH_SEQUENCES])) for i in batches]
+    mx.eval(hidden)
+    return hidden
+
+
 def layer_activations(
     model: Any,
-    sequences: np.ndarray,
+    hidden: list[mx.array],
+    followings: list[Following],
     load_ffn: Callable[[int], HostFFN],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, HostFFN]]:
     """For each layer in turn: (FFN inputs (N, D), scores (N, F) which are above 0 where a neuron is active, the FFN).
 
-    float32; N = sequences x length, in order.
+    float32; N = sequences x length, in order. hidden: what enters the first layer (`embed`), changed in place.
+    Who asks for a layer may set each following's `choose` before it asks for the next one.
     The model's layers are consumed: each is dropped after its turn.
     """
-    batches = range(0, len(sequences), BATCH_SEQUENCES)
-    hidden = [model.embed(mx.array(sequences[i : i + BATCH_SEQUENCES])) for i in batches]  # (B, T, D)
-    mx.eval(hidden)
     for index in range(len(model.layers)):
         layer = model.layers[index]
         recorder = _Recorder(load_ffn(index))
@@ -97,11 +123,41 @@ def layer_activations(
         if mx.default_device() == mx.cpu:
             for name, module in list(layer.self_attn.items()):
                 if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-                    setattr(layer.self_attn, name, HostLinear(module))
-        for i in range(len(hidden)):
-            hidden[i] = layer(hidden[i], "causal", None)
-            mx.eval(hidden[i])
+                    layer.self_attn[name] = HostLinear(module)  # as an item, so that `name in self_attn` still holds
+        _advance(layer, hidden)
+        recorder.recording = False
+        yield join(recorder.inputs), join(recorder.scores), recorder.ffn  # the first two not kept meanwhile
+        for following in followings:
+            recorder.choose = following.choose
+            _advance(layer, following.hidden)
         model.layers[index] = None
-        inputs, scores, ffns = recorder.inputs, recorder.scores, [recorder.ffn]
         del layer, recorder
-        yield join(inputs), join(scores), ffns.pop()  # not kept while the caller works
+        return_freed_memory()
+
+
+def _advance(layer: Any, hidden: list[mx.array]) -> None:
+    for i in range(len(hidden)):
+        hidden[i] = layer(hidden[i], "causal", None)
+        mx.eval(hidden[i])
+
+
+def perplexity(model: Any, hidden: mx.array, sequences: np.ndarray) -> float:
+    """Of all tokens but each sequence's first.
+
+    hidden: (S, T, D), what left the last layer for the sequences (S, T). Logits are made for a few positions at a
+    time. The model's linear layers compute on the host from here on.
+    """
+    if mx.default_device() == mx.cpu:
+        for _, module in list(model.named_modules()):
+            for name, child in list(module.items()):
+                if isinstance(child, (nn.Linear, nn.QuantizedLinear)):
+                    module[name] = HostLinear(child)
+    nats, tokens = 0.0, 0
+    for states, sequence in zip(hidden, sequences, strict=True):
+        for begin, end in row_pieces((len(sequence) - 1, model.args.vocab_size), 4):
+            logits = np.array(model.head(states[None, begin:end])[0].astype(mx.float32))  # (t, V)
+            logits -= logits.max(axis=-1, keepdims=True)
+            expected = np.take_along_axis(logits, sequence[begin + 1 : end + 1, None], axis=-1)[:, 0]
+            nats += float((np.log(np.exp(logits, out=logits).sum(axis=-1)) - expected).sum())
+            tokens += len(expected)
+    return math.exp(min(700.0, nats / max(1, tokens)))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mlx_flash import __version__
 from mlx_flash.checkpoint_files import small_files
-from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, STORED_PREDICTORS
+from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import (
@@ -42,7 +42,7 @@ from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
 from mlx_flash.layers.quantised import companions, matrices_of
 
-from . import calibrate, predictors
+from . import calibrate, imported, predictors
 from .checkpoint import Checkpoint, Tensor
 from .families import Family, family_of
 from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix, row_pieces
@@ -53,7 +53,7 @@ from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
-DEFAULT_PREDICTOR = "shadow"  # bench/RESULTS.md
+DIGITS = 5  # of the shares in the manifest
 RESIDENT_GROUP = 64  # mlx-lm's
 SPARE_BYTES = 64 << 20
 
@@ -67,6 +67,8 @@ class Settings:
     calibration_tokens: int = CALIBRATION_TOKENS
     recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
     shadow_bits: int = 3  # bench/RESULTS.md
+    predictor_memory: int | None = None  # bytes for the low-rank predictors of all layers; None: a share of the FFN's
+    predictor_from: Path | None = None  # a folder of PowerInfer's predictor files to import
     bits: int = 16  # of the neurons; 16: as the dtype has them
     resident_bits: int = 16  # of the other matrices
     group_size: int = GROUP_SIZE  # numbers that share a scale and a bias, where they are quantised
@@ -158,6 +160,17 @@ class _Conversion:
             getattr(mx, self.dtype),
             self._finite_pieces,
         )
+        self.kinds = ["lowrank"]
+        if self.layout.neurons % predictors.SHADOW_GROUP == 0:
+            self.kinds.append("shadow")
+        self.predictor_files: list[Path] = []
+        if settings.predictor_from is not None:
+            self.predictor_files = imported.find_files(settings.predictor_from, self.layers)
+            imported.check_files(self.predictor_files, self.layout.neurons, self.layout.width)
+            self.kinds.append("imported")
+        self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/RESULTS.md)
+        self.lowrank_memory = predictors.lowrank_memory(self.layout, settings.predictor_memory)
+        self.lowrank_left = self.lowrank_memory  # for the layers whose turn is still to come
 
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
         from mlx.utils import tree_flatten
@@ -227,11 +240,7 @@ class _Conversion:
                 return manifest
         entries = self.resident.entries()
         resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in entries)
-        self._check_free_space(
-            self.layout.file_bytes
-            + resident_bytes
-            + 2 * predictors.stored_bytes(self.layout, self.settings.shadow_bits)
-        )
+        self._check_free_space(self.layout.file_bytes + resident_bytes + 2 * self._predictor_bytes())
         with tqdm(
             total=self.layout.file_bytes + resident_bytes, unit="B", unit_scale=True, desc="writing", dynamic_ncols=True
         ) as bar:
@@ -241,8 +250,8 @@ class _Conversion:
             else:
                 write_safetensors(self.partial / Manifest.resident_file, entries, bar.update)
         self._copy_small_files()
-        self._make_predictors(sequences)
-        reports = {kind: report for kind in STORED_PREDICTORS if (report := self._merge_predictors(kind))}
+        perplexities = self._make_predictors(sequences)
+        reports = {kind: self._merge_predictors(kind) | {"perplexity": perplexities[kind]} for kind in self.kinds}
         manifest = self._manifest(reports)
         self._publish(manifest)
         return manifest
@@ -261,7 +270,8 @@ class _Conversion:
             "dtype": self.dtype,
             "bits": [self.settings.bits, self.settings.group_size, self.settings.resident_bits],
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.settings.calibration_tokens],
-            "predictors": [self.settings.recall, self.settings.shadow_bits],
+            "predictors": [self.settings.recall, self.settings.shadow_bits, self.lowrank_memory],
+            "imported": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.predictor_files],
         }
         wanted = json.dumps(key, sort_keys=True).encode()
         record = self.partial / RECORD
@@ -360,46 +370,101 @@ class _Conversion:
             )
         return calibrate.calibration_sequences(ids, prefix, self.settings.calibration_tokens, self.positions)
 
-    def _make_predictors(self, sequences: np.ndarray) -> None:
-        """A file per layer and kind. What is found finished in the partial folder is not made again."""
-        dtype = getattr(mx, self.dtype)
-        activations = self._activations(sequences)
+    def _predictor_bytes(self) -> int:
+        """About what all kinds take for all layers."""
+        shadow = predictors.shadow_bytes(self.layout, self.settings.shadow_bits)
+        return self.lowrank_memory + shadow + sum(path.stat().st_size for path in self.predictor_files)
+
+    def _make_predictors(self, sequences: np.ndarray) -> dict[str, dict[str, float]]:
+        """A file per layer and kind; what is found finished in the partial folder is not made again.
+
+        Returns what each kind does to the perplexity of the held-out sequences, with all layers before choosing, too.
+        """
+        self._load_resident()
+        norms = self.model.ffn_norms
+        held_out = predictors.held_out_tokens(*sequences.shape)
+        measured = np.flatnonzero(held_out.reshape(sequences.shape).any(axis=1)).tolist()
+        hidden = calibrate.embed(self.model, sequences)
+        followings = {
+            kind: calibrate.Following(calibrate.embed(self.model, sequences[measured])) for kind in self.kinds
+        }
+        samples = self._activations(hidden, list(followings.values()), held_out)
         for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
             sample = None  # the layer before goes first
             return_freed_memory()
-            sample = next(activations)
-            for kind in STORED_PREDICTORS:
-                path = self._layer_file(layer, kind)
-                if predictors.read_layer(path):
-                    continue
-                return_freed_memory()
-                began = time.perf_counter()
-                predictor: predictors.LayerPredictor | None
-                if kind == "lowrank":
-                    predictor = predictors.lowrank_predictor(sample, self.settings.recall, layer, dtype)
-                else:
-                    predictor = predictors.shadow_predictor(
-                        sample, self.settings.recall, self.settings.shadow_bits, dtype
-                    )
-                self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
-                if predictor is not None:
-                    predictors.write_layer(path, predictor)
+            sample = next(samples)
+            dense = False
+            for kind in self.kinds:
+                arrays, report = self._layer_predictor(layer, kind, sample, None if norms is None else norms[layer])
+                followings[kind].choose = partial(predictors.chosen, arrays)
+                dense = dense or (kind == self.default_kind and _is_dense(report["predicted"]))
+            if dense:
+                for following in followings.values():
+                    following.choose = None
+        sample = None
+        next(samples, None)  # the last layer of those that follow
+        targets = sequences[measured]
+        result = {"dense": calibrate.perplexity(self.model, mx.concatenate(hidden)[mx.array(measured)], targets)}
+        for kind, following in followings.items():
+            result[kind] = calibrate.perplexity(self.model, mx.concatenate(following.hidden), targets)
+        tokens = targets.size - len(targets)
+        return {
+            kind: {"dense": round(result["dense"], 4), "predicted": round(result[kind], 4), "tokens": tokens}
+            for kind in self.kinds
+        }
+
+    def _layer_predictor(
+        self, layer: int, kind: str, sample: predictors.Sample, norm: Any
+    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """(its arrays, what was measured), from its file, which is made if it is not there."""
+        path = self._layer_file(layer, kind)
+        if (found := predictors.read_layer(path)) is None:
+            return_freed_memory()
+            began = time.perf_counter()
+            predictors.write_layer(path, self._make_predictor(layer, kind, sample, norm))
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
+            found = predictors.read_layer(path)
+            if found is None:
+                raise ConversionError(f"{path} was written and cannot be read back. Is the disk sound?")
+        if kind == "lowrank":
+            self.lowrank_left -= found[0]["a"].nbytes + found[0]["b"].nbytes
+        return found
+
+    def _make_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> predictors.LayerPredictor:
+        dtype, recall = getattr(mx, self.dtype), self.settings.recall
+        if kind == "lowrank":  # what earlier layers left of their shares is for the later ones, which are denser
+            later = self.layers - 1 - layer
+            allowed = self.lowrank_left - later * (self.lowrank_memory // self.layers)
+            return predictors.make_lowrank(sample, recall, allowed, layer, dtype)
+        if kind == "shadow":
+            return predictors.make_shadow(sample, recall, self.settings.shadow_bits, dtype)
+        path = self.predictor_files[layer]
+        neurons, width = sample.up.shape
+        arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
+        return predictors.make_imported(arrays, sample, recall, dtype)
 
     def _layer_file(self, layer: int, kind: str) -> Path:
         return self.partial / f"layer-{layer:04d}-{kind}.safetensors"
 
-    def _merge_predictors(self, kind: str) -> dict[str, Any] | None:
-        """One file of all the layers' predictors; what was measured. None if not every layer has one."""
+    def _merge_predictors(self, kind: str) -> dict[str, Any]:
+        """One file of all the layers' predictors; what was measured."""
         report: dict[str, Any] = {"recall": [], "predicted": [], "active": [], "bytes": 0}
+        report["target"] = self.settings.recall
+        report["table"] = {"recall": predictors.recalls(self.settings.recall)}
         tensors = []
         for layer in range(self.layers):
             path = self._layer_file(layer, kind)
             found = predictors.read_layer(path)
             if found is None:
-                return None
+                raise ConversionError(f"{path} vanished or was changed meanwhile. Run the same command again.")
             arrays, measured = found
-            for name, value in measured.items():
-                report[name].append(round(value, 5))
+            for name in ("recall", "predicted", "active"):
+                report[name].append(round(measured[name], DIGITS))
+            for name, values in measured["table"].items():
+                rounded = [float(f"{value:.{DIGITS}g}") for value in values]
+                report["table"].setdefault(name, []).append(rounded)
+            if measured["rank"] is not None:
+                report.setdefault("rank", []).append(measured["rank"])
             for name, array in sorted(arrays.items()):
                 report["bytes"] += array.nbytes
                 load = partial(predictors.load_array, path, name)
@@ -409,19 +474,15 @@ class _Conversion:
         write_safetensors(self.partial / Manifest.predictor_file(kind), tensors)
         return report
 
-    def _activations(self, sequences: np.ndarray) -> Iterator[predictors.Sample]:
+    def _activations(
+        self, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
+    ) -> Iterator[predictors.Sample]:
         """Layer by layer."""
-        self._load_resident()
-        held_out = np.repeat(
-            np.arange(len(sequences)) % predictors.HELD_OUT == predictors.HELD_OUT - 1, sequences.shape[1]
-        )
-        if not held_out.any():  # a single short sequence: measure on what it was trained on
-            held_out[len(held_out) // 2 :] = True
-        for x, score, ffn in calibrate.layer_activations(self.model, sequences, self._host_ffn):
+        for x, score, ffn in calibrate.layer_activations(self.model, hidden, followings, self._host_ffn):
             bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
-            up = ffn.matrices[0].widened()
-            sample = [predictors.Sample(x, score, up, bias - np.float32(self.activation.threshold), held_out)]
-            del x, score, ffn, up
+            shifted = bias - np.float32(self.activation.threshold)
+            sample = [predictors.Sample(x, score, ffn.matrices[0], shifted, held_out)]
+            del x, score, ffn
             yield sample.pop()  # kept by who asked for it, and nobody else
 
     def _load_resident(self) -> None:
@@ -439,7 +500,7 @@ class _Conversion:
                     embedding: FileEmbedding | PackedFileEmbedding = FileEmbedding(path, stored, dtypes[stored])
                     if len(names) > 1:
                         embedding = PackedFileEmbedding(path, dtypes, group_size, bits)
-                    setattr(parent, key, embedding)
+                    parent[key] = embedding
         packed = {name for name, stored in stored_as.items() if stored in self.resident.packed}
         if packed:
             nn.quantize(self.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
@@ -469,8 +530,7 @@ class _Conversion:
     # -- the end --------------------------------------------------------------------------------------------
 
     def _manifest(self, reports: dict[str, dict[str, Any]]) -> Manifest:
-        default = DEFAULT_PREDICTOR if DEFAULT_PREDICTOR in reports else "lowrank"
-        dense = [i for i, share in enumerate(reports[default]["predicted"]) if share > MAX_DENSITY]
+        dense = [i for i, share in enumerate(reports[self.default_kind]["predicted"]) if _is_dense(share)]
         names = sorted(p.name for p in self.partial.iterdir() if p.is_file() and not _is_work_file(p.name))
         return Manifest(
             model_type=str(self.checkpoint.config["model_type"]),
@@ -481,7 +541,7 @@ class _Conversion:
             decode_tokens=DECODE_TOKENS,
             all_neurons_layers=tuple(dense),
             predictors=reports,
-            default_predictor=default,
+            default_predictor=self.default_kind,
             files={name: file_entry(self.partial / name) for name in names},
             resident_bits=self.resident.bits,
             resident_group_size=self.resident.group_size,
@@ -506,6 +566,11 @@ class _Conversion:
         fsync(self.output)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+
+def _is_dense(predicted: float) -> bool:
+    """Whether a layer is too dense to be worth selecting in. predicted: share that its predictor chooses."""
+    return round(predicted, DIGITS) > MAX_DENSITY
 
 
 def _is_work_file(name: str) -> bool:

@@ -36,14 +36,11 @@ class HostMatrix:
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """(begin, end, rows begin to end in float32)"""
         for begin, end in row_pieces(self.shape, 4):
-            yield begin, end, np.array(self.weight[begin:end].astype(mx.float32))
+            yield begin, end, self.rows(begin, end)
 
-    def widened(self) -> np.ndarray:
-        """float32 (R, C)"""
-        result = np.empty(self.shape, np.float32)
-        for begin, end, rows in self.pieces():
-            result[begin:end] = rows
-        return result
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """float32 (end - begin, C)"""
+        return np.array(self.weight[begin:end].astype(mx.float32))
 
     def rows_dot(self, x: np.ndarray) -> np.ndarray:
         """x W^T: (N, C) -> (N, R)"""
@@ -68,11 +65,10 @@ class PackedHostMatrix(HostMatrix):
         self.scales, self.biases, self.group_size, self.bits = scales, biases, group_size, bits
         self.shape = packed.shape[0], packed.shape[1] * 32 // bits
 
-    def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        for begin, end in row_pieces(self.shape, 4):
-            scales, biases = (part[begin:end].astype(mx.float32) for part in (self.scales, self.biases))
-            rows = mx.dequantize(self.weight[begin:end], scales, biases, group_size=self.group_size, bits=self.bits)
-            yield begin, end, np.array(rows)
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        scales, biases = (part[begin:end].astype(mx.float32) for part in (self.scales, self.biases))
+        packed = self.weight[begin:end]
+        return np.array(mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits))
 
 
 class HostLinear:
@@ -108,6 +104,10 @@ class FileEmbedding:
         """The rows in the type they are stored in."""
         return mx.array(self.rows[np.array(ids)]).view(self.dtype)
 
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x (..., D) -> (..., R), the products with all rows: where the output matrix is the embedding."""
+        return _products(x, self, len(self.rows))
+
 
 class PackedFileEmbedding:
     """The same for a quantised one: the names of its packed numbers, scales and biases, and their types."""
@@ -120,3 +120,16 @@ class PackedFileEmbedding:
         """ids (...) -> float32 (..., D)"""
         packed, scales, biases = self.packed.stored(ids), self.scales(ids), self.biases(ids)
         return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """As FileEmbedding's."""
+        return _products(x, self, len(self.packed.rows))
+
+
+def _products(x: mx.array, embedding: FileEmbedding | PackedFileEmbedding, count: int) -> mx.array:
+    """x (..., D) with each of the embedding's rows, a piece of them in memory at a time: (..., count)"""
+    flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+    result = np.empty((len(flat), count), np.float32)
+    for begin, end in row_pieces((count, flat.shape[1]), 4):
+        result[:, begin:end] = flat @ np.array(embedding(mx.arange(begin, end))).T
+    return mx.array(result).reshape(*x.shape[:-1], -1).astype(x.dtype)

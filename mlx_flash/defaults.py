@@ -2,7 +2,7 @@
 
 DTYPES = ("float32", "float16", "bfloat16")  # that a store can be in
 BITS = (16, 8, 4)  # of one number in a store; 16: as the type has it
-STORED_PREDICTORS = ("lowrank", "shadow")
+STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
 

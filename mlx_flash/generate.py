@@ -53,6 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     model.add_argument(
+        "--recall",
+        type=float,
+        metavar="R",
+        help="share of the active neurons that a stored predictor is to catch: nearer to 1, more is read and less is "
+        "lost (default: what the store was made for)",
+    )
+    model.add_argument(
         "--window",
         type=int,
         metavar="K",
@@ -156,6 +163,7 @@ def main(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         memory=arguments.memory,
         predictor=arguments.predictor,
+        recall=arguments.recall,
         window=arguments.window,
         threads=arguments.threads,
         context=arguments.context,
@@ -274,6 +282,7 @@ def as_json(response: Any, model: Any, text: str, tokens: list[int]) -> dict[str
         "hit_rate": statistics.hit_rate,
         **statistics.per_token(),
         "predictor": model.flash.predictor,
+        "predictor_measured": model.flash.setting and model.flash.setting.measured,
         "plan": model.flash.plan.as_dict(),
     }
 

@@ -34,8 +34,9 @@ from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
-from .layers.predictors import LowRankPredictor, Predictor, ShadowPredictor
+from .layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .layers.quantised import companions, matrices_of, widen
+from .layers.recall import Setting
 from .mixture import is_mixture, load_mixture
 from .plan import (
     MLX_CACHE_BYTES,
@@ -52,7 +53,7 @@ from .plan import (
 from .runtime import Runtime
 
 # Cheap enough to be asked twice. Nothing depends on a guess but time.
-LOOK_AHEAD_PREDICTORS = ("lowrank", "shadow")
+LOOK_AHEAD_PREDICTORS = STORED_PREDICTORS
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ def load(
     revision: str | None = None,
     memory: str | int | None = None,
     predictor: str = "auto",
+    recall: float | None = None,
     window: int | None = None,
     threads: int = THREADS,
     context: int = CONTEXT,
@@ -110,7 +112,8 @@ def load(
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
         revision: of the Hugging Face repository: a branch, a tag or a commit; None for its main branch.
         memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
-        predictor: "auto" (the store's default), "none", "exact", "lowrank" or "shadow".
+        predictor: "auto" (the store's default), "none", "exact", "lowrank", "shadow" or "imported".
+        recall: share of the active neurons that a stored predictor is to catch; None for what the store was made for.
         window: evict by a sliding window of so many tokens; None for the least used lately.
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
@@ -133,6 +136,8 @@ def load(
     if not is_store(source) and is_mixture(config := _read_config(source)):
         if predictor != "auto":
             raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
+        if recall is not None:
+            raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
         _check_compiler(say)
         model = load_mixture(source, budget, window, threads, context, io, say)
         return model, load_tokenizer(source, config)
@@ -143,6 +148,11 @@ def load(
     if kind in STORED_PREDICTORS and kind not in manifest.predictors:
         have = ", ".join(["none", "exact", *manifest.predictors])
         raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
+    setting = None
+    if kind in STORED_PREDICTORS:
+        setting = Setting.of(kind, manifest.predictors[kind], recall)
+    elif recall is not None:
+        raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
     tokenizer = load_tokenizer(folder, config)
     model_class, args_class = model_classes(config)
     try:
@@ -158,9 +168,11 @@ def load(
             f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
-    plan = _plan(model, args, manifest, kind, folder, budget, context, threads)
+    plan = _plan(model, args, manifest, kind, setting, folder, budget, context, threads)
     say(plan.describe())
-    return _build(model, manifest, plan, kind, folder, window, threads, io, say), tokenizer
+    if setting is not None:
+        say(setting.describe())
+    return _build(model, manifest, plan, kind, setting, folder, window, threads, io, say), tokenizer
 
 
 def _import_mlx_lm() -> None:
@@ -227,6 +239,7 @@ def _plan(
     args: Any,
     manifest: Manifest,
     kind: str,
+    setting: Setting | None,
     folder: Path,
     budget: int | None,
     context: int,
@@ -260,7 +273,7 @@ def _plan(
     free = available_memory_bytes()
     if not on_cpu:  # more than Metal recommends would be swapped or refused
         free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
-    need = _need(manifest, kind)
+    need = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
     return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, notes)
 
@@ -288,10 +301,10 @@ def _resident_bytes(folder: Path, manifest: Manifest, item_bytes: int) -> int:
     return item_bytes * (plain + sum(tensor.size * 32 // manifest.resident_bits for tensor in packed.values()))
 
 
-def _need(manifest: Manifest, kind: str) -> list[float]:
+def _need(manifest: Manifest, kind: str, setting: Setting | None) -> list[float]:
     """Share of each layer's blocks that a token is expected to need, measured on calibration text."""
-    report = manifest.predictors[kind if kind in STORED_PREDICTORS else manifest.default_predictor]
-    shares = report["active" if kind == "exact" else "predicted"]
+    report = manifest.predictors[manifest.default_predictor]
+    shares = report["active" if kind == "exact" else "predicted"] if setting is None else setting.predicted
     every = range(manifest.layout.layers) if kind == "none" else manifest.all_neurons_layers
     if kind != "exact":
         shares = [1.0 if layer in every else share for layer, share in enumerate(shares)]
@@ -303,6 +316,7 @@ def _build(
     manifest: Manifest,
     plan: Plan,
     kind: str,
+    setting: Setting | None,
     folder: Path,
     window: int | None,
     threads: int,
@@ -329,7 +343,7 @@ def _build(
     tensors = _predictor_tensors(folder, kind)
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
-            layer.mlp.predictor = _make_predictor(kind, index, manifest, tensors, layer.mlp, dtype)
+            layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
     pace = Pace()
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
@@ -344,6 +358,7 @@ def _build(
         model.args.vocab_size,
         model.args.max_position_embeddings,
         manifest,
+        setting,
     )
     return model
 
@@ -430,6 +445,7 @@ def _make_predictor(
     kind: str,
     layer: int,
     manifest: Manifest,
+    setting: Setting | None,
     tensors: dict[str, mx.array],
     mlp: StreamedNeurons,
     dtype: mx.Dtype,
@@ -439,10 +455,14 @@ def _make_predictor(
     prefix = f"{layer}."
     names = [name for name in tensors if name.startswith(prefix)]
     own = {name.removeprefix(prefix): _as_used(name, tensors.pop(name), dtype) for name in names}
+    if setting is not None and "c" in own:
+        own["c"] = own["c"] - setting.shifts[layer]
     mx.eval(own)
     try:
         if kind == "lowrank":
             return LowRankPredictor(own["a"], own["b"], own["c"])
+        if kind == "imported":
+            return ImportedPredictor(own["a"], own["h"], own["b"], own["c"])
         report = manifest.predictors[kind]
         shadow = ShadowPredictor(
             own["weight"], own["scales"], own["biases"], own["c"], report["bits"], report["group_size"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .flash.files import Manifest
+from .layers.recall import Setting
 from .plan import Plan
 from .stats import Counters
 
@@ -35,6 +36,7 @@ class Runtime:
     vocabulary: int  # tokens that the model knows
     positions: int  # tokens that it can look back on, whatever is planned
     manifest: Manifest | None = None  # of the store; None where the checkpoint itself is read
+    setting: Setting | None = None  # of a stored predictor: its recall, and what it was measured to do
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
 
     def settle(self) -> None:

@@ -357,6 +357,8 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
         values = report.get(key)
         if not isinstance(values, list) or len(values) != layers or not all(type(v) in (int, float) for v in values):
             return f"{key} of predictor {kind} is not one number per layer"
+    if problem := _recall_problem(report, layers):
+        return f"{problem} of predictor {kind}"
     for key in ("bytes", *(key for key in ("bits", "group_size") if key in report)):
         if not _is_count(report.get(key)):
             return f"{key} of predictor {kind} is {report.get(key)!r:.80}"
@@ -365,3 +367,33 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
     ):
         return f"predictor {kind} has {report.get('bits')!r:.20} bits in groups of {report.get('group_size')!r:.20}"
     return None
+
+
+def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
+    """Which field about other recalls is not what it must be, or None."""
+    table = report.get("table")
+    targets = table.get("recall") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not _are_numbers(targets):
+        return "table"
+    if not targets or list(targets) != sorted(set(targets)) or not 0 < targets[0] <= targets[-1] <= 1:
+        return "the recalls in the table"
+    if report.get("target") not in targets:
+        return "target"
+    for key in ("threshold", "caught", "predicted"):
+        rows = table.get(key)
+        if not isinstance(rows, list) or len(rows) != layers:
+            return f"{key} in the table"
+        if not all(_are_numbers(row) and len(row) == len(targets) for row in rows):
+            return f"{key} in the table"
+    perplexity = report.get("perplexity", 0)
+    if perplexity is not None:
+        names = ("dense", "predicted", "tokens")
+        if not isinstance(perplexity, dict) or not _are_numbers([perplexity.get(name) for name in names]):
+            return "perplexity"
+        if not perplexity["dense"] > 0:
+            return "perplexity"
+    return None
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)

@@ -46,8 +46,26 @@ class LowRankPredictor:
     def __init__(self, a: mx.array, b: mx.array, c: mx.array) -> None:
         self.a, self.b, self.c = a, b, c
 
+    def score(self, x: mx.array) -> mx.array:
+        """x: (N, D) -> (N, F): above 0 where a neuron is chosen."""
+        return (x @ self.a) @ self.b + self.c
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        return (x @ self.a) @ self.b + self.c > 0, None
+        return self.score(x) > 0, None
+
+
+class ImportedPredictor(LowRankPredictor):
+    """As PowerInfer publishes them: a ReLU between the two layers. h: (r,); a neuron is chosen if
+
+    relu(x a + h) b + c > 0
+    """
+
+    def __init__(self, a: mx.array, h: mx.array, b: mx.array, c: mx.array) -> None:
+        super().__init__(a, b, c)
+        self.h = h
+
+    def score(self, x: mx.array) -> mx.array:
+        return mx.maximum(x @ self.a + self.h, 0) @ self.b + self.c
 
 
 class ShadowPredictor:
@@ -65,8 +83,12 @@ class ShadowPredictor:
         self.bits = bits
         self.group_size = group_size
 
+    def score(self, x: mx.array) -> mx.array:
+        """x: (N, D) -> (N, F): above 0 where a neuron is chosen."""
+        return self._coarse(x) + self.c
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        return self._coarse(x) + self.c > 0, None
+        return self.score(x) > 0, None
 
     def _coarse(self, x: mx.array) -> mx.array:
         return mx.quantized_matmul(

@@ -220,6 +220,8 @@ def test_generation_stays_within_the_plan_and_says_the_same(
 def test_a_predictor_is_a_mistake(mixture_of: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="its router chooses"):
         loading.load(mixture_of("mixtral"), predictor="shadow")
+    with pytest.raises(UsageError, match="its router misses nothing"):
+        loading.load(mixture_of("mixtral"), recall=0.9)
 
 
 def test_nothing_of_an_expert_is_a_parameter(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:

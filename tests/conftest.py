@@ -124,7 +124,8 @@ def unpacked(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: i
 def make_tiny(folder: Path, checkpoint: Path, vocab: int, **settings: Any) -> Tiny:
     """Converts; then sets small pieces, and lets every layer select."""
     write_tokenizer(checkpoint, vocab)
-    convert(checkpoint, folder / "store", Settings(calibration_tokens=1024, **settings))
+    # Random matrices are of full rank: within the default memory a low rank would choose every neuron.
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=1024, predictor_memory=1 << 20, **settings))
     layout = read_manifest(folder / "store").layout
     layout = replace(layout, piece_neurons=layout.blocks // PIECES * layout.neurons_per_block)
     change_manifest(folder / "store", layout=layout, all_neurons_layers=())

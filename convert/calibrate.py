@@ -27,7 +27,7 @@ class Following:
     """Some of the sequences once more, behind the others, each FFN computing with the neurons that are chosen."""
 
     hidden: list[mx.array]  # (B, T, D) each; changed in place
-    choose: Choose | None = None  # for the layer whose turn it is; None: all neurons
+    choose: Choose | None = None  # for the layer whose turn it is, then dropped; None: all neurons
 
 
 def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, positions: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def layer_activations(
         recorder.recording = False
         yield join(recorder.inputs), join(recorder.scores), recorder.ffn  # the first two not kept meanwhile
         for following in followings:
-            recorder.choose = following.choose
+            recorder.choose, following.choose = following.choose, None
             _advance(layer, following.hidden)
         model.layers[index] = None
         del layer, recorder

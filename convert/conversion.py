@@ -397,6 +397,7 @@ class _Conversion:
             for kind in self.kinds:
                 arrays, report = self._layer_predictor(layer, kind, sample, None if norms is None else norms[layer])
                 followings[kind].choose = partial(predictors.chosen, arrays)
+                del arrays  # dropped with it
                 dense = dense or (kind == self.default_kind and _is_dense(report["predicted"]))
             if dense:
                 for following in followings.values():

@@ -61,19 +61,21 @@ def reduced_rank(sample: Sample, rank: int, rng: np.random.Generator) -> tuple[n
     b has orthonormal rows, the most important first (a randomised range finder), so that the first columns of a and
     rows of b are the best of that rank. mean: (D,); c: (F,), the scores' mean.
     """
-    x, y = sample.x[~sample.held_out], sample.before[~sample.held_out]
-    mean, c = x.mean(axis=0), y.mean(axis=0)
-    x -= mean
+    trained = ~sample.held_out
+    mean, y = sample.x[trained].mean(axis=0), sample.before[trained]
+    c = y.mean(axis=0)
     y -= c
     rank = min(rank, *y.shape)
     size = min(rank + 8, *y.shape)
     basis = np.linalg.qr(y.T @ rng.standard_normal((len(y), size), dtype=np.float32))[0]
     for _ in range(2):
-        basis = np.linalg.qr(y.T @ (y @ basis))[0]
+        basis = y @ basis  # the larger one goes before the next is made
+        basis = np.linalg.qr(y.T @ basis)[0]
     top = np.linalg.svd(y @ basis, full_matrices=False)[2][:rank]
     b = np.ascontiguousarray((basis @ top.T).T)
     if is_projection(sample):  # its weights are known: nothing to regress
         return sample.up.sum_of_rows(b).T, b, mean, c
+    x = sample.x[trained] - mean
     square = x.T @ x
     square[np.diag_indices_from(square)] += RIDGE * np.trace(square) / len(square)
     return np.linalg.solve(square, x.T @ (y @ b.T)), b, mean, c
@@ -106,17 +108,22 @@ def train_logistic(sample: Sample, factors: Factors, rng: np.random.Generator) -
             rows = order[begin : begin + BATCH]
             batch, wanted = x[rows], y[rows]
             thin = batch @ parameters[0]  # (n, D) @ (D, r)
-            score = np.clip(thin @ parameters[1] + parameters[2], -30, 30)
-            error = 1 / (1 + np.exp(-score)) - wanted
+            score = thin @ parameters[1]  # (n, r) @ (r, F)
+            score += parameters[2]
+            np.clip(score, -30, 30, out=score)
+            np.exp(np.negative(score, out=score), out=score)
+            score += 1
+            error = np.reciprocal(score, out=score)
+            error -= wanted
             error *= np.where(wanted, weight_on, weight_off) / len(error)
             gradients = [batch.T @ (error @ parameters[1].T), thin.T @ error, error.sum(axis=0)]
             step += 1
             decay = np.float32(1 - step / (steps + 1))
             for i, gradient in enumerate(gradients):  # in place: b may be large
+                gradient *= np.float32(0.1)
                 means[i] *= np.float32(0.9)
-                means[i] += np.float32(0.1) * gradient
-                np.square(gradient, out=gradient)
-                gradient *= np.float32(0.01)
+                means[i] += gradient
+                np.square(gradient, out=gradient)  # of a tenth: the hundredth that is to be added
                 squares[i] *= np.float32(0.99)
                 squares[i] += gradient
                 np.divide(squares[i], np.float32(1 - 0.99**step), out=gradient)

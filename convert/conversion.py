@@ -454,7 +454,13 @@ class _Conversion:
         path = self.predictor_files[layer]
         neurons, width = sample.up.shape
         arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
-        return predictors.make_imported(arrays, sample, recall, dtype)
+        made = predictors.make_imported(arrays, sample, recall, dtype)
+        if made.active > 0 and made.recall < recall / 2:  # scores that are all alike, or overflow: no threshold helps
+            raise CheckpointError(
+                f"{path} catches {made.recall:.1%} of the active neurons, with a threshold set for {recall:.1%}. Was "
+                "it made for this model? Convert without --predictor-from."
+            )
+        return made
 
     def _layer_file(self, layer: int, kind: str) -> Path:
         return self.partial / f"layer-{layer:04d}-{kind}.safetensors"

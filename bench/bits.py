@@ -26,6 +26,8 @@ from mlx_flash.flash.system import current_memory_bytes
 from .report import environment, spread
 from .score import score
 
+LEAST_TOKENS = 64
+
 
 @dataclass
 class Row:
@@ -41,7 +43,9 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint to convert (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
-    parser.add_argument("--tokens", type=whole_number(64, 10**9), default=8000, help="to score (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=whole_number(LEAST_TOKENS, 10**9), default=8000, help="to score (default: %(default)s)"
+    )
     parser.add_argument(
         "--stores",
         type=_stores,
@@ -76,6 +80,8 @@ def main(arguments: argparse.Namespace) -> None:
     source = demo_folder() if arguments.model is None else find_checkpoint(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         rows = make_stores(source, Path(folder), arguments.stores, groups)
+        if not rows:
+            raise UsageError(f"{source} can be stored in none of these ways (see above). Choose other --stores.")
         ids: list[int] = []
         prefix: list[int] = []
         for row in rows:
@@ -120,6 +126,8 @@ def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[
 
     model, tokenizer = loading.load(row.store)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[:tokens]
+    if len(ids) < LEAST_TOKENS:
+        raise UsageError(f"--text has {len(ids)} tokens, expected at least {LEAST_TOKENS}.")
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     runtime = model.flash
     steps = {"perplexity": PREFILL_TOKENS, "predicted_perplexity": runtime.manifest.decode_tokens}

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
 
@@ -125,6 +126,11 @@ def layer_activations(
                 if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                     layer.self_attn[name] = HostLinear(module)  # as an item, so that `name in self_attn` still holds
         _advance(layer, hidden)
+        if not all(mx.isfinite(batch).all().item() for batch in hidden):
+            raise CheckpointError(
+                f"layer {index} makes numbers that are not finite of the calibration text. Is config.json the one of "
+                "these weights? Download the checkpoint again, or choose a wider --dtype."
+            )
         recorder.recording = False
         yield join(recorder.inputs), join(recorder.scores), recorder.ffn  # the first two not kept meanwhile
         for following in followings:

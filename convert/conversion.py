@@ -53,6 +53,7 @@ from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
+LEAST_POSITIONS = 3  # an opening token, another, and one to predict
 DIGITS = 5  # of the shares in the manifest
 RESIDENT_GROUP = 64  # mlx-lm's
 SPARE_BYTES = 64 << 20
@@ -133,7 +134,7 @@ class _Conversion:
         settings: Settings,
         seconds: dict[str, float],
     ) -> None:
-        from mlx_flash.loading import model_classes
+        from mlx_flash.loading import CONFIG_ERRORS, first_line, model_classes
 
         self.checkpoint, self.family, self.activation = checkpoint, family, activation
         self.output, self.settings, self.seconds = output, settings, seconds
@@ -145,11 +146,16 @@ class _Conversion:
             self.positions = int(getattr(args, family.positions_key))
             if not 0 < self.layers <= len(checkpoint.tensors):
                 raise ValueError(f"{family.layers_key} is {self.layers}, with {len(checkpoint.tensors)} tensors")
+            if self.positions < LEAST_POSITIONS:
+                raise ValueError(f"{family.positions_key} is {self.positions}, expected at least {LEAST_POSITIONS}")
             self.model = model_class(args)  # its random weights are never evaluated
+            self.model(mx.zeros((1, 2), mx.int32))  # nor this: but heads and rotations must fit the shapes
             # What the model calls a tensor -> what the checkpoint calls it.
             self.original = {new: old for old in checkpoint.tensors for new in self.model.sanitize({old: mx.array(0)})}
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'} does not describe a model: {error}") from None
+        except CONFIG_ERRORS as error:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'} does not describe a model: {first_line(error)}"
+            ) from None
         self.layout, self.dtype = self._plan_layout()
         bits = settings.resident_bits
         self.resident = ResidentTensors(
@@ -160,6 +166,11 @@ class _Conversion:
             getattr(mx, self.dtype),
             self._finite_pieces,
         )
+        if bits < 16 and not self.resident.packed:
+            raise UsageError(
+                f"{checkpoint.folder} cannot be stored with --resident-bits {bits}: no matrix has rows that divide "
+                f"into groups of {RESIDENT_GROUP}. Use --resident-bits 16."
+            )
         self.kinds = ["lowrank"]
         if self.layout.neurons % predictors.SHADOW_GROUP == 0:
             self.kinds.append("shadow")
@@ -186,11 +197,12 @@ class _Conversion:
         neurons, width = up.shape
         found = {self._find(name).dtype for name in dict(tree_flatten(self.model.parameters()))}
         dtype = self.settings.dtype or (up.dtype if len(found) == 1 else "float32")
+        if others := found - {*DTYPES}:  # integers are another quantisation's: without its scales they mean nothing
+            names = ", ".join(sorted(others))
+            raise CheckpointError(f"{self.checkpoint.folder} is stored in {names}; expected {', '.join(DTYPES)}.")
         if len(found) > 1 and self.settings.dtype is None:
             note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}: stored in {dtype} (--dtype)"
             tqdm.write(note, file=sys.stderr)
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{self.checkpoint.folder} is stored in {dtype}; expected {', '.join(DTYPES)}.")
         bits, group = self.settings.bits, self.settings.group_size
         if problem := group_problem(bits, group if bits < 16 else 0, width):
             raise UsageError(f"{self.checkpoint.folder} cannot be stored with --bits {bits}: {problem}. Use --bits 16.")
@@ -442,7 +454,13 @@ class _Conversion:
         path = self.predictor_files[layer]
         neurons, width = sample.up.shape
         arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
-        return predictors.make_imported(arrays, sample, recall, dtype)
+        made = predictors.make_imported(arrays, sample, recall, dtype)
+        if made.active > 0 and made.recall < recall / 2:  # scores that are all alike, or overflow: no threshold helps
+            raise CheckpointError(
+                f"{path} catches {made.recall:.1%} of the active neurons, with a threshold set for {recall:.1%}. Was "
+                "it made for this model? Convert without --predictor-from."
+            )
+        return made
 
     def _layer_file(self, layer: int, kind: str) -> Path:
         return self.partial / f"layer-{layer:04d}-{kind}.safetensors"

@@ -23,7 +23,7 @@ class Family:
     activations: Mapping[str, str]  # what the configuration calls it -> the kind of Activation; others are not sparse
     activation_key: str = "hidden_act"
     default_activation: str | None = None  # where the configuration does not say
-    threshold_key: str | None = None
+    threshold_keys: Mapping[str, str] = field(default_factory=dict)  # of an activation that has a threshold
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     instead: str = "a relufied version of it"  # of a model that is not sparse
@@ -55,7 +55,7 @@ class Family:
                 f"neuron needs {' or '.join(self.activations)} there. What would work: {self.instead}, or, if it fits "
                 "into memory, a runtime that loads it whole, such as mlx-lm."
             )
-        threshold = config.get(self.threshold_key, 0.0) if self.threshold_key else 0.0
+        threshold = config.get(self.threshold_keys[found], 0.0) if found in self.threshold_keys else 0.0
         try:
             return Activation(self.activations[found], threshold)
         except ValueError as error:
@@ -68,12 +68,12 @@ LLAMA_LIKE = Family(
     matrices=("gate_proj", "up_proj", "down_proj"),
     activations={"relu": "relu", "fatrelu": "relu"},
     default_activation="silu",
-    threshold_key="hidden_act_param",
+    threshold_keys={"fatrelu": "hidden_act_param"},
     instead="a relufied version (SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b)",
 )
 
 FAMILIES = {
-    "bamboo": replace(LLAMA_LIKE, activations={"relu": "drelu"}, default_activation="relu", threshold_key=None),
+    "bamboo": replace(LLAMA_LIKE, activations={"relu": "drelu"}, default_activation="relu"),
     "falcon": Family(
         ffn="transformer.h.{}.mlp",
         matrices=("dense_h_to_4h", "dense_4h_to_h"),
@@ -86,7 +86,6 @@ FAMILIES = {
     "mistral": replace(
         LLAMA_LIKE,
         activations={"relu": "relu"},
-        threshold_key=None,
         instead="a relufied version (PowerInfer/TurboSparse-Mistral-Instruct), its mixture-of-experts sibling Mixtral",
     ),
     "nemotron": Family(

@@ -54,6 +54,8 @@ from .runtime import Runtime
 
 # Cheap enough to be asked twice. Nothing depends on a guess but time.
 LOOK_AHEAD_PREDICTORS = STORED_PREDICTORS
+# What mlx-lm's models raise for a configuration that describes none.
+CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -66,6 +68,11 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
         raise UnsupportedModelError(f"no model of type {model_type!r} is known here.")
     module = import_module(f"mlx_flash.models.{model_type}")
     return module.Model, module.ModelArgs
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; MLX's list every way to call a function."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
@@ -157,22 +164,45 @@ def load(
     model_class, args_class = model_classes(config)
     try:
         args = args_class.from_dict(config)
-    except (TypeError, ValueError) as error:
-        raise CorruptStoreError(f"{folder / 'config.json'}: {error}. Convert the checkpoint again.") from None
-    context = min(context, getattr(args, "max_position_embeddings", context))
+        model = model_class(args)  # its random weights are never evaluated
+        context = min(context, getattr(args, "max_position_embeddings", context))
+    except CONFIG_ERRORS as error:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
+        ) from None
     _check_compiler(say)
     mx.set_cache_limit(MLX_CACHE_BYTES)
-    model = model_class(args)
     if len(model.layers) != manifest.layout.layers:
         raise CorruptStoreError(
             f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
+    _check_ffn(model.layers[0].mlp, manifest, folder)
     plan = _plan(model, args, manifest, kind, setting, folder, budget, context, threads)
     say(plan.describe())
     if setting is not None:
         say(setting.describe())
     return _build(model, manifest, plan, kind, setting, folder, window, threads, io, say), tokenizer
+
+
+def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
+    """Neurons of another shape or activation than the model's give wrong text. Raises CorruptStoreError."""
+    from mlx.utils import tree_flatten
+
+    parameters: Any = tree_flatten(ffn.parameters())
+    layout = manifest.layout
+    expected = [(layout.neurons, layout.width)] * (len(layout.parts) - 1) + [(layout.width, layout.neurons)]
+    found = [value.shape for _, value in parameters if value.ndim == 2]
+    try:
+        activation = Activation(**manifest.activation)
+    except ValueError as error:
+        raise CorruptStoreError(f"{folder}: {error}. Convert the checkpoint again.") from None
+    own = getattr(ffn, "_activation", Activation())
+    if sorted(found) != sorted(expected) or activation != own:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} speaks of an FFN {sorted(found)} with {own}, the manifest of {sorted(expected)} "
+            f"with {activation}. Convert the checkpoint again."
+        )
 
 
 def _import_mlx_lm() -> None:
@@ -330,10 +360,7 @@ def _build(
         say(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
         )
-    try:
-        activation = Activation(**manifest.activation)
-    except ValueError as error:
-        raise CorruptStoreError(f"{folder}: {error}. Convert the checkpoint again.") from None
+    activation = Activation(**manifest.activation)
     streamer = Streamer(file, Reader(threads), layout)
     bias = any(name.endswith(".up_bias") for name in _tensors(folder / Manifest.resident_file))
     for index, layer in enumerate(model.layers):
@@ -459,6 +486,12 @@ def _make_predictor(
         own["c"] = own["c"] - setting.shifts[layer]
     mx.eval(own)
     try:
+        for name, shape in _predictor_shapes(kind, own, manifest).items():
+            if own[name].shape != shape:
+                raise CorruptStoreError(
+                    f"{Manifest.predictor_file(kind)}: {prefix}{name} has shape {own[name].shape}, expected {shape}. "
+                    "Convert the checkpoint again."
+                )
         if kind == "lowrank":
             return LowRankPredictor(own["a"], own["b"], own["c"])
         if kind == "imported":
@@ -474,3 +507,15 @@ def _make_predictor(
     if layer == 0 and mx.default_device() != mx.cpu:
         shadow.self_test()
     return shadow
+
+
+def _predictor_shapes(kind: str, own: dict[str, mx.array], manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """What the tensors of one layer's predictor must be, by their names."""
+    width, neurons = manifest.layout.width, manifest.layout.neurons
+    if kind == "shadow":
+        report = manifest.predictors[kind]
+        groups = width, neurons // report["group_size"]
+        return {"weight": (width, neurons * report["bits"] // 32), "scales": groups, "biases": groups, "c": (neurons,)}
+    rank = own["a"].shape[-1]
+    bias = {"h": (rank,)} if kind == "imported" else {}
+    return {"a": (width, rank), "b": (rank, neurons), "c": (neurons,), **bias}

@@ -43,6 +43,11 @@ def test_stores_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureF
             run("bits", *flags, flag, value)
     with pytest.raises(SystemExit):
         run("bits", *flags, "--stores", "5")
+    with pytest.raises(UsageError, match="none of these ways"):
+        run("bits", *flags, "--stores", "4", "--groups", "128")
+    text.write_text("Too short.")
+    with pytest.raises(UsageError, match="--text has 10 tokens"):
+        run("bits", *flags, "--stores", "16")
 
 
 def test_a_plan_from_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,12 @@ def test_what_is_refused_is_named_with_what_would_work(config: dict[str, Any], s
     assert said in str(caught.value)
 
 
+def test_only_fatrelu_has_a_threshold() -> None:
+    config = {"model_type": "sparsellama", "hidden_act_param": 0.5}
+    found = [family_of(config, "X").activation({**config, "hidden_act": name}, "X") for name in ("relu", "fatrelu")]
+    assert [activation.threshold for activation in found] == [0.0, 0.5]
+
+
 def published(tmp_path: Path, variant: str, **changes: Any) -> Path:
     """A golden checkpoint with other keys in its config.json; None removes one."""
     folder = tmp_path / "checkpoint"

@@ -217,6 +217,16 @@ def test_a_gated_model(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report["perplexity"]["predicted"] == pytest.approx(report["perplexity"]["dense"], rel=1e-3)
 
 
+def test_predictors_that_catch_nothing_are_no_default(
+    checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = perfect(checkpoint)
+    monkeypatch.setattr(imported, "check_files", lambda *_: None)
+    monkeypatch.setattr(imported, "read_file", lambda path: tuple(matrix * 0 for matrix in read(path)))
+    with pytest.raises(CheckpointError, match="model_0.pt catches 0.0% of the active neurons"):
+        convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=1024, predictor_from=files))
+
+
 def test_other_files_begin_anew(
     checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,15 +1,17 @@
 """What is refused that would otherwise give wrong text: each found by trying."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import write_tokenizer  # type: ignore[import-not-found]  # found beside this file
-from tiny import make_checkpoint  # type: ignore[import-not-found]
+from conftest import change_manifest, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
+from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
@@ -116,10 +118,92 @@ def test_whole_numbers(text: str, said: str) -> None:
 
 
 def test_the_shadow_s_bits_are_those_that_mlx_has(own_store: Path) -> None:
-    from conftest import change_manifest
-
     predictors = json.loads((own_store / "manifest.json").read_text())["predictors"]
     predictors["shadow"]["bits"] = 7
     change_manifest(own_store, predictors=predictors)
     with pytest.raises(CorruptStoreError, match="predictor shadow has 7 bits"):
+        read_manifest(own_store)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": {"factor": 2}}, "expected a rope_type"),
+        ({"rope_parameters": []}, r"rope_parameters is \[\]"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"vocab_size": 0}, "does not describe a model: AssertionError"),
+        ({"num_key_value_heads": "2"}, "does not describe a model: [^\n]*$"),
+    ],
+)
+def test_configurations_that_describe_no_model(tmp_path: Path, found: dict[str, Any], said: str) -> None:
+    folder = make_gated_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text()) | found
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=said):
+        convert(folder, tmp_path / "store", Settings(calibration_tokens=64))
+
+
+def test_heads_that_do_not_fit_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", num_attention_heads=-4)
+    with pytest.raises(CheckpointError, match="does not describe a model"):
+        convert(folder, tmp_path / "store", Settings(calibration_tokens=64))
+    assert not (tmp_path / "store.partial").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_integers_are_no_weights(checkpoint: Path, tmp_path: Path, dtype: str | None) -> None:
+    name = "model.decoder.layers.1.fc2.weight"
+    change_tensor(checkpoint, name, lambda w: (w * 100).astype(mx.int8))
+    with pytest.raises(CheckpointError, match=r"stored in int8; expected float32"):
+        convert(checkpoint, tmp_path / "store", Settings(dtype=dtype, calibration_tokens=64))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weights_that_overflow(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("fc1", "fc2"):
+        change_tensor(checkpoint, f"model.decoder.layers.0.{name}.weight", lambda w: w * 1e30)
+    with pytest.raises(CheckpointError, match="layer 0 makes numbers that are not finite"):
+        convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
+
+
+def test_resident_bits_for_which_no_matrix_has_groups(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", hidden=32)
+    with pytest.raises(UsageError, match="cannot be stored with --resident-bits 4"):
+        convert(folder, tmp_path / "store", Settings(resident_bits=4, calibration_tokens=64))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [{"kind": "relu2", "threshold": 0.0}, {"kind": "relu", "threshold": 1.0}, {"kind": "relu", "threshold": True}],
+)
+def test_another_activation_than_the_model_s(own_store: Path, open_model: Any, activation: dict[str, Any]) -> None:
+    change_manifest(own_store, activation=activation)
+    with pytest.raises(CorruptStoreError, match=r"activation|FFN"):
+        open_model(own_store)
+
+
+def test_other_parts_than_the_model_s(tiny_of: Any, tmp_path: Path, open_model: Any) -> None:
+    folder = shutil.copytree(tiny_of("gated 8 bits").store, tmp_path / "store")
+    change_manifest(folder, layout=replace(read_manifest(folder).layout, parts=("up", "down")))
+    with pytest.raises(CorruptStoreError, match="speaks of an FFN"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("found", [{"bits": 8}, {"group_size": 32}])
+def test_a_shadow_of_another_shape(own_store: Path, open_model: Any, found: dict[str, int]) -> None:
+    predictors = json.loads((own_store / "manifest.json").read_text())["predictors"]
+    predictors["shadow"] |= found
+    change_manifest(own_store, predictors=predictors)
+    with pytest.raises(CorruptStoreError, match=r"predictor-shadow.safetensors: .* has shape"):
+        open_model(own_store, predictor="shadow")
+
+
+def test_numbers_in_a_report_that_are_not_finite(own_store: Path) -> None:
+    predictors = json.loads((own_store / "manifest.json").read_text())["predictors"]
+    predictors["shadow"]["perplexity"]["tokens"] = float("inf")
+    change_manifest(own_store, predictors=predictors)
+    with pytest.raises(CorruptStoreError, match="perplexity of predictor shadow"):
         read_manifest(own_store)

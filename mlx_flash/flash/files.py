@@ -217,7 +217,7 @@ class Manifest:
         layout = self.layout
         if type(self.model_type) is not str or type(self.source) is not dict:
             return "model_type or source has the wrong type"
-        if set(self.activation) != {"kind", "threshold"}:
+        if not isinstance(self.activation, dict) or set(self.activation) != {"kind", "threshold"}:
             return f"activation is {self.activation!r:.80}"
         if self.resident_dtype not in ITEM_BYTES:
             return f"resident_dtype is {self.resident_dtype!r:.80}"
@@ -355,7 +355,7 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
         return f"a predictor is {kind!r}"
     for key in ("recall", "predicted", "active"):
         values = report.get(key)
-        if not isinstance(values, list) or len(values) != layers or not all(type(v) in (int, float) for v in values):
+        if not isinstance(values, list) or len(values) != layers or not _are_numbers(values):
             return f"{key} of predictor {kind} is not one number per layer"
     if problem := _recall_problem(report, layers):
         return f"{problem} of predictor {kind}"
@@ -396,4 +396,4 @@ def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)

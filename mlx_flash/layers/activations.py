@@ -29,7 +29,7 @@ class Activation:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        sound = isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold) and self.threshold >= 0
+        sound = type(self.threshold) in (int, float) and math.isfinite(self.threshold) and self.threshold >= 0
         if self.kind not in KINDS or not sound:
             raise ValueError(
                 f"activation {self.kind!r} with threshold {self.threshold!r}: expected one of {', '.join(KINDS)} and a "

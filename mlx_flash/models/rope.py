@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,10 +25,28 @@ class RopeArgs(BaseModelArgs):
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any]) -> Any:
-        return super().from_dict(at_top_level(params))
+        flat = at_top_level(params)
+        if problem := _problem(flat):
+            raise ValueError(problem)
+        return super().from_dict(flat)
 
     def refuse_rope_scaling(self) -> None:
         """For models that would ignore it. Raises ValueError."""
         scaling: Any = getattr(self, "rope_scaling", None)
         if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
             raise ValueError(f"rope_scaling is {scaling}, which is not supported for this model type: expected none")
+
+
+def _problem(config: Mapping[str, Any]) -> str | None:
+    """What mlx-lm would stumble over, or pass over, in a configuration as `at_top_level` gives it; or None."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), (Mapping, type(None))):
+            return f"{key} is {config[key]!r:.80}, expected an object or null"
+    scaling = config.get("rope_scaling")
+    if scaling and not isinstance(scaling.get("rope_type", scaling.get("type")), str):
+        return f"rope_scaling is {dict(scaling)!r:.80}, expected a rope_type in it"
+    for key, most in (("rope_theta", math.inf), ("partial_rotary_factor", 1)):
+        value = config.get(key, 1)
+        if type(value) not in (int, float) or not 0 < value <= most or math.isinf(value):
+            return f"{key} is {value!r:.80}, expected a number above 0" + (f", at most {most}" if most == 1 else "")
+    return None

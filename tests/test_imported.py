@@ -223,7 +223,7 @@ def test_predictors_that_catch_nothing_are_no_default(
     read = perfect(checkpoint)
     monkeypatch.setattr(imported, "check_files", lambda *_: None)
     monkeypatch.setattr(imported, "read_file", lambda path: tuple(matrix * 0 for matrix in read(path)))
-    with pytest.raises(CheckpointError, match="model_0.pt catches 0.0% of the active neurons"):
+    with pytest.raises(CheckpointError, match=r"model_0\.pt catches 0\.0% of the active neurons"):
         convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=1024, predictor_from=files))
 
 

@@ -166,11 +166,6 @@ class _Conversion:
             getattr(mx, self.dtype),
             self._finite_pieces,
         )
-        if bits < 16 and not self.resident.packed:
-            raise UsageError(
-                f"{checkpoint.folder} cannot be stored with --resident-bits {bits}: no matrix has rows that divide "
-                f"into groups of {RESIDENT_GROUP}. Use --resident-bits 16."
-            )
         self.kinds = ["lowrank"]
         if self.layout.neurons % predictors.SHADOW_GROUP == 0:
             self.kinds.append("shadow")

@@ -169,12 +169,6 @@ def test_weights_that_overflow(checkpoint: Path, tmp_path: Path) -> None:
         convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
 
 
-def test_resident_bits_for_which_no_matrix_has_groups(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "checkpoint", hidden=32)
-    with pytest.raises(UsageError, match="cannot be stored with --resident-bits 4"):
-        convert(folder, tmp_path / "store", Settings(resident_bits=4, calibration_tokens=64))
-
-
 @pytest.mark.parametrize(
     "activation",
     [{"kind": "relu2", "threshold": 0.0}, {"kind": "relu", "threshold": 1.0}, {"kind": "relu", "threshold": True}],

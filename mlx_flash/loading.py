@@ -146,8 +146,8 @@ def load(
         if recall is not None:
             raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
         _check_compiler(say)
-        model = load_mixture(source, budget, window, threads, context, io, say)
-        return model, load_tokenizer(source, config)
+        tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
+        return load_mixture(source, budget, window, threads, context, io, say), tokenizer
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
     config = _read_config(folder)
@@ -237,8 +237,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
     try:
         return load_config(folder)
-    except (OSError, ValueError) as error:
-        raise CorruptStoreError(f"{folder / 'config.json'}: {error}. Convert the checkpoint again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        path = folder / "config.json"
+        if not is_store(folder):
+            raise CheckpointError(f"{path} cannot be used: {error}. Download the checkpoint again.") from None
+        raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
 
 
 def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:

@@ -6,7 +6,10 @@ passes on is found by identity, one that it makes with `mx.stack` by what was st
 
 from __future__ import annotations
 
+import glob
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .defaults import PREFILL_TOKENS
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, ReadError, UnsupportedModelError
 from .flash.checksums import TensorEntry, read_header
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
 from .flash.files import round_up
@@ -28,6 +31,7 @@ from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand,
 from .runtime import Runtime
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
+WATCHING = threading.Lock()  # held while `mx.stack` is another function
 
 
 @dataclass
@@ -36,25 +40,29 @@ class Provenance:
 
     sources: dict[str, list[str]] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
+    arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` gave them back: what is changed later is seen
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
-        """Calls `sanitize`, and notes what became of every tensor."""
+        """Calls `sanitize`, and notes what became of every tensor. One at a time, whatever the threads."""
         kept = dict(weights)  # alive, so that no identity is given to another array
         name_of = {id(array): name for name, array in kept.items()}
         stacks: dict[int, tuple[Any, list[Any]]] = {}
-        stack = mx.stack
 
         def noting(arrays: Sequence[Any], axis: int = 0, **options: Any) -> Any:
-            result = stack(list(arrays), axis, **options)
+            parts = list(arrays)
+            result = stack(parts, axis, **options)
             if axis == 0:
-                stacks[id(result)] = (result, list(arrays))
+                stacks[id(result)] = (result, parts)
             return result
 
-        mx.stack = noting  # type: ignore[assignment]
-        try:
-            result = sanitize(weights)
-        finally:
-            mx.stack = stack
+        with WATCHING:
+            stack = mx.stack
+            mx.stack = noting  # type: ignore[assignment]
+            try:
+                result = sanitize(weights)
+            finally:
+                mx.stack = stack
+        self.arrays = dict(result)
         for name, array in result.items():
             if id(array) in name_of:
                 self.sources[name] = [name_of[id(array)]]
@@ -110,14 +118,26 @@ class Mixture:
 
 
 def is_mixture(config: dict[str, Any]) -> bool:
-    """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated."""
+    """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
+
+    Raises CheckpointError if mlx-lm has a family of models with such layers for it, and cannot build one.
+    """
     from mlx_lm.utils import _get_classes
 
     try:
         model_class, args_class = _get_classes(config)
-        return any(True for _ in _switches(model_class(args_class.from_dict(config))))
     except Exception:  # whatever it lacks: then it is none that could be run
         return False
+    try:
+        return any(True for _ in _switches(model_class(args_class.from_dict(config))))
+    except Exception as error:
+        family = sys.modules[model_class.__module__]
+        if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
+            return False
+        raise CheckpointError(
+            f"mlx-lm cannot build the model that config.json describes ({config['model_type']}): {_said(error)}. "
+            "Download the checkpoint again."
+        ) from None
 
 
 def open_mixture(folder: Path) -> Mixture:
@@ -139,8 +159,10 @@ def open_mixture(folder: Path) -> Mixture:
 
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=classes)
-    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
-        raise CheckpointError(f"mlx-lm cannot load {folder}: {error}") from None
+    except Exception as error:  # mlx-lm raises plain ones
+        raise CheckpointError(
+            f"mlx-lm cannot load {folder}: {_said(error)}. Are all shards there, and config.json theirs?"
+        ) from None
     switches = {}
     for path, module in _switches(model):
         tensors = {}
@@ -177,7 +199,8 @@ def _locate(
     found = [entries[name] for name in provenance.sources.get(key, []) if name in entries]
     whole = part * experts if key not in provenance.stacked else part
     wanted = experts if key in provenance.stacked else 1
-    if len(found) != wanted or any(entry.end - entry.begin != whole for _, entry in found):
+    changed = provenance.arrays.get(key) is not array
+    if changed or len(found) != wanted or any(entry.end - entry.begin != whole for _, entry in found):
         raise UnsupportedModelError(
             f"the experts of {folder} ({key}) do not lie in the checkpoint as they are computed with: mlx-lm changes "
             f"them when it loads them. Convert it once: `mlx_lm.convert --hf-path {folder} --mlx-path OUTPUT` (with -q "
@@ -194,8 +217,11 @@ def _locate(
 
 
 def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], list[Path]]:
-    """Name -> (number of the file, entry), as mlx-lm finds them: in model*.safetensors."""
-    files = sorted(folder.glob("model*.safetensors"))
+    """Name -> (number of the file, entry), as mlx-lm finds them: in model*.safetensors.
+
+    Of a name that several files have, mlx-lm takes the last one's tensor, in the order that the file system gives.
+    """
+    files = [Path(name) for name in glob.glob(str(folder / "model*.safetensors"))]
     entries: dict[str, tuple[int, TensorEntry]] = {}
     for number, file in enumerate(files):
         try:
@@ -258,9 +284,15 @@ def load_mixture(
     """
     mx.set_cache_limit(MLX_CACHE_BYTES)
     mixture = open_mixture(folder)
-    positions = int(_setting(mixture.config, "max_position_embeddings") or context)
+    positions = _number(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
-    shape = trace(mixture, context)
+    try:
+        shape = trace(mixture, context)
+    except Exception as error:  # mlx-lm's model and MLX raise plain ones
+        raise CheckpointError(
+            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {_said(error)}. "
+            "Download the checkpoint again."
+        ) from None
     layers = len(mixture.switches)
     process = current_memory_bytes() + PROCESS_MARGIN_BYTES
     demand = Demand(
@@ -284,8 +316,7 @@ def load_mixture(
     streamer = ExpertStreamer(files, Reader(threads))
     mixture.stream(streamer, plan.slots, window)
     model = mixture.model
-    vocabulary = int(_setting(mixture.config, "vocab_size") or 0)
-    model.flash = Runtime(plan, streamer, mixture.layers(), "router", vocabulary, positions)
+    model.flash = Runtime(plan, streamer, mixture.layers(), "router", shape.vocabulary, positions)
     return model
 
 
@@ -297,6 +328,7 @@ class Shape:
     width: int  # of what enters a switch layer
     choices: int  # experts per token
     pair_bytes: int  # made of one (token, expert) pair within a switch layer
+    vocabulary: int  # tokens that it has logits for
 
 
 def trace(mixture: Mixture, context: int) -> Shape:
@@ -321,7 +353,7 @@ def trace(mixture: Mixture, context: int) -> Shape:
         for parent, name in places:
             parent[name] = Looking(parent[name])
         cache = make_prompt_cache(mixture.model)
-        mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)
+        logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)
     finally:
         for (parent, name), switch in zip(places, inner, strict=True):
             parent[name] = switch
@@ -329,7 +361,8 @@ def trace(mixture: Mixture, context: int) -> Shape:
     hidden = max(
         tensor.shape[0] for tensors in mixture.switches.values() for tensor in tensors.values() if len(tensor.shape) > 1
     )
-    return Shape(_cache_bytes(cache, context), width, max(k for _, k in seen), 4 * (3 * width + 4 * hidden))
+    choices, pair_bytes = max(k for _, k in seen), 4 * (3 * width + 4 * hidden)
+    return Shape(_cache_bytes(cache, context), width, choices, pair_bytes, logits.shape[-1])
 
 
 def _cache_bytes(cache: Sequence[Any], context: int) -> int:
@@ -357,7 +390,7 @@ def _workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int)
     activations = tokens * (4 * 16 * shape.width + shape.choices * shape.pair_bytes)
     scores = widened = 0
     if mx.default_device() == mx.cpu:
-        heads = int(_setting(mixture.config, "num_attention_heads") or 1)
+        heads = _number(mixture.config, "num_attention_heads", 1)
         scores = 3 * heads * tokens * context * 4
         plain = [t for tensors in mixture.switches.values() for t in tensors.values() if t.dtype in SIXTEEN_BITS]
         if any(len(tensor.shape) == 2 for tensor in plain):
@@ -374,10 +407,29 @@ def _read_resident(mixture: Mixture) -> None:
     total = sum(array.nbytes for array in arrays)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for array in arrays:
-            mx.eval(array)
+            try:
+                mx.eval(array)
+            except RuntimeError as error:
+                raise ReadError(f"the checkpoint cannot be read: {_said(error)}. Was it changed meanwhile?") from None
             bar.update(array.nbytes)
 
 
-def _setting(config: dict[str, Any], key: str) -> Any:
-    """From a configuration, or from the part of it that is for the text model."""
-    return config.get(key, config.get("text_config", {}).get(key))
+def _number(config: dict[str, Any], key: str, otherwise: int) -> int:
+    """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
+
+    Raises CheckpointError for what is no positive whole number.
+    """
+    text = config.get("text_config")
+    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
+    if value is None:
+        return otherwise
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
+    return value
+
+
+def _said(error: Exception) -> str:
+    """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, (ValueError, RuntimeError)) and text
+    return (text if plain else f"{type(error).__name__}: {text}")[:300].rstrip(".")

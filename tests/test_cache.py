@@ -184,3 +184,23 @@ def test_more_slots_than_units_are_no_use() -> None:
     assert (cache.slots, cache.free) == (3, 3)
     put(cache, 0, 1, 2)
     assert (cache.slots, cache.free) == (3, 0)
+
+
+def test_an_interrupted_commit_claims_nothing() -> None:
+    class Interrupting(np.ndarray):
+        def __setitem__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    for field in ("unit_of", "last_used", "slot_of"):
+        cache = SlotCache(6, 3)
+        missing, slots = cache.reserve(np.array([1, 4]))
+        kept = getattr(cache, field)
+        setattr(cache, field, kept.view(Interrupting))
+        with pytest.raises(KeyboardInterrupt):
+            cache.commit(missing, slots)
+        setattr(cache, field, kept)
+        assert (cache.slot_of == -1).all() and cache.resident == 0, field
+        units = np.array([0, 1, 5])
+        cache.tick(units)
+        cache.commit(*cache.reserve(units))
+        assert (cache.unit_of[cache.slot_of[units]] == units).all()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
@@ -28,11 +32,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_flash import loading
-from mlx_flash.errors import ReadError, UnsupportedModelError, UsageError
+from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
-from mlx_flash.mixture import Mixture, open_files, open_mixture
+from mlx_flash.mixture import Mixture, Provenance, _locate, load_mixture, open_files, open_mixture, trace
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
@@ -187,6 +191,144 @@ def test_a_failed_read_is_an_error_and_the_next_call_is_right(
         monkeypatch.undo()
         assert not streamer.flying and not streamer.reader._outstanding
         assert_same(everything(model), reference(folder), number)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 7])
+def test_functions_of_mlx_lm(mixture_of: Callable[..., Path], stream: Callable[..., Any], slots: int) -> None:
+    """They begin a token before the last one is known, leave graphs undone, and take back what was guessed."""
+    folder = mixture_of("qwen3_moe", "4 bits")
+    write_tokenizer(folder, VOCABULARY)
+    model, draft, plain = stream(folder, slots)[0], stream(folder, 3)[0], load_model(folder)[0]
+    tokenizer = loading.load_tokenizer(folder)
+
+    def tokens(of: Any, prompt: list[int] = PROMPT, **options: Any) -> Iterator[int]:
+        return (r.token for r in mlx_lm.stream_generate(of, tokenizer, prompt, max_tokens=12, **options))
+
+    for step in (4, 512):
+        assert list(tokens(model, prefill_step_size=step)) == list(tokens(plain, prefill_step_size=step))
+    in_turn = [list(zip(tokens(of), tokens(of, PROMPT[9:]), strict=False)) for of in (model, plain)]
+    assert in_turn[0] == in_turn[1] and len(in_turn[0]) > 3
+    prompts = [PROMPT, PROMPT[3:9], PROMPT[11:]]
+    texts = [mlx_lm.batch_generate(of, tokenizer, prompts, max_tokens=8).texts for of in (model, plain)]
+    assert texts[0] == texts[1]
+    assert list(tokens(model, draft_model=draft)) == list(tokens(plain, draft_model=plain))
+    lazy = [[of(mx.array([prompt])) for prompt in prompts] for of in (model, plain)]
+    assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(*lazy, strict=True))
+
+
+def test_no_more_than_one_layers_output_is_kept(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    """A chunk's outputs of all layers would be more than the plan knows of."""
+    model, streamer = stream(mixture_of("qwen3_moe"), 11)
+    for call in (PROMPT, *([token] for token in PROMPT)):
+        mx.eval(model(mx.array([call])))
+        assert len(streamer.held) <= 1
+
+
+def test_a_file_cut_short_while_it_is_in_use(stream: Callable[..., Any], tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path / "mixtral", "mixtral")
+    model, streamer = stream(folder, 2)
+    everything(model)
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(ReadError, match=r"ends early.*truncated: .*download a checkpoint again"):
+        everything(model)
+    with pytest.raises(ReadError, match="was changed while it was in use"):
+        streamer.verify_unchanged()
+
+
+def test_two_threads_that_load_leave_mlx_as_it_was() -> None:
+    stack, begun = mx.stack, threading.Event()
+
+    def slow(weights: dict[str, Any]) -> dict[str, Any]:
+        begun.set()
+        time.sleep(0.1)
+        return {"both": mx.stack([weights["a"], weights["b"]])}
+
+    def watch(found: Provenance) -> None:
+        found.watch(slow, {"a": mx.zeros(2), "b": mx.ones(2)})
+
+    found = [Provenance(), Provenance()]
+    threads = [threading.Thread(target=watch, args=(one,)) for one in found]
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert mx.stack is stack
+    assert [one.sources for one in found] == [{"both": ["a", "b"]}] * 2
+
+
+def test_what_is_changed_after_sanitize_is_not_taken_for_the_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"x": mx.ones((3, 2, 2))})
+    entries = {"x": (0, read_header(path)[1]["x"])}
+    weights: Any = mx.load(str(path))
+    provenance = Provenance()
+    same = provenance.watch(lambda weights: weights, dict(weights))["x"]
+    assert _locate(tmp_path, "x", same, provenance, entries).shape == (2, 2)
+    with pytest.raises(UnsupportedModelError, match="do not lie in the checkpoint"):
+        _locate(tmp_path, "x", same * 2, provenance, entries)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 100}, "cannot run the model that .*kth"),
+        ({"hidden_size": "x"}, r"cannot build the model that config.json describes \(mixtral\)"),
+        ({"num_attention_heads": 0}, "cannot build the model"),
+        ({"num_local_experts": 5}, "cannot load .*Expected shape .5, 64."),
+        ({"text_config": None}, "cannot load .*NoneType"),
+        ({"quantization": {"bits": 4}}, "cannot load .*KeyError: 'group_size'"),
+        ({"rope_theta": "a"}, "cannot run the model"),
+    ],
+)
+def test_a_config_that_is_wrong(
+    mixture_of: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(mixture_of("mixtral"), folder)
+    write_tokenizer(folder, VOCABULARY)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        loading.load(folder, context=64)
+
+
+def test_a_config_that_is_no_json(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(mixture_of("mixtral"), folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="Download the checkpoint again"):
+        loading.load(folder)
+
+
+def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(mixture_of("mixtral"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": "many"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="max_position_embeddings is 'many'"):
+        load_mixture(folder, None, None, 4, 64, "direct", lambda _: None)
+
+
+def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
+    """A configuration may leave it to the family's default."""
+    folder = make_mixture(tmp_path / "mixtral", "mixtral", vocab_size=32000)
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert trace(open_mixture(folder), 64).vocabulary == 32000
+
+
+def test_a_missing_tokenizer_is_noticed_before_the_experts_are_read(
+    mixture_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And what the tokenizer takes is in the plan."""
+    folder = tmp_path / "copy"
+    shutil.copytree(mixture_of("gpt_oss"), folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="has no tokenizer files"):
+        loading.load(folder, say=said.append)
+    assert not any("total" in text for text in said)
 
 
 def test_generation_stays_within_the_plan_and_says_the_same(

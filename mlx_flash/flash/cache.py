@@ -72,16 +72,16 @@ class SlotCache:
         targets = self._victims(len(missing), keep=slots[~absent])
         old = self.unit_of[targets]
         old = old[old >= 0]
+        self.resident -= len(old)  # first: interrupted here, or below, it may be too low, but never too high
         self.slot_of[old] = -1
-        self.resident -= len(old)
         self.unit_of[targets] = -1
         return missing, targets
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
         """The bytes of `units` now lie in `slots`."""
-        self.slot_of[units] = slots
-        self.unit_of[slots] = units
+        self.unit_of[slots] = units  # first: interrupted, no unit is said to be in a slot that looks empty
         self.last_used[slots] = self.clock
+        self.slot_of[units] = slots
         self.resident += len(units)
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:

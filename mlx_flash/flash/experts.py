@@ -52,6 +52,13 @@ class ExpertStreamer:
     reader: Reader
     counters: Counters = field(default_factory=Counters)
     flying: list[ExpertStream] = field(default_factory=list)  # those with experts on their way
+    held: list[mx.array] = field(default_factory=list)  # outputs of graphs that read slots, of any layer
+
+    def settle(self) -> None:
+        """Evaluates what is held, of all layers, and lets go of it: a layer's output may be large."""
+        held, self.held = self.held, []  # first: what cannot be evaluated is not tried for ever
+        if held:
+            mx.eval(held)
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if someone has written into one of the files."""
@@ -101,7 +108,6 @@ class ExpertStream:
         self._tables = {name: self._read_table(t) for name, t in tensors.items() if t.is_table}
         streamed = {name: t for name, t in tensors.items() if not t.is_table}
         self._streamed = [(t, self._memory[name].address) for name, t in streamed.items()]
-        self._held: tuple[mx.array, ...] = ()
         self.flight: _Flight | None = None
         for name in tensors:
             _check_shared_memory(self._memory[name], self.pools[name])
@@ -113,13 +119,11 @@ class ExpertStream:
 
     def hold(self, *outputs: mx.array) -> None:
         """Names graphs that read the slots: they are evaluated before those are written again."""
-        self._held += outputs
+        self.shared.held += outputs
 
     def settle(self) -> None:
-        """Evaluates what is held: another thread could not."""
-        held, self._held = self._held, ()
-        if held:
-            mx.eval(held)
+        """Evaluates what is held, here and in the other layers: another thread could not."""
+        self.shared.settle()
 
     def fetch(self, experts: np.ndarray) -> np.ndarray:
         """Brings in `experts` (unique, ascending, at most as many as slots); the int32 slot of every expert (E,)."""

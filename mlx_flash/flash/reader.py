@@ -106,7 +106,7 @@ class UnitFile:
         if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
             raise ReadError(
                 f"{self.path} was changed while it was in use (it has {status.st_size} bytes, and had {self.size}). "
-                "Leave a store's files alone while a model runs; start again."
+                "Leave the files of a store or a checkpoint alone while a model runs; start again."
             )
 
     def close(self) -> None:
@@ -233,7 +233,8 @@ class Reader:
         if result.code == _SHORT_READ:
             raise ReadError(
                 f"{ticket.file.path}: the file ends early: wanted {result.wanted} bytes at {result.offset}, got "
-                f"{result.got}; the store is truncated: run `python -m mlx_flash.check`."
+                f"{result.got}; it is truncated: run `python -m mlx_flash.check` on a store, download a "
+                "checkpoint again."
             )
         if result.code != 0:
             raise ReadError(
@@ -323,7 +324,7 @@ def plan_requests(
         at = int(np.argmax(outside))
         raise ReadError(
             f"{file.path} has {file.size} bytes; {lengths[at]} bytes at {offsets[at]} lie outside of it. "
-            "The file and its index disagree: run `python -m mlx_flash.check`."
+            "The file and its index disagree: run `python -m mlx_flash.check` on a store; download a checkpoint again."
         )
     if not lengths.all():
         some = lengths > 0

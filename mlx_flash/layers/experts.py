@@ -43,8 +43,10 @@ class StreamedExperts(nn.Module):
             if self._slot_of is None:
                 self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
+                stream.settle()
             return self._inner(x, self._slot_of[indices])
         needed = np.array(indices)  # the layer's one read-back
+        stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
         experts = np.unique(needed)
         if len(experts) > stream.cache.slots:
             return self._in_rounds(x, needed, experts)

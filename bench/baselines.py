@@ -36,12 +36,8 @@ DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # by safet
 def wait(streamer: Streamer, ticket: Ticket) -> None:
     """Waits for a read and counts it."""
     began = time.perf_counter()
-    report = streamer.reader.wait(ticket)
-    counters = streamer.counters
-    counters.wait_s += time.perf_counter() - began
-    counters.read_s += report.seconds
-    counters.reads += report.requests
-    counters.bytes += report.bytes
+    streamer.wait(ticket)
+    streamer.counters.wait_s += time.perf_counter() - began
 
 
 def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:

@@ -57,10 +57,7 @@ class Conveyor:
             self.start()
         began, counters = time.perf_counter(), self.streamer.counters
         for ticket in self.tickets:
-            report = self.streamer.reader.wait(ticket)
-            counters.read_s += report.seconds
-            counters.reads += report.requests
-            counters.bytes += report.bytes
+            self.streamer.wait(ticket)
         counters.wait_s += time.perf_counter() - began
         self.tickets = []
         here = self.pools[self.turn % 2]

@@ -5,18 +5,17 @@ The rule of stream.py holds here too: before a slot is written, every graph that
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..stats import Counters
 from .cache import SlotCache
+from .flights import Flights
 from .pool import AlignedPool
 from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
 from .system import READ_ALIGNMENT
@@ -44,15 +43,13 @@ class ExpertTensor:
         return len(self.shape) < 2
 
 
-@dataclass
-class ExpertStreamer:
+class ExpertStreamer(Flights):
     """What the layers of one model share: the checkpoint's files, the reader's threads, counters."""
 
-    files: Sequence[UnitFile]
-    reader: Reader
-    counters: Counters = field(default_factory=Counters)
-    flying: list[ExpertStream] = field(default_factory=list)  # those with experts on their way
-    held: list[mx.array] = field(default_factory=list)  # outputs of graphs that read slots, of any layer
+    def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
+        super().__init__(reader)
+        self.files = files
+        self.held: list[mx.array] = []  # outputs of graphs that read slots, of any layer
 
     def settle(self) -> None:
         """Evaluates what is held, of all layers, and lets go of it: a layer's output may be large."""
@@ -64,13 +61,6 @@ class ExpertStreamer:
         """Raises ReadError if someone has written into one of the files."""
         for file in self.files:
             file.verify_unchanged()
-
-    def drain(self) -> None:
-        """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
-        self.reader.drain()
-        for stream in self.flying:
-            stream.flight = None
-        self.flying.clear()
 
     def close(self) -> None:
         self.reader.close()
@@ -148,7 +138,7 @@ class ExpertStream:
             settling = time.perf_counter()
             self.settle()
             began += time.perf_counter() - settling  # what the device still did is compute
-            with self._draining():
+            with self.shared.draining():
                 self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
                 tickets: list[Ticket] = []
                 self.flight = _Flight(tickets, missing, slots)
@@ -157,22 +147,19 @@ class ExpertStream:
 
     def land(self) -> None:
         """Waits for what is on its way, which is then here."""
-        flight, counters = self.flight, self.shared.counters
+        flight = self.flight
         if flight is None:
             return
         began = time.perf_counter()
-        with self._draining():
+        with self.shared.draining():
             for ticket in flight.tickets:
-                report = self.shared.reader.wait(ticket)
-                counters.read_s += report.seconds
-                counters.reads += report.requests
-                counters.bytes += report.bytes
+                self.shared.wait(ticket)
             self.shared.flying.remove(self)
             self.flight = None
         for name, table in self._tables.items():
             self._rows_of(name)[flight.slots] = table[flight.experts]
         self.cache.commit(flight.experts, flight.slots)
-        counters.wait_s += time.perf_counter() - began
+        self.shared.counters.wait_s += time.perf_counter() - began
 
     def _submit(self, experts: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
         parts = [
@@ -216,15 +203,6 @@ class ExpertStream:
             addresses = table.ctypes.data + here.astype(np.int64) * tensor.nbytes
             self.shared.reader.read(self.shared.files[number], tensor.offsets[here], addresses, tensor.nbytes)
         return table
-
-    @contextlib.contextmanager
-    def _draining(self) -> Iterator[None]:
-        """After an exception (Ctrl-C, too) no read may be left to land in memory that is given to another."""
-        try:
-            yield
-        except BaseException:
-            self.shared.drain()
-            raise
 
 
 def _check_shared_memory(memory: AlignedPool, view: mx.array) -> None:

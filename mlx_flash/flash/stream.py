@@ -6,20 +6,19 @@ scratch buffer is written, every graph that reads it has been evaluated (`hold`,
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..stats import Counters
 from .cache import SlotCache
 from .files import NeuronLayout
+from .flights import Flights
 from .pool import AlignedPool
 from .reader import Reader, Ticket, UnitFile
 
@@ -132,17 +131,16 @@ class BlockRows:
         return [None] + [self.side] * (parts - 1)
 
 
-class Streamer:
+class Streamer(Flights):
     """What the layers of one model share: the file, the reader's threads, scratch memory, counters.
 
     Raises FlashError if this machine's device does not see what the host writes into MLX memory.
     """
 
     def __init__(self, file: UnitFile, reader: Reader, layout: NeuronLayout) -> None:
+        super().__init__(reader)
         self.file = file
-        self.reader = reader
         self.layout = layout
-        self.counters = Counters()
         self.scratch = [AlignedPool(layout.piece_blocks * layout.block_bytes) for _ in range(2)]
         # The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
         self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
@@ -151,14 +149,6 @@ class Streamer:
             check_shared_memory(pool, rows)
         if layout.quantised and self.side is None:
             check_packed_products(layout)
-        self.flying: list[LayerStream] = []  # those with blocks on their way
-
-    def drain(self) -> None:
-        """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
-        self.reader.drain()
-        for stream in self.flying:
-            stream.flight = None
-        self.flying.clear()
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if someone has written into the bundle file."""
@@ -306,7 +296,7 @@ class LayerStream:
         began = time.perf_counter()
         blocks = self._blocks_of(ids)
         if len(blocks) <= self.cache.slots:
-            with self._draining():
+            with self.shared.draining():
                 self._start(blocks)
         self.shared.counters.manage_s += time.perf_counter() - began
 
@@ -337,7 +327,7 @@ class LayerStream:
         if self._begun:
             self._count(len(blocks), here)
             if here < len(blocks):
-                with self._draining():
+                with self.shared.draining():
                     self._start(blocks)
         self.shared.counters.manage_s += time.perf_counter() - began
 
@@ -382,7 +372,7 @@ class LayerStream:
         if not self._begun:
             self._count(len(blocks), here)
         if here < len(blocks):
-            with self._draining():
+            with self.shared.draining():
                 self._start(blocks)
         self.shared.counters.manage_s += time.perf_counter() - began
         self._land()
@@ -410,8 +400,8 @@ class LayerStream:
             return None
         began = time.perf_counter()
         flight = self.flight
-        with self._draining():
-            self._wait(flight.ticket)
+        with self.shared.draining():
+            self.shared.wait(flight.ticket)
             self.shared.flying.remove(self)
             self.flight = None
         waited = time.perf_counter()
@@ -430,7 +420,7 @@ class LayerStream:
         """
         self._verify_file()
         self._land()
-        with self._draining():
+        with self.shared.draining():
             ready = self._start_piece(0)
             for start in range(0, self.layout.neurons, self.layout.piece_neurons):
                 piece = ready
@@ -484,21 +474,12 @@ class LayerStream:
             return
         began = time.perf_counter()
         ticket, piece.ticket = piece.ticket, None
-        self._wait(ticket)
+        self.shared.wait(ticket)
         if piece.missing is not None and piece.targets is not None:
             self.cache.commit(piece.missing, piece.targets)
         self.shared.counters.wait_s += time.perf_counter() - began
 
     # -- reading --------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _draining(self) -> Iterator[None]:
-        """After an exception (Ctrl-C, too) no read may be left to land in memory that is given to another."""
-        try:
-            yield
-        except BaseException:
-            self.shared.drain()
-            raise
 
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
         assert self.pool is not None
@@ -508,10 +489,3 @@ class LayerStream:
         ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, self.slot_bytes)
         ticket.destination = self.pool
         return ticket
-
-    def _wait(self, ticket: Ticket) -> None:
-        report = self.shared.reader.wait(ticket)
-        counters = self.shared.counters
-        counters.read_s += report.seconds
-        counters.reads += report.requests
-        counters.bytes += report.bytes

@@ -26,11 +26,10 @@ from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
 from .flash.files import round_up
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
-from .layers.experts import StreamedExperts
+from .layers.experts import StreamedExperts, is_widened
 from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime
 
-SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
 
 
@@ -392,10 +391,9 @@ def _workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int)
     if mx.default_device() == mx.cpu:
         heads = _number(mixture.config, "num_attention_heads", 1)
         scores = 3 * heads * tokens * context * 4
-        plain = [t for tensors in mixture.switches.values() for t in tensors.values() if t.dtype in SIXTEEN_BITS]
-        if any(len(tensor.shape) == 2 for tensor in plain):
-            at_once = min(mixture.experts, tokens * shape.choices)
-            widened = 2 * mixture.expert_bytes * at_once
+    named = [item for tensors in mixture.switches.values() for item in tensors.items()]
+    if any(is_widened(name.rsplit(".", 1)[1], tensor.dtype) for name, tensor in named):
+        widened = 2 * mixture.expert_bytes * min(mixture.experts, tokens * shape.choices)
     return bounce + activations + scores + widened + MLX_CACHE_BYTES
 
 

@@ -36,7 +36,16 @@ from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, 
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
-from mlx_flash.mixture import Mixture, Provenance, _locate, load_mixture, open_files, open_mixture, trace
+from mlx_flash.mixture import (
+    Mixture,
+    Provenance,
+    _locate,
+    _workspace_bytes,
+    load_mixture,
+    open_files,
+    open_mixture,
+    trace,
+)
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
@@ -357,6 +366,26 @@ def test_generation_stays_within_the_plan_and_says_the_same(
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+def test_only_what_is_widened_is_planned_for(
+    mixture_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales in 16 bits, as most published checkpoints have them, are not: their weights are packed."""
+    for name, quantisation in (("plain", "plain"), ("packed", "4 bits")):
+        folder = tmp_path / name
+        shutil.copytree(mixture_of("qwen3_moe", quantisation), folder)
+        weights: Any = mx.load(str(folder / "model.safetensors"))
+        rounded = {n: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a for n, a in weights.items()}
+        mx.eval(rounded)
+        mx.save_safetensors(str(folder / "model.safetensors"), rounded)
+        mixture = open_mixture(folder)
+        shape = trace(mixture, 64)
+        planned = _workspace_bytes(mixture, shape, 64, 4)
+        monkeypatch.setattr("mlx_flash.mixture.is_widened", lambda *_: False)
+        widened = planned - _workspace_bytes(mixture, shape, 64, 4)
+        monkeypatch.undo()
+        assert widened == (2 * mixture.expert_bytes * mixture.experts if name == "plain" else 0)
 
 
 def test_a_predictor_is_a_mistake(mixture_of: Callable[..., Path]) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 
 from ..flash.experts import ExpertStream
 
+SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
+
+
+def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
+    """Whether a projection's tensor, by its name in there, is widened for a product: MLX's CPU backend has `gather_mm`
+    in float32 alone. Scales in 16 bits belong to packed weights, which are not widened."""
+    return tensor == "weight" and dtype in SIXTEEN_BITS and mx.default_device() == mx.cpu
 
 
 class StreamedExperts(nn.Module):
@@ -26,11 +33,10 @@ class StreamedExperts(nn.Module):
         self._inner = inner
         self._stream = stream
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
-        on_cpu = mx.default_device() == mx.cpu
         for name, pool in stream.pools.items():
             projection, tensor = name.rsplit(".", 1)
             inner[projection][tensor] = pool
-            if tensor == "weight" and on_cpu and pool.dtype in (mx.bfloat16, mx.float16):
+            if is_widened(tensor, pool.dtype):
                 inner[projection] = _Widened(inner[projection])
 
     def settle(self) -> None:

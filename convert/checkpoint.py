@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.checkpoint_files import weight_files
+from mlx_flash.checkpoint_files import weights_in
 from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.checksums import TensorEntry, read_header
@@ -50,20 +50,13 @@ class Checkpoint:
             raise CheckpointError(f"{config_path} cannot be read: {error}.") from None
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
-        self.shards = self._find_shards()
+        self.shards = weights_in(folder)
         self._headers: dict[Path, dict[str, TensorEntry]] = {}
         self.tensors: dict[str, Tensor] = {}
         for shard in self.shards:
             for name, tensor in self._open(shard).items():
                 dtype = str(tensor.dtype).removeprefix("mlx.core.").removeprefix("torch.")
                 self.tensors.setdefault(name, Tensor(shard, tuple(tensor.shape), dtype))
-
-    def _find_shards(self) -> list[Path]:
-        names = [path.name for path in self.folder.iterdir() if path.is_file()]
-        _, shards = weight_files(
-            names, lambda name: (self.folder / name).read_text(encoding="utf-8", errors="replace"), self.folder
-        )
-        return [self.folder / name for name in shards]
 
     def _open(self, shard: Path) -> dict[str, Any]:
         """Name -> tensor, not yet read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from .errors import CheckpointError
 
@@ -43,6 +44,13 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: obje
         if shards := matching(names, [pattern]):
             return None, shards
     raise CheckpointError(f"{where} has no weights: expected {' or '.join(WEIGHT_PATTERNS[:2])}.")
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of a local folder that hold the weights; `weight_files` for it. Raises CheckpointError."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    _, shards = weight_files(names, lambda name: (folder / name).read_text(encoding="utf-8", errors="replace"), folder)
+    return [folder / name for name in shards]
 
 
 def _shards_of(names: Collection[str], text: str, where: object, index: str) -> list[str]:

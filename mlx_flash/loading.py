@@ -30,7 +30,7 @@ from .finding import find_source, store_of
 from .flash.files import Manifest, is_store, read_manifest
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
-from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
+from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
@@ -303,9 +303,7 @@ def _plan(
         kv_cache=kv_cache_bytes(layout.layers, model.kv_width, context, item_bytes),
         workspace=workspace,
     )
-    free = available_memory_bytes()
-    if not on_cpu:  # more than Metal recommends would be swapped or refused
-        free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
+    free = usable_memory_bytes()
     need = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
     return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, notes)

@@ -7,7 +7,6 @@ passes on is found by identity, one that it makes with `mx.stack` by what was st
 from __future__ import annotations
 
 import glob
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .checkpoint_files import weights_in
 from .defaults import PREFILL_TOKENS
 from .errors import CheckpointError, ReadError, UnsupportedModelError
 from .flash.checksums import TensorEntry, read_header
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
 from .flash.files import round_up
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
-from .flash.system import READ_ALIGNMENT, available_memory_bytes, current_memory_bytes
+from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .layers.experts import StreamedExperts, is_widened
 from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime
@@ -230,17 +230,7 @@ def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], l
         entries.update({name: (number, entry) for name, entry in found.items()})
     if not files:
         raise CheckpointError(f"{folder} has no weights: expected model*.safetensors.")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(f"{index} is no index of shards. Download the checkpoint again.") from None
-        if missing := sorted(str(name) for name in names if not (folder / str(name)).is_file()):
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards, the first is {missing[0]}. "
-                "Download the checkpoint again."
-            )
+    weights_in(folder)  # none of those that an index names is lacking
     return entries, files
 
 
@@ -301,9 +291,7 @@ def load_mixture(
         kv_cache=shape.kv_bytes,
         workspace=_workspace_bytes(mixture, shape, context, threads),
     )
-    free = available_memory_bytes()
-    if mx.default_device() != mx.cpu:  # more than Metal recommends would be swapped or refused
-        free = min(free, int(mx.device_info().get("max_recommended_working_set_size", free)))
+    free = usable_memory_bytes()
     units = Units(layers, mixture.experts, 1, "experts of each layer")
     notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
     plan = share_budget(demand, units, mixture.expert_bytes, budget, free, context, notes=notes)

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import psutil
 
 READ_ALIGNMENT = 4096
@@ -143,6 +144,14 @@ def available_memory_bytes() -> int:
         return available
     free = cgroup_free_bytes(membership, Path("/sys/fs/cgroup"))
     return available if free is None else min(available, free)
+
+
+def usable_memory_bytes() -> int:
+    """`available_memory_bytes`, and on Metal no more than it recommends: beyond, it would be swapped or refused."""
+    available = available_memory_bytes()
+    if mx.default_device() == mx.cpu:
+        return available
+    return min(available, int(mx.device_info().get("max_recommended_working_set_size", available)))
 
 
 def cgroup_free_bytes(membership: str, mount: Path) -> int | None:

@@ -159,8 +159,8 @@ def _run_here(side: Side, task: Task) -> dict[str, Any]:
     result |= _decode(model, task, side.name)
     plan = model.flash.plan
     result |= {
-        "peak_memory_bytes": peak_memory_bytes(),
         "memory_bytes": current_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),  # last: asking takes memory, too
         "plan": plan.as_dict(),
         "slot_share": plan.slot_share,
     }

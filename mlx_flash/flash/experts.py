@@ -96,8 +96,13 @@ class ExpertStream:
         self.pools = {name: self._typed(name) for name in tensors}
         mx.eval(list(self.pools.values()))
         self._tables = {name: self._read_table(t) for name, t in tensors.items() if t.is_table}
-        streamed = {name: t for name, t in tensors.items() if not t.is_table}
-        self._streamed = [(t, self._memory[name].address) for name, t in streamed.items()]
+        # For every token, so laid out for it. P streamed tensors, those that lie first in the files first.
+        streamed = [(t, self._memory[name].address) for name, t in tensors.items() if not t.is_table]
+        streamed.sort(key=lambda item: (item[0].file_of[0], item[0].offsets[0]))
+        self._file_of = np.array([t.file_of for t, _ in streamed])  # (P, E)
+        self._offsets = np.array([t.offsets for t, _ in streamed])  # (P, E)
+        self._addresses = np.array([[address] for _, address in streamed], np.int64)  # (P, 1)
+        self._lengths = np.array([[t.nbytes] for t, _ in streamed], np.int64)  # (P, 1)
         self.flight: _Flight | None = None
         for name in tensors:
             _check_shared_memory(self._memory[name], self.pools[name])
@@ -162,16 +167,9 @@ class ExpertStream:
         self.shared.counters.wait_s += time.perf_counter() - began
 
     def _submit(self, experts: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
-        parts = [
-            (
-                tensor.file_of[experts],
-                tensor.offsets[experts],
-                address + slots.astype(np.int64) * tensor.nbytes,
-                np.full(len(experts), tensor.nbytes, np.int64),
-            )
-            for tensor, address in self._streamed
-        ]
-        file_of, offsets, addresses, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        lengths = np.repeat(self._lengths, len(experts))  # (P * n,), as all of these
+        addresses = (self._addresses + self._lengths * slots).ravel()
+        offsets, file_of = self._offsets[:, experts].ravel(), self._file_of[:, experts].ravel()
         share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
         request_bytes = min(MERGE_BYTES, max(SHORTEST_REQUEST, share))
         for number in np.unique(file_of):

@@ -24,8 +24,8 @@ from .system import READ_ALIGNMENT, open_for_reading
 MERGE_BYTES = 1 << 20
 """What a request aims at: shorter adjacent segments are merged up to about this, longer ones cut into such pieces."""
 
-BOUNCE_BYTES_PER_THREAD = MERGE_BYTES * 3 // 2 + 3 * READ_ALIGNMENT
-"""The most a thread allocates for reads that are not aligned, for the memory plan; nothing if all are."""
+BOUNCE_BYTES_PER_THREAD = 2 << 20
+"""What a thread allocates for reads that are not aligned, a huge page, for the memory plan; nothing if all are."""
 
 _ABI = 1  # of reader.c
 _SHORT_READ = -1

@@ -12,6 +12,7 @@ from ..flash.experts import ExpertStream
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
+EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
 
 
 def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
@@ -54,25 +55,39 @@ class StreamedExperts(nn.Module):
         needed = np.array(indices)  # the layer's one read-back
         stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
         experts = np.unique(needed)
-        if len(experts) > stream.cache.slots:
-            return self._in_rounds(x, needed, experts)
-        slot_of = stream.fetch(experts)
-        y = self._inner(x, mx.array(slot_of[needed].astype(np.uint32)))
+        stream.use(experts)
+        rounds = self._rounds(experts, needed.size)
+        if len(rounds) > 1:
+            return self._in_rounds(x, needed, rounds)
+        stream.begin(experts)
+        stream.land()
+        y = self._inner(x, mx.array(stream.cache.slot_of[needed].astype(np.uint32)))
         stream.hold(y)
         return y
 
-    def _in_rounds(self, x: mx.array, needed: np.ndarray, experts: np.ndarray) -> mx.array:
-        """More experts than slots: some at a time, those that are here first, the next ones read meanwhile."""
+    def _rounds(self, experts: np.ndarray, pairs: int) -> list[np.ndarray]:
+        """`experts` in groups that are multiplied one after the other, each while the next one is read: those that are
+        here first. A group and the next one fit into the slots, if there is more than one of them."""
+        cache = self._stream.cache
+        here = cache.slot_of[experts] >= 0
+        present, missing = experts[here], experts[~here]
+        half = max(1, cache.slots // 2)
+        if len(experts) > cache.slots:
+            by_turn = np.concatenate((present, missing))
+            return [by_turn[i : i + half] for i in range(0, len(by_turn), half)]
+        at_once = len(missing) if pairs < SORTED_FROM else min(half, EXPERTS_AT_ONCE)
+        groups = [missing[i : i + at_once] for i in range(0, len(missing), max(1, at_once))]
+        return [present, *groups] if len(present) else groups
+
+    def _in_rounds(self, x: mx.array, needed: np.ndarray, rounds: list[np.ndarray]) -> mx.array:
+        """Group by group, the next one read meanwhile."""
         stream, cache = self._stream, self._stream.cache
-        stream.use(experts)
-        at_once = max(1, cache.slots // 2)
-        by_turn = experts[np.argsort(cache.slot_of[experts] < 0, kind="stable")]
-        rounds = [by_turn[i : i + at_once] for i in range(0, len(by_turn), at_once)]
         pairs, choices = needed.reshape(-1), needed.shape[-1]
         rows = x.reshape(-1, 1, x.shape[-1])  # (N, 1, D)
         turn_of = np.zeros(cache.slot_of.shape, np.int64)
         for turn, group in enumerate(rounds):
             turn_of[group] = turn
+        turns = turn_of[pairs]
         outputs, order = [], []
         stream.begin(rounds[0])
         for turn, group in enumerate(rounds):
@@ -81,7 +96,7 @@ class StreamedExperts(nn.Module):
             overlaps = 0 < len(following) <= cache.slots - len(group)
             if overlaps:
                 stream.begin(following, keep=group)
-            members = np.flatnonzero(turn_of[pairs] == turn)
+            members = np.flatnonzero(turns == turn)
             slots = cache.slot_of[pairs[members]]
             by_slot = np.argsort(slots, kind="stable")
             members = members[by_slot]

@@ -19,7 +19,8 @@ from mlx_flash.flash.experts import ExpertStreamer, ExpertTensor
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket
 from mlx_flash.flash.system import peak_memory_bytes
-from mlx_flash.mixture import _parent, _read_resident, load_mixture, open_files, open_mixture
+from mlx_flash.mixture import open_mixture, parent_of
+from mlx_flash.mixture_loading import load_mixture, open_files, read_resident
 from mlx_flash.stats import Counters
 
 THREADS = 16
@@ -88,11 +89,11 @@ class WholeLayer(nn.Module):
 
 def load_naive(folder: Path) -> tuple[Any, ExpertStreamer]:
     mixture = open_mixture(folder)
-    _read_resident(mixture)
+    read_resident(mixture)
     streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))
     conveyor = Conveyor(streamer, list(mixture.switches.values()))
     for path in mixture.switches:
-        parent, name = _parent(mixture.model, path)
+        parent, name = parent_of(mixture.model, path)
         parent[name] = WholeLayer(parent[name], conveyor)
     return mixture.model, streamer
 

@@ -37,7 +37,8 @@ from .layers.pace import Pace
 from .layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .layers.quantised import companions, matrices_of, widen
 from .layers.recall import Setting
-from .mixture import is_mixture, load_mixture
+from .mixture import is_mixture
+from .mixture_loading import load_mixture
 from .plan import (
     MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,

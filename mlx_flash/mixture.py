@@ -1,4 +1,4 @@
-"""A mixture-of-experts checkpoint as it is -> a model whose experts are read from its own files.
+"""A mixture-of-experts checkpoint as it is -> mlx-lm's model of it, and where in its files every expert lies.
 
 mlx-lm builds the model, lazily; where each expert's bytes lie is learnt by watching its `sanitize`: a tensor that it
 passes on is found by identity, one that it makes with `mx.stack` by what was stacked. No family is named here.
@@ -19,16 +19,10 @@ import mlx.nn as nn
 import numpy as np
 
 from .checkpoint_files import weights_in
-from .defaults import PREFILL_TOKENS
-from .errors import CheckpointError, ReadError, UnsupportedModelError
+from .errors import CheckpointError, UnsupportedModelError
 from .flash.checksums import TensorEntry, read_header
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
-from .flash.files import round_up
-from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
-from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
-from .layers.experts import StreamedExperts, is_widened
-from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
-from .runtime import Runtime
+from .layers.experts import StreamedExperts
 
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
 
@@ -37,12 +31,15 @@ WATCHING = threading.Lock()  # held while `mx.stack` is another function
 class Provenance:
     """Which of the checkpoint's tensors a model's parameter is: one, or as many as were stacked along a new axis."""
 
-    sources: dict[str, list[str]] = field(default_factory=dict)
-    stacked: set[str] = field(default_factory=set)
+    sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> tensors, in the order of the stack
+    stacked: set[str] = field(default_factory=set)  # parameters (E, ...) made of E tensors (...)
     arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` gave them back: what is changed later is seen
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
-        """Calls `sanitize`, and notes what became of every tensor. One at a time, whatever the threads."""
+        """Calls `sanitize`, and notes what became of every tensor. One at a time, whatever the threads.
+
+        weights: name in the checkpoint -> array, not yet read; what comes back: name in the model -> array.
+        """
         kept = dict(weights)  # alive, so that no identity is given to another array
         name_of = {id(array): name for name, array in kept.items()}
         stacks: dict[int, tuple[Any, list[Any]]] = {}
@@ -78,7 +75,7 @@ class Mixture:
     model: Any
     config: dict[str, Any]
     files: list[Path]
-    switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> ...
+    switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> where its E parts lie
 
     @property
     def experts(self) -> int:
@@ -87,17 +84,17 @@ class Mixture:
 
     @property
     def expert_bytes(self) -> int:
-        """One expert of a layer, the largest."""
+        """All tensors of one expert, of the layer with the largest ones."""
         return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.switches.values())
 
     @property
     def table_bytes(self) -> int:
-        """What is kept of all layers' small tensors, beside the slots."""
+        """All experts' small tensors (such as biases) of all layers, which are kept beside the slots."""
         tensors = [tensor for tensors in self.switches.values() for tensor in tensors.values()]
         return sum(tensor.nbytes * len(tensor.offsets) for tensor in tensors if tensor.is_table)
 
     def resident(self) -> Iterator[tuple[str, mx.array]]:
-        """Every parameter that is not an expert's, not yet read."""
+        """(path in the model, array) of every parameter that is not an expert's, not yet read."""
         from mlx.utils import tree_flatten
 
         prefixes = tuple(f"{path}." for path in self.switches)
@@ -107,12 +104,17 @@ class Mixture:
                 yield name, array
 
     def stream(self, shared: ExpertStreamer, slots: Sequence[int], window: int | None) -> None:
-        """Puts a streamed layer in every switch layer's place; `slots` for each, in the order of `switches`."""
+        """Puts a streamed layer in every switch layer's place.
+
+        slots: experts that each layer holds in memory, in the order of `switches`. window: of the eviction, in
+        tokens; None for the least used lately.
+        """
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
-            parent, name = _parent(self.model, path)
+            parent, name = parent_of(self.model, path)
             parent[name] = StreamedExperts(parent[name], ExpertStream(shared, tensors, count, window))
 
     def layers(self) -> list[StreamedExperts]:
+        """Those that `stream` put in."""
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
@@ -134,7 +136,7 @@ def is_mixture(config: dict[str, Any]) -> bool:
         if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
             return False
         raise CheckpointError(
-            f"mlx-lm cannot build the model that config.json describes ({config['model_type']}): {_said(error)}. "
+            f"mlx-lm cannot build the model that config.json describes ({config['model_type']}): {said(error)}. "
             "Download the checkpoint again."
         ) from None
 
@@ -160,7 +162,7 @@ def open_mixture(folder: Path) -> Mixture:
         model, config = load_model(folder, lazy=True, get_model_classes=classes)
     except Exception as error:  # mlx-lm raises plain ones
         raise CheckpointError(
-            f"mlx-lm cannot load {folder}: {_said(error)}. Are all shards there, and config.json theirs?"
+            f"mlx-lm cannot load {folder}: {said(error)}. Are all shards there, and config.json theirs?"
         ) from None
     switches = {}
     for path, module in _switches(model):
@@ -171,7 +173,7 @@ def open_mixture(folder: Path) -> Mixture:
             for name, array in child.items():
                 if isinstance(array, mx.array):
                     key = f"{path}.{projection}.{name}"
-                    tensors[f"{projection}.{name}"] = _locate(folder, key, array, provenance, entries)
+                    tensors[f"{projection}.{name}"] = locate(folder, key, array, provenance, entries)
         switches[path] = tensors
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
@@ -185,14 +187,24 @@ def _switches(model: Any) -> Iterator[tuple[str, Any]]:
     yield from sorted(found, key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")])
 
 
-def _locate(
+def locate(
     folder: Path,
     key: str,
     array: mx.array,
     provenance: Provenance,
     entries: dict[str, tuple[int, TensorEntry]],
 ) -> ExpertTensor:
-    """Where each expert's part of the parameter `key`, (E, ...), lies. Raises UnsupportedModelError."""
+    """Where in the files each expert's part of a parameter lies, E parts of the same size.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        key: the parameter's path in the model, "model.layers.0.mlp.switch_mlp.up_proj.weight".
+        array: it, (E, ...) of any dtype, as the loaded model has it; not read.
+        provenance: what became of the checkpoint's tensors.
+        entries: name in the checkpoint -> (number of the file, entry of its header: bytes from begin to end).
+
+    Raises UnsupportedModelError if the bytes in the files are not what the model computes with.
+    """
     experts, shape = array.shape[0], tuple(array.shape[1:])
     part = int(np.prod(shape, dtype=np.int64)) * array.dtype.size
     found = [entries[name] for name in provenance.sources.get(key, []) if name in entries]
@@ -234,19 +246,7 @@ def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], l
     return entries, files
 
 
-def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
-    opened: list[UnitFile] = []
-    try:
-        for file in files:
-            opened.append(UnitFile(file, direct))
-    except BaseException:
-        for unit in opened:
-            unit.close()
-        raise
-    return opened
-
-
-def _parent(model: Any, path: str) -> tuple[Any, Any]:
+def parent_of(model: Any, path: str) -> tuple[Any, Any]:
     """The module, or list, that holds what `path` names, and its key there."""
     *parents, last = path.split(".")
     where = model
@@ -255,166 +255,7 @@ def _parent(model: Any, path: str) -> tuple[Any, Any]:
     return where, int(last) if isinstance(where, list) else last
 
 
-# -- within a budget -----------------------------------------------------------------------------------------
-
-
-def load_mixture(
-    folder: Path,
-    budget: int | None,
-    window: int | None,
-    threads: int,
-    context: int,
-    io: str,
-    say: Callable[[str], None],
-) -> Any:
-    """The model of the checkpoint in `folder`, its experts streamed, within `budget` bytes; arguments as `load`'s.
-
-    Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
-    """
-    mx.set_cache_limit(MLX_CACHE_BYTES)
-    mixture = open_mixture(folder)
-    positions = _number(mixture.config, "max_position_embeddings", context)
-    context = min(context, positions)
-    try:
-        shape = trace(mixture, context)
-    except Exception as error:  # mlx-lm's model and MLX raise plain ones
-        raise CheckpointError(
-            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {_said(error)}. "
-            "Download the checkpoint again."
-        ) from None
-    layers = len(mixture.switches)
-    process = current_memory_bytes() + PROCESS_MARGIN_BYTES
-    demand = Demand(
-        process=process,
-        resident=sum(array.nbytes for _, array in mixture.resident()) + mixture.table_bytes,
-        predictors=0,
-        kv_cache=shape.kv_bytes,
-        workspace=_workspace_bytes(mixture, shape, context, threads),
-    )
-    free = usable_memory_bytes()
-    units = Units(layers, mixture.experts, 1, "experts of each layer")
-    notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
-    plan = share_budget(demand, units, mixture.expert_bytes, budget, free, context, notes=notes)
-    say(plan.describe())
-    files = open_files(mixture.files, direct=io == "direct")
-    if io == "direct" and not all(file.direct for file in files):
-        say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
-    _read_resident(mixture)
-    streamer = ExpertStreamer(files, Reader(threads))
-    mixture.stream(streamer, plan.slots, window)
-    model = mixture.model
-    model.flash = Runtime(plan, streamer, mixture.layers(), "router", shape.vocabulary, positions)
-    return model
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a call of the model is like, learnt by building its graph once."""
-
-    kv_bytes: int  # of the prompt cache for the planned context
-    width: int  # of what enters a switch layer
-    choices: int  # experts per token
-    pair_bytes: int  # made of one (token, expert) pair within a switch layer
-    vocabulary: int  # tokens that it has logits for
-
-
-def trace(mixture: Mixture, context: int) -> Shape:
-    """Calls the model on one token without evaluating anything; the switch layers must still be mlx-lm's."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    seen: list[tuple[int, int]] = []
-
-    class Looking(nn.Module):
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self._inner = inner
-
-        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-            seen.append((x.shape[-1], indices.shape[-1]))
-            result: mx.array = self._inner(x, indices)
-            return result
-
-    places = [_parent(mixture.model, path) for path in mixture.switches]
-    inner = [parent[name] for parent, name in places]
-    try:
-        for parent, name in places:
-            parent[name] = Looking(parent[name])
-        cache = make_prompt_cache(mixture.model)
-        logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)
-    finally:
-        for (parent, name), switch in zip(places, inner, strict=True):
-            parent[name] = switch
-    width = max(width for width, _ in seen)
-    hidden = max(
-        tensor.shape[0] for tensors in mixture.switches.values() for tensor in tensors.values() if len(tensor.shape) > 1
-    )
-    choices, pair_bytes = max(k for _, k in seen), 4 * (3 * width + 4 * hidden)
-    return Shape(_cache_bytes(cache, context), width, choices, pair_bytes, logits.shape[-1])
-
-
-def _cache_bytes(cache: Sequence[Any], context: int) -> int:
-    """What a prompt cache will take, from one that has seen a token: some parts grow with the tokens, some do not."""
-    from mlx.utils import tree_flatten
-
-    total = largest = 0
-    for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):
-        growing = [a for a in (getattr(part, "keys", None), getattr(part, "values", None)) if isinstance(a, mx.array)]
-        if growing:  # (B, heads, tokens, width)
-            most = min(context, getattr(part, "max_size", context) + PREFILL_TOKENS)
-            size = sum(array.nbytes // array.shape[2] for array in growing) * round_up(most, KV_STEP_TOKENS)
-            largest = max(largest, size)  # there twice while it grows
-        else:
-            state: Any = tree_flatten(part.state)
-            size = sum(array.nbytes for _, array in state if isinstance(array, mx.array))
-        total += size
-    return total + largest
-
-
-def _workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int) -> int:
-    """Readers' buffers, the activations of a prompt chunk, widened experts, MLX's buffer cache."""
-    tokens = min(PREFILL_TOKENS, context)
-    bounce = threads * min(BOUNCE_BYTES_PER_THREAD, mixture.expert_bytes + 2 * READ_ALIGNMENT)
-    activations = tokens * (4 * 16 * shape.width + shape.choices * shape.pair_bytes)
-    scores = widened = 0
-    if mx.default_device() == mx.cpu:
-        heads = _number(mixture.config, "num_attention_heads", 1)
-        scores = 3 * heads * tokens * context * 4
-    named = [item for tensors in mixture.switches.values() for item in tensors.items()]
-    if any(is_widened(name.rsplit(".", 1)[1], tensor.dtype) for name, tensor in named):
-        widened = 2 * mixture.expert_bytes * min(mixture.experts, tokens * shape.choices)
-    return bounce + activations + scores + widened + MLX_CACHE_BYTES
-
-
-def _read_resident(mixture: Mixture) -> None:
-    """Reads tensor by tensor, the largest first."""
-    from tqdm import tqdm
-
-    arrays = sorted((array for _, array in mixture.resident()), key=lambda array: array.nbytes, reverse=True)
-    total = sum(array.nbytes for array in arrays)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
-        for array in arrays:
-            try:
-                mx.eval(array)
-            except RuntimeError as error:
-                raise ReadError(f"the checkpoint cannot be read: {_said(error)}. Was it changed meanwhile?") from None
-            bar.update(array.nbytes)
-
-
-def _number(config: dict[str, Any], key: str, otherwise: int) -> int:
-    """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
-
-    Raises CheckpointError for what is no positive whole number.
-    """
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
-    if value is None:
-        return otherwise
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
-    return value
-
-
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
     text = " ".join(str(error).split())
     plain = isinstance(error, (ValueError, RuntimeError)) and text

@@ -36,16 +36,8 @@ from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, 
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
-from mlx_flash.mixture import (
-    Mixture,
-    Provenance,
-    _locate,
-    _workspace_bytes,
-    load_mixture,
-    open_files,
-    open_mixture,
-    trace,
-)
+from mlx_flash.mixture import Mixture, Provenance, locate, open_mixture
+from mlx_flash.mixture_loading import load_mixture, open_files, trace, workspace_bytes
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
@@ -273,9 +265,9 @@ def test_what_is_changed_after_sanitize_is_not_taken_for_the_checkpoints(tmp_pat
     weights: Any = mx.load(str(path))
     provenance = Provenance()
     same = provenance.watch(lambda weights: weights, dict(weights))["x"]
-    assert _locate(tmp_path, "x", same, provenance, entries).shape == (2, 2)
+    assert locate(tmp_path, "x", same, provenance, entries).shape == (2, 2)
     with pytest.raises(UnsupportedModelError, match="do not lie in the checkpoint"):
-        _locate(tmp_path, "x", same * 2, provenance, entries)
+        locate(tmp_path, "x", same * 2, provenance, entries)
 
 
 @pytest.mark.parametrize(
@@ -381,9 +373,9 @@ def test_only_what_is_widened_is_planned_for(
         mx.save_safetensors(str(folder / "model.safetensors"), rounded)
         mixture = open_mixture(folder)
         shape = trace(mixture, 64)
-        planned = _workspace_bytes(mixture, shape, 64, 4)
-        monkeypatch.setattr("mlx_flash.mixture.is_widened", lambda *_: False)
-        widened = planned - _workspace_bytes(mixture, shape, 64, 4)
+        planned = workspace_bytes(mixture, shape, 64, 4)
+        monkeypatch.setattr("mlx_flash.mixture_loading.is_widened", lambda *_: False)
+        widened = planned - workspace_bytes(mixture, shape, 64, 4)
         monkeypatch.undo()
         assert widened == (2 * mixture.expert_bytes * mixture.experts if name == "plain" else 0)
 

@@ -1,0 +1,203 @@
+"""A mixture-of-experts checkpoint -> a model whose experts are streamed from it, within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .defaults import PREFILL_TOKENS
+from .errors import CheckpointError, ReadError
+from .flash.experts import ExpertStreamer
+from .flash.files import round_up
+from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
+from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .layers.experts import is_widened
+from .mixture import Mixture, open_mixture, parent_of, said
+from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
+from .runtime import Runtime
+
+
+def load_mixture(
+    folder: Path,
+    budget: int | None,
+    window: int | None,
+    threads: int,
+    context: int,
+    io: str,
+    say: Callable[[str], None],
+) -> Any:
+    """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
+
+    Args:
+        folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`).
+        budget: bytes for the whole process; None for a share of what is free.
+        window: evict by a sliding window of so many tokens; None for the least used lately.
+        threads: of the reader.
+        context: tokens that the plan makes room for, at most the model's positions.
+        io: "direct" past the page cache, or "buffered".
+        say: called with the plan, before anything large is allocated.
+
+    Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
+    """
+    mx.set_cache_limit(MLX_CACHE_BYTES)
+    mixture = open_mixture(folder)
+    positions = _number(mixture.config, "max_position_embeddings", context)
+    context = min(context, positions)
+    try:
+        shape = trace(mixture, context)
+    except Exception as error:  # mlx-lm's model and MLX raise plain ones
+        raise CheckpointError(
+            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {said(error)}. "
+            "Download the checkpoint again."
+        ) from None
+    layers = len(mixture.switches)
+    process = current_memory_bytes() + PROCESS_MARGIN_BYTES
+    demand = Demand(
+        process=process,
+        resident=sum(array.nbytes for _, array in mixture.resident()) + mixture.table_bytes,
+        predictors=0,
+        kv_cache=shape.kv_bytes,
+        workspace=workspace_bytes(mixture, shape, context, threads),
+    )
+    free = usable_memory_bytes()
+    units = Units(layers, mixture.experts, 1, "experts of each layer")
+    notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
+    plan = share_budget(demand, units, mixture.expert_bytes, budget, free, context, notes=notes)
+    say(plan.describe())
+    files = open_files(mixture.files, direct=io == "direct")
+    if io == "direct" and not all(file.direct for file in files):
+        say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
+    read_resident(mixture)
+    streamer = ExpertStreamer(files, Reader(threads))
+    mixture.stream(streamer, plan.slots, window)
+    model = mixture.model
+    model.flash = Runtime(plan, streamer, mixture.layers(), "router", shape.vocabulary, positions)
+    return model
+
+
+def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
+    """Opens all of them or, if one cannot be opened, none. direct: past the page cache, where the disk allows it."""
+    opened: list[UnitFile] = []
+    try:
+        for file in files:
+            opened.append(UnitFile(file, direct))
+    except BaseException:
+        for unit in opened:
+            unit.close()
+        raise
+    return opened
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a call of the model is like, learnt by building its graph once."""
+
+    kv_bytes: int  # of the prompt cache for the planned context
+    width: int  # numbers of what enters a switch layer, of a token
+    choices: int  # experts per token
+    pair_bytes: int  # made of one (token, expert) pair within a switch layer, in float32
+    vocabulary: int  # tokens that it has logits for
+
+
+def trace(mixture: Mixture, context: int) -> Shape:
+    """Calls the model on one token without evaluating anything; the switch layers must still be mlx-lm's.
+
+    context: tokens that the prompt cache is to hold.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    seen: list[tuple[int, int]] = []
+
+    class Looking(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self._inner = inner
+
+        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+            seen.append((x.shape[-1], indices.shape[-1]))
+            result: mx.array = self._inner(x, indices)
+            return result
+
+    places = [parent_of(mixture.model, path) for path in mixture.switches]
+    inner = [parent[name] for parent, name in places]
+    try:
+        for parent, name in places:
+            parent[name] = Looking(parent[name])
+        cache = make_prompt_cache(mixture.model)
+        logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)
+    finally:
+        for (parent, name), switch in zip(places, inner, strict=True):
+            parent[name] = switch
+    width = max(width for width, _ in seen)
+    hidden = max(
+        tensor.shape[0] for tensors in mixture.switches.values() for tensor in tensors.values() if len(tensor.shape) > 1
+    )
+    choices, pair_bytes = max(k for _, k in seen), 4 * (3 * width + 4 * hidden)
+    return Shape(_cache_bytes(cache, context), width, choices, pair_bytes, logits.shape[-1])
+
+
+def _cache_bytes(cache: Sequence[Any], context: int) -> int:
+    """What a prompt cache will take for `context` tokens, from one that has seen a token: not all its parts grow."""
+    from mlx.utils import tree_flatten
+
+    total = largest = 0
+    for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):
+        growing = [a for a in (getattr(part, "keys", None), getattr(part, "values", None)) if isinstance(a, mx.array)]
+        if growing:  # (B, heads, tokens, width)
+            most = min(context, getattr(part, "max_size", context) + PREFILL_TOKENS)
+            size = sum(array.nbytes // array.shape[2] for array in growing) * round_up(most, KV_STEP_TOKENS)
+            largest = max(largest, size)  # there twice while it grows
+        else:
+            state: Any = tree_flatten(part.state)
+            size = sum(array.nbytes for _, array in state if isinstance(array, mx.array))
+        total += size
+    return total + largest
+
+
+def workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int) -> int:
+    """Readers' buffers, the activations of a prompt chunk, widened experts, MLX's buffer cache; in bytes."""
+    tokens = min(PREFILL_TOKENS, context)
+    bounce = threads * min(BOUNCE_BYTES_PER_THREAD, mixture.expert_bytes + 2 * READ_ALIGNMENT)
+    activations = tokens * (4 * 16 * shape.width + shape.choices * shape.pair_bytes)
+    scores = widened = 0
+    if mx.default_device() == mx.cpu:
+        heads = _number(mixture.config, "num_attention_heads", 1)
+        scores = 3 * heads * tokens * context * 4
+    named = [item for tensors in mixture.switches.values() for item in tensors.items()]
+    if any(is_widened(name.rsplit(".", 1)[1], tensor.dtype) for name, tensor in named):
+        widened = 2 * mixture.expert_bytes * min(mixture.experts, tokens * shape.choices)
+    return bounce + activations + scores + widened + MLX_CACHE_BYTES
+
+
+def read_resident(mixture: Mixture) -> None:
+    """Reads every parameter that is not an expert's, tensor by tensor, the largest first. Raises ReadError."""
+    from tqdm import tqdm
+
+    arrays = sorted((array for _, array in mixture.resident()), key=lambda array: array.nbytes, reverse=True)
+    total = sum(array.nbytes for array in arrays)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
+        for array in arrays:
+            try:
+                mx.eval(array)
+            except RuntimeError as error:
+                raise ReadError(f"the checkpoint cannot be read: {said(error)}. Was it changed meanwhile?") from None
+            bar.update(array.nbytes)
+
+
+def _number(config: dict[str, Any], key: str, otherwise: int) -> int:
+    """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
+
+    Raises CheckpointError for what is no positive whole number.
+    """
+    text = config.get("text_config")
+    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
+    if value is None:
+        return otherwise
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
+    return value

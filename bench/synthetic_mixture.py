@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .random_checkpoint import copy_tokenizer
 REPEATED = 0.45
 SHARED = 0.5  # of a token's embedding, the part that all tokens have in common, where popularity comes from
 SHARD_BYTES = 4e9
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
 Load = Callable[[], mx.array]
 
@@ -48,14 +49,15 @@ class Shape:
     kv_heads: int
     head_dim: int
     quantisation: dict[str, Any]
+    all_quantised: bool  # not the experts alone; routers and norms never are
 
 
 SHAPES = {
-    # huggingface.co/Qwen/Qwen3-30B-A3B, config.json
-    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 768, 128, 8, 32, 4, 128, {"group_size": 64, "bits": 4}),
+    # huggingface.co/Qwen/Qwen3-30B-A3B, config.json; quantised as huggingface.co/mlx-community/Qwen3-30B-A3B-4bit is
+    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 768, 128, 8, 32, 4, 128, {"group_size": 64, "bits": 4}, True),
     # huggingface.co/openai/gpt-oss-20b, config.json
-    "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 32, 4, 64, 8, 64, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
-    "tiny": Shape("qwen3_moe", 4, 128, 64, 32, 4, 4, 2, 32, {"group_size": 64, "bits": 4}),  # for the tests
+    "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 32, 4, 64, 8, 64, MXFP4, False),
+    "tiny": Shape("qwen3_moe", 4, 128, 64, 32, 4, 4, 2, 32, {"group_size": 64, "bits": 4}, True),  # for the tests
 }
 
 
@@ -154,8 +156,21 @@ def _tensors(
         bias = popularity(shape.experts, shape.choices, REPEATED, rng) * np.sqrt(1 - SHARED**2)
         return mx.array((own + np.outer(bias / (np.sqrt(hidden) * SHARED), common)).astype(np.float32)).astype(dtype)
 
-    yield "model.embed_tokens.weight", (vocabulary, hidden), dtype, embedding
-    yield plain("lm_head.weight", (vocabulary, hidden), hidden**-0.5)
+    def matrix(name: str, dims: tuple[int, int], spread: float) -> Iterator[Any]:
+        if shape.all_quantised:
+            yield from _packed(name, shape, dims, spread, dtype, [seed, *name.encode()])
+        else:
+            yield plain(f"{name}.weight", dims, spread)
+
+    if shape.all_quantised:
+        bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
+        quantised = cache(lambda: mx.quantize(embedding(), group, bits))
+        parts = (("weight", hidden * bits // 32, mx.uint32), ("scales", hidden // group, dtype))
+        for i, (part, columns, kind) in enumerate((*parts, ("biases", hidden // group, dtype))):
+            yield f"model.embed_tokens.{part}", (vocabulary, columns), kind, partial(lambda i: quantised()[i], i)
+    else:
+        yield "model.embed_tokens.weight", (vocabulary, hidden), dtype, embedding
+    yield from matrix("lm_head", (vocabulary, hidden), hidden**-0.5)
     yield plain("model.norm.weight", (hidden,), 0.0, 1.0)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -172,7 +187,7 @@ def _tensors(
         for name, dims in sizes.items():
             # Little of attention and experts comes back into the residual: what was planted must hold in every layer.
             spread = dims[1] ** -0.5 * (0.01 if name == "o_proj" else 1.0)
-            yield plain(f"{prefix}self_attn.{name}.weight", dims, spread)
+            yield from matrix(f"{prefix}self_attn.{name}", dims, spread)
             if gpt:
                 yield plain(f"{prefix}self_attn.{name}.bias", dims[:1], 0.0)
         if gpt:
@@ -187,29 +202,28 @@ def _tensors(
         for name in ("gate_proj", "up_proj", "down_proj"):
             rows, columns = (hidden, shape.neurons) if name == "down_proj" else (shape.neurons, hidden)
             path = f"{prefix}mlp.{'experts' if gpt else 'switch_mlp'}.{name}"
-            yield from _expert_tensors(path, shape, rows, columns, dtype, [seed, layer, len(name)])
+            spread = columns**-0.5 * (0.01 if name == "down_proj" else 1.0)
+            yield from _packed(path, shape, (shape.experts, rows, columns), spread, dtype, [seed, layer, len(name)])
             if gpt:
                 yield plain(f"{path}.bias", (shape.experts, rows), 0.0)
 
 
-def _expert_tensors(
-    path: str, shape: Shape, rows: int, columns: int, dtype: mx.Dtype, seed: list[int]
+def _packed(
+    path: str, shape: Shape, dims: tuple[int, ...], spread: float, dtype: mx.Dtype, seed: list[int]
 ) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
-    """Random words of packed bits, with scales that keep the size of what is multiplied."""
+    """A quantised matrix, or one per expert: random words of packed bits, with scales that give them that spread."""
     bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
-    packed = (shape.experts, rows, columns * bits // 32)
-    scales = (shape.experts, rows, columns // group)
-    small = 0.01 if path.endswith("down_proj") else 1.0
+    *rest, columns = dims
+    packed, scales = (*rest, columns * bits // 32), (*rest, columns // group)
 
     def words() -> mx.array:
         return mx.array(np.random.default_rng(seed).integers(0, 2**32, packed, np.uint32, endpoint=False))
 
     yield f"{path}.weight", packed, mx.uint32, words
     if shape.quantisation.get("mode") == "mxfp4":  # scales are exponents; the numbers' spread is about 2.9
-        exponent = 127 + round(np.log2(small * columns**-0.5 / 2.9))
-        yield f"{path}.scales", scales, mx.uint8, partial(mx.full, scales, exponent, mx.uint8)
+        yield f"{path}.scales", scales, mx.uint8, partial(mx.full, scales, 127 + round(np.log2(spread / 2.9)), mx.uint8)
         return
-    step = small * columns**-0.5 / (2**bits / 12**0.5)  # of numbers spread evenly
+    step = spread / (2**bits / 12**0.5)  # of numbers spread evenly
     yield f"{path}.scales", scales, dtype, partial(mx.full, scales, step, dtype)
     yield f"{path}.biases", scales, dtype, partial(mx.full, scales, -step * (2**bits - 1) / 2, dtype)
 

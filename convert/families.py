@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_flash.errors import UnsupportedModelError
+from mlx_flash.kinds import refuse_own_code
 from mlx_flash.layers.activations import Activation
 
 
@@ -119,6 +120,7 @@ FAMILIES = {
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
     """The row for a checkpoint's configuration. Raises UnsupportedModelError, naming what was found."""
+    refuse_own_code(config, where)
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:

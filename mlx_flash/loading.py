@@ -31,13 +31,13 @@ from .flash.files import Manifest, is_store, read_manifest
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .kinds import is_mixture, refuse_own_code
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
 from .layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from .layers.quantised import companions, matrices_of, widen
 from .layers.recall import Setting
-from .mixture import is_mixture
 from .mixture_loading import load_mixture
 from .plan import (
     MLX_CACHE_BYTES,
@@ -141,14 +141,19 @@ def load(
     budget = None if memory is None else parse_memory(memory)
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
-    if not is_store(source) and is_mixture(config := _read_config(source)):
-        if predictor != "auto":
-            raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
-        if recall is not None:
-            raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
-        _check_compiler(say)
-        tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
-        return load_mixture(source, budget, window, threads, context, io, say), tokenizer
+    if not is_store(source):
+        config = _read_config(source)
+        refuse_own_code(config, source)
+        if is_mixture(config):
+            if predictor != "auto":
+                raise UsageError(
+                    f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does."
+                )
+            if recall is not None:
+                raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
+            _check_compiler(say)
+            tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
+            return load_mixture(source, budget, window, threads, context, io, say), tokenizer
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
     config = _read_config(folder)

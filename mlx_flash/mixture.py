@@ -7,7 +7,6 @@ passes on is found by identity, one that it makes with `mx.stack` by what was st
 from __future__ import annotations
 
 import glob
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from .checkpoint_files import weights_in
 from .errors import CheckpointError, UnsupportedModelError
 from .flash.checksums import TensorEntry, read_header
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
+from .kinds import said, switch_layers
 from .layers.experts import StreamedExperts
 
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
@@ -118,29 +118,6 @@ class Mixture:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def is_mixture(config: dict[str, Any]) -> bool:
-    """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
-
-    Raises CheckpointError if mlx-lm has a family of models with such layers for it, and cannot build one.
-    """
-    from mlx_lm.utils import _get_classes
-
-    try:
-        model_class, args_class = _get_classes(config)
-    except Exception:  # whatever it lacks: then it is none that could be run
-        return False
-    try:
-        return any(True for _ in _switches(model_class(args_class.from_dict(config))))
-    except Exception as error:
-        family = sys.modules[model_class.__module__]
-        if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
-            return False
-        raise CheckpointError(
-            f"mlx-lm cannot build the model that config.json describes ({config['model_type']}): {said(error)}. "
-            "Download the checkpoint again."
-        ) from None
-
-
 def open_mixture(folder: Path) -> Mixture:
     """Builds the model without reading a weight. Raises CheckpointError or UnsupportedModelError."""
     from mlx_lm.utils import _get_classes, load_model
@@ -159,13 +136,13 @@ def open_mixture(folder: Path) -> Mixture:
         return Watched, args_class
 
     try:
-        model, config = load_model(folder, lazy=True, get_model_classes=classes)
+        model, config = load_model(folder, lazy=True, get_model_classes=classes, trust_remote_code=False)
     except Exception as error:  # mlx-lm raises plain ones
         raise CheckpointError(
             f"mlx-lm cannot load {folder}: {said(error)}. Are all shards there, and config.json theirs?"
         ) from None
     switches = {}
-    for path, module in _switches(model):
+    for path, module in switch_layers(model):
         tensors = {}
         for projection, child in module.children().items():
             if not isinstance(child, nn.Module):
@@ -178,13 +155,6 @@ def open_mixture(folder: Path) -> Mixture:
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
     return Mixture(model, config, files, switches)
-
-
-def _switches(model: Any) -> Iterator[tuple[str, Any]]:
-    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))]
-    yield from sorted(found, key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")])
 
 
 def locate(
@@ -253,10 +223,3 @@ def parent_of(model: Any, path: str) -> tuple[Any, Any]:
     for name in parents:
         where = where[int(name)] if isinstance(where, list) else where[name]
     return where, int(last) if isinstance(where, list) else last
-
-
-def said(error: Exception) -> str:
-    """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
-    text = " ".join(str(error).split())
-    plain = isinstance(error, (ValueError, RuntimeError)) and text
-    return (text if plain else f"{type(error).__name__}: {text}")[:300].rstrip(".")

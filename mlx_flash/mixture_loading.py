@@ -16,8 +16,9 @@ from .flash.experts import ExpertStreamer
 from .flash.files import round_up
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .kinds import said
 from .layers.experts import is_widened
-from .mixture import Mixture, open_mixture, parent_of, said
+from .mixture import Mixture, open_mixture, parent_of
 from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime
 

@@ -1,0 +1,98 @@
+"""Which kind of model it is: a sentence for what can be run neither way, and no code out of a checkpoint is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
+from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
+
+from mlx_flash import loading
+from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.errors import CheckpointError, UnsupportedModelError
+from mlx_flash.kinds import is_mixture
+from mlx_flash.mixture import open_mixture
+
+OWN_CODE = "from pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch()\nModel = ModelArgs = None\n"
+
+
+@pytest.fixture(params=["mixture", "neurons"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, tiny: Tiny) -> Path:
+    """Of either kind, with code of its own beside it that leaves `own.ran` when it is run."""
+    folder = tmp_path / "checkpoint"
+    if request.param == "mixture":
+        make_mixture(folder, "mixtral")
+        write_tokenizer(folder, VOCABULARY)
+    else:
+        shutil.copytree(tiny.checkpoint, folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    return folder
+
+
+def configure(folder: Path, **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def run(folder: Path) -> None:
+    loading.load(folder, context=64)
+
+
+def run_converter(folder: Path) -> None:
+    convert(folder, folder.with_name("store"), Settings(calibration_tokens=64))
+
+
+@pytest.mark.parametrize("entry", [run, run_converter])
+@pytest.mark.parametrize("model_type", [None, "no_such_type"])
+@pytest.mark.parametrize("file", ["own.py", ["own.py"], ""])
+def test_code_that_builds_the_model(
+    checkpoint: Path, entry: Callable[[Path], None], model_type: str | None, file: object
+) -> None:
+    configure(checkpoint, model_file=file, **({} if model_type is None else {"model_type": model_type}))
+    with pytest.raises(UnsupportedModelError) as caught:
+        entry(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint} cannot be run: its config.json names {file!r} as code of the checkpoint's own that builds the "
+        'model, and no code out of a checkpoint is ever run here. The README\'s section "Which models" has the '
+        "details."
+    )
+    assert not list(checkpoint.glob("*.ran"))
+
+
+def test_mlx_lm_is_not_told_to_trust_code(tmp_path: Path) -> None:
+    """Whoever comes without having looked at the configuration."""
+    folder = make_mixture(tmp_path / "checkpoint", "mixtral")
+    (folder / "own.py").write_text(OWN_CODE)
+    configure(folder, model_file="own.py")
+    with pytest.raises(CheckpointError, match=r"mlx-lm cannot load .*own\.py"):
+        open_mixture(folder)
+    assert not (folder / "own.ran").exists()
+
+
+@pytest.mark.parametrize("model_type", ["{folder}/own", "{up}{folder}/own", "..own", "own", "{dots}.own", ".", ""])
+def test_a_model_type_that_is_a_path(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    """mlx-lm imports a module by that name. The checkpoint's folder is the working folder, too."""
+    monkeypatch.chdir(checkpoint)
+    up, dots = "../" * 20, str(checkpoint).replace("/", ".")
+    config = configure(checkpoint, model_type=model_type.format(folder=checkpoint, up=up, dots=dots))
+    assert not is_mixture(config)
+    with pytest.raises(UnsupportedModelError):
+        run_converter(checkpoint)
+    assert not list(checkpoint.glob("*.ran"))
+
+
+@pytest.mark.parametrize("changes", [{"chat_template_type": "own"}, {"tool_parser_type": "own"}])
+def test_code_that_a_tokenizer_names(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
+    """mlx-lm imports modules by these names, too; `auto_map` is transformers' own (test_families.py)."""
+    monkeypatch.chdir(checkpoint)
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=r"tokenizer in .* cannot be loaded: No module named 'mlx_lm\..*own'"):
+        loading.load_tokenizer(checkpoint)
+    assert not list(checkpoint.glob("*.ran"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_flash.errors import UnsupportedModelError
-from mlx_flash.kinds import refuse_own_code
+from mlx_flash.kinds import SEE, is_mixture, mlx_lm_knows, refuse_own_code
 from mlx_flash.layers.activations import Activation
 
 
@@ -42,7 +42,7 @@ class Family:
         ffn, up, down = self.ffn.format(layer), *self.matrices[-2:]
         return {f"{ffn}.{up}.bias": f"{ffn}.up_bias", f"{ffn}.{down}.bias": f"{ffn}.down_bias"}
 
-    def activation(self, config: Mapping[str, Any], where: object) -> Activation:
+    def activation(self, config: dict[str, Any], where: object) -> Activation:
         """Raises UnsupportedModelError, naming what was found."""
         found = config.get(self.activation_key)
         unnamed = ""
@@ -51,10 +51,13 @@ class Family:
             remedy = f'if its own code computes {wanted}, add "{key}": "{wanted}"'
             unnamed = f" by default (its config.json has no {key}; {remedy})"
         if not isinstance(found, str) or found not in self.activations:
+            # Of these types mlx-lm computes the default activation, whatever the configuration says.
+            own = found == self.default_activation and mlx_lm_knows(config)
+            runtime = "mlx-lm itself" if own else "a runtime that computes it and loads it whole"
             raise UnsupportedModelError(
-                f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero; streaming by "
-                f"neuron needs {' or '.join(self.activations)} there. What would work: {self.instead}, or, if it fits "
-                "into memory, a runtime that loads it whole, such as mlx-lm."
+                f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is neither a "
+                f"ReLU model ({' or '.join(self.activations)} there) nor a mixture of experts, so flash loading would "
+                f"gain nothing; {runtime} runs it, if it fits into memory. What would gain: {self.instead}."
             )
         threshold = config.get(self.threshold_keys[found], 0.0) if found in self.threshold_keys else 0.0
         try:
@@ -118,14 +121,23 @@ FAMILIES = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: object) -> Family:
+def family_of(config: dict[str, Any], where: object) -> Family:
     """The row for a checkpoint's configuration. Raises UnsupportedModelError, naming what was found."""
     refuse_own_code(config, where)
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
+    if (family := FAMILIES.get(str(model_type))) is not None:
+        return family
+    families = f"ReLU models ({', '.join(FAMILIES)})"
+    if is_mixture(config):
         raise UnsupportedModelError(
-            f"{where} is of model type {model_type!r}; neurons can be streamed for: {', '.join(FAMILIES)}. "
-            "Models that fit into memory run with mlx-lm itself."
+            f"{where} is a mixture of experts ({model_type}), which needs no conversion: it is run as it is."
         )
-    return family
+    if mlx_lm_knows(config):
+        raise UnsupportedModelError(
+            f"{where} ({model_type}) is none of the {families}, nor a mixture of experts in mlx-lm's switch_layers: "
+            f"flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
+        )
+    raise UnsupportedModelError(
+        f"{where} is of model type {model_type!r}, which neither mlx_flash nor the installed mlx-lm knows. Two kinds "
+        f"are run: {families}, and mixtures of experts that mlx-lm knows. {SEE}"
+    )

@@ -51,6 +51,11 @@ def switch_layers(model: Any) -> Iterator[tuple[str, Any]]:
     yield from sorted(found, key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")])
 
 
+def mlx_lm_knows(config: dict[str, Any]) -> bool:
+    """Whether mlx-lm has a model of this configuration's type, of whatever kind."""
+    return _mlx_lm_classes(config) is not None
+
+
 def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
     """mlx-lm's (Model, ModelArgs) for a configuration; None if it has none. Only modules of mlx-lm are imported."""
     from mlx_lm.utils import _get_classes

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
     CheckpointError,
@@ -154,6 +155,7 @@ def load(
             _check_compiler(say)
             tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
             return load_mixture(source, budget, window, threads, context, io, say), tokenizer
+        family_of(config, source).activation(config, source)  # refused here, before a conversion is begun
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
     config = _read_config(folder)
@@ -242,8 +244,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_config
 
     try:
-        return load_config(folder)
-    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(config := load_config(folder), dict):
+            return config
+        raise ValueError(f"it holds no JSON object but {config!r:.20}")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         path = folder / "config.json"
         if not is_store(folder):
             raise CheckpointError(f"{path} cannot be used: {error}. Download the checkpoint again.") from None

@@ -54,23 +54,24 @@ def test_every_row_has_a_model_and_a_golden_checkpoint() -> None:
     [
         (
             {"model_type": "llama", "hidden_act": "silu"},
-            "X uses the activation 'silu', which leaves no neuron exactly zero; streaming by neuron needs relu or "
-            "fatrelu there. What would work: a relufied version (SparseLLM/ReluLLaMA-7B, "
-            "SparseLLM/prosparse-llama-2-7b), or, if it fits into memory, a runtime that loads it whole, such as "
-            "mlx-lm.",
+            "X uses the activation 'silu', which leaves no neuron exactly zero. It is neither a ReLU model (relu or "
+            "fatrelu there) nor a mixture of experts, so flash loading would gain nothing; mlx-lm itself runs it, if "
+            "it fits into memory. What would gain: a relufied version (SparseLLM/ReluLLaMA-7B, "
+            "SparseLLM/prosparse-llama-2-7b).",
         ),
         (
             {"model_type": "falcon"},
             "X uses the activation 'gelu' by default (its config.json has no activation; if its own code computes "
-            'relu, add "activation": "relu"), which leaves no neuron exactly zero; streaming by neuron needs relu '
-            "there. What would work: a relufied version (SparseLLM/ReluFalcon-40B), or, if it fits into memory, a "
-            "runtime that loads it whole, such as mlx-lm.",
+            'relu, add "activation": "relu"), which leaves no neuron exactly zero. It is neither a ReLU model (relu '
+            "there) nor a mixture of experts, so flash loading would gain nothing; a runtime that computes it and "
+            "loads it whole runs it, if it fits into memory. What would gain: a relufied version "
+            "(SparseLLM/ReluFalcon-40B).",
         ),
-        ({"model_type": "mistral", "hidden_act": "silu"}, "its mixture-of-experts sibling Mixtral, or, if it fits"),
-        ({"model_type": "phi", "hidden_act": "gelu_new"}, "'gelu_new', which leaves no neuron exactly zero"),
-        ({"model_type": "nemotron", "hidden_act": "silu"}, "needs relu2 there"),
+        ({"model_type": "mistral", "hidden_act": "silu"}, "its mixture-of-experts sibling Mixtral."),
+        ({"model_type": "phi", "hidden_act": "gelu_new"}, "; mlx-lm itself runs it, if it fits into memory"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "; a runtime that computes it and loads it whole runs it"),
+        ({"model_type": "nemotron", "hidden_act": "silu"}, "a ReLU model (relu2 there)"),
         ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": -1}, "threshold -1"),
-        ({"model_type": "qwen2"}, "X is of model type 'qwen2'; neurons can be streamed for: bamboo, falcon, llama, "),
     ],
 )
 def test_what_is_refused_is_named_with_what_would_work(config: dict[str, Any], said: str) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
-from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
+from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash import loading
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.convert.families import family_of
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.kinds import is_mixture
 from mlx_flash.mixture import open_mixture
@@ -46,6 +47,56 @@ def run(folder: Path) -> None:
 
 def run_converter(folder: Path) -> None:
     convert(folder, folder.with_name("store"), Settings(calibration_tokens=64))
+
+
+KNOWN = "ReLU models (bamboo, falcon, llama, mistral, nemotron, opt, persimmon, phi, sparsellama)"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"model_type": "qwen2"},
+            f"X (qwen2) is none of the {KNOWN}, nor a mixture of experts in mlx-lm's switch_layers: flash loading "
+            "would gain nothing. mlx-lm itself runs it, if it fits into memory. The README's section",
+        ),
+        (
+            {"model_type": "new_moe", "num_experts": 64},
+            "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm knows. Two kinds are run: "
+            f'{KNOWN}, and mixtures of experts that mlx-lm knows. The README\'s section "Which models" has the',
+        ),
+        ({}, "X is of model type None, which neither"),
+        ({"model_type": ["opt"]}, "X is of model type ['opt'], which neither"),
+        (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion: it is run as it is."),
+    ],
+)
+def test_what_is_neither(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        family_of(config, "X")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "qwen2"}, {"activation_function": "gelu"}])
+def test_nothing_is_begun_for_what_is_neither(tiny: Tiny, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    configure(folder, **changes)
+    told: list[str] = []
+    with pytest.raises(UnsupportedModelError, match="flash loading would gain nothing"):
+        loading.load(folder, say=told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("generation_config", ["{}", '{"eos_token_id": 0}'])
+def test_a_configuration_that_is_no_object(tiny: Tiny, tmp_path: Path, generation_config: str) -> None:
+    folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    (folder / "config.json").write_text("[]")
+    (folder / "generation_config.json").write_text(generation_config)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used: .*Download the checkpoint again"):
+        loading.load(folder)
+
+
+def test_the_section_that_is_pointed_to() -> None:
+    assert "## Which models\n" in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("entry", [run, run_converter])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,13 +67,14 @@ def main(arguments: argparse.Namespace) -> None:
     from .imported import find_predictors
 
     memory = None if arguments.predictor_memory is None else parse_memory(arguments.predictor_memory)
-    source = find_checkpoint(arguments.model, arguments.revision, lambda text: print(text, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    source = find_checkpoint(arguments.model, arguments.revision, say)
     settings = Settings(
         arguments.dtype,
         arguments.calibration,
         arguments.calibration_tokens,
         predictor_memory=memory,
-        predictor_from=None if arguments.predictor_from is None else find_predictors(arguments.predictor_from),
+        predictor_from=None if arguments.predictor_from is None else find_predictors(arguments.predictor_from, say),
         bits=arguments.bits,
         resident_bits=arguments.resident_bits,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.errors import CheckpointError, ConversionError, UsageError
+from mlx_flash.checkpoint_files import matching
+from mlx_flash.errors import CheckpointError, UsageError
 
 NAME = "model_{}.pt"
 TENSORS = ("fc1.weight", "fc2.weight")
 LEAST_WEIGHT = 1e-3  # of a norm, against its largest: what is smaller erases an input
 
 
-def find_predictors(source: str) -> Path:
-    """A local folder, or a Hugging Face repository through huggingface_hub's cache.
+def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) -> Path:
+    """A local folder, or a Hugging Face repository through huggingface_hub's cache (`mlx_flash.hub.download`).
 
-    Raises UsageError for what is neither, ConversionError if it cannot be downloaded.
+    Raises UsageError for what is neither, CheckpointError if the repository holds no predictors, ConversionError if
+    it cannot be downloaded.
     """
     folder = Path(source).expanduser()
     if source and folder.is_dir():
@@ -30,15 +33,16 @@ def find_predictors(source: str) -> Path:
             f"--predictor-from {source} is no folder and no Hugging Face repository id (owner/name). Expected one "
             f"with {NAME.format(0)}, {NAME.format(1)} and so on, one for each layer."
         )
-    from huggingface_hub import snapshot_download
+    from mlx_flash.hub import download
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=[NAME.format("*")]))
-    except Exception as error:  # its own, its HTTP library's, the disk's: a dozen unrelated kinds
-        text = " ".join(str(error).split())
-        raise ConversionError(
-            f"predictors of {source} could not be downloaded: {text or type(error).__name__}"
-        ) from None
+    return download(source, say=say, choose=_predictors_among)
+
+
+def _predictors_among(names: Collection[str], _: Callable[[str], str], where: object) -> list[str]:
+    """Those of a repository's files that are to be downloaded. Raises CheckpointError if there are none."""
+    if not (found := matching(names, [NAME.format("*")])):
+        raise CheckpointError(f"{where} holds no predictors: expected {NAME.format(0)}, {NAME.format(1)} and so on.")
+    return found
 
 
 def find_files(folder: Path, layers: int) -> list[Path]:

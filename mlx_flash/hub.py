@@ -26,9 +26,35 @@ SPARE_BYTES = 64 << 20
 ASK_SECONDS = 20  # until the Hub counts as out of reach
 SHA256_DIGITS = 64  # of the ETag of a file in large file storage: its checksum
 
+# (names of a repository's files, what gives the text of one, what it is called) -> those to download.
+Choose = Callable[[Collection[str], Callable[[str], str], object], list[str]]
 
-def download(repository: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder of a snapshot with the files that a checkpoint, or a store, consists of, and no others.
+
+def wanted_files(names: Collection[str], read: Callable[[str], str], where: object) -> list[str]:
+    """What of a repository's files is downloaded: those of the store that it holds, or of the checkpoint.
+
+    Of several formats of the weights, one; read(name) gives the text of an index. Raises CheckpointError if there
+    is neither a store nor a checkpoint.
+    """
+    if MANIFEST in names and Manifest.neurons_file in names:
+        parts = [Manifest.neurons_file, Manifest.neurons_checksums_file, Manifest.resident_file]
+        parts.append(Manifest.predictor_file("*"))
+        return sorted({*small_files(names), *matching(names, parts)})
+    if "config.json" not in names:
+        raise CheckpointError(
+            f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json)."
+        )
+    index, shards = weight_files(names, read, where)
+    return [*small_files(names), *([index] if index else []), *shards]
+
+
+def download(
+    repository: str,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    choose: Choose = wanted_files,
+) -> Path:
+    """The folder of a snapshot with the files that a checkpoint, or a store, consists of; or that `choose` names.
 
     Without the Hub in reach it is the snapshot downloaded before. Raises UsageError (no such repository or revision,
     gated), CheckpointError (no checkpoint), NoSpaceError, or ConversionError if the Hub cannot be reached.
@@ -42,7 +68,7 @@ def download(repository: str, revision: str | None = None, say: Callable[[str], 
     )
 
     try:
-        return _download(repository, revision, say)
+        return _download(repository, revision, say, choose)
     except GatedRepoError:
         raise UsageError(
             f"{repository} is gated: accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login`."
@@ -74,7 +100,7 @@ def download(repository: str, revision: str | None = None, say: Callable[[str], 
         ) from None
 
 
-def _download(repository: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def _download(repository: str, revision: str | None, say: Callable[[str], None], choose: Choose) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -83,13 +109,13 @@ def _download(repository: str, revision: str | None, say: Callable[[str], None])
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception as error:  # no network, a Hub out of order, HF_HUB_OFFLINE
-        return _downloaded_before(repository, revision, error, say)
+        return _downloaded_before(repository, revision, error, say, choose)
     commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
 
     def read(name: str) -> str:
         return Path(hf_hub_download(repository, name, revision=commit)).read_text(encoding="utf-8", errors="replace")
 
-    wanted = wanted_files(sizes, read, repository)
+    wanted = choose(sizes, read, repository)
     missing = {
         name: sizes[name]
         for name in wanted
@@ -106,25 +132,9 @@ def _download(repository: str, revision: str | None, say: Callable[[str], None])
     return folder
 
 
-def wanted_files(names: Collection[str], read: Callable[[str], str], where: object) -> list[str]:
-    """What of a repository's files is downloaded: those of the store that it holds, or of the checkpoint.
-
-    Of several formats of the weights, one; read(name) gives the text of an index. Raises CheckpointError if there
-    is neither a store nor a checkpoint.
-    """
-    if MANIFEST in names and Manifest.neurons_file in names:
-        parts = [Manifest.neurons_file, Manifest.neurons_checksums_file, Manifest.resident_file]
-        parts.append(Manifest.predictor_file("*"))
-        return sorted({*small_files(names), *matching(names, parts)})
-    if "config.json" not in names:
-        raise CheckpointError(
-            f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json)."
-        )
-    index, shards = weight_files(names, read, where)
-    return [*small_files(names), *([index] if index else []), *shards]
-
-
-def _downloaded_before(repository: str, revision: str | None, reason: Exception, say: Callable[[str], None]) -> Path:
+def _downloaded_before(
+    repository: str, revision: str | None, reason: Exception, say: Callable[[str], None], choose: Choose
+) -> Path:
     """The snapshot in the cache, if it is whole."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -135,16 +145,15 @@ def _downloaded_before(repository: str, revision: str | None, reason: Exception,
     at = repository if revision is None else f"{repository} at {revision}"
     remedy = "Unset it to download." if offline else "Are you online?"
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=["config.json"])
-        )
+        # Of no file: which are lacking is looked at here.
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))
         names = [file.path for file in get_cached_repo_tree(repository, revision=revision)]
     except LocalEntryNotFoundError:
         raise ConversionError(f"{at} is no local folder and was not downloaded before, and {why}. {remedy}") from None
     except CachedRepoTreeNotFoundError:  # downloaded by an older huggingface_hub: what is there must do
         return folder
     try:
-        wanted = wanted_files(names, lambda name: (folder / name).read_text(encoding="utf-8"), repository)
+        wanted = choose(names, lambda name: (folder / name).read_text(encoding="utf-8"), repository)
         missing = [name for name in wanted if not (folder / name).is_file()]
     except FileNotFoundError as error:
         missing = [Path(error.filename).name]  # the index

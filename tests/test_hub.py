@@ -45,13 +45,20 @@ PIECE = 10 << 20  # what huggingface_hub writes at once
 FIND = """
 import argparse, sys, time
 from mlx_flash.commands import run_command
+from mlx_flash.convert.imported import find_predictors
 from mlx_flash.finding import find_checkpoint
 time.sleep = lambda _: None  # between tries
 parser = argparse.ArgumentParser(prog="find")
 parser.add_argument("model")
 parser.add_argument("--revision")
+parser.add_argument("--predictors", action="store_true")
+def say(text):
+    print(text, file=sys.stderr)
 def main(arguments):
-    print(find_checkpoint(arguments.model, arguments.revision, lambda text: print(text, file=sys.stderr)))
+    if arguments.predictors:
+        print(find_predictors(arguments.model, say))
+    else:
+        print(find_checkpoint(arguments.model, arguments.revision, say))
 run_command(parser, main)
 """
 
@@ -353,6 +360,42 @@ def test_without_the_hub(server: Hub, home: Path, checkpoint: Path) -> None:
         (Path(online.stdout.strip()) / name).unlink()
         done = find(server, home, REPOSITORY, HF_HUB_OFFLINE="1")
         assert done.returncode == 1 and f"was downloaded in part (missing: {name})" in done.stderr, done.stderr
+
+
+# -- predictors --------------------------------------------------------------------------------------------------
+
+
+def test_predictors_are_downloaded_in_the_same_way(server: Hub, home: Path, tmp_path: Path) -> None:
+    predictors = {"model_0.pt": b"0" * (2 * PIECE), "model_1.pt": b"1"}
+    server.add(REPOSITORY, tmp_path / "nothing", **predictors, **{"config.json": b"{}", "README.md": b"#"})
+    server.cut_at["model_0.pt"] = PIECE + PIECE // 2
+    done = find(server, home, REPOSITORY, "--predictors")
+    assert done.returncode == 1 and "Run the same command again to go on" in done.stderr, done.stderr
+
+    server.cut_at.clear()
+    server.requests.clear()
+    done = find(server, home, REPOSITORY, "--predictors")
+    assert done.returncode == 0 and "model_0.pt: going on after" in done.stderr, done.stderr
+    assert contents(Path(done.stdout.strip())) == predictors
+    fetched = server.fetched()
+    assert set(fetched) == set(predictors) and fetched["model_0.pt"] == [f"bytes={PIECE}-"]
+
+    offline = find(server, home, REPOSITORY, "--predictors", HF_HUB_OFFLINE="1")
+    assert offline.stdout == done.stdout
+    (Path(done.stdout.strip()) / "model_1.pt").unlink()
+    done = find(server, home, REPOSITORY, "--predictors", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "was downloaded in part (missing: model_1.pt)" in done.stderr, done.stderr
+
+
+def test_predictors_that_cannot_be_had(server: Hub, home: Path, checkpoint: Path) -> None:
+    server.add(REPOSITORY, checkpoint)
+    for repository, code, words in (
+        (REPOSITORY, 1, "owner/tiny holds no predictors: expected model_0.pt, model_1.pt and so on."),
+        ("owner/nothing", 2, "neither a folder nor a Hugging Face repository owner/nothing"),
+    ):
+        done = find(server, home, repository, "--predictors")
+        assert done.returncode == code and words in done.stderr, done.stderr
+    assert server.fetched() == {}
 
 
 def hub_error(kind: type[Exception]) -> Exception:

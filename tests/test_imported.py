@@ -22,7 +22,7 @@ from mlx_flash.check import check_store
 from mlx_flash.convert import __main__ as command
 from mlx_flash.convert import imported
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.errors import CheckpointError, ConversionError, FlashError, UsageError
+from mlx_flash.errors import CheckpointError, FlashError, UsageError
 from mlx_flash.layers.predictors import ImportedPredictor
 from mlx_flash.loading import load
 
@@ -109,24 +109,11 @@ def test_a_file_for_each_layer_and_no_more(files: Path) -> None:
         imported.find_files(files, 1)
 
 
-def test_neither_a_folder_nor_a_repository(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_a_folder_nor_a_repository(files: Path) -> None:
     assert imported.find_predictors(str(files)) == files
     for source in (str(files / "model_0.pt"), "nowhere", "../a/b", "a/b/c", ""):
         with pytest.raises(UsageError, match="no folder and no Hugging Face repository id"):
             imported.find_predictors(source)
-    asked: list[Any] = []
-
-    def snapshot(*arguments: Any, **keywords: Any) -> str:
-        asked.append((arguments, keywords))
-        if len(asked) > 1:
-            raise OSError("no network\nat all")
-        return str(files)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert imported.find_predictors("PowerInfer/ReluLLaMA-7B-Predictor") == files
-    assert asked == [(("PowerInfer/ReluLLaMA-7B-Predictor",), {"allow_patterns": ["model_*.pt"]})]
-    with pytest.raises(ConversionError, match="could not be downloaded: no network at all"):
-        imported.find_predictors("PowerInfer/ReluLLaMA-7B-Predictor")
 
 
 def test_without_torch(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -25,7 +26,6 @@ from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.layers.quantised import companions
 
-GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_VARIANTS = (
     *("opt-pre", "opt-350m-like", "opt-nobias"),
     *("falcon-7b-like", "falcon-40b-like", "falcon-rw-like"),
@@ -218,3 +218,14 @@ def open_model() -> Iterator[Callable[..., Any]]:
     yield open_store
     for model in opened:
         model.flash.close()
+
+
+@pytest.fixture
+def model(variant: str) -> Any:
+    return load(variant)
+
+
+@pytest.fixture
+def golden(variant: str) -> dict[str, mx.array]:
+    with np.load(GOLDEN / variant / "golden.npz") as arrays:
+        return {name: mx.array(arrays[name]) for name in arrays.files}

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import GOLDEN, Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
-from test_models import VARIANTS, checkpoint_of, config_of  # type: ignore[import-not-found]
+from golden_models import VARIANTS, checkpoint_of, config_of  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import FAMILIES, family_of

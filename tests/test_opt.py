@@ -3,38 +3,25 @@
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
-from test_models import (  # type: ignore[import-not-found]  # found beside this file
-    GOLDEN,
+from golden_models import (  # type: ignore[import-not-found]  # found beside this file
+    TOLERANCE,
     checkpoint_of,
     config_of,
     largest_difference,
     load,
     parameter_names,
 )
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.models.opt import Model, ModelArgs
 
 VARIANTS = ["opt-pre", "opt-350m-like", "opt-nobias"]
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def model(variant: str) -> Model:
-    return load(variant)
-
-
-@pytest.fixture
-def golden(variant: str) -> dict[str, mx.array]:
-    with np.load(GOLDEN / variant / "golden.npz") as arrays:
-        return {name: mx.array(arrays[name]) for name in arrays.files}
 
 
 def test_variants_differ_in_what_they_are_for() -> None:

@@ -94,7 +94,7 @@ def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any
 
     "naive" keeps nothing; "hybrid" a share of the model's bytes, what the engine has resident counted in.
     """
-    from mlx_flash.loading import compute_dtype
+    from mlx_flash.building import compute_dtype
 
     from .baselines import keep_nothing, keep_some
 

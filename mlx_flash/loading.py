@@ -8,36 +8,27 @@ import shutil
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 
+from . import building
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
     CheckpointError,
     CorruptStoreError,
     FlashError,
-    MissingTensorError,
-    StoreError,
     UnsupportedModelError,
     UsageError,
 )
 from .finding import find_source, store_of
 from .flash.files import Manifest, is_store, read_manifest
-from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
-from .flash.stream import LayerStream, Streamer
+from .flash.reader import BOUNCE_BYTES_PER_THREAD
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .kinds import is_mixture, refuse_own_code
 from .layers.activations import Activation
-from .layers.neurons import StreamedNeurons
-from .layers.pace import Pace
-from .layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
-from .layers.quantised import companions, matrices_of, widen
 from .layers.recall import Setting
 from .mixture_loading import load_mixture
 from .plan import (
@@ -52,10 +43,7 @@ from .plan import (
     parse_memory,
     workspace_bytes,
 )
-from .runtime import Runtime
 
-# Cheap enough to be asked twice. Nothing depends on a guess but time.
-LOOK_AHEAD_PREDICTORS = STORED_PREDICTORS
 # What mlx-lm's models raise for a configuration that describes none.
 CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
@@ -95,11 +83,6 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
     finally:
         warns.setLevel(level)
-
-
-def compute_dtype(stored: str) -> mx.Dtype:
-    """Metal computes in the stored type; on MLX's CPU backend anything but float32 is slow."""
-    return mx.float32 if mx.default_device() == mx.cpu else getattr(mx, stored)
 
 
 def load(
@@ -190,7 +173,7 @@ def load(
     say(plan.describe())
     if setting is not None:
         say(setting.describe())
-    return _build(model, manifest, plan, kind, setting, folder, window, threads, io, say), tokenizer
+    return building.build(model, manifest, plan, kind, setting, folder, window, threads, io, say), tokenizer
 
 
 def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
@@ -254,29 +237,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
 
 
-def _slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
-    """What a slot holds: the exact predictor has the first projection (up, or the gate) resident already."""
-    return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
-
-
-def _predictor_tensors(folder: Path, kind: str) -> dict[str, mx.array]:
-    return _tensors(folder / Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else {}
-
-
-def _tensors(path: Path) -> dict[str, mx.array]:
-    """Not yet read. Raises StoreError."""
-    try:
-        return dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
-
-
-def _as_used(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A predictor's tensor in the type it is computed with, not yet read: packed bits and thresholds stay."""
-    packed = not mx.issubdtype(tensor.dtype, mx.floating)
-    return tensor if packed or name.endswith(".c") else tensor.astype(dtype)
-
-
 def _plan(
     model: Any,
     args: Any,
@@ -289,21 +249,21 @@ def _plan(
     threads: int,
 ) -> Plan:
     layout = manifest.layout
-    item_bytes = compute_dtype(manifest.resident_dtype).size
-    resident = _resident_bytes(folder, manifest, item_bytes)
+    item_bytes = building.compute_dtype(manifest.resident_dtype).size
+    resident = building.resident_bytes(folder, manifest, item_bytes)
     if kind == "exact":
         predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
     else:
-        tensors = _predictor_tensors(folder, kind)
-        dtype = compute_dtype(manifest.resident_dtype)
-        predictor_bytes = sum(_as_used(name, tensor, dtype).nbytes for name, tensor in tensors.items())
+        tensors = building.predictor_tensors(folder, kind)
+        dtype = building.compute_dtype(manifest.resident_dtype)
+        predictor_bytes = sum(building.as_used(name, tensor, dtype).nbytes for name, tensor in tensors.items())
     heads = getattr(args, "num_attention_heads", 1)
     on_cpu = mx.default_device() == mx.cpu
     fused = not on_cpu and not getattr(args, "alibi", False)  # biases are an array as large as the scores
     workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=fused)
     if kind == "exact":
         workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
-    part_offset, slot_bytes = layout.part_range(_slot_parts(manifest, kind))
+    part_offset, slot_bytes = layout.part_range(building.slot_parts(manifest, kind))
     if (part_offset | slot_bytes) % READ_ALIGNMENT:
         workspace += threads * BOUNCE_BYTES_PER_THREAD
     demand = Demand(
@@ -322,24 +282,13 @@ def _plan(
 def _notes(manifest: Manifest, kind: str) -> Notes:
     resident = Notes().resident
     if manifest.resident_bits < 16:
-        resident += f", {manifest.resident_bits} bits" + ("" if keeps_packed() else " widened")
+        resident += f", {manifest.resident_bits} bits" + ("" if building.keeps_packed() else " widened")
     predictors = kind
     if kind == "exact" and len(manifest.layout.parts) == 3:
         predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
     elif kind == "exact":
         predictors += ": all up projections, half of the FFN; the other half is streamed"
     return Notes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
-
-
-def _resident_bytes(folder: Path, manifest: Manifest, item_bytes: int) -> int:
-    """Of all resident weights, as they will lie in memory."""
-    tensors = _tensors(folder / Manifest.resident_file)
-    packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype == mx.uint32}
-    plain = sum(tensor.size for name, tensor in tensors.items() if name not in packed)
-    if keeps_packed():
-        return plain * item_bytes + sum(tensor.nbytes for tensor in packed.values())
-    plain -= sum(tensors[own].size for name in packed for own in companions(name) if own in tensors)
-    return item_bytes * (plain + sum(tensor.size * 32 // manifest.resident_bits for tensor in packed.values()))
 
 
 def _need(manifest: Manifest, kind: str, setting: Setting | None) -> list[float]:
@@ -350,183 +299,3 @@ def _need(manifest: Manifest, kind: str, setting: Setting | None) -> list[float]
     if kind != "exact":
         shares = [1.0 if layer in every else share for layer, share in enumerate(shares)]
     return blocks_needed(shares, manifest.layout)
-
-
-def _build(
-    model: Any,
-    manifest: Manifest,
-    plan: Plan,
-    kind: str,
-    setting: Setting | None,
-    folder: Path,
-    window: int | None,
-    threads: int,
-    io: str,
-    say: Callable[[str], None],
-) -> Any:
-    layout = manifest.layout
-    dtype = compute_dtype(manifest.resident_dtype)
-    file = UnitFile(folder / Manifest.neurons_file, direct=io == "direct")
-    if io == "direct" and not file.direct:
-        say(
-            f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
-        )
-    activation = Activation(**manifest.activation)
-    streamer = Streamer(file, Reader(threads), layout)
-    bias = any(name.endswith(".up_bias") for name in _tensors(folder / Manifest.resident_file))
-    for index, layer in enumerate(model.layers):
-        stream = LayerStream(streamer, index, plan.slots[index], _slot_parts(manifest, kind), window)
-        layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
-    _load_resident(model, folder, manifest, dtype)
-    tensors = _predictor_tensors(folder, kind)
-    for index, layer in enumerate(model.layers):
-        if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
-            layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
-    pace = Pace()
-    if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
-        for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
-        for layer in [layer for layer in model.layers if layer.mlp._ahead is not None][:1]:
-            layer.mlp._ahead.leads = True
-    model.flash = Runtime(
-        plan,
-        streamer,
-        [layer.mlp for layer in model.layers],
-        kind,
-        model.args.vocab_size,
-        model.args.max_position_embeddings,
-        manifest,
-        setting,
-    )
-    return model
-
-
-def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype) -> None:
-    """Reads and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
-
-    Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
-    is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
-    (bench/RESULTS.md).
-    """
-    from mlx.utils import tree_flatten
-    from tqdm import tqdm
-
-    path = folder / Manifest.resident_file
-    stored = _tensors(path)
-    bits, group_size = manifest.resident_bits, manifest.resident_group_size
-    packed = {name for name in matrices_of(model) if name in stored and stored[name].dtype == mx.uint32}
-    if packed and bits == 16:
-        raise CorruptStoreError(f"{path} is quantised, the manifest says it is not. Convert the checkpoint again.")
-    turned = _multiplied(model) if mx.default_device() == mx.cpu else set()
-    if keeps_packed() and packed:
-        turned -= packed
-        nn.quantize(model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
-    wanted = dict(tree_flatten(model.parameters()))
-    for name, parameter in wanted.items():
-        needed = [name] if name not in packed else [name, *companions(name)]
-        if lacking := [own for own in needed if own not in stored]:
-            raise MissingTensorError(f"{path} lacks the tensor {lacking[0]}. Convert the checkpoint again.")
-        shapes = [stored[own].shape for own in needed]
-        if name in packed and not keeps_packed():
-            rows, columns = parameter.shape
-            expected = [(rows, columns * bits // 32), *[(rows, columns // group_size)] * 2]
-        else:
-            shapes, expected = shapes[:1], [parameter.shape]
-        if shapes != expected:
-            found = ", ".join(map(str, shapes))
-            raise CorruptStoreError(
-                f"{path}: {name} has shape {found}, expected {', '.join(map(str, expected))}. "
-                "Convert the checkpoint again."
-            )
-    total = sum(parameter.size for parameter in wanted.values()) * dtype.size
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
-        for name in sorted(wanted, key=lambda name: wanted[name].size, reverse=True):
-            tensor = stored.pop(name)
-            if name not in packed:
-                tensor = tensor.astype(dtype)
-            elif not keeps_packed():
-                scales, biases = (stored.pop(own) for own in companions(name))
-                tensor = widen(tensor, scales, biases, group_size, bits).astype(dtype)
-            if name in turned:
-                tensor = _turned(tensor)
-            mx.eval(tensor)
-            model.load_weights([(name, tensor)], strict=False)
-            bar.update(tensor.nbytes)
-
-
-def keeps_packed() -> bool:
-    """Whether quantised matrices stay so in memory: not on MLX's CPU backend, whose products with them are slow."""
-    return bool(mx.default_device() != mx.cpu)
-
-
-def _turned(matrix: mx.array) -> mx.array:
-    """The same float32 matrix (n, m), laid out column by column; four times as fast as MLX's own copy does it."""
-    result = mx.zeros(matrix.shape[::-1])
-    mx.eval(result, matrix)
-    target, source = np.array(result, copy=False), np.array(matrix, copy=False)
-    for row in range(0, len(source), 16):  # 16 numbers: a line of the processor's cache
-        target[:, row : row + 16] = source[row : row + 16].T
-    return result.T
-
-
-def _multiplied(model: Any) -> set[str]:
-    """Names of the matrices that every token is multiplied with."""
-    tied = getattr(model.args, "tie_word_embeddings", False)
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (tied and name.endswith(("embed_tokens", "word_embeddings")))
-    }
-
-
-def _make_predictor(
-    kind: str,
-    layer: int,
-    manifest: Manifest,
-    setting: Setting | None,
-    tensors: dict[str, mx.array],
-    mlp: StreamedNeurons,
-    dtype: mx.Dtype,
-) -> Predictor:
-    if kind == "exact":
-        return mlp.exact_predictor(dtype)
-    prefix = f"{layer}."
-    names = [name for name in tensors if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): _as_used(name, tensors.pop(name), dtype) for name in names}
-    if setting is not None and "c" in own:
-        own["c"] = own["c"] - setting.shifts[layer]
-    mx.eval(own)
-    try:
-        for name, shape in _predictor_shapes(kind, own, manifest).items():
-            if own[name].shape != shape:
-                raise CorruptStoreError(
-                    f"{Manifest.predictor_file(kind)}: {prefix}{name} has shape {own[name].shape}, expected {shape}. "
-                    "Convert the checkpoint again."
-                )
-        if kind == "lowrank":
-            return LowRankPredictor(own["a"], own["b"], own["c"])
-        if kind == "imported":
-            return ImportedPredictor(own["a"], own["h"], own["b"], own["c"])
-        report = manifest.predictors[kind]
-        shadow = ShadowPredictor(
-            own["weight"], own["scales"], own["biases"], own["c"], report["bits"], report["group_size"]
-        )
-    except KeyError as error:
-        raise MissingTensorError(
-            f"{Manifest.predictor_file(kind)} lacks the tensor {prefix}{error.args[0]}. Convert the checkpoint again."
-        ) from None
-    if layer == 0 and mx.default_device() != mx.cpu:
-        shadow.self_test()
-    return shadow
-
-
-def _predictor_shapes(kind: str, own: dict[str, mx.array], manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """What the tensors of one layer's predictor must be, by their names."""
-    width, neurons = manifest.layout.width, manifest.layout.neurons
-    if kind == "shadow":
-        report = manifest.predictors[kind]
-        groups = width, neurons // report["group_size"]
-        return {"weight": (width, neurons * report["bits"] // 32), "scales": groups, "biases": groups, "c": (neurons,)}
-    rank = own["a"].shape[-1]
-    bias = {"h": (rank,)} if kind == "imported" else {}
-    return {"a": (width, rank), "b": (rank, neurons), "c": (neurons,), **bias}

@@ -17,7 +17,7 @@ import pytest
 from conftest import QUANTISED, Tiny, change_manifest  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 
-from mlx_flash import loading
+from mlx_flash import building
 from mlx_flash.errors import (
     BudgetError,
     CheckpointError,
@@ -58,8 +58,8 @@ def test_the_options_arrive(store: Path) -> None:
 
 
 def test_a_file_system_without_direct_reading_is_mentioned(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loading.UnitFile
-    monkeypatch.setattr(loading, "UnitFile", lambda path, direct: real(path, False))
+    real = building.UnitFile
+    monkeypatch.setattr(building, "UnitFile", lambda path, direct: real(path, False))
     said: list[str] = []
     for io, notes in [("direct", 1), ("buffered", 0)]:
         said.clear()
@@ -92,7 +92,7 @@ def test_too_small_a_budget_is_refused_before_anything_is_allocated(
     def build(*_: Any) -> Any:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(loading, "_build", build)
+    monkeypatch.setattr(building, "build", build)
     gc.collect()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -263,7 +263,7 @@ def test_resident_matrices_stay_packed_where_products_with_them_are_quick(
     tiny = tiny_of(name)
     tokens = mx.array([[5, 17, 80, 3, 44, 61, 9, 30, 72, 1]])
     widened = open_model(tiny.store, predictor="exact")
-    monkeypatch.setattr(loading, "keeps_packed", lambda: True)
+    monkeypatch.setattr(building, "keeps_packed", lambda: True)
     packed = open_model(tiny.store, predictor="exact")
     modules = [m for _, m in packed.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     assert len(modules) == sum(isinstance(m, (nn.Linear, nn.Embedding)) for _, m in widened.named_modules()) > 8
@@ -290,7 +290,7 @@ def test_damaged_quantised_matrices(
     tiny_of: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, packed: bool
 ) -> None:
     folder = Path(shutil.copytree(tiny_of("4 bits").store, tmp_path / "store"))
-    monkeypatch.setattr(loading, "keeps_packed", lambda: packed)
+    monkeypatch.setattr(building, "keeps_packed", lambda: packed)
     tensors: Any = mx.load(str(folder / Manifest.resident_file))
     name = "model.decoder.layers.1.self_attn.q_proj"
     expected: type[StoreError]

@@ -12,8 +12,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_flash.commands import whole_number
-from mlx_flash.convert.conversion import RESIDENT_GROUP, Settings
 from mlx_flash.convert.families import family_of
+from mlx_flash.convert.outline import RESIDENT_GROUP, Settings
 from mlx_flash.convert.predictors import SHADOW_GROUP
 from mlx_flash.convert.resident import ResidentTensors
 from mlx_flash.defaults import BITS, CONTEXT

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -25,54 +25,32 @@ from tqdm import tqdm
 
 from mlx_flash import __version__
 from mlx_flash.checkpoint_files import small_files
-from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
+from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import (
-    GROUP_SIZE,
     MANIFEST,
     VERSION,
     Manifest,
-    NeuronLayout,
-    group_problem,
     is_store,
     read_manifest,
 )
 from mlx_flash.flash.system import return_freed_memory
-from mlx_flash.layers.activations import Activation
 from mlx_flash.layers.quantised import companions, matrices_of
 
 from . import calibrate, imported, predictors
-from .checkpoint import Checkpoint, Tensor
-from .families import Family, family_of
-from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix, row_pieces
+from .checkpoint import Checkpoint
+from .families import family_of
+from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
 from .neurons import quantised, write_neurons
+from .outline import Outline, Settings
 from .output import RECORD, file_entry, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
-from .resident import ResidentTensors
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
-LEAST_POSITIONS = 3  # an opening token, another, and one to predict
 DIGITS = 5  # of the shares in the manifest
-RESIDENT_GROUP = 64  # mlx-lm's
 SPARE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user may choose; everything here changes the bytes of the store."""
-
-    dtype: str | None = None  # None: the checkpoint's own
-    calibration_text: Path | None = None  # None: the packaged text
-    calibration_tokens: int = CALIBRATION_TOKENS
-    recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
-    shadow_bits: int = 3  # bench/RESULTS.md
-    predictor_memory: int | None = None  # bytes for the low-rank predictors of all layers; None: a share of the FFN's
-    predictor_from: Path | None = None  # a folder of PowerInfer's predictor files to import
-    bits: int = 16  # of the neurons; 16: as the dtype has them
-    resident_bits: int = 16  # of the other matrices
-    group_size: int = GROUP_SIZE  # numbers that share a scale and a bias, where they are quantised
 
 
 def convert(
@@ -106,7 +84,7 @@ def convert(
                 recover(output)
                 refuse_to_replace(output, source, overwrite)
                 told = {} if seconds is None else seconds
-                return _Conversion(checkpoint, family, activation, output, settings, told).run()
+                return _Conversion(Outline(checkpoint, family, activation, settings), output, told).run()
             finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
@@ -125,112 +103,10 @@ def convert(
 
 
 class _Conversion:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        activation: Activation,
-        output: Path,
-        settings: Settings,
-        seconds: dict[str, float],
-    ) -> None:
-        from mlx_flash.loading import CONFIG_ERRORS, first_line, model_classes
-
-        self.checkpoint, self.family, self.activation = checkpoint, family, activation
-        self.output, self.settings, self.seconds = output, settings, seconds
+    def __init__(self, outline: Outline, output: Path, seconds: dict[str, float]) -> None:
+        self.outline, self.output, self.seconds = outline, output, seconds
         self.partial = output.with_name(output.name + ".partial")
-        model_class, args_class = model_classes(checkpoint.config)
-        try:
-            args = args_class.from_dict(checkpoint.config)
-            self.layers = int(getattr(args, family.layers_key))
-            self.positions = int(getattr(args, family.positions_key))
-            if not 0 < self.layers <= len(checkpoint.tensors):
-                raise ValueError(f"{family.layers_key} is {self.layers}, with {len(checkpoint.tensors)} tensors")
-            if self.positions < LEAST_POSITIONS:
-                raise ValueError(f"{family.positions_key} is {self.positions}, expected at least {LEAST_POSITIONS}")
-            self.model = model_class(args)  # its random weights are never evaluated
-            self.model(mx.zeros((1, 2), mx.int32))  # nor this: but heads and rotations must fit the shapes
-            # What the model calls a tensor -> what the checkpoint calls it.
-            self.original = {new: old for old in checkpoint.tensors for new in self.model.sanitize({old: mx.array(0)})}
-        except CONFIG_ERRORS as error:
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} does not describe a model: {first_line(error)}"
-            ) from None
-        self.layout, self.dtype = self._plan_layout()
-        bits = settings.resident_bits
-        self.resident = ResidentTensors(
-            self.model,
-            self._resident_tensors(),
-            bits,
-            RESIDENT_GROUP if bits < 16 else 0,
-            getattr(mx, self.dtype),
-            self._finite_pieces,
-        )
-        self.kinds = ["lowrank"]
-        if self.layout.neurons % predictors.SHADOW_GROUP == 0:
-            self.kinds.append("shadow")
-        self.predictor_files: list[Path] = []
-        if settings.predictor_from is not None:
-            self.predictor_files = imported.find_files(settings.predictor_from, self.layers)
-            imported.check_files(self.predictor_files, self.layout.neurons, self.layout.width)
-            self.kinds.append("imported")
-        self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/RESULTS.md)
-        self.lowrank_memory = predictors.lowrank_memory(self.layout, settings.predictor_memory)
-        self.lowrank_left = self.lowrank_memory  # for the layers whose turn is still to come
-
-    def _plan_layout(self) -> tuple[NeuronLayout, str]:
-        from mlx.utils import tree_flatten
-
-        *first, down = (self._find(name) for name in self.family.weights(0))
-        up = first[-1]
-        if len(up.shape) != 2 or not all(up.shape) or {m.shape for m in first} | {down.shape[::-1]} != {up.shape}:
-            shapes = ", ".join(f"{part} {m.shape}" for part, m in zip(self.family.parts, [*first, down], strict=True))
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: the FFN's matrices do not fit together: {shapes}; expected (F, D), and "
-                "(D, F) of the last."
-            )
-        neurons, width = up.shape
-        found = {self._find(name).dtype for name in dict(tree_flatten(self.model.parameters()))}
-        dtype = self.settings.dtype or (up.dtype if len(found) == 1 else "float32")
-        if others := found - {*DTYPES}:  # integers are another quantisation's: without its scales they mean nothing
-            names = ", ".join(sorted(others))
-            raise CheckpointError(f"{self.checkpoint.folder} is stored in {names}; expected {', '.join(DTYPES)}.")
-        if len(found) > 1 and self.settings.dtype is None:
-            note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}: stored in {dtype} (--dtype)"
-            tqdm.write(note, file=sys.stderr)
-        bits, group = self.settings.bits, self.settings.group_size
-        if problem := group_problem(bits, group if bits < 16 else 0, width):
-            raise UsageError(f"{self.checkpoint.folder} cannot be stored with --bits {bits}: {problem}. Use --bits 16.")
-        return NeuronLayout.plan(dtype, self.layers, neurons, width, self.family.parts, bits, group), dtype
-
-    def _resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored name -> (model's name, shape) of everything that is not streamed; checks that all is there."""
-        from mlx.utils import tree_flatten
-
-        wanted = dict(tree_flatten(self.model.parameters()))
-        result = {}
-        for name in sorted(wanted):
-            shape = self._find(name).shape
-            if shape != wanted[name].shape:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {self.original[name]} has shape {shape}, expected {wanted[name].shape}."
-                )
-            result[name] = (name, shape)
-        for layer in range(self.layers):
-            for name in self.family.weights(layer):
-                result.pop(name)
-            for old, new in self.family.biases_of(layer).items():
-                if old in result:
-                    result[new] = result.pop(old)
-        return result
-
-    def _find(self, name: str) -> Tensor:
-        if name not in self.original:
-            raise CheckpointError(f"{self.checkpoint.folder} has no tensor {name}. Is the checkpoint complete?")
-        return self.checkpoint.tensors[self.original[name]]
-
-    def _load(self, name: str) -> mx.array:
-        return self.checkpoint.load(self.original[name])
+        self.lowrank_left = outline.lowrank_memory  # for the layers whose turn is still to come
 
     # -- the steps ------------------------------------------------------------------------------------------
 
@@ -245,20 +121,26 @@ class _Conversion:
             else:
                 self._rename()
                 return manifest
-        entries = self.resident.entries()
+        entries = self.outline.resident.entries()
         resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in entries)
-        self._check_free_space(self.layout.file_bytes + resident_bytes + 2 * self._predictor_bytes())
+        self._check_free_space(self.outline.layout.file_bytes + resident_bytes + 2 * self._predictor_bytes())
         with tqdm(
-            total=self.layout.file_bytes + resident_bytes, unit="B", unit_scale=True, desc="writing", dynamic_ncols=True
+            total=self.outline.layout.file_bytes + resident_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="writing",
+            dynamic_ncols=True,
         ) as bar:
-            write_neurons(self.partial, self.layout, self._layer_rows, bar.update)
+            write_neurons(self.partial, self.outline.layout, self.outline.layer_rows, bar.update)
             if (self.partial / Manifest.resident_file).exists():
                 bar.update(resident_bytes)
             else:
                 write_safetensors(self.partial / Manifest.resident_file, entries, bar.update)
         self._copy_small_files()
         perplexities = self._make_predictors(sequences)
-        reports = {kind: self._merge_predictors(kind) | {"perplexity": perplexities[kind]} for kind in self.kinds}
+        reports = {
+            kind: self._merge_predictors(kind) | {"perplexity": perplexities[kind]} for kind in self.outline.kinds
+        }
         manifest = self._manifest(reports)
         self._publish(manifest)
         return manifest
@@ -269,16 +151,22 @@ class _Conversion:
         key = {
             "mlx_flash": __version__,
             "version": VERSION,
-            "source": str(self.checkpoint.folder.resolve()),
-            "files": self.checkpoint.files(),
-            "modified": {shard.name: shard.stat().st_mtime_ns for shard in self.checkpoint.shards},
-            "config": self.checkpoint.config,
+            "source": str(self.outline.checkpoint.folder.resolve()),
+            "files": self.outline.checkpoint.files(),
+            "modified": {shard.name: shard.stat().st_mtime_ns for shard in self.outline.checkpoint.shards},
+            "config": self.outline.checkpoint.config,
             "small_files": {path.name: sha256_of(path) for path in self._small_files()},
-            "dtype": self.dtype,
-            "bits": [self.settings.bits, self.settings.group_size, self.settings.resident_bits],
-            "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.settings.calibration_tokens],
-            "predictors": [self.settings.recall, self.settings.shadow_bits, self.lowrank_memory],
-            "imported": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.predictor_files],
+            "dtype": self.outline.dtype,
+            "bits": [self.outline.settings.bits, self.outline.settings.group_size, self.outline.settings.resident_bits],
+            "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.outline.settings.calibration_tokens],
+            "predictors": [
+                self.outline.settings.recall,
+                self.outline.settings.shadow_bits,
+                self.outline.lowrank_memory,
+            ],
+            "imported": [
+                [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.outline.predictor_files
+            ],
         }
         wanted = json.dumps(key, sort_keys=True).encode()
         record = self.partial / RECORD
@@ -308,36 +196,11 @@ class _Conversion:
                 "Make room, or choose an --output on another disk."
             )
 
-    def _layer_rows(self, layer: int) -> tuple[mx.array, ...]:
-        *first, down = (self._load_finite(name) for name in self.family.weights(layer))
-        return *first, down.T
-
-    def _load_finite(self, name: str) -> mx.array:
-        """A tensor in the store's type. Raises CheckpointError if a number in it is not finite, or is no more."""
-        tensor = self._load(name).astype(getattr(mx, self.dtype))
-        for begin, end in row_pieces(tensor.shape, tensor.itemsize):
-            self._check_finite(name, tensor[begin:end])
-        return tensor
-
-    def _finite_pieces(self, name: str) -> Iterator[mx.array]:
-        """The same, a few rows at a time: an embedding may be larger than a layer."""
-        for begin, end in row_pieces(self._find(name).shape, 4):
-            piece = self.checkpoint.load(self.original[name], begin, end).astype(getattr(mx, self.dtype))
-            self._check_finite(name, piece)
-            yield piece
-
-    def _check_finite(self, name: str, tensor: mx.array) -> None:
-        if not mx.isfinite(tensor).all().item():
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {self.original[name]} has numbers that are not finite in {self.dtype}. "
-                "Download the checkpoint again, or choose a wider --dtype."
-            )
-
     def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""
-        names = [path.name for path in self.checkpoint.folder.iterdir() if path.is_file()]
+        names = [path.name for path in self.outline.checkpoint.folder.iterdir() if path.is_file()]
         kept = [name for name in small_files(names) if name != MANIFEST and not _is_work_file(name)]
-        return [self.checkpoint.folder / name for name in kept]
+        return [self.outline.checkpoint.folder / name for name in kept]
 
     def _copy_small_files(self) -> None:
         for path in self._small_files():
@@ -346,17 +209,17 @@ class _Conversion:
     # -- predictors -----------------------------------------------------------------------------------------
 
     def _calibration_text(self) -> str:
-        if self.settings.calibration_text is None:
+        if self.outline.settings.calibration_text is None:
             return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
         try:
-            return self.settings.calibration_text.read_text(encoding="utf-8")
+            return self.outline.settings.calibration_text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read --calibration {self.settings.calibration_text}: {error}") from None
+            raise UsageError(f"cannot read --calibration {self.outline.settings.calibration_text}: {error}") from None
 
     def _calibration_sequences(self) -> np.ndarray:
         from mlx_flash.loading import load_tokenizer
 
-        folder, size = self.checkpoint.folder, int(self.checkpoint.config["vocab_size"])
+        folder, size = self.outline.checkpoint.folder, int(self.outline.checkpoint.config["vocab_size"])
         try:
             tokenizer = load_tokenizer(folder)
             ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False, verbose=False))
@@ -366,7 +229,7 @@ class _Conversion:
             note = f"note: {error} Predictors are calibrated on random tokens and mean little."
             tqdm.write(note, file=sys.stderr)
             rng = np.random.default_rng(0)
-            ids, prefix = rng.integers(size, size=self.settings.calibration_tokens).tolist(), []
+            ids, prefix = rng.integers(size, size=self.outline.settings.calibration_tokens).tolist(), []
         if len(ids) < LEAST_CALIBRATION_TOKENS:
             raise UsageError(
                 f"the text of --calibration has {len(ids)} tokens, expected at least {LEAST_CALIBRATION_TOKENS}."
@@ -375,12 +238,14 @@ class _Conversion:
             raise CheckpointError(
                 f"the tokenizer in {folder} gives token {largest}, the model has {size}. Do they belong together?"
             )
-        return calibrate.calibration_sequences(ids, prefix, self.settings.calibration_tokens, self.positions)
+        return calibrate.calibration_sequences(
+            ids, prefix, self.outline.settings.calibration_tokens, self.outline.positions
+        )
 
     def _predictor_bytes(self) -> int:
         """About what all kinds take for all layers."""
-        shadow = predictors.shadow_bytes(self.layout, self.settings.shadow_bits)
-        return self.lowrank_memory + shadow + sum(path.stat().st_size for path in self.predictor_files)
+        shadow = predictors.shadow_bytes(self.outline.layout, self.outline.settings.shadow_bits)
+        return self.outline.lowrank_memory + shadow + sum(path.stat().st_size for path in self.outline.predictor_files)
 
     def _make_predictors(self, sequences: np.ndarray) -> dict[str, dict[str, float]]:
         """A file per layer and kind; what is found finished in the partial folder is not made again.
@@ -388,37 +253,40 @@ class _Conversion:
         Returns what each kind does to the perplexity of the held-out sequences, with all layers before choosing, too.
         """
         self._load_resident()
-        norms = self.model.ffn_norms
+        norms = self.outline.model.ffn_norms
         held_out = predictors.held_out_tokens(*sequences.shape)
         measured = np.flatnonzero(held_out.reshape(sequences.shape).any(axis=1)).tolist()
-        hidden = calibrate.embed(self.model, sequences)
+        hidden = calibrate.embed(self.outline.model, sequences)
         followings = {
-            kind: calibrate.Following(calibrate.embed(self.model, sequences[measured])) for kind in self.kinds
+            kind: calibrate.Following(calibrate.embed(self.outline.model, sequences[measured]))
+            for kind in self.outline.kinds
         }
         samples = self._activations(hidden, list(followings.values()), held_out)
-        for layer in tqdm(range(self.layers), desc="predictors", unit="layer", dynamic_ncols=True):
+        for layer in tqdm(range(self.outline.layers), desc="predictors", unit="layer", dynamic_ncols=True):
             sample = None  # the layer before goes first
             return_freed_memory()
             sample = next(samples)
             dense = False
-            for kind in self.kinds:
+            for kind in self.outline.kinds:
                 arrays, report = self._layer_predictor(layer, kind, sample, None if norms is None else norms[layer])
                 followings[kind].choose = partial(predictors.chosen, arrays)
                 del arrays  # dropped with it
-                dense = dense or (kind == self.default_kind and _is_dense(report["predicted"]))
+                dense = dense or (kind == self.outline.default_kind and _is_dense(report["predicted"]))
             if dense:
                 for following in followings.values():
                     following.choose = None
         sample = None
         next(samples, None)  # the last layer of those that follow
         targets = sequences[measured]
-        result = {"dense": calibrate.perplexity(self.model, mx.concatenate(hidden)[mx.array(measured)], targets)}
+        result = {
+            "dense": calibrate.perplexity(self.outline.model, mx.concatenate(hidden)[mx.array(measured)], targets)
+        }
         for kind, following in followings.items():
-            result[kind] = calibrate.perplexity(self.model, mx.concatenate(following.hidden), targets)
+            result[kind] = calibrate.perplexity(self.outline.model, mx.concatenate(following.hidden), targets)
         tokens = targets.size - len(targets)
         return {
             kind: {"dense": round(result["dense"], 4), "predicted": round(result[kind], 4), "tokens": tokens}
-            for kind in self.kinds
+            for kind in self.outline.kinds
         }
 
     def _layer_predictor(
@@ -439,14 +307,14 @@ class _Conversion:
         return found
 
     def _make_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> predictors.LayerPredictor:
-        dtype, recall = getattr(mx, self.dtype), self.settings.recall
+        dtype, recall = getattr(mx, self.outline.dtype), self.outline.settings.recall
         if kind == "lowrank":  # what earlier layers left of their shares is for the later ones, which are denser
-            later = self.layers - 1 - layer
-            allowed = self.lowrank_left - later * (self.lowrank_memory // self.layers)
+            later = self.outline.layers - 1 - layer
+            allowed = self.lowrank_left - later * (self.outline.lowrank_memory // self.outline.layers)
             return predictors.make_lowrank(sample, recall, allowed, layer, dtype)
         if kind == "shadow":
-            return predictors.make_shadow(sample, recall, self.settings.shadow_bits, dtype)
-        path = self.predictor_files[layer]
+            return predictors.make_shadow(sample, recall, self.outline.settings.shadow_bits, dtype)
+        path = self.outline.predictor_files[layer]
         neurons, width = sample.up.shape
         arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
         made = predictors.make_imported(arrays, sample, recall, dtype)
@@ -463,10 +331,10 @@ class _Conversion:
     def _merge_predictors(self, kind: str) -> dict[str, Any]:
         """One file of all the layers' predictors; what was measured."""
         report: dict[str, Any] = {"recall": [], "predicted": [], "active": [], "bytes": 0}
-        report["target"] = self.settings.recall
-        report["table"] = {"recall": predictors.recalls(self.settings.recall)}
+        report["target"] = self.outline.settings.recall
+        report["table"] = {"recall": predictors.recalls(self.outline.settings.recall)}
         tensors = []
-        for layer in range(self.layers):
+        for layer in range(self.outline.layers):
             path = self._layer_file(layer, kind)
             found = predictors.read_layer(path)
             if found is None:
@@ -484,7 +352,7 @@ class _Conversion:
                 load = partial(predictors.load_array, path, name)
                 tensors.append((f"{layer}.{name}", array.shape, array.dtype, load))
         if kind == "shadow":
-            report |= {"bits": self.settings.shadow_bits, "group_size": predictors.SHADOW_GROUP}
+            report |= {"bits": self.outline.settings.shadow_bits, "group_size": predictors.SHADOW_GROUP}
         write_safetensors(self.partial / Manifest.predictor_file(kind), tensors)
         return report
 
@@ -492,9 +360,9 @@ class _Conversion:
         self, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
     ) -> Iterator[predictors.Sample]:
         """Layer by layer."""
-        for x, score, ffn in calibrate.layer_activations(self.model, hidden, followings, self._host_ffn):
+        for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, self._host_ffn):
             bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
-            shifted = bias - np.float32(self.activation.threshold)
+            shifted = bias - np.float32(self.outline.activation.threshold)
             sample = [predictors.Sample(x, score, ffn.matrices[0], shifted, held_out)]
             del x, score, ffn
             yield sample.pop()  # kept by who asked for it, and nobody else
@@ -503,62 +371,68 @@ class _Conversion:
         """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
         path = self.partial / Manifest.resident_file
         weights: Any = mx.load(str(path))
-        group_size, bits = self.resident.group_size, self.resident.bits
-        stored_as = {name: stored for stored, (name, _) in self.resident.tensors.items()}
-        for parent_name, parent in list(self.model.named_modules()):
+        group_size, bits = self.outline.resident.group_size, self.outline.resident.bits
+        stored_as = {name: stored for stored, (name, _) in self.outline.resident.tensors.items()}
+        for parent_name, parent in list(self.outline.model.named_modules()):
             for key, child in list(parent.items()):
                 if isinstance(child, nn.Embedding):
                     stored = stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
-                    names = [stored, *companions(stored)] if stored in self.resident.packed else [stored]
+                    names = [stored, *companions(stored)] if stored in self.outline.resident.packed else [stored]
                     dtypes = {name: weights.pop(name).dtype for name in names}
                     embedding: FileEmbedding | PackedFileEmbedding = FileEmbedding(path, stored, dtypes[stored])
                     if len(names) > 1:
                         embedding = PackedFileEmbedding(path, dtypes, group_size, bits)
                     parent[key] = embedding
-        packed = {name for name, stored in stored_as.items() if stored in self.resident.packed}
+        packed = {name for name, stored in stored_as.items() if stored in self.outline.resident.packed}
         if packed:
-            nn.quantize(self.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
-        linear = {name for name in matrices_of(self.model) if name not in packed}
+            nn.quantize(
+                self.outline.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed
+            )
+        linear = {name for name in matrices_of(self.outline.model) if name not in packed}
         named = []
         for name, stored in stored_as.items():
             weight = weights.pop(stored)  # a linear layer's is widened where it is used
             named.append((name, weight if name in linear | packed else weight.astype(mx.float32)))
             if name in packed:
                 named += [(own, weights.pop(own)) for own in companions(name)]
-        self.model.load_weights(named, strict=False)
+        self.outline.model.load_weights(named, strict=False)
 
     def _host_ffn(self, layer: int) -> calibrate.HostFFN:
-        *matrices, down = (self._host_matrix(rows) for rows in self._layer_rows(layer))
+        *matrices, down = (self._host_matrix(rows) for rows in self.outline.layer_rows(layer))
         up_bias, down_bias = (
-            np.array(self._load(name).astype(mx.float32)) if name in self.original else np.zeros(size, np.float32)
-            for name, size in zip(self.family.biases_of(layer), down.shape, strict=True)
+            np.array(self.outline.load(name).astype(mx.float32))
+            if name in self.outline.original
+            else np.zeros(size, np.float32)
+            for name, size in zip(self.outline.family.biases_of(layer), down.shape, strict=True)
         )
-        return calibrate.HostFFN(self.activation, tuple(matrices), up_bias, down, down_bias)
+        return calibrate.HostFFN(self.outline.activation, tuple(matrices), up_bias, down, down_bias)
 
     def _host_matrix(self, rows: mx.array) -> HostMatrix:
         """With the numbers that a reader of the store multiplies with."""
-        if not self.layout.quantised:
+        if not self.outline.layout.quantised:
             return HostMatrix(rows)
-        return PackedHostMatrix(*quantised(self.layout, rows), self.layout.group_size, self.layout.bits)
+        return PackedHostMatrix(
+            *quantised(self.outline.layout, rows), self.outline.layout.group_size, self.outline.layout.bits
+        )
 
     # -- the end --------------------------------------------------------------------------------------------
 
     def _manifest(self, reports: dict[str, dict[str, Any]]) -> Manifest:
-        dense = [i for i, share in enumerate(reports[self.default_kind]["predicted"]) if _is_dense(share)]
+        dense = [i for i, share in enumerate(reports[self.outline.default_kind]["predicted"]) if _is_dense(share)]
         names = sorted(p.name for p in self.partial.iterdir() if p.is_file() and not _is_work_file(p.name))
         return Manifest(
-            model_type=str(self.checkpoint.config["model_type"]),
-            source=self.checkpoint.files(),
-            layout=self.layout,
-            activation=asdict(self.activation),
-            resident_dtype=self.dtype,
+            model_type=str(self.outline.checkpoint.config["model_type"]),
+            source=self.outline.checkpoint.files(),
+            layout=self.outline.layout,
+            activation=asdict(self.outline.activation),
+            resident_dtype=self.outline.dtype,
             decode_tokens=DECODE_TOKENS,
             all_neurons_layers=tuple(dense),
             predictors=reports,
-            default_predictor=self.default_kind,
+            default_predictor=self.outline.default_kind,
             files={name: file_entry(self.partial / name) for name in names},
-            resident_bits=self.resident.bits,
-            resident_group_size=self.resident.group_size,
+            resident_bits=self.outline.resident.bits,
+            resident_group_size=self.outline.resident.group_size,
         )
 
     def _publish(self, manifest: Manifest) -> None:

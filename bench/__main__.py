@@ -14,6 +14,7 @@ COMMANDS = (
     "memory",
     "prompts",
     "reads",
+    "expert-reads",
     "blocks",
     "windows",
     "predictors",

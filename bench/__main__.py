@@ -30,7 +30,6 @@ COMMANDS = (
     "convert-memory",
     "synthetic",
     "random-checkpoint",
-    "mixture",
     "synthetic-mixture",
 )
 

@@ -26,6 +26,7 @@ from .report import add_output_argument, cached_share, environment, spread, writ
 from .synthetic import is_synthetic
 
 SHARE = 0.6
+KIND = "a model that is streamed neuron by neuron"
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -174,16 +175,26 @@ def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = 
     config = json.loads((store / "config.json").read_text())
     if manifest.layout.quantised or manifest.resident_bits < 16:
         raise UsageError(f"{store} is quantised, which the baselines do not read. Convert with --bits 16.")
-    most = config.get("max_position_embeddings", span)
-    if span > most:
-        raise UsageError(
-            f"a run has {span} tokens and the model {most} positions. Lower --tokens or --prompt, or raise --rounds."
-        )
+    positions = config.get("max_position_embeddings", span)
+    refuse_beyond(span, positions, "Lower --tokens or --prompt, or raise --rounds.")
     text = read_ids(arguments.text, store, ids, config["vocab_size"])
     least = sides.run(sides.Side("plan"), sides.Task(str(store), text[:span], arguments.prompt))
     subject = Subject(store, manifest, text, arguments.prompt, least, None, fence_problem(arguments.no_cgroup))
     with with_matrices(subject, arguments.matrices) if matrices else nullcontext(subject) as ready:
         yield ready
+
+
+def refuse(arguments: argparse.Namespace, options: Sequence[str], kind: str) -> None:
+    """Raises UsageError if options were given that have no meaning for this kind of model; not given is None."""
+    given = [f"--{option.replace('_', '-')}" for option in options if getattr(arguments, option) is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)} cannot be used here: this is {kind}. Leave that out (see --help).")
+
+
+def refuse_beyond(span: int, positions: int, remedy: str = "Lower --tokens or --prompt.") -> None:
+    """Raises UsageError where a run has more tokens than the model positions."""
+    if span > positions:
+        raise UsageError(f"a run has {span} tokens and the model {positions} positions. {remedy}")
 
 
 def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> list[int]:
@@ -308,6 +319,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
+
+
+def times(ratio: float | None) -> str:
+    return (
+        "-" if ratio is None else f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"
+    )
 
 
 def mb(count: float | None) -> str:

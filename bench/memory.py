@@ -11,7 +11,7 @@ from mlx_flash.commands import whole_number
 from mlx_flash.flash.system import available_memory_bytes
 from mlx_flash.plan import MIN_SLOTS
 
-from . import compare, disk
+from . import compare, disk, mixture, mixture_memory
 from .compare import mb, ms
 from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
 from .sides import Side
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
+    if folder := mixture.folder_of(arguments.model):
+        compare.refuse(arguments, ("matrices",), mixture.KIND)
+        mixture_memory.main(arguments, folder)
+        return
     span = arguments.prompt + arguments.tokens
     with compare.opened(arguments, span, span, matrices=False) as subject:
         points = budgets(subject.least, subject.manifest.layout.layers, arguments.points)

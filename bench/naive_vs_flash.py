@@ -9,8 +9,8 @@ from mlx_flash.commands import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.system import available_memory_bytes
 
-from . import compare, disk
-from .compare import mb, ms
+from . import compare, disk, mixture, mixture_naive_vs_flash
+from .compare import mb, ms, times
 from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
 from .sides import HALF, Side
 
@@ -21,25 +21,35 @@ NAMES = {
     "dense": "all in memory",
 }
 BASELINES = ("naive", "hybrid")
+ROUNDS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_arguments(parser, tokens=128)
     compare.add_share_argument(parser)
     parser.add_argument(
-        "--baseline-tokens", type=whole_number(1), help="tokens of naive and hybrid, which are slow (default: --tokens)"
+        "--baseline-tokens",
+        type=whole_number(1),
+        help="tokens of the sides which are slow: naive and hybrid (default: --tokens), of a mixture of experts naive "
+        f"and lazy (default: {mixture_naive_vs_flash.BASELINE_TOKENS})",
     )
     parser.add_argument(
         "--rounds",
         type=whole_number(1, 100),
-        default=2,
-        help="the tokens are split over so many rounds, in which the sides take turns (default: %(default)s)",
+        help=f"the tokens are split over so many rounds, in which the sides take turns (default: {ROUNDS})",
     )
+    group = mixture.add_arguments(parser)
+    mixture_naive_vs_flash.add_arguments(group)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    rounds = arguments.rounds
+    if folder := mixture.folder_of(arguments.model):
+        compare.refuse(arguments, ("share", "matrices", "rounds"), mixture.KIND)
+        mixture_naive_vs_flash.main(arguments, folder)
+        return
+    compare.refuse(arguments, ("memory", "sides", "io"), compare.KIND)
+    rounds = arguments.rounds or ROUNDS
     counts = {name: arguments.tokens for name in NAMES}
     counts |= {name: min(arguments.baseline_tokens or arguments.tokens, arguments.tokens) for name in BASELINES}
     if min(counts.values()) < rounds:
@@ -138,12 +148,6 @@ def ratios(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 # -- showing -------------------------------------------------------------------------------------------------
-
-
-def times(ratio: float | None) -> str:
-    return (
-        "-" if ratio is None else f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"
-    )
 
 
 def show(result: dict[str, Any]) -> None:

@@ -6,9 +6,6 @@ The tokens are given, not sampled, so that every side does the same work; the lo
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_flash.errors import BudgetError, FlashError, UsageError
+from mlx_flash.errors import BudgetError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.system import current_memory_bytes, peak_memory_bytes
 
-from .cgroup import run_child
+from . import children
 
 PART = "mlx_flash.bench.sides"
 SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it needs
@@ -67,15 +64,7 @@ def run(side: Side, task: Task, group: Any = None) -> dict[str, Any]:
     prompt's Counters; "plan"; in bytes "weights_bytes", planned to stay in memory, and "peak_memory_bytes",
     of the process (on Linux without what a baseline had while it was loaded).
     """
-    command = [sys.executable, "-m", PART, json.dumps([asdict(side), asdict(task)])]
-    done = run_child(command) if group is None else group.run(command, dict(os.environ))
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
-    if "error" in result:
-        raise (UsageError if done.returncode == UsageError.exit_code else FlashError)(result["error"])
-    if done.returncode != 0:
-        killed = f", killed by the kernel {group.kills()} times" if group is not None else ""
-        raise FlashError(f"the side {side.name} ended with exit code {done.returncode}{killed} (see above).")
-    return result
+    return children.ask(PART, [asdict(side), asdict(task)], side.name, group)
 
 
 def _load_least(task: Task, options: dict[str, Any]) -> tuple[Any, int]:
@@ -199,9 +188,4 @@ def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    given_side, given_task = json.loads(sys.argv[1])
-    try:
-        print(json.dumps(_run_here(Side(**given_side), Task(**given_task))))
-    except (FlashError, OSError) as error:  # for `run` to raise again
-        print(json.dumps({"error": str(error)}))
-        sys.exit(error.exit_code if isinstance(error, FlashError) else FlashError.exit_code)
+    children.answer(lambda side, task: _run_here(Side(**side), Task(**task)))

@@ -24,7 +24,7 @@ from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.layers.predictors import Predictor
 
-from . import compare, disk, traces
+from . import compare, disk, mixture, mixture_steps, traces
 from .compare import mb, ms
 from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
 from .sides import HALF, Side, forget_look_ahead
@@ -40,12 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline-tokens",
         type=whole_number(1),
         default=8,
-        help="tokens of naive and hybrid, which are slow (default: %(default)s)",
+        help="tokens of naive and hybrid, and of a mixture's whole layers, which are slow (default: %(default)s)",
     )
+    mixture.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
+    if folder := mixture.folder_of(arguments.model):
+        compare.refuse(arguments, ("share", "matrices"), mixture.KIND)
+        mixture_steps.main(arguments, folder)
+        return
+    compare.refuse(arguments, ("memory",), compare.KIND)
     span = arguments.prompt + arguments.tokens
     with compare.opened(arguments, span, span) as subject:
         share, budget = subject.budget_for(arguments.share)

@@ -113,7 +113,7 @@ def finding(result: dict[str, Any]) -> str:
     done = {name: row["total_s"] for name, row in result["sides"].items() if not row["killed"]}
     found = []
     if "flash" in done and "naive" in done:
-        found.append(f"{times(done['naive'] / done['flash'])} as fast as reading every layer whole")
+        found.append(f"comes {times(done['naive'] / done['flash'])} as fast as reading every layer whole")
     if "flash" in done and "resident" in done:
-        found.append(f"{done['flash'] / done['resident']:.2f}x as long as all in memory")
-    return f"A token comes {', '.join(found)}" if found else "What a token's time is made of"
+        found.append(f"takes {done['flash'] / done['resident']:.2f}x as long as all in memory")
+    return f"A token {' and '.join(found)}" if found else "What a token's time is made of"

@@ -16,6 +16,7 @@ from mlx_flash.errors import BudgetError
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.system import peak_memory_bytes
+from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.mixture import open_mixture
 from mlx_flash.mixture_loading import _number, trace
 from mlx_flash.stats import Counters
@@ -31,7 +32,8 @@ class Side:
     """How to run: "resident" or "lazy", which are mlx-lm, "naive", which is every layer whole, or "flash".
 
     memory: bytes for the whole process; what follows is of flash alone. io, threads, window: as of mlx_flash.load.
-    keep: whether experts stay in their slots from one call to the next.
+    keep: whether experts stay in their slots from one call to the next. overlap: whether those that are there are
+    multiplied while others are read.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Side:
     threads: int = THREADS
     window: int | None = None
     keep: bool = True
+    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,14 @@ class Forgetful(SlotCache):
         return super().tick(units)
 
 
+def wait_for_all(layer: StreamedExperts) -> None:
+    """Lets a layer read what it lacks before it multiplies anything, where its slots allow that."""
+    rounds, cache = layer._rounds, layer._stream.cache
+    layer._rounds = (  # type: ignore[method-assign]
+        lambda experts, pairs: [experts] if len(experts) <= cache.slots else rounds(experts, pairs)
+    )
+
+
 def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStreamer | None]:
     """The model, and what reads its experts, if anything of ours does."""
     from mlx_flash.loading import load, load_tokenizer
@@ -100,6 +111,9 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStream
             for layer in model.flash.layers:
                 cache = layer._stream.cache
                 layer._stream.cache = Forgetful(len(cache.slot_of), cache.slots, side.window)
+        if not side.overlap:
+            for layer in model.flash.layers:
+                wait_for_all(layer)
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

@@ -19,7 +19,8 @@ WIDTHS = (-3, -2, -1, 0, 2, 4)  # experts that are guessed, beyond those that a 
 ROUTED = "previous router's"  # what the layer before gave its own router, so with its own norm
 OWN = "own router's"
 RATIOS = (0.5, 1, 2, 3.3, 6.7)  # time to read all experts that a token uses in a layer, over the layer's compute
-WINDOWS = {"own input": 0.5, "previous middle": 1.0}  # of a layer's compute that is left when the guess is known
+PRODUCTS = 0.5  # of a layer's compute is the products of its experts, the rest attention
+WINDOWS = {"own input": 1 - PRODUCTS, "previous middle": 1.0}  # of a layer's compute, from guess to router
 
 
 def measure(subject: traces.Subject, arguments: argparse.Namespace) -> None:
@@ -97,29 +98,38 @@ def guesses_of(tap: routing.Tap, state: str) -> list[list[np.ndarray]]:
 def times(taps: list[routing.Tap], share: float) -> list[dict[str, Any]]:
     """A token's modelled time without a guess, with one, and with one that is always right, in layers' compute.
 
-    A layer computes for 1, then waits for what it misses. A guess is read, the likeliest first, while that part of a
-    layer's compute goes on which is left when the guess is known. By width: all of a guess is read, and what does not
-    fit in there is waited for. `fitting`: only as many as fit in there are read, or one. What is read in vain goes into
-    slots of its own. The first layer never guesses.
+    A layer computes for 1: attention, then the products of its experts. As in the engine, those that are here are
+    multiplied while the others are read. A guess is read, the likeliest first, from when it is known until the router
+    speaks, whenever the layer before reads nothing; what does not fit in there comes before the layer's own misses. By
+    width: all of a guess is read. `fitting`: only as many as fit in there at best, or one. What is read in vain goes
+    into slots of its own. The first layer never guesses, and is not counted.
     """
     layers = []
-    for tap in taps[1:]:
+    for tap in taps:
         resident = residents(tap.trace.chosen, max(1, round(share * tap.trace.neurons)))
-        layers.append((tap, tap.trace.chosen & ~resident, resident))
+        layers.append((tap, tap.trace.chosen & ~resident, ~resident))
     found = []
     for ratio in RATIOS:
         for state, window in WINDOWS.items():
-            sums = dict.fromkeys(("without", "perfect", "fitting", *map(str, WIDTHS)), 0.0)
-            for tap, missed, resident in layers:
-                ranks, each = tap.ranks(state), ratio / tap.choices  # one expert's reading
-                reads = {"without": np.zeros_like(missed), "perfect": missed}
-                reads["fitting"] = first(ranks, ~resident, max(1, int(window / each)), tap.choices + WIDTHS[-1])
-                for width in WIDTHS:
-                    reads[str(width)] = (ranks < max(1, tap.choices + width)) & ~resident
-                for name, read in reads.items():
-                    late = np.maximum(0, each * read.sum(axis=1) - window)
-                    sums[name] += float((1 + late + each * (missed & ~read).sum(axis=1)).mean())
-            found.append({"slots": share, "ratio": ratio, "state": state, **sums})
+            row: dict[str, Any] = {"slots": share, "ratio": ratio, "state": state}
+            for name in ("without", "perfect", "fitting", *map(str, WIDTHS)):
+                row[name], busy = 0.0, np.zeros(len(layers[0][1]))
+                for at, (tap, missed, absent) in enumerate(layers):
+                    each = ratio / tap.choices  # one expert's reading
+                    read = np.zeros_like(missed)
+                    if at and name == "perfect":
+                        read = missed
+                    elif at and name == "fitting":
+                        read = first(tap.ranks(state), absent, max(1, int(window / each)), tap.choices + WIDTHS[-1])
+                    elif at and name != "without":
+                        read = (tap.ranks(state) < max(1, tap.choices + int(name))) & absent
+                    left = each * (missed & ~read).sum(axis=1)
+                    here = PRODUCTS * (1 - left / ratio)
+                    late = np.maximum(0, each * read.sum(axis=1) - np.maximum(0, window - busy))
+                    if at:
+                        row[name] += float((1 + np.maximum(0, late + left - here)).mean())
+                    busy = np.minimum(late + left, here) * (state == "previous middle")  # own input: it is over by then
+            found.append(row)
     return found
 
 

@@ -145,13 +145,13 @@ def test_modelled_times() -> None:
     tap = tap_of(chosen, ranks)
     rows = {(row["ratio"], row["state"]): row for row in experts_ahead.times([tap, tap], 0.25)}
     row = rows[2, "previous middle"]  # an expert is read in 1; 1 is also left to compute when the guess is known
-    assert row["without"] == pytest.approx(3)  # 1 + both
-    assert row["perfect"] == pytest.approx(2)  # one of them fits
-    assert row["fitting"] == pytest.approx(2)  # so does the one that is right
-    assert row["-3"] == pytest.approx(2)
-    assert row["0"] == pytest.approx(3)  # one in vain beside it
+    assert row["without"] == pytest.approx(3)  # 1 + both, and nothing is here to be multiplied meanwhile
+    assert row["perfect"] == pytest.approx(1.5)  # one of them fits; half of the other's time both are multiplied
+    assert row["fitting"] == pytest.approx(1.75)  # the one that fits is the right one: its product takes a quarter
+    assert row["-3"] == pytest.approx(1.75)
+    assert row["0"] == pytest.approx(2.75)  # one in vain comes before the one that is missing
     late = rows[2, "own input"]  # half of that is left
-    assert late["perfect"] == pytest.approx(2.5) and late["fitting"] == pytest.approx(2.5)
+    assert late["perfect"] == pytest.approx(2) and late["fitting"] == pytest.approx(2.25)
 
 
 @pytest.mark.parametrize("module", [eviction, lookahead])

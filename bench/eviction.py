@@ -1,4 +1,4 @@
-"""Eviction rules, and even against uneven slots, at equal bytes: misses per token by share of slots."""
+"""Eviction rules, and even against uneven slots, for neurons or experts at equal bytes: misses per token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tqdm import tqdm
 from mlx_flash.flash.cache import HALF_LIFE, SlotCache
 from mlx_flash.plan import MIN_SLOTS, share_out
 
-from . import policies, traces
+from . import policies, routing, traces
 from .report import COLOURS, SERIES, finish, require_plots
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.24, 0.3, 0.4, 0.5)  # of all units that have a slot
+EXPERT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 WINDOWS = (4, 16, 64)  # tokens
 HALF_LIVES = (8, HALF_LIFE, 128, policies.ENDLESS)  # tokens
 PINNED = (0.25, 0.5, 0.75)  # of the slots
@@ -32,19 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     with traces.opened(arguments, print) as subject:
-        count = subject.model.flash.manifest.layout.neurons_per_block
-        held_out = traces.record(subject.model, subject.ids, subject.prefix, "held-out text")
-        calibration = traces.record(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
+        experts = traces.is_mixture(subject.model)
+        count = 1 if experts else subject.model.flash.manifest.layout.neurons_per_block
+        held_out = history(subject.model, subject.ids, subject.prefix, "held-out text")
+        calibration = history(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
         result: dict[str, Any] = {
             **traces.head_of(subject, arguments.text),
             "neurons_per_block": count,
         }
     result["units"] = {}
-    for unit, per in {"block": count, "neuron": 1}.items():
+    if experts:
+        result["habits_by_layer"] = [routing.habits(trace.chosen) for trace in held_out]
+    for unit, per in ({"expert": 1} if experts else {"block": count, "neuron": 1}).items():
         if unit == "neuron" and count == 1:
             continue  # it is the same
-        wanted, known = ([traces.by_block(t.chosen, per) for t in history] for history in (held_out, calibration))
-        result["units"][unit] = compare(wanted, known, unit)
+        wanted, known = ([traces.by_block(t.chosen, per) for t in traced] for traced in (held_out, calibration))
+        result["units"][unit] = compare(wanted, known, unit, EXPERT_SHARES if experts else SHARES)
     finish(
         arguments.output,
         "eviction",
@@ -55,7 +59,14 @@ def main(arguments: argparse.Namespace) -> None:
     )
 
 
-def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str) -> dict[str, Any]:
+def history(model: Any, ids: list[int], prefix: list[int], name: str) -> list[traces.LayerTrace]:
+    """What every layer chose: its experts, or its neurons."""
+    if traces.is_mixture(model):
+        return [tap.trace for tap in routing.record(model, ids, prefix, name)]
+    return traces.record(model, ids, prefix, name)
+
+
+def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str, shares: tuple[float, ...]) -> dict[str, Any]:
     """Misses per token, summed over layers, of every rule at every share of slots.
 
     wanted, known: bool (tokens, units) of each layer, on held-out and on calibration text.
@@ -66,8 +77,8 @@ def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str) -> dic
     rest = everyone_but(known)
     rest_sets, rest_known = [sets[i] for i in rest], [known[i] for i in rest]
     found: dict[str, list[list[float]]] = {}  # rule -> a row of layers for every share
-    with tqdm(total=len(SHARES) * (len(rules) + 4), desc=f"caches, by {name}", dynamic_ncols=True) as bar:
-        for share in SHARES:
+    with tqdm(total=len(shares) * (len(rules) + 4), desc=f"caches, by {name}", dynamic_ncols=True) as bar:
+        for share in shares:
             slots = max(1, round(share * units))
             for rule, make in rules.items():
                 rows = [policies.run(make(i, slots), each) for i, each in enumerate(sets)]
@@ -83,7 +94,7 @@ def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str) -> dic
             found.setdefault("clairvoyant", []).append(per_token(rows))
             bar.update()
     needed = sum(per_token([mask.sum(axis=1) for mask in wanted]))
-    return {"shares": SHARES, "units": units, "needed": needed, "misses_by_layer": found, "rest": rest}
+    return {"shares": shares, "units": units, "needed": needed, "misses_by_layer": found, "rest": rest}
 
 
 def even_rules(units: int, known: list[np.ndarray]) -> dict[str, Make]:
@@ -130,12 +141,18 @@ def per_token(rows: list[np.ndarray]) -> list[float]:
 
 
 def show(result: dict[str, Any]) -> None:
+    for layer, habits in enumerate(result.get("habits_by_layer", [])):
+        print(
+            f"layer {layer}: {habits['again']:.1%} of the experts used are used again by the next token "
+            f"({habits['again_by_chance']:.1%} by popularity alone), the busiest quarter has {habits['busiest']:.1%}"
+        )
     for unit, part in result["units"].items():
         show_unit(part, unit, result["neurons_per_block"])
 
 
 def show_unit(part: dict[str, Any], unit: str, count: int) -> None:
-    what = "blocks, as the engine reads them" if unit == "block" else "single neurons"
+    kinds = {"block": "blocks, as the engine reads them", "neuron": "single neurons", "expert": "experts"}
+    what = kinds[unit]
     size = f" of {count} neurons" if unit == "block" else ""
     print(f"\n{what}{size}: {part['needed']:.0f} needed per token; misses per token, others against least-recent use")
     print(f"{'':<46}" + "".join(f"{share:>9.0%}" for share in part["shares"]))
@@ -165,7 +182,7 @@ def draw(figure: Any, parts: dict[str, Any]) -> None:
             shares = np.array(part["misses_by_layer"][rule]).sum(axis=1) / part["needed"]
             axes.plot(part["shares"], shares, style, color=colour, label=names.get(rule, rule), marker="o", ms=3)
         axes.set_title(f"read {unit} by {unit}")
-        axes.set_xlabel("share of the neurons that have a slot")
+        axes.set_xlabel(f"share of the {'experts' if unit == 'expert' else 'neurons'} that have a slot")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_ylim(0, 1)

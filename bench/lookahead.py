@@ -1,4 +1,4 @@
-"""How early can a layer's neurons be guessed: its own predictor applied to earlier hidden states."""
+"""How early can a layer's neurons, or experts, be guessed: its own predictor, or router, applied to earlier states."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     with traces.opened(arguments, print) as subject:
+        if traces.is_mixture(subject.model):
+            from .experts_ahead import measure
+
+            return measure(subject, arguments)
         layout, guesses = subject.model.flash.manifest.layout, observe(subject.model)
         history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
         result: dict[str, Any] = {
@@ -43,15 +47,16 @@ def main(arguments: argparse.Namespace) -> None:
         for trace in history
         for share in SHARES
     ]
+    units = {"neuron": 1} | ({"block": layout.neurons_per_block} if layout.neurons_per_block > 1 else {})
     result["by_layer"] = []
     for trace, rows, share in tqdm(jobs, desc="caches", dynamic_ncols=True):
-        result["by_layer"] += layer_rows(trace, rows, share, layout.neurons_per_block)
+        result["by_layer"] += layer_rows(trace, rows, share, units, SHIFTS)
     result["mean"] = means(result["by_layer"])
     finish(
         arguments.output,
         "lookahead",
         result,
-        lambda figure: draw(figure, result["mean"]),
+        lambda figure: draw(figure, result["mean"], SHARES),
         size=(8, 4),
         show=lambda: show(result["mean"]),
     )
@@ -123,18 +128,20 @@ def observe(model: Any) -> dict[int, Guesser]:
 
 
 def layer_rows(
-    trace: traces.LayerTrace, guesses: dict[str, list[list[np.ndarray]]], share: float, neurons_per_block: int
+    trace: traces.LayerTrace,
+    guesses: dict[str, list[list[np.ndarray]]],
+    share: float,
+    units: dict[str, int],
+    shifts: tuple[float, ...],
 ) -> list[dict[str, Any]]:
-    """A row for every unit (neuron, and block if that is another thing), state and shift."""
+    """A row for every unit (by name, of so many neurons), state and shift."""
     found = []
-    for unit, count in {"neuron": 1, "block": neurons_per_block}.items():
-        if unit == "block" and count == 1:
-            continue
+    for unit, count in units.items():
         chosen = traces.by_block(trace.chosen, count)
         slots = max(1, round(share * chosen.shape[1]))
         resident = residents(chosen, slots)
         for state, by_shift in guesses.items():
-            for shift, packed in zip(SHIFTS, by_shift, strict=True):
+            for shift, packed in zip(shifts, by_shift, strict=True):
                 guess = traces.by_block(traces.unpacked(packed, trace.neurons), count)
                 row = {"layer": trace.layer, "unit": unit, "slots": share, "state": state, "shift": shift}
                 found.append(row | compare(chosen, guess, resident))
@@ -202,14 +209,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("".join(f"{cell:>9}" for cell in cells))
 
 
-def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+def draw(figure: Any, rows: list[dict[str, Any]], shares: tuple[float, ...]) -> None:
     """A panel for every share of slots: misses caught against bytes read in vain, a line per state."""
-    panels = figure.subplots(1, len(SHARES), sharey=True)
-    for axes, share in zip(panels, SHARES, strict=True):
+    unit = "expert" if rows[0]["unit"] == "expert" else "neuron"
+    panels = figure.subplots(1, len(shares), sharey=True)
+    for axes, share in zip(panels, shares, strict=True):
         for colour, state in zip(SERIES, STATES, strict=False):
-            line = [r for r in rows if r["unit"] == "neuron" and r["slots"] == share and r["state"] == state]
+            line = [r for r in rows if r["unit"] == unit and r["slots"] == share and r["state"] == state]
             axes.plot([r["in_vain"] for r in line], [r["caught"] for r in line], "o-", color=colour, label=state, ms=4)
-        axes.set_title(f"{share:.0%} of the neurons have a slot")
+        axes.set_title(f"{share:.0%} of the {unit}s have a slot")
         axes.set_xlabel("bytes read in vain / bytes missing")
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1)

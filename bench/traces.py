@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.commands import whole_number
-from mlx_flash.defaults import PREDICTORS
+from mlx_flash.defaults import PREDICTORS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import Predictor
 
@@ -80,6 +80,8 @@ def by_block(mask: np.ndarray, neurons_per_block: int) -> np.ndarray:
 
 def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[LayerTrace]:
     """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more."""
+    if is_mixture(model):
+        raise UsageError("this measures neurons; of a mixture of experts, `eviction` and `lookahead` take the experts.")
     forget_look_ahead(model)  # a guess asks the next layer's predictor too, and would be taken for its choice
     layout = model.flash.manifest.layout
     taps = {}
@@ -100,14 +102,21 @@ def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[Lay
     return [tap.trace for tap in taps.values()]
 
 
+def is_mixture(model: Any) -> bool:
+    """Whether the model streams experts, from its checkpoint as it is."""
+    return model.flash.manifest is None
+
+
 def decode(model: Any, ids: list[int], prefix: list[int], name: str) -> None:
     """Runs the model over `ids` the decode way: windows of the planned context, each begun with `prefix`.
 
-    A call has as many tokens as go the decode way at once; every one still has a selection of its own.
+    A call has as many tokens as go the decode way at once, or as a prompt's chunk has where a router chooses; every one
+    still has a selection of its own.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    step, body = model.flash.manifest.decode_tokens, model.flash.plan.context - len(prefix)
+    step = PREFILL_TOKENS if is_mixture(model) else model.flash.manifest.decode_tokens
+    body = model.flash.plan.context - len(prefix)
     with tqdm(total=len(ids), desc=name, unit="token", dynamic_ncols=True) as bar:
         for begin in range(0, len(ids), body):
             here = ids[begin : begin + body]
@@ -162,8 +171,10 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
     from mlx_flash.finding import find_store
     from mlx_flash.loading import load
 
+    from .mixture import folder_of
+
     text = read_text(arguments.text)
-    store = find_store(arguments.model, say)
+    store = folder_of(arguments.model) or find_store(arguments.model, say)
     model, tokenizer = load(store, predictor=arguments.predictor)
     try:
         calibration = files("mlx_flash.convert").joinpath("calibration.txt").read_text(encoding="utf-8")

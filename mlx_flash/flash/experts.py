@@ -21,6 +21,7 @@ from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
 from .system import READ_ALIGNMENT
 
 SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
+NONE = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,26 @@ class ExpertStream:
         return self.cache.slot_of
 
     def use(self, experts: np.ndarray) -> None:
-        """A call of the model needs `experts`: they are the last to be evicted."""
+        """A call of the model needs `experts`: they are the last to be evicted. What was guessed for it lands first."""
+        early = self.land()
         began = time.perf_counter()
         here = self.cache.tick(experts)
-        self.shared.counters.hits += here
-        self.shared.counters.misses += len(experts) - here
-        self.shared.counters.manage_s += time.perf_counter() - began
+        used = int(np.isin(early, experts).sum()) if len(early) else 0
+        counters = self.shared.counters
+        counters.hits += here - used
+        counters.misses += len(experts) - here + used
+        counters.early += used
+        counters.vain += len(early) - used
+        counters.manage_s += time.perf_counter() - began
+
+    def read_ahead(self, experts: np.ndarray, keep: np.ndarray) -> None:
+        """Starts to read `experts`, which are missing, as far as they fit: the token under way may need them here.
+
+        None of `keep`, which are here, makes room for them. What was read in vain costs time, never changes a result.
+        """
+        experts = experts[: self.cache.slots - len(keep)]
+        if len(experts) and self.flight is None:
+            self.begin(experts, keep)
 
     def begin(self, experts: np.ndarray, keep: np.ndarray | None = None) -> None:
         """Starts to read those of `experts` that are missing. None of `keep`, which are here, makes room for them."""
@@ -150,11 +165,11 @@ class ExpertStream:
                 self._submit(missing, slots, tickets)
         self.shared.counters.manage_s += time.perf_counter() - began
 
-    def land(self) -> None:
-        """Waits for what is on its way, which is then here."""
+    def land(self) -> np.ndarray:
+        """Waits for what is on its way, which is then here. Returns its experts."""
         flight = self.flight
         if flight is None:
-            return
+            return NONE
         began = time.perf_counter()
         with self.shared.draining():
             for ticket in flight.tickets:
@@ -165,6 +180,7 @@ class ExpertStream:
             self._rows_of(name)[flight.slots] = table[flight.experts]
         self.cache.commit(flight.experts, flight.slots)
         self.shared.counters.wait_s += time.perf_counter() - began
+        return flight.experts
 
     def _submit(self, experts: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
         lengths = np.repeat(self._lengths, len(experts))  # (P * n,), as all of these

@@ -33,7 +33,7 @@ class Side:
 
     memory: bytes for the whole process; what follows is of flash alone. io, threads, window: as of mlx_flash.load.
     keep: whether experts stay in their slots from one call to the next. overlap: whether those that are there are
-    multiplied while others are read.
+    multiplied while others are read. ahead: whether the next layer's are guessed and read meanwhile, where that pays.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Side:
     window: int | None = None
     keep: bool = True
     overlap: bool = True
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStream
             for layer in model.flash.layers:
                 cache = layer._stream.cache
                 layer._stream.cache = Forgetful(len(cache.slot_of), cache.slots, side.window)
-        if not side.overlap:
-            for layer in model.flash.layers:
+        for layer in model.flash.layers:
+            if not side.overlap:
                 wait_for_all(layer)
+            if not side.ahead:
+                layer._ahead = None
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

@@ -279,6 +279,34 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
     assert_same(everything(model), reference(folder), "failed")
 
 
+def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 4)
+    experts, counters = model.layers[1].mlp.switch_mlp._stream, streamer.counters
+    nobody = np.empty(0, np.int64)
+
+    def has(ids: list[int]) -> bool:
+        slots = experts.cache.slot_of[ids]
+        found = [np.array(experts.pools["up_proj.weight"][int(slot)]) for slot in slots if slot >= 0]
+        weights: Any = load_model(mixture_of("qwen3_moe", "4 bits"))[0].layers[1].mlp.switch_mlp.up_proj.weight
+        return len(found) == len(ids) and all(np.array_equal(a, weights[i]) for a, i in zip(found, ids, strict=True))
+
+    experts.fetch(np.array([0, 1]))
+    experts.read_ahead(np.array([7, 8]), keep=np.array([0]))
+    experts.use(np.array([0, 7, 9]))
+    experts.begin(np.array([0, 7, 9]))
+    assert len(experts.flight.experts) == 3 and len({*experts.flight.slots}) == 3 and not counters.hits - 1
+    experts.land(np.array([0]))
+    assert experts.flight is not None, "nobody waits for what is here"
+    experts.land(np.array([7]))
+    assert has([0, 7, 8, 9]) and (counters.early, counters.vain, counters.misses) == (1, 1, 4)
+    experts.read_ahead(np.array([2, 3]), keep=nobody)  # there is no room for what is in vain beside the next four
+    experts.use(np.array([4, 5, 6, 7]))
+    assert experts.flight is None and (counters.early, counters.vain) == (1, 3)
+    experts.begin(np.array([4, 5, 6, 7]))
+    experts.land()
+    assert has([4, 5, 6, 7]) and not streamer.flying
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str) -> None:
     """Those whose router is one product; the first layer that guesses tells when a token begins, and no other does."""

@@ -88,7 +88,7 @@ class StreamedExperts(nn.Module):
             return self._in_rounds(x, needed, rounds, guess)
         stream.begin(experts)
         guess()
-        stream.land()
+        stream.land(experts)
         y = self._inner(x, mx.array(stream.cache.slot_of[needed].astype(np.uint32)))
         stream.hold(y)
         return y
@@ -121,7 +121,7 @@ class StreamedExperts(nn.Module):
         outputs, order = [], []
         stream.begin(rounds[0])
         for turn, group in enumerate(rounds):
-            stream.land()
+            stream.land(group)
             following = rounds[turn + 1] if turn + 1 < len(rounds) else np.empty(0, group.dtype)
             overlaps = 0 < len(following) <= cache.slots - len(group)
             if overlaps:

@@ -64,6 +64,8 @@ def stream() -> Iterator[Callable[..., tuple[Any, ExpertStreamer]]]:
         streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
         streamers.append(streamer)
         mixture.stream(streamer, [slots] * len(mixture.switches), options.get("window"))
+        for ahead in [layer._ahead for layer in mixture.layers() if layer._ahead is not None]:
+            ahead.pace.guessing = True  # as if a trial had found that it pays
         return mixture.model, streamer
 
     yield open_streamed

@@ -158,9 +158,9 @@ class ExpertStream:
         makes room for them."""
         began = time.perf_counter()
         before = self.flight or _Flight([], NOTHING, NOTHING, guess)
-        wanted = experts if keep is None else np.union1d(experts, keep)
+        wanted = experts if keep is None else np.concatenate((keep, experts))
         if len(before.experts):
-            wanted = np.setdiff1d(wanted, before.experts)
+            wanted = wanted[~np.isin(wanted, before.experts)]
         missing, slots = self.cache.reserve(wanted, taken=before.slots)
         if len(missing):
             settling = time.perf_counter()

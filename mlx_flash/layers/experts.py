@@ -16,7 +16,7 @@ from .pace import Pace
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
-AHEAD = 1  # experts of the next layer that are read on a guess
+AHEAD = 2  # experts of the next layer that are read on a guess, at most (bench/RESULTS.md)
 
 
 def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
@@ -154,7 +154,7 @@ class StreamedExperts(nn.Module):
         return inner.down_proj(inner.activation(up, gate), slots, sorted_indices)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LookAhead:
     """A guess of what the next layer's router will choose, by that router on this layer's input.
 

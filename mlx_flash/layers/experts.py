@@ -16,7 +16,7 @@ from .pace import Pace
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
-AHEAD = 2  # experts of the next layer that are read on a guess, at most (bench/RESULTS.md)
+AHEAD = 0.25  # of the experts that a token uses, as many are read on a guess; at least one (bench/RESULTS.md)
 
 
 def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
@@ -179,7 +179,8 @@ class LookAhead:
         by_rank = np.argsort(-tokens, axis=1)[:, :choices].T.ravel()
         likeliest = by_rank[np.sort(np.unique(by_rank, return_index=True)[1])] if len(tokens) > 1 else by_rank
         here = self.stream.cache.slot_of[likeliest] >= 0
-        self.stream.read_ahead(likeliest[~here][:AHEAD], keep=likeliest[here])
+        count = max(1, int(AHEAD * choices))
+        self.stream.read_ahead(likeliest[~here][:count], keep=likeliest[here])
 
 
 class _Widened(nn.Module):

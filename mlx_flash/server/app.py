@@ -45,7 +45,7 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
             Route("/metrics", routes.metrics),
             Route("/events", routes.events),
             Route("/", routes.page),
-            Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+            *([Mount("/page", StaticFiles(directory=PAGE))] if PAGE.is_dir() else []),
         ],
         exception_handlers={
             ApiError: _refused,

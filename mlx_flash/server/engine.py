@@ -1,7 +1,7 @@
 """One model, one generation at a time, in one thread: MLX's arrays belong to the thread that makes them.
 
-Why no batches: each row of one needs its own KV cache, and the plan has room for one context; and a step then reads the
-union of the units that its rows need, from the same disk.
+Why no batches: each row of one needs its own KV cache, and the plan has room for one context. A step would read the
+union of the units that its rows need: less for each token, but more than one alone waits for.
 """
 
 from __future__ import annotations

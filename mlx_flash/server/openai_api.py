@@ -60,6 +60,11 @@ class _Request(_Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
 
     @property
+    def prompt_name(self) -> str:
+        """The parameter that the prompt is in."""
+        raise NotImplementedError
+
+    @property
     def asked(self) -> int | None:
         """Tokens that the answer may have; None: as many as fit."""
         return self.max_tokens
@@ -112,6 +117,10 @@ class ChatRequest(_Request):
     response_format: dict[str, Any] | None = None
 
     @property
+    def prompt_name(self) -> str:
+        return "messages"
+
+    @property
     def asked(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
@@ -136,6 +145,10 @@ class CompletionRequest(_Request):
     best_of: int | None = None
 
     @property
+    def prompt_name(self) -> str:
+        return "prompt"
+
+    @property
     def top(self) -> int | None:
         return self.logprobs
 
@@ -157,17 +170,17 @@ class CompletionRequest(_Request):
         return prompt  # type: ignore[return-value]
 
 
-def parse(kind: type[R], body: Any) -> R:
-    """Raises ApiError, which names the first parameter that is wrong."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object.")
+def parse(kind: type[R], body: bytes) -> R:
+    """Raises ApiError for what is no JSON, or names the first parameter that is wrong."""
     try:
-        return kind.model_validate(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"][:1]) or None
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {first['msg']}.", param=param, code="invalid_value") from None
+        if first["type"] == "json_invalid":
+            raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
+        where = [str(part) for part in first["loc"]]
+        name, param = (".".join(where), where[0]) if where else ("the body", None)
+        raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 
 
 def _token_id(key: str, vocabulary: int) -> int:

@@ -15,11 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import PATIENCE_S, Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
 
 from mlx_flash.errors import BudgetError
+from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.live import MOST_BINS
 from mlx_flash.server import app, bodies
 from mlx_flash.server.engine import FAILED
 from mlx_flash.server.events import EventHub
 from mlx_flash.server.guard import Guard
+from mlx_flash.server.prompts import PART_CHARACTERS
 
 CHAT = "/v1/chat/completions"
 SHORT: dict[str, Any] = {"messages": [{"role": "user", "content": "He said"}], "max_tokens": 2}
@@ -183,10 +185,10 @@ def test_other_wrong_values(server: Server) -> None:
 def test_large_bodies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     large = json.dumps({**SHORT, "user": "x" * bodies.MOST_BYTES}).encode()
     with server.client() as client:
-        for content in (large, iter([large[: 1 << 20], large[1 << 20 :]])):  # the second one without a length
+        for content in (large, iter([large[: 1 << 19], large[1 << 19 :]])):  # the second one without a length
             response = client.post(CHAT, content=content)
             assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
-    monkeypatch.setattr(bodies, "MOST_BYTES_TOGETHER", 1000)
+    monkeypatch.setattr(bodies, "MOST_BODIES", 0.001)
     response = server.post(CHAT, {**SHORT, "user": "x" * 2000})
     assert response.status_code == 429 and response.headers["retry-after"] and error_of(response)
     assert server.post(CHAT, SHORT).status_code == 200  # nothing of those is counted any more
@@ -311,3 +313,46 @@ def test_when_the_model_cannot_be_loaded() -> None:
 def test_the_guard_knows_ipv6() -> None:
     guard = Guard(lambda *_: None, "fe80::1", None)  # type: ignore[arg-type, return-value]
     assert guard.hosts >= {"fe80::1", "::1"}
+
+
+def test_a_text_far_too_long_is_not_encoded_as_a_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would take a hundred megabytes beyond the plan."""
+    tokenizer = server.engine.tokenizer
+    longest = []
+    encode = tokenizer.encode
+
+    def watched(text: str, **options: Any) -> list[int]:
+        longest.append(len(text))
+        return list(encode(text, **options))
+
+    monkeypatch.setattr(tokenizer._tokenizer, "encode", watched)
+    text = "It was a dark night and " * 40_000
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+    ):
+        error = error_of(server.post(path, body))
+        assert error["code"] == "context_length_exceeded" and "has more than" in error["message"]
+    assert len(longest) == 2 and max(longest) == PART_CHARACTERS
+    spaces = server.post("/v1/completions", {"prompt": "So" + " " * 100_000, "max_tokens": 1})
+    assert spaces.status_code == 200  # long, and of few tokens
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": [' + b'"",' * 300_000 + b'""]}',
+        b'{"prompt": [' + b"1," * 300_000 + b'""]}',
+        b'{"messages": [' + b"{}," * 300_000 + b"{}]}",
+        b'{"messages": [{"role": "user", "content": [' + b"{}," * 300_000 + b"{}]}]}",
+        b'{"messages": [{"role": "user"}], "stop": [' + b"1," * 300_000 + b"1]}",
+        b'{"messages": [{"role": "user"}], "logit_bias": {' + b'"":"",' * 150_000 + b'"":""}}',
+    ],
+)
+def test_a_great_many_errors_take_no_more_than_one(server: Server, body: bytes) -> None:
+    before = peak_memory_bytes()
+    path = "/v1/completions" if b"prompt" in body else CHAT
+    with server.client() as client:
+        response = client.post(path, content=body)
+    assert response.status_code == 400 and error_of(response)["param"] in ("prompt", "messages", "stop", "logit_bias")
+    assert peak_memory_bytes() - before < 64 << 20

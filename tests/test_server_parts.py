@@ -11,18 +11,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
+from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from mlx_flash.flash.cache import Record, SlotCache
 from mlx_flash.generation import cached_tokens, stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
+from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.server.chat_cache import LEAST_REUSED, ChatCache, common_prefix
+from mlx_flash.server.engine import Engine
 from mlx_flash.server.errors import ApiError
 from mlx_flash.server.jobs import Sampling, TokenLogprob
 from mlx_flash.server.logprobs import within
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
+from mlx_flash.server.prompts import encode_chat
 from mlx_flash.server.sampling import PENALTY_TOKENS, make_processors
 from mlx_flash.server.stops import StopWords
 
@@ -167,7 +172,7 @@ def test_one_prompt_at_a_time() -> None:
     for prompt, one in (("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], [])):
         assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).one_prompt() == one
     for several in (["a", "b"], [[1], [2]]):
-        with pytest.raises(ApiError, match="2 prompts in one request"):
+        with pytest.raises(ApiError, match="prompt has 2 parts"):
             parse(CompletionRequest, json.dumps({"prompt": several}).encode()).one_prompt()
 
 
@@ -232,3 +237,50 @@ def test_recording_changes_nothing() -> None:
             cache.tick(units)
             cache.commit(*cache.reserve(units))
     assert (plain.slot_of == watched.slot_of).all() and len(watched.record.used) == 100
+
+
+# -- prompts -------------------------------------------------------------------------------------------------
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_template_is_followed(store: Path, open_model: Callable[..., Any]) -> None:
+    engine = Engine("some", "")
+    engine.model, engine.tokenizer = open_model(store), load_tokenizer(store)
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None},
+    ]
+    request = parse(ChatRequest, json.dumps({"messages": messages}).encode())
+    plain = engine.tokenizer.encode("be brief\n\nonetwo\n\n")
+    assert encode_chat(engine, request) == plain
+    engine.tokenizer._tokenizer.chat_template = TEMPLATE
+    text = "<system>be brief<user>onetwo<assistant><assistant>"
+    assert encode_chat(engine, request) == engine.tokenizer.encode(text, add_special_tokens=False)
+    refused = parse(ChatRequest, b'{"messages": [{"role": "tool", "content": "x"}]}')
+    with pytest.raises(ApiError, match="chat template refuses: no tools") as caught:
+        encode_chat(engine, refused)
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_experts_are_watched_as_neurons_are(tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path, "qwen3_moe")
+    write_tokenizer(folder)
+    model, tokenizer = load(folder, memory="2GB")
+    try:
+        live = Live(model)
+        live.watch(True)
+        responses = stream_generate(model, tokenizer, [5, 17], 3)
+        next(responses)
+        masks = [live._masks(cache) for cache in live.caches]
+        counters = model.flash.streamer.counters
+        assert counters.misses == sum(int(read.sum()) for _, _, read in masks) > 0
+        assert all((resident == read).all() and not (hit & read).any() for resident, hit, read in masks)
+        assert [len(base64.b64decode(kinds[0])) for kinds in live.layers()] == [12] * len(live.caches)
+    finally:
+        model.flash.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -70,14 +70,14 @@ class Routes:
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, CompletionRequest, encode_completion)
 
-    async def _answer(self, request: Request, kind: type[R], encode: Callable[[Any, R], list[int]]) -> Response:
+    async def _answer(self, request: Request, kind: type[R], encode: Callable[[Engine, R], list[int]]) -> Response:
         engine = self.engine
         engine.check_ready()
-        async with self.bodies.body_of(request) as body:
+        async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
             asked = parse(kind, body)
             asked.check()
             self._known(asked.model)
-            ids = await asyncio.to_thread(encode, engine.tokenizer, asked)
+            ids = await asyncio.to_thread(encode, engine, asked)
         return await answer(
             request,
             engine,

@@ -10,8 +10,10 @@ from starlette.requests import Request
 
 from .errors import ApiError
 
-MOST_BYTES = 4 << 20  # of one body
-MOST_BYTES_TOGETHER = 16 << 20  # of those that are being read and understood; part of the process's share of the plan
+# Understood, a body takes up to thirty times its bytes, if somebody wants it to: the plan's process has little room.
+MOST_BYTES = 1 << 20  # of one body, or BYTES_PER_TOKEN for each token of the context if that is more
+BYTES_PER_TOKEN = 16
+MOST_BODIES = 4  # of that size, at the same time
 BODY_S = 60.0  # in which a body must have come
 
 
@@ -20,19 +22,20 @@ class Bodies:
         self.bytes = 0  # held now
 
     @contextlib.asynccontextmanager
-    async def body_of(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body, counted until the block ends. Raises ApiError."""
+    async def body_of(self, request: Request, context: int) -> AsyncIterator[bytes]:
+        """The whole body, counted until the block ends. context: the planned tokens. Raises ApiError."""
+        most = max(MOST_BYTES, BYTES_PER_TOKEN * context)
         taken = 0
         chunks = []
         try:
-            if int(request.headers.get("content-length") or 0) > MOST_BYTES:  # uvicorn has checked that it is a number
-                raise _too_large()
+            if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number
+                raise _too_large(most)
             async for chunk in _within(BODY_S, request):
                 taken += len(chunk)
                 self.bytes += len(chunk)
-                if taken > MOST_BYTES:
-                    raise _too_large()
-                if self.bytes > MOST_BYTES_TOGETHER:
+                if taken > most:
+                    raise _too_large(most)
+                if self.bytes > MOST_BODIES * most:
                     raise ApiError(429, "too much is being sent at once; try again later.", retry_after_s=5)
                 chunks.append(chunk)
             yield b"".join(chunks)
@@ -55,5 +58,5 @@ async def _within(seconds: float, request: Request) -> AsyncGenerator[bytes, Non
         yield chunk
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MOST_BYTES >> 20} MiB.", code="body_too_large")
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes.", code="body_too_large")

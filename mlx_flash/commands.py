@@ -13,6 +13,13 @@ from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
 
+started_as = "python -m mlx_flash.{}"  # the console script sets its own
+
+
+def program(name: str) -> str:
+    """What a command's usage line calls it; `name` is the module's, and the console script's word for it."""
+    return started_as.format(name)
+
 
 def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""

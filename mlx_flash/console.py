@@ -9,13 +9,13 @@ import sys
 from . import __version__, commands
 
 COMMANDS = {
-    "generate": ("mlx_flash.generate", "text from one prompt"),
-    "chat": ("mlx_flash.chat", "a conversation in the terminal"),
-    "server": ("mlx_flash.server", "the OpenAI API over HTTP, and a page to chat in"),
-    "convert": ("mlx_flash.convert", "a checkpoint into a store that can be streamed"),
-    "check": ("mlx_flash.check", "every byte of a store against its checksums"),
-    "bench": ("mlx_flash.bench", "measurements that anyone can run again"),
-    "app": ("mlx_flash.apps.menubar", "the menubar app"),
+    "generate": ("mlx_flash.generate", "writes text that goes on from a prompt"),
+    "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
+    "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
+    "convert": ("mlx_flash.convert", "makes of a checkpoint a store that can be streamed"),
+    "check": ("mlx_flash.check", "verifies every byte of a store"),
+    "bench": ("mlx_flash.bench", "measures, in ways that anyone can run again"),
+    "app": ("mlx_flash.apps.menubar", "a menubar app: starts and stops the server, answers quick questions"),
 }
 NEEDS = {"app": ("toga", "app")}  # a package, and the extra that brings it
 
@@ -23,7 +23,7 @@ NEEDS = {"app": ("toga", "app")}  # a package, and the extra that brings it
 def usage() -> str:
     rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
     return (
-        f"usage: mlxflash COMMAND ...\n\n{__doc__}\n\n{rows}\n\n"
+        f"usage: mlxflash COMMAND ...\n\nRuns language models that are bigger than memory. Commands:\n\n{rows}\n\n"
         "`mlxflash COMMAND --help` says what a command takes; `mlxflash --version` which version this is."
     )
 

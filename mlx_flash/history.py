@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+readline: ModuleType | None
 try:
-    import readline
+    readline = import_module("readline")
 except ImportError:  # a Python built without it: no editing, no history
-    readline = None  # type: ignore[assignment]
+    readline = None
 
 LINES = 1000
 

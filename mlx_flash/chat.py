@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .commands import program, run_command
 from .errors import BudgetError, UsageError
 from .finding import cache_folder
-from .history import History, typed_so_far
+from .history import History
 from .model_arguments import add_model_arguments, load_model
 from .plan import parse_memory
 from .sampling import add_sampling_arguments, check_sampling, sampler_of
@@ -240,7 +240,7 @@ def typed() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-            if not typed_so_far():
+            if not history.typed_so_far():
                 say("/quit or Ctrl-D leaves the program")
             continue
         except UnicodeDecodeError:
@@ -265,12 +265,12 @@ def main(arguments: argparse.Namespace) -> int:
     if interactive:
         say("Type a text and press Return; /help lists the commands.")
     try:
-        return converse(chat, typed() if interactive else piped(), interactive, say)
+        return converse(chat, typed() if interactive else piped(), interactive)
     finally:
         chat.close()
 
 
-def converse(chat: Chat, lines: Iterator[str], interactive: bool, complain: Callable[[str], None]) -> int:
+def converse(chat: Chat, lines: Iterator[str], interactive: bool) -> int:
     """Until the lines end; the exit code: 2 if a line could not be used that nobody sits there to type again."""
     code = 0
     for line in lines:
@@ -283,10 +283,10 @@ def converse(chat: Chat, lines: Iterator[str], interactive: bool, complain: Call
                 elif line.strip():
                     chat.answer(line.strip(), interrupts)
             except UnicodeEncodeError:
-                complain("that is not valid UTF-8 text")
+                say("that is not valid UTF-8 text")
                 code = 2
             except UsageError as error:
-                complain(str(error))
+                say(str(error))
                 code = 2
             except KeyboardInterrupt:
                 print(flush=True)

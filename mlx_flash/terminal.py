@@ -18,7 +18,7 @@ def say(text: str) -> None:
 
 
 class Interrupts:
-    """The first Ctrl-C asks for a clean end, the second insists; or it shows the `warning`, if any, and the third does."""
+    """The first Ctrl-C asks for a clean end, the second insists; with a `warning` it shows that, the third does."""
 
     def __init__(self, warning: str | None = None) -> None:
         self.asked = False

@@ -53,14 +53,14 @@ class Chat:
     """A loaded model, the conversation with it, and what that took."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from .conversation import Conversation
-
         self.arguments = arguments
         self.last: Statistics | None = None
         self.total: Statistics | None = None
         self.answers = 0
         self._cut_before = False  # an answer, by --max-tokens
         self._load()
+        from .conversation import Conversation
+
         self.conversation = Conversation(
             self.tokenizer, self.plan.context, arguments.system_prompt, not arguments.ignore_chat_template
         )
@@ -76,13 +76,16 @@ class Chat:
         return self.model.flash.plan
 
     def _load(self) -> None:
+        self.model: Any
+        self.tokenizer: Any
+        self.model, self.tokenizer = load_model(self.arguments, say)
         from .turns import Turns
 
-        self.model, self.tokenizer = load_model(self.arguments, say)
-        self.turns = Turns(self.model)
+        self.turns: Any = Turns(self.model)
 
     def close(self) -> None:
-        self.model.flash.close()
+        if self.model is not None:  # as it is when it could not be loaded again
+            self.model.flash.close()
 
     # -- a question ------------------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Chat:
         from .flash.system import return_freed_memory
 
         self.close()
-        del self.model, self.tokenizer, self.turns, self.conversation.tokenizer
+        self.model = self.tokenizer = self.turns = self.conversation.tokenizer = None
         gc.collect()
         mx.clear_cache()
         return_freed_memory()
@@ -229,12 +232,13 @@ def _turns(count: int) -> str:
     return f"{count} turn" if count == 1 else f"{count} turns"
 
 
-def typed() -> Iterator[str]:
+def typed(interrupts: Interrupts) -> Iterator[str]:
     """Lines from the terminal, until Ctrl-D."""
     history = History(cache_folder() / "chat-history")
     while True:
         try:
-            line = input(PROMPT)
+            with interrupts.raising():
+                line = input(PROMPT)
         except EOFError:
             print()
             return
@@ -242,19 +246,22 @@ def typed() -> Iterator[str]:
             print()
             if not history.typed_so_far():
                 say("/quit or Ctrl-D leaves the program")
-            continue
         except UnicodeDecodeError:
             say("that is not valid UTF-8 text")
-            continue
-        history.add(line)
-        yield line
+        else:
+            history.add(line)
+            yield line
 
 
-def piped() -> Iterator[str]:
+def piped(interrupts: Interrupts) -> Iterator[str]:
     if sys.stdin is None:  # closed by the caller, as `<&-` does
         return
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    for line in sys.stdin:
+    while True:
+        with interrupts.raising():
+            line = sys.stdin.readline()
+        if not line:
+            return
         yield line.rstrip("\r\n")
 
 
@@ -265,35 +272,33 @@ def main(arguments: argparse.Namespace) -> int:
     if interactive:
         say("Type a text and press Return; /help lists the commands.")
     try:
-        return converse(chat, typed() if interactive else piped(), interactive)
+        with Interrupts(AGAIN if interactive else None) as interrupts:
+            return converse(chat, typed(interrupts) if interactive else piped(interrupts), interrupts, interactive)
     finally:
         chat.close()
 
 
-def converse(chat: Chat, lines: Iterator[str], interactive: bool) -> int:
-    """Until the lines end; the exit code: 2 if a line could not be used that nobody sits there to type again."""
-    code = 0
+def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interactive: bool) -> int:
+    """Until the lines end; the exit code: 2 if a line could not be used, and nobody sits there to type it again."""
+    unused = 0
     for line in lines:
-        with Interrupts(AGAIN if interactive else None) as interrupts:
-            try:
-                line.encode()
-                if line.startswith("/"):
-                    if not chat.command(line):
-                        return code
-                elif line.strip():
+        interrupts.renew()
+        try:
+            line.encode()  # bytes that are no text come as lone surrogates
+            if not line.startswith("/"):
+                if line.strip():
                     chat.answer(line.strip(), interrupts)
-            except UnicodeEncodeError:
-                say("that is not valid UTF-8 text")
-                code = 2
-            except UsageError as error:
-                say(str(error))
-                code = 2
-            except KeyboardInterrupt:
-                print(flush=True)
-                return 130
+            elif not chat.command(line):
+                break
+        except UnicodeEncodeError:
+            say("that is not valid UTF-8 text")
+            unused += 1
+        except UsageError as error:
+            say(str(error))
+            unused += 1
         if interrupts.asked and not interactive:
             return 130
-    return 0 if interactive else code
+    return 2 if unused and not interactive else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,8 +21,8 @@ class Interrupts:
     """The first Ctrl-C asks for a clean end, the second insists; with a `warning` it shows that, the third does."""
 
     def __init__(self, warning: str | None = None) -> None:
-        self.asked = False
         self._warning = warning
+        self.renew()
 
     def __enter__(self) -> Interrupts:
         self._previous = signal.signal(signal.SIGINT, self._handle)
@@ -31,15 +31,28 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
+    def renew(self) -> None:
+        """Nothing was asked so far."""
+        self.asked, self._warned = False, False
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within, Ctrl-C is Python's own KeyboardInterrupt: for waiting, which has no clean end of its own."""
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._handle)
+
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self.asked:
             self.asked = True
-        elif self._warning is None:
+        elif self._warning is None or self._warned:
             raise KeyboardInterrupt
         else:
             with contextlib.suppress(OSError, ValueError):  # print might be interrupting itself
                 os.write(sys.stderr.fileno(), f"\n{self._warning}\n".encode())
-            self._warning = None
+            self._warned = True
 
 
 class PromptInterrupted(Exception):

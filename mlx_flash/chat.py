@@ -254,8 +254,6 @@ def typed(interrupts: Interrupts) -> Iterator[str]:
 
 
 def piped(interrupts: Interrupts) -> Iterator[str]:
-    if sys.stdin is None:  # closed by the caller, as `<&-` does
-        return
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     while True:
         with interrupts.raising():
@@ -267,7 +265,7 @@ def piped(interrupts: Interrupts) -> Iterator[str]:
 
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
-    interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(arguments)
     if interactive:
         say("Type a text and press Return; /help lists the commands.")

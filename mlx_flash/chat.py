@@ -94,10 +94,9 @@ class Chat:
         room = min(self.arguments.max_tokens, self.plan.context // 4)
         prompt = self.conversation.ask(question, room)
         if prompt.dropped:
-            count, left = prompt.dropped, len(self.conversation.turns)
             say(
-                f"note: the context of {self.plan.context} tokens is full: the oldest {_turns(count)} "
-                f"({prompt.dropped_tokens} tokens) were dropped, {_turns(left)} are left"
+                f"note: the context of {self.plan.context} tokens is full: dropped the oldest {_turns(prompt.dropped)} "
+                f"({prompt.dropped_tokens} tokens), kept {_turns(len(self.conversation.turns))}"
             )
         pieces: list[str] = []
         made: list[int] = []

@@ -13,12 +13,12 @@ from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
 
-started_as = "python -m mlx_flash.{}"  # the console script sets its own
+started_as: str | None = None  # "mlxflash generate", when the console script started it
 
 
-def program(name: str) -> str:
-    """What a command's usage line calls it; `name` is the module's, and the console script's word for it."""
-    return started_as.format(name)
+def program(module: str) -> str:
+    """What the usage line calls the command that is a module of this package."""
+    return started_as or f"python -m mlx_flash.{module}"
 
 
 def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:

@@ -42,7 +42,7 @@ def main() -> None:
         print(f"mlxflash {name}: {lacking}", file=sys.stderr)
         sys.exit(1)
     else:
-        commands.started_as = "mlxflash {}"
+        commands.started_as = f"mlxflash {name}"
         del sys.argv[1]
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
 

@@ -40,7 +40,8 @@ class Conversation:
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
     def ask(self, question: str, room: int) -> Prompt:
-        """The prompt; the oldest turns are dropped until it leaves `room` tokens for the answer, or none is left.
+        """The prompt. Where it would leave less than `room` tokens for the answer, the oldest turns are dropped until
+        half of the context is free, or none is left: each time, what remains must be read again from its beginning.
 
         Raises UsageError, and drops none, if the question alone is too long.
         """
@@ -52,9 +53,10 @@ class Conversation:
             )
         before = len(tokens := self._tokens(self.turns, question))
         dropped = 0
-        while len(tokens) + room > self.context and dropped < len(self.turns):
-            dropped += 1
-            tokens = self._tokens(self.turns[dropped:], question)
+        if before + room > self.context:
+            while len(tokens) > self.context // 2 and dropped < len(self.turns):
+                dropped += 1
+                tokens = self._tokens(self.turns[dropped:], question)
         del self.turns[:dropped]
         return Prompt(tokens, dropped, before - len(tokens))
 

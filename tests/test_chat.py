@@ -233,7 +233,7 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
     for question in QUESTIONS * 2:
         said += ask(terminal, question)
     dropped = re.findall(
-        r"context of 64 tokens is full: the oldest (\d+) turns? \((\d+) tokens\) were dropped, (\d+) turns? are left",
+        r"context of 64 tokens is full: dropped the oldest (\d+) turns? \((\d+) tokens\), kept (\d+) turns?",
         said,
     )
     assert dropped and all(int(count) and int(tokens) for count, tokens, _ in dropped)
@@ -317,20 +317,20 @@ def test_a_template_is_given_all_turns(templated: Any) -> None:
 
 
 def test_the_system_message_is_not_dropped(templated: Any) -> None:
-    talk = Conversation(templated, 40, "Be")
+    talk = Conversation(templated, 56, "Be")
     for _ in range(2):
         talk.answered("Hi", "Yo", [])
-    prompt = talk.ask("So?", 8)
+    prompt = talk.ask("So?", 17)
     assert templated.decode(prompt.tokens) == "[s:Be][u:Hi][a:Yo][u:So?][a:" and prompt.dropped == 1
     assert prompt.dropped_tokens == len("[u:Hi][a:Yo]") and len(talk.turns) == 1
-    with pytest.raises(UsageError, match="that makes 47 tokens, the plan has room for 40"):
-        talk.ask("x" * 34, 8)
+    with pytest.raises(UsageError, match="that makes 57 tokens, the plan has room for 56"):
+        talk.ask("x" * 44, 8)
     assert len(talk.turns) == 1
 
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_without_a_template_it_is_one_text(templated: Any, tokenizer: Any, ignored: bool) -> None:
-    talk = Conversation(templated if ignored else tokenizer, 64, template=not ignored)
+    talk = Conversation(templated if ignored else tokenizer, 44, template=not ignored)
     first = talk.ask("One", 8).tokens
     assert first == encode_prompt(tokenizer, "One")
     end = tokenizer.bos_token_id  # ends a text, too
@@ -338,5 +338,5 @@ def test_without_a_template_it_is_one_text(templated: Any, tokenizer: Any, ignor
     second = talk.ask("three", 8).tokens
     assert tokenizer.decode(second) == "</s>Onetwo three" and second[: len(first)] == first
     talk.answered("three", "four", tokenizer.encode("four", add_special_tokens=False))
-    prompt = talk.ask("x" * 40, 8)
-    assert prompt.dropped == 1 and tokenizer.decode(prompt.tokens) == "</s> threefour " + "x" * 40
+    prompt = talk.ask("x" * 10, 17)
+    assert prompt.dropped == 1 and tokenizer.decode(prompt.tokens) == "</s> threefour " + "x" * 10

@@ -246,7 +246,7 @@ def typed(interrupts: Interrupts) -> Iterator[str]:
             if not history.typed_so_far():
                 say("/quit or Ctrl-D leaves the program")
         except UnicodeDecodeError:
-            say("that is not valid UTF-8 text")
+            say("that is not valid UTF-8 text.")
         else:
             history.add(line)
             yield line
@@ -275,21 +275,25 @@ def main(arguments: argparse.Namespace) -> int:
         chat.close()
 
 
+def _check_text(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # bytes that are no text come as lone surrogates
+        raise UsageError("that is not valid UTF-8 text.") from None
+
+
 def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interactive: bool) -> int:
     """Until the lines end; the exit code: 2 if a line could not be used, and nobody sits there to type it again."""
     unused = 0
     for line in lines:
         interrupts.renew()
         try:
-            line.encode()  # bytes that are no text come as lone surrogates
+            _check_text(line)
             if not line.startswith("/"):
                 if line.strip():
                     chat.answer(line.strip(), interrupts)
             elif not chat.command(line):
                 break
-        except UnicodeEncodeError:
-            say("that is not valid UTF-8 text")
-            unused += 1
         except UsageError as error:
             say(str(error))
             unused += 1

@@ -25,7 +25,7 @@ class PseudoTerminal:
     def __init__(self, *arguments: str, cache: Path) -> None:
         """Starts Python with the arguments; `cache` is its cache folder."""
         self._own, other = pty.openpty()
-        termios.tcsetwinsize(other, (50, 1000))
+        termios.tcsetwinsize(other, (50, 20_000))  # no line is broken
         environment = {**os.environ, "TERM": "xterm", "MLX_FLASH_CACHE": str(cache)}
         command = [sys.executable, "-c", LAUNCH, *arguments]
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)

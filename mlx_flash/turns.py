@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import mlx.core as mx
@@ -43,7 +43,7 @@ class Turns:
         *,
         prompt_progress_callback: Callable[[int, int], None] | None = None,
         **options: Any,
-    ) -> Iterator[FlashResponse]:
+    ) -> Generator[FlashResponse, None, None]:
         """`mlx_flash.stream_generate`, its errors included; `prompt_tokens` of its responses are the new ones.
 
         The iterator may be closed, and the callback may raise: what the cache holds by then is kept for the next call.
@@ -71,7 +71,7 @@ class Turns:
             **options,
         )
 
-        def stream() -> Iterator[FlashResponse]:
+        def stream() -> Generator[FlashResponse, None, None]:
             nonlocal whole
             made: list[int] = []
             try:

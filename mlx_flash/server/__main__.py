@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..commands import run_command, whole_number
+from ..commands import program, run_command, whole_number
 from ..errors import UsageError
 from ..model_arguments import add_model_arguments, load_model
+from ..terminal import say
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,7 +22,7 @@ KEY_VARIABLE = "MLX_FLASH_API_KEY"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_flash.server",
+        prog=program("server"),
         description="Serves one model with the OpenAI API, and a page to talk to it. Requests queue; one is worked on "
         "at a time. The address goes to standard output, everything else to standard error.",
     )
@@ -46,11 +45,6 @@ def make_parser() -> argparse.ArgumentParser:
         f"${KEY_VARIABLE}, which other users of this machine cannot see)",
     )
     return parser
-
-
-def say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 class Signals:

@@ -1,0 +1,117 @@
+"""A job in the engine's queue and the client that waits for it: whole answers, streams, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from .engine import Engine
+from .errors import ApiError
+from .jobs import End, Item, Job, Piece, Sampling
+from .openai_api import Answer
+from .streams import EventStream, unless_gone
+
+KEEP_ALIVE_S = 15  # a comment now and then in a stream that has nothing to say, so that no proxy gives up
+
+
+class Waiting:
+    """A job, submitted; its items come out as they are made. Belongs to the event loop."""
+
+    def __init__(self, engine: Engine, **job: Any) -> None:
+        self._items: asyncio.Queue[Item] = asyncio.Queue()  # not more of them than tokens
+        self._loop = asyncio.get_running_loop()
+        self.job = Job(tell=self._tell, **job)
+        engine.submit(self.job)
+
+    def _tell(self, item: Item) -> None:
+        """In the engine's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    async def next(self) -> Piece | End | None:
+        """The next item, None if there was none for KEEP_ALIVE_S. Raises what ended the job."""
+        try:
+            item = await asyncio.wait_for(self._items.get(), KEEP_ALIVE_S)
+        except TimeoutError:
+            return None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+async def answer(
+    request: Request,
+    engine: Engine,
+    *,
+    ids: list[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    top_logprobs: int | None,
+    chat: bool,
+    stream: bool,
+    include_usage: bool,
+) -> Response:
+    """Queues the job and answers. Raises ApiError, or Gone if the client does not wait for it."""
+    waiting = Waiting(
+        engine,
+        ids=ids,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        top_logprobs=top_logprobs,
+        prefix="chatcmpl" if chat else "cmpl",
+    )
+    form = Answer(waiting.job, engine.name, chat)
+    if stream:
+        return _JobStream(waiting, _events(waiting, form, include_usage))
+    try:
+        return JSONResponse(form.whole(*await unless_gone(request.receive, _collect(waiting))))
+    finally:
+        waiting.job.leave()
+
+
+class _JobStream(EventStream):
+    def __init__(self, waiting: Waiting, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events)
+        self.job = waiting.job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.leave()
+
+
+async def _collect(waiting: Waiting) -> tuple[list[Piece], End]:
+    pieces: list[Piece] = []
+    while True:
+        item = await waiting.next()
+        if isinstance(item, End):
+            return pieces, item
+        if item is not None:
+            pieces.append(item)
+
+
+async def _events(waiting: Waiting, form: Answer, include_usage: bool) -> AsyncGenerator[str, None]:
+    try:
+        if (beginning := form.begin()) is not None:
+            yield _data(beginning)
+        while not isinstance(item := await waiting.next(), End):
+            yield ": still here\n\n" if item is None else _data(form.piece(item))
+        yield _data(form.end(item))
+        if include_usage:
+            yield _data(form.usage(item))
+    except ApiError as error:  # too late for a status
+        yield _data(error.body())
+    yield "data: [DONE]\n\n"
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}\n\n"

@@ -1,0 +1,168 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from .answering import answer
+from .bodies import Bodies
+from .engine import FAILED, LOADING, Engine
+from .errors import ApiError
+from .guard import Guard
+from .metrics import exposition
+from .openai_api import ChatRequest, CompletionRequest, model_list, now, parse
+from .prompts import encode_chat, encode_completion, room_for
+from .statistics import statistics
+from .streams import EventStream, Gone
+
+PAGE = Path(__file__).parent / "page"
+DEFAULT_MODEL = "default"
+FRESH = {"Cache-Control": "no-cache"}  # a newer server must not meet an older page
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
+    """The server's ASGI application. host: what it is bound to. key: the API key, None for none."""
+    routes = Routes(engine)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.complete, methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/health", routes.health),
+            Route("/stats", routes.stats),
+            Route("/metrics", routes.metrics),
+            Route("/events", routes.events),
+            Route("/", routes.page),
+            *([Mount("/page", _PageFiles(directory=PAGE))] if PAGE.is_dir() else []),
+        ],
+        exception_handlers={
+            ApiError: _refused,
+            HTTPException: _http_error,
+            ClientDisconnect: _left,
+            Gone: _left,
+            Exception: _unexpected,
+        },
+    )
+    return Guard(app, host, key)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(FRESH)
+        return response
+
+
+class Routes:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.bodies = Bodies()
+        self.created = now()
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, ChatRequest, encode_chat)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._answer(request, CompletionRequest, encode_completion)
+
+    async def _answer(self, request: Request, kind: type[R], encode: Callable[[Engine, R], list[int]]) -> Response:
+        engine = self.engine
+        engine.check_ready()
+        async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
+            asked = parse(kind, body)
+            asked.check()
+            self._known(asked.model)
+            ids = await asyncio.to_thread(encode, engine, asked)
+        return await answer(
+            request,
+            engine,
+            ids=ids,
+            max_tokens=room_for(engine, ids, asked.asked, asked.prompt_name),
+            sampling=asked.sampling(engine.model.flash.vocabulary),
+            stop=asked.stops(),
+            top_logprobs=asked.top,
+            chat=isinstance(asked, ChatRequest),
+            stream=bool(asked.stream),
+            include_usage=asked.include_usage,
+        )
+
+    def _known(self, model: str | None) -> None:
+        """Raises ApiError for any other model than the one there is."""
+        if model not in (None, DEFAULT_MODEL, self.engine.name):
+            raise ApiError(
+                404,
+                f"there is no model {model!r:.200} here; the one that runs is {self.engine.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": model_list(self.engine.name, self.created)})
+
+    async def model(self, request: Request) -> Response:
+        self._known(request.path_params["name"])
+        return JSONResponse(model_list(self.engine.name, self.created)[0])
+
+    async def health(self, _request: Request) -> Response:
+        engine = self.engine
+        if engine.state == LOADING:
+            return JSONResponse({"status": "loading"}, 503, {"Retry-After": "2"})
+        if engine.state == FAILED:
+            return JSONResponse({"status": "failed", "error": engine.failure}, 500)
+        engine.check_ready()
+        return JSONResponse({"status": "ok", "model": engine.name})
+
+    async def stats(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return JSONResponse(statistics(self.engine))
+
+    async def metrics(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return Response(exposition(statistics(self.engine)), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def events(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return EventStream(self.engine.hub.listen())
+
+    async def page(self, _request: Request) -> Response:
+        if not (PAGE / "index.html").is_file():
+            raise ApiError(404, "this installation has no page.")
+        return FileResponse(PAGE / "index.html", headers=FRESH)
+
+
+def _answer(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answer(error)
+
+
+async def _left(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, another method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200}: {error.detail}."
+    refused = ApiError(error.status_code, message)
+    return JSONResponse(refused.body(), error.status_code, error.headers)
+
+
+async def _unexpected(_request: Request, error: Exception) -> Response:
+    return _answer(ApiError(500, f"this request failed: {type(error).__name__}: {error}"))

@@ -1,0 +1,26 @@
+// Numbers as people read them. MB is 1e6 bytes and GB 1e9, as everywhere in this project.
+
+export const NONE = "–";
+
+/** Three digits or so: 0.0421 -> "0.042", 4.213 -> "4.21", 42.13 -> "42.1", 4213 -> "4213". */
+export function short(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+}
+
+export function bytes(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
+  if (value >= 1e9) return `${short(value / 1e9)} GB`;
+  return value >= 1e5 || value === 0 ? `${short(value / 1e6)} MB` : `${short(value / 1e3)} kB`;
+}
+
+export function percent(share) {
+  if (share === null || share === undefined || !Number.isFinite(share)) return NONE;
+  return `${(100 * share).toFixed(share > 0.1 && share < 1 ? 1 : share === 0 || share === 1 ? 0 : 2)} %`;
+}
+
+export function milliseconds(seconds) {
+  return Number.isFinite(seconds) ? `${short(1e3 * seconds)} ms` : NONE;
+}

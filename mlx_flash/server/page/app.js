@@ -145,6 +145,11 @@ prompt.addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
+at("example").addEventListener("click", () => {
+  prompt.value = at("example").textContent;
+  draft();
+  prompt.focus();
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && asking && !at("key-dialog").open) stop();
 });
@@ -189,12 +194,13 @@ async function stats() {
   if (connection.state !== "ready" || document.hidden) return;
   try {
     const found = await get("/stats", AbortSignal.timeout(10000));
-    context = found.model.context ?? null;
+    context = found.plan.context ?? null;
     settings.context = context;
     messages.model = found.model.id;
     at("model").textContent = found.model.id;
     at("budget").textContent = bytes(found.memory.budget_bytes);
     inside.stats(found);
+    at("demo-note").hidden = found.model.id !== "demo";
     controls();
     clearTimeout(statsTimer);
     statsTimer = setTimeout(stats, found.now ? BUSY_STATS_MS : IDLE_STATS_MS);

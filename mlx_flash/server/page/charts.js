@@ -1,7 +1,7 @@
 // The last 60 tokens: where their time went, and what they read.
 
 import { Drawing, roundUp } from "./canvas.js";
-import { bytes, milliseconds } from "./format.js";
+import { bytes, milliseconds, plain } from "./format.js";
 
 const TOKENS = 60;
 const TOP = 16; // room for the axis' label above the top line
@@ -49,7 +49,7 @@ export class TimeBars extends Window {
   draw(context, width, height, colours) {
     const whole = (token) => PARTS.reduce((sum, [key]) => sum + token[key], 0);
     const top = roundUp(Math.max(0, ...this.tokens.map(whole)));
-    this.frame(context, width, height, colours, this.tokens.length ? milliseconds(top) : "");
+    this.frame(context, width, height, colours, this.tokens.length ? plain(milliseconds(top)) : "");
     const scale = (height - TOP - 1) / top;
     const start = TOKENS - this.tokens.length;
     this.tokens.forEach((token, i) => {
@@ -70,7 +70,7 @@ export class ReadLines extends Window {
   draw(context, width, height, colours) {
     const top = roundUp(Math.max(0, ...this.tokens.map((token) => token.bytes)));
     const some = this.tokens.length > 0;
-    this.frame(context, width, height, colours, some ? bytes(top) : "", some ? "100 %" : "");
+    this.frame(context, width, height, colours, some ? plain(bytes(top)) : "", some ? "100 %" : "");
     const start = TOKENS - this.tokens.length;
     const x = (i) => ((start + i + 0.5) * width) / TOKENS;
     const y = (share) => height - 1 - share * (height - TOP - 2);

@@ -28,6 +28,7 @@ export class Connection extends EventTarget {
         if (locked) {
           this.#set("locked", locked);
           await this.#sleep(null);
+          this.#set("connecting"); // so that a second refusal is told of, too
           continue;
         }
       } else {

@@ -11,6 +11,7 @@ const MOST_CHARACTERS = 500_000;
 export class Conversation {
   messages = [];
   #timer = null;
+  #left = false;
 
   constructor() {
     try {
@@ -25,7 +26,12 @@ export class Conversation {
         message.note = "Interrupted: the page was reloaded.";
       }
     }
-    addEventListener("pagehide", () => this.keep());
+    // Leaving breaks the answer's connection off: that is not to be written down as the server's doing.
+    addEventListener("pagehide", () => {
+      this.keep();
+      this.#left = true;
+    });
+    addEventListener("pageshow", () => (this.#left = false));
   }
 
   get last() {
@@ -77,6 +83,7 @@ export class Conversation {
   keep() {
     clearTimeout(this.#timer);
     this.#timer = null;
+    if (this.#left) return;
     let kept = this.messages.slice(-MOST_MESSAGES);
     let characters = kept.reduce((sum, { content }) => sum + content.length, 0);
     while (kept.length > 2 && characters > MOST_CHARACTERS) {

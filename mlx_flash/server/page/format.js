@@ -24,3 +24,8 @@ export function percent(share) {
 export function milliseconds(seconds) {
   return Number.isFinite(seconds) ? `${short(1e3 * seconds)} ms` : NONE;
 }
+
+/** A round number without the zeros behind its point: "0.200 MB" -> "0.2 MB". */
+export function plain(text) {
+  return text.replace(/\.(\d*?)0+ /, (_, digits) => (digits ? `.${digits} ` : " "));
+}

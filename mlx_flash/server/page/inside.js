@@ -49,8 +49,9 @@ export class Inside {
 
   /** What /stats says. */
   stats({ model, plan, memory, resident, last, now }) {
-    const note = `${model.layers} × ${model.units_per_layer} ${model.kind}, ${percent(resident.share)} resident`;
-    this.layers.describe(model.kind, model.layers, model.units_per_layer, resident.units, note);
+    const { kind, layers, unit_size, units_per_layer } = model;
+    const [name, whole] = unit_size > 1 ? ["blocks", `blocks of ${unit_size} ${kind}`] : [kind, kind];
+    this.layers.describe(name, layers, units_per_layer, resident, `${layers} × ${units_per_layer} ${whole}`);
 
     const budget = memory.budget_bytes;
     at("memory-note").textContent = `${bytes(memory.current_bytes)} of ${bytes(budget)}`;

@@ -2,6 +2,7 @@
 // are resident; its upper half lights up where some were used from a slot, its lower half where some were just read.
 
 import { Drawing } from "./canvas.js";
+import { percent } from "./format.js";
 
 const TALLEST = 26; // CSS pixels per layer
 const SHORTEST = 5;
@@ -12,13 +13,17 @@ const CALM_MS = 500; // between two drawings, for those who asked for less motio
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
+/** A byte's share -> opacity: one unit of twenty is to be seen. */
+const strength = (share) => 0.3 + 0.7 * Math.sqrt(share / 255);
+
 const decode = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 
 export class LayerStrips extends Drawing {
   #layers = []; // per layer [resident, hit, read], each a Uint8Array of one byte per cell
   #units = 0;
   #name = "units";
-  #note = "";
+  #whole = ""; // the layers in words
+  #share = 0; // resident
   #drawn = 0;
   #pointed = null; // {layer, cell}
 
@@ -32,11 +37,12 @@ export class LayerStrips extends Drawing {
     });
   }
 
-  /** `resident`: of each layer, how many units are. Drawn evenly until events say which. `note`: the whole in words. */
-  describe(kind, layers, units, resident, note) {
-    this.#name = kind;
+  /** `name`: of units. `resident`: of each layer, how many units are; drawn evenly until events say which. */
+  describe(name, layers, units, { units: resident, share }, whole) {
+    this.#name = name;
     this.#units = units;
-    this.#note = note;
+    this.#whole = whole;
+    this.#share = share;
     this.#read();
     if (this.#layers.length !== layers) {
       const cells = Math.min(units, 64);
@@ -58,6 +64,8 @@ export class LayerStrips extends Drawing {
     const now = performance.now();
     if (calm.matches && now - this.#drawn < CALM_MS) return;
     this.#drawn = now;
+    const shares = this.#layers.map(([resident]) => resident.reduce((sum, share) => sum + share, 0) / resident.length);
+    this.#share = shares.reduce((sum, share) => sum + share, 0) / shares.length / 255;
     this.#read();
     this.redraw();
   }
@@ -92,8 +100,8 @@ export class LayerStrips extends Drawing {
         };
         mark(colours.empty, 1, top, high);
         if (resident[i]) mark(colours.resident, 0.15 + (0.85 * resident[i]) / 255, top, high);
-        if (hit[i]) mark(colours.good, 0.6 + 0.4 * Math.sqrt(hit[i] / 255), top, half);
-        if (read[i]) mark(colours.reading, 0.6 + 0.4 * Math.sqrt(read[i] / 255), top + half, high - half);
+        if (hit[i]) mark(colours.good, strength(hit[i]), top, half);
+        if (read[i]) mark(colours.reading, strength(read[i]), top + half, high - half);
       }
       context.globalAlpha = 1;
     });
@@ -109,7 +117,7 @@ export class LayerStrips extends Drawing {
 
   #read() {
     if (!this.#pointed) {
-      this.readout.textContent = this.#note;
+      this.readout.textContent = `${this.#whole}, ${percent(this.#share)} resident`;
       return;
     }
     const { layer, cell } = this.#pointed;

@@ -50,11 +50,11 @@ export class Settings {
     return false;
   }
 
-  /** For the request, in a conversation of `used` tokens. Where the usual bound might not fit, the server takes what is left. */
+  /** For the request, in a conversation of `used` tokens. Where our own bound might not fit, the server takes what is left. */
   sampling(used) {
     const { temperature, top_p, max_tokens, seed } = this.#values;
     const most = this.#maxTokens();
-    const fits = max_tokens !== null || !this.#context || used + 1.5 * most < this.#context;
+    const fits = max_tokens !== null || used + 1.5 * most < this.#context;
     return { temperature, top_p, ...(fits ? { max_tokens: most } : {}), ...(seed === null ? {} : { seed }) };
   }
 

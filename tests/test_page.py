@@ -56,7 +56,7 @@ class Tab:
     def open(self) -> Page:
         self.page.goto(self.server.url)
         self.page.wait_for_selector(READY)
-        self.page.wait_for_function("document.getElementById('model').textContent !== '–'")
+        self.page.wait_for_function("() => document.getElementById('model').textContent !== '–'")
         return self.page
 
     def set(self, **fields: str) -> None:
@@ -158,8 +158,8 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
             },
         }
     ]
-    page.wait_for_function("document.getElementById('doing').textContent === 'Idle'")
-    page.wait_for_function("/^Context: \\d+ of 512 tokens$/.test(document.getElementById('context').textContent)")
+    page.wait_for_function("() => document.getElementById('doing').textContent === 'Idle'")
+    page.wait_for_function("() => /^Context \\d+ of 512$/.test(document.getElementById('context').textContent)")
     for figure in ("tile-speed", "tile-hit", "tile-bytes", "mean-wait", "mean-manage", "mean-compute", "mean-hits"):
         assert re.match(r"[\d.]+", page.text_content(f"#{figure}") or ""), figure
     assert re.search(r"^5 × \d+ .* resident$", page.text_content("#layers-note") or "")
@@ -196,7 +196,7 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     tab.page.click("#stop")
     text = tab.answered("stopped")
     assert text and tab.page.text_content(f"{ANSWER} .note") == "Stopped."
-    tab.page.wait_for_function("fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
+    tab.page.wait_for_function("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
     last = tab.server.get("/stats")["last"]
     assert last["generated_tokens"] < 480
     assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after
@@ -206,12 +206,31 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     assert [message["role"] for message in tab.asked()[1]["messages"]] == ["user", "assistant", "user"]
 
 
+def test_the_end_stays_in_sight_unless_one_reads_above(open_tab: Callable[..., Tab]) -> None:
+    for viewport in ({"width": 1280, "height": 500}, {"width": 400, "height": 500}):
+        tab = open_tab(viewport=viewport)
+        page = tab.open()
+        # Pixels between the end of the last answer and the composer above which it is to be seen.
+        room = """() => document.getElementById('composer').getBoundingClientRect().top
+            - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
+        show_answer(tab, "line\n" * 60)
+        tab.say(BEGINNING)
+        tab.answered()
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.click("#settings summary")
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.evaluate("document.querySelector('#log article').scrollIntoView()")
+        page.wait_for_function(f"() => ({room})() < -500")
+        page.click("#settings summary")
+        assert page.evaluate(room) < -500
+
+
 def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
     tab.set(max_tokens="8")
     tab.say(BEGINNING)
     tab.answered()
     tab.page.click(".retry")
-    tab.page.wait_for_function("document.querySelectorAll('#log article').length === 2")
+    tab.page.wait_for_function("() => document.querySelectorAll('#log article').length === 2")
     tab.answered()
     first, second = tab.asked()
     assert first["messages"] == second["messages"] == [{"role": "user", "content": BEGINNING}]

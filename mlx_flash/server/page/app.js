@@ -18,7 +18,7 @@ const connection = new Connection();
 const conversation = new Conversation();
 const inside = new Inside();
 const settings = new Settings(at("composer"), at("settings-summary"), at("settings-reset"));
-const messages = new Messages(at("log"), at("empty"), at("scroll"), retry);
+const messages = new Messages(at("log"), at("empty"), at("scroll"), at("composer"), retry);
 const prompt = at("prompt");
 
 let asking = null; // the AbortController of the answer that is arriving
@@ -119,7 +119,7 @@ function controls() {
   at("send").disabled = !ready || asking !== null || prompt.value.trim() === "";
   at("log").classList.toggle("offline", !ready);
   const { tokens } = conversation;
-  at("context").textContent = context && tokens ? `Context: ${tokens} of ${context} tokens` : "";
+  at("context").textContent = context && tokens ? `Context ${tokens} of ${context}` : "";
 }
 
 function draft() {

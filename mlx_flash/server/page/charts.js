@@ -5,6 +5,9 @@ import { bytes, milliseconds, plain } from "./format.js";
 
 const TOKENS = 60;
 const TOP = 16; // room for the axis' label above the top line
+const LEAST_S = 0.001; // that an axis spans
+const LEAST_BYTES = 1e5;
+const OUTLIER = 2; // times what 95 % of the tokens took: a bar so long is cut off, with a notch, or it would flatten all others
 const PARTS = [
   ["wait_s", "reading"],
   ["manage_s", "management"],
@@ -48,7 +51,10 @@ class Window extends Drawing {
 export class TimeBars extends Window {
   draw(context, width, height, colours) {
     const whole = (token) => PARTS.reduce((sum, [key]) => sum + token[key], 0);
-    const top = roundUp(Math.max(0, ...this.tokens.map(whole)));
+    const times = this.tokens.map(whole).sort((a, b) => a - b);
+    const usual = times[Math.floor(0.95 * (times.length - 1))] ?? 0;
+    const longest = times.at(-1) ?? 0;
+    const top = roundUp(Math.max(LEAST_S, longest > OUTLIER * usual ? usual * 1.2 : longest));
     this.frame(context, width, height, colours, this.tokens.length ? plain(milliseconds(top)) : "");
     const scale = (height - TOP - 1) / top;
     const start = TOKENS - this.tokens.length;
@@ -57,18 +63,19 @@ export class TimeBars extends Window {
       const wide = Math.max(1, Math.round(((start + i + 1) * width) / TOKENS) - left - 1);
       let y = height - 1;
       for (const [key, colour] of PARTS) {
-        const high = token[key] * scale;
+        const high = Math.min(token[key] * scale, y - TOP);
         context.fillStyle = colours[colour];
         context.fillRect(left, y - high, wide, high);
         y -= high;
       }
+      if (whole(token) > top) context.clearRect(left, TOP + 5, wide, 2);
     });
   }
 }
 
 export class ReadLines extends Window {
   draw(context, width, height, colours) {
-    const top = roundUp(Math.max(0, ...this.tokens.map((token) => token.bytes)));
+    const top = roundUp(Math.max(LEAST_BYTES, ...this.tokens.map((token) => token.bytes)));
     const some = this.tokens.length > 0;
     this.frame(context, width, height, colours, some ? plain(bytes(top)) : "", some ? "100 %" : "");
     const start = TOKENS - this.tokens.length;

@@ -13,19 +13,20 @@ export function short(value) {
 export function bytes(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   if (value >= 1e9) return `${short(value / 1e9)} GB`;
-  return value >= 1e5 || value === 0 ? `${short(value / 1e6)} MB` : `${short(value / 1e3)} kB`;
+  if (value >= 1e5 || value === 0) return `${short(value / 1e6)} MB`;
+  return value >= 1e3 ? `${short(value / 1e3)} kB` : `${Math.round(value)} B`;
 }
 
 export function percent(share) {
   if (share === null || share === undefined || !Number.isFinite(share)) return NONE;
-  return `${(100 * share).toFixed(share > 0.1 && share < 1 ? 1 : share === 0 || share === 1 ? 0 : 2)} %`;
+  return plain(`${(100 * share).toFixed(1)} %`);
 }
 
 export function milliseconds(seconds) {
   return Number.isFinite(seconds) ? `${short(1e3 * seconds)} ms` : NONE;
 }
 
-/** A round number without the zeros behind its point: "0.200 MB" -> "0.2 MB". */
+/** A number without the zeros behind its point: "0.200 MB" -> "0.2 MB". */
 export function plain(text) {
   return text.replace(/\.(\d*?)0+ /, (_, digits) => (digits ? `.${digits} ` : " "));
 }

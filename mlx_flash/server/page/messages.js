@@ -14,13 +14,20 @@ function element(tag, className, text) {
 export class Messages {
   #shown = []; // {message, article, text, foot}
   #frame = null;
+  #along = true; // the end of the conversation is in sight
   #model = "Model";
 
-  constructor(log, empty, scroll, onRetry) {
+  constructor(log, empty, scroll, composer, onRetry) {
     this.log = log;
     this.empty = empty;
     this.scroll = scroll;
+    this.composer = composer;
     this.onRetry = onRetry;
+    addEventListener("scroll", () => (this.#along = this.#below() < NEAR_PX), { capture: true, passive: true });
+    // What grows below, an input of many lines or the settings, must not hide the end from somebody who reads it.
+    const resized = new ResizeObserver(() => this.#along && this.toEnd());
+    resized.observe(scroll);
+    resized.observe(composer);
   }
 
   set model(name) {
@@ -67,7 +74,7 @@ export class Messages {
     this.empty.hidden = this.#shown.length > 0;
     const last = this.#shown.at(-1);
     if (!last) return;
-    const along = this.#nearEnd();
+    const along = this.#along;
     const { message, text } = last;
     // Appending keeps a selection that somebody is making in what is there.
     if (message.content.startsWith(text.data)) text.appendData(message.content.slice(text.data.length));
@@ -97,22 +104,21 @@ export class Messages {
     }
   }
 
-  // On a wide screen the chat scrolls, on a narrow one the page does.
-  get #scroller() {
-    return getComputedStyle(this.scroll).overflowY === "auto" ? this.scroll : document.scrollingElement;
+  // On a wide screen the chat scrolls; on a narrow one the page does, below the composer that sticks to its end.
+  get #pageScrolls() {
+    return getComputedStyle(this.scroll).overflowY !== "auto";
   }
 
-  #nearEnd() {
-    const own = this.#scroller === this.scroll;
-    const below = own
-      ? this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight
-      : this.scroll.getBoundingClientRect().bottom - innerHeight + this.scroll.nextElementSibling.offsetHeight;
-    return below < NEAR_PX;
+  /** Pixels of the conversation that are below what can be seen. */
+  #below() {
+    if (!this.#pageScrolls) return this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
+    return this.log.getBoundingClientRect().bottom - this.composer.getBoundingClientRect().top;
   }
 
   toEnd() {
-    if (this.#scroller === this.scroll) this.scroll.scrollTop = this.scroll.scrollHeight;
-    else this.log.lastElementChild?.scrollIntoView({ block: "end" });
+    this.#along = true;
+    if (!this.#pageScrolls) this.scroll.scrollTop = this.scroll.scrollHeight;
+    else if (this.#below() > 0) scrollBy(0, this.#below());
   }
 }
 

@@ -7,8 +7,11 @@ settings open, and without a server.
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from page_browser import Server, chromium, running  # type: ignore[import-not-found]  # found beside this file
 
@@ -47,33 +50,47 @@ def speak(page: Page) -> None:
     page.wait_for_function("() => document.querySelector('#log article:last-child .text').textContent.length > 240")
 
 
+def smallest_budget() -> int:
+    """MB. With little memory there is something to read."""
+    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--memory", "1MB"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300).stderr
+    found = re.search(r"smallest that would do is (\d+)MB", said)
+    assert found is not None, said
+    return int(found[1])
+
+
+def shoot(page: Page, path: Path, **options: Any) -> None:
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )  # drawn by then
+    page.screenshot(path=path, **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--memory", default="272MB", help="the server's budget (default: %(default)s)")
-    arguments = parser.parse_args()
-    folder: Path = arguments.folder
+    folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
-    with running(log, memory=arguments.memory) as server, chromium() as browser:
+    with running(log, memory=f"{smallest_budget() + 3}MB") as server, chromium() as browser:
         for name, size, scheme in (("page", SIZE, "light"), ("dark", SIZE, "dark"), ("narrow", NARROW, "light")):
             page = open_page(browser, server, size, scheme)
-            page.screenshot(path=folder / f"{name}-empty.png")
+            shoot(page, folder / f"{name}-empty.png")
             speak(page)
-            page.screenshot(path=folder / f"{name}.png")
+            shoot(page, folder / f"{name}.png")
             if size == NARROW:
-                page.screenshot(path=folder / f"{name}-whole.png", full_page=True)
+                shoot(page, folder / f"{name}-whole.png", full_page=True)
             page.keyboard.press("Escape")
             page.wait_for_selector('article.assistant[data-state="stopped"]')
             page.evaluate("document.getElementById('settings').open = true")
-            page.screenshot(path=folder / f"{name}-settings.png")
+            shoot(page, folder / f"{name}-settings.png")
             page.context.close()
         page = open_page(browser, server, SIZE)
         say(page, BEGINNING, 300)
         page.wait_for_function("() => document.querySelector('#log article:last-child .text').textContent.length > 99")
         server.kill()
         page.wait_for_selector('#banner[data-state="gone"]')
-        page.screenshot(path=folder / "gone.png")
+        shoot(page, folder / "gone.png")
     log.unlink()
 
 

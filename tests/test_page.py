@@ -280,6 +280,24 @@ def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
     assert kept[-1]["content"] == "the end"
 
 
+def test_two_pages_take_turns(open_tab: Callable[..., Tab]) -> None:
+    first, second = open_tab(), open_tab()
+    for tab in (first, second):
+        tab.open()
+    first.set(max_tokens="480")
+    first.say(BEGINNING)
+    first.speaking()
+    doing = "() => document.getElementById('doing').textContent"
+    second.page.wait_for_function(f"() => ({doing})() === 'Speaking, for another client'")
+    assert first.page.evaluate(doing) == "Speaking"
+    second.set(max_tokens="4")
+    second.say(BEGINNING)
+    second.page.wait_for_selector(f"{ANSWER}.waiting")
+    first.page.click("#stop")
+    first.answered("stopped")
+    second.answered()
+
+
 # What may go wrong.
 
 

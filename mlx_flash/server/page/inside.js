@@ -107,7 +107,12 @@ export class Inside {
 
   #figures() {
     const { time, reads } = this;
-    this.#tiles({ ...this.#token, hit_rate: reads.mean("hit_rate"), bytes_per_token: reads.mean("bytes") });
+    this.#tiles({
+      tokens_per_second: this.#token.tokens_per_second,
+      hit_rate: reads.mean("hit_rate"),
+      bytes_per_token: reads.mean("bytes"),
+      bytes_per_second: reads.mean("bytes_per_second"),
+    });
     at("mean-wait").textContent = milliseconds(time.mean("wait_s"));
     at("mean-manage").textContent = milliseconds(time.mean("manage_s"));
     at("mean-compute").textContent = milliseconds(time.mean("compute_s"));

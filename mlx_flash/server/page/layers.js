@@ -39,12 +39,14 @@ export class LayerStrips extends Drawing {
 
   /** `name`: of units. `resident`: of each layer, how many units are; drawn evenly until events say which. */
   describe(name, layers, units, { units: resident, share }, whole) {
+    // Another server at the same address, or one that began anew.
+    const other = this.#layers.length !== layers || this.#units !== units || share === 0;
     this.#name = name;
     this.#units = units;
     this.#whole = whole;
     this.#share = share;
     this.#read();
-    if (this.#layers.length !== layers) {
+    if (other) {
       const cells = Math.min(units, 64);
       const none = new Uint8Array(cells);
       this.#layers = Array.from({ length: layers }, (_, i) => [

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from .commands import REVISION_HELP, run_command
-from .defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from .commands import run_command
 from .errors import UsageError
+from .model_arguments import add_model_arguments, load_model
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -25,55 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Generates text. Attention stays in memory; feed-forward weights are read from the SSD when a "
         "token needs them. Text goes to standard output, everything else to standard error.",
     )
-    model = parser.add_argument_group("model and memory")
-    model.add_argument(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="folder of a store or of a checkpoint, or a Hugging Face id; a mixture of experts runs from its "
-        "checkpoint as it is, other checkpoints are converted into the cache folder first (default: the packaged demo "
-        "model)",
-    )
-    model.add_argument("--revision", help=REVISION_HELP)
-    model.add_argument(
-        "--memory", metavar="SIZE", help="budget for the whole process, such as 6GB (default: a share of what is free)"
-    )
-    model.add_argument(
-        "--context",
-        type=int,
-        default=CONTEXT,
-        metavar="N",
-        help="tokens the plan makes room for (default: %(default)s)",
-    )
-    model.add_argument(
-        "--predictor",
-        default="auto",
-        choices=PREDICTORS,
-        help="who says which neurons a token needs: the store's default, nobody (all of them: naive loading), the "
-        "resident up projection, or one of the stored predictors; a mixture of experts has its router instead "
-        "(default: %(default)s)",
-    )
-    model.add_argument(
-        "--recall",
-        type=float,
-        metavar="R",
-        help="share of the active neurons that a stored predictor is to catch: nearer to 1, more is read and less is "
-        "lost (default: what the store was made for)",
-    )
-    model.add_argument(
-        "--window",
-        type=int,
-        metavar="K",
-        help="evict by a sliding window of K tokens (default: the least used go)",
-    )
-    model.add_argument(
-        "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"
-    )
-    model.add_argument(
-        "--io",
-        choices=IO_MODES,
-        default=IO_MODES[0],
-        help="past the page cache or not (default: %(default)s)",
-    )
+    add_model_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", "-p", default=DEFAULT_PROMPT, help="the prompt; - reads it from standard input")
     text.add_argument("--max-tokens", "-m", type=int, default=100, metavar="N", help="tokens to make (default: 100)")
@@ -156,20 +108,7 @@ def say(text: str) -> None:
 def main(arguments: argparse.Namespace) -> int:
     check(arguments)
     prompt_text = read_prompt(arguments)
-    from .loading import load
-
-    model, tokenizer = load(
-        arguments.model,
-        revision=arguments.revision,
-        memory=arguments.memory,
-        predictor=arguments.predictor,
-        recall=arguments.recall,
-        window=arguments.window,
-        threads=arguments.threads,
-        context=arguments.context,
-        io=arguments.io,
-        say=say,
-    )
+    model, tokenizer = load_model(arguments, say)
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 

@@ -6,10 +6,20 @@ its slot until another takes it, and the layer gathers by slot number. Nothing i
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
 LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
+
+
+@dataclass
+class Record:
+    """What happened in a cache, for somebody who looks on: ids of the units used and read, call by call."""
+
+    used: list[np.ndarray] = field(default_factory=list)
+    read: list[np.ndarray] = field(default_factory=list)
 
 
 class SlotCache:
@@ -38,6 +48,7 @@ class SlotCache:
         self.last_used = np.full(self.slots, -1, np.int64)  # call; kept for a window only
         self.clock = 0
         self.resident = 0  # how many slots are taken
+        self.record: Record | None = None  # None: nobody looks on
 
     @property
     def free(self) -> int:
@@ -46,6 +57,8 @@ class SlotCache:
     def tick(self, units: np.ndarray) -> int:
         """Begins a token that needs `units` (unique ids): marks their use. Returns how many are here."""
         self.clock += 1
+        if self.record is not None:
+            self.record.used.append(units)
         slots = self.slot_of[units]
         here = slots[slots >= 0]
         if self.window is not None:
@@ -83,6 +96,8 @@ class SlotCache:
         self.last_used[slots] = self.clock
         self.slot_of[units] = slots
         self.resident += len(units)
+        if self.record is not None:
+            self.record.read.append(units)
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
         """The slots to fill next: empty ones, then the least worth keeping; ascending. None of `keep`."""

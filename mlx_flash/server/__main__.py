@@ -1,0 +1,111 @@
+"""python -m mlx_flash.server: the OpenAI API over a model that streams from the SSD."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from ..commands import run_command, whole_number
+from ..errors import UsageError
+from ..model_arguments import add_model_arguments, load_model
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+KEY_VARIABLE = "MLX_FLASH_API_KEY"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_flash.server",
+        description="Serves one model with the OpenAI API, and a page to talk to it. Requests queue; one is worked on "
+        "at a time. The address goes to standard output, everything else to standard error.",
+    )
+    add_model_arguments(parser)
+    http = parser.add_argument_group("server")
+    http.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to (default: %(default)s, this machine only)"
+    )
+    http.add_argument(
+        "--port",
+        type=whole_number(0, 65535),
+        default=8080,
+        metavar="N",
+        help="port; 0 takes any free one (default: %(default)s)",
+    )
+    http.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"what clients must send as a bearer token; needed for any --host but a loopback one (default: "
+        f"${KEY_VARIABLE}, which other users of this machine cannot see)",
+    )
+    return parser
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class Signals:
+    """Ctrl-C or SIGTERM: while the model loads, at once; then the engine ends what it does; a second one insists."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.number: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        insists, self.number = self.number is not None, number
+        if insists or not self.engine.ready:
+            raise KeyboardInterrupt
+        self.engine.stop()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise UsageError("the API key is empty or has characters that a header cannot carry.")
+    from .guard import is_loopback
+    from .serving import HttpThread, bind, url_of
+
+    if key is None and not is_loopback(arguments.host):
+        raise UsageError(
+            f"--host {arguments.host} can be reached from other machines: an API key is needed, --api-key or "
+            f"{KEY_VARIABLE}. Without one only 127.0.0.1 is served."
+        )
+    bound = bind(arguments.host, arguments.port)
+    from ..finding import demo_folder
+    from .app import make_app
+    from .engine import Engine
+
+    path = arguments.model if arguments.model is not None else str(demo_folder())
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())
+    engine = Engine(arguments.model or "demo", path)
+    with HttpThread(make_app(engine, arguments.host, key), bound), Signals(engine) as signals:
+        print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
+        try:
+            engine.run(lambda: load_model(arguments, say))
+        except KeyboardInterrupt:
+            if signals.number is None:
+                raise
+    say("stopped")
+    return 130 if signals.number == signal.SIGINT else 0
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

@@ -1,0 +1,164 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from .answering import EVENT_STREAM, answer
+from .bodies import Bodies
+from .engine import FAILED, LOADING, Engine
+from .errors import ApiError
+from .guard import Guard
+from .metrics import exposition
+from .openai_api import ChatRequest, CompletionRequest, model_list, now, parse
+from .prompts import encode_chat, encode_completion, room_for
+from .statistics import statistics
+
+PAGE = Path(__file__).parent / "page"
+DEFAULT_MODEL = "default"
+
+log = logging.getLogger(__name__)
+
+
+def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
+    """The server's ASGI application. host: what it is bound to. key: the API key, None for none."""
+    routes = Routes(engine)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.complete, methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/health", routes.health),
+            Route("/stats", routes.stats),
+            Route("/metrics", routes.metrics),
+            Route("/events", routes.events),
+            Route("/", routes.page),
+            Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+        ],
+        exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _unexpected},
+    )
+    return Guard(app, host, key)
+
+
+class Routes:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.bodies = Bodies()
+        self.created = now()
+
+    async def chat(self, request: Request) -> Response:
+        engine = self.engine
+        engine.check_ready()
+        async with self.bodies.json_of(request) as body:
+            asked = parse(ChatRequest, body)
+            asked.check()
+            self._known(asked.model)
+            ids = await asyncio.to_thread(encode_chat, engine.tokenizer, asked)
+        return await answer(
+            request,
+            engine,
+            ids=ids,
+            max_tokens=room_for(engine, ids, asked.asked, "messages"),
+            sampling=asked.sampling(engine.model.flash.vocabulary),
+            stop=asked.stops(),
+            top_logprobs=asked.top,
+            chat=True,
+            stream=bool(asked.stream),
+            include_usage=asked.include_usage,
+        )
+
+    async def complete(self, request: Request) -> Response:
+        engine = self.engine
+        engine.check_ready()
+        async with self.bodies.json_of(request) as body:
+            asked = parse(CompletionRequest, body)
+            asked.check()
+            self._known(asked.model)
+            ids = await asyncio.to_thread(encode_completion, engine.tokenizer, asked)
+        return await answer(
+            request,
+            engine,
+            ids=ids,
+            max_tokens=room_for(engine, ids, asked.asked, "prompt"),
+            sampling=asked.sampling(engine.model.flash.vocabulary),
+            stop=asked.stops(),
+            top_logprobs=asked.top,
+            chat=False,
+            stream=bool(asked.stream),
+            include_usage=asked.include_usage,
+        )
+
+    def _known(self, model: str | None) -> None:
+        """Raises ApiError for any other model than the one there is."""
+        if model not in (None, DEFAULT_MODEL, self.engine.name):
+            raise ApiError(
+                404,
+                f"there is no model {model!r:.200} here; the one that runs is {self.engine.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": model_list(self.engine.name, self.created)})
+
+    async def model(self, request: Request) -> Response:
+        self._known(request.path_params["name"])
+        return JSONResponse(model_list(self.engine.name, self.created)[0])
+
+    async def health(self, _request: Request) -> Response:
+        engine = self.engine
+        if engine.state == LOADING:
+            return JSONResponse({"status": "loading"}, 503, {"Retry-After": "2"})
+        if engine.state == FAILED:
+            return JSONResponse({"status": "failed", "error": engine.failure}, 500)
+        engine.check_ready()
+        return JSONResponse({"status": "ok", "model": engine.name})
+
+    async def stats(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return JSONResponse(statistics(self.engine))
+
+    async def metrics(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return Response(exposition(statistics(self.engine)), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def events(self, _request: Request) -> Response:
+        self.engine.check_ready()
+        return StreamingResponse(self.engine.hub.listen(), media_type="text/event-stream", headers=EVENT_STREAM)
+
+    async def page(self, _request: Request) -> Response:
+        if not (PAGE / "index.html").is_file():
+            raise ApiError(404, "this installation has no page.")
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+def _answer(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answer(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, another method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200}: {error.detail}."
+    refused = ApiError(error.status_code, message)
+    return JSONResponse(refused.body(), error.status_code, error.headers)
+
+
+async def _unexpected(_request: Request, error: Exception) -> Response:
+    return _answer(ApiError(500, f"this request failed: {type(error).__name__}: {error}"))

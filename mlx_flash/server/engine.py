@@ -1,0 +1,236 @@
+"""One model, one generation at a time, in one thread: MLX's arrays belong to the thread that makes them.
+
+Why no batches: each row of one needs its own KV cache, and the plan has room for one context; and a step then reads the
+union of the units that its rows need, from the same disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import FlashError
+from .errors import ApiError
+from .events import EventHub
+from .jobs import End, Job, Piece, TokenLogprob
+from .monitor import Monitor
+from .stops import StopWords
+
+QUEUE_LIMIT = 64
+LOADING = "loading"
+READY = "ready"
+FAILED = "failed"
+STOPPED = "stopped"
+
+log = logging.getLogger(__name__)
+
+
+class _Ended(Exception):
+    """Nobody wants the rest: the client left, or the server stops."""
+
+
+class Engine:
+    """`run` belongs to the thread that shall own the model; everything else may be called from any thread.
+
+    name: what the model is called in the API. path: where it is, for people to read.
+    """
+
+    def __init__(self, name: str, path: str, limit: int = QUEUE_LIMIT) -> None:
+        self.name, self.path, self.limit = name, path, limit
+        self.state, self.failure = LOADING, ""
+        self.hub = EventHub()
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.monitor: Monitor | None = None
+        self.started = time.monotonic()
+        self._waiting: deque[Job] = deque()
+        self._lock = threading.Lock()
+        # SimpleQueue: a signal handler may put into it while this thread is in any other of its methods.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stopping = False
+
+    # -- from any thread ------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return self.state == READY
+
+    def check_ready(self) -> None:
+        """Raises ApiError while there is no model."""
+        if self.state == LOADING:
+            raise ApiError(503, "the model is being loaded; try again soon.", code="loading", retry_after_s=2)
+        if self.state == FAILED:
+            raise ApiError(500, f"the model could not be loaded: {self.failure}", code="load_failed")
+        if self.state == STOPPED or self._stopping:
+            raise ApiError(503, "the server is stopping.", code="stopping")
+
+    def submit(self, job: Job) -> None:
+        """Puts a job at the end of the queue. Raises ApiError if it is full."""
+        with self._lock:
+            self.check_ready()
+            for left in [job for job in self._waiting if job.left]:
+                self._waiting.remove(left)
+            if len(self._waiting) >= self.limit:
+                raise ApiError(
+                    429,
+                    f"{len(self._waiting)} requests are waiting already, as many as may; try again later.",
+                    code="queue_full",
+                    retry_after_s=5,
+                )
+            self._waiting.append(job)
+        self._wake.put(None)
+
+    def stop(self) -> None:
+        """Ends the running generation within a token, and `run`. Safe in a signal handler."""
+        self._stopping = True
+        self._wake.put(None)
+
+    @property
+    def waiting(self) -> int:
+        with self._lock:
+            return sum(not job.left for job in self._waiting)
+
+    # -- the model's thread ---------------------------------------------------------------------------------
+
+    def run(self, load: Callable[[], tuple[Any, Any]]) -> None:
+        """Loads, then serves until `stop`. Raises what `load` raises."""
+        try:
+            self.model, self.tokenizer = load()
+            from .chat_cache import ChatCache  # mlx-lm's import is a part of loading
+
+            self._chats = ChatCache(self.model)
+            self.monitor = Monitor(self.model, self.hub)
+        except BaseException as error:
+            self.failure, self.state = str(error) or type(error).__name__, FAILED
+            raise
+        try:
+            self.state = READY
+            while not self._stopping:
+                self._wake.get()
+                if (job := self._next()) is not None:
+                    self._serve(job)
+        finally:
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        with self._lock:
+            self.state = STOPPED
+            waiting, self._waiting = self._waiting, deque()
+        for job in waiting:
+            job.tell(_stopping())
+        self.hub.close()
+        self.model.flash.close()
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            while self._waiting and not self._stopping:
+                if not (job := self._waiting.popleft()).left:
+                    return job
+        return None
+
+    def _serve(self, job: Job) -> None:
+        assert self.monitor is not None
+        cache, cached = self._chats.take(job.ids, anew=job.sampling.seed is not None)
+        self.monitor.begin(job, cached)
+        failed = True
+        try:
+            job.tell(self._generate(job, cache, cached))
+            failed = False
+        except _Ended:
+            failed = not job.left
+            job.tell(_stopping())
+        except FlashError as error:  # what was read so far may differ from layer to layer: the cache is not kept
+            job.tell(ApiError(500, str(error), code="read_failed"))
+        except Exception as error:
+            log.exception("request %s failed", job.id)
+            job.tell(ApiError(500, f"this request failed: {type(error).__name__}: {error}", code="failed"))
+        except BaseException:
+            job.tell(_stopping())
+            raise
+        finally:
+            self.monitor.end(failed)
+
+    def _generate(self, job: Job, cache: list[Any], cached: int) -> End:
+        import mlx.core as mx
+
+        from ..generation import stream_generate
+        from .sampling import make_processors, make_sampler
+
+        monitor = self.monitor
+        assert monitor is not None
+        read = 0  # tokens of the prompt that the cache holds besides those that it had
+        generated: list[int] = []
+
+        def check() -> None:
+            if job.left or self._stopping:
+                raise _Ended
+
+        def progress(done: int, total: int) -> None:
+            nonlocal read
+            if done < total:
+                read = done
+                monitor.prompt(done)
+                check()
+
+        def keep() -> None:
+            """Only after an end between two tokens; the last one is never fed back."""
+            self._chats.keep(cache, [*job.ids[: cached + read], *generated[:-1]])
+
+        sampling = job.sampling
+        # A seed of one request must not show in the next one's text.
+        mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
+        stop = StopWords(job.stop)
+        held: list[TokenLogprob] = []
+        reason = None
+        try:
+            check()
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                job.ids[cached:],
+                job.max_tokens,
+                sampler=make_sampler(sampling),
+                logits_processors=make_processors(sampling, job.ids[:cached]),
+                prompt_cache=cache,
+                prompt_progress_callback=progress,
+            ):
+                read = len(job.ids) - cached
+                generated.append(response.token)
+                monitor.token(response)
+                if job.top_logprobs is not None and response.token not in self.tokenizer.eos_token_ids:
+                    held.append(self._logprob(response, job.top_logprobs))
+                text = stop.feed(response.text)
+                reason = "stop" if stop.found else response.finish_reason
+                if reason is not None:
+                    text += stop.finish()
+                if text:
+                    job.tell(Piece(text, tuple(held)))
+                    held.clear()
+                if reason is not None:
+                    break
+                check()
+        except _Ended:
+            keep()
+            raise
+        keep()
+        return End(reason or "length", len(job.ids), cached, len(generated))
+
+    def _logprob(self, response: Any, top: int) -> TokenLogprob:
+        import numpy as np
+
+        logprobs = np.array(response.logprobs, np.float32)  # (V,)
+        best = np.argpartition(-logprobs, top)[:top] if top else np.empty(0, np.int64)
+        best = best[np.argsort(-logprobs[best], kind="stable")]
+        likeliest = tuple((int(i), self.tokenizer.decode([int(i)]), float(logprobs[i])) for i in best)
+        token = response.token
+        return TokenLogprob(token, self.tokenizer.decode([token]), float(logprobs[token]), likeliest)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping.", code="stopping")

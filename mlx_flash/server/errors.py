@@ -1,0 +1,32 @@
+"""What a request is answered with when it cannot be served, in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 200. `body()` is {"error": {"message", "type", "param", "code"}}."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def type(self) -> str:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}

@@ -1,0 +1,68 @@
+"""Server-sent events from the engine's thread to whoever listens at /events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+KEEP_ALIVE_S = 15
+MOST_HELD = 64  # events; a listener that is slower loses the oldest
+
+
+class EventHub:
+    """`publish` may be called from any thread; `listen` is for coroutines."""
+
+    def __init__(self) -> None:
+        self._listeners: dict[asyncio.Queue[str | None], asyncio.AbstractEventLoop] = {}
+        self._last_state = _event("state", {"state": "idle", "id": None, "done": 0, "total": 0})
+        self._closed = False
+
+    @property
+    def listening(self) -> bool:
+        return bool(self._listeners)
+
+    def publish(self, name: str, data: dict[str, Any]) -> None:
+        text = _event(name, data)
+        if name == "state":
+            self._last_state = text
+        self._send(text)
+
+    def close(self) -> None:
+        """Ends every listener's stream."""
+        self._closed = True
+        self._send(None)
+
+    def _send(self, text: str | None) -> None:
+        for queue, loop in list(self._listeners.items()):
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                loop.call_soon_threadsafe(_put, queue, text)
+
+    async def listen(self) -> AsyncIterator[str]:
+        """What there is to send, the last state first, a comment when there was nothing for KEEP_ALIVE_S."""
+        queue: asyncio.Queue[str | None] = asyncio.Queue(MOST_HELD)
+        self._listeners[queue] = asyncio.get_running_loop()
+        try:
+            yield self._last_state
+            while not self._closed:
+                try:
+                    text = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
+                except TimeoutError:
+                    text = ": still here\n\n"
+                if text is None:
+                    return
+                yield text
+        finally:
+            del self._listeners[queue]
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def _put(queue: asyncio.Queue[str | None], text: str | None) -> None:
+    if queue.full():
+        queue.get_nowait()
+    queue.put_nowait(text)

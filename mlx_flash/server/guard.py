@@ -1,0 +1,83 @@
+"""Who may use the server: an API key where there is one, and no page of another site through the user's browser."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+
+CONTENT_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+ANSWER_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", CONTENT_POLICY.encode()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Around the whole application.
+
+    Without a key, a name that an attacker points at 127.0.0.1 must not make his page ours (DNS rebinding): the Host
+    must be a loopback name, or the one bound to. With or without one, a request that a page of another origin sends
+    is refused. With a key, everything but /health and the page's own files demands it.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, key: str | None) -> None:
+        self.app, self.key = app, key
+        self.hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *ANSWER_HEADERS]
+            await send(message)
+
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
+            return
+        await self.app(scope, receive, send_more)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self.key is None and _name_of(host) not in self.hosts:
+            raise ApiError(
+                403, f"this server is not {host!r:.80}; use http://127.0.0.1 or localhost.", code="host_not_allowed"
+            )
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            raise ApiError(403, f"pages of {origin!r:.80} may not use this server.", code="origin_not_allowed")
+        path = scope["path"]
+        if self.key is None or path in ("/", "/health", "/favicon.ico") or path.startswith("/page/"):
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+            raise ApiError(
+                401, "the API key is missing or wrong; send `Authorization: Bearer KEY`.", code="invalid_api_key"
+            )
+
+
+def _name_of(host: str) -> str:
+    """Without the port and the brackets of an IPv6 address."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""

@@ -1,0 +1,55 @@
+"""/metrics: the figures of /stats in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+TOTALS = {
+    "requests": "Requests that were begun.",
+    "failed": "Of those, requests that ended in an error.",
+    "prompt_tokens": "Tokens of prompts, cached ones included.",
+    "generated_tokens": "Tokens made.",
+    "bytes_read": "Bytes of units read from the disk.",
+    "seconds_generating": "Seconds in which a request was worked on.",
+}
+LAST = {
+    "tokens_per_second": "Tokens per second, of the request ended last.",
+    "first_token_s": "Seconds until the first token, of the request ended last.",
+    "hit_rate": "Share of the units needed that were in a slot, of the request ended last.",
+    "bytes_per_token": "Bytes read per token, of the request ended last.",
+}
+
+
+def exposition(stats: dict[str, Any]) -> bytes:
+    """stats: what /stats says."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(stats))
+    return generate_latest(registry)
+
+
+class _Snapshot(Collector):
+    def __init__(self, stats: dict[str, Any]) -> None:
+        self.stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats
+        for name, text in TOTALS.items():
+            yield CounterMetricFamily(f"mlx_flash_{name}", text, value=stats["totals"][name])
+        for name, text in LAST.items():
+            if stats["last"] is not None and stats["last"][name] is not None:
+                yield GaugeMetricFamily(f"mlx_flash_last_{name}", text, value=stats["last"][name])
+        for name, text, value in (
+            ("requests_running", "Requests being worked on.", int(stats["now"] is not None)),
+            ("requests_waiting", "Requests in the queue.", stats["queue"]["waiting"]),
+            ("memory_bytes", "Memory of this process.", stats["memory"]["current_bytes"]),
+            ("memory_peak_bytes", "The most memory that this process has had.", stats["memory"]["peak_bytes"]),
+            ("memory_budget_bytes", "The memory budget.", stats["memory"]["budget_bytes"]),
+            ("resident_share", "Share of all units that are in a slot.", stats["resident"]["share"]),
+            ("uptime_seconds", "Seconds since the start.", stats["uptime_s"]),
+        ):
+            yield GaugeMetricFamily(f"mlx_flash_{name}", text, value=value)

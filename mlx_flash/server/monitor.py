@@ -1,0 +1,130 @@
+"""What the engine is doing and has done: /stats, and the events for those who look on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ..live import Live
+from ..stats import Counters, Statistics
+from .events import EventHub
+from .jobs import Job
+
+if TYPE_CHECKING:
+    from ..generation import FlashResponse
+
+SHORTEST_EVENT_GAP_S = 0.05
+SPEED_OVER_S = 2.0  # the speed shown is that of the last tokens
+
+
+class Monitor:
+    """Told by the engine's thread what happens; read by any thread (whole values replace each other)."""
+
+    def __init__(self, model: Any, hub: EventHub) -> None:
+        self.live = Live(model)
+        self.hub = hub
+        self.totals: dict[str, float] = {
+            **dict.fromkeys(("requests", "failed", "prompt_tokens", "generated_tokens", "bytes_read"), 0),
+            "seconds_generating": 0.0,
+        }
+        self.last: dict[str, Any] | None = None
+        self.now: dict[str, Any] | None = None
+        self._counters: Counters = model.flash.streamer.counters
+        self._times: deque[float] = deque()
+
+    def begin(self, job: Job, cached: int) -> None:
+        self._job, self._cached = job, cached
+        self._began = time.perf_counter()
+        self._bytes_before = self._counters.bytes
+        self._response: FlashResponse | None = None
+        self._shown = Counters()  # of the decoded tokens that events have told of
+        self._shown_tokens = 0
+        self._event_at = 0.0
+        self._times.clear()
+
+    def prompt(self, done: int) -> None:
+        """So many tokens of the prompt have been read, besides those that were cached."""
+        self.live.watch(self.hub.listening)
+        self.live.forget()
+        job, done = self._job, self._cached + done
+        self.now = {
+            **{"id": job.id, "tokens_per_second": 0.0, "generated_tokens": 0},
+            **{"prompt_tokens": len(job.ids), "prompt_done": done},
+            **_means(None),
+        }
+        self.hub.publish("state", {"state": "prompt", "id": job.id, "done": done, "total": len(job.ids)})
+
+    def token(self, response: FlashResponse) -> None:
+        assert response.statistics is not None
+        first = self._response is None
+        self._response = response
+        job, count = self._job, response.generation_tokens
+        total = len(job.ids)
+        if first:
+            self.hub.publish("state", {"state": "generating", "id": job.id, "done": total, "total": total})
+        at = time.perf_counter()
+        self._times.append(at)
+        while at - self._times[0] > SPEED_OVER_S and len(self._times) > 2:
+            self._times.popleft()
+        gaps = len(self._times) - 1
+        speed = gaps / (at - self._times[0]) if gaps else 0.0
+        self.now = {
+            **{"id": job.id, "tokens_per_second": speed, "generated_tokens": count},
+            **{"prompt_tokens": total, "prompt_done": total},
+            **_means(response.statistics),
+        }
+        if not self.hub.listening:
+            self.live.watch(False)
+        elif at - self._event_at >= SHORTEST_EVENT_GAP_S or response.finish_reason is not None:
+            self._event_at = at
+            self._publish_tokens(response.statistics, count, speed)
+
+    def _publish_tokens(self, statistics: Statistics, count: int, speed: float) -> None:
+        """Tells of the tokens since the last event: means of each, and where their units were."""
+        between = Statistics(Counters(), statistics.decode - self._shown, count - self._shown_tokens, 0.0)
+        self._shown, self._shown_tokens = statistics.decode, count
+        means = _means(between)
+        means["bytes"] = means.pop("bytes_per_token")
+        layers = self.live.layers() if self.live.watching else []
+        self.live.watch(True)  # who has just come sees units from the next event on
+        self.hub.publish(
+            "token", {"id": self._job.id, "n": count, "tokens_per_second": speed, **means, "layers": layers}
+        )
+
+    def end(self, failed: bool) -> None:
+        totals, response = dict(self.totals), self._response
+        totals["requests"] += 1
+        totals["failed"] += failed
+        totals["seconds_generating"] += time.perf_counter() - self._began
+        totals["bytes_read"] += self._counters.bytes - self._bytes_before
+        if response is not None:
+            assert response.statistics is not None
+            totals["prompt_tokens"] += len(self._job.ids)
+            totals["generated_tokens"] += response.generation_tokens
+            self.last = {
+                "tokens_per_second": response.generation_tps,
+                "prompt_tokens": len(self._job.ids),
+                "generated_tokens": response.generation_tokens,
+                "first_token_s": response.statistics.first_token_s,
+                **_means(response.statistics),
+            }
+        self.totals = totals
+        self.now = None
+        self.hub.publish("state", {"state": "idle", "id": self._job.id, "done": 0, "total": 0})
+
+
+def _means(statistics: Statistics | None) -> dict[str, Any]:
+    """Of a decoded token; without any, nothing."""
+    if statistics is None:
+        return {
+            "hit_rate": None,
+            "bytes_per_second": None,
+            **dict.fromkeys(("bytes_per_token", "wait_s", "manage_s", "compute_s"), 0.0),
+        }
+    each = statistics.per_token()
+    return {
+        "hit_rate": statistics.hit_rate,
+        "bytes_per_second": statistics.bytes_per_second,
+        **{name: each[name] for name in ("bytes_per_token", "wait_s", "manage_s", "compute_s")},
+    }

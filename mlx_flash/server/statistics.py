@@ -1,0 +1,48 @@
+"""What /stats says: the model, the plan, and how it goes. All sizes in bytes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..flash.system import current_memory_bytes, peak_memory_bytes
+from .engine import Engine
+
+
+def statistics(engine: Engine) -> dict[str, Any]:
+    """Needs a loaded model."""
+    flash, monitor = engine.model.flash, engine.monitor
+    assert monitor is not None
+    units = flash.plan.units
+    resident = monitor.live.resident
+    return {
+        "model": {
+            "id": engine.name,
+            "path": engine.path,
+            "kind": "experts" if flash.predictor == "router" else "neurons",
+            "layers": units.layers,
+            "units_per_layer": units.per_layer,
+            "parameters_bytes": flash.plan.demand.resident + units.layers * units.per_layer * _unit_bytes(flash),
+        },
+        "plan": {**flash.plan.as_dict(), "context": flash.plan.context},
+        "memory": {
+            "current_bytes": current_memory_bytes(),
+            "peak_bytes": peak_memory_bytes(),
+            "budget_bytes": flash.plan.budget,
+        },
+        "resident": {
+            "slots": monitor.live.slots,
+            "units": resident,
+            "share": sum(resident) / (units.layers * units.per_layer),
+        },
+        "totals": monitor.totals,
+        "last": monitor.last,
+        "now": monitor.now,
+        "queue": {"waiting": engine.waiting, "limit": engine.limit},
+        "uptime_s": time.monotonic() - engine.started,
+    }
+
+
+def _unit_bytes(flash: Any) -> int:
+    """Of a whole unit; a slot may lack a part that is resident (the exact predictor's)."""
+    return flash.manifest.layout.block_bytes if flash.manifest is not None else flash.plan.slot_bytes

@@ -70,9 +70,15 @@ def running(controller: Controller) -> State:
 
 def engine_of(pid: int) -> psutil.Process:
     """The server among the processes that `pid` has started."""
-    found = [child for child in psutil.Process(pid).children() if "mlx_flash.server" in child.cmdline()]
-    assert len(found) == 1
-    return found[0]
+    (found,) = [child for child in psutil.Process(pid).children() if is_engine(child)]
+    return found
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return "mlx_flash.server" in process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return False
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -229,9 +235,8 @@ def test_no_engine_survives_an_app_that_is_killed(cache: None, tmp_path: Path, l
         assert app.stdout is not None
         wanted = RUNNING if loaded else STARTING
         assert any(line.strip() == wanted for line in app.stdout)
-        engine = until(lambda: next(iter(psutil.Process(app.pid).children()), None))
-        until(lambda: "mlx_flash.server" in " ".join(engine.cmdline()))
-        family = [engine, *psutil.Process(app.pid).children(recursive=True)]
+        until(lambda: any(is_engine(child) for child in psutil.Process(app.pid).children()))
+        family = psutil.Process(app.pid).children(recursive=True)
     finally:
         app.kill()
         app.communicate()

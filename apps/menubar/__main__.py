@@ -28,9 +28,9 @@ def main() -> None:
         sys.exit(f"{parser.prog}: there is no {lacking[0]} here; {INSTALL}")
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         sys.exit(f"{parser.prog}: there is no display here (DISPLAY is not set).")
-    from .view import run
+    from .view import make_app
 
-    run()
+    make_app().main_loop()
 
 
 if __name__ == "__main__":

@@ -90,6 +90,9 @@ class Controller:
 
     def start(self) -> None:
         """Starts the engine, if it does not run."""
+        with self._lock:
+            if not self._closed and self._state.phase in (STOPPED, FAILED):
+                self._change(phase=STARTING, progress="", trouble="", last_lines=())
         self._later(self._start)
 
     def stop(self) -> None:
@@ -150,7 +153,7 @@ class Controller:
         if self._engine is not None:
             return
         settings = self._state.settings
-        self._change(phase=STARTING, progress="", trouble="", last_lines=(), stats=None, address="")
+        self._change(phase=STARTING, progress="", trouble="", last_lines=())
         listening = threading.Event()
         addresses: list[str] = []
 

@@ -197,6 +197,5 @@ class MenubarApp(toga.App):
         return True
 
 
-def run() -> None:
-    app = MenubarApp("mlx_flash", "io.github.mlx-flash.menubar", version=mlx_flash.__version__)
-    app.main_loop()
+def make_app() -> toga.App:
+    return MenubarApp("mlx_flash", "io.github.mlx-flash.menubar", version=mlx_flash.__version__)

@@ -70,13 +70,13 @@ def running(controller: Controller) -> State:
 
 def engine_of(pid: int) -> psutil.Process:
     """The server among the processes that `pid` has started."""
-    (found,) = [child for child in psutil.Process(pid).children() if is_engine(child)]
+    (found,) = [child for child in psutil.Process(pid).children() if runs(child, "mlx_flash.server")]
     return found
 
 
-def is_engine(process: psutil.Process) -> bool:
+def runs(process: psutil.Process, module: str) -> bool:
     try:
-        return "mlx_flash.server" in process.cmdline()
+        return module in process.cmdline()
     except psutil.Error:  # it ended meanwhile
         return False
 
@@ -228,15 +228,21 @@ while True:
 """
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "while it runs"])
-def test_no_engine_survives_an_app_that_is_killed(cache: None, tmp_path: Path, loaded: bool) -> None:
+@pytest.mark.parametrize("module", ["mlx_flash.convert", "mlx_flash.server"], ids=["converting", "running"])
+def test_nothing_survives_an_app_that_is_killed(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Neither the engine nor, while that converts the model, the process that does it."""
+    if module == "mlx_flash.convert":
+        monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
     app = subprocess.Popen([sys.executable, "-c", APP, str(tmp_path / "settings")], stdout=subprocess.PIPE, text=True)
     try:
         assert app.stdout is not None
-        wanted = RUNNING if loaded else STARTING
-        assert any(line.strip() == wanted for line in app.stdout)
-        until(lambda: any(is_engine(child) for child in psutil.Process(app.pid).children()))
-        family = psutil.Process(app.pid).children(recursive=True)
+        if module == "mlx_flash.server":
+            assert any(line.strip() == RUNNING for line in app.stdout)
+        known = psutil.Process(app.pid)
+        until(lambda: any(runs(child, module) for child in known.children(recursive=True)))
+        family = known.children(recursive=True)
     finally:
         app.kill()
         app.communicate()

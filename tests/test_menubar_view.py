@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Screen:
 
     def open_menu(self) -> dict[str, Any]:
         x, y, width, height = self._panel() or (0, 0, 0, 0)
-        self.do("mousemove", x + width // 2, y + height // 2, "click", 1)
+        self.do("mousemove", x + width // 2, y + height - 2, "click", 1)  # Qt's menu opens at the mouse
         menus: dict[str, Any] = self.wait(lambda seen: seen["menus"])
         return menus
 
@@ -167,6 +168,12 @@ def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: ""
     return found
 
 
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        return json.load(response)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model is converted once, by the first that needs it."""
@@ -203,6 +210,20 @@ def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> Non
     with urllib.request.urlopen(f"{endpoint}/models", timeout=SECONDS) as response:
         assert json.load(response)["data"]
 
+    # While the menu is open, a request of somebody else's shows in its first line and in the icon.
+    screen.open_menu()
+    body = {"model": "default", "messages": [{"role": "user", "content": "It was"}], "max_tokens": 300}
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(post, f"{endpoint}/chat/completions", body)
+        screen.wait(lambda seen: [text for text in seen["menus"] if "tokens per second · " in text])
+        assert screen.look()["menus"]["Stop the engine"]
+        until(lambda: (icon := screen.icon()) != idle and icon)
+        screen.screenshot("speaking")
+        assert answer.result()["usage"]["completion_tokens"] > 0
+    screen.wait(lambda seen: [text for text in seen["menus"] if text.startswith("Ready · last answer")])
+    until(lambda: screen.icon() == idle)
+    screen.close_menu()
+
     screen.open_menu()
     screen.click("Ask…")
     x, y = screen.wait(lambda seen: seen["inputs"])[0]
@@ -210,7 +231,6 @@ def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> Non
     screen.do("type", "It was a dark night, and")
     screen.do("key", "Return")
     screen.wait(lambda seen: "Stop" in seen["buttons"])
-    until(lambda: (icon := screen.icon()) != idle and icon)  # now it has figures
     screen.screenshot("asking")
     screen.wait(lambda seen: "Ask" in seen["buttons"] and any(len(text) > 100 for text in seen["texts"]))
     screen.screenshot("asked")

@@ -51,10 +51,10 @@ class State:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the request that is running, if one is."""
+        """Of the request that is running, once it has some."""
         now = (self.stats or {}).get("now")
         rate = now.get("tokens_per_second") if isinstance(now, dict) else None
-        return float(rate) if rate is not None else None
+        return float(rate) if rate else None
 
 
 class Controller:
@@ -235,6 +235,7 @@ class Controller:
     def _look_whether_ready(self, engine: Engine, client: Client, address: str) -> None:
         health = client.health()
         if health.get("status") == "ok":
+            engine.lines.clear()  # what it said of loading explains no later end
             self._change_if(engine, phase=RUNNING, address=address, progress="")
             self._ask_for_budgets()  # by now the model is here, and converted
         elif health.get("status") == "failed":

@@ -25,14 +25,19 @@ def set_text(command: Any, text: str) -> None:
     command.text = text
     for line in command._impl.native:
         if sys.platform == "darwin":
-            line.setTitle_(text)
+            line.title = text
         else:
             line.setText(text)
 
 
 def menu_is_open(status_icon: Any) -> bool:
-    """Whether building the menu anew would close it under the user's hand. Cocoa keeps the open one."""
+    """Whether building the menu anew would change it under the user's hand."""
     if sys.platform == "darwin":
-        return False
+        from ctypes import c_bool
+
+        from rubicon.objc.runtime import send_message
+
+        # The button in the menu bar is highlighted for as long as its menu is open.
+        return bool(send_message(status_icon._impl.native.button, "isHighlighted", restype=c_bool, argtypes=[]))
     menu = status_icon._impl.native.contextMenu()
     return menu is not None and menu.isVisible()

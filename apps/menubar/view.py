@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import webbrowser
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ class MenubarApp(toga.App):
         await self.menubar.run()
 
     async def on_exit(self) -> bool:
-        await asyncio.get_running_loop().run_in_executor(None, self.menubar.controller.close)
+        # Not run_in_executor: Qt's loop has threads of Qt's for that, and leaving them behind aborts the process.
+        with ThreadPoolExecutor(1) as thread:
+            await asyncio.wrap_future(thread.submit(self.menubar.controller.close))
         self.folder.cleanup()
         return True
 

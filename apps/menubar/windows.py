@@ -58,10 +58,10 @@ class StatisticsWindow:
     ROWS = 20
 
     def __init__(self) -> None:
-        self._labels = [(toga.Label("", width=230), toga.Label("", flex=1)) for _ in range(self.ROWS)]
+        self._labels = [(toga.Label("", width=310), toga.Label("", flex=1)) for _ in range(self.ROWS)]
         rows = [toga.Box(children=[*pair], direction=ROW, margin_bottom=4) for pair in self._labels]
         box = toga.Box(children=rows, direction=COLUMN, margin=12)
-        self.window = toga.Window(title="Statistics", size=(620, 480), content=box)
+        self.window = toga.Window(title="Statistics", size=(680, 480), content=box)
 
     def show(self, rows: Sequence[tuple[str, str]]) -> None:
         empty = [("", "")] * (self.ROWS - len(rows))

@@ -33,7 +33,7 @@ def look() -> dict[str, object]:
         if isinstance(window, QMenu):
             for action in window.actions():
                 place = window.mapToGlobal(window.actionGeometry(action).center() - QPoint(1, 0))
-                menus[action.text()] = [place.x(), place.y(), action.isEnabled()]
+                menus[action.text().rstrip()] = [place.x(), place.y(), action.isEnabled()]
         for widget in window.findChildren(QWidget):
             if not widget.isVisible():
                 continue

@@ -376,6 +376,7 @@ def test_what_the_menu_says() -> None:
     state = State(settings, phase=RUNNING, stats={"now": now, "last": None})
     assert wording.headline(state) == "12 tokens per second · 2 MB per token · hits 91%"
     assert wording.icon_text(state) == "12"
+    assert len(wording.padded("Ready")) == len(wording.padded(wording.headline(state)))
     reading = State(settings, phase=RUNNING, stats={"now": {"tokens_per_second": None, "generated_tokens": 0}})
     assert wording.headline(reading) == "Reading the prompt" and wording.icon_text(reading) == "on"
     assert [wording.rate_text(rate) for rate in (0.423, 9.44, 9.96, 83.2, 5000.0)] == ["0.42", "9.4", "10", "83", "999"]

@@ -110,9 +110,9 @@ class Screen:
             return image.convert("RGB")
 
     def icon(self) -> Any:
-        """The picture in the tray."""
+        """The picture in the tray, without its lowest rows: Qt opens the menu where the mouse is, at their height."""
         x, y, width, height = self._panel() or (0, 0, 1, 1)
-        return self.screenshot("icon").crop((x, y, x + width, y + height))
+        return self.screenshot("icon").crop((x, y, x + width, y + height - 6))
 
     def shows(self, colour: tuple[int, int, int]) -> bool:
         return sum(pixel == colour for pixel in self.icon().getdata()) > 50

@@ -65,7 +65,7 @@ class Menubar:
         if structure != self._shown_structure and not menu_is_open(self._item):
             self._shown_structure = structure
             self._build_menu(state)
-        self._show(self._headline, wording.headline(state))
+        self._show(self._headline, wording.padded(wording.headline(state)))
         self._show(self._start_or_stop, wording.start_or_stop(state))
         self._enable(self._start_or_stop, state.phase != STOPPING)
         for line in (self._open_page, self._copy):

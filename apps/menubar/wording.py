@@ -11,6 +11,7 @@ from .budgets import Budget
 from .controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, State
 
 LINE_CHARACTERS = 72  # a menu is as wide as its longest line
+WIDTH = 50  # characters of the first line while the model speaks
 MARK, NO_MARK = "✓ ", "    "  # toga's commands have no check mark of their own
 
 
@@ -49,6 +50,11 @@ def headline(state: State) -> str:
     if isinstance(last, dict) and last.get("tokens_per_second"):
         return f"Ready · last answer {rate_text(last['tokens_per_second'])} tokens per second"
     return "Ready"
+
+
+def padded(line: str) -> str:
+    """With room at the end: a menu that is open gets no wider with Qt, or grows off the screen."""
+    return line.ljust(WIDTH, "\u2002")  # en spaces, about as wide as a letter
 
 
 def start_or_stop(state: State) -> str:

@@ -87,15 +87,15 @@ def main(arguments: argparse.Namespace) -> int:
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError("the API key is empty or has characters that a header cannot carry.")
-    from .guard import is_loopback
-    from .serving import HttpThread, bind, url_of
+    from .serving import HttpThread, bind, is_loopback, url_of
 
-    if key is None and not is_loopback(arguments.host):
+    bound = bind(arguments.host, arguments.port)
+    if key is None and not is_loopback(bound):
+        bound.close()
         raise UsageError(
             f"--host {arguments.host} can be reached from other machines: an API key is needed, --api-key or "
             f"{KEY_VARIABLE}. Without one only 127.0.0.1 is served."
         )
-    bound = bind(arguments.host, arguments.port)
     from ..finding import demo_folder
     from .app import make_app
     from .engine import Engine

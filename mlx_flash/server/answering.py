@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from .engine import Engine
 from .errors import ApiError
 from .jobs import End, Item, Job, Piece, Sampling
 from .openai_api import Answer
+from .streams import EventStream, unless_gone
 
 KEEP_ALIVE_S = 15  # a comment now and then in a stream that has nothing to say, so that no proxy gives up
-EVENT_STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Waiting:
@@ -57,7 +58,7 @@ async def answer(
     stream: bool,
     include_usage: bool,
 ) -> Response:
-    """Queues the job. Raises ApiError."""
+    """Queues the job and answers. Raises ApiError, or Gone if the client does not wait for it."""
     waiting = Waiting(
         engine,
         ids=ids,
@@ -69,29 +70,23 @@ async def answer(
     )
     form = Answer(waiting.job, engine.name, chat)
     if stream:
-        events = _events(waiting, form, include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=EVENT_STREAM)
-    return await _whole(request, waiting, form)
-
-
-async def _whole(request: Request, waiting: Waiting, form: Answer) -> Response:
-    gone = asyncio.ensure_future(_gone(request))
-    collecting = asyncio.ensure_future(_collect(waiting))
+        return _JobStream(waiting, _events(waiting, form, include_usage))
     try:
-        await asyncio.wait((gone, collecting), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(form.whole(*collecting.result()))
+        return JSONResponse(form.whole(*await unless_gone(request.receive, _collect(waiting))))
     finally:
         waiting.job.leave()
-        gone.cancel()
-        collecting.cancel()
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection; the body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _JobStream(EventStream):
+    def __init__(self, waiting: Waiting, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events)
+        self.job = waiting.job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.leave()
 
 
 async def _collect(waiting: Waiting) -> tuple[list[Piece], End]:
@@ -104,26 +99,17 @@ async def _collect(waiting: Waiting) -> tuple[list[Piece], End]:
             pieces.append(item)
 
 
-async def _events(waiting: Waiting, form: Answer, include_usage: bool) -> AsyncIterator[str]:
-    """Starlette closes this when the client goes away."""
+async def _events(waiting: Waiting, form: Answer, include_usage: bool) -> AsyncGenerator[str, None]:
     try:
         if (beginning := form.begin()) is not None:
             yield _data(beginning)
-        while True:
-            item = await waiting.next()
-            if item is None:
-                yield ": still here\n\n"
-            elif isinstance(item, Piece):
-                yield _data(form.piece(item))
-            else:
-                yield _data(form.end(item))
-                if include_usage:
-                    yield _data(form.usage(item))
-                break
+        while not isinstance(item := await waiting.next(), End):
+            yield ": still here\n\n" if item is None else _data(form.piece(item))
+        yield _data(form.end(item))
+        if include_usage:
+            yield _data(form.usage(item))
     except ApiError as error:  # too late for a status
         yield _data(error.body())
-    finally:
-        waiting.job.leave()
     yield "data: [DONE]\n\n"
 
 

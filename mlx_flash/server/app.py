@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from .answering import EVENT_STREAM, answer
+from .answering import answer
 from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .errors import ApiError
@@ -23,11 +24,11 @@ from .metrics import exposition
 from .openai_api import ChatRequest, CompletionRequest, model_list, now, parse
 from .prompts import encode_chat, encode_completion, room_for
 from .statistics import statistics
+from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_MODEL = "default"
-
-log = logging.getLogger(__name__)
+R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
@@ -46,7 +47,13 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
             Route("/", routes.page),
             Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
         ],
-        exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _unexpected},
+        exception_handlers={
+            ApiError: _refused,
+            HTTPException: _http_error,
+            ClientDisconnect: _left,
+            Gone: _left,
+            Exception: _unexpected,
+        },
     )
     return Guard(app, host, key)
 
@@ -58,43 +65,28 @@ class Routes:
         self.created = now()
 
     async def chat(self, request: Request) -> Response:
-        engine = self.engine
-        engine.check_ready()
-        async with self.bodies.json_of(request) as body:
-            asked = parse(ChatRequest, body)
-            asked.check()
-            self._known(asked.model)
-            ids = await asyncio.to_thread(encode_chat, engine.tokenizer, asked)
-        return await answer(
-            request,
-            engine,
-            ids=ids,
-            max_tokens=room_for(engine, ids, asked.asked, "messages"),
-            sampling=asked.sampling(engine.model.flash.vocabulary),
-            stop=asked.stops(),
-            top_logprobs=asked.top,
-            chat=True,
-            stream=bool(asked.stream),
-            include_usage=asked.include_usage,
-        )
+        return await self._answer(request, ChatRequest, encode_chat)
 
     async def complete(self, request: Request) -> Response:
+        return await self._answer(request, CompletionRequest, encode_completion)
+
+    async def _answer(self, request: Request, kind: type[R], encode: Callable[[Engine, R], list[int]]) -> Response:
         engine = self.engine
         engine.check_ready()
-        async with self.bodies.json_of(request) as body:
-            asked = parse(CompletionRequest, body)
+        async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
+            asked = parse(kind, body)
             asked.check()
             self._known(asked.model)
-            ids = await asyncio.to_thread(encode_completion, engine.tokenizer, asked)
+            ids = await asyncio.to_thread(encode, engine, asked)
         return await answer(
             request,
             engine,
             ids=ids,
-            max_tokens=room_for(engine, ids, asked.asked, "prompt"),
+            max_tokens=room_for(engine, ids, asked.asked, asked.prompt_name),
             sampling=asked.sampling(engine.model.flash.vocabulary),
             stop=asked.stops(),
             top_logprobs=asked.top,
-            chat=False,
+            chat=isinstance(asked, ChatRequest),
             stream=bool(asked.stream),
             include_usage=asked.include_usage,
         )
@@ -135,7 +127,7 @@ class Routes:
 
     async def events(self, _request: Request) -> Response:
         self.engine.check_ready()
-        return StreamingResponse(self.engine.hub.listen(), media_type="text/event-stream", headers=EVENT_STREAM)
+        return EventStream(self.engine.hub.listen())
 
     async def page(self, _request: Request) -> Response:
         if not (PAGE / "index.html").is_file():
@@ -150,6 +142,10 @@ def _answer(error: ApiError) -> Response:
 async def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _answer(error)
+
+
+async def _left(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

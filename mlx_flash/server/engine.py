@@ -48,6 +48,7 @@ class Engine:
         self.model: Any = None
         self.tokenizer: Any = None
         self.monitor: Monitor | None = None
+        self.job: Job | None = None  # that is being worked on
         self.started = time.monotonic()
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
@@ -136,6 +137,7 @@ class Engine:
 
     def _serve(self, job: Job) -> None:
         assert self.monitor is not None
+        self.job = job
         cache, cached = self._chats.take(job.ids, anew=job.sampling.seed is not None)
         self.monitor.begin(job, cached)
         failed = True
@@ -154,12 +156,14 @@ class Engine:
             job.tell(_stopping())
             raise
         finally:
+            self.job = None
             self.monitor.end(failed)
 
     def _generate(self, job: Job, cache: list[Any], cached: int) -> End:
         import mlx.core as mx
 
         from ..generation import stream_generate
+        from .logprobs import logprob_of, within
         from .sampling import make_processors, make_sampler
 
         monitor = self.monitor
@@ -188,6 +192,7 @@ class Engine:
         stop = StopWords(job.stop)
         held: list[TokenLogprob] = []
         reason = None
+        before = job.ids[-1]
         try:
             check()
             for response in stream_generate(
@@ -204,14 +209,17 @@ class Engine:
                 generated.append(response.token)
                 monitor.token(response)
                 if job.top_logprobs is not None and response.token not in self.tokenizer.eos_token_ids:
-                    held.append(self._logprob(response, job.top_logprobs))
+                    held.append(logprob_of(self.tokenizer, response, before, job.top_logprobs))
+                before = response.token
                 text = stop.feed(response.text)
                 reason = "stop" if stop.found else response.finish_reason
                 if reason is not None:
                     text += stop.finish()
-                if text:
+                if stop.found:
+                    held = within(held, len(text))
+                if text or (held and reason is not None):
                     job.tell(Piece(text, tuple(held)))
-                    held.clear()
+                    held = []
                 if reason is not None:
                     break
                 check()
@@ -220,16 +228,6 @@ class Engine:
             raise
         keep()
         return End(reason or "length", len(job.ids), cached, len(generated))
-
-    def _logprob(self, response: Any, top: int) -> TokenLogprob:
-        import numpy as np
-
-        logprobs = np.array(response.logprobs, np.float32)  # (V,)
-        best = np.argpartition(-logprobs, top)[:top] if top else np.empty(0, np.int64)
-        best = best[np.argsort(-logprobs[best], kind="stable")]
-        likeliest = tuple((int(i), self.tokenizer.decode([int(i)]), float(logprobs[i])) for i in best)
-        token = response.token
-        return TokenLogprob(token, self.tokenizer.decode([token]), float(logprobs[token]), likeliest)
 
 
 def _stopping() -> ApiError:

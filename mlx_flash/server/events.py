@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 KEEP_ALIVE_S = 15
@@ -40,7 +40,7 @@ class EventHub:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 loop.call_soon_threadsafe(_put, queue, text)
 
-    async def listen(self) -> AsyncIterator[str]:
+    async def listen(self) -> AsyncGenerator[str, None]:
         """What there is to send, the last state first, a comment when there was nothing for KEEP_ALIVE_S."""
         queue: asyncio.Queue[str | None] = asyncio.Queue(MOST_HELD)
         self._listeners[queue] = asyncio.get_running_loop()

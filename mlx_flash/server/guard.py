@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -17,14 +17,6 @@ CONTENT_POLICY = (
     "frame-ancestors 'none'"
 )
 ANSWER_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", CONTENT_POLICY.encode()))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Guard:
@@ -43,17 +35,23 @@ class Guard:
         if scope["type"] != "http":
             return
 
+        begun = False
+
         async def send_more(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message.get("headers", []), *ANSWER_HEADERS]
             await send(message)
 
         try:
             self._check(scope)
-        except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
-            return
-        await self.app(scope, receive, send_more)
+            await self.app(scope, receive, send_more)
+        except (ApiError, asyncio.CancelledError) as refused:
+            # Cancelled by uvicorn: the server stops, and this client has taken longer than it waits.
+            error = refused if isinstance(refused, ApiError) else ApiError(503, "the server is stopping.")
+            if not begun:
+                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -63,7 +61,7 @@ class Guard:
                 403, f"this server is not {host!r:.80}; use http://127.0.0.1 or localhost.", code="host_not_allowed"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
             raise ApiError(403, f"pages of {origin!r:.80} may not use this server.", code="origin_not_allowed")
         path = scope["path"]
         if self.key is None or path in ("/", "/health", "/favicon.ico") or path.startswith("/page/"):

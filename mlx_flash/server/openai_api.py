@@ -11,6 +11,7 @@ from .errors import ApiError
 from .jobs import End, Job, Piece, Sampling, TokenLogprob
 
 MOST_STOPS = 4
+FIRST_ERROR = Field(fail_fast=True)  # of a list: a large body may hold a million, and each takes memory
 R = TypeVar("R", bound=BaseModel)
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
@@ -31,7 +32,7 @@ class TextPart(_Strict):
 class Message(_Strict):
     model_config = ConfigDict(strict=True, extra="allow")  # a template may want more: names, tool calls
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As chat templates want it: one text."""
@@ -50,14 +51,19 @@ class _Request(_Strict):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS), FIRST_ERROR] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Any] | None = None  # by token id; checked with the vocabulary
+
+    @property
+    def prompt_name(self) -> str:
+        """The parameter that the prompt is in."""
+        raise NotImplementedError
 
     @property
     def asked(self) -> int | None:
@@ -75,8 +81,6 @@ class _Request(_Strict):
 
     def stops(self) -> tuple[str, ...]:
         words = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(words) > MOST_STOPS:
-            raise ApiError(400, f"stop has {len(words)} words, at most {MOST_STOPS} may be given.", param="stop")
         return tuple(word for word in words if word)
 
     def sampling(self, vocabulary: int) -> Sampling:
@@ -95,7 +99,7 @@ class _Request(_Strict):
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             repetition_penalty=0.0 if self.repetition_penalty in (None, 1) else self.repetition_penalty or 0.0,
-            logit_bias={_token_id(key, vocabulary): value for key, value in (self.logit_bias or {}).items()},
+            logit_bias=dict(_bias(*item, vocabulary) for item in (self.logit_bias or {}).items()),
         )
 
     def check(self) -> None:
@@ -105,11 +109,15 @@ class _Request(_Strict):
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FIRST_ERROR]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
+
+    @property
+    def prompt_name(self) -> str:
+        return "messages"
 
     @property
     def asked(self) -> int | None:
@@ -128,12 +136,16 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[Any]  # a text or token ids, or one of them in a list
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    @property
+    def prompt_name(self) -> str:
+        return "prompt"
 
     @property
     def top(self) -> int | None:
@@ -149,32 +161,38 @@ class CompletionRequest(_Request):
             raise ApiError(400, f"best_of is {self.best_of}, expected 1.", param="best_of")
 
     def one_prompt(self) -> str | list[int]:
-        prompt = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        """Raises ApiError for several, and for what is neither text nor token ids."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
             if len(prompt) > 1:
-                raise ApiError(400, f"{len(prompt)} prompts in one request; send them one by one.", param="prompt")
-            return prompt[0]  # type: ignore[return-value]  # a text, or ids
-        return prompt  # type: ignore[return-value]
+                raise ApiError(400, f"prompt has {len(prompt)} parts; send prompts one by one.", param="prompt")
+            prompt = prompt[0]
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
+            raise ApiError(400, "prompt is neither a text nor a list of token ids.", param="prompt")
+        return prompt
 
 
-def parse(kind: type[R], body: Any) -> R:
-    """Raises ApiError, which names the first parameter that is wrong."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object.")
+def parse(kind: type[R], body: bytes) -> R:
+    """Raises ApiError for what is no JSON, or names the first parameter that is wrong."""
     try:
-        return kind.model_validate(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"][:1]) or None
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {first['msg']}.", param=param, code="invalid_value") from None
+        if first["type"] == "json_invalid":
+            raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
+        where = [str(part) for part in first["loc"]]
+        name, param = (".".join(where), where[0]) if where else ("the body", None)
+        raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 
 
-def _token_id(key: str, vocabulary: int) -> int:
-    if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:
+    """One entry of logit_bias, checked."""
+    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
         message = f"logit_bias has a key {key!r:.40}, expected token ids from 0 to {vocabulary - 1}."
         raise ApiError(400, message, param="logit_bias")
-    return int(key)
+    if type(value) not in (int, float) or not -100 <= value <= 100:
+        raise ApiError(400, f"logit_bias has a value {value!r:.40}, expected -100 to 100.", param="logit_bias")
+    return int(key), float(value)
 
 
 # -- answers -------------------------------------------------------------------------------------------------

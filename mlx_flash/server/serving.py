@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 
@@ -32,6 +33,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
+
+
 def url_of(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -43,7 +49,7 @@ class HttpThread:
     def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
         config = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
-            server_header=False, timeout_graceful_shutdown=GRACE_S,
+            server_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE_S,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._bound = bound

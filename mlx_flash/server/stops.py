@@ -18,10 +18,10 @@ class StopWords:
         if self.found:
             return ""
         text = self.held + text
-        places = [place for word in self.words if (place := text.find(word)) >= 0]
-        if places:
+        found = [(place + len(word), place) for word in self.words if (place := text.find(word)) >= 0]
+        if found:
             self.found, self.held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]  # complete first, wherever tokens begin and end
         keep = max((_overlap(text, word) for word in self.words), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

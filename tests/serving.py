@@ -1,0 +1,131 @@
+"""A server in this process, for tests: its model in one thread, HTTP in another."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from mlx_flash import generation, loading
+from mlx_flash.server.app import make_app
+from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
+from mlx_flash.server.serving import HttpThread, bind, url_of
+
+PATIENCE_S = 120  # that no wait of a test exceeds; none of them needs it
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for something that will come."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+class Server:
+    def __init__(self, engine: Engine, url: str) -> None:
+        self.engine, self.url = engine, url
+        self.port = int(url.rsplit(":", 1)[1])
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **options)
+
+    def idle(self) -> None:
+        """Waits until nothing is being done."""
+        until(lambda: self.engine.job is None and not self.engine.waiting)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        assert self.engine.monitor is not None
+        return self.engine.monitor.totals
+
+
+@contextlib.contextmanager
+def serving(
+    load: Callable[[], tuple[Any, Any]] = loading.load,
+    name: str = "demo",
+    limit: int = QUEUE_LIMIT,
+    key: str | None = None,
+    wait: bool = True,
+) -> Iterator[Server]:
+    """wait: until the model is loaded."""
+    engine = Engine(name, "somewhere", limit)
+    bound = bind("127.0.0.1", 0)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            engine.run(load)
+        except BaseException as error:  # told below
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    with HttpThread(make_app(engine, "127.0.0.1", key), bound):
+        thread.start()
+        try:
+            if wait:
+                until(lambda: engine.state != LOADING)
+            yield Server(engine, url_of(bound))
+        finally:
+            engine.stop()
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+    if wait and raised:
+        raise raised[0]
+
+
+class Gate:
+    """Stops every generation at each piece of its prompt, of 16 tokens, and at each token, until it may go on."""
+
+    def __init__(self) -> None:
+        self.reached: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # ("prompt", done) or ("token", number)
+        self._steps = threading.Semaphore(0)
+        self._opened = False
+        self._real = generation.stream_generate
+
+    def stream_generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        told = options.pop("prompt_progress_callback")
+
+        def progress(done: int, total: int) -> None:
+            self._stop("prompt", done)
+            told(done, total)
+
+        for response in self._real(*arguments, prefill_step_size=16, prompt_progress_callback=progress, **options):
+            self._stop("token", response.generation_tokens)
+            yield response
+
+    def _stop(self, kind: str, number: int) -> None:
+        self.reached.put((kind, number))
+        if not self._opened:
+            assert self._steps.acquire(timeout=PATIENCE_S)
+
+    def go_on_to(self, kind: str, number: int) -> None:
+        """Lets it go on until it stops there."""
+        while self.reached.get(timeout=PATIENCE_S) != (kind, number):
+            self._steps.release()
+
+    def open(self) -> None:
+        self._opened = True
+        self._steps.release()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr(generation, "stream_generate", gate.stream_generate)
+    yield gate
+    gate.open()

@@ -1,0 +1,221 @@
+"""The server as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from serving import Server, serving  # type: ignore[import-not-found]  # found beside this file
+
+import mlx_flash
+
+PROMPT = "It was a dark night, and"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, Any]:
+    """What generate makes of the prompt: {"text", "tokens"}."""
+    model, tokenizer = mlx_flash.load()
+    responses = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=40))
+    ids = tokenizer.encode(PROMPT)
+    model.flash.close()
+    return {"text": "".join(r.text for r in responses), "prompt": ids, "first": responses[0].logprobs}
+
+
+def say(text: str = PROMPT, role: str = "user") -> list[Any]:
+    return [{"role": role, "content": text}]
+
+
+def streamed(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_the_text_is_generates(client: openai.OpenAI, texts: dict[str, Any]) -> None:
+    prompts = (PROMPT, [PROMPT], texts["prompt"], [texts["prompt"]])
+    for prompt in prompts:
+        done = client.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0)
+        assert done.choices[0].text == texts["text"]
+        assert done.choices[0].finish_reason == "length" and done.usage is not None
+        assert done.usage.prompt_tokens == len(texts["prompt"]) and done.usage.completion_tokens == 40
+    chat = client.chat.completions.create(model="default", messages=say(), max_completion_tokens=40, temperature=0)
+    assert chat.choices[0].message.content == texts["text"] and chat.model == "demo"  # there is no template
+    assert chat.choices[0].message.role == "assistant" and chat.object == "chat.completion"
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI, texts: dict[str, Any]) -> None:
+    create = client.chat.completions.create
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}, "max_tokens": 40, "temperature": 0}
+    chunks = list(create(model="demo", messages=say(), stream=True, **options))
+    assert streamed(chunks) == texts["text"] and len(chunks) > 30
+    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].usage.total_tokens == len(texts["prompt"]) + 40 and chunks[-1].choices == []
+    plain = list(client.completions.create(model="demo", prompt=PROMPT, stream=True, max_tokens=40, temperature=0))
+    assert "".join(chunk.choices[0].text for chunk in plain) == texts["text"] and plain[-1].usage is None
+
+
+def test_stop_words_are_never_shown(client: openai.OpenAI, texts: dict[str, Any]) -> None:
+    text = texts["text"]
+    for stop in (text[20:31], [text[25:34], "nowhere at all"], [text[10:12], text[8:30]]):
+        words = [stop] if isinstance(stop, str) else stop
+        expected = text[: min((text.find(word) + len(word), text.find(word)) for word in words if word in text)[1]]
+        options: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "stop": stop, "model": "demo"}
+        done = client.completions.create(prompt=PROMPT, **options)
+        assert done.choices[0].text == expected and done.choices[0].finish_reason == "stop"
+        chunks = list(client.chat.completions.create(messages=say(), stream=True, **options))
+        assert streamed(chunks) == expected and chunks[-1].choices[0].finish_reason == "stop"
+    held = client.completions.create(
+        model="demo", prompt=PROMPT, max_tokens=40, temperature=0, stop=text[-3:] + "and so on"
+    )
+    assert held.choices[0].text == text  # it was only held back
+
+
+def test_seeds(client: openai.OpenAI) -> None:
+    def one(seed: int | None) -> str:
+        options: dict[str, Any] = {"max_tokens": 30, "temperature": 0.9, "top_p": 0.95, "seed": seed}
+        done = client.chat.completions.create(model="demo", messages=say("The old house stood"), **options)
+        return str(done.choices[0].message.content)
+
+    seeded = one(7)
+    assert one(7) == seeded and one(8) != seeded and one(-1) == one(2**64 - 1)
+    assert one(None) != one(None)  # a seed is for one request
+
+
+def test_the_next_turn_goes_on_where_the_last_one_ended(client: openai.OpenAI) -> None:
+    story = (
+        "The captain looked at the sea for a long time, and then he turned to his men and said that there was no hope"
+    )
+    messages = say(story)
+    first = client.chat.completions.create(model="demo", messages=messages, max_tokens=20, temperature=0)
+    answer = first.choices[0].message.content
+    messages += [*say(str(answer), "assistant"), *say("But the oldest of them")]
+    options: dict[str, Any] = {"model": "demo", "messages": messages, "max_tokens": 10, "temperature": 0}
+    second = client.chat.completions.create(**options)
+    assert first.usage is not None and second.usage is not None and second.usage.prompt_tokens_details is not None
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None and first.usage.prompt_tokens <= cached < second.usage.prompt_tokens
+    again = client.chat.completions.create(**options)  # of what was decoded, all but the prompt is cut off
+    assert again.usage is not None and again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
+    assert again.choices[0].message.content == second.choices[0].message.content
+    fresh = client.chat.completions.create(**options, seed=1)  # a seed: read anew
+    assert fresh.usage is not None and fresh.usage.prompt_tokens_details is not None
+    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_probabilities(client: openai.OpenAI, texts: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"model": "demo", "max_tokens": 12, "temperature": 0}
+    chat = client.chat.completions.create(messages=say(), logprobs=True, top_logprobs=3, **options)
+    entries = chat.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert entries is not None and "".join(entry.token for entry in entries).strip() == chat.choices[0].message.content
+    assert entries[0].logprob == pytest.approx(texts["first"].max().item(), abs=1e-3)
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].token == entry.token  # greedy
+        assert sum(math.exp(each.logprob) for each in entry.top_logprobs) <= 1
+    plain = client.completions.create(prompt=PROMPT, logprobs=2, **options)
+    logprobs = plain.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs == [entry.logprob for entry in entries]
+    assert logprobs.text_offset is not None and len(logprobs.text_offset) == 12
+    text = plain.choices[0].text
+    stopped = client.chat.completions.create(messages=say(), logprobs=True, stop=[text[12:16]], **options)
+    shown = stopped.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert shown is not None and [entry.token for entry in shown] == [entry.token for entry in entries][: len(shown)]
+    assert 0 < len(shown) < 12
+
+
+def test_logit_bias_and_penalties(client: openai.OpenAI, texts: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    likeliest = int(texts["first"].argmax().item())
+    assert client.completions.create(**options, logit_bias={"100": 100}).usage is not None
+    banned = client.completions.create(**options, logit_bias={str(likeliest): -100})
+    assert banned.choices[0].text != client.completions.create(**options).choices[0].text
+    options["max_tokens"] = 40
+    plain = client.completions.create(**options).choices[0].text
+    assert client.completions.create(**options, frequency_penalty=2, presence_penalty=2).choices[0].text != plain
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == client.models.retrieve("default").id == "demo"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-4o")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": 1e-5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"logit_bias": {"word": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"extra_body": {"top_k": 4096}}, "top_k"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}], "max_tokens": 10**6}, "messages"),
+    ],
+)
+def test_what_is_refused_names_its_parameter(client: openai.OpenAI, wrong: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "demo", "messages": say(), "max_tokens": 1, **wrong})
+    assert caught.value.param == param and caught.value.status_code == 400
+
+
+def test_unknown_models_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="the one that runs is 'demo'") as caught:
+        client.chat.completions.create(model="gpt-4o", messages=say())
+    assert caught.value.code == "model_not_found"
+
+
+def test_what_exceeds_the_context_is_refused_with_the_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="demo", prompt=[5] * 500, max_tokens=13)
+    assert caught.value.code == "context_length_exceeded"
+    for part in ("500 tokens", "13 are asked for", "513", "512", "the model has none"):
+        assert part in caught.value.message
+    with pytest.raises(openai.BadRequestError, match="the prompt has 512 tokens and at least 1 is asked for"):
+        client.chat.completions.create(model="demo", messages=say("a " * 510), max_tokens=None)
+    full = client.completions.create(model="demo", prompt=[5] * 500, max_tokens=12, temperature=0)
+    assert full.usage is not None and full.usage.total_tokens == 512
+
+
+def test_without_a_limit_a_chat_fills_the_context(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(model="demo", messages=say("a " * 480))
+    assert (done.usage is not None and done.usage.total_tokens == 512) or done.choices[0].finish_reason == "stop"
+
+
+def test_other_settings_are_taken(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(
+        model="demo",
+        messages=[
+            {"role": "developer", "content": "A tale."},
+            {"role": "user", "content": [{"type": "text", "text": "He"}]},
+        ],
+        max_tokens=3,
+        user="somebody",
+        extra_body={"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "unknown": [1]},
+    )
+    assert done.usage is not None and done.usage.completion_tokens == 3

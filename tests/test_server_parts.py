@@ -1,0 +1,286 @@
+"""Stop words, prompt caches, residency and statistics, without HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from hypothesis import given
+from hypothesis import strategies as st
+from mixtures import make_mixture  # type: ignore[import-not-found]
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from mlx_flash.flash.cache import Record, SlotCache
+from mlx_flash.generation import cached_tokens, stream_generate
+from mlx_flash.live import MOST_BINS, Live, binned
+from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.server.chat_cache import LEAST_REUSED, ChatCache, common_prefix
+from mlx_flash.server.engine import Engine
+from mlx_flash.server.errors import ApiError
+from mlx_flash.server.jobs import Sampling, TokenLogprob
+from mlx_flash.server.logprobs import within
+from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
+from mlx_flash.server.prompts import encode_chat
+from mlx_flash.server.sampling import PENALTY_TOKENS, make_processors
+from mlx_flash.server.stops import StopWords
+
+TEXTS = st.text("ab ", max_size=30)
+WORDS = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=4)
+
+
+# -- stop words ----------------------------------------------------------------------------------------------
+
+
+@given(TEXTS, WORDS, st.lists(st.integers(1, 5), min_size=30, max_size=30))
+def test_stop_words_wherever_pieces_end(text: str, words: list[str], lengths: list[int]) -> None:
+    stop = StopWords(words)
+    shown, at = "", 0
+    for length in lengths:
+        shown += stop.feed(text[at : at + length])
+        at += length
+        assert text.startswith(shown) and not any(word in shown for word in words)
+    shown += stop.finish()
+    ends = [(text.find(word) + len(word), text.find(word)) for word in words if word in text]
+    assert stop.found == bool(ends)
+    assert shown == (text[: min(ends)[1]] if ends else text)
+
+
+def test_no_more_is_held_back_than_may_begin_a_word() -> None:
+    stop = StopWords(["END", "\n\nUser"])
+    assert stop.feed("The E") == "The " and stop.feed("N") == "" and stop.feed("T\n") == "ENT"
+    assert stop.feed("\n") == "" and stop.feed("U") == "" and stop.feed("x") == "\n\nUx" and not stop.found
+
+
+# -- prompt caches -------------------------------------------------------------------------------------------
+
+
+def test_a_cache_is_trimmed_to_what_is_in_common(store: Path, open_model: Callable[..., Any], tokenizer: Any) -> None:
+    model = open_model(store)
+    chats = ChatCache(model)
+    first = list(range(1, 41))
+
+    def run(ids: Sequence[int], cache: list[Any], cached: int, count: int) -> list[int]:
+        responses = stream_generate(model, tokenizer, list(ids[cached:]), count, prompt_cache=cache)
+        return [response.token for response in responses]
+
+    cache, cached = chats.take(first)
+    assert cached == 0 and chats.cache is None
+    made = run(first, cache, 0, 5)
+    chats.keep(cache, [*first, *made[:-1]])
+    assert chats.tokens == [*first, *made[:-1]] and cached_tokens(cache) == len(chats.tokens)
+
+    longer = [*first, *made, 7, 8]
+    same, cached = chats.take(longer)
+    assert same is cache and cached == 44 == cached_tokens(cache)
+    chats.keep(same, longer[:44])
+    other = [*first[:20], 90, 91, 92]
+    same, cached = chats.take(other)
+    assert same is cache and cached == 20 == cached_tokens(cache)
+    text = run(other, same, 20, 5)
+    fresh, cached = ChatCache(model).take(other)
+    assert cached == 0 and run(other, fresh, 0, 5) == text  # exact in this store: all neurons that may matter
+    chats.keep(same, [*other, *text[:-1]])
+
+    same, cached = chats.take(other)  # at least one token must be fed
+    assert same is cache and cached == len(other) - 1
+    chats.keep(same, other[:-1])
+    assert chats.take(other, anew=True)[1] == 0 and chats.cache is None
+
+
+def test_too_little_in_common_is_not_worth_it(store: Path, open_model: Callable[..., Any]) -> None:
+    chats = ChatCache(open_model(store))
+    tokens = list(range(LEAST_REUSED + 5))
+    for common, reused in ((LEAST_REUSED, True), (LEAST_REUSED - 1, False)):
+        cache = [KVCache()]
+        cache[0].offset = len(tokens)
+        chats.keep(cache, tokens)
+        taken, cached = chats.take([*tokens[:common], 95, 94])
+        assert (taken is cache) == reused and cached == (common if reused else 0)
+
+
+def test_a_cache_that_cannot_be_trimmed_goes_on_or_goes(store: Path, open_model: Callable[..., Any]) -> None:
+    chats = ChatCache(open_model(store))
+    tokens = list(range(30))
+    cache = [ArraysCache(2)]
+    chats.keep(cache, tokens)
+    taken, cached = chats.take([*tokens, 5, 6])
+    assert taken is cache and cached == 30
+    chats.keep(cache, tokens)
+    taken, cached = chats.take([*tokens[:29], 5, 6])
+    assert taken is not cache and cached == 0
+    chats.keep(cache, tokens)
+    assert chats.take(tokens)[1] == 0  # the last one would have to be fed again
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    n = common_prefix(a, b)
+    assert a[:n] == b[:n] and (n in (len(a), len(b)) or a[n] != b[n])
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+
+def test_penalties_see_what_was_cached() -> None:
+    logits = mx.zeros((1, 8))
+    sampling = Sampling(presence_penalty=1.0)
+    (processor,) = make_processors(sampling, [1, 2])
+    assert processor(mx.array([3]), mx.array(logits)).tolist() == [[0, -1, -1, -1, 0, 0, 0, 0]]
+    (processor,) = make_processors(sampling, [4] + [1] * PENALTY_TOKENS)
+    assert processor(mx.array([3]), mx.array(logits)).tolist() == [[0, -1, 0, -1, 0, 0, 0, 0]]
+    assert make_processors(Sampling(), [1, 2]) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ([], None),
+        (None, None),
+        ({}, "messages"),
+        ({"messages": "x"}, "messages"),
+        ({"messages": [{"role": "user"}], "max_tokens": "5"}, "max_tokens"),
+        ({"messages": [{"role": "user"}], "max_tokens": True}, "max_tokens"),
+        ({"messages": [{"role": "nobody", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "user"}], "temperature": float("nan")}, "temperature"),
+        ({"messages": [{"role": "user"}], "stream": "yes"}, "stream"),
+        ({"messages": [{"role": "user"}], "stream_options": []}, "stream_options"),
+    ],
+)
+def test_wrong_types_name_their_parameter(body: Any, param: str | None) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, json.dumps(body).encode())
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"messages=hello", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100000, b'{"a": 1} {}']
+)
+def test_no_json(body: bytes) -> None:
+    with pytest.raises(ApiError, match="the body is no JSON") as caught:
+        parse(ChatRequest, body)
+    assert caught.value.status == 400 and caught.value.code == "invalid_json"
+
+
+def test_one_prompt_at_a_time() -> None:
+    for prompt, one in (("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], [])):
+        assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).one_prompt() == one
+    for several in (["a", "b"], [[1], [2]]):
+        with pytest.raises(ApiError, match="prompt has 2 parts"):
+            parse(CompletionRequest, json.dumps({"prompt": several}).encode()).one_prompt()
+
+
+def test_probabilities_of_a_shown_text() -> None:
+    entries = [TokenLogprob(i, text, -1.0) for i, text in enumerate(["ab", "c", "def"])]
+    assert [len(within(entries, n)) for n in range(8)] == [0, 1, 1, 2, 3, 3, 3, 3]
+
+
+# -- residency -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [1, 7, MOST_BINS, 100, 427])
+def test_bins(units: int) -> None:
+    bins = min(units, MOST_BINS)
+    assert binned(np.ones(units, np.bool_)).tolist() == [255] * bins
+    assert binned(np.zeros(units, np.bool_)).tolist() == [0] * bins
+    for unit in range(units):
+        mask = np.zeros(units, np.bool_)
+        mask[unit] = True
+        place = unit * bins // units
+        members = sum(other * bins // units == place for other in range(units))
+        assert binned(mask).tolist() == [-(-255 // members) if i == place else 0 for i in range(bins)]
+
+
+def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer: Any) -> None:
+    """Against the counters of the engine, and the difference of its slots."""
+    model = open_model(store, slots=30, predictor="shadow")
+    live = Live(model)
+    counters = model.flash.streamer.counters
+    responses = stream_generate(model, tokenizer, "so it goes", 6)
+    next(responses)
+    assert all(cache.record is None for cache in live.caches)  # nobody looks on
+    live.watch(True)
+    for _ in range(4):
+        before = [cache.slot_of >= 0 for cache in live.caches]
+        counted = counters.copy()
+        next(responses)
+        token = counters - counted
+        masks = [live._masks(cache) for cache in live.caches]
+        assert sum(int(hit.sum()) for _, hit, _ in masks) == token.hits
+        assert sum(int(read.sum()) for _, _, read in masks) == token.misses + token.vain
+        for (resident, hit, read), had in zip(masks, before, strict=True):
+            assert not (hit & ~had).any() and (resident <= (had | read)).all()
+    next(responses)
+    layers = live.layers()
+    assert len(layers) == model.flash.plan.units.layers
+    for kinds, cache in zip(layers, live.caches, strict=True):
+        resident, hit, read = (np.frombuffer(base64.b64decode(kind), np.uint8) for kind in kinds)
+        assert resident.tolist() == binned(cache.slot_of >= 0).tolist() and hit.any() and len(read) == MOST_BINS
+    assert live.resident == [cache.resident for cache in live.caches] and live.slots == [30] * len(layers)
+    live.watch(False)
+    assert all(cache.record is None for cache in live.caches)
+
+
+def test_recording_changes_nothing() -> None:
+    rng = np.random.default_rng(1)
+    plain, watched = SlotCache(50, 20), SlotCache(50, 20)
+    watched.record = Record()
+    for _ in range(100):
+        units = np.sort(rng.choice(50, 12, replace=False))
+        for cache in (plain, watched):
+            cache.tick(units)
+            cache.commit(*cache.reserve(units))
+    assert (plain.slot_of == watched.slot_of).all() and len(watched.record.used) == 100
+
+
+# -- prompts -------------------------------------------------------------------------------------------------
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_template_is_followed(store: Path, open_model: Callable[..., Any]) -> None:
+    engine = Engine("some", "")
+    engine.model, engine.tokenizer = open_model(store), load_tokenizer(store)
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None},
+    ]
+    request = parse(ChatRequest, json.dumps({"messages": messages}).encode())
+    plain = engine.tokenizer.encode("be brief\n\nonetwo\n\n")
+    assert encode_chat(engine, request) == plain
+    engine.tokenizer._tokenizer.chat_template = TEMPLATE
+    text = "<system>be brief<user>onetwo<assistant><assistant>"
+    assert encode_chat(engine, request) == engine.tokenizer.encode(text, add_special_tokens=False)
+    refused = parse(ChatRequest, b'{"messages": [{"role": "tool", "content": "x"}]}')
+    with pytest.raises(ApiError, match="chat template refuses: no tools") as caught:
+        encode_chat(engine, refused)
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_experts_are_watched_as_neurons_are(tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path, "qwen3_moe")
+    write_tokenizer(folder)
+    model, tokenizer = load(folder, memory="2GB")
+    try:
+        live = Live(model)
+        live.watch(True)
+        responses = stream_generate(model, tokenizer, [5, 17], 3)
+        next(responses)
+        masks = [live._masks(cache) for cache in live.caches]
+        counters = model.flash.streamer.counters
+        assert counters.misses == sum(int(read.sum()) for _, _, read in masks) > 0
+        assert all((resident == read).all() and not (hit & read).any() for resident, hit, read in masks)
+        assert [len(base64.b64decode(kinds[0])) for kinds in live.layers()] == [12] * len(live.caches)
+    finally:
+        model.flash.close()

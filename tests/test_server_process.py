@@ -1,0 +1,145 @@
+"""python -m mlx_flash.server in a process of its own: arguments, signals, what it prints and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from serving import PATIENCE_S, until  # type: ignore[import-not-found]
+
+COMMAND = [sys.executable, "-m", "mlx_flash.server"]
+LONG: dict[str, Any] = {"prompt": [7, 8, 9], "max_tokens": 500, "stream": True, "logit_bias": {"1": -100, "0": -100}}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, env=os.environ | environment
+    )
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, its URL); the model may still be loading."""
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        assert select.select([process.stdout], [], [], PATIENCE_S)[0]
+        line = process.stdout.readline()
+        match = re.fullmatch(r"Serving (\S+) at (http://\S+:[1-9]\d+)\n", line)
+        assert match is not None, line + process.stderr.read()
+        yield process, match[2]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready(url: str) -> bool:
+    return httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_a_generation_and_the_process(number: int, code: int) -> None:
+    with started() as (process, url):
+        until(lambda: ready(url))
+        stream = httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=PATIENCE_S)
+        with stream as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            process.send_signal(number)
+            rest = [line for line in lines if line]
+        assert "stopping" in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 400
+        output, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == code and output == ""
+        assert "Traceback" not in errors and errors.startswith("memory plan") and errors.endswith("stopped\n"), errors
+
+
+def test_a_signal_while_idle_and_one_with_open_connections() -> None:
+    with started() as (process, url):
+        until(lambda: ready(url))
+        with httpx.Client(timeout=PATIENCE_S) as client, client.stream("GET", f"{url}/events") as events:
+            lines = events.iter_lines()
+            assert next(lines) == "event: state"
+            host, port = url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port))) as half:
+                half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
+                process.send_signal(signal.SIGTERM)
+                assert list(lines)  # ends
+                assert b"the server is stopping" in half.recv(1 << 16)
+                _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+
+
+def test_a_signal_while_loading() -> None:
+    with started() as (process, _):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+
+
+def test_the_port_is_open_before_the_model_is_there(tmp_path: Any) -> None:
+    with started() as (_, url):
+        first = httpx.get(f"{url}/health")
+        assert first.status_code in (200, 503)
+        until(lambda: ready(url))
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run("--port", port)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert f"127.0.0.1 port {port} cannot be used" in done.stderr and "--port" in done.stderr
+
+
+def test_a_key_is_needed_beyond_this_machine() -> None:
+    done = run("--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 2 and "an API key is needed" in done.stderr and done.stdout == ""
+    for key in ("", "two\nlines", " spaces "):
+        assert run("--port", "0", "--api-key", key).returncode == 2
+    with started("--host", "0.0.0.0", "--api-key", "sesame") as (_, url):
+        assert url.startswith("http://0.0.0.0:")
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 200
+
+
+def test_the_key_may_come_from_the_environment() -> None:
+    done = run("--host", "0.0.0.0", "--port", "0", "--model", "/nowhere/at/all", MLX_FLASH_API_KEY="sesame")
+    assert done.returncode == 2 and "there is no folder /nowhere/at/all" in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    small = run("--port", "0", "--memory", "1MB")
+    assert small.returncode == 2 and "the smallest that would do is" in small.stderr
+    assert "Traceback" not in small.stderr and small.stdout.startswith("Serving demo at http://127.0.0.1:")
+
+
+def test_wrong_arguments() -> None:
+    for wrong in (("--port", "65536"), ("--port", "x"), ("--host", "no.such.host.invalid"), ("--io", "tape")):
+        done = run(*wrong)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, wrong
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mlx_flash.server", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    modules = {match.split(".")[0] for match in re.findall(r"\| +(\S+)$", done.stderr, re.MULTILINE)}
+    assert done.returncode == 0 and "--api-key" in done.stdout and "mlx_flash" in modules
+    assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "starlette", "uvicorn", "pydantic"}

@@ -213,6 +213,8 @@ def test_the_points_of_a_plan_grow_and_leave_out_what_is_no_more() -> None:
     ]
     assert [point.size for point in found] == sorted(point.size for point in found)
     assert found[-1].size >= refused.full_bytes
+    tiny = budgets.points(BudgetError("", 253 * 10**6, 261 * 10**6, 8 * 10**6), "neurons")
+    assert [point.note for point in tiny] == ["the smallest", "all neurons in memory"]
     assert len(budgets.points(BudgetError("", 1_000 * 10**6, 1_001 * 10**6, 900_000), "neurons")) == 1
 
 

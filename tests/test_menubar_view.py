@@ -164,7 +164,7 @@ def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: ""
     deadline = time.monotonic() + SECONDS
     while not (found := value()):
         assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.1)
+        time.sleep(0.3)
     return found
 
 

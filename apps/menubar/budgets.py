@@ -24,8 +24,7 @@ SHARES = (
     (0.5, "half of the {units} in memory"),
     (1.0, "all {units} in memory"),
 )
-# The server's libraries, which the process that makes the plan lacks, and what a second start may differ by.
-SERVER_BYTES = 60_000_000
+SERVER_BYTES = 10_000_000  # by which the server may be larger than the process that made its plan: threads, buffers
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 
 def ask_plan(model: str | None) -> list[Budget]:
     """Nothing is downloaded, converted or loaded. Raises FlashError."""
+    import mlx_flash.server.app
+    import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
     from mlx_flash.errors import BudgetError
     from mlx_flash.finding import find_source, place_of
     from mlx_flash.flash.files import is_store
@@ -80,13 +81,10 @@ def ask_plan(model: str | None) -> list[Budget]:
 
 
 def points(refused: BudgetError, units: str) -> list[Budget]:
-    """The smallest budget and those with some shares of the units resident, each larger than the one before."""
-    found = [Budget(_rounded_up(refused.smallest_bytes), "the smallest")]
-    for share, note in SHARES:
-        size = _rounded_up(refused.bytes_for(share))
-        if size > found[-1].size:
-            found.append(Budget(size, note.format(units=units)))
-    return found
+    """The smallest budget and those with some shares of the units resident; of two alike, what is said of more."""
+    notes = {_rounded_up(refused.bytes_for(share)): note.format(units=units) for share, note in SHARES}
+    notes[_rounded_up(refused.smallest_bytes)] = "the smallest"
+    return [Budget(size, note) for size, note in sorted(notes.items())]
 
 
 def _rounded_up(size: int) -> int:

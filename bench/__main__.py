@@ -6,7 +6,7 @@ import argparse
 import signal
 from importlib import import_module
 
-from mlx_flash.commands import run_command
+from mlx_flash.commands import program, run_command
 
 COMMANDS = (
     "naive-vs-flash",
@@ -35,7 +35,7 @@ COMMANDS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mlx_flash.bench", description="Measurements.")
+    parser = argparse.ArgumentParser(prog=program("bench"), description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f".{name.replace('-', '_')}", __package__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,7 @@ from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.layers.experts import StreamedExperts
+from mlx_flash.layers.pace import Pace
 from mlx_flash.mixture import open_mixture
 from mlx_flash.mixture_loading import _number, trace
 from mlx_flash.stats import Counters
@@ -33,7 +34,8 @@ class Side:
 
     memory: bytes for the whole process; what follows is of flash alone. io, threads, window: as of mlx_flash.load.
     keep: whether experts stay in their slots from one call to the next. overlap: whether those that are there are
-    multiplied while others are read.
+    multiplied while others are read. look_ahead: at the next layer's: as the engine has it, which tries out whether it
+    pays, or all the time, or never.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Side:
     window: int | None = None
     keep: bool = True
     overlap: bool = True
+    look_ahead: Literal["tried", "always", "never"] = "tried"
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStream
             for layer in model.flash.layers:
                 cache = layer._stream.cache
                 layer._stream.cache = Forgetful(len(cache.slot_of), cache.slots, side.window)
-        if not side.overlap:
-            for layer in model.flash.layers:
+        for layer in model.flash.layers:
+            if not side.overlap:
                 wait_for_all(layer)
+            if layer._ahead is not None and side.look_ahead != "tried":
+                layer._ahead.pace = Pace(warm_up=2**62, guessing=side.look_ahead == "always")
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

@@ -17,7 +17,7 @@ from .report import describe, finish
 OUTPUT = "steps-mixture"
 LEAST_RECENT = 1_000_000  # calls: a window longer than any text here
 BASELINE = "every layer whole"
-FIRST = Side("flash", threads=1, window=LEAST_RECENT, keep=False, overlap=False)
+FIRST = Side("flash", threads=1, window=LEAST_RECENT, keep=False, overlap=False, look_ahead="never")
 # What each step changes in the side of the step before.
 STEPS: dict[str, dict[str, Any]] = {
     "only the chosen experts, 1 thread": {},
@@ -25,6 +25,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "+ slots, least-recent use": {"keep": True},
     "+ eviction by fading use": {"window": None},
     "+ products while others are read": {"overlap": True},
+    "+ look-ahead, always": {"look_ahead": "always"},
 }
 
 

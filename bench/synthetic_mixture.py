@@ -247,6 +247,7 @@ def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, 
     if shape.model_type == "gpt_oss":
         kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
         return config | {
+            "max_position_embeddings": 131072,  # 32 times 4096, the factor of its rotation
             "intermediate_size": shape.neurons,
             "num_local_experts": shape.experts,
             "sliding_window": 128,

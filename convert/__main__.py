@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_flash.commands import REVISION_HELP, run_command, whole_number
+from mlx_flash.commands import REVISION_HELP, program, run_command, whole_number
 from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_flash.convert",
+        prog=program("convert"),
         description="Converts a Hugging Face checkpoint into a store that mlx_flash streams from. "
         "An interrupted conversion goes on where it was when the same command is run again.",
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .commands import run_command
+from .commands import program, run_command
 from .errors import CorruptStoreError, UsageError
 from .flash.checksums import CHUNK_BYTES, crc32_of, read_header, sha256_of
 from .flash.files import MANIFEST, Manifest, NeuronLayout, parse_manifest
@@ -168,7 +168,7 @@ def _place(layout: NeuronLayout, layer: int, begin: int, end: int) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_flash.check",
+        prog=program("check"),
         description="Verifies every byte of a store against its checksums. Exit code 0: no damage; 1: damage, "
         "each place named; 2: wrong usage.",
     )

@@ -13,6 +13,13 @@ from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
 
+started_as: str | None = None  # "mlxflash generate", when the console script started it
+
+
+def program(module: str) -> str:
+    """What the usage line calls the command that is a module of this package."""
+    return started_as or f"python -m mlx_flash.{module}"
+
 
 def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
@@ -32,7 +39,9 @@ def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None]) -> None:
     """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = parser.parse_args()
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller, as `>&-` does
+    # Closed by the caller, as `<&-` and `>&-` do. The lowest number first: MLX cannot read a file whose number is 0.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that children and files are cleared up
     try:

@@ -10,6 +10,7 @@ import glob
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .flash.checksums import TensorEntry, read_header
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
 from .kinds import said, switch_layers
 from .layers.experts import StreamedExperts
+from .layers.pace import Pace
 
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
 
@@ -112,6 +114,12 @@ class Mixture:
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
             parent[name] = StreamedExperts(parent[name], ExpertStream(shared, tensors, count, window))
+        pace, leads = Pace(guessing=False), True  # short texts must not pay for a guess that does not
+        for path, following in pairwise(self.switches):
+            (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)
+            if (router := router_of(beside, next_name)) is not None:
+                parent[name].look_ahead(beside[next_name], router, pace, leads)
+                leads = False
 
     def layers(self) -> list[StreamedExperts]:
         """Those that `stream` put in."""
@@ -214,6 +222,16 @@ def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], l
         raise CheckpointError(f"{folder} has no weights: expected model*.safetensors.")
     weights_in(folder)  # none of those that an index names is lacking
     return entries, files
+
+
+def router_of(parent: Any, name: str) -> nn.Module | None:
+    """What scores the experts that `parent` holds as `name`, if that is no more than one product; else None."""
+    width = (parent[name].experts,)
+    for candidate in ("gate", "router"):
+        router = getattr(parent, candidate, None)
+        if isinstance(router, (nn.Linear, nn.QuantizedLinear)) and router.weight.shape[:1] == width:
+            return router
+    return None
 
 
 def parent_of(model: Any, path: str) -> tuple[Any, Any]:

@@ -20,6 +20,9 @@ class Counters:
     manage_s: float = 0.0  # ids, maps, slots
     total_s: float = 0.0  # whole calls of the model
 
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
@@ -35,6 +38,15 @@ class Statistics:
     decode: Counters
     decoded_tokens: int
     first_token_s: float
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Of several generations together; `first_token_s` is the sum."""
+        return Statistics(
+            prompt=self.prompt + other.prompt,
+            decode=self.decode + other.decode,
+            decoded_tokens=self.decoded_tokens + other.decoded_tokens,
+            first_token_s=self.first_token_s + other.first_token_s,
+        )
 
     @property
     def hit_rate(self) -> float | None:
@@ -59,3 +71,16 @@ class Statistics:
             "manage_s": d.manage_s / n,
             "compute_s": max(0.0, d.total_s - d.wait_s - d.manage_s) / n,
         }
+
+    def lines(self, predictor: str) -> list[str]:
+        """Two lines for people: what was read, and where the time went."""
+        each = self.per_token()
+        hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
+        rate = self.bytes_per_second
+        speed = "no reads" if rate is None else f"{rate / 1e9:.3f} GB/s while reading"
+        return [
+            f"Streaming ({predictor}): {hits}, {each['bytes_per_token'] / 1e6:.3f} MB and "
+            f"{each['reads_per_token']:.1f} reads per token, {speed}",
+            f"Time per token: {1e3 * each['wait_s']:.2f} ms waiting for reads, {1e3 * each['manage_s']:.2f} ms cache "
+            f"management, {1e3 * each['compute_s']:.2f} ms compute",
+        ]

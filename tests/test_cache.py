@@ -204,3 +204,14 @@ def test_an_interrupted_commit_claims_nothing() -> None:
         cache.tick(units)
         cache.commit(*cache.reserve(units))
         assert (cache.unit_of[cache.slot_of[units]] == units).all()
+
+
+def test_what_looks_empty_may_be_taken() -> None:
+    cache = SlotCache(9, 4)
+    put(cache, 0, 1)
+    guessed, taken = cache.reserve(ids(5))
+    missing, slots = cache.reserve(ids(0, 6, 7), taken=taken)
+    assert missing.tolist() == [6, 7] and not {*taken, *slots, cache.slot_of[0]} ^ {0, 1, 2, 3}
+    cache.commit(missing, slots)
+    cache.commit(guessed, taken)
+    assert cache.resident == 4 and sorted(cache.unit_of) == [0, 5, 6, 7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,8 @@ from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, 
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
+from mlx_flash.layers import experts as layer_module
+from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
 from mlx_flash.mixture import Mixture, Provenance, locate, open_mixture
 from mlx_flash.mixture_loading import load_mixture, open_files, trace, workspace_bytes
 
@@ -61,6 +64,8 @@ def stream() -> Iterator[Callable[..., tuple[Any, ExpertStreamer]]]:
         streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
         streamers.append(streamer)
         mixture.stream(streamer, [slots] * len(mixture.switches), options.get("window"))
+        for ahead in [layer._ahead for layer in mixture.layers() if layer._ahead is not None]:
+            ahead.pace.guessing = True  # as if a trial had found that it pays
         return mixture.model, streamer
 
     yield open_streamed
@@ -192,6 +197,140 @@ def test_a_failed_read_is_an_error_and_the_next_call_is_right(
         monkeypatch.undo()
         assert not streamer.flying and not streamer.reader._outstanding
         assert_same(everything(model), reference(folder), number)
+
+
+@pytest.mark.parametrize("slots", [2, 5, 8])
+@pytest.mark.parametrize("guess", ["router's", "right", "wrong", "random", "nothing"])
+@pytest.mark.parametrize("ahead", [0.25, 3])
+def test_a_guess_never_changes_the_text(
+    mixture_of: Callable[..., Path],
+    stream: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int,
+    guess: str,
+    ahead: float,
+) -> None:
+    folder = mixture_of("qwen3_moe", "4 bits")
+    call, router, rng = StreamedExperts.__call__, LookAhead.scores, np.random.default_rng(0)
+    chosen: list[np.ndarray] = []  # by the second layer
+
+    def noting(self: StreamedExperts, x: mx.array, indices: mx.array) -> mx.array:
+        if self._ahead is None and indices.size < SORTED_FROM:
+            chosen.append(np.array(indices))
+        return call(self, x, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedExperts, "__call__", noting)
+        everything(stream(folder, slots)[0])
+    following = itertools.cycle(chosen)
+
+    def scores(self: LookAhead, x: mx.array) -> mx.array | None:
+        found = router(self, x)
+        assert found is not None and found.shape == (*x.shape[:-1], 12)
+        needed = (np.arange(12) == next(following)[..., None]).any(-2).astype(np.float32)
+        noise = rng.random(found.shape, np.float32)
+        made = {"right": needed, "wrong": -needed, "random": noise}
+        return None if guess == "nothing" else mx.array(made[guess]) if guess in made else found
+
+    monkeypatch.setattr(LookAhead, "scores", scores)
+    monkeypatch.setattr(layer_module, "AHEAD", ahead)
+    model, streamer = stream(folder, slots)
+    for _ in range(2):
+        assert_same(everything(model), reference(folder), guess)
+    counters = streamer.counters
+    assert (counters.early + counters.vain > 0) == (guess != "nothing")
+    assert counters.early > 0 or guess != "right"
+    assert counters.vain == 0 or guess != "right"
+    assert counters.vain > 0 or guess != "wrong"
+    assert counters.early <= counters.misses and not streamer.flying
+
+
+def test_a_guess_that_cannot_be_read_or_is_left_behind(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mixture_of("qwen3_moe", "4 bits")
+    model, streamer = stream(folder, 5)
+    first, second = model_layers = [layer.mlp.switch_mlp for layer in model.layers]
+    begin, wait = LookAhead.begin, Reader.wait
+    failed: list[Any] = []
+
+    def left(self: LookAhead, scores: np.ndarray, choices: int) -> None:
+        begin(self, scores, choices)
+        if self.stream.flight is not None:
+            raise KeyboardInterrupt
+
+    def failing(reader: Reader, ticket: Any) -> Any:
+        report = wait(reader, ticket)
+        if first._stream.flight is None and ticket in second._stream.flight.tickets and not failed:
+            failed.append(ticket)
+            raise ReadError("injected")
+        return report
+
+    assert all(isinstance(layer, StreamedExperts) for layer in model_layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(LookAhead, "begin", left)
+        with pytest.raises(KeyboardInterrupt):
+            everything(model)
+    assert second._stream.flight is not None  # still on its way: whatever is called next lands it
+    assert_same(everything(model), reference(folder), "left behind")
+    with monkeypatch.context() as patch:
+        patch.setattr(LookAhead, "begin", lambda self, *_: begin(self, *_) or patch.setattr(Reader, "wait", failing))
+        with pytest.raises(ReadError, match="injected"):
+            everything(model)
+    assert not streamer.flying and not streamer.reader._outstanding and second._stream.flight is None
+    assert_same(everything(model), reference(folder), "failed")
+
+
+def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 4)
+    experts, counters = model.layers[1].mlp.switch_mlp._stream, streamer.counters
+    nobody = np.empty(0, np.int64)
+
+    def has(ids: list[int]) -> bool:
+        slots = experts.cache.slot_of[ids]
+        found = [np.array(experts.pools["up_proj.weight"][int(slot)]) for slot in slots if slot >= 0]
+        weights: Any = load_model(mixture_of("qwen3_moe", "4 bits"))[0].layers[1].mlp.switch_mlp.up_proj.weight
+        return len(found) == len(ids) and all(np.array_equal(a, weights[i]) for a, i in zip(found, ids, strict=True))
+
+    experts.fetch(np.array([0, 1]))
+    experts.read_ahead(np.array([7, 8]), keep=np.array([0]))
+    experts.use(np.array([0, 7, 9]))
+    experts.begin(np.array([0, 7, 9]))
+    assert len(experts.flight.experts) == 3 and len({*experts.flight.slots}) == 3 and not counters.hits - 1
+    experts.land(np.array([0]))
+    assert experts.flight is not None, "nobody waits for what is here"
+    experts.land(np.array([7]))
+    assert has([0, 7, 8, 9]) and (counters.early, counters.vain, counters.misses) == (1, 1, 4)
+    experts.read_ahead(np.array([2, 3]), keep=nobody)  # there is no room for what is in vain beside the next four
+    experts.use(np.array([4, 5, 6, 7]))
+    assert experts.flight is None and (counters.early, counters.vain) == (1, 3)
+    experts.begin(np.array([4, 5, 6, 7]))
+    experts.land()
+    assert has([4, 5, 6, 7]) and not streamer.flying
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str) -> None:
+    """Those whose router is one product; the first layer that guesses tells when a token begins, and no other does."""
+    layers = stream(mixture_of(family), 5)[0].modules()
+    ahead = [layer._ahead for layer in layers if isinstance(layer, StreamedExperts) and layer._ahead is not None]
+    linear = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss"}
+    assert bool(ahead) == (family in linear)
+    assert sum(one.leads for one in ahead) == min(1, len(ahead)) and len({id(one.pace) for one in ahead}) <= 1
+
+
+def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+    model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 5)
+    ahead = model.layers[0].mlp.switch_mlp._ahead
+    tokens: list[None] = []
+    ahead.pace.token = lambda: tokens.append(None)
+    ahead.pace.guessing = False
+    everything(model)
+    assert streamer.counters.early == streamer.counters.vain == 0
+    assert len(tokens) == 6  # not for the prompt, nor for the batch of 18 tokens
+    ahead.pace.guessing = True
+    everything(model)
+    assert streamer.counters.early > 0
 
 
 @pytest.mark.parametrize("slots", [1, 4, 7])

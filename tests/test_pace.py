@@ -40,3 +40,9 @@ def test_a_single_slow_token_decides_nothing() -> None:
     clock[0] += 1000.0
     run(pace, clock, TURNS * (TURN + 1), {True: 1.0, False: 1.5})
     assert run(pace, clock, 1, {True: 1.0, False: 1.5}) == [True]
+
+
+def test_it_may_begin_without_guesses() -> None:
+    clock = [0.0]
+    modes = run(Pace(lambda: clock[0], guessing=False), clock, WARM_UP + 2, {True: 1.0, False: 1.0})
+    assert modes == [False] * WARM_UP + [True] * 2

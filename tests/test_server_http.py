@@ -52,7 +52,11 @@ def test_health_statistics_and_metrics(server: Server) -> None:
         *("model", "plan", "memory", "resident", "totals", "last", "now", "queue", "uptime_s"),
     }
     model = stats["model"]
-    assert (model["id"], model["kind"], model["layers"]) == ("demo", "neurons", 5) and model["parameters_bytes"] > 15e6
+    assert (
+        (model["id"], model["kind"], model["layers"]) == ("demo", "neurons", 5)
+        and model["unit_size"] == 3
+        and model["parameters_bytes"] > 15e6
+    )
     assert len(stats["resident"]["slots"]) == len(stats["resident"]["units"]) == 5
     assert 0 < stats["resident"]["share"] <= 1 and max(stats["resident"]["units"]) <= model["units_per_layer"]
     assert stats["plan"]["context"] == 512 and stats["plan"]["budget"] == stats["memory"]["budget_bytes"]
@@ -266,6 +270,7 @@ def test_the_page(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with serving(key="sesame") as server:  # open in any case: it is where the key is asked for
         page, script = server.get("/"), server.get("/page/app.js")
         assert page.text == "<!doctype html>" and page.headers["content-type"].startswith("text/html")
+        assert page.headers["cache-control"] == script.headers["cache-control"] == "no-cache"
         assert script.text == "1" and "javascript" in script.headers["content-type"]
         policy = page.headers["content-security-policy"]
         assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy

@@ -11,6 +11,7 @@ import pytest
 from serving import Server, serving  # type: ignore[import-not-found]  # found beside this file
 
 import mlx_flash
+from mlx_flash.server.engine import LEAST_REUSED
 
 PROMPT = "It was a dark night, and"
 
@@ -118,6 +119,20 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(client: openai.OpenAI) -
     fresh = client.chat.completions.create(**options, seed=1)  # a seed: read anew
     assert fresh.usage is not None and fresh.usage.prompt_tokens_details is not None
     assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_what_is_in_common_must_be_worth_it(client: openai.OpenAI) -> None:
+    """A few tokens would only divide the prompt elsewhere, and so change last bits of its text."""
+
+    def cached(ids: list[int]) -> int | None:
+        done = client.completions.create(model="demo", prompt=ids, max_tokens=1, temperature=0)
+        assert done.usage is not None and done.usage.prompt_tokens_details is not None
+        return done.usage.prompt_tokens_details.cached_tokens
+
+    first = list(range(200, 240))
+    assert cached(first) == 0
+    assert cached([*first[:LEAST_REUSED], 9, 9]) == LEAST_REUSED
+    assert cached([*first[: LEAST_REUSED - 1], 8, 8]) == 0
 
 
 def test_probabilities(client: openai.OpenAI, texts: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Stop words, prompt caches, residency and statistics, without HTTP."""
+"""Stop words, settings, prompts and residency, without HTTP."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
-from mlx_lm.models.cache import ArraysCache, KVCache
 
 from mlx_flash.flash.cache import Record, SlotCache
-from mlx_flash.generation import cached_tokens, stream_generate
+from mlx_flash.generation import stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
 from mlx_flash.loading import load, load_tokenizer
-from mlx_flash.server.chat_cache import LEAST_REUSED, ChatCache, common_prefix
-from mlx_flash.server.engine import Engine
+from mlx_flash.server.engine import Engine, common_prefix
 from mlx_flash.server.errors import ApiError
 from mlx_flash.server.jobs import Sampling, TokenLogprob
 from mlx_flash.server.logprobs import within
@@ -58,67 +56,6 @@ def test_no_more_is_held_back_than_may_begin_a_word() -> None:
     assert stop.feed("\n") == "" and stop.feed("U") == "" and stop.feed("x") == "\n\nUx" and not stop.found
 
 
-# -- prompt caches -------------------------------------------------------------------------------------------
-
-
-def test_a_cache_is_trimmed_to_what_is_in_common(store: Path, open_model: Callable[..., Any], tokenizer: Any) -> None:
-    model = open_model(store)
-    chats = ChatCache(model)
-    first = list(range(1, 41))
-
-    def run(ids: Sequence[int], cache: list[Any], cached: int, count: int) -> list[int]:
-        responses = stream_generate(model, tokenizer, list(ids[cached:]), count, prompt_cache=cache)
-        return [response.token for response in responses]
-
-    cache, cached = chats.take(first)
-    assert cached == 0 and chats.cache is None
-    made = run(first, cache, 0, 5)
-    chats.keep(cache, [*first, *made[:-1]])
-    assert chats.tokens == [*first, *made[:-1]] and cached_tokens(cache) == len(chats.tokens)
-
-    longer = [*first, *made, 7, 8]
-    same, cached = chats.take(longer)
-    assert same is cache and cached == 44 == cached_tokens(cache)
-    chats.keep(same, longer[:44])
-    other = [*first[:20], 90, 91, 92]
-    same, cached = chats.take(other)
-    assert same is cache and cached == 20 == cached_tokens(cache)
-    text = run(other, same, 20, 5)
-    fresh, cached = ChatCache(model).take(other)
-    assert cached == 0 and run(other, fresh, 0, 5) == text  # exact in this store: all neurons that may matter
-    chats.keep(same, [*other, *text[:-1]])
-
-    same, cached = chats.take(other)  # at least one token must be fed
-    assert same is cache and cached == len(other) - 1
-    chats.keep(same, other[:-1])
-    assert chats.take(other, anew=True)[1] == 0 and chats.cache is None
-
-
-def test_too_little_in_common_is_not_worth_it(store: Path, open_model: Callable[..., Any]) -> None:
-    chats = ChatCache(open_model(store))
-    tokens = list(range(LEAST_REUSED + 5))
-    for common, reused in ((LEAST_REUSED, True), (LEAST_REUSED - 1, False)):
-        cache = [KVCache()]
-        cache[0].offset = len(tokens)
-        chats.keep(cache, tokens)
-        taken, cached = chats.take([*tokens[:common], 95, 94])
-        assert (taken is cache) == reused and cached == (common if reused else 0)
-
-
-def test_a_cache_that_cannot_be_trimmed_goes_on_or_goes(store: Path, open_model: Callable[..., Any]) -> None:
-    chats = ChatCache(open_model(store))
-    tokens = list(range(30))
-    cache = [ArraysCache(2)]
-    chats.keep(cache, tokens)
-    taken, cached = chats.take([*tokens, 5, 6])
-    assert taken is cache and cached == 30
-    chats.keep(cache, tokens)
-    taken, cached = chats.take([*tokens[:29], 5, 6])
-    assert taken is not cache and cached == 0
-    chats.keep(cache, tokens)
-    assert chats.take(tokens)[1] == 0  # the last one would have to be fed again
-
-
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
 def test_common_prefix(a: list[int], b: list[int]) -> None:
     n = common_prefix(a, b)
@@ -131,11 +68,11 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
 def test_penalties_see_what_was_cached() -> None:
     logits = mx.zeros((1, 8))
     sampling = Sampling(presence_penalty=1.0)
-    (processor,) = make_processors(sampling, [1, 2])
+    (processor,) = make_processors(sampling, lambda: [1, 2])
     assert processor(mx.array([3]), mx.array(logits)).tolist() == [[0, -1, -1, -1, 0, 0, 0, 0]]
-    (processor,) = make_processors(sampling, [4] + [1] * PENALTY_TOKENS)
+    (processor,) = make_processors(sampling, lambda: [4] + [1] * PENALTY_TOKENS)
     assert processor(mx.array([3]), mx.array(logits)).tolist() == [[0, -1, 0, -1, 0, 0, 0, 0]]
-    assert make_processors(Sampling(), [1, 2]) == []
+    assert make_processors(Sampling(), lambda: [1, 2]) == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import runpy
 import sys
 from importlib.util import find_spec
 
+from mlx_flash.commands import program
+
 INSTALL = 'the menu bar app needs its own packages: pip install -e ".[app]"'
 
 
@@ -19,7 +21,7 @@ def main() -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_flash.apps.menubar",
+        prog=program("apps.menubar"),
         description="Puts an item into the menu bar that runs the server, asks it, and shows its tokens per second.",
     )
     parser.parse_args()

@@ -12,6 +12,7 @@ import numpy as np
 
 HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
 LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
+NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass
@@ -71,8 +72,8 @@ class SlotCache:
         self.score[units] += self.gain
         return len(here)
 
-    def reserve(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Makes room for `units` (unique ids, at most `slots` of them).
+    def reserve(self, units: np.ndarray, taken: np.ndarray = NO_SLOTS) -> tuple[np.ndarray, np.ndarray]:
+        """Makes room for `units` (unique ids, at most `slots` of them), in none of the slots `taken`, which look empty.
 
         Returns the missing units and the slots they shall be read into, both int32; those slots are empty
         until `commit`. None of `units` that is here is evicted.
@@ -81,8 +82,8 @@ class SlotCache:
         absent = slots < 0
         missing = units[absent]
         if not len(missing):
-            return missing, np.empty(0, np.int32)
-        targets = self._victims(len(missing), keep=slots[~absent])
+            return missing, NO_SLOTS
+        targets = self._victims(len(missing), keep=np.concatenate((slots[~absent], taken)))
         old = self.unit_of[targets]
         old = old[old >= 0]
         self.resident -= len(old)  # first: interrupted here, or below, it may be too low, but never too high
@@ -104,10 +105,10 @@ class SlotCache:
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
         worth = self._worth()
-        worth[keep] = np.inf
         if self.resident < self.slots:
             empty = np.flatnonzero(self.unit_of < 0)
             worth[empty] = empty - self.slots  # below zero, in order
+        worth[keep] = np.inf
         return np.sort(np.argpartition(worth, count - 1)[:count]).astype(np.int32)
 
     def _worth(self) -> np.ndarray:

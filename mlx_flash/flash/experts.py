@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
 from .system import READ_ALIGNMENT
 
 SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
+NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Flight:
     tickets: list[Ticket]
     experts: np.ndarray
     slots: np.ndarray
+    guess: bool  # nobody has asked for them yet
 
 
 class ExpertStream:
@@ -129,31 +131,54 @@ class ExpertStream:
 
     def use(self, experts: np.ndarray) -> None:
         """A call of the model needs `experts`: they are the last to be evicted."""
+        if (flight := self.flight) is not None:
+            used = int(np.isin(flight.experts, experts).sum())
+            if flight.guess:
+                self.shared.counters.early += used
+                self.shared.counters.vain += len(flight.experts) - used
+                self.flight = replace(flight, guess=False)
+            if len(experts) + len(flight.experts) - used > self.cache.slots:  # what is in vain must make room
+                self.land()
         began = time.perf_counter()
         here = self.cache.tick(experts)
         self.shared.counters.hits += here
         self.shared.counters.misses += len(experts) - here
         self.shared.counters.manage_s += time.perf_counter() - began
 
-    def begin(self, experts: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Starts to read those of `experts` that are missing. None of `keep`, which are here, makes room for them."""
+    def read_ahead(self, experts: np.ndarray, keep: np.ndarray) -> None:
+        """Starts to read `experts`, which are missing, as far as they fit: the token under way may need them here.
+
+        None of `keep`, which are here, makes room for them. What was read in vain costs time, never changes a result.
+        """
+        self.land()  # what was in vain for the token before
+        self.begin(experts[: self.cache.slots - len(keep)], keep, guess=True)
+
+    def begin(self, experts: np.ndarray, keep: np.ndarray | None = None, guess: bool = False) -> None:
+        """Starts to read those of `experts` that are missing and not on their way. None of `keep`, which are here,
+        makes room for them."""
         began = time.perf_counter()
-        missing, slots = self.cache.reserve(experts if keep is None else np.union1d(experts, keep))
+        before = self.flight or _Flight([], NOTHING, NOTHING, guess)
+        wanted = experts if keep is None else np.concatenate((keep, experts))
+        if len(before.experts):
+            wanted = wanted[~np.isin(wanted, before.experts)]
+        missing, slots = self.cache.reserve(wanted, taken=before.slots)
         if len(missing):
             settling = time.perf_counter()
             self.settle()
             began += time.perf_counter() - settling  # what the device still did is compute
             with self.shared.draining():
-                self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
-                tickets: list[Ticket] = []
-                self.flight = _Flight(tickets, missing, slots)
+                if self.flight is None:
+                    self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
+                tickets = list(before.tickets)
+                both = np.concatenate((before.experts, missing)), np.concatenate((before.slots, slots))
+                self.flight = _Flight(tickets, *both, guess)
                 self._submit(missing, slots, tickets)
         self.shared.counters.manage_s += time.perf_counter() - began
 
-    def land(self) -> None:
-        """Waits for what is on its way, which is then here."""
+    def land(self, experts: np.ndarray | None = None) -> None:
+        """Waits for what is on its way, which is then here; not if `experts` are here without it."""
         flight = self.flight
-        if flight is None:
+        if flight is None or (experts is not None and (self.cache.slot_of[experts] >= 0).all()):
             return
         began = time.perf_counter()
         with self.shared.draining():

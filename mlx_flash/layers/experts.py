@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -9,10 +11,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.experts import ExpertStream
+from .pace import Pace
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
+AHEAD = 0.25  # of the experts that a token uses, as many are read on a guess; at least one (bench/RESULTS.md)
 
 
 def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
@@ -34,33 +38,57 @@ class StreamedExperts(nn.Module):
         self._inner = inner
         self._stream = stream
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
+        self._ahead: LookAhead | None = None
         for name, pool in stream.pools.items():
             projection, tensor = name.rsplit(".", 1)
             inner[projection][tensor] = pool
             if is_widened(tensor, pool.dtype):
                 inner[projection] = _Widened(inner[projection])
 
+    def look_ahead(self, following: StreamedExperts, router: nn.Module, pace: Pace, leads: bool) -> None:
+        """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
+
+        router: of the next layer, x (..., D) -> scores (..., E). pace: the model's. leads: whether this layer tells it
+        when a token begins.
+        """
+        self._ahead = LookAhead(following._stream, router, pace, leads)
+
+    @property
+    def experts(self) -> int:
+        return self._stream.experts
+
     def settle(self) -> None:
         """Evaluates what still reads this layer's slots."""
         self._stream.settle()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        stream = self._stream
+        stream, ahead = self._stream, self._ahead if indices.size < SORTED_FROM else None
+        if ahead is not None and ahead.leads:
+            ahead.pace.token()
         if stream.all_resident:  # then nothing moves any more, and nobody needs to know
             if self._slot_of is None:
                 self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
                 stream.settle()
             return self._inner(x, self._slot_of[indices])
+        scores = ahead.scores(x) if ahead is not None else None
+        if scores is not None:
+            mx.eval(indices, scores)
         needed = np.array(indices)  # the layer's one read-back
         stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
         experts = np.unique(needed)
         stream.use(experts)
         rounds = self._rounds(experts, needed.size)
+
+        def guess() -> None:
+            if ahead is not None and scores is not None:
+                ahead.begin(np.array(scores), needed.shape[-1])
+
         if len(rounds) > 1:
-            return self._in_rounds(x, needed, rounds)
+            return self._in_rounds(x, needed, rounds, guess)
         stream.begin(experts)
-        stream.land()
+        guess()
+        stream.land(experts)
         y = self._inner(x, mx.array(stream.cache.slot_of[needed].astype(np.uint32)))
         stream.hold(y)
         return y
@@ -79,8 +107,10 @@ class StreamedExperts(nn.Module):
         groups = [missing[i : i + at_once] for i in range(0, len(missing), max(1, at_once))]
         return [present, *groups] if len(present) else groups
 
-    def _in_rounds(self, x: mx.array, needed: np.ndarray, rounds: list[np.ndarray]) -> mx.array:
-        """Group by group, the next one read meanwhile."""
+    def _in_rounds(
+        self, x: mx.array, needed: np.ndarray, rounds: list[np.ndarray], guess: Callable[[], None]
+    ) -> mx.array:
+        """Group by group, the next one read meanwhile. guess: called when the last one is on its way."""
         stream, cache = self._stream, self._stream.cache
         pairs, choices = needed.reshape(-1), needed.shape[-1]
         rows = x.reshape(-1, 1, x.shape[-1])  # (N, 1, D)
@@ -91,11 +121,13 @@ class StreamedExperts(nn.Module):
         outputs, order = [], []
         stream.begin(rounds[0])
         for turn, group in enumerate(rounds):
-            stream.land()
+            stream.land(group)
             following = rounds[turn + 1] if turn + 1 < len(rounds) else np.empty(0, group.dtype)
             overlaps = 0 < len(following) <= cache.slots - len(group)
             if overlaps:
                 stream.begin(following, keep=group)
+                if turn + 2 == len(rounds):
+                    guess()
             members = np.flatnonzero(turns == turn)
             slots = cache.slot_of[pairs[members]]
             by_slot = np.argsort(slots, kind="stable")
@@ -120,6 +152,35 @@ class StreamedExperts(nn.Module):
             return inner.fc2(inner.activation(inner.fc1(x, slots, sorted_indices)), slots, sorted_indices)
         up, gate = inner.up_proj(x, slots, sorted_indices), inner.gate_proj(x, slots, sorted_indices)
         return inner.down_proj(inner.activation(up, gate), slots, sorted_indices)
+
+
+@dataclass
+class LookAhead:
+    """A guess of what the next layer's router will choose, by that router on this layer's input.
+
+    This layer's experts and the next attention add little to the residual in between; the norms are taken as equal.
+    """
+
+    stream: ExpertStream  # of the next layer
+    router: nn.Module
+    pace: Pace
+    leads: bool  # tells `pace` when a token begins
+
+    def scores(self, x: mx.array) -> mx.array | None:
+        """x: (..., D), this layer's input -> float32 (..., E) of the next; None where there is no use for them."""
+        if self.stream.all_resident or not self.pace.guessing:
+            return None
+        scores: mx.array = self.router(x).astype(mx.float32)
+        return scores
+
+    def begin(self, scores: np.ndarray, choices: int) -> None:
+        """Starts to read the likeliest of what is missing among the `choices` likeliest of each token."""
+        tokens = scores.reshape(-1, scores.shape[-1])  # (N, E)
+        by_rank = np.argsort(-tokens, axis=1)[:, :choices].T.ravel()
+        likeliest = by_rank[np.sort(np.unique(by_rank, return_index=True)[1])] if len(tokens) > 1 else by_rank
+        here = self.stream.cache.slot_of[likeliest] >= 0
+        count = max(1, int(AHEAD * choices))
+        self.stream.read_ahead(likeliest[~here][:count], keep=likeliest[here])
 
 
 class _Widened(nn.Module):

@@ -18,8 +18,11 @@ class Pace:
     Which weighs more depends on the disk, the cores and the budget; the text does not depend on it.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, warm_up: int = WARM_UP) -> None:
-        self.guessing = True
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, warm_up: int = WARM_UP, guessing: bool = True
+    ) -> None:
+        """guessing: until the first trial."""
+        self.guessing = guessing
         self._clock = clock
         self._last: float | None = None
         self._left = warm_up  # tokens of the current turn or term

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +28,7 @@ from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_MODEL = "default"
+FRESH = {"Cache-Control": "no-cache"}  # a newer server must not meet an older page
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
@@ -45,7 +46,7 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
             Route("/metrics", routes.metrics),
             Route("/events", routes.events),
             Route("/", routes.page),
-            Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
+            *([Mount("/page", _PageFiles(directory=PAGE))] if PAGE.is_dir() else []),
         ],
         exception_handlers={
             ApiError: _refused,
@@ -56,6 +57,13 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
         },
     )
     return Guard(app, host, key)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(FRESH)
+        return response
 
 
 class Routes:
@@ -132,7 +140,7 @@ class Routes:
     async def page(self, _request: Request) -> Response:
         if not (PAGE / "index.html").is_file():
             raise ApiError(404, "this installation has no page.")
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(PAGE / "index.html", headers=FRESH)
 
 
 def _answer(error: ApiError) -> Response:

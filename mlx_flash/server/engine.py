@@ -1,7 +1,7 @@
 """One model, one generation at a time, in one thread: MLX's arrays belong to the thread that makes them.
 
-Why no batches: each row of one needs its own KV cache, and the plan has room for one context; and a step then reads the
-union of the units that its rows need, from the same disk.
+Why no batches: each row of one needs its own KV cache, and the plan has room for one context. A step would read the
+union of the units that its rows need: less for each token, but more than one alone waits for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from ..errors import FlashError
@@ -23,6 +24,7 @@ from .monitor import Monitor
 from .stops import StopWords
 
 QUEUE_LIMIT = 64
+LEAST_REUSED = 16  # tokens of the last request; a shorter beginning in common saves nothing
 LOADING = "loading"
 READY = "ready"
 FAILED = "failed"
@@ -103,9 +105,9 @@ class Engine:
         """Loads, then serves until `stop`. Raises what `load` raises."""
         try:
             self.model, self.tokenizer = load()
-            from .chat_cache import ChatCache  # mlx-lm's import is a part of loading
+            from ..turns import Turns  # mlx-lm's import is a part of loading
 
-            self._chats = ChatCache(self.model)
+            self._turns = Turns(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except BaseException as error:
             self.failure, self.state = str(error) or type(error).__name__, FAILED
@@ -138,16 +140,15 @@ class Engine:
     def _serve(self, job: Job) -> None:
         assert self.monitor is not None
         self.job = job
-        cache, cached = self._chats.take(job.ids, anew=job.sampling.seed is not None)
-        self.monitor.begin(job, cached)
+        self.monitor.begin(job)
         failed = True
         try:
-            job.tell(self._generate(job, cache, cached))
+            job.tell(self._generate(job))
             failed = False
         except _Ended:
             failed = not job.left
             job.tell(_stopping())
-        except FlashError as error:  # what was read so far may differ from layer to layer: the cache is not kept
+        except FlashError as error:
             job.tell(ApiError(500, str(error), code="read_failed"))
         except Exception as error:
             log.exception("request %s failed", job.id)
@@ -159,54 +160,44 @@ class Engine:
             self.job = None
             self.monitor.end(failed)
 
-    def _generate(self, job: Job, cache: list[Any], cached: int) -> End:
+    def _generate(self, job: Job) -> End:
         import mlx.core as mx
 
-        from ..generation import stream_generate
         from .logprobs import logprob_of, within
         from .sampling import make_processors, make_sampler
 
-        monitor = self.monitor
+        monitor, turns = self.monitor, self._turns
         assert monitor is not None
-        read = 0  # tokens of the prompt that the cache holds besides those that it had
-        generated: list[int] = []
 
         def check() -> None:
             if job.left or self._stopping:
                 raise _Ended
 
         def progress(done: int, total: int) -> None:
-            nonlocal read
             if done < total:
-                read = done
                 monitor.prompt(done)
                 check()
 
-        def keep() -> None:
-            """Only after an end between two tokens; the last one is never fed back."""
-            self._chats.keep(cache, [*job.ids[: cached + read], *generated[:-1]])
-
+        check()
         sampling = job.sampling
+        if sampling.seed is not None or common_prefix(turns.tokens, job.ids) < LEAST_REUSED:
+            turns.forget()
         # A seed of one request must not show in the next one's text.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
         stop = StopWords(job.stop)
         held: list[TokenLogprob] = []
-        reason = None
         before = job.ids[-1]
-        try:
-            check()
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                job.ids[cached:],
-                job.max_tokens,
-                sampler=make_sampler(sampling),
-                logits_processors=make_processors(sampling, job.ids[:cached]),
-                prompt_cache=cache,
-                prompt_progress_callback=progress,
-            ):
-                read = len(job.ids) - cached
-                generated.append(response.token)
+        responses = turns.stream_generate(
+            self.tokenizer,
+            job.ids,
+            job.max_tokens,
+            sampler=make_sampler(sampling),
+            logits_processors=make_processors(sampling, lambda: job.ids[: turns.reused]),
+            prompt_progress_callback=progress,
+        )
+        monitor.cached = turns.reused
+        with closing(responses):
+            for response in responses:
                 monitor.token(response)
                 if job.top_logprobs is not None and response.token not in self.tokenizer.eos_token_ids:
                     held.append(logprob_of(self.tokenizer, response, before, job.top_logprobs))
@@ -221,13 +212,15 @@ class Engine:
                     job.tell(Piece(text, tuple(held)))
                     held = []
                 if reason is not None:
-                    break
+                    return End(reason, len(job.ids), turns.reused, response.generation_tokens)
                 check()
-        except _Ended:
-            keep()
-            raise
-        keep()
-        return End(reason or "length", len(job.ids), cached, len(generated))
+        raise AssertionError("a generation ends with a reason")
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """With how many equal tokens both begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _stopping() -> ApiError:

@@ -16,7 +16,11 @@ CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-ANSWER_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", CONTENT_POLICY.encode()))
+ANSWER_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", CONTENT_POLICY.encode()),
+)
 
 
 class Guard:

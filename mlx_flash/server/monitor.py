@@ -33,8 +33,9 @@ class Monitor:
         self._counters: Counters = model.flash.streamer.counters
         self._times: deque[float] = deque()
 
-    def begin(self, job: Job, cached: int) -> None:
-        self._job, self._cached = job, cached
+    def begin(self, job: Job) -> None:
+        self._job = job
+        self.cached = 0  # tokens of the prompt that need not be read
         self._began = time.perf_counter()
         self._bytes_before = self._counters.bytes
         self._response: FlashResponse | None = None
@@ -47,7 +48,7 @@ class Monitor:
         """So many tokens of the prompt have been read, besides those that were cached."""
         self.live.watch(self.hub.listening)
         self.live.forget()
-        job, done = self._job, self._cached + done
+        job, done = self._job, self.cached + done
         self.now = {
             **{"id": job.id, "tokens_per_second": 0.0, "generated_tokens": 0},
             **{"prompt_tokens": len(job.ids), "prompt_done": done},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
@@ -12,6 +11,8 @@ from mlx_lm.sample_utils import make_sampler as make_mlx_lm_sampler
 from .jobs import Sampling
 
 PENALTY_TOKENS = 20  # that penalties look back on, mlx-lm's default
+
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logits (1, V) -> logits
 
 
 def make_sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
@@ -22,9 +23,11 @@ def make_sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     return sampler
 
 
-def make_processors(sampling: Sampling, cached: Sequence[int]) -> list[Callable[[mx.array, mx.array], mx.array]]:
-    """For `stream_generate`, which shows them the tokens after `cached`: they are to see those as well."""
-    processors: list[Any] = make_logits_processors(
+def make_processors(
+    sampling: Sampling, cached: Callable[[], Sequence[int]]
+) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """For a prompt of which `cached()` is in the cache already: they are to see those tokens as well."""
+    processors: list[Processor] = make_logits_processors(
         sampling.logit_bias or None,
         sampling.repetition_penalty or None,
         PENALTY_TOKENS,
@@ -33,12 +36,12 @@ def make_processors(sampling: Sampling, cached: Sequence[int]) -> list[Callable[
         sampling.frequency_penalty or None,
         PENALTY_TOKENS,
     )
-    before = list(cached[-PENALTY_TOKENS:])
-    if not before or not processors:
-        return processors
-    first = mx.array(before)
 
-    def seeing_all(processor: Any) -> Callable[[mx.array, mx.array], mx.array]:
-        return lambda tokens, logits: processor(mx.concatenate([first, tokens]), logits)
+    def seeing_all(processor: Processor) -> Processor:
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            before = mx.array(list(cached()[-PENALTY_TOKENS:]), tokens.dtype)
+            return processor(mx.concatenate([before, tokens]), logits)
+
+        return process
 
     return [seeing_all(processor) for processor in processors]

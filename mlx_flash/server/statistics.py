@@ -22,6 +22,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "kind": "experts" if flash.predictor == "router" else "neurons",
             "layers": units.layers,
             "units_per_layer": units.per_layer,
+            "unit_size": 1 if flash.manifest is None else flash.manifest.layout.neurons_per_block,
             "parameters_bytes": flash.plan.demand.resident + units.layers * units.per_layer * _unit_bytes(flash),
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},

@@ -1,0 +1,306 @@
+"""python -m mlx_flash.chat: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .commands import program, run_command
+from .errors import BudgetError, UsageError
+from .finding import cache_folder
+from .history import History
+from .model_arguments import add_model_arguments, load_model
+from .plan import parse_memory
+from .sampling import add_sampling_arguments, check_sampling, sampler_of
+from .stats import Statistics
+from .terminal import Interrupts, PromptInterrupted, more_context, progress_line, say
+
+PROMPT = ">>> "
+HELP = """\
+/reset         forget the conversation
+/stats         of the last answer and of all: speed, cache hits, bytes read per token, where the time went
+/memory        the memory plan, and what is used now
+/memory 6GB    load the model again with that budget; the conversation stays
+/help          this list
+/quit          leave; so does Ctrl-D
+Ctrl-C stops an answer. A line that begins with a space is never a command."""
+AGAIN = "It stops when the layers at work are done; Ctrl-C once more leaves the program."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program("chat"),
+        description="A conversation with a model that streams from the SSD. Where standard input or output is no "
+        "terminal, it answers line by line. Answers go to standard output, everything else to standard error.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    text = parser.add_argument_group("text")
+    add_sampling_arguments(text, max_tokens=256)
+    text.add_argument("--system-prompt", help="system message for the chat template")
+    text.add_argument(
+        "--ignore-chat-template", action="store_true", help="questions and answers are one text that goes on"
+    )
+    return parser
+
+
+class Chat:
+    """A loaded model, the conversation with it, and what that took."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.last: Statistics | None = None
+        self.total: Statistics | None = None
+        self.answers = 0
+        self._cut_before = False  # an answer, by --max-tokens
+        self._load()
+        from .conversation import Conversation
+
+        self.conversation = Conversation(
+            self.tokenizer, self.plan.context, arguments.system_prompt, not arguments.ignore_chat_template
+        )
+        self.sampler = sampler_of(arguments, self.model.flash.vocabulary)
+        if not self.conversation.has_template:
+            if arguments.system_prompt is not None:
+                say("note: --system-prompt is not used without a chat template")
+            if not arguments.ignore_chat_template:
+                say("note: this model has no chat template: your lines and its answers are one text that goes on")
+
+    @property
+    def plan(self) -> Any:
+        return self.model.flash.plan
+
+    def _load(self) -> None:
+        self.model: Any
+        self.tokenizer: Any
+        self.model, self.tokenizer = load_model(self.arguments, say)
+        from .turns import Turns
+
+        self.turns: Any = Turns(self.model)
+
+    def close(self) -> None:
+        if self.model is not None:  # as it is when it could not be loaded again
+            self.model.flash.close()
+
+    # -- a question ------------------------------------------------------------------------------------------
+
+    def answer(self, question: str, interrupts: Interrupts) -> None:
+        """Writes the answer as it is made. Raises UsageError for a question that cannot be used."""
+        room = min(self.arguments.max_tokens, self.plan.context // 4)
+        prompt = self.conversation.ask(question, room)
+        if prompt.dropped:
+            say(
+                f"note: the context of {self.plan.context} tokens is full: dropped the oldest {_turns(prompt.dropped)} "
+                f"({prompt.dropped_tokens} tokens), kept {_turns(len(self.conversation.turns))}"
+            )
+        pieces: list[str] = []
+        made: list[int] = []
+        response: Any = None
+        responses = self.turns.stream_generate(
+            self.tokenizer,
+            prompt.tokens,
+            self.arguments.max_tokens,
+            sampler=self.sampler,
+            prompt_progress_callback=progress_line(interrupts),
+        )
+        with contextlib.closing(responses), contextlib.suppress(PromptInterrupted):  # type: ignore[type-var]
+            for response in responses:
+                print(response.text, end="", flush=True)
+                pieces.append(response.text)
+                made.append(response.token)
+                if interrupts.asked:
+                    break
+        if response is None:
+            say("stopped while the question was read; it is forgotten")
+            return
+        print(flush=True)
+        self.conversation.answered(question, "".join(pieces), made)
+        self._count(response.statistics)
+        if interrupts.asked:
+            say("stopped")
+        elif response.finish_reason == "length":
+            self._say_cut(len(made))
+
+    def _count(self, statistics: Statistics) -> None:
+        self.last = statistics
+        self.total = statistics if self.total is None else self.total + statistics
+        self.answers += 1
+
+    def _say_cut(self, made: int) -> None:
+        if made < self.arguments.max_tokens:
+            say(
+                f"note: the context of {self.plan.context} tokens is full{more_context(self.model)}, so the answer "
+                "ends here; the next question drops the oldest turns, /reset all of them"
+            )
+        elif not self._cut_before:
+            self._cut_before = True
+            say(f"note: an answer ends after {made} tokens (--max-tokens)")
+
+    # -- commands --------------------------------------------------------------------------------------------
+
+    def command(self, line: str) -> bool:
+        """Whether to go on. Raises UsageError for an unknown command."""
+        name, *rest = line.split()
+        if name == "/memory" and len(rest) <= 1:
+            self.reload(rest[0]) if rest else self.say_memory()
+        elif rest and name in ("/reset", "/stats", "/memory", "/help", "/quit"):
+            raise UsageError(f"{name} takes {'one size' if name == '/memory' else 'nothing'} after it.")
+        elif name == "/reset":
+            self.conversation.forget()
+            self.turns.forget()
+            say("the conversation is forgotten")
+        elif name == "/stats":
+            self.say_statistics()
+        elif name == "/help":
+            say(HELP)
+        elif name == "/quit":
+            return False
+        else:
+            raise UsageError(f"there is no command {name}; /help lists them. Begin with a space to say it as a text.")
+        return True
+
+    def say_statistics(self) -> None:
+        if self.last is None or self.total is None:
+            say("nothing was answered yet")
+        else:
+            self._say_of("last answer", self.last)
+            self._say_of("total of one answer" if self.answers == 1 else f"total of {self.answers} answers", self.total)
+        say(self._memory_now())
+        slots = f"slots for {self.plan.slot_share:.0%} of the {self.plan.units.name}"
+        say(f"plan: {self.plan.total / 1e9:.3f} GB, {slots} (/memory shows all of it)")
+
+    def _say_of(self, what: str, statistics: Statistics) -> None:
+        seconds = statistics.decode.total_s
+        say(
+            f"{what}: {statistics.decoded_tokens} tokens in {seconds:.1f} s, "
+            f"{statistics.decoded_tokens / seconds:.1f} tokens-per-sec; "
+            f"to the first token: {statistics.first_token_s:.3f} s"
+        )
+        for line in statistics.lines(self.model.flash.predictor):
+            say(f"  {line}")
+
+    def say_memory(self) -> None:
+        say(self.plan.describe())
+        say(self._memory_now())
+
+    def _memory_now(self) -> str:
+        from .flash.system import current_memory_bytes, peak_memory_bytes
+
+        now, peak = current_memory_bytes() / 1e9, peak_memory_bytes() / 1e9
+        return (
+            f"now: {now:.3f} GB of {self.plan.budget / 1e9:.3f} GB, at most so far {peak:.3f} GB; "
+            f"{_turns(len(self.conversation.turns))}, {len(self.turns.tokens)} of {self.plan.context} tokens of context"
+        )
+
+    def reload(self, memory: str) -> None:
+        """With another budget, or, where that is too small, as it was. The conversation stays, its cache does not."""
+        parse_memory(memory)
+        before, self.arguments.memory = self.arguments.memory, memory
+        self._free()
+        try:
+            self._load()
+        except BudgetError as refused:
+            say(f"{refused} Loading it as it was.")
+            self.arguments.memory = before
+            try:
+                self._load()
+            except BudgetError as grown:  # a little: the process is larger than when it began
+                self.arguments.memory = grown.smallest_bytes
+                self._load()
+        self.conversation.tokenizer, self.conversation.context = self.tokenizer, self.plan.context
+
+    def _free(self) -> None:
+        """The plan counts the process as it is then: the old model must be gone."""
+        import mlx.core as mx
+
+        from .flash.system import return_freed_memory
+
+        self.close()
+        self.model = self.tokenizer = self.turns = self.conversation.tokenizer = None
+        gc.collect()
+        mx.clear_cache()
+        return_freed_memory()
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn" if count == 1 else f"{count} turns"
+
+
+def typed(interrupts: Interrupts) -> Iterator[str]:
+    """Lines from the terminal, until Ctrl-D."""
+    history = History(cache_folder() / "chat-history")
+    while True:
+        try:
+            with interrupts.raising():
+                line = input(PROMPT)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            if not history.typed_so_far():
+                say("/quit or Ctrl-D leaves the program")
+        except UnicodeDecodeError:
+            say("that is not valid UTF-8 text.")
+        else:
+            history.add(line)
+            yield line
+
+
+def piped(interrupts: Interrupts) -> Iterator[str]:
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    while True:
+        with interrupts.raising():
+            line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\r\n")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    check_sampling(arguments)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    chat = Chat(arguments)
+    if interactive:
+        say("Type a text and press Return; /help lists the commands.")
+    try:
+        with Interrupts(AGAIN if interactive else None) as interrupts:
+            return converse(chat, typed(interrupts) if interactive else piped(interrupts), interrupts, interactive)
+    finally:
+        chat.close()
+
+
+def _check_text(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # bytes that are no text come as lone surrogates
+        raise UsageError("that is not valid UTF-8 text.") from None
+
+
+def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interactive: bool) -> int:
+    """Until the lines end; the exit code: 2 if a line could not be used, and nobody sits there to type it again."""
+    unused = 0
+    for line in lines:
+        interrupts.renew()
+        try:
+            _check_text(line)
+            if not line.startswith("/"):
+                if line.strip():
+                    chat.answer(line.strip(), interrupts)
+            elif not chat.command(line):
+                break
+        except UsageError as error:
+            say(str(error))
+            unused += 1
+        if interrupts.asked and not interactive:
+            return 130
+    return 2 if unused and not interactive else 0
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

@@ -1,0 +1,131 @@
+// The conversation on the screen. What a model or a user wrote only ever becomes a text node.
+
+import { NONE } from "./format.js";
+
+const NEAR_PX = 48; // so near the end counts as reading along
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+export class Messages {
+  #shown = []; // {message, article, text, foot}
+  #frame = null;
+  #along = true; // the end of the conversation is in sight
+  #model = "Model";
+
+  constructor(log, empty, scroll, composer, onRetry) {
+    this.log = log;
+    this.empty = empty;
+    this.scroll = scroll;
+    this.composer = composer;
+    this.onRetry = onRetry;
+    addEventListener("scroll", () => (this.#along = this.#below() < NEAR_PX), { capture: true, passive: true });
+    // What grows below, an input of many lines or the settings, must not hide the end from somebody who reads it.
+    const resized = new ResizeObserver(() => this.#along && this.toEnd());
+    resized.observe(scroll);
+    resized.observe(composer);
+  }
+
+  set model(name) {
+    this.#model = name;
+    for (const name of this.log.querySelectorAll(".assistant > .who")) name.textContent = this.#model;
+  }
+
+  show(messages) {
+    this.#shown = [];
+    this.log.replaceChildren();
+    for (const message of messages) this.#append(message);
+    this.#finish();
+    this.toEnd();
+  }
+
+  add(message) {
+    this.#append(message);
+    this.#finish();
+    this.toEnd();
+  }
+
+  /** Draws the last message again, with the next frame. */
+  update() {
+    this.#frame ??= requestAnimationFrame(() => {
+      this.#frame = null;
+      this.#finish();
+    });
+  }
+
+  #append(message) {
+    const article = element("article", message.role);
+    article.append(element("h3", "who", message.role === "user" ? "You" : this.#model));
+    const text = document.createTextNode(message.content);
+    const body = element("div", "text");
+    body.append(text);
+    const foot = element("p", "foot");
+    article.append(body, foot);
+    this.log.append(article);
+    this.#foot({ message, article, foot }, false);
+    this.#shown.push({ message, article, text, foot });
+  }
+
+  #finish() {
+    this.empty.hidden = this.#shown.length > 0;
+    const last = this.#shown.at(-1);
+    if (!last) return;
+    const along = this.#along;
+    const { message, text } = last;
+    // Appending keeps a selection that somebody is making in what is there.
+    if (message.content.startsWith(text.data)) text.appendData(message.content.slice(text.data.length));
+    else text.data = message.content;
+    for (const shown of this.#shown.slice(-3)) this.#foot(shown, shown === last);
+    if (along) this.toEnd();
+  }
+
+  #foot({ message, article, foot }, last) {
+    const streaming = message.state === "streaming";
+    article.dataset.state = message.state ?? "";
+    article.setAttribute("aria-busy", String(streaming));
+    article.classList.toggle("waiting", streaming && message.content === "");
+    const note = message.note ?? "";
+    const retry = last && message.role === "assistant" && !streaming;
+    const state = `${note}|${retry}`;
+    if (foot.dataset.shown === state) return;
+    foot.dataset.shown = state;
+    foot.replaceChildren();
+    if (note) foot.append(element("span", "note", note));
+    if (retry) {
+      const button = element("button", "retry", "Retry");
+      button.type = "button";
+      button.title = "Throw this answer away and ask again";
+      button.addEventListener("click", this.onRetry);
+      foot.append(button);
+    }
+  }
+
+  // On a wide screen the chat scrolls; on a narrow one the page does, below the composer that sticks to its end.
+  get #pageScrolls() {
+    return getComputedStyle(this.scroll).overflowY !== "auto";
+  }
+
+  /** Pixels of the conversation that are below what can be seen. */
+  #below() {
+    if (!this.#pageScrolls) return this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
+    return this.log.getBoundingClientRect().bottom - this.composer.getBoundingClientRect().top;
+  }
+
+  toEnd() {
+    this.#along = true;
+    if (!this.#pageScrolls) this.scroll.scrollTop = this.scroll.scrollHeight;
+    else if (this.#below() > 0) scrollBy(0, this.#below());
+  }
+}
+
+/** What is said under an answer that ended well. */
+export function summary({ tokens, seconds, finish }) {
+  const parts = [`${tokens ?? NONE} tokens`];
+  if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} per second`);
+  if (finish === "length") parts.push("cut there");
+  return parts.join(" · ");
+}

@@ -1,0 +1,95 @@
+"""The real server with the demo model, and Chromium in front of its page. For test_page.py and page_screenshots.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE_S = 300  # the first start converts the demo model
+
+
+class Server:
+    """`start` and `kill` as often as you like: the port stays."""
+
+    def __init__(self, log: Path, *options: str, memory: str = "400MB") -> None:
+        self.log, self.options, self.memory = log, options, memory
+        self.port = 0
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlx_flash.server", "--port", str(self.port), "--memory", self.memory]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.options], stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("Serving"), self.log.read_text()
+        self.port = int(line.rsplit(":", 1)[1])
+
+    def wait(self) -> None:
+        """Until the model is loaded."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            try:
+                self.get("/health")
+                return
+            except urllib.error.HTTPError as error:
+                assert error.code == 503, error.read()
+            time.sleep(0.1)
+        raise AssertionError(f"not loaded after {PATIENCE_S} s: {self.log.read_text()}")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def kill(self) -> None:
+        """At once, as a crash would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self.process = None
+
+
+@contextmanager
+def running(log: Path, *options: str, memory: str = "400MB") -> Iterator[Server]:
+    server = Server(log, *options, memory=memory)
+    try:
+        server.start()
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox refuses root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if root else [])
+        try:
+            yield browser
+        finally:
+            browser.close()

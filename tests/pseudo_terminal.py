@@ -1,0 +1,75 @@
+"""A command in a pseudo-terminal: typed into, read from, interrupted by Ctrl-C as a user does."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+# A process of its own first, which takes the terminal and becomes the command: nothing is run in a fork of the tests.
+LAUNCH = (
+    "import os, signal, sys; os.login_tty(0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+ESCAPES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\r|\x07")
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+
+
+class PseudoTerminal:
+    def __init__(self, *arguments: str, cache: Path) -> None:
+        """Starts Python with the arguments; `cache` is its cache folder."""
+        self._own, other = pty.openpty()
+        termios.tcsetwinsize(other, (50, 20_000))  # no line is broken
+        environment = {**os.environ, "TERM": "xterm", "MLX_FLASH_CACHE": str(cache)}
+        command = [sys.executable, "-c", LAUNCH, *arguments]
+        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
+        os.close(other)
+        self._unread = ""
+        self.pieces: list[str] = []  # as they arrived
+
+    def type(self, text: str) -> None:
+        os.write(self._own, text.encode())
+
+    def press(self, key: str) -> None:
+        """After a moment: readline misses a signal that comes while it still draws."""
+        time.sleep(0.3)
+        self.type(key)
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What is shown up to there, without escape sequences; fails if it does not come, or the command ends."""
+        end = time.monotonic() + seconds
+        while text not in (shown := ESCAPES.sub("", self._unread)):
+            if not self._read(end - time.monotonic()):
+                raise AssertionError(f"{text!r} did not come, but {shown!r}")
+        at = shown.index(text) + len(text)
+        self._unread = shown[at:]
+        return shown[:at]
+
+    def ended(self, seconds: float = 30) -> tuple[int, str]:
+        """(exit code, what was still shown)"""
+        end = time.monotonic() + seconds
+        while self._read(end - time.monotonic()):
+            pass
+        return self.process.wait(timeout=max(0.1, end - time.monotonic())), ESCAPES.sub("", self._unread)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._own)
+
+    def _read(self, seconds: float) -> bool:
+        if seconds <= 0 or not select.select([self._own], [], [], seconds)[0]:
+            return False
+        try:
+            piece = os.read(self._own, 65536).decode(errors="replace")
+        except OSError:  # Linux says so when the command has ended
+            return False
+        self.pieces.append(piece)
+        self._unread += piece
+        return bool(piece)

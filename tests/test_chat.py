@@ -1,0 +1,346 @@
+"""python -m mlx_flash.chat with the packaged demo model, in a pseudo-terminal and through pipes."""
+
+from __future__ import annotations
+
+import json
+import re
+import readline
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import change_manifest, make_tiny  # type: ignore[import-not-found]
+from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[import-not-found]
+from tiny import make_checkpoint  # type: ignore[import-not-found]
+
+from mlx_flash.conversation import Conversation
+from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.errors import UsageError
+from mlx_flash.finding import demo_folder
+from mlx_flash.generation import encode_prompt, stream_generate
+from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.terminal import Interrupts
+from mlx_flash.turns import Turns
+
+PYTHON_M = ("-m", "mlx_flash.chat")
+READY = ">>> "
+QUESTIONS = ("It was a dark night, and", "The captain", "Then they")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "store"
+    convert(demo_folder(), folder, Settings(calibration_tokens=256))
+    return folder
+
+
+@pytest.fixture
+def start(demo: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
+    terminals: list[PseudoTerminal] = []
+
+    def start(*arguments: str, model: Path = demo) -> PseudoTerminal:
+        terminal = PseudoTerminal(*PYTHON_M, "--model", str(model), *arguments, cache=tmp_path / "cache")
+        terminals.append(terminal)
+        terminal.until(READY)
+        return terminal
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+
+
+def ask(terminal: PseudoTerminal, line: str) -> str:
+    """What the line is answered with, up to the next prompt."""
+    terminal.type(f"{line}\n")
+    terminal.until(f"{line}\n")
+    return str(terminal.until(READY)).removesuffix(READY)
+
+
+@pytest.fixture(scope="module")
+def answers(demo: Path) -> list[str]:
+    """To QUESTIONS, one after another, of 24 tokens each."""
+    model, tokenizer = load(demo)
+    turns, ids, texts = Turns(model), list[int](), []
+    for question in QUESTIONS:
+        ids += tokenizer.encode(f" {question}", add_special_tokens=False) if ids else encode_prompt(tokenizer, question)
+        made = list(turns.stream_generate(tokenizer, ids, 24))
+        ids += [response.token for response in made]
+        texts.append("".join(response.text for response in made))
+    first = list(stream_generate(model, tokenizer, QUESTIONS[0], 24))  # as `generate` has it
+    model.flash.close()
+    assert texts[0] == "".join(response.text for response in first)
+    assert len(set(texts)) == 3 and all(len(text) > 20 for text in texts)
+    return texts
+
+
+# -- in a terminal -------------------------------------------------------------------------------------------
+
+
+def test_answers_stream_and_go_on_from_each_other(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+    terminal = start("--max-tokens", "24")
+    before = len(terminal.pieces)
+    for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
+        note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # said once
+        assert ask(terminal, question) == f"{answer}\n" + (note if number == 0 else "")
+    assert len(terminal.pieces) - before > 20  # not each answer at once
+    statistics = ask(terminal, "/stats")
+    assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
+    assert "3 turns" in statistics
+    terminal.type("/quit\n")
+    assert terminal.ended()[0] == 0
+
+
+def test_reset_begins_anew(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+    terminal = start("--max-tokens", "24")
+    ask(terminal, QUESTIONS[1])
+    assert "forgotten" in ask(terminal, "/reset")
+    assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
+    assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
+
+
+def test_commands(start: Callable[..., PseudoTerminal]) -> None:
+    terminal = start("--max-tokens", "5")
+    listed = ask(terminal, "/help")
+    assert all(name in listed for name in ("/reset", "/stats", "/memory 6GB", "/help", "/quit", "Ctrl-C"))
+    assert "nothing was answered yet" in ask(terminal, "/stats")
+    assert ask(terminal, "") == "" and ask(terminal, "  ") == ""
+    assert "there is no command /rest; /help lists them" in ask(terminal, "/rest")
+    assert "/reset takes nothing after it" in ask(terminal, "/reset now")
+    assert "/memory takes one size after it" in ask(terminal, "/memory 6 GB")
+    assert "memory is 'lots', expected a number with a unit" in ask(terminal, "/memory lots")
+    assert len(ask(terminal, " /usr is a folder")) > 2  # no command
+    statistics = ask(terminal, "/stats")
+    for part in (
+        r"last answer: 5 tokens in [\d.]+ s, [\d.]+ tokens-per-sec; to the first token: [\d.]+ s",
+        r"Streaming \(shadow\): [\d.]+% hits, [\d.]+ MB and [\d.]+ reads per token",
+        r"Time per token: [\d.]+ ms waiting for reads, [\d.]+ ms cache management, [\d.]+ ms compute",
+        r"total of one answer: 5 tokens",
+        r"now: [\d.]+ GB of [\d.]+ GB, at most so far [\d.]+ GB; 1 turn, \d+ of 512 tokens of context",
+        r"plan: [\d.]+ GB, slots for 100% of the blocks of each layer's neurons",
+    ):
+        assert re.search(part, statistics), part
+    memory = ask(terminal, "/memory")
+    assert "memory plan\n  process" in memory and "KV cache" in memory and "1 turn, " in memory
+    terminal.type(CTRL_D)
+    assert terminal.ended()[0] == 0
+
+
+def test_another_budget_keeps_the_conversation(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+    terminal = start("--max-tokens", "24", "--memory", "1GB")
+    ask(terminal, QUESTIONS[0])
+    assert re.search(r"total .* of 2\.000 GB", ask(terminal, "/memory 2GB"))
+    now = ask(terminal, "/memory")
+    assert "of 2.000 GB" in now and "1 turn, 0 of 512 tokens" in now
+    refused = ask(terminal, "/memory 1MB")
+    assert "the smallest that would do is" in refused and "of 2.000 GB" in refused
+    assert "Traceback" not in refused
+    assert len(ask(terminal, QUESTIONS[1])) > 20
+    held = re.search(r"2 turns, (\d+) of 512 tokens", ask(terminal, "/memory"))
+    assert held is not None and int(held[1]) > 48  # the first turn was read again
+    terminal.type("/quit\n")
+    assert terminal.ended()[0] == 0
+
+
+def test_ctrl_c_stops_an_answer(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+    terminal = start("--max-tokens", "400")
+    terminal.type(f"{QUESTIONS[0]}\n")
+    terminal.until(f"{QUESTIONS[0]}\n")
+    terminal.until(answers[0][:8])
+    terminal.type(CTRL_C)
+    assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
+    statistics = ask(terminal, "/stats")
+    made = re.search(r"last answer: (\d+) tokens", statistics)
+    assert made is not None and int(made[1]) < 400 and "1 turn" in statistics  # what was said of it is kept
+    assert "forgotten" in ask(terminal, "/reset")
+
+
+def test_ctrl_c_at_the_prompt(start: Callable[..., PseudoTerminal]) -> None:
+    terminal = start()
+    terminal.press(CTRL_C)
+    assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.press(CTRL_C)
+    shown = terminal.until(READY)
+    assert "Traceback" not in shown
+    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
+        assert "/quit" not in shown
+    assert "0 turns" in ask(terminal, "/memory")
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    return Path(make_tiny(folder, make_checkpoint(folder / "checkpoint", positions=8192, neurons=1024), 96).store)
+
+
+def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_store: Path, tmp_path: Path) -> None:
+    terminal = start("--context", "8192", "--max-tokens", "4", model=long_store)
+    question = "All work and no play. " * 350
+    terminal.type(f"{question}\n")
+    terminal.until("\n")
+    terminal.type(CTRL_C)
+    assert "stopped while the question was read; it is forgotten" in terminal.until(READY)
+    now = ask(terminal, "/memory")
+    assert "0 turns" in now
+    read = re.search(r"(\d+) of 8192 tokens", now)
+    assert read is not None and int(read[1]) < len(question)
+    ask(terminal, "Once")
+    assert "1 turn," in ask(terminal, "/memory")
+
+
+def test_the_third_ctrl_c_insists(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts("once more") as interrupts:
+        for _ in range(2):
+            for warned in ("", "\nonce more\n"):
+                signal.raise_signal(signal.SIGINT)
+                assert interrupts.asked and capfd.readouterr().err == warned
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            interrupts.renew()
+            assert not interrupts.asked
+        with pytest.raises(KeyboardInterrupt), interrupts.raising():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_history_is_kept(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
+    terminal = start("--max-tokens", "2")
+    ask(terminal, "A line to remember")
+    ask(terminal, "/help")
+    ask(terminal, "/help")  # once in the history
+    terminal.type(CTRL_D)
+    assert terminal.ended()[0] == 0
+    path = tmp_path / "cache" / "chat-history"
+    assert path.read_text() == "A line to remember\n/help\n" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    terminal = start("--max-tokens", "2")
+    terminal.press(UP)
+    terminal.until("/help")
+    terminal.press(UP)
+    terminal.until("A line to remember")
+    terminal.type("\n")
+    terminal.until(READY)
+    assert "1 turn" in ask(terminal, "/memory")
+
+
+def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTerminal]) -> None:
+    terminal = start("--context", "64", "--max-tokens", "30")
+    said = ""
+    for question in QUESTIONS * 2:
+        said += ask(terminal, question)
+    dropped = re.findall(
+        r"context of 64 tokens is full: dropped the oldest (\d+) turns? \((\d+) tokens\), kept (\d+) turns?",
+        said,
+    )
+    assert dropped and all(int(count) and int(tokens) for count, tokens, _ in dropped)
+    assert "is full (--context), so the answer ends here; the next question drops the oldest turns" in said
+    assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
+    assert len(ask(terminal, "And then")) > 5
+
+
+def test_sigterm_ends_it(start: Callable[..., PseudoTerminal]) -> None:
+    terminal = start()
+    terminal.process.terminate()
+    code, shown = terminal.ended()
+    assert code == 143 and "Traceback" not in shown
+
+
+# -- through pipes -------------------------------------------------------------------------------------------
+
+
+def piped(demo: Path, text: bytes, *arguments: str, redirect: str = "") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, *PYTHON_M, "--model", str(demo), "--max-tokens", "24", *arguments]
+    shell = ["bash", "-c", f'"$@" {redirect}', "bash", *command] if redirect else command
+    return subprocess.run(shell, input=text, capture_output=True, timeout=120)
+
+
+def test_lines_from_a_pipe(demo: Path, answers: list[str]) -> None:
+    done = piped(demo, "\n\n".join(QUESTIONS).encode())
+    assert done.returncode == 0 and done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
+    assert b"memory plan" in done.stderr and b"one text that goes on" in done.stderr
+
+
+def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(demo: Path, answers: list[str]) -> None:
+    lines = b"/stats\n/nothing\n\xff\xfe\n" + QUESTIONS[0].encode() + b"\n/quit\nnot read\n"
+    done = piped(demo, lines)
+    assert done.stdout.decode() == f"{answers[0]}\n"
+    assert b"there is no command /nothing" in done.stderr and b"not valid UTF-8" in done.stderr
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("<&-", 0), ("| head -c 1; exit ${PIPESTATUS[0]}", 1)])
+def test_closed_ends(demo: Path, redirect: str, code: int) -> None:
+    done = piped(demo, QUESTIONS[0].encode(), redirect=redirect)
+    assert done.returncode == code, done.stderr
+    assert len(done.stdout) <= 1 and b"Traceback" not in done.stderr
+
+
+def test_usage(demo: Path) -> None:
+    for arguments, message in (
+        (("--max-tokens", "0"), b"--max-tokens is 0"),
+        (("--memory", "1MB"), b"the smallest that would do is"),
+        (("--prompt", "x"), b"unrecognized arguments"),
+    ):
+        done = piped(demo, b"", *arguments)
+        assert done.returncode == 2 and message in done.stderr and b"Traceback" not in done.stderr
+
+
+# -- conversations -------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not so') }}{% endif %}"
+    "[{{ m.role[0] }}:{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[a:{% endif %}"
+)
+
+
+@pytest.fixture
+def templated(own_store: Path) -> Any:
+    path = own_store / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    change_manifest(own_store)
+    return load_tokenizer(own_store)
+
+
+def test_a_template_is_given_all_turns(templated: Any) -> None:
+    talk = Conversation(templated, 64, "Be")
+    talk.answered("Hi", "Yo", templated.encode("Yo", add_special_tokens=False))
+    prompt = talk.ask("So?", 10)
+    assert templated.decode(prompt.tokens) == "[s:Be][u:Hi][a:Yo][u:So?][a:" and prompt.dropped == 0
+    with pytest.raises(UsageError, match=r"chat template refuses this conversation: .*not so"):
+        talk.ask("no", 10)
+    talk.forget()
+    assert templated.decode(talk.ask("So?", 10).tokens) == "[s:Be][u:So?][a:"
+
+
+def test_the_system_message_is_not_dropped(templated: Any) -> None:
+    talk = Conversation(templated, 56, "Be")
+    for _ in range(2):
+        talk.answered("Hi", "Yo", [])
+    prompt = talk.ask("So?", 17)
+    assert templated.decode(prompt.tokens) == "[s:Be][u:Hi][a:Yo][u:So?][a:" and prompt.dropped == 1
+    assert prompt.dropped_tokens == len("[u:Hi][a:Yo]") and len(talk.turns) == 1
+    with pytest.raises(UsageError, match="that makes 57 tokens, the plan has room for 56"):
+        talk.ask("x" * 44, 8)
+    assert len(talk.turns) == 1
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_without_a_template_it_is_one_text(templated: Any, tokenizer: Any, ignored: bool) -> None:
+    talk = Conversation(templated if ignored else tokenizer, 44, template=not ignored)
+    first = talk.ask("One", 8).tokens
+    assert first == encode_prompt(tokenizer, "One")
+    end = tokenizer.bos_token_id  # ends a text, too
+    talk.answered("One", "two", [*tokenizer.encode("two", add_special_tokens=False), end])
+    second = talk.ask("three", 8).tokens
+    assert tokenizer.decode(second) == "</s>Onetwo three" and second[: len(first)] == first
+    talk.answered("three", "four", tokenizer.encode("four", add_special_tokens=False))
+    prompt = talk.ask("x" * 10, 17)
+    assert prompt.dropped == 1 and tokenizer.decode(prompt.tokens) == "</s> threefour " + "x" * 10

@@ -1,0 +1,574 @@
+"""The server's page in a real browser, before the real server with the demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from page_browser import CHROMIUM, Server, chromium, running  # type: ignore[import-not-found]  # found beside this file
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Request, Route
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
+]
+
+WAIT_MS = 60_000
+BEGINNING = "It was a dark night, and"
+READY = '#state[data-state="ready"]'
+ANSWER = "#log article.assistant:last-child"
+KEY = "a-key-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+class Tab:
+    """A page in a browser profile of its own, and what went wrong in it."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page, self.server = page, server
+        self.complaints: list[str] = []
+        self.requests: list[Request] = []
+        page.set_default_timeout(WAIT_MS)
+        page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request))
+
+    def open(self) -> Page:
+        self.page.goto(self.server.url)
+        self.page.wait_for_selector(READY)
+        self.page.wait_for_function("() => document.getElementById('model').textContent !== '–'")
+        return self.page
+
+    def set(self, **fields: str) -> None:
+        """Sampling settings."""
+        self.page.evaluate("document.getElementById('settings').open = true")
+        for name, value in fields.items():
+            self.page.fill(f"input[name={name}]", value)
+
+    def say(self, text: str) -> None:
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+
+    def answered(self, state: str = "done") -> str:
+        self.page.wait_for_selector(f'{ANSWER}[data-state="{state}"]')
+        return self.page.text_content(f"{ANSWER} .text") or ""
+
+    def speaking(self) -> None:
+        """Until some text of an answer is there, and more is to come."""
+        self.page.wait_for_function(
+            f"""() => document.querySelector('{ANSWER}[data-state="streaming"] .text')?.textContent.length > 3"""
+        )
+
+    def asked(self) -> list[Any]:
+        """The bodies of the requests for an answer."""
+        return [request.post_data_json for request in self.requests if request.method == "POST"]
+
+
+@pytest.fixture
+def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
+    """Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything."""
+    tabs: list[Tab] = []
+
+    def open_tab(server: Server = server, **options: Any) -> Tab:
+        tabs.append(Tab(browser.new_context(**options).new_page(), server))
+        return tabs[-1]
+
+    yield open_tab
+    for tab in tabs:
+        tab.page.context.close()
+        assert tab.complaints == []
+        elsewhere = [request.url for request in tab.requests if not request.url.startswith(f"{tab.server.url}/")]
+        assert elsewhere == []
+
+
+@pytest.fixture
+def tab(open_tab: Callable[..., Tab]) -> Tab:
+    tab = open_tab()
+    tab.open()
+    return tab
+
+
+def expect_failed_loads(tab: Tab, least: int = 1) -> None:
+    """Chromium itself complains of each request that failed; so many have, and nothing else was said."""
+    failed = [text for text in tab.complaints if text.startswith("Failed to load resource")]
+    assert len(failed) >= least and failed == tab.complaints
+    tab.complaints.clear()
+
+
+def show_answer(tab: Tab, text: str) -> None:
+    """From now on the model says `text`."""
+    chunk = {"id": "x", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    tab.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=body, content_type="text/event-stream; charset=utf-8"),
+    )
+
+
+# A chat.
+
+
+def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
+    page = tab.page
+    assert page.text_content("#model") == "demo"
+    assert page.text_content("#budget") == "400 MB"
+    # What the text was each time it changed, as the page's user sees it.
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+            const text = document.querySelector('#log .assistant .text')?.textContent;
+            if (text && text !== window.seen.at(-1)) window.seen.push(text);
+        }).observe(document.getElementById('log'), {subtree: true, childList: true, characterData: true}); }"""
+    )
+    tab.set(max_tokens="40", seed="7")
+    tab.say(BEGINNING)
+    text = tab.answered()
+    seen = page.evaluate("window.seen")
+    assert len(seen) > 5 and seen[-1] == text
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+    assert re.search(r"^40 tokens · [\d.]+ per second · cut there$", page.text_content(f"{ANSWER} .note") or "")
+    assert tab.asked() == [
+        {
+            **{"model": "default", "messages": [{"role": "user", "content": BEGINNING}], "stream": True},
+            **{
+                "stream_options": {"include_usage": True},
+                "temperature": 0.7,
+                "top_p": 0.95,
+                "max_tokens": 40,
+                "seed": 7,
+            },
+        }
+    ]
+    page.wait_for_function("() => document.getElementById('doing').textContent === 'Idle'")
+    page.wait_for_function("() => /^Context \\d+ of 512$/.test(document.getElementById('context').textContent)")
+    for figure in ("tile-speed", "tile-hit", "tile-bytes", "mean-wait", "mean-manage", "mean-compute", "mean-hits"):
+        assert re.match(r"[\d.]+", page.text_content(f"#{figure}") or ""), figure
+    assert re.search(r"^5 × \d+ .* resident$", page.text_content("#layers-note") or "")
+    assert page.locator("#plan tr").count() == 7
+    colours = {
+        canvas: page.evaluate(
+            """id => { const {width, height} = document.getElementById(id);
+                const {data} = document.getElementById(id).getContext('2d').getImageData(0, 0, width, height);
+                const found = {};
+                for (let i = 0; i < data.length; i += 4)
+                    if (data[i + 3] === 255) found[[data[i], data[i + 1], data[i + 2]]] = true;
+                return Object.keys(found); }""",
+            canvas,
+        )
+        for canvas in ("layers", "time", "reads")
+    }
+    compute, good, reading = "153,153,153", "0,158,115", "0,114,178"
+    assert compute in colours["time"]
+    assert reading in colours["reads"] and good in colours["reads"]
+    assert len(colours["layers"]) > 3  # strips of different strength
+
+
+def test_the_strips_tell_what_is_pointed_at(tab: Tab) -> None:
+    tab.page.hover("#layers", position={"x": 200, "y": 30})
+    assert re.match(r"1, \w+ \d+–\d+: \d+ % resident", tab.page.text_content("#layers-note") or "")
+    tab.page.hover("#prompt")
+    assert (tab.page.text_content("#layers-note") or "").startswith("5 ×")
+
+
+def test_stop_ends_the_generation(tab: Tab) -> None:
+    tab.set(max_tokens="480")
+    tab.say(BEGINNING)
+    tab.speaking()
+    tab.page.click("#stop")
+    text = tab.answered("stopped")
+    assert text and tab.page.text_content(f"{ANSWER} .note") == "Stopped."
+    tab.page.wait_for_function("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
+    last = tab.server.get("/stats")["last"]
+    assert last["generated_tokens"] < 480
+    assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after
+    tab.set(max_tokens="5")
+    tab.say("and then")
+    tab.answered()
+    assert [message["role"] for message in tab.asked()[1]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_the_end_stays_in_sight_unless_one_reads_above(open_tab: Callable[..., Tab]) -> None:
+    for viewport in ({"width": 1280, "height": 500}, {"width": 400, "height": 500}):
+        tab = open_tab(viewport=viewport)
+        page = tab.open()
+        # Pixels between the end of the last answer and the composer above which it is to be seen.
+        room = """() => document.getElementById('composer').getBoundingClientRect().top
+            - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
+        show_answer(tab, "line\n" * 60)
+        tab.say(BEGINNING)
+        tab.answered()
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.click("#settings summary")
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.evaluate("document.querySelector('#log article').scrollIntoView()")
+        page.wait_for_function(f"() => ({room})() < -500")
+        page.click("#settings summary")
+        assert page.evaluate(room) < -500
+
+
+def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
+    tab.set(max_tokens="8")
+    tab.say(BEGINNING)
+    tab.answered()
+    tab.page.click(".retry")
+    tab.page.wait_for_function("() => document.querySelectorAll('#log article').length === 2")
+    tab.answered()
+    first, second = tab.asked()
+    assert first["messages"] == second["messages"] == [{"role": "user", "content": BEGINNING}]
+    assert tab.page.locator(".retry").count() == 1
+
+
+def test_a_reload_keeps_conversation_settings_and_draft(tab: Tab) -> None:
+    tab.set(max_tokens="6", temperature="0.25")
+    tab.say(BEGINNING)
+    text = tab.answered()
+    tab.page.fill("#prompt", "half a thou")
+    tab.page.reload()
+    assert tab.answered() == text
+    assert tab.page.text_content("#log .user .text") == BEGINNING
+    assert tab.page.input_value("#prompt") == "half a thou"
+    assert tab.page.input_value("input[name=temperature]") == "0.25"
+    tab.page.click("#new-chat")
+    assert tab.page.locator("#log article").count() == 0
+    tab.page.reload()
+    tab.page.wait_for_selector(READY)
+    assert tab.page.locator("#log article").count() == 0
+
+
+def test_a_reload_while_it_speaks_keeps_what_there_was(tab: Tab) -> None:
+    tab.set(max_tokens="480")
+    tab.say(BEGINNING)
+    tab.speaking()
+    before = tab.page.text_content(f"{ANSWER} .text") or ""
+    tab.page.reload()
+    assert tab.answered("partial").startswith(before)
+    assert tab.page.text_content(f"{ANSWER} .note") == "Interrupted: the page was reloaded."
+
+
+def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
+    turns = [
+        {"role": role, "content": f"{i} " * 2000, "state": "done"} for i in range(120) for role in ("user", "assistant")
+    ]
+    tab = open_tab()
+    tab.page.add_init_script(f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(turns))})")
+    tab.open()
+    assert tab.page.locator("#log article").count() == len(turns)
+    show_answer(tab, "the end")
+    tab.say("more")
+    tab.answered()
+    kept = json.loads(tab.page.evaluate("localStorage.getItem('mlx_flash.conversation')"))
+    assert sum(len(message["content"]) for message in kept) <= 500_000 and 2 < len(kept) <= 200
+    assert kept[-1]["content"] == "the end"
+
+
+def test_two_pages_take_turns(open_tab: Callable[..., Tab]) -> None:
+    first, second = open_tab(), open_tab()
+    for tab in (first, second):
+        tab.open()
+    first.set(max_tokens="480")
+    first.say(BEGINNING)
+    first.speaking()
+    doing = "() => document.getElementById('doing').textContent"
+    second.page.wait_for_function(f"() => ({doing})() === 'Speaking, for another client'")
+    assert first.page.evaluate(doing) == "Speaking"
+    second.set(max_tokens="4")
+    second.say(BEGINNING)
+    second.page.wait_for_selector(f"{ANSWER}.waiting")
+    first.page.click("#stop")
+    first.answered("stopped")
+    second.answered()
+
+
+# What may go wrong.
+
+
+def test_the_server_goes_away_and_comes_back(tab: Tab, server: Server) -> None:
+    page = tab.page
+    tab.set(max_tokens="480")
+    tab.say(BEGINNING)
+    tab.speaking()
+    server.kill()
+    try:
+        text = tab.answered("partial")
+        assert text and page.text_content(f"{ANSWER} .note") == "Interrupted: the server went away."
+        page.wait_for_selector('#banner[data-state="gone"]')
+        page.fill("#prompt", "What came")
+        page.press("#prompt", "Enter")  # goes nowhere, and is not lost
+        assert page.input_value("#prompt") == "What came"
+        assert page.is_disabled("#send")
+    finally:
+        server.start()
+    server.wait()
+    page.wait_for_selector(READY)
+    assert page.is_hidden("#banner")
+    assert page.input_value("#prompt") == "What came"
+    tab.set(max_tokens="6")
+    page.press("#prompt", "Enter")
+    tab.answered()
+    messages = tab.asked()[1]["messages"]
+    assert messages[1:] == [{"role": "assistant", "content": text}, {"role": "user", "content": "What came"}]
+    expect_failed_loads(tab)
+
+
+def test_a_model_that_loads_is_waited_for(open_tab: Callable[..., Tab], server: Server) -> None:
+    tab = open_tab()
+    tab.page.route("**/health", lambda route: route.fulfill(status=503, json={"status": "loading"}))
+    tab.page.goto(server.url)
+    tab.page.wait_for_selector('#banner[data-state="loading"]')
+    assert "The model is loading." in (tab.page.text_content("#banner") or "")
+    tab.page.fill("#prompt", BEGINNING)
+    assert tab.page.is_disabled("#send")
+    tab.page.unroute("**/health")
+    tab.page.wait_for_selector(READY)
+    assert tab.page.is_enabled("#send") and tab.page.is_hidden("#banner")
+    expect_failed_loads(tab)
+
+
+def test_a_model_that_could_not_be_loaded_says_why(open_tab: Callable[..., Tab], server: Server) -> None:
+    tab = open_tab()
+    why = "the memory budget is 0.100 GB; the smallest that would do is 267MB."
+    tab.page.route("**/health", lambda route: route.fulfill(status=500, json={"status": "failed", "error": why}))
+    tab.page.goto(server.url)
+    tab.page.wait_for_selector('#banner[data-state="failed"]')
+    assert why in (tab.page.text_content("#banner") or "")
+    expect_failed_loads(tab)
+
+
+def test_too_long_a_text_is_refused_with_the_numbers(tab: Tab) -> None:
+    tab.set(max_tokens="100")
+    tab.say("word " * 600)
+    tab.answered("error")
+    note = tab.page.text_content(f"{ANSWER} .note") or ""
+    assert re.search(r"The prompt has \d+ tokens .* 512\. .* Begin a new chat", note), note
+    tab.page.click("#new-chat")
+    tab.set(max_tokens="4")
+    tab.say(BEGINNING)
+    tab.answered()
+    assert tab.asked()[1]["messages"] == [{"role": "user", "content": BEGINNING}]
+    expect_failed_loads(tab)
+
+
+def test_a_refused_request_can_be_tried_again(tab: Tab) -> None:
+    message = "64 requests are waiting already; try again soon."
+    body = {"error": {"message": message, "type": "rate_limit_error", "param": None, "code": "queue_full"}}
+    tab.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json=body))
+    tab.set(max_tokens="4")
+    tab.say(BEGINNING)
+    tab.answered("error")
+    assert tab.page.text_content(f"{ANSWER} .note") == message
+    tab.page.unroute("**/v1/chat/completions")
+    tab.page.click(".retry")
+    tab.answered()
+    expect_failed_loads(tab)
+
+
+def test_a_setting_out_of_its_range_is_not_sent(tab: Tab) -> None:
+    tab.set(temperature="3")
+    tab.say(BEGINNING)
+    assert tab.page.evaluate("document.activeElement.name") == "temperature"
+    assert tab.asked() == [] and tab.page.input_value("#prompt") == BEGINNING
+    tab.page.click("#settings-reset")
+    assert tab.page.input_value("input[name=temperature]") == "0.7"
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    with running(tmp_path / "log", "--api-key", KEY) as locked:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            locked.get("/stats")
+        tab = open_tab(locked)
+        page = tab.page
+        page.goto(locked.url)
+        for key in ("wrong", KEY):
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector(READY)
+        page.reload()
+        page.wait_for_selector(READY)  # kept for the tab
+        tab.set(max_tokens="4")
+        tab.say(BEGINNING)
+        tab.answered()
+        assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
+        expect_failed_loads(tab, 2)
+        page.close()
+
+
+# Who it is for.
+
+
+def test_what_a_model_writes_is_text(tab: Tab) -> None:
+    html = (
+        '<img src=x onerror="window.pwned = 1"><script>window.pwned = 2</script>&amp; <b>bold</b>\n  kept  white space'
+    )
+    show_answer(tab, html)
+    tab.say(html)
+    assert tab.answered() == html
+    assert tab.page.text_content("#log .user .text") == html
+    assert tab.page.evaluate("document.querySelectorAll('#log img, #log script, #log b').length") == 0
+    assert tab.page.evaluate("window.pwned") is None
+    tab.page.reload()
+    assert tab.answered() == html
+    assert tab.page.evaluate("window.pwned") is None
+
+
+def test_the_policy_forbids_everything_from_elsewhere(tab: Tab) -> None:
+    for path in ("/", "/page/app.js", "/page/style.css"):
+        answer = tab.page.request.get(tab.server.url + path)
+        assert answer.ok and "default-src 'self'" in answer.headers["content-security-policy"]
+        assert "unsafe" not in answer.headers["content-security-policy"]
+
+
+def test_the_keyboard_is_enough(tab: Tab) -> None:
+    page = tab.page
+    focus = "(({id, className, name, localName}) => id || className || name || localName)(document.activeElement)"
+    assert page.evaluate(focus) == "prompt"
+    tab.set(max_tokens="480")
+    page.focus("#prompt")
+    page.keyboard.type(BEGINNING)
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("cold")
+    assert page.input_value("#prompt") == f"{BEGINNING}\ncold"
+    page.keyboard.press("Enter")
+    tab.speaking()
+    page.keyboard.press("Escape")
+    tab.answered("stopped")
+    assert page.evaluate(focus) == "prompt"
+    tab.set(max_tokens="4")
+    page.focus("#prompt")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(focus) == "retry"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outline")
+    assert "solid" in outline and "2px" in outline
+    page.keyboard.press("Enter")
+    tab.answered()
+    # Everything that can be clicked can be reached, and shows that it was.
+    page.evaluate("document.activeElement.blur(); document.body.tabIndex = -1; document.body.focus()")
+    reached = []
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(focus))
+        if reached[-1] == "body":
+            break  # behind the last
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", reached[-1]
+    assert {"skip", "new-chat", "theme", "retry", "prompt", "settings-reset", "inside-toggle"} <= set(reached)
+    assert reached[0] == "skip"
+
+
+def test_it_says_itself_to_those_who_listen(tab: Tab) -> None:
+    page = tab.page
+    assert page.get_attribute("#log", "aria-live") == "polite"
+    tab.set(max_tokens="480")
+    tab.say(BEGINNING)
+    tab.speaking()
+    assert page.get_attribute(ANSWER, "aria-busy") == "true"
+    page.keyboard.press("Escape")
+    tab.answered("stopped")
+    assert page.get_attribute(ANSWER, "aria-busy") == "false"
+    names = page.evaluate(
+        """[...document.querySelectorAll('button, input, textarea, canvas, progress')].filter(e => !(
+            e.getAttribute('aria-label') || e.labels?.length || (e.tagName === 'BUTTON' && e.textContent.trim())
+        )).map(e => e.outerHTML)"""
+    )
+    assert names == []
+
+
+def test_it_fits_400_pixels(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(viewport={"width": 400, "height": 800})
+    page = tab.open()
+    tab.set(max_tokens="30")
+    tab.say(BEGINNING + " " + "x" * 300)
+    tab.answered()
+    assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [400, 400]
+    chat, inside = (page.locator(part).bounding_box() for part in (".chat", "#inside"))
+    assert chat is not None and inside is not None
+    assert inside["y"] >= chat["y"] + chat["height"]  # below, not beside
+    page.click("#inside-toggle")
+    assert page.is_hidden("#inside-body")
+    page.reload()
+    page.wait_for_selector(READY)
+    assert page.is_hidden("#inside-body")
+    page.click("#inside-toggle")
+    assert page.is_visible("#layers")
+
+
+def luminance(colour: str) -> float:
+    """WCAG's, of "#rrggbb"."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("scheme", "toggled"), [("light", "dark"), ("dark", "light")])
+def test_dark_and_light_can_be_read(open_tab: Callable[..., Tab], scheme: str, toggled: str) -> None:
+    tab = open_tab(color_scheme=scheme)
+    page = tab.open()
+
+    def colour(name: str) -> str:
+        return str(page.evaluate("name => getComputedStyle(document.documentElement).getPropertyValue(name)", name))
+
+    def is_dark() -> bool:
+        red, green, blue = map(
+            int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
+        )
+        return red + green + blue < 3 * 128
+
+    def check() -> None:
+        for ground in ("--ground", "--raised"):
+            for text in ("--text", "--quiet", "--accent", "--wrong"):
+                assert contrast(colour(text), colour(ground)) >= 4.5, (text, ground)
+        assert contrast(colour("--on-accent"), colour("--accent")) >= 4.5
+        assert contrast(colour("--warn"), colour("--warn-ground")) >= 4.5
+        assert contrast(colour("--edge"), colour("--ground")) >= 3
+        assert contrast(colour("--reading"), colour("--raised")) >= 3
+        assert contrast(colour("--good"), colour("--raised")) >= 3
+
+    assert is_dark() == (scheme == "dark")
+    check()
+    while page.text_content("#theme") != f"Theme: {toggled}":
+        page.click("#theme")
+    assert is_dark() == (toggled == "dark")
+    check()
+    page.reload()
+    page.wait_for_selector(READY)
+    assert is_dark() == (toggled == "dark")
+
+
+def test_less_motion_is_honoured(open_tab: Callable[..., Tab]) -> None:
+    moving, still = open_tab(), open_tab(reduced_motion="reduce")
+    held: list[Route] = []
+    for tab in (moving, still):
+        tab.open()
+        tab.page.route("**/v1/chat/completions", lambda route: held.append(route))  # nothing comes: the caret waits
+        tab.say(BEGINNING)
+        tab.page.wait_for_selector(f"{ANSWER}.waiting")
+    caret = f"getComputedStyle(document.querySelector('{ANSWER} .text'), '::after').animationName"
+    assert moving.page.evaluate(caret) == "waiting"
+    assert still.page.evaluate(caret) == "none"
+    for route in held:
+        route.abort("aborted")
+    for tab in (moving, still):
+        tab.answered("error")

@@ -245,10 +245,11 @@ class Controller:
     # -- choices ---------------------------------------------------------------------------------------------
 
     def _settle(self, settings: Settings) -> None:
-        changed = settings != self._state.settings
-        self._change(settings=settings)
-        with contextlib.suppress(OSError):  # a full disk: the choice then holds until the app ends
-            write_settings(self._file, settings)
+        with self._lock:
+            changed = settings != self._state.settings
+            self._change(settings=settings)
+            with contextlib.suppress(OSError):  # a full disk: the choice then holds until the app ends
+                write_settings(self._file, settings)
         if changed and self._engine is not None:
             self._later(self._stop)
             self._later(self._start)

@@ -11,6 +11,8 @@ output=${1:-build/menubar}
 mkdir -p "$output/src/mlx_flash_menubar"
 output=$(cd "$output" && pwd)
 
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 python3 -m venv "$output/venv"
 "$output/venv/bin/pip" install --quiet "briefcase>=0.4.7,<0.5"
 
@@ -28,7 +30,7 @@ cat >"$output/pyproject.toml" <<TOML
 [tool.briefcase]
 project_name = "mlx_flash"
 bundle = "io.github.mlx-flash"
-version = "0.1.0"
+version = "$version"
 license.file = "LICENSE"
 
 [tool.briefcase.app.mlx_flash_menubar]

@@ -79,6 +79,14 @@ def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Pat
     """
     if is_store(source):
         return source
+    target, size = place_of(source, model)
+    if not is_store(target):
+        _convert_into_cache(source, target, size, say)
+    return target
+
+
+def place_of(source: Path, model: str | None) -> tuple[Path, int]:
+    """(where in the cache folder the store of a checkpoint belongs, bytes of the checkpoint)."""
     # What ends up in the store: also a tokenizer that was added after a first try.
     present = [path.name for path in source.iterdir() if path.is_file()]
     parts = [source / name for name in sorted({*small_files(present), *matching(present, WEIGHT_PATTERNS)})]
@@ -88,11 +96,7 @@ def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Pat
         name = "demo"
     else:
         name = source.resolve().name if Path(model).expanduser().is_dir() else model.replace("/", "--")
-    target = cache_folder() / f"{name}-{identity}"
-    if is_store(target):
-        return target
-    _convert_into_cache(source, target, sum(size for _, size, _ in state), say)
-    return target
+    return cache_folder() / f"{name}-{identity}", sum(size for _, size, _ in state)
 
 
 def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:

@@ -212,9 +212,10 @@ def share_budget(
     Raises BudgetError, which names the smallest budget that would do.
     """
     smallest = demand.total + units.layers * units.least * slot_bytes
+    units_bytes = units.layers * units.per_layer * slot_bytes
+    everything = demand.total + units_bytes
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
-        everything = demand.total + units.layers * units.per_layer * slot_bytes
         budget = min(max(budget, smallest), everything)
         source = f"{free / 1e9:.2f} GB are free, too little for this model"
         refused = smallest > demand.process + free
@@ -231,6 +232,8 @@ def share_budget(
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
             f"{demand.workspace / 1e6:.0f} MB work space). Close other programs, give more, or lower --context.",
             smallest_mb * 10**6,
+            everything + RUN_TO_RUN_BYTES,
+            units_bytes,
         )
     total = (budget - demand.total) // slot_bytes
     slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)

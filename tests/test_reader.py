@@ -375,9 +375,10 @@ print("submitted")
     assert (done.returncode, done.stdout, done.stderr) == (0, "submitted\n", "")
 
 
-def test_a_budget_error_keeps_its_figure() -> None:
-    error = pickle.loads(pickle.dumps(BudgetError("Too small.", 123)))
-    assert (str(error), error.smallest_bytes, error.exit_code) == ("Too small.", 123, 2)
+def test_a_budget_error_keeps_its_figures() -> None:
+    error = pickle.loads(pickle.dumps(BudgetError("Too small.", 123, 500, 400)))
+    assert (str(error), error.smallest_bytes, error.full_bytes, error.units_bytes) == ("Too small.", 123, 500, 400)
+    assert error.exit_code == 2
 
 
 def test_result_layout_is_six_int64() -> None:

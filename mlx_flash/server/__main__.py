@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..commands import program, run_command, whole_number
 from ..errors import UsageError
+from ..lifeline import end_with_stdin
 from ..model_arguments import add_model_arguments, load_model
 from ..terminal import say
 
@@ -44,6 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"what clients must send as a bearer token; needed for any --host but a loopback one (default: "
         f"${KEY_VARIABLE}, which other users of this machine cannot see)",
     )
+    http.add_argument(
+        "--exit-with-stdin",
+        action="store_true",
+        help="end when standard input does: no server outlives the program that started it and holds the other end",
+    )
     return parser
 
 
@@ -70,6 +76,8 @@ class Signals:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.exit_with_stdin:
+        end_with_stdin()
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError("the API key is empty or has characters that a header cannot carry.")

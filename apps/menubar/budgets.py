@@ -1,0 +1,109 @@
+"""Which memory budgets make sense for a model: python -m mlx_flash.apps.menubar.budgets [MODEL]
+
+The plan is asked for in a process of its own: it imports MLX, which the app never does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from mlx_flash.errors import BudgetError
+
+GB = 10**9
+FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose plan cannot be asked yet
+SHARES = (
+    (0.25, "a quarter of the {units} in memory"),
+    (0.5, "half of the {units} in memory"),
+    (1.0, "all {units} in memory"),
+)
+SERVER_BYTES = 10_000_000  # by which the server may be larger than the process that made its plan: threads, buffers
+
+
+@dataclass(frozen=True)
+class Budget:
+    size: int  # bytes
+    note: str
+
+
+def fixed_budgets() -> tuple[Budget, ...]:
+    """Round numbers up to the machine's memory."""
+    total = psutil.virtual_memory().total
+    return tuple(Budget(size * GB, "") for size in FIXED_GB if size * GB <= total)
+
+
+def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
+    """The plan's own points; None if it cannot be asked: not downloaded, not converted, not a model."""
+    command = [sys.executable, "-m", "mlx_flash.apps.menubar.budgets", *([] if model is None else [model])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a question must not start a download
+    try:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        ) as process:
+            try:
+                # Not communicate(), which closes standard input first: its end is that of the process.
+                assert process.stdout is not None
+                output = process.stdout.read()
+            except BaseException:
+                process.kill()
+                raise
+        return tuple(Budget(**entry) for entry in json.loads(output)) or None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def ask_plan(model: str | None) -> list[Budget]:
+    """Nothing is downloaded, converted or loaded. Raises FlashError."""
+    import mlx_flash.server.app
+    import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
+    from mlx_flash.errors import BudgetError
+    from mlx_flash.finding import find_source, place_of
+    from mlx_flash.flash.files import is_store
+    from mlx_flash.kinds import is_mixture
+    from mlx_flash.loading import load
+
+    source = find_source(model, None, lambda _: None)
+    mixture = not is_store(source) and is_mixture(json.loads((source / "config.json").read_bytes()))
+    if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
+        return []
+    try:
+        load(model, memory=1)
+    except BudgetError as refused:
+        return points(refused, "experts" if mixture else "neurons")
+    raise AssertionError("a budget of one byte was not refused")
+
+
+def points(refused: BudgetError, units: str) -> list[Budget]:
+    """The smallest budget and those with some shares of the units resident; of two alike, what is said of more."""
+    notes = {_rounded_up(refused.bytes_for(share)): note.format(units=units) for share, note in SHARES}
+    notes[_rounded_up(refused.smallest_bytes)] = "the smallest"
+    return [Budget(size, note) for size, note in sorted(notes.items())]
+
+
+def _rounded_up(size: int) -> int:
+    """With room for the server, to two digits or whole 10 MB: nobody can tell more apart."""
+    step = max(10**7, 10 ** (len(str(size)) - 2))
+    return -(-(size + SERVER_BYTES) // step) * step
+
+
+def main() -> None:
+    from mlx_flash.errors import FlashError
+    from mlx_flash.lifeline import end_with_stdin
+
+    end_with_stdin()
+    try:
+        budgets = ask_plan(sys.argv[1] if len(sys.argv) > 1 else None)
+    except FlashError as error:
+        sys.exit(str(error))
+    print(json.dumps([asdict(budget) for budget in budgets]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the app asks of the server, over HTTP. Everything blocks: call it from a thread that may wait."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+TIMEOUT_SECONDS = 10.0
+ANSWER_TIMEOUT_SECONDS = 600.0  # between two pieces of an answer: a long prompt is read in silence
+
+
+class ServerError(Exception):
+    """The server's own sentence about what it cannot do, or one about its not answering."""
+
+
+class Client:
+    def __init__(self, url: str) -> None:
+        """url: `http://127.0.0.1:8080`."""
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+
+    def health(self) -> dict[str, Any]:
+        """`status`: "ok" (with `model`), "loading" or "failed" (with `error`). Raises ServerError."""
+        return self._get("/health", allowed=(200, 500, 503))
+
+    def stats(self) -> dict[str, Any]:
+        """Plan, residency, totals and the request that is running. Raises ServerError."""
+        return self._get("/stats", allowed=(200,))
+
+    def ask(self, question: str, max_tokens: int) -> Answer:
+        """Begins to answer; the pieces come by iterating. Raises ServerError."""
+        body = {
+            "model": "default",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "stream": True,
+        }
+        return Answer(self._host, self._port, body)
+
+    def _get(self, path: str, allowed: tuple[int, ...]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_SECONDS)
+        with contextlib.closing(connection), _as_server_error():
+            connection.request("GET", path)
+            response = connection.getresponse()
+            content = _parsed(response.read())
+            if response.status not in allowed:
+                raise ServerError(_message(response.status, content))
+            return content
+
+
+class Answer:
+    """The pieces of an answer as they arrive. `cancel`, from any thread, ends the iteration and the generation."""
+
+    def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:
+        self.cancelled = False
+        self._connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_SECONDS)
+        with _as_server_error():
+            self._connection.connect()
+            self._socket = self._connection.sock  # the connection forgets it once a response is read to its end
+            self._connection.request(
+                "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            with contextlib.closing(self._connection), _as_server_error():
+                yield from self._pieces()
+        except ServerError:
+            if not self.cancelled:
+                raise
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        with contextlib.suppress(OSError):  # already closed
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _pieces(self) -> Iterator[str]:
+        with contextlib.closing(self._connection.getresponse()) as response:
+            if response.status != 200:
+                raise ServerError(_message(response.status, _parsed(response.read())))
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue  # comments and empty lines
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    return
+                event = _parsed(data)
+                if "error" in event:
+                    raise ServerError(_message(200, event))
+                for choice in event.get("choices", []):
+                    if text := choice.get("delta", {}).get("content"):
+                        yield text
+        raise ServerError("the answer broke off.")
+
+
+@contextlib.contextmanager
+def _as_server_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"the engine does not answer ({type(error).__name__}: {error}).") from None
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _message(status: int, content: dict[str, Any]) -> str:
+    error = content.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message or f"the engine answered with HTTP status {status}.")

@@ -1,0 +1,303 @@
+"""All state and logic of the app. It knows no toolkit: a view reads `state` and calls the methods.
+
+Methods return at once; what takes time happens in threads, one operation on the engine after the other. After every
+change `on_change` is called, from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .budgets import Budget, fixed_budgets, planned_budgets
+from .client import Answer, Client, ServerError
+from .engine import Engine, server_command, why_it_ended
+from .settings import Settings, read_settings, write_settings
+
+POLL_SECONDS = 0.5
+LOST_POLLS = 20  # without an answer, while the process is alive
+MAX_TOKENS = 200  # of a quick question's answer
+
+STOPPED, STARTING, RUNNING, STOPPING, FAILED = "stopped", "starting", "running", "stopping", "failed"
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is to show. A new one for every change."""
+
+    settings: Settings
+    phase: str = STOPPED
+    address: str = ""  # of the page, while the engine runs
+    progress: str = ""  # what the engine said last while it starts
+    trouble: str = ""  # why the engine ended, in a sentence
+    last_lines: tuple[str, ...] = ()  # of the engine that ended
+    budgets: tuple[Budget, ...] = ()  # to choose from
+    stats: dict[str, Any] | None = None  # the server's /stats
+    question: str = ""
+    answer: str = ""
+    answering: bool = False
+    answer_trouble: str = ""
+
+    @property
+    def endpoint(self) -> str:
+        """What clients of OpenAI's API are given as their base URL."""
+        return f"{self.address}/v1" if self.address else ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the request that is running, once it has some."""
+        now = (self.stats or {}).get("now")
+        rate = now.get("tokens_per_second") if isinstance(now, dict) else None
+        return float(rate) if rate else None
+
+
+class Controller:
+    def __init__(
+        self,
+        settings_file: Path,
+        on_change: Callable[[], None] = lambda: None,
+        command: Callable[[str | None, int | None], list[str]] = server_command,
+    ) -> None:
+        """
+        Args:
+            settings_file: where choices are kept.
+            on_change: called after every change of `state`, from any thread.
+            command: what runs the engine for a model and a budget.
+        """
+        self._file = settings_file
+        self._on_change = on_change
+        self._command = command
+        self._lock = threading.RLock()
+        self._state = State(read_settings(settings_file), budgets=fixed_budgets())
+        self._engine: Engine | None = None
+        self._answer: Answer | None = None
+        self._turn = 0  # of the question that is being answered
+        self._operations = ThreadPoolExecutor(1, "engine")
+        self._closed = False
+        self._ask_for_budgets()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    # -- what the user does ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the engine, if it does not run."""
+        with self._lock:
+            if not self._closed and self._state.phase in (STOPPED, FAILED):
+                self._change(phase=STARTING, progress="", trouble="", last_lines=())
+        self._later(self._start)
+
+    def stop(self) -> None:
+        self._later(self._stop)
+
+    def choose_model(self, model: str | None) -> None:
+        """A folder or a Hugging Face id; None for the demo model. An engine that runs is started again with it."""
+        model = model.strip() if model else None
+        self._settle(self._state.settings.with_model(model or None))
+        self._change(budgets=fixed_budgets())
+        self._ask_for_budgets()
+
+    def choose_budget(self, size: int | None) -> None:
+        """Bytes, None for a share of what is free. An engine that runs is started again with it."""
+        self._settle(self._state.settings.with_budget(size))
+
+    def ask(self, question: str) -> None:
+        """Asks the engine; the answer arrives in `state`. A question that is still being answered is dropped."""
+        question = question.strip()
+        if not question:
+            return
+        self.cancel()
+        if self._state.phase != RUNNING:
+            self._change(question=question, answer="", answer_trouble="The engine does not run. Start it first.")
+            return
+        client = Client(self._state.address)
+        self._change(question=question, answer="", answering=True, answer_trouble="")
+        threading.Thread(target=self._collect, args=(client, question, self._turn), daemon=True).start()
+
+    def cancel(self) -> None:
+        """Stops answering; what has arrived stays."""
+        with self._lock:
+            self._turn += 1
+            answer, self._answer = self._answer, None
+            self._change(answering=False)
+        if answer is not None:
+            answer.cancel()
+
+    def close(self) -> None:
+        """Ends everything and waits for it. Nothing that this app has started runs afterwards."""
+        self._closed = True
+        self.cancel()
+        with contextlib.suppress(RuntimeError):  # closed before
+            self._operations.submit(self._stop)
+        self._operations.shutdown(wait=True)
+
+    # -- the engine ------------------------------------------------------------------------------------------
+
+    def _later(self, operation: Callable[[], None]) -> None:
+        if not self._closed:
+            self._operations.submit(operation).add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        if (error := future.exception()) is not None:
+            self._change(phase=FAILED, trouble=f"The app itself failed: {type(error).__name__}: {error}")
+
+    def _start(self) -> None:
+        if self._engine is not None:
+            return
+        settings = self._state.settings
+        self._change(phase=STARTING, progress="", trouble="", last_lines=())
+        listening = threading.Event()
+        addresses: list[str] = []
+
+        def on_listening(address: str) -> None:
+            addresses.append(address)
+            listening.set()
+
+        def on_line(line: str) -> None:
+            if self._state.phase == STARTING:
+                self._change(progress=line)
+
+        try:
+            engine = Engine(self._command(settings.model, settings.budget))
+        except OSError as error:
+            self._change(phase=FAILED, trouble=f"The engine cannot be started: {error}")
+            return
+
+        def on_end(code: int) -> None:
+            listening.set()
+            self._ended(engine, code)
+
+        self._engine = engine
+        engine.watch(on_listening, on_line, on_end)
+        threading.Thread(target=self._follow, args=(engine, listening, addresses), daemon=True).start()
+
+    def _stop(self) -> None:
+        with self._lock:
+            engine, self._engine = self._engine, None  # so that its end is no surprise
+        if engine is None:
+            self._change(phase=STOPPED, trouble="", last_lines=())
+            return
+        self._change(phase=STOPPING, address="")
+        self.cancel()
+        engine.stop()
+        self._change(phase=STOPPED, stats=None, trouble="", last_lines=(), progress="")
+
+    def _ended(self, engine: Engine, code: int) -> None:
+        with self._lock:
+            if self._engine is not engine:
+                return  # it was stopped
+            self._engine = None
+            lines = tuple(engine.lines)
+            self._change(
+                phase=FAILED, trouble=why_it_ended(code, lines), last_lines=lines, address="", stats=None, progress=""
+            )
+
+    def _give_up(self, engine: Engine, trouble: str) -> None:
+        """The process is alive and of no use."""
+        with self._lock:
+            if self._engine is not engine:
+                return
+            self._engine = None
+        engine.stop()
+        lines = tuple(engine.lines)
+        self._change(phase=FAILED, trouble=trouble, last_lines=lines, address="", stats=None, progress="")
+
+    def _follow(self, engine: Engine, listening: threading.Event, addresses: list[str]) -> None:
+        """Waits until the model is loaded, then keeps `state.stats` fresh, for as long as the engine is the one."""
+        listening.wait()
+        if not addresses:
+            return  # it ended first
+        client = Client(addresses[0])
+        pause = threading.Event()
+        silent = 0
+        while self._engine is engine:
+            try:
+                if self._state.phase == STARTING:
+                    self._look_whether_ready(engine, client, addresses[0])
+                if self._state.phase == RUNNING:
+                    stats = client.stats()
+                    self._change_if(engine, stats=stats)
+                silent = 0
+            except ServerError as error:
+                silent += 1
+                if silent > LOST_POLLS:
+                    return self._later(partial(self._give_up, engine, f"The engine was ended because {error}"))
+            pause.wait(POLL_SECONDS)
+
+    def _look_whether_ready(self, engine: Engine, client: Client, address: str) -> None:
+        health = client.health()
+        if health.get("status") == "ok":
+            engine.lines.clear()  # what it said of loading explains no later end
+            self._change_if(engine, phase=RUNNING, address=address, progress="")
+            self._ask_for_budgets()  # by now the model is here, and converted
+        elif health.get("status") == "failed":
+            trouble = str(health.get("error") or "The engine could not load the model.")
+            self._later(partial(self._give_up, engine, trouble))
+
+    # -- choices ---------------------------------------------------------------------------------------------
+
+    def _settle(self, settings: Settings) -> None:
+        with self._lock:
+            changed = settings != self._state.settings
+            self._change(settings=settings)
+            with contextlib.suppress(OSError):  # a full disk: the choice then holds until the app ends
+                write_settings(self._file, settings)
+        if changed and self._engine is not None:
+            self._later(self._stop)
+            self._later(self._start)
+
+    def _ask_for_budgets(self) -> None:
+        model = self._state.settings.model
+
+        def ask() -> None:
+            budgets = planned_budgets(model)
+            with self._lock:
+                if budgets is not None and self._state.settings.model == model:
+                    self._change(budgets=budgets)
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    # -- a question ------------------------------------------------------------------------------------------
+
+    def _collect(self, client: Client, question: str, turn: int) -> None:
+        trouble = ""
+        try:
+            answer = client.ask(question, MAX_TOKENS)
+            with self._lock:
+                if self._turn == turn:
+                    self._answer = answer
+                else:
+                    answer.cancel()
+            for piece in answer:
+                with self._lock:
+                    if self._turn == turn:
+                        self._change(answer=self._state.answer + piece)
+        except ServerError as error:
+            trouble = str(error)
+        with self._lock:
+            if self._turn == turn:
+                self._answer = None
+                self._change(answering=False, answer_trouble=trouble)
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def _change(self, **changes: Any) -> None:
+        with self._lock:
+            before, self._state = self._state, replace(self._state, **changes)
+            changed = before != self._state
+        if changed:
+            self._on_change()
+
+    def _change_if(self, engine: Engine, **changes: Any) -> None:
+        """Not after another thread has let go of this engine."""
+        with self._lock:
+            if self._engine is engine:
+                self._change(**changes)

@@ -1,0 +1,63 @@
+"""What the app remembers from one start to the next, as JSON in the system's folder for that."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+RECENT_MODELS = 8
+DEMO = ""  # the name of the demo model where a string is needed
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str | None = None  # a folder or a Hugging Face id; None: the demo model
+    recent: tuple[str, ...] = ()  # the latest first
+    memory: dict[str, int] = field(default_factory=dict)  # by model: the budget in bytes; none: automatic
+
+    @property
+    def budget(self) -> int | None:
+        """Of the chosen model, in bytes."""
+        return self.memory.get(self.model or DEMO)
+
+    def with_model(self, model: str | None) -> Settings:
+        recent = self.recent if model is None else (model, *(name for name in self.recent if name != model))
+        return replace(self, model=model, recent=recent[:RECENT_MODELS])
+
+    def with_budget(self, budget: int | None) -> Settings:
+        others = {name: size for name, size in self.memory.items() if name != (self.model or DEMO)}
+        return replace(self, memory=others if budget is None else {**others, self.model or DEMO: budget})
+
+
+def settings_file() -> Path:
+    from platformdirs import user_config_path
+
+    return user_config_path("mlx_flash", appauthor=False) / "menubar.json"
+
+
+def read_settings(file: Path) -> Settings:
+    """What is damaged or of another type is as if it were not there."""
+    try:
+        found: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        found = None
+    found = found if isinstance(found, dict) else {}
+    model, recent, memory = found.get("model"), found.get("recent"), found.get("memory")
+    return Settings(
+        model if isinstance(model, str) and model else None,
+        tuple(name for name in recent if isinstance(name, str))[:RECENT_MODELS] if isinstance(recent, list) else (),
+        {name: size for name, size in memory.items() if type(size) is int and size > 0}
+        if isinstance(memory, dict)
+        else {},
+    )
+
+
+def write_settings(file: Path, settings: Settings) -> None:
+    """Beside it first, so that a crash leaves the old ones. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    partial.replace(file)

@@ -1,0 +1,68 @@
+"""Runs the menu bar app and writes what can be seen and clicked into a file, again and again.
+
+python tests/menubar_with_eyes.py FILE: JSON with `menus` (text -> middle of the line on the screen, and whether it is
+enabled), `buttons` and `inputs` (likewise), `texts` (labels, boxes of text) and `clipboard`. The app is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from PySide6.QtCore import QPoint, QTimer
+from PySide6.QtGui import QGuiApplication
+from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButton, QTextEdit, QWidget
+
+from mlx_flash.apps.menubar.view import make_app
+
+
+def middle_of(widget: QWidget) -> list[int]:
+    point = widget.mapToGlobal(widget.rect().center())
+    return [point.x(), point.y()]
+
+
+def look() -> dict[str, object]:
+    menus: dict[str, list[object]] = {}
+    buttons: dict[str, list[int]] = {}
+    inputs: list[list[int]] = []
+    texts: list[str] = []
+    for window in QApplication.topLevelWidgets():
+        if not window.isVisible():
+            continue
+        if isinstance(window, QMenu):
+            for action in window.actions():
+                place = window.mapToGlobal(window.actionGeometry(action).center() - QPoint(1, 0))
+                menus[action.text().rstrip()] = [place.x(), place.y(), action.isEnabled()]
+        for widget in window.findChildren(QWidget):
+            if not widget.isVisible():
+                continue
+            if isinstance(widget, QPushButton):
+                buttons[widget.text().replace("&", "")] = middle_of(widget)
+            elif isinstance(widget, QLineEdit):
+                inputs.append(middle_of(widget))
+            elif isinstance(widget, QTextEdit):
+                texts.append(widget.toPlainText())
+            elif isinstance(widget, QLabel) and widget.text():
+                texts.append(widget.text())
+    clipboard = QGuiApplication.clipboard().text()
+    return {"menus": menus, "buttons": buttons, "inputs": inputs, "texts": texts, "clipboard": clipboard}
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    partial = file.with_suffix(".new")
+
+    def write() -> None:
+        partial.write_text(json.dumps(look()))
+        partial.replace(file)
+
+    app = make_app()
+    timer = QTimer()
+    timer.timeout.connect(write)
+    timer.start(100)
+    app.main_loop()
+
+
+if __name__ == "__main__":
+    main()

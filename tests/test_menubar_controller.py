@@ -1,0 +1,396 @@
+"""The menu bar app's controller against the real server, with the packaged demo model. No toolkit takes part."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlx_flash.apps.menubar import budgets, wording
+from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budgets
+from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
+from mlx_flash.apps.menubar.engine import server_command, why_it_ended
+from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
+from mlx_flash.errors import BudgetError
+
+SECONDS = 120.0  # for what takes a few on a quiet machine
+QUESTION = "It was a dark night, and"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache folder for all: the demo model is converted once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def make(tmp_path: Path, cache: None) -> Iterator[Callable[..., Controller]]:
+    made: list[Controller] = []
+
+    def make_controller(**options: Any) -> Controller:
+        made.append(Controller(tmp_path / "menubar.json", **options))
+        return made[-1]
+
+    yield make_controller
+    for controller in made:
+        controller.close()
+
+
+def wait_for(controller: Controller, condition: Callable[[State], bool]) -> State:
+    return until(lambda: state if condition(state := controller.state) else None, lambda: controller.state)
+
+
+def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: "") -> Any:
+    deadline = time.monotonic() + SECONDS
+    while not (found := value()):
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.05)
+    return found
+
+
+def running(controller: Controller) -> State:
+    state = wait_for(controller, lambda state: state.phase in (RUNNING, FAILED))
+    assert state.phase == RUNNING, (state.trouble, state.last_lines)
+    return state
+
+
+def engine_of(pid: int) -> psutil.Process:
+    """The server among the processes that `pid` has started."""
+    (found,) = [child for child in psutil.Process(pid).children() if runs(child, "mlx_flash.server")]
+    return found
+
+
+def runs(process: psutil.Process, module: str) -> bool:
+    try:
+        return module in process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_starts_asks_and_stops(make: Callable[..., Controller]) -> None:
+    phases: list[str] = []
+    answers: list[str] = []
+
+    def note() -> None:
+        if made:
+            phases.append(made[0].state.phase)
+            answers.append(made[0].state.answer)
+
+    made: list[Controller] = []
+    made.append(controller := make(on_change=note))
+    assert controller.state.phase == STOPPED and controller.state.budgets == fixed_budgets()
+    controller.start()
+    state = running(controller)
+    assert state.endpoint == f"{state.address}/v1" and state.address.startswith("http://127.0.0.1:")
+    state = wait_for(controller, lambda state: state.stats is not None)
+    assert state.stats is not None and state.stats["totals"]["requests"] == 0
+
+    controller.ask(QUESTION)
+    state = wait_for(controller, lambda state: not state.answering)
+    assert state.answer and not state.answer_trouble
+    grown = list(dict.fromkeys(answers))
+    assert len(grown) > 3 and all(after.startswith(before) for before, after in pairwise(grown))
+    state = wait_for(controller, lambda state: state.stats is not None and state.stats["last"] is not None)
+    assert state.stats is not None
+    assert "tokens per second" in wording.headline(state)
+    assert state.stats["totals"]["generated_tokens"] >= len(grown) - 1
+
+    engine = engine_of(os.getpid())
+    controller.stop()
+    state = wait_for(controller, lambda state: state.phase == STOPPED)
+    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
+    assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
+
+
+def test_shows_the_rate_while_it_speaks_and_stops_speaking(make: Callable[..., Controller]) -> None:
+    controller = make()
+    controller.start()
+    running(controller)
+    rates: list[float] = []
+    deadline = time.monotonic() + SECONDS
+    while not rates and time.monotonic() < deadline:
+        controller.ask(QUESTION)
+        while controller.state.answering:
+            if rate := controller.state.tokens_per_second:
+                rates.append(rate)
+                assert wording.icon_text(controller.state) == wording.rate_text(rate)
+                break
+            time.sleep(0.01)
+    assert rates and rates[0] > 0
+    controller.ask(QUESTION)
+    wait_for(controller, lambda state: state.answer != "")
+    controller.cancel()
+    state = controller.state
+    assert not state.answering
+    wait_for(controller, lambda state: state.stats is not None and state.stats["now"] is None)  # the engine, too
+    assert controller.state.answer == state.answer and not controller.state.answer_trouble
+
+
+def test_says_why_the_engine_was_killed_and_starts_it_again(make: Callable[..., Controller]) -> None:
+    controller = make()
+    controller.start()
+    first = running(controller)
+    engine_of(os.getpid()).kill()
+    state = wait_for(controller, lambda state: state.phase == FAILED)
+    assert "SIGKILL" in state.trouble and "Out of memory?" in state.trouble and not state.endpoint
+    assert wording.start_or_stop(state) == "Start the engine again" and wording.icon_text(state) == "!"
+    controller.ask(QUESTION)
+    assert "does not run" in controller.state.answer_trouble
+    controller.start()
+    again = running(controller)
+    assert again.address != first.address and not again.trouble
+
+
+def test_a_folder_that_is_missing_or_holds_no_model(make: Callable[..., Controller], tmp_path: Path) -> None:
+    controller = make()
+    controller.choose_model(str(tmp_path / "gone"))
+    controller.start()
+    state = wait_for(controller, lambda state: state.phase == FAILED)
+    assert str(tmp_path / "gone") in state.trouble and "no folder" in state.trouble
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    controller.choose_model(str(empty))
+    controller.start()
+    state = wait_for(controller, lambda state: state.phase == FAILED and "empty" in state.trouble)
+    assert "config.json" in state.trouble
+    assert state.settings.recent == (str(empty), str(tmp_path / "gone"))
+
+
+def test_a_budget_too_small_is_refused_with_the_one_that_would_do(make: Callable[..., Controller]) -> None:
+    controller = make()
+    controller.choose_budget(10_000_000)
+    controller.start()
+    state = wait_for(controller, lambda state: state.phase == FAILED)
+    assert "the smallest that would do is" in state.trouble
+
+
+def test_another_budget_starts_the_engine_again_and_is_kept(make: Callable[..., Controller], tmp_path: Path) -> None:
+    controller = make()
+    controller.start()
+    first = running(controller)
+    points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
+    assert points[0].note == "the smallest" and points[-1].note == "all neurons in memory"
+    assert [point.size for point in points] == sorted({point.size for point in points})
+    for point in (points[0], points[-1]):  # the server, larger than what made the plan, accepts them
+        controller.choose_budget(point.size)
+        wait_for(controller, lambda state: state.phase == STARTING)
+        running(controller)
+        state = wait_for(controller, lambda state: state.stats is not None)
+        assert state.stats is not None and state.stats["memory"]["budget_bytes"] == point.size
+    assert first.settings.budget is None
+    assert read_settings(tmp_path / "menubar.json").budget == points[-1].size
+
+
+def test_a_plan_that_cannot_be_asked_gives_no_budgets(cache: None, tmp_path: Path) -> None:
+    assert planned_budgets(str(tmp_path)) is None
+    assert planned_budgets("nobody/has-this-model") is None
+
+
+def test_the_points_of_a_plan_grow_and_leave_out_what_is_no_more() -> None:
+    refused = BudgetError("", 1_000 * 10**6, 5_000 * 10**6, 4_100 * 10**6)
+    found = budgets.points(refused, "experts")
+    assert [point.note for point in found] == [
+        *("the smallest", "a quarter of the experts in memory"),
+        *("half of the experts in memory", "all experts in memory"),
+    ]
+    assert [point.size for point in found] == sorted(point.size for point in found)
+    assert found[-1].size >= refused.full_bytes
+    tiny = budgets.points(BudgetError("", 253 * 10**6, 261 * 10**6, 8 * 10**6), "neurons")
+    assert [point.note for point in tiny] == ["the smallest", "all neurons in memory"]
+    assert len(budgets.points(BudgetError("", 1_000 * 10**6, 1_001 * 10**6, 900_000), "neurons")) == 1
+
+
+APP = """
+import sys, time
+from pathlib import Path
+from mlx_flash.apps.menubar.controller import Controller
+controller = Controller(Path(sys.argv[1]))
+controller.start()
+while True:
+    print(controller.state.phase, flush=True)
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("module", ["mlx_flash.convert", "mlx_flash.server"], ids=["converting", "running"])
+def test_nothing_survives_an_app_that_is_killed(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Neither the engine nor, while that converts the model, the process that does it."""
+    if module == "mlx_flash.convert":
+        monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    app = subprocess.Popen([sys.executable, "-c", APP, str(tmp_path / "settings")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert app.stdout is not None
+        if module == "mlx_flash.server":
+            assert any(line.strip() == RUNNING for line in app.stdout)
+        known = psutil.Process(app.pid)
+        until(lambda: any(runs(child, module) for child in known.children(recursive=True)))
+        family = known.children(recursive=True)
+    finally:
+        app.kill()
+        app.communicate()
+    until(lambda: all(is_gone(process) for process in family), lambda: family)
+
+
+def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path) -> None:
+    """Also one that does not listen to SIGTERM, and its child."""
+    program = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('child', child.pid, file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    controller = Controller(tmp_path / "settings", command=lambda *_: [sys.executable, "-c", program])
+    controller.start()
+    state = wait_for(controller, lambda state: state.progress.startswith("child"))
+    child = psutil.Process(int(state.progress.split()[1]))
+    engine = psutil.Process(child.ppid())
+    controller.close()
+    until(lambda: is_gone(engine) and is_gone(child))
+    controller.close()  # a second time does no harm
+    controller.start()
+    assert controller.state.phase == STOPPED
+
+
+def test_an_engine_that_cannot_be_started_or_ends_at_once(tmp_path: Path) -> None:
+    commands = [["/no/such/program"], [sys.executable, "-c", "raise SystemExit('I will not')"]]
+    controller = Controller(tmp_path / "settings", command=lambda *_: commands.pop(0))
+    controller.start()
+    state = wait_for(controller, lambda state: state.phase == FAILED)
+    assert "/no/such/program" in state.trouble
+    controller.start()
+    state = wait_for(controller, lambda state: state.trouble == "I will not")
+    assert state.phase == FAILED and state.last_lines == ("I will not",)
+    controller.close()
+
+
+def test_the_app_s_process_imports_neither_mlx_nor_a_toolkit() -> None:
+    program = (
+        "import sys\n"
+        "import mlx_flash.apps.menubar.controller, mlx_flash.apps.menubar.wording\n"
+        "print([name for name in ('mlx', 'mlx_lm', 'numpy', 'toga', 'PySide6', 'PIL') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_a_packaged_app_is_its_own_interpreter() -> None:
+    command = [sys.executable, "-m", "mlx_flash.apps.menubar", "-m", "mlx_flash.check", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m mlx_flash.check")
+
+
+def test_the_lifeline_ends_a_process_that_ignores_it() -> None:
+    program = (
+        "import signal, time\n"
+        "from mlx_flash.lifeline import end_with_stdin\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "end_with_stdin(grace_seconds=0.2)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(SECONDS) == -signal.SIGKILL
+    child.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "expected"),
+    [
+        (-9, ["loading"], r"ended by SIGKILL\. Out of memory\?"),
+        (-6, ["libc++abi: terminating"], r"ended by SIGABRT\. Out of memory\?"),
+        (-15, [], r"^The engine was ended by SIGTERM\.$"),
+        (-11, ["a", "b"], r"SIGSEGV\. Its last words: b"),
+        (2, ["usage: python -m mlx_flash.server", "python -m mlx_flash.server: no folder x."], r"^no folder x\.$"),
+        (1, ["", "usage: x"], r"exit code 1 and said nothing"),
+    ],
+)
+def test_why_it_ended(code: int, lines: list[str], expected: str) -> None:
+    assert re.search(expected, why_it_ended(code, lines))
+
+
+def test_settings_come_back_and_damaged_ones_are_left(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "menubar.json"
+    assert read_settings(file) == Settings()
+    settings = Settings().with_budget(5).with_model("a/b").with_budget(7).with_model("/c")
+    assert (settings.model, settings.recent, settings.budget) == ("/c", ("/c", "a/b"), None)
+    write_settings(file, settings)
+    assert read_settings(file) == settings and [path.name for path in file.parent.iterdir()] == ["menubar.json"]
+    assert settings.with_model(None).budget == 5 and settings.with_model("a/b").budget == 7
+    for n in range(20):
+        settings = settings.with_model(f"x/{n}")
+    assert len(settings.recent) == RECENT_MODELS and settings.recent[0] == "x/19"
+    for damaged in (
+        b"",
+        b"\xff",
+        b"[1]",
+        b'{"model": 3, "recent": "x", "memory": []}',
+        b'{"memory": {"": -1, "a": "b"}}',
+    ):
+        file.write_bytes(damaged)
+        assert read_settings(file) == Settings()
+    file.write_text(json.dumps({"model": "a/b", "recent": ["a/b", 3], "memory": {"a/b": 9, "c": True}}))
+    assert read_settings(file) == Settings("a/b", ("a/b",), {"a/b": 9})
+
+
+def test_the_command_names_model_and_memory() -> None:
+    assert server_command(None, None)[1:] == ["-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
+    assert server_command("a/b", 2 * 10**9)[-4:] == ["--model", "a/b", "--memory", "2000000000B"]
+
+
+def test_what_the_menu_says() -> None:
+    settings = Settings().with_model("/models/opt").with_model("a/b").with_budget(10**9)
+    state = State(settings, budgets=(Budget(10**9, "the smallest"), Budget(25 * 10**8, "")))
+    assert wording.headline(state) == "Stopped" and wording.icon_text(state) == "off"
+    assert wording.model_label("a/b", state) == "✓ a/b" and wording.model_label("/models/opt", state).strip() == "opt"
+    assert wording.budget_label(state.budgets[0], state, 5 * 10**8) == "✓ 1 GB: the smallest (more than is free)"
+    assert wording.budget_label(state.budgets[1], state, 10**10).strip() == "2.5 GB"
+    assert wording.budget_label(None, state).strip().startswith("Automatic")
+    starting = State(settings, phase=STARTING, progress="converting " + 100 * "x")
+    assert wording.headline(starting).startswith("Starting: converting xx")
+    assert len(wording.headline(starting)) <= wording.LINE_CHARACTERS
+    assert wording.headline(State(settings, phase=STOPPING)) == "Stopping"
+    now = {"tokens_per_second": 12.34, "generated_tokens": 5, "bytes_per_token": 2.4e6, "hit_rate": 0.914}
+    state = State(settings, phase=RUNNING, stats={"now": now, "last": None})
+    assert wording.headline(state) == "12 tokens per second · 2 MB per token · hits 91%"
+    assert wording.icon_text(state) == "12"
+    assert len(wording.padded("Ready")) == len(wording.padded(wording.headline(state)))
+    reading = State(settings, phase=RUNNING, stats={"now": {"tokens_per_second": None, "generated_tokens": 0}})
+    assert wording.headline(reading) == "Reading the prompt" and wording.icon_text(reading) == "on"
+    assert [wording.rate_text(rate) for rate in (0.423, 9.44, 9.96, 83.2, 5000.0)] == ["0.42", "9.4", "10", "83", "999"]
+
+
+def test_choices_of_several_threads_leave_whole_settings(tmp_path: Path) -> None:
+    controller = Controller(tmp_path / "settings")
+    threads = [threading.Thread(target=controller.choose_budget, args=(10**9 + n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert controller.state.settings.budget in range(10**9, 10**9 + 8)
+    assert read_settings(tmp_path / "settings") == controller.state.settings
+    controller.close()

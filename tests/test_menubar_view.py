@@ -1,0 +1,279 @@
+"""The menu bar app on a screen, with toga's Qt backend: an X server without a display, a tray, a mouse, a keyboard.
+
+What is clicked is found by asking the app where it is (menubar_with_eyes.py); the clicks come from outside, through X.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlx_flash.apps.menubar.settings import settings_file
+
+SECONDS = 120.0
+PROGRAMS = ("Xvfb", "trayer", "xdotool", "scrot")
+MODULES = ("toga", "toga_qt", "PySide6", "PIL")
+LACKING = [name for name in PROGRAMS if shutil.which(name) is None] + [name for name in MODULES if not find_spec(name)]
+
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"not here: {', '.join(LACKING)}")
+
+GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)  # of the tile while the engine runs, and after it died
+
+
+class Screen:
+    """A screen with a tray and the app on it."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        self.seen = folder / "seen.json"
+        self.processes: list[subprocess.Popen[Any]] = []
+        read, write = os.pipe()
+        self._run(
+            ["Xvfb", "-displayfd", str(write), "-screen", "0", "1000x640x24", "-nolisten", "tcp"], pass_fds=[write]
+        )
+        os.close(write)
+        with os.fdopen(read) as display:
+            self.environment = {
+                **os.environ,
+                "DISPLAY": f":{display.readline().strip()}",
+                "QT_QPA_PLATFORM": "xcb",
+                "XDG_CONFIG_HOME": str(folder / "config"),
+                "MLX_FLASH_CACHE": str(cache),
+            }
+        for name in ("WAYLAND_DISPLAY", "QT_SCALE_FACTOR"):
+            self.environment.pop(name, None)
+        options = (
+            "--edge top --align right --widthtype request --height 28 --tint 0xd8d8d8 --alpha 0 --transparent true"
+        )
+        self._run(["trayer", *options.split()])
+        until(lambda: self._panel() is not None)
+        eyes = [sys.executable, str(Path(__file__).with_name("menubar_with_eyes.py")), str(self.seen)]
+        self.log = (folder / "app.log").open("w")
+        self.app = self._run(eyes, stdout=self.log, stderr=self.log)
+
+    def _run(self, command: list[str], **options: Any) -> subprocess.Popen[Any]:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = getattr(self, "environment", None)
+        self.processes.append(subprocess.Popen(command, **{**quiet, "env": environment, **options}))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+            process.wait(SECONDS)
+        self.log.close()
+
+    def do(self, *arguments: object) -> str:
+        command = ["xdotool", *map(str, arguments)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout
+
+    def look(self) -> dict[str, Any]:
+        assert self.app.poll() is None, (self.folder / "app.log").read_text()
+        try:
+            seen: dict[str, Any] = json.loads(self.seen.read_text())
+            return seen
+        except FileNotFoundError:
+            return {"menus": {}, "buttons": {}, "inputs": [], "texts": [], "clipboard": ""}
+
+    def wait(self, condition: Callable[[dict[str, Any]], Any]) -> Any:
+        return until(lambda: condition(self.look()), self.look)
+
+    def _panel(self) -> tuple[int, int, int, int] | None:
+        """x, y, width and height of the tray."""
+        for window in self.do("search", "--onlyvisible", "--class", "trayer").split():
+            lines = self.do("getwindowgeometry", "--shell", window).splitlines()
+            found = dict(line.split("=") for line in lines if "=" in line)
+            if int(found.get("HEIGHT", 0)) >= 20:
+                return int(found["X"]), int(found["Y"]), int(found["WIDTH"]), int(found["HEIGHT"])
+        return None
+
+    def screenshot(self, name: str) -> Any:
+        """Of all there is, also as a file, for people."""
+        from PIL import Image
+
+        file = self.folder / f"{name}.png"
+        subprocess.run(["scrot", "--overwrite", str(file)], env=self.environment, check=True)
+        with Image.open(file) as image:
+            return image.convert("RGB")
+
+    def icon(self) -> Any:
+        """The picture in the tray, without its lowest rows: Qt opens the menu where the mouse is, at their height."""
+        x, y, width, height = self._panel() or (0, 0, 1, 1)
+        return self.screenshot("icon").crop((x, y, x + width, y + height - 6))
+
+    def shows(self, colour: tuple[int, int, int]) -> bool:
+        return sum(pixel == colour for pixel in self.icon().getdata()) > 50
+
+    def open_menu(self) -> dict[str, Any]:
+        x, y, width, height = self._panel() or (0, 0, 0, 0)
+        self.do("mousemove", x + width // 2, y + height - 2, "click", 1)  # Qt's menu opens at the mouse
+        menus: dict[str, Any] = self.wait(lambda seen: seen["menus"])
+        return menus
+
+    def close_menu(self) -> None:
+        for _ in range(3):
+            self.do("key", "Escape")
+        self.wait(lambda seen: not seen["menus"])
+
+    def click(self, text: str) -> None:
+        """A line of the open menu."""
+        x, y, enabled = self.look()["menus"][text]
+        assert enabled, f"{text} cannot be clicked"
+        self.do("mousemove", x, y)
+        self.do("click", 1)
+
+    def point_at(self, text: str) -> None:
+        """At a line of the open menu that opens another."""
+        x, y, _ = self.look()["menus"][text]
+        self.do("mousemove", x - 3, y)
+        self.do("mousemove", x, y)
+
+    def open_budgets(self) -> list[str]:
+        """Opens the menu of budgets; the plan's are in it once the plan was asked. Returns the smallest."""
+        while True:
+            self.open_menu()
+            self.point_at("Memory")
+            seen = self.wait(lambda seen: seen if any("Automatic" in text for text in seen["menus"]) else None)
+            if smallest := [text for text in seen["menus"] if "the smallest" in text]:
+                return smallest
+            self.close_menu()
+            time.sleep(1)
+
+    def press(self, text: str) -> None:
+        x, y = self.wait(lambda seen: seen["buttons"].get(text))
+        self.do("mousemove", x, y, "click", 1)
+
+    def engines(self) -> list[psutil.Process]:
+        return [child for child in psutil.Process(self.app.pid).children() if "mlx_flash.server" in child.cmdline()]
+
+
+def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: "") -> Any:
+    deadline = time.monotonic() + SECONDS
+    while not (found := value()):
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.3)
+    return found
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model is converted once, by the first that needs it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def screen(tmp_path: Path, cache: Path) -> Iterator[Screen]:
+    screen = Screen(tmp_path, cache)
+    try:
+        yield screen
+    finally:
+        screen.close()
+
+
+def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> None:
+    until(lambda: screen.shows(GREEN))
+    idle = screen.icon()
+    menu = screen.open_menu()
+    for line in ("Ready", "Stop the engine", "Model", "Memory", "Ask…", "Open the page", "Statistics…", "Quit"):
+        assert menu[line][2], f"{line} cannot be clicked"
+    screen.screenshot("menu")
+    screen.point_at("Model")
+    screen.wait(lambda seen: "✓ Demo model" in seen["menus"])
+    screen.screenshot("model")
+    screen.close_menu()
+    assert len(screen.open_budgets()) == 1
+    screen.screenshot("memory")
+    screen.close_menu()
+
+    screen.open_menu()
+    screen.click("Copy the endpoint")
+    endpoint = screen.wait(lambda seen: seen["clipboard"])
+    with urllib.request.urlopen(f"{endpoint}/models", timeout=SECONDS) as response:
+        assert json.load(response)["data"]
+
+    # While the menu is open, a request of somebody else's shows in its first line and in the icon.
+    screen.open_menu()
+    body = {"model": "default", "messages": [{"role": "user", "content": "It was"}], "max_tokens": 300}
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(post, f"{endpoint}/chat/completions", body)
+        screen.wait(lambda seen: [text for text in seen["menus"] if "tokens per second · " in text])
+        assert screen.look()["menus"]["Stop the engine"]
+        until(lambda: (icon := screen.icon()) != idle and icon)
+        screen.screenshot("speaking")
+        assert answer.result()["usage"]["completion_tokens"] > 0
+    screen.wait(lambda seen: [text for text in seen["menus"] if text.startswith("Ready · last answer")])
+    until(lambda: screen.icon() == idle)
+    screen.close_menu()
+
+    screen.open_menu()
+    screen.click("Ask…")
+    x, y = screen.wait(lambda seen: seen["inputs"])[0]
+    screen.do("mousemove", x, y, "click", 1)
+    screen.do("type", "It was a dark night, and")
+    screen.do("key", "Return")
+    screen.wait(lambda seen: "Stop" in seen["buttons"])
+    screen.screenshot("asking")
+    screen.wait(lambda seen: "Ask" in seen["buttons"] and any(len(text) > 100 for text in seen["texts"]))
+    screen.screenshot("asked")
+
+    screen.open_menu()
+    screen.click("Statistics…")
+    screen.wait(lambda seen: "Read from the SSD" in seen["texts"])
+    screen.screenshot("statistics")
+
+    (engine,) = screen.engines()
+    engine.kill()
+    screen.wait(lambda seen: any("SIGKILL" in text and "Start it again?" in text for text in seen["texts"]))
+    assert until(lambda: screen.shows(RED))
+    screen.screenshot("crash")
+    screen.press("Yes")
+    until(lambda: screen.shows(GREEN))
+    (engine,) = screen.engines()
+
+    screen.open_menu()
+    screen.click("Quit")
+    assert screen.app.wait(SECONDS) == 0
+    assert not engine.is_running()
+    log = (screen.folder / "app.log").read_text()
+    assert "Traceback" not in log, log
+
+
+def test_a_budget_is_chosen_and_the_engine_stopped_and_started(screen: Screen) -> None:
+    until(lambda: screen.shows(GREEN))
+    (first,) = screen.engines()
+    (smallest,) = screen.open_budgets()
+    screen.click(smallest)
+    until(lambda: not first.is_running() and screen.shows(GREEN))
+    (second,) = screen.engines()
+    assert "--memory" in second.cmdline()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", screen.environment["XDG_CONFIG_HOME"])
+        assert json.loads(settings_file().read_text())["memory"].keys() == {""}
+    screen.open_menu()
+    screen.click("Stop the engine")
+    until(lambda: not second.is_running() and not screen.shows(GREEN))
+    assert screen.open_menu()["Start the engine"][2]
+    assert not screen.look()["menus"]["Open the page"][2]
+    screen.click("Start the engine")
+    until(lambda: screen.shows(GREEN))
+    log = (screen.folder / "app.log").read_text()
+    assert "Traceback" not in log, log

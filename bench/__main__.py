@@ -13,6 +13,7 @@ COMMANDS = (
     "steps",
     "memory",
     "prompts",
+    "soak",
     "reads",
     "expert-reads",
     "blocks",

@@ -98,7 +98,10 @@ def chromium() -> Iterator[Browser]:
 
     root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox refuses root
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if root else [])
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a BLAS of ours
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if root else [], env=environment
+        )
         try:
             yield browser
         finally:

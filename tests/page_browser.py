@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,15 @@ class Server:
             assert self.process.stdout is not None
             self.process.stdout.close()
             self.process = None
+
+
+def smallest_budget(*options: str) -> int:
+    """MB. With little memory there is something to read."""
+    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--memory", "1MB", *options]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stderr
+    found = re.search(r"smallest that would do is (\d+)MB", said)
+    assert found is not None, said
+    return int(found[1])
 
 
 @contextmanager

@@ -7,13 +7,10 @@ settings open, and without a server.
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from page_browser import Server, chromium, running  # type: ignore[import-not-found]  # found beside this file
+from page_browser import Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -48,15 +45,6 @@ def speak(page: Page) -> None:
     page.wait_for_selector('article.assistant[data-state="done"]')
     say(page, NEXT, 300)
     page.wait_for_function("() => document.querySelector('#log article:last-child .text').textContent.length > 240")
-
-
-def smallest_budget() -> int:
-    """MB. With little memory there is something to read."""
-    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--memory", "1MB"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300).stderr
-    found = re.search(r"smallest that would do is (\d+)MB", said)
-    assert found is not None, said
-    return int(found[1])
 
 
 def shoot(page: Page, path: Path, **options: Any) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from page_browser import CHROMIUM, Server, chromium, running  # type: ignore[import-not-found]  # found beside this file
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
+from page_browser import CHROMIUM, Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request, Route
@@ -27,6 +29,8 @@ BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
 ANSWER = "#log article.assistant:last-child"
 KEY = "a-key-of-the-test"
+# Of the light theme.
+COMPUTE, GOOD, READING, RESIDENT = "153,153,153", "0,158,115", "0,114,178", "185,192,199"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,22 @@ def show_answer(tab: Tab, text: str) -> None:
     )
 
 
+def wait_for_colours(page: Page, canvas: str, *colours: str) -> None:
+    """Until a canvas has opaque pixels of all these."""
+    page.wait_for_function(
+        """([id, wanted]) => {
+            const canvas = document.getElementById(id);
+            const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', {willReadFrequently: true});
+            copy.drawImage(canvas, 0, 0);
+            const {data} = copy.getImageData(0, 0, canvas.width, canvas.height);
+            const found = new Set();
+            for (let i = 0; i < data.length; i += 4)
+                if (data[i + 3] === 255) found.add([data[i], data[i + 1], data[i + 2]].join());
+            return wanted.every(colour => found.has(colour)); }""",
+        arg=[canvas, colours],
+    )
+
+
 # A chat.
 
 
@@ -164,22 +184,28 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
         assert re.match(r"[\d.]+", page.text_content(f"#{figure}") or ""), figure
     assert re.search(r"^5 × \d+ .* resident$", page.text_content("#layers-note") or "")
     assert page.locator("#plan tr").count() == 7
-    colours = {
-        canvas: page.evaluate(
-            """id => { const {width, height} = document.getElementById(id);
-                const {data} = document.getElementById(id).getContext('2d').getImageData(0, 0, width, height);
-                const found = {};
-                for (let i = 0; i < data.length; i += 4)
-                    if (data[i + 3] === 255) found[[data[i], data[i + 1], data[i + 2]]] = true;
-                return Object.keys(found); }""",
-            canvas,
-        )
-        for canvas in ("layers", "time", "reads")
-    }
-    compute, good, reading = "153,153,153", "0,158,115", "0,114,178"
-    assert compute in colours["time"]
-    assert reading in colours["reads"] and good in colours["reads"]
-    assert len(colours["layers"]) > 3  # strips of different strength
+    wait_for_colours(page, "layers", RESIDENT)
+    wait_for_colours(page, "time", COMPUTE)
+    wait_for_colours(page, "reads", READING, GOOD)
+
+
+def test_experts_have_cells_of_their_own(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    size = {"num_hidden_layers": 8, "num_experts": 64, "moe_intermediate_size": 128}  # 50 MB of experts
+    checkpoint = make_mixture(tmp_path / "a-mixture", "qwen3_moe", **size)
+    write_tokenizer(checkpoint)
+    options = ("--model", str(checkpoint))
+    with running(tmp_path / "log", *options, memory=f"{smallest_budget(*options) + 20}MB") as mixture:
+        tab = open_tab(mixture)
+        page = tab.open()
+        assert page.text_content("#model") == "a-mixture"
+        assert page.is_hidden("#demo-note")
+        assert page.text_content("#layers-note") == "8 × 64 experts, 0 % resident"
+        tab.set(max_tokens="200", temperature="2")
+        tab.say("hello")
+        tab.answered()
+        assert re.match(r"8 × 64 experts, [1-9][\d.]* % resident", page.text_content("#layers-note") or "")
+        wait_for_colours(page, "layers", GOOD, RESIDENT)  # of one expert each: it is there, and hit, or it is not
+        page.close()
 
 
 def test_the_strips_tell_what_is_pointed_at(tab: Tab) -> None:

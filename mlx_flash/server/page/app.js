@@ -196,11 +196,14 @@ async function stats() {
     const found = await get("/stats", AbortSignal.timeout(10000));
     context = found.plan.context ?? null;
     settings.context = context;
-    messages.model = found.model.id;
-    at("model").textContent = found.model.id;
+    const { id } = found.model;
+    const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // of a folder, its own
+    messages.model = name;
+    at("model").textContent = name;
+    at("model").title = found.model.path;
     at("budget").textContent = bytes(found.memory.budget_bytes);
     inside.stats(found);
-    at("demo-note").hidden = found.model.id !== "demo";
+    at("demo-note").hidden = id !== "demo";
     controls();
     clearTimeout(statsTimer);
     statsTimer = setTimeout(stats, found.now ? BUSY_STATS_MS : IDLE_STATS_MS);

@@ -37,9 +37,12 @@ class PseudoTerminal:
         os.write(self._own, text.encode())
 
     def press(self, key: str) -> None:
-        """After a moment: readline misses a signal that comes while it still draws."""
-        time.sleep(0.3)
+        self.let_draw()
         self.type(key)
+
+    def let_draw(self) -> None:
+        """readline misses a signal that comes while it still draws, or while it hands over a line."""
+        time.sleep(1)
 
     def until(self, text: str, seconds: float = 60) -> str:
         """What is shown up to there, without escape sequences; fails if it does not come, or the command ends."""

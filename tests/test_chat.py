@@ -184,7 +184,7 @@ def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_s
     question = "All work and no play. " * 350
     terminal.type(f"{question}\n")
     terminal.until("\n")
-    terminal.type(CTRL_C)
+    terminal.press(CTRL_C)
     assert "stopped while the question was read; it is forgotten" in terminal.until(READY)
     now = ask(terminal, "/memory")
     assert "0 turns" in now
@@ -248,6 +248,7 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
 
 def test_sigterm_ends_it(start: Callable[..., PseudoTerminal]) -> None:
     terminal = start()
+    terminal.let_draw()
     terminal.process.terminate()
     code, shown = terminal.ended()
     assert code == 143 and "Traceback" not in shown

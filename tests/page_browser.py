@@ -98,7 +98,8 @@ def chromium() -> Iterator[Browser]:
 
     root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox refuses root
     with sync_playwright() as playwright:
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a BLAS of ours
+        # Without a BLAS of ours.
+        environment: dict[str, str | float | bool] = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox"] if root else [], env=environment
         )

@@ -20,6 +20,7 @@ from mlx_flash.mixture import open_mixture
 from mlx_flash.mixture_loading import open_files
 
 from . import compare, disk
+from .mixture import folder_of
 from .read_methods import find_fio, run_fio
 from .report import COLOURS, add_output_argument, environment, finish, require_plots
 
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     fio = None if arguments.no_fio else find_fio()
+    if folder_of(str(arguments.model)) is None:
+        raise UsageError(f"{arguments.model} holds no mixture of experts; of a store's neurons `bench reads` tells.")
     mixture = open_mixture(arguments.model)
     slots = min(arguments.slots, mixture.experts)
     shared = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))

@@ -247,3 +247,10 @@ def test_a_model_within_a_larger_one(tmp_path: Path, one_process: None) -> None:
     subject = mixture.opened(bench.make_parser().parse_args(given), folder)
     assert subject.about["vocabulary"] == config["vocab_size"] > max(subject.ids) and len(subject.ids) == 5
     assert subject.about["positions"] == config["max_position_embeddings"]
+
+
+def test_expert_reads_need_experts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(UsageError, match="holds no mixture of experts"):
+        bench.main(bench.make_parser().parse_args(["expert-reads", "--model", str(tmp_path)]))

@@ -281,6 +281,23 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
     assert_same(everything(model), reference(folder), "failed")
 
 
+def test_an_interrupt_when_reads_have_just_landed(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(list[Any]):
+        def remove(self, value: Any) -> None:
+            super().remove(value)
+            raise KeyboardInterrupt
+
+    folder = mixture_of("qwen3_moe", "4 bits")
+    model, streamer = stream(folder, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(streamer, "flying", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            everything(model)
+    assert_same(everything(model), reference(folder), "interrupted")
+
+
 def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 4)
     experts, counters = model.layers[1].mlp.switch_mlp._stream, streamer.counters

@@ -167,6 +167,9 @@ def test_other_wrong_values(server: Server) -> None:
         ({**SHORT, "model": "other"}, "model"),
         ({**SHORT, "messages": [{"role": "user", "content": 5}]}, "messages"),
         ({**SHORT, "seed": 2**64}, "seed"),
+        ({**SHORT, "max_tokens": 10**4299}, "max_tokens"),
+        ({**SHORT, "max_completion_tokens": 10**4299}, "max_completion_tokens"),
+        ({**SHORT, "repetition_penalty": 1e-38, "logprobs": True}, "repetition_penalty"),
     ):
         response = server.post(CHAT, body)
         assert response.status_code in (400, 404) and error_of(response)["param"] == param
@@ -184,6 +187,16 @@ def test_other_wrong_values(server: Server) -> None:
     ):
         response = server.post("/v1/completions", body)
         assert response.status_code == 400 and error_of(response)["param"] == param, body
+
+
+def test_what_is_wrong_is_said_of_the_kind_that_was_sent(server: Server) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    for body, where, what in (
+        ({**SHORT, "stop": [*"abcde"]}, "stop: ", "at most 4"),
+        ({**SHORT, "messages": [{"role": "user", "content": [image]}]}, "messages.0.content.0.type: ", "'text'"),
+    ):
+        message = error_of(server.post(CHAT, body))["message"]
+        assert message.startswith(where) and what in message
 
 
 def test_large_bodies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

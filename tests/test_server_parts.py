@@ -20,6 +20,7 @@ from mlx_flash.flash.cache import Record, SlotCache
 from mlx_flash.generation import stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
 from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.server import answering
 from mlx_flash.server.engine import Engine, common_prefix
 from mlx_flash.server.errors import ApiError
 from mlx_flash.server.jobs import Sampling, TokenLogprob
@@ -116,6 +117,12 @@ def test_one_prompt_at_a_time() -> None:
 def test_probabilities_of_a_shown_text() -> None:
     entries = [TokenLogprob(i, text, -1.0) for i, text in enumerate(["ab", "c", "def"])]
     assert [len(within(entries, n)) for n in range(8)] == [0, 1, 1, 2, 3, 3, 3, 3]
+
+
+def test_an_event_is_one_line_whatever_its_text() -> None:
+    text = "".join(map(chr, range(0x2030)))
+    line, empty = answering._data({"text": text}).splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and not empty
 
 
 # -- residency -----------------------------------------------------------------------------------------------

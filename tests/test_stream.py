@@ -325,6 +325,25 @@ def test_what_is_on_its_way_outlives_its_layer(bench_of: Callable[..., Bench]) -
     bench.check(stream.gather(np.arange(30)), np.arange(30))
 
 
+class Interrupted(list[Any]):
+    """Ctrl-C as soon as something is removed."""
+
+    def remove(self, value: Any) -> None:
+        super().remove(value)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_when_reads_have_just_landed(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(1)
+    stream = bench.stream(40)
+    bench.streamer.flying = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        stream.gather(np.arange(30))
+    bench.streamer.flying = []
+    assert bench.idle and stream.flight is None
+    bench.check(stream.gather(np.arange(30)), np.arange(30))
+
+
 def test_the_counters_add_up(bench: Bench) -> None:
     stream, counters = bench.stream(5), bench.streamer.counters
     rng = np.random.default_rng(0)

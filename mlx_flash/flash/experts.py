@@ -184,8 +184,8 @@ class ExpertStream:
         with self.shared.draining():
             for ticket in flight.tickets:
                 self.shared.wait(ticket)
+            self.flight = None  # first: interrupted here, nobody waits for these tickets once more
             self.shared.flying.remove(self)
-            self.flight = None
         for name, table in self._tables.items():
             self._rows_of(name)[flight.slots] = table[flight.experts]
         self.cache.commit(flight.experts, flight.slots)

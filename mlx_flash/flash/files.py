@@ -285,7 +285,8 @@ def parse_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise NotAStoreError(
-            f"{folder} has no {MANIFEST}: it is no store. Make one with `python -m mlx_flash.convert`."
+            f"{folder} has no {MANIFEST}: it is no store. Make one with `python -m mlx_flash.convert`; "
+            "a mixture of experts is run without one."
         )
     try:
         with path.open("rb") as file:

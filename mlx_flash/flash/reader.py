@@ -104,8 +104,10 @@ class UnitFile:
         except OSError as error:
             raise ReadError(f"{self.path} cannot be examined: {error.strerror}.") from error
         if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
+            sizes = f"it has {status.st_size} bytes, and had {self.size}"
+            how = sizes if status.st_size != self.size else "it was written to, or its time set"
             raise ReadError(
-                f"{self.path} was changed while it was in use (it has {status.st_size} bytes, and had {self.size}). "
+                f"{self.path} was changed while it was in use ({how}). "
                 "Leave the files of a store or a checkpoint alone while a model runs; start again."
             )
 

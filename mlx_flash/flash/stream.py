@@ -402,8 +402,8 @@ class LayerStream:
         flight = self.flight
         with self.shared.draining():
             self.shared.wait(flight.ticket)
+            self.flight = None  # first: interrupted here, nobody waits for these tickets once more
             self.shared.flying.remove(self)
-            self.flight = None
         waited = time.perf_counter()
         self.cache.commit(flight.blocks, flight.slots)
         self.shared.counters.wait_s += waited - began

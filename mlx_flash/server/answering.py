@@ -17,6 +17,7 @@ from .jobs import End, Item, Job, Piece, Sampling
 from .openai_api import Answer
 from .streams import EventStream, unless_gone
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to clients that split text into lines
 KEEP_ALIVE_S = 15  # a comment now and then in a stream that has nothing to say, so that no proxy gives up
 
 
@@ -114,4 +115,5 @@ async def _events(waiting: Waiting, form: Answer, include_usage: bool) -> AsyncG
 
 
 def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}\n\n"
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).translate(LINE_ENDS)
+    return f"data: {text}\n\n"

@@ -14,6 +14,8 @@ MOST_STOPS = 4
 FIRST_ERROR = Field(fail_fast=True)  # of a list: a large body may hold a million, and each takes memory
 R = TypeVar("R", bound=BaseModel)
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]  # Python refuses to write integers of thousands of digits
+OTHER_KIND = {"string_type", "list_type"}  # of a value that may be a text or a list: which of the two it is not
 
 
 class _Strict(BaseModel):
@@ -45,7 +47,7 @@ class _Request(_Strict):
     """What chat and plain completions have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -57,7 +59,7 @@ class _Request(_Strict):
     n: int | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # below, logits would overflow
     logit_bias: dict[str, Any] | None = None  # by token id; checked with the vocabulary
 
     @property
@@ -110,7 +112,7 @@ class _Request(_Strict):
 
 class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(min_length=1), FIRST_ERROR]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
@@ -137,7 +139,7 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     prompt: str | list[Any]  # a text or token ids, or one of them in a list
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Tokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -177,10 +179,11 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_input=False)
+        first = next((e for e in errors if e["type"] not in OTHER_KIND), errors[0])
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
-        where = [str(part) for part in first["loc"]]
+        where = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
         name, param = (".".join(where), where[0]) if where else ("the body", None)
         raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 

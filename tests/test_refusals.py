@@ -102,7 +102,7 @@ def test_a_store_written_into_between_tokens(own_store: Path, open_model: Any, t
     next(responses)
     path = own_store / "neurons.bin"
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(ReadError, match="was changed while it was in use .it was written to"):
+    with pytest.raises(ReadError, match=r"was changed while it was in use \(it was written to"):
         next(responses)
 
 

@@ -74,6 +74,7 @@ def test_a_signal_while_idle_and_one_with_open_connections() -> None:
             host, port = url.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as half:
                 half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
+                assert ready(url)  # asked later, answered later: the half request has been read
                 process.send_signal(signal.SIGTERM)
                 assert list(lines)  # ends
                 assert b"the server is stopping" in half.recv(1 << 16)

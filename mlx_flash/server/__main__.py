@@ -13,6 +13,7 @@ from ..commands import program, run_command, whole_number
 from ..errors import UsageError
 from ..lifeline import end_with_stdin
 from ..model_arguments import add_model_arguments, load_model
+from ..plan import parse_memory
 from ..terminal import say
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def main(arguments: argparse.Namespace) -> int:
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError("the API key is empty or has characters that a header cannot carry.")
+    if arguments.memory is not None:
+        parse_memory(arguments.memory)  # what means nothing is refused before a port is open
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)

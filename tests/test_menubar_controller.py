@@ -187,9 +187,9 @@ def test_another_budget_starts_the_engine_again_and_is_kept(make: Callable[..., 
     controller.start()
     first = running(controller)
     points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
-    assert points[0].note == "the smallest" and points[-1].note == "all neurons in memory"
+    assert points[-1].note == "all neurons in memory"  # the demo is small: that may be the smallest, too
     assert [point.size for point in points] == sorted({point.size for point in points})
-    for point in (points[0], points[-1]):  # the server, larger than what made the plan, accepts them
+    for point in dict.fromkeys((points[0], points[-1])):  # the server, larger than what made the plan, accepts them
         controller.choose_budget(point.size)
         wait_for(controller, lambda state: state.phase == STARTING)
         running(controller)

@@ -22,8 +22,8 @@ FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose p
 SHARES = (
     (0.25, "a quarter of the {units} in memory"),
     (0.5, "half of the {units} in memory"),
-    (1.0, "all {units} in memory"),
 )
+ALL = "all {units} in memory"
 SERVER_BYTES = 10_000_000  # by which the server may be larger than the process that made its plan: threads, buffers
 
 
@@ -81,9 +81,10 @@ def ask_plan(model: str | None) -> list[Budget]:
 
 
 def points(refused: BudgetError, units: str) -> list[Budget]:
-    """The smallest budget and those with some shares of the units resident; of two alike, what is said of more."""
+    """The smallest budget and those with some shares of the units resident; of two alike, the later note below."""
     notes = {_rounded_up(refused.bytes_for(share)): note.format(units=units) for share, note in SHARES}
     notes[_rounded_up(refused.smallest_bytes)] = "the smallest"
+    notes[_rounded_up(refused.full_bytes)] = ALL.format(units=units)
     return [Budget(size, note) for size, note in sorted(notes.items())]
 
 

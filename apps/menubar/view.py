@@ -36,6 +36,7 @@ class Menubar:
         self._shown_structure: object = None
         self._shown_phase = ""
         self._refreshing = False
+        self.closing = False
         self._ask: AskWindow | None = None
         self._statistics: StatisticsWindow | None = None
         self.controller = Controller(settings_file(), on_change=self._changed)
@@ -46,9 +47,9 @@ class Menubar:
 
     async def run(self) -> None:
         self.controller.start()
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
+        while not self.closing:  # while the app exits, Qt may call back once more, without a running loop to sleep on
             self._refresh()
+            await asyncio.sleep(TICK_SECONDS)
 
     # -- what is shown ---------------------------------------------------------------------------------------
 
@@ -193,6 +194,7 @@ class MenubarApp(toga.App):
         await self.menubar.run()
 
     async def on_exit(self) -> bool:
+        self.menubar.closing = True
         # Not run_in_executor: Qt's loop has threads of Qt's for that, and leaving them behind aborts the process.
         with ThreadPoolExecutor(1) as thread:
             await asyncio.wrap_future(thread.submit(self.menubar.controller.close))

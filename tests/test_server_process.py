@@ -61,7 +61,7 @@ def test_a_signal_ends_a_generation_and_the_process(number: int, code: int) -> N
             rest = [line for line in lines if line]
         assert "stopping" in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 400
         output, errors = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == code and output == ""
+        assert process.returncode == code and output == "", (process.returncode, output, errors)
         assert "Traceback" not in errors and errors.startswith("memory plan") and errors.endswith("stopped\n"), errors
 
 

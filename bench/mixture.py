@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_flash.errors import CheckpointError, UsageError
+from mlx_flash.errors import UsageError
 from mlx_flash.finding import find_source
-from mlx_flash.flash.files import is_store
-from mlx_flash.kinds import is_mixture, refuse_own_code
+from mlx_flash.loading import holds_mixture
 from mlx_flash.plan import parse_memory
 
 from . import children, compare, disk
@@ -44,14 +42,7 @@ def folder_of(model: str | None) -> Path | None:
     if model is None:
         return None
     folder = find_source(model, None, print)
-    if is_store(folder):
-        return None
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}. Download it again.") from None
-    refuse_own_code(config, folder)
-    return folder if is_mixture(config) else None
+    return folder if holds_mixture(folder) else None
 
 
 @dataclass(frozen=True)

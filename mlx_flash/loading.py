@@ -125,19 +125,16 @@ def load(
     budget = None if memory is None else parse_memory(memory)
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
+    if holds_mixture(source):
+        if predictor != "auto":
+            raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
+        if recall is not None:
+            raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
+        _check_compiler(say)
+        tokenizer = load_tokenizer(source, _read_config(source))  # first: the plan counts what the process has by then
+        return load_mixture(source, budget, window, threads, context, io, say), tokenizer
     if not is_store(source):
         config = _read_config(source)
-        refuse_own_code(config, source)
-        if is_mixture(config):
-            if predictor != "auto":
-                raise UsageError(
-                    f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does."
-                )
-            if recall is not None:
-                raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
-            _check_compiler(say)
-            tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
-            return load_mixture(source, budget, window, threads, context, io, say), tokenizer
         family_of(config, source).activation(config, source)  # refused here, before a conversion is begun
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
@@ -221,6 +218,15 @@ def _check_arguments(predictor: str, window: int | None, threads: int, context: 
         raise UsageError(f"context is {context}, expected at least 1 token.")
     if io not in IO_MODES:
         raise UsageError(f"io is {io!r}, expected 'direct' or 'buffered'.")
+
+
+def holds_mixture(source: Path) -> bool:
+    """Whether a folder is the checkpoint of a mixture of experts. Raises CheckpointError or UnsupportedModelError."""
+    if is_store(source):
+        return False
+    config = _read_config(source)
+    refuse_own_code(config, source)
+    return is_mixture(config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

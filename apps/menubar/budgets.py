@@ -66,11 +66,10 @@ def ask_plan(model: str | None) -> list[Budget]:
     from mlx_flash.errors import BudgetError
     from mlx_flash.finding import find_source, place_of
     from mlx_flash.flash.files import is_store
-    from mlx_flash.kinds import is_mixture
-    from mlx_flash.loading import load
+    from mlx_flash.loading import holds_mixture, load
 
     source = find_source(model, None, lambda _: None)
-    mixture = not is_store(source) and is_mixture(json.loads((source / "config.json").read_bytes()))
+    mixture = holds_mixture(source)
     if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
         return []
     try:

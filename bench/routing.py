@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.experts import StreamedExperts
+from mlx_flash.mixture import router_of
 
 from .traces import LayerTrace, decode, packed
 
@@ -29,10 +30,8 @@ class Place:
 
     def router(self) -> Any:
         """The linear map whose largest outputs name the experts. Raises UsageError if the block has none by itself."""
-        for name in ("gate", "router"):
-            child = self.block.children().get(name)
-            if isinstance(child, (nn.Linear, nn.QuantizedLinear)):
-                return child
+        if (router := router_of(self.block, self.name)) is not None:
+            return router
         raise UsageError(
             "look-ahead is measured on mixtures whose experts stand beside a linear `gate` or `router`, as Qwen3-MoE's "
             f"and Mixtral's do; {type(self.block).__name__} has none."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -91,8 +91,7 @@ class Turns:
     def _keep(self, prompt: list[int]) -> int:
         """Makes the cache hold the beginning of the prompt, as far as it can; returns how many tokens that is."""
         fed = prompt[:-1]  # the last one must go through the model, for what follows it
-        pairs = enumerate(zip(self.tokens, fed, strict=False))
-        common = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(self.tokens), len(fed)))
+        common = common_prefix(self.tokens, fed)
         surplus = len(self.tokens) - common
         if surplus and (
             not common or not can_trim_prompt_cache(self._cache) or trim_prompt_cache(self._cache, surplus) != surplus
@@ -102,6 +101,12 @@ class Turns:
         self.tokens = self.tokens[:common]
         make_room(self._cache, min(len(prompt), self.model.flash.plan.context))
         return common
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """With how many equal tokens both begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def make_room(cache: list[Any], tokens: int) -> None:

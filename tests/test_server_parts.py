@@ -21,7 +21,7 @@ from mlx_flash.generation import stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
 from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.server import answering
-from mlx_flash.server.engine import Engine, common_prefix
+from mlx_flash.server.engine import Engine
 from mlx_flash.server.errors import ApiError
 from mlx_flash.server.jobs import Sampling, TokenLogprob
 from mlx_flash.server.logprobs import within
@@ -55,12 +55,6 @@ def test_no_more_is_held_back_than_may_begin_a_word() -> None:
     stop = StopWords(["END", "\n\nUser"])
     assert stop.feed("The E") == "The " and stop.feed("N") == "" and stop.feed("T\n") == "ENT"
     assert stop.feed("\n") == "" and stop.feed("U") == "" and stop.feed("x") == "\n\nUx" and not stop.found
-
-
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_common_prefix(a: list[int], b: list[int]) -> None:
-    n = common_prefix(a, b)
-    assert a[:n] == b[:n] and (n in (len(a), len(b)) or a[n] != b[n])
 
 
 # -- settings ------------------------------------------------------------------------------------------------

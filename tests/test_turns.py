@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_flash.errors import UsageError
 from mlx_flash.generation import cached_tokens, stream_generate
 from mlx_flash.loading import load
-from mlx_flash.turns import Turns, make_room
+from mlx_flash.turns import Turns, common_prefix, make_room
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31]
 
@@ -159,3 +161,9 @@ def test_a_cache_grows_in_whole_steps(kept: int, more: int) -> None:
     assert np.array_equal(feed(cache, numbers[:, :, kept : kept + more]), numbers[:, :, : kept + more])
     assert cache.keys is not None and cache.values is not None
     assert cache.keys.shape[2] == cache.values.shape[2] == -(-max(kept + 30, kept + more) // 256) * 256
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    n = common_prefix(a, b)
+    assert a[:n] == b[:n] and (n in (len(a), len(b)) or a[n] != b[n])

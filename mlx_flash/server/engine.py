@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -163,6 +163,7 @@ class Engine:
     def _generate(self, job: Job) -> End:
         import mlx.core as mx
 
+        from ..turns import common_prefix
         from .logprobs import logprob_of, within
         from .sampling import make_processors, make_sampler
 
@@ -215,12 +216,6 @@ class Engine:
                     return End(reason, len(job.ids), turns.reused, response.generation_tokens)
                 check()
         raise AssertionError("a generation ends with a reason")
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """With how many equal tokens both begin."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _stopping() -> ApiError:

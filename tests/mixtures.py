@@ -8,7 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {
@@ -202,3 +205,16 @@ def _random_like(name: str, array: mx.array) -> mx.array:
     if array.ndim < 2:
         return 1 + 0.1 * noise if "norm" in name or name.endswith("A_log") else 0.1 * noise
     return noise * (1.5 / array.shape[-1] ** 0.5)
+
+
+def choices_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """What every `SwitchGLU` of mlx-lm is asked for from now on, call by call: expert ids (T, K)."""
+    seen: list[np.ndarray] = []
+    call = SwitchGLU.__call__
+
+    def noting(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
+        seen.append(np.array(indices)[0])
+        return call(self, x, indices)
+
+    monkeypatch.setattr(SwitchGLU, "__call__", noting)
+    return seen

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
-from mixtures import make_mixture  # type: ignore[import-not-found]
+from mixtures import choices_seen, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
@@ -46,17 +46,8 @@ def test_popularity_repeats_as_many_choices_as_were_published() -> None:
 
 def test_the_model_routes_as_planted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every layer, measured on the whole model as mlx-lm computes it."""
-    from mlx_lm.models.switch_layers import SwitchGLU
-
     model, config = load_model(checkpoint)
-    seen: list[np.ndarray] = []
-    call = SwitchGLU.__call__
-
-    def noting(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
-        seen.append(np.array(indices)[0])
-        return call(self, x, indices)
-
-    monkeypatch.setattr(SwitchGLU, "__call__", noting)
+    seen = choices_seen(monkeypatch)
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], 400)
     logits = model(mx.array(ids)[None], cache=make_prompt_cache(model))
     assert np.isfinite(np.array(logits)).all() and len(seen) == 3

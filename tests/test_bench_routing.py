@@ -13,8 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
-from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
-from mlx_lm.models.switch_layers import SwitchGLU
+from mixtures import VOCABULARY, choices_seen, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import load_model
 
 from mlx_flash import loading
@@ -58,14 +57,7 @@ def test_a_trace_is_what_mlx_lm_chooses(
 ) -> None:
     model = open_mixture(family, context=32)  # 40 tokens: two windows
     taps = routing.record(model, IDS, [0], "test")
-    seen: list[np.ndarray] = []
-    call = SwitchGLU.__call__
-
-    def noting(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
-        seen.append(np.array(indices)[0])
-        return call(self, x, indices)
-
-    monkeypatch.setattr(SwitchGLU, "__call__", noting)
+    seen = choices_seen(monkeypatch)
     plain, _ = load_model(tmp_path / family)
     for window in (IDS[:31], IDS[31:]):
         mx.eval(plain(mx.array([[0, *window]])))

@@ -81,7 +81,8 @@ def fetches(
     while time.perf_counter() - began < seconds:
         for stream in streams:
             stream.cache = SlotCache(stream.experts, stream.cache.slots)
-            stream.fetch(np.sort(rng.choice(stream.experts, missing, replace=False)))
+            stream.begin(np.sort(rng.choice(stream.experts, missing, replace=False)))
+            stream.land()
             calls += 1
     did = counters - before
     return {

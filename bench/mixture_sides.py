@@ -19,7 +19,7 @@ from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.pace import Pace
 from mlx_flash.mixture import open_mixture
-from mlx_flash.mixture_loading import _number, trace
+from mlx_flash.mixture_loading import number_of, trace
 from mlx_flash.stats import Counters
 
 from . import children
@@ -80,7 +80,7 @@ def examine(folder: str, context: int) -> dict[str, Any]:
         "experts_bytes": experts_bytes,
         "weights_bytes": experts_bytes + sum(array.nbytes for _, array in mixture.resident()),
         "vocabulary": shape.vocabulary,
-        "positions": _number(mixture.config, "max_position_embeddings", context),
+        "positions": number_of(mixture.config, "max_position_embeddings", context),
         "files": [str(file) for file in mixture.files],
         "synthetic": "synthetic" in mixture.config,
     }

@@ -47,7 +47,7 @@ def load_mixture(
     """
     mx.set_cache_limit(MLX_CACHE_BYTES)
     mixture = open_mixture(folder)
-    positions = _number(mixture.config, "max_position_embeddings", context)
+    positions = number_of(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
     try:
         shape = trace(mixture, context)
@@ -167,7 +167,7 @@ def workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int) 
     activations = tokens * (4 * 16 * shape.width + shape.choices * shape.pair_bytes)
     scores = widened = 0
     if mx.default_device() == mx.cpu:
-        heads = _number(mixture.config, "num_attention_heads", 1)
+        heads = number_of(mixture.config, "num_attention_heads", 1)
         scores = 3 * heads * tokens * context * 4
     named = [item for tensors in mixture.switches.values() for item in tensors.items()]
     if any(is_widened(name.rsplit(".", 1)[1], tensor.dtype) for name, tensor in named):
@@ -190,7 +190,7 @@ def read_resident(mixture: Mixture) -> None:
             bar.update(array.nbytes)
 
 
-def _number(config: dict[str, Any], key: str, otherwise: int) -> int:
+def number_of(config: dict[str, Any], key: str, otherwise: int) -> int:
     """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
 
     Raises CheckpointError for what is no positive whole number.

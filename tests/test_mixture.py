@@ -309,7 +309,9 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
         weights: Any = load_model(mixture_of("qwen3_moe", "4 bits"))[0].layers[1].mlp.switch_mlp.up_proj.weight
         return len(found) == len(ids) and all(np.array_equal(a, weights[i]) for a, i in zip(found, ids, strict=True))
 
-    experts.fetch(np.array([0, 1]))
+    experts.use(np.array([0, 1]))
+    experts.begin(np.array([0, 1]))
+    experts.land()
     experts.read_ahead(np.array([7, 8]), keep=np.array([0]))
     experts.use(np.array([0, 7, 9]))
     experts.begin(np.array([0, 7, 9]))

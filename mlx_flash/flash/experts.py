@@ -122,15 +122,8 @@ class ExpertStream:
         """Evaluates what is held, here and in the other layers: another thread could not."""
         self.shared.settle()
 
-    def fetch(self, experts: np.ndarray) -> np.ndarray:
-        """Brings in `experts` (unique, ascending, at most as many as slots); the int32 slot of every expert (E,)."""
-        self.use(experts)
-        self.begin(experts)
-        self.land()
-        return self.cache.slot_of
-
     def use(self, experts: np.ndarray) -> None:
-        """A call of the model needs `experts`: they are the last to be evicted."""
+        """A call of the model needs `experts` (unique ids): they are the last to be evicted."""
         if (flight := self.flight) is not None:
             used = int(np.isin(flight.experts, experts).sum())
             if flight.guess:
@@ -154,8 +147,8 @@ class ExpertStream:
         self.begin(experts[: self.cache.slots - len(keep)], keep, guess=True)
 
     def begin(self, experts: np.ndarray, keep: np.ndarray | None = None, guess: bool = False) -> None:
-        """Starts to read those of `experts` that are missing and not on their way. None of `keep`, which are here,
-        makes room for them."""
+        """Starts to read those of `experts` (unique ids, at most as many as slots) that are missing and not on their
+        way. None of `keep`, which are here, makes room for them."""
         began = time.perf_counter()
         before = self.flight or _Flight([], NOTHING, NOTHING, guess)
         wanted = experts if keep is None else np.concatenate((keep, experts))

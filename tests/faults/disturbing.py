@@ -1,0 +1,134 @@
+"""Ctrl-C at any line of the streaming engine, and files that are changed while a model runs."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from outcomes import outcome, say  # type: ignore[import-not-found]
+from reading import PROMPT, TOKENS, answer, loaded, mixture, models  # type: ignore[import-not-found]
+
+import mlx_flash.flash
+from mlx_flash import stream_generate
+from mlx_flash.finding import find_store
+
+ENGINE = str(Path(mlx_flash.flash.__file__).parent)
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the given line that the engine runs, counted from 1; never at 0."""
+
+    def __init__(self, line: int) -> None:
+        self.line, self.count = line, 0
+
+    def __enter__(self) -> InterruptAt:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, _event: str, _argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(ENGINE) else None
+
+    def _line(self, _frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "line":
+            self.count += 1
+            if self.count == self.line:
+                raise KeyboardInterrupt
+        return self._line
+
+
+def interrupt(rng: random.Random, runs: int, work: Path) -> None:
+    """The answer after an interrupted one must be right."""
+    for path, _, options in models(work, silent=False):
+        model, tokenizer = loaded(path, **options)
+        expected = answer(model, tokenizer)
+        with InterruptAt(0) as lines:
+            answer(model, tokenizer)
+        for _ in range(runs // 3):
+            injected = False
+            try:
+                with InterruptAt(rng.randrange(1, lines.count)):
+                    answer(model, tokenizer)
+            except KeyboardInterrupt:
+                injected = True
+            say("interrupt", injected, *outcome(partial(answer, model, tokenizer), expected))
+        model.flash.close()
+
+
+def _rewrite(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    for i in range(len(data) // 8, len(data), 97):
+        data[i] ^= 0x55
+    with file.open("r+b") as out:
+        out.write(data)
+
+
+def _zero(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("r+b") as out:
+        out.seek(size // 8)
+        out.write(bytes(size - size // 8))
+
+
+def _with_old_time(change: Callable[[Path], object], file: Path) -> None:
+    status = file.stat()
+    change(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _replace(file: Path) -> None:
+    other = file.with_suffix(".other")
+    shutil.copy(file, other)
+    other.replace(file)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "truncate": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "grow": lambda file: os.truncate(file, file.stat().st_size + 1),
+    "rewrite": _rewrite,
+    "rewrite, old time": partial(_with_old_time, _rewrite),
+    "zeros, old time": partial(_with_old_time, _zero),
+    "delete": Path.unlink,
+    "rename away": lambda file: file.rename(file.with_suffix(".away")),
+    "rename over": _replace,
+    "chmod": lambda file: file.chmod(0o400),
+}
+
+
+def change(rng: random.Random, runs: int, work: Path) -> None:
+    """After the third token somebody changes the file that tokens read from."""
+    texts: dict[Path, list[int]] = {}
+    for run in range(runs):
+        name = list(CHANGES)[run % len(CHANGES)]
+        source, read = [(find_store(None), "neurons.bin"), (mixture(work), "model.safetensors")][
+            run // len(CHANGES) % 2
+        ]
+        own = work / "own"
+        shutil.rmtree(own, ignore_errors=True)
+        shutil.copytree(source, own)
+        if source not in texts:
+            texts[source] = _tokens(own, lambda: None)
+        say(name, True, *outcome(partial(_tokens, own, partial(CHANGES[name], own / read)), texts[source]))
+
+
+def _tokens(folder: Path, after_three: Callable[[], object]) -> list[int]:
+    """Loads the model anew, so that its tokens must read."""
+    model, tokenizer = loaded(folder)
+    try:
+        tokens = []
+        for response in stream_generate(model, tokenizer, PROMPT, max_tokens=TOKENS):
+            tokens.append(response.token)
+            if len(tokens) == 3:
+                after_three()
+        return tokens
+    finally:
+        model.flash.close()

@@ -27,6 +27,7 @@ from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import READ_ALIGNMENT, Ticket, UnitFile
 from mlx_flash.flash.stream import Streamer
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.neurons import StreamedNeurons
 
 PIECE_BYTES = 16 << 20
@@ -83,11 +84,11 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
                 )
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):
-                packed = np.ascontiguousarray(blocks[:, part * per_block : (part + 1) * per_block]).reshape(-1)
+                packed = blocks[:, part * per_block : (part + 1) * per_block].reshape(-1)
                 items = packed.view(f"u{layout.row_bytes // layout.width}").reshape(-1, layout.width)[: layout.neurons]
                 for start in range(0, layout.neurons, rows_of_piece(layout)):
                     piece = items[start : start + rows_of_piece(layout)]
-                    bar.update(file.write(np.ascontiguousarray(piece.T if part == 0 else piece).data))
+                    bar.update(file.write((piece.T.copy() if part == 0 else piece).data))
         file.flush()
         os.fsync(file.fileno())
 
@@ -274,7 +275,7 @@ class _Embedding:
 
     def __call__(self, tokens: mx.array) -> mx.array:
         rows = []
-        for token in np.array(tokens).reshape(-1).tolist():
+        for token in to_numpy(tokens).reshape(-1).tolist():
             wait(self.weights.streamer, self._submit(token, 1, self.row_pool))
             rows.append(self._rows(token, 1, self.row_pool) + 0)  # a copy
             mx.eval(rows[-1])

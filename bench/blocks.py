@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for way in ways:
         n = len(way.seconds)
-        ratio = np.array(way.seconds) / np.array(ways[0].seconds)
+        ratio = np.array(list(way.seconds)) / np.array(list(ways[0].seconds))
         times = spread(way.seconds)
         file_share = way.block_bytes / way.count / layout.bundle_bytes
         rows.append(

@@ -205,7 +205,7 @@ def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> lis
 
     text = read_text(path) if path else files("mlx_flash.convert").joinpath("calibration.txt").read_text("utf-8")
     ids = [*load_tokenizer(store).encode(text, add_special_tokens=False, verbose=False)]
-    repeated = np.resize(np.array(ids, np.int64), count) % vocabulary  # a synthetic store's tokenizer is not its own
+    repeated = np.resize(ids, count) % vocabulary  # a synthetic store's tokenizer is not its own
     return [int(i) for i in repeated]
 
 

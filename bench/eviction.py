@@ -132,7 +132,7 @@ def pooled(sets: list[list[np.ndarray]], units: int, slots: int) -> list[np.ndar
         [policies.step(cache, wanted + i * units) for i, wanted in enumerate(token)]
         for token in zip(*sets, strict=True)
     ]
-    return list(np.array(rows).T)
+    return list(np.array(list(rows)).T)
 
 
 def per_token(rows: list[np.ndarray]) -> list[float]:
@@ -156,9 +156,9 @@ def show_unit(part: dict[str, Any], unit: str, count: int) -> None:
     size = f" of {count} neurons" if unit == "block" else ""
     print(f"\n{what}{size}: {part['needed']:.0f} needed per token; misses per token, others against least-recent use")
     print(f"{'':<46}" + "".join(f"{share:>9.0%}" for share in part["shares"]))
-    totals = {rule: np.array(rows).sum(axis=1) for rule, rows in part["misses_by_layer"].items()}
+    totals = {rule: np.sum(rows, axis=1) for rule, rows in part["misses_by_layer"].items()}
     first = totals["least recent"]
-    rest_first = np.array(part["misses_by_layer"]["least recent"])[:, part["rest"]].sum(axis=1)
+    rest_first = np.array(list(part["misses_by_layer"]["least recent"]))[:, part["rest"]].sum(axis=1)
     print(f"{'least recent':<46}" + "".join(f"{value:>9.1f}" for value in first))
     for rule, values in totals.items():
         if rule != "least recent":
@@ -179,7 +179,7 @@ def draw(figure: Any, parts: dict[str, Any]) -> None:
     panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axes, (unit, part) in zip(panels, parts.items(), strict=True):
         for rule, (colour, style) in lines.items():
-            shares = np.array(part["misses_by_layer"][rule]).sum(axis=1) / part["needed"]
+            shares = np.sum(part["misses_by_layer"][rule], axis=1) / part["needed"]
             axes.plot(part["shares"], shares, style, color=colour, label=names.get(rule, rule), marker="o", ms=3)
         axes.set_title(f"read {unit} by {unit}")
         axes.set_xlabel(f"share of the {'experts' if unit == 'expert' else 'neurons'} that have a slot")

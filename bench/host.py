@@ -19,6 +19,7 @@ from mlx_flash.finding import find_store
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.stream import BlockRows, LayerStream
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers import neurons
 from mlx_flash.loading import load
 
@@ -54,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
     ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 64 + arguments.tokens)
     mx.eval(model(mx.array(ids[None, :32]), cache=cache))
     for token in ids[32:64]:
-        np.array(model(mx.array([[int(token)]]), cache=cache))
+        to_numpy(model(mx.array([[int(token)]]), cache=cache))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in STEPS]
     evaluate = mx.eval
     try:
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         counters = model.flash.streamer.counters.copy()
         began = time.perf_counter()
         for token in ids[64:]:
-            np.array(model(mx.array([[int(token)]]), cache=cache))
+            to_numpy(model(mx.array([[int(token)]]), cache=cache))
         total = time.perf_counter() - began
         used = model.flash.streamer.counters - counters
     finally:

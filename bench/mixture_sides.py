@@ -158,7 +158,7 @@ def decode(model: Any, task: Task, counters: Counters) -> dict[str, Any]:
         mx.eval(best, [c.state for c in cache])
         total = time.perf_counter() - began
         samples.append(asdict(counters - before) | {"total_s": total})
-        likeliest.append(int(np.array(best)))
+        likeliest.append(int(best.item()))
         first_token_s = first_token_s or time.time() - task.began
     return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
 

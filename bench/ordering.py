@@ -104,7 +104,7 @@ def compare(
     rows = []
     for disk in disks:
         for name in ORDERS:
-            by_layer = np.array(sums[disk.name, name])
+            by_layer = np.array(list(sums[disk.name, name]))
             row: dict[str, Any] = {"disk": disk.name, "order": name, "by_layer": by_layer.tolist()}
             for part, layers in {"": list(range(len(by_layer))), "rest_": rest}.items():
                 reads, bundles = by_layer[layers].sum(axis=0).tolist()

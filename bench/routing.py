@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.errors import UsageError
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.mixture import router_of
 
@@ -68,7 +69,7 @@ class Tap(nn.Module):
         for state, given in self.states.items():
             scores = self._router(given()).reshape(mask.shape)
             ranks = mx.argsort(mx.argsort(-scores, axis=-1), axis=-1)
-            self.rank_rows[state].append(np.array(ranks.astype(mx.int16)))
+            self.rank_rows[state].append(to_numpy(ranks.astype(mx.int16)))
         result: mx.array = self._inner(x, indices)
         return result
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.defaults import PREFILL_TOKENS
+from mlx_flash.host_arrays import to_numpy
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def windows(ids: list[int], prefix: list[int], window: int) -> Iterator[tuple[np
     """Cuts `ids` into windows of `window` positions, each begun with `prefix`: (given, targets), int32 (T,) each."""
     body = window - len(prefix)
     for begin in range(0, len(ids), body):
-        line = np.array(prefix + ids[begin : begin + body], np.int32)
+        line = np.array([*prefix, *ids[begin : begin + body]], np.int32)
         yield line[:-1], line[1:]
 
 
@@ -180,6 +181,6 @@ def compare(
                 streamed = model(mx.array(given[here])[None], cache=cache)[0].astype(mx.float32)
                 dense = model.head(hidden[at : at + step][None])[0].astype(mx.float32)
                 mx.eval(streamed, dense)
-                result.add(np.array(dense), np.array(streamed), targets[here])
+                result.add(to_numpy(dense), to_numpy(streamed), targets[here])
                 progress(len(targets[here]))
     return result

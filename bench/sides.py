@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from mlx_flash.errors import BudgetError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.system import current_memory_bytes, peak_memory_bytes
+from mlx_flash.host_arrays import to_numpy
 
 from . import children
 
@@ -179,7 +178,7 @@ def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
     for token in tqdm(task.ids[task.prompt :], desc=task.label or name, unit="token", dynamic_ncols=True):
         before = counters.copy()
         began = time.perf_counter()
-        logits = np.array(model(mx.array([[token]]), cache=cache)[0, -1])
+        logits = to_numpy(model(mx.array([[token]]), cache=cache)[0, -1])
         sample = asdict(counters - before)
         sample["total_s"] = time.perf_counter() - began
         samples.append(sample)

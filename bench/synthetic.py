@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.neurons import write_neurons
-from mlx_flash.convert.output import file_entry, publish
+from mlx_flash.convert.output import publish
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.flash.checksums import sha256_of
 from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.activations import Activation
 
 from .random_checkpoint import POSITIONS, SHAPES, copy_tokenizer, opt_config
@@ -172,6 +174,7 @@ def write_store(
     if (free := shutil.disk_usage(output.parent).free) < needed * 1.02:
         raise UsageError(f"{output} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there.")
     partial_folder.mkdir()
+    sums: dict[str, dict[str, int]] = {}
     try:
         with tqdm(total=needed, unit="B", unit_scale=True, desc="synthetic weights", dynamic_ncols=True) as bar:
             write_neurons(
@@ -179,7 +182,7 @@ def write_store(
             )
             for name, tensors in ((Manifest.resident_file, resident), (Manifest.predictor_file("lowrank"), predictor)):
                 entries = [(key, dims, mx.float32, load) for key, dims, load in tensors]
-                write_safetensors(partial_folder / name, entries, bar.update)
+                sums[name] = write_safetensors(partial_folder / name, entries, bar.update)
         copy_tokenizer(partial_folder)
         (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         predicted = [round(PREDICTED_PER_ACTIVE * s.active, 5) for s in statistics]
@@ -207,7 +210,7 @@ def write_store(
             all_neurons_layers=(),
             predictors={"lowrank": report},
             default_predictor="lowrank",
-            files={path.name: file_entry(path) for path in sorted(partial_folder.iterdir())},
+            files={path.name: _entry(path, sums) for path in sorted(partial_folder.iterdir())},
         )
         publish(partial_folder, manifest)
         partial_folder.rename(output)
@@ -215,6 +218,14 @@ def write_store(
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
     return manifest
+
+
+def _entry(path: Path, sums: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """What a manifest says of a file; sums: of those that hold tensors."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size}
+    if path.name in sums:
+        return entry | {"crc32": sums[path.name]}
+    return entry if path.name == Manifest.neurons_file else entry | {"sha256": sha256_of(path)}
 
 
 Tensors = list[tuple[str, tuple[int, ...], Callable[[], mx.array]]]
@@ -306,7 +317,7 @@ def _predictor_tensors(hidden: int, statistics: list[LayerStatistics], seed: int
             if name == "a":
                 return mx.array(q)
             if name == "b":
-                return mx.array(np.ascontiguousarray(s.T) * np.float32(math.sqrt(layer.predictable)))
+                return mx.array(s.T.copy() * np.float32(math.sqrt(layer.predictable)))
             return mx.array(_up_bias(hidden, layer, seed, i) - np.float32(layer.threshold))
 
         for name, dims in (("a", (hidden, rank)), ("b", (rank, 4 * hidden)), ("c", (4 * hidden,))):
@@ -326,10 +337,10 @@ class _Recorder:
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        self.predicted = np.array(self.mlp.predictor(flat)[0])
+        self.predicted = to_numpy(self.mlp.predictor(flat)[0])
         parts = []
         for start, stop, (up, _) in self.mlp._stream.whole_bundles():
-            parts.append(np.array(flat @ up.T + self.mlp.up_bias[start:stop] > 0))
+            parts.append(to_numpy(flat @ up.T + self.mlp.up_bias[start:stop] > 0))
         self.active = np.concatenate(parts, axis=1)
         return self.mlp(x)  # type: ignore[no-any-return]
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mlx_flash.commands import whole_number
 from mlx_flash.defaults import PREDICTORS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
 from .report import add_output_argument, environment
@@ -63,7 +64,7 @@ class Tap:
 
 def packed(mask: mx.array) -> np.ndarray:
     """bool (n, F) -> uint8 (n, ceil(F / 8))"""
-    return np.packbits(np.array(mask), axis=1)
+    return np.packbits(to_numpy(mask, copy=False), axis=1)
 
 
 def unpacked(rows: list[np.ndarray], neurons: int) -> np.ndarray:
@@ -120,7 +121,7 @@ def decode(model: Any, ids: list[int], prefix: list[int], name: str) -> None:
     with tqdm(total=len(ids), desc=name, unit="token", dynamic_ncols=True) as bar:
         for begin in range(0, len(ids), body):
             here = ids[begin : begin + body]
-            given = np.array(prefix + here, np.int32)
+            given = np.array([*prefix, *here], np.int32)
             cache = make_prompt_cache(model)
             for at in range(0, len(given), step):
                 mx.eval(model(mx.array(given[at : at + step])[None], cache=cache))

@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
             by_window(getattr(trace, kind), windows) for trace in tqdm(history, desc=kind, unit="layer", leave=False)
         ]
         for name, rows in zip(("resident", "new"), zip(*sizes, strict=True), strict=True):
-            result[f"{kind}_{name}_by_layer"] = np.array(rows).tolist()
+            result[f"{kind}_{name}_by_layer"] = np.array(list(rows)).tolist()
             result[f"{kind}_{name}"] = np.mean(rows, axis=0).tolist()
     finish(
         arguments.output,

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.system import return_freed_memory
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.activations import Activation
 
 from .host import HostLinear, HostMatrix, row_pieces
@@ -73,7 +74,7 @@ class _Recorder:
         self.choose: Choose | None = None  # who computes; None: all
 
     def __call__(self, x: mx.array) -> mx.array:
-        flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        flat = to_numpy(x, np.float32).reshape(-1, x.shape[-1])
         before = self.ffn.before(flat)
         if self.recording:
             self.inputs.append(flat)
@@ -161,7 +162,7 @@ def perplexity(model: Any, hidden: mx.array, sequences: np.ndarray) -> float:
     nats, tokens = 0.0, 0
     for states, sequence in zip(hidden, sequences, strict=True):
         for begin, end in row_pieces((len(sequence) - 1, model.args.vocab_size), 4):
-            logits = np.array(model.head(states[None, begin:end])[0].astype(mx.float32))  # (t, V)
+            logits = to_numpy(model.head(states[None, begin:end])[0], np.float32)  # (t, V)
             logits -= logits.max(axis=-1, keepdims=True)
             expected = np.take_along_axis(logits, sequence[begin + 1 : end + 1, None], axis=-1)[:, 0]
             nats += float((np.log(np.exp(logits, out=logits).sum(axis=-1)) - expected).sum())

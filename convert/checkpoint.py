@@ -16,6 +16,7 @@ from mlx_flash.checkpoint_files import weights_in
 from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.checksums import TensorEntry, read_header
+from mlx_flash.flash.plain_files import read_at, reading, unreadable
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Checkpoint:
     """A folder with `config.json` and `*.safetensors` (or, through torch, `pytorch_model*.bin`).
 
     Nothing is read before it is asked for; `load` returns a tensor that nobody else holds.
-    Raises CheckpointError for what is missing or cannot be read.
+    Raises CheckpointError for what is missing or malformed, ReadError for what the disk cannot read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,11 +44,10 @@ class Checkpoint:
                 "model*.safetensors and tokenizer files."
             )
         try:
-            self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+            with reading(config_path):
+                self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{config_path} is not valid JSON: {error}. Download the checkpoint again.") from None
-        except OSError as error:
-            raise CheckpointError(f"{config_path} cannot be read: {error}.") from None
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
         self.shards = weights_in(folder)
@@ -64,13 +64,17 @@ class Checkpoint:
             return _open_bin(shard)
         try:
             if shard not in self._headers:
-                self._headers[shard] = read_header(shard)[1]
+                with reading(shard, "its header"):
+                    self._headers[shard] = read_header(shard)[1]
             return dict(mx.load(str(shard)))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
 
     def load(self, name: str, begin: int = 0, end: int | None = None) -> mx.array:
-        """The tensor, or rows begin to end of it; of those files only these are read."""
+        """The tensor, or rows begin to end of it; of those files only these are read.
+
+        Raises ReadError for the disk's errors, CheckpointError for a file that is not what it was.
+        """
         shard, dtype = self.tensors[name].shard, self.tensors[name].dtype
         whole = begin == 0 and end is None
         try:
@@ -82,15 +86,19 @@ class Checkpoint:
             tensor = self._open(shard)[name]
             tensor = tensor if whole else tensor[begin:end]
             mx.eval(tensor)
-        except (RuntimeError, TypeError, ValueError, OSError) as error:
-            raise CheckpointError(f"{shard}: {name} cannot be read ({error}). Download it again.") from None
+        except (RuntimeError, TypeError, ValueError, OSError, EOFError) as error:
+            entry = self._headers.get(shard, {}).get(name)
+            whole_file = entry is None or shard.stat().st_size >= entry.end
+            if whole_file and isinstance(error, (RuntimeError, OSError)):  # MLX's, which names nothing, or the system's
+                raise unreadable(shard, error, f"tensor {name}") from None
+            raise CheckpointError(f"{shard}: tensor {name} cannot be read ({error}). Download it again.") from None
         return tensor
 
     def files(self) -> dict[str, Any]:
         """What identifies the weights: per file its size and a checksum of its first MiB (header and names)."""
         result = {}
         for shard in self.shards:
-            with shard.open("rb") as file:
+            with reading(shard), shard.open("rb") as file:
                 head = hashlib.sha256(file.read(1 << 20)).hexdigest()
             result[shard.name] = {"bytes": shard.stat().st_size, "head_sha256": head}
         return result
@@ -100,9 +108,9 @@ def _rows_of(shard: Path, entry: TensorEntry, dtype: mx.Dtype, begin: int, end: 
     begin, end, _ = slice(begin, end).indices(entry.shape[0])
     row_bytes = (entry.end - entry.begin) // entry.shape[0]
     count = (end - begin) * row_bytes
-    data = np.fromfile(shard, np.uint8, count, offset=entry.begin + begin * row_bytes)
-    if len(data) < count:
-        raise ValueError(f"{len(data)} of {count} bytes")
+    data = np.empty(count, np.uint8)
+    with shard.open("rb", buffering=0) as file:
+        read_at(file, entry.begin + begin * row_bytes, data)
     return mx.array(data).view(dtype).reshape(end - begin, *entry.shape[1:])
 
 

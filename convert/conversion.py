@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -26,8 +26,8 @@ from tqdm import tqdm
 from mlx_flash import __version__
 from mlx_flash.checkpoint_files import small_files
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
-from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, StoreError, UsageError
-from mlx_flash.flash.checksums import sha256_of
+from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
+from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import (
     MANIFEST,
     VERSION,
@@ -35,8 +35,11 @@ from mlx_flash.flash.files import (
     is_store,
     read_manifest,
 )
+from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.system import return_freed_memory
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.quantised import companions, matrices_of
+from mlx_flash.stored_tensors import StoredTensors
 
 from . import calibrate, imported, predictors
 from .checkpoint import Checkpoint
@@ -44,13 +47,16 @@ from .families import family_of
 from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
 from .neurons import quantised, write_neurons
 from .outline import Outline, Settings
-from .output import RECORD, file_entry, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .output import RECORD, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
 DIGITS = 5  # of the shares in the manifest
 SPARE_BYTES = 64 << 20
+HEAD = "lm_head."  # the output matrix of an untied model, a large one
+AGAIN = "The disk, or the memory, of this machine is not sound. Run the same command again: it writes the file anew."
 
 
 def convert(
@@ -90,6 +96,8 @@ def convert(
                     os.unlink(lock.lock_file)
     except Timeout:
         raise ConversionError(f"another process is converting into {output}. Wait for it, or stop it.") from None
+    except (StoreError, ReadError) as error:  # of the partial folder, or of a file of the checkpoint
+        raise ConversionError(str(error)) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
@@ -107,12 +115,18 @@ class _Conversion:
         self.outline, self.output, self.seconds = outline, output, seconds
         self.partial = output.with_name(output.name + ".partial")
         self.lowrank_left = outline.lowrank_memory  # for the layers whose turn is still to come
+        self.written: WrittenSums  # of the partial folder, once it is claimed
+        self.small_files: dict[str, str] = {}  # configuration, tokenizer: name -> SHA-256
+        self._stored_as: dict[str, str] = {}  # the model's names of what it does not have yet -> the store's
+        self._matrices: set[str] = set()  # among those
+        self._prefixes: dict[int, str] = {}  # id of a layer -> what the names of its weights begin with
 
     # -- the steps ------------------------------------------------------------------------------------------
 
     def run(self) -> Manifest:
         sequences = self._calibration_sequences()
         self._claim_partial_folder()
+        self.written = WrittenSums(self.partial)
         if is_store(self.partial):  # all that was missing is the last renames
             try:
                 manifest = read_manifest(self.partial)
@@ -131,23 +145,27 @@ class _Conversion:
             desc="writing",
             dynamic_ncols=True,
         ) as bar:
-            write_neurons(self.partial, self.outline.layout, self.outline.layer_rows, bar.update)
-            if (self.partial / Manifest.resident_file).exists():
+            table = write_neurons(self.partial, self.outline.layout, self.outline.layer_rows, bar.update, self.written)
+            resident = self.partial / Manifest.resident_file
+            if self._is_finished(resident):
                 bar.update(resident_bytes)
             else:
-                write_safetensors(self.partial / Manifest.resident_file, entries, bar.update)
+                write_safetensors(resident, entries, bar.update, written=partial(self.written.add, resident.name))
         self._copy_small_files()
         perplexities = self._make_predictors(sequences)
         reports = {
             kind: self._merge_predictors(kind) | {"perplexity": perplexities[kind]} for kind in self.outline.kinds
         }
-        manifest = self._manifest(reports)
+        manifest = self._manifest(reports, table)
         self._publish(manifest)
         return manifest
 
     def _claim_partial_folder(self) -> None:
         """Goes on with a partial conversion of the same input, or begins anew."""
         text = self._calibration_text()
+        for path in self._small_files():
+            with reading(path):
+                self.small_files[path.name] = sha256_of(path)
         key = {
             "mlx_flash": __version__,
             "version": VERSION,
@@ -155,7 +173,7 @@ class _Conversion:
             "files": self.outline.checkpoint.files(),
             "modified": {shard.name: shard.stat().st_mtime_ns for shard in self.outline.checkpoint.shards},
             "config": self.outline.checkpoint.config,
-            "small_files": {path.name: sha256_of(path) for path in self._small_files()},
+            "small_files": self.small_files,
             "dtype": self.outline.dtype,
             "bits": [self.outline.settings.bits, self.outline.settings.group_size, self.outline.settings.resident_bits],
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.outline.settings.calibration_tokens],
@@ -172,7 +190,9 @@ class _Conversion:
         record = self.partial / RECORD
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise UsageError(f"{self.partial} is in the way: the conversion needs a folder there. Remove it.")
-        if record.is_file() and record.read_bytes() == wanted:
+        with reading(record):
+            is_same = record.is_file() and record.read_bytes() == wanted
+        if is_same:
             tqdm.write(f"going on with the conversion in {self.partial}", file=sys.stderr)
             return
         if self.partial.exists():
@@ -204,7 +224,30 @@ class _Conversion:
 
     def _copy_small_files(self) -> None:
         for path in self._small_files():
-            shutil.copyfile(path, self.partial / path.name)
+            with reading(path):
+                content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.small_files.get(path.name):
+                raise ConversionError(f"{path} was changed meanwhile. Run the same command again.")
+            (self.partial / path.name).write_bytes(content)
+
+    def _is_finished(self, path: Path) -> bool:
+        """Whether a file of the partial folder is there and holds what was written into it. Raises ReadError."""
+        if (sums := self.written.of(path.name)) is None or not path.exists():
+            return False
+        try:
+            with reading(path):
+                return tensor_checksums(path) == sums
+        except ValueError:
+            return False
+
+    def _open(self, path: Path) -> StoredTensors:
+        """A file that was written into the partial folder. Raises ConversionError if it is not there any more."""
+        if (sums := self.written.of(path.name)) is None or not path.exists():
+            raise ConversionError(f"{path} vanished or was changed meanwhile. Run the same command again.")
+        return StoredTensors(path, sums, AGAIN)
+
+    def _read(self, path: Path, name: str) -> mx.array:
+        return self._open(path).take(name)
 
     # -- predictors -----------------------------------------------------------------------------------------
 
@@ -268,15 +311,15 @@ class _Conversion:
             sample = next(samples)
             dense = False
             for kind in self.outline.kinds:
-                arrays, report = self._layer_predictor(layer, kind, sample, None if norms is None else norms[layer])
-                followings[kind].choose = partial(predictors.chosen, arrays)
-                del arrays  # dropped with it
+                report = self._layer_predictor(layer, kind, sample, None if norms is None else norms[layer])
+                followings[kind].choose = _Choice(partial(self._open, self._layer_file(layer, kind)))
                 dense = dense or (kind == self.outline.default_kind and _is_dense(report["predicted"]))
             if dense:
                 for following in followings.values():
                     following.choose = None
         sample = None
         next(samples, None)  # the last layer of those that follow
+        self._fill(self._stored_as)
         targets = sequences[measured]
         result = {
             "dense": calibrate.perplexity(self.outline.model, mx.concatenate(hidden)[mx.array(measured)], targets)
@@ -289,22 +332,20 @@ class _Conversion:
             for kind in self.outline.kinds
         }
 
-    def _layer_predictor(
-        self, layer: int, kind: str, sample: predictors.Sample, norm: Any
-    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """(its arrays, what was measured), from its file, which is made if it is not there."""
+    def _layer_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> dict[str, Any]:
+        """What was measured of it, from its file, which is made if it is not there."""
         path = self._layer_file(layer, kind)
-        if (found := predictors.read_layer(path)) is None:
+        if not self._is_finished(path):
             return_freed_memory()
             began = time.perf_counter()
-            predictors.write_layer(path, self._make_predictor(layer, kind, sample, norm))
+            made = self._make_predictor(layer, kind, sample, norm)
+            predictors.write_layer(path, made, partial(self.written.add, path.name))
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
-            found = predictors.read_layer(path)
-            if found is None:
-                raise ConversionError(f"{path} was written and cannot be read back. Is the disk sound?")
+            del made
+        stored = self._open(path)
         if kind == "lowrank":
-            self.lowrank_left -= found[0]["a"].nbytes + found[0]["b"].nbytes
-        return found
+            self.lowrank_left -= stored.arrays["a"].nbytes + stored.arrays["b"].nbytes
+        return predictors.measured_of(stored)
 
     def _make_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> predictors.LayerPredictor:
         dtype, recall = getattr(mx, self.outline.dtype), self.outline.settings.recall
@@ -336,10 +377,8 @@ class _Conversion:
         tensors = []
         for layer in range(self.outline.layers):
             path = self._layer_file(layer, kind)
-            found = predictors.read_layer(path)
-            if found is None:
-                raise ConversionError(f"{path} vanished or was changed meanwhile. Run the same command again.")
-            arrays, measured = found
+            stored = self._open(path)
+            measured = predictors.measured_of(stored)
             for name in ("recall", "predicted", "active"):
                 report[name].append(round(measured[name], DIGITS))
             for name, values in measured["table"].items():
@@ -347,13 +386,14 @@ class _Conversion:
                 report["table"].setdefault(name, []).append(rounded)
             if measured["rank"] is not None:
                 report.setdefault("rank", []).append(measured["rank"])
-            for name, array in sorted(arrays.items()):
+            for name, array in sorted(stored.arrays.items()):
                 report["bytes"] += array.nbytes
-                load = partial(predictors.load_array, path, name)
+                load = partial(self._read, path, name)
                 tensors.append((f"{layer}.{name}", array.shape, array.dtype, load))
         if kind == "shadow":
             report |= {"bits": self.outline.settings.shadow_bits, "group_size": predictors.SHADOW_GROUP}
-        write_safetensors(self.partial / Manifest.predictor_file(kind), tensors)
+        path = self.partial / Manifest.predictor_file(kind)
+        write_safetensors(path, tensors, written=partial(self.written.add, path.name))
         return report
 
     def _activations(
@@ -368,39 +408,62 @@ class _Conversion:
             yield sample.pop()  # kept by who asked for it, and nobody else
 
     def _load_resident(self) -> None:
-        """Gives the model its weights, not yet read. Nothing else may refer to them: a layer goes after its turn."""
+        """Prepares the model to be filled layer by layer: vectors, and matrices before the layers, are read here.
+
+        The rows of embeddings are read when they are asked for, after all of them were compared with their checksums
+        once; a layer's matrices at its turn, the output matrix when the layers are gone.
+        """
         path = self.partial / Manifest.resident_file
-        weights: Any = mx.load(str(path))
+        stored = self._open(path)
         group_size, bits = self.outline.resident.group_size, self.outline.resident.bits
-        stored_as = {name: stored for stored, (name, _) in self.outline.resident.tensors.items()}
+        self._stored_as = {name: stored for stored, (name, _) in self.outline.resident.tensors.items()}
         for parent_name, parent in list(self.outline.model.named_modules()):
             for key, child in list(parent.items()):
                 if isinstance(child, nn.Embedding):
-                    stored = stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
-                    names = [stored, *companions(stored)] if stored in self.outline.resident.packed else [stored]
-                    dtypes = {name: weights.pop(name).dtype for name in names}
-                    embedding: FileEmbedding | PackedFileEmbedding = FileEmbedding(path, stored, dtypes[stored])
-                    if len(names) > 1:
-                        embedding = PackedFileEmbedding(path, dtypes, group_size, bits)
-                    parent[key] = embedding
-        packed = {name for name, stored in stored_as.items() if stored in self.outline.resident.packed}
+                    weight = self._stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
+                    names = [weight, *companions(weight)] if weight in self.outline.resident.packed else [weight]
+                    stored.compare(names)
+                    dtypes = [stored.arrays[name].dtype for name in names]
+                    parts = [
+                        FileEmbedding(path, name, stored.entries[name], dtype)
+                        for name, dtype in zip(names, dtypes, strict=True)
+                    ]
+                    parent[key] = parts[0] if len(parts) == 1 else PackedFileEmbedding(parts, group_size, bits)
+        packed = {name for name, stored in self._stored_as.items() if stored in self.outline.resident.packed}
         if packed:
             nn.quantize(
                 self.outline.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed
             )
-        linear = {name for name in matrices_of(self.outline.model) if name not in packed}
+        self._matrices = packed | (matrices_of(self.outline.model).keys() & self._stored_as.keys())
+        layers = {id(layer) for layer in self.outline.model.layers}
+        self._prefixes = {id(m): f"{name}." for name, m in self.outline.model.named_modules() if id(m) in layers}
+        later = (*self._prefixes.values(), HEAD)
+        self._fill(name for name in self._stored_as if name not in self._matrices or not name.startswith(later))
+
+    def _fill(self, names: Iterable[str]) -> None:
+        """Gives the model weights, read and compared with their checksums. names: the model's."""
+        stored = self._open(self.partial / Manifest.resident_file)
         named = []
-        for name, stored in stored_as.items():
-            weight = weights.pop(stored)  # a linear layer's is widened where it is used
-            named.append((name, weight if name in linear | packed else weight.astype(mx.float32)))
-            if name in packed:
-                named += [(own, weights.pop(own)) for own in companions(name)]
+        for name in list(names):
+            source = self._stored_as.pop(name)
+            weight = stored.take(source)
+            is_packed = source in self.outline.resident.packed
+            if is_packed:
+                named += [
+                    (own, stored.take(other)) for own, other in zip(*map(companions, (name, source)), strict=True)
+                ]
+            elif name not in self._matrices:  # a matrix is widened where it is used
+                weight = weight.astype(mx.float32)
+            named.append((name, weight))
         self.outline.model.load_weights(named, strict=False)
 
     def _host_ffn(self, layer: int) -> calibrate.HostFFN:
+        """That of the layer whose turn it is; the layer gets its other weights here. Nothing else refers to them."""
+        prefix = self._prefixes[id(self.outline.model.layers[layer])]
+        self._fill(name for name in self._stored_as if name.startswith(prefix))
         *matrices, down = (self._host_matrix(rows) for rows in self.outline.layer_rows(layer))
         up_bias, down_bias = (
-            np.array(self.outline.load(name).astype(mx.float32))
+            to_numpy(self.outline.load(name), np.float32)
             if name in self.outline.original
             else np.zeros(size, np.float32)
             for name, size in zip(self.outline.family.biases_of(layer), down.shape, strict=True)
@@ -417,7 +480,8 @@ class _Conversion:
 
     # -- the end --------------------------------------------------------------------------------------------
 
-    def _manifest(self, reports: dict[str, dict[str, Any]]) -> Manifest:
+    def _manifest(self, reports: dict[str, dict[str, Any]], table: str) -> Manifest:
+        """table: the SHA-256 of the neurons' checksums."""
         dense = [i for i, share in enumerate(reports[self.outline.default_kind]["predicted"]) if _is_dense(share)]
         names = sorted(p.name for p in self.partial.iterdir() if p.is_file() and not _is_work_file(p.name))
         return Manifest(
@@ -430,10 +494,19 @@ class _Conversion:
             all_neurons_layers=tuple(dense),
             predictors=reports,
             default_predictor=self.outline.default_kind,
-            files={name: file_entry(self.partial / name) for name in names},
+            files={name: self._file_entry(name, table) for name in names},
             resident_bits=self.outline.resident.bits,
             resident_group_size=self.outline.resident.group_size,
         )
+
+    def _file_entry(self, name: str, table: str) -> dict[str, Any]:
+        """Size, and checksums of what was meant to be in it; the bundle file has a table of checksums of its own."""
+        entry: dict[str, Any] = {"bytes": (self.partial / name).stat().st_size}
+        if (sums := self.written.of(name)) is not None:
+            return entry | {"crc32": sums}
+        if name == Manifest.neurons_file:
+            return entry
+        return entry | {"sha256": table if name == Manifest.neurons_checksums_file else self.small_files[name]}
 
     def _publish(self, manifest: Manifest) -> None:
         publish(self.partial, manifest)
@@ -456,10 +529,25 @@ class _Conversion:
             shutil.rmtree(replaced)
 
 
+class _Choice:
+    """What a layer's predictor chooses; it is read from its file at the first call, and dropped with this."""
+
+    def __init__(self, open_file: Callable[[], StoredTensors]) -> None:
+        self._open = open_file
+        self._arrays: dict[str, mx.array] | None = None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x: (N, D) -> bool (N, F)"""
+        if self._arrays is None:
+            stored = self._open()
+            self._arrays = {name: stored.take(name) for name in list(stored.arrays)}
+        return predictors.chosen(self._arrays, x)
+
+
 def _is_dense(predicted: float) -> bool:
     """Whether a layer is too dense to be worth selecting in. predicted: share that its predictor chooses."""
     return round(predicted, DIGITS) > MAX_DENSITY
 
 
 def _is_work_file(name: str) -> bool:
-    return name == RECORD or name.startswith("layer-") or name.endswith(".partial")
+    return name in (RECORD, SUMS) or name.startswith("layer-") or name.endswith(".partial")

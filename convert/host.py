@@ -6,14 +6,17 @@ are used a few times only. Widened whole, a layer of a 16-bit model would take t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.flash.checksums import read_header
+from mlx_flash.flash.checksums import TensorEntry
+from mlx_flash.flash.plain_files import read_at, reading
+from mlx_flash.host_arrays import to_numpy
 
 PIECE_BYTES = 32 << 20
 
@@ -40,7 +43,7 @@ class HostMatrix:
 
     def rows(self, begin: int, end: int) -> np.ndarray:
         """float32 (end - begin, C)"""
-        return np.array(self.weight[begin:end].astype(mx.float32))
+        return to_numpy(self.weight[begin:end], np.float32)
 
     def rows_dot(self, x: np.ndarray) -> np.ndarray:
         """x W^T: (N, C) -> (N, R)"""
@@ -68,7 +71,8 @@ class PackedHostMatrix(HostMatrix):
     def rows(self, begin: int, end: int) -> np.ndarray:
         scales, biases = (part[begin:end].astype(mx.float32) for part in (self.scales, self.biases))
         packed = self.weight[begin:end]
-        return np.array(mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits))
+        numbers = mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
+        return to_numpy(numbers, copy=False)
 
 
 class HostLinear:
@@ -80,40 +84,48 @@ class HostLinear:
             self.matrix: HostMatrix = PackedHostMatrix(linear.weight, scales, biases, linear.group_size, linear.bits)
         else:
             self.matrix = HostMatrix(linear.weight)
-        self.bias = np.array(linear.bias.astype(mx.float32)) if "bias" in linear else np.float32(0)
+        self.bias = to_numpy(linear.bias, np.float32) if "bias" in linear else np.float32(0)
 
     def __call__(self, x: mx.array) -> mx.array:
-        flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        flat = to_numpy(x, np.float32).reshape(-1, x.shape[-1])
         return mx.array(self.matrix.rows_dot(flat) + self.bias).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 class FileEmbedding:
-    """Stands where an embedding stood: reads from a safetensors file only the rows that are asked for."""
+    """Stands where an embedding stood: reads from a safetensors file only the rows that are asked for.
 
-    def __init__(self, path: Path, name: str, dtype: mx.Dtype) -> None:
-        entry = read_header(path)[1][name]
-        self.dtype = dtype
-        row_bytes = (entry.end - entry.begin) // entry.shape[0]
-        self.rows = np.memmap(path, np.uint8, "r", entry.begin, (entry.shape[0], row_bytes))
+    entry: of the tensor (R, D), or (R, ...) packed, in the file; dtype: of its elements.
+    """
+
+    def __init__(self, path: Path, name: str, entry: TensorEntry, dtype: mx.Dtype) -> None:
+        self.path, self.name, self.entry, self.dtype = path, name, entry, dtype
+        self.count = entry.shape[0]
+        self.row_bytes = (entry.end - entry.begin) // self.count
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """ids (...) -> float32 (..., D)"""
+        """ids (...) -> float32 (..., D). Raises ReadError."""
         return self.stored(ids).astype(mx.float32)
 
     def stored(self, ids: mx.array) -> mx.array:
         """The rows in the type they are stored in."""
-        return mx.array(self.rows[np.array(ids)]).view(self.dtype)
+        wanted = to_numpy(ids).reshape(-1)
+        rows = np.empty((len(wanted), self.row_bytes), np.uint8)
+        runs = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]  # of neighbours, read at once
+        with reading(self.path, f"tensor {self.name}"), self.path.open("rb", buffering=0) as file:
+            for begin, end in pairwise(runs):
+                read_at(file, self.entry.begin + int(wanted[begin]) * self.row_bytes, rows[begin:end])
+        return mx.array(rows).view(self.dtype).reshape(*ids.shape, -1)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., D) -> (..., R), the products with all rows: where the output matrix is the embedding."""
-        return _products(x, self, len(self.rows))
+        return _products(x, self, self.count)
 
 
 class PackedFileEmbedding:
-    """The same for a quantised one: the names of its packed numbers, scales and biases, and their types."""
+    """The same for a quantised one, of its packed numbers, scales and biases."""
 
-    def __init__(self, path: Path, dtypes: dict[str, mx.Dtype], group_size: int, bits: int) -> None:
-        self.packed, self.scales, self.biases = (FileEmbedding(path, name, dtype) for name, dtype in dtypes.items())
+    def __init__(self, parts: Sequence[FileEmbedding], group_size: int, bits: int) -> None:
+        self.packed, self.scales, self.biases = parts
         self.group_size, self.bits = group_size, bits
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -123,13 +135,13 @@ class PackedFileEmbedding:
 
     def as_linear(self, x: mx.array) -> mx.array:
         """As FileEmbedding's."""
-        return _products(x, self, len(self.packed.rows))
+        return _products(x, self, self.packed.count)
 
 
 def _products(x: mx.array, embedding: FileEmbedding | PackedFileEmbedding, count: int) -> mx.array:
     """x (..., D) with each of the embedding's rows, a piece of them in memory at a time: (..., count)"""
-    flat = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+    flat = to_numpy(x, np.float32).reshape(-1, x.shape[-1])
     result = np.empty((len(flat), count), np.float32)
     for begin, end in row_pieces((count, flat.shape[1]), 4):
-        result[:, begin:end] = flat @ np.array(embedding(mx.arange(begin, end))).T
+        result[:, begin:end] = flat @ to_numpy(embedding(mx.arange(begin, end)), copy=False).T
     return mx.array(result).reshape(*x.shape[:-1], -1).astype(x.dtype)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.checkpoint_files import matching
 from mlx_flash.errors import CheckpointError, UsageError
+from mlx_flash.host_arrays import to_numpy
 
 NAME = "model_{}.pt"
 TENSORS = ("fc1.weight", "fc2.weight")
@@ -62,20 +62,20 @@ def find_files(folder: Path, layers: int) -> list[Path]:
 def check_files(paths: list[Path], neurons: int, width: int) -> None:
     """Before anything is written. Needs torch; only shapes are read. Raises CheckpointError."""
     for path in paths:
-        found = _open(path)
+        found = _open(path, mmap=True)
         first, second = (tuple(found[name].shape) for name in TENSORS)
         _check_shapes(first, second, neurons, width, path)
 
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The two matrices of a layer, (r, D) and (F, r), float32. Needs torch. Raises CheckpointError."""
-    found = _open(path)
+    found = _open(path, mmap=False)  # a page of a mapped file that cannot be read would kill this process
     first, second = (found[name].float().numpy() for name in TENSORS)
     return first, second
 
 
-def _open(path: Path) -> dict[str, Any]:
-    """Torch's tensors, not yet read."""
+def _open(path: Path, mmap: bool) -> dict[str, Any]:
+    """Torch's tensors; with mmap not yet read."""
     try:
         import torch
     except ImportError:
@@ -83,7 +83,7 @@ def _open(path: Path) -> dict[str, Any]:
             f"{path.name} is a PyTorch file; reading it needs torch: `pip install 'mlx-flash-runtime[convert]'`."
         ) from None
     try:
-        found: Any = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        found: Any = torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read by torch: {text}. Download it again.") from None
@@ -122,7 +122,7 @@ def map_layer(
         raise CheckpointError(f"{where} has numbers that are not finite. Download it again.")
     a, shift = first.T, np.zeros(width, np.float32)
     if norm is not None and "weight" in norm:
-        weight = np.array(norm.weight.astype(mx.float32))
+        weight = to_numpy(norm.weight, np.float32)
         if np.abs(weight).min() < LEAST_WEIGHT * np.abs(weight).max():
             raise CheckpointError(
                 f"{where} cannot be used: the norm before this layer's FFN erases inputs that the predictor needs. "
@@ -130,5 +130,5 @@ def map_layer(
             )
         a = a / weight[:, None]
         if "bias" in norm:
-            shift = np.array(norm.bias.astype(mx.float32))
-    return {"a": np.ascontiguousarray(a), "h": -shift @ a, "b": np.ascontiguousarray(second.T)}
+            shift = to_numpy(norm.bias, np.float32)
+    return {"a": a.copy(), "h": -shift @ a, "b": second.T.copy()}

@@ -72,7 +72,7 @@ def reduced_rank(sample: Sample, rank: int, rng: np.random.Generator) -> tuple[n
         basis = y @ basis  # the larger one goes before the next is made
         basis = np.linalg.qr(y.T @ basis)[0]
     top = np.linalg.svd(y @ basis, full_matrices=False)[2][:rank]
-    b = np.ascontiguousarray((basis @ top.T).T)
+    b = (basis @ top.T).T.copy()
     if is_projection(sample):  # its weights are known: nothing to regress
         return sample.up.sum_of_rows(b).T, b, mean, c
     x = sample.x[trained] - mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.flash.files import CHECKSUM_BYTES, Manifest, NeuronLayout
+from mlx_flash.flash.plain_files import read_at, reading
 from mlx_flash.flash.system import sync_to_disk
+from mlx_flash.host_arrays import to_bytes
 
 from .host import row_pieces
-from .tensors import to_bytes
+from .sums import WrittenSums
 
 
 def row_bytes(layout: NeuronLayout, matrix: mx.array) -> np.ndarray:
@@ -55,30 +58,28 @@ def write_neurons(
     layout: NeuronLayout,
     load_layer: Callable[[int], tuple[mx.array, ...]],
     progress: Callable[[int], None],
-) -> None:
+    written: WrittenSums | None = None,
+) -> str:
     """Writes `neurons.bin` and `neurons.crc32` in `folder`, going on after the last whole layer found there.
 
-    A layer counts as written when its checksums are; those are written after its bytes are on the disk.
+    A layer counts as written when its checksums are; those are written after its bytes are on the disk. written: has
+    a checksum of each layer's checksums, with which those that are found are compared.
+
+    Returns the SHA-256 of `neurons.crc32`, in hex, as it was meant to be. Raises ReadError.
     """
     neurons_path, sums_path = folder / Manifest.neurons_file, folder / Manifest.neurons_checksums_file
     sums_bytes = layout.blocks * CHECKSUM_BYTES
     neurons_path.touch()
     sums_path.touch()
-    done = min(sums_path.stat().st_size // sums_bytes, neurons_path.stat().st_size // layout.layer_bytes)
     with neurons_path.open("r+b") as neurons, sums_path.open("r+b") as sums:
-        if done:
-            # Of the last table a power cut may have kept the length and lost the content.
-            neurons.seek((done - 1) * layout.layer_bytes)
-            sums.seek((done - 1) * sums_bytes)
-            last = np.frombuffer(neurons.read(layout.blocks * layout.block_bytes), np.uint8)
-            if layer_checksums(last.reshape(layout.blocks, layout.block_bytes)) != sums.read(sums_bytes):
-                done -= 1
-        sums.truncate(done * sums_bytes)
+        tables = _tables_found(neurons_path, sums_path, layout, written)
+        sums.truncate(len(tables) * sums_bytes)
         sums.seek(0, os.SEEK_END)
-        neurons.truncate(done * layout.layer_bytes)
+        neurons.truncate(len(tables) * layout.layer_bytes)
         neurons.seek(0, os.SEEK_END)
-        progress(done * layout.layer_bytes)
-        for layer in range(done, layout.layers):
+        progress(len(tables) * layout.layer_bytes)
+        digest = hashlib.sha256(b"".join(tables))
+        for layer in range(len(tables), layout.layers):
             rows = load_layer(layer)
             table = b""
             for begin, end in row_pieces((layout.blocks, layout.block_bytes), 1):
@@ -92,4 +93,34 @@ def write_neurons(
             sums.write(table)
             sums.flush()
             sync_to_disk(sums.fileno())
+            if written is not None:
+                written.add(_line_of(layer), {"": zlib.crc32(table)})
+            digest.update(table)
             progress(layout.layer_bytes)
+    return digest.hexdigest()
+
+
+def _line_of(layer: int) -> str:
+    return f"{Manifest.neurons_checksums_file}, layer {layer}"
+
+
+def _tables_found(
+    neurons_path: Path, sums_path: Path, layout: NeuronLayout, written: WrittenSums | None
+) -> list[bytes]:
+    """The checksums of the layers that an earlier run wrote whole, layer by layer. Raises ReadError."""
+    sums_bytes = layout.blocks * CHECKSUM_BYTES
+    with reading(sums_path):
+        found = sums_path.read_bytes()
+    done = min(len(found) // sums_bytes, neurons_path.stat().st_size // layout.layer_bytes)
+    tables = [found[layer * sums_bytes : (layer + 1) * sums_bytes] for layer in range(done)]
+    if written is not None:
+        sound = [written.of(_line_of(layer)) == {"": zlib.crc32(table)} for layer, table in enumerate(tables)]
+        tables = tables[: [*sound, False].index(False)]
+    if tables:
+        # Of the last layer a power cut may have kept the length and lost the content.
+        last = np.empty((layout.blocks, layout.block_bytes), np.uint8)
+        with reading(neurons_path, f"layer {len(tables) - 1}"), neurons_path.open("rb") as file:
+            read_at(file, (len(tables) - 1) * layout.layer_bytes, last)
+        if layer_checksums(last) != tables[-1]:
+            tables.pop()
+    return tables

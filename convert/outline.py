@@ -49,13 +49,13 @@ class Outline:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, activation: Activation, settings: Settings) -> None:
-        from mlx_flash.loading import CONFIG_ERRORS, first_line, model_classes
+        from mlx_flash.loading import CONFIG_ERRORS, first_line, model_arguments, model_classes
 
         self.checkpoint, self.family, self.activation = checkpoint, family, activation
         self.settings = settings
         model_class, args_class = model_classes(checkpoint.config)
         try:
-            args = args_class.from_dict(checkpoint.config)
+            args = model_arguments(args_class, checkpoint.config)
             self.layers = int(getattr(args, family.layers_key))
             self.positions = int(getattr(args, family.positions_key))
             if not 0 < self.layers <= len(checkpoint.tensors):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
 from mlx_flash.flash.system import sync_to_disk
 
@@ -74,15 +72,3 @@ def publish(folder: Path, manifest: Manifest) -> None:
         file.flush()
         sync_to_disk(file.fileno())
     fsync(folder)
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size and checksums. The bundle file has its own table of checksums and is not read again here."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    if path.name == Manifest.neurons_file:
-        return entry
-    if path.suffix == ".safetensors":
-        entry["crc32"] = tensor_checksums(path)
-        return entry
-    entry["sha256"] = sha256_of(path)
-    return entry

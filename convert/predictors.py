@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
+from mlx_flash.host_arrays import to_numpy
+from mlx_flash.stored_tensors import StoredTensors
 
 from . import lowrank
 from .sample import Sample
@@ -71,7 +74,7 @@ def make_shadow(sample: Sample, recall: float, bits: int, dtype: mx.Dtype) -> La
     """The up projection at `bits` bits; no training. F must divide into groups of SHADOW_GROUP."""
     parts = []
     for begin in range(0, sample.up.shape[0], SHADOW_PIECE):  # a piece in memory at a time
-        transposed = mx.array(np.ascontiguousarray(sample.up.rows(begin, begin + SHADOW_PIECE).T))  # (D, f)
+        transposed = mx.array(sample.up.rows(begin, begin + SHADOW_PIECE).T.copy())  # (D, f)
         parts.append(mx.quantize(transposed.astype(dtype), group_size=SHADOW_GROUP, bits=bits))
         mx.eval(parts[-1])
     joined = [mx.concatenate(list(arrays), axis=1) for arrays in zip(*parts, strict=True)]
@@ -112,7 +115,7 @@ def chosen(arrays: dict[str, mx.array], x: np.ndarray) -> np.ndarray:
 
 
 def _host(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32))
+    return to_numpy(array, np.float32, copy=False)
 
 
 def held_out_tokens(sequences: int, length: int) -> np.ndarray:
@@ -135,7 +138,7 @@ def with_thresholds(arrays: dict[str, mx.array], sample: Sample, recall: float) 
     positives = scores[:half][active[:half]]
     thresholds = np.zeros(len(targets), np.float32)
     if len(positives):
-        thresholds = np.quantile(positives, 1 - np.array(targets)).astype(np.float32)
+        thresholds = np.quantile(positives, [1 - target for target in targets]).astype(np.float32)
     here = targets.index(recall)
     scores, active = scores[half:], active[half:]
     masks = [scores > threshold for threshold in thresholds]
@@ -161,24 +164,14 @@ def recalls(target: float) -> list[float]:
     return sorted({*RECALLS, target})
 
 
-def write_layer(path: Path, predictor: LayerPredictor) -> None:
+def write_layer(path: Path, predictor: LayerPredictor, written: Callable[[dict[str, int]], None]) -> None:
+    """written: told the checksums before the file has its name (`write_safetensors`)."""
     measured = {name: getattr(predictor, name) for name in ("recall", "predicted", "active", "rank", "table")}
     tensors = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in predictor.arrays.items()]
-    write_safetensors(path, tensors, metadata={"measured": json.dumps(measured)})
+    write_safetensors(path, tensors, metadata={"measured": json.dumps(measured)}, written=written)
 
 
-def read_layer(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-    """Its arrays, not yet read, and what was measured; None if there is no such file, or no whole one."""
-    if not path.exists():
-        return None
-    try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, metadata = loaded
-        return arrays, json.loads(metadata["measured"])
-    except (RuntimeError, KeyError, ValueError):
-        return None
-
-
-def load_array(path: Path, name: str) -> mx.array:
-    arrays: Any = mx.load(str(path))
-    return arrays[name]
+def measured_of(tensors: StoredTensors) -> dict[str, Any]:
+    """What `write_layer` was told of the predictor."""
+    result: dict[str, Any] = json.loads(json.loads(tensors.header[8:])["__metadata__"]["measured"])
+    return result

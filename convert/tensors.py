@@ -1,8 +1,9 @@
-"""Writing safetensors one tensor at a time, and the raw bytes of MLX arrays."""
+"""Writing safetensors one tensor at a time, with checksums of what was written."""
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.flash.system import sync_to_disk
-
-SAFETENSORS_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.uint8: "U8",
-}
-
-
-def to_bytes(array: mx.array) -> np.ndarray:
-    """The array's elements in row order as uint8 (n,)."""
-    return np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+from mlx_flash.host_arrays import to_bytes
+from mlx_flash.stored_tensors import SAFETENSORS_NAMES
 
 
 def write_safetensors(
@@ -32,10 +21,14 @@ def write_safetensors(
     tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array | Iterable[mx.array]]]],
     progress: Callable[[int], None] = lambda _: None,
     metadata: dict[str, str] | None = None,
-) -> None:
+    written: Callable[[dict[str, int]], None] = lambda _: None,
+) -> dict[str, int]:
     """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed.
 
     load gives the tensor, or one after another the pieces that its rows are cut into.
+
+    Returns the CRC-32 of every tensor, and of the header under the empty name: of the bytes in memory that were handed
+    to the system, not of what the disk made of them. `written` is called with them before the rename.
     """
     entries = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
@@ -50,15 +43,21 @@ def write_safetensors(
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    sums = {"": zlib.crc32(text)}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, _, dtype, load in entries:
-            loaded = load()
+        file.write(text)
+        for name, _, dtype, load in entries:
+            loaded, crc = load(), 0
             for piece in (loaded,) if isinstance(loaded, mx.array) else loaded:
                 data = to_bytes(piece.astype(dtype))
+                crc = zlib.crc32(data, crc)
                 file.write(data.data)
                 progress(len(data))
+            sums[name] = crc
         file.flush()
         sync_to_disk(file.fileno())
+    written(sums)
     partial.replace(path)
+    return sums

@@ -9,13 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .defaults import STORED_PREDICTORS
-from .errors import CorruptStoreError, MissingTensorError, StoreError
+from .errors import CorruptStoreError, MissingTensorError
 from .flash.files import Manifest
 from .flash.reader import Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
+from .host_arrays import to_numpy
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
 from .layers.pace import Pace
@@ -23,7 +23,8 @@ from .layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, S
 from .layers.quantised import companions, matrices_of, widen
 from .layers.recall import Setting
 from .plan import Plan
-from .runtime import Runtime
+from .runtime import Runtime, evaluate_constants
+from .stored_tensors import StoredTensors
 
 # Cheap enough to be asked twice. Nothing depends on a guess but time.
 LOOK_AHEAD_PREDICTORS = STORED_PREDICTORS
@@ -45,7 +46,8 @@ def build(
 
     kind: of the predictor, with its `setting` if it is a stored one; the other arguments are `load`'s.
 
-    Raises CorruptStoreError or MissingTensorError if what the store in `folder` holds does not fit the model.
+    Raises CorruptStoreError or MissingTensorError if what the store in `folder` holds does not fit the model or its
+    checksums, ReadError if it cannot be read.
     """
     layout = manifest.layout
     dtype = compute_dtype(manifest.resident_dtype)
@@ -56,12 +58,12 @@ def build(
         )
     activation = Activation(**manifest.activation)
     streamer = Streamer(file, Reader(threads), layout)
-    bias = any(name.endswith(".up_bias") for name in lazy_tensors(folder / Manifest.resident_file))
+    bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
     for index, layer in enumerate(model.layers):
         stream = LayerStream(streamer, index, plan.slots[index], slot_parts(manifest, kind), window)
         layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
     _load_resident(model, folder, manifest, dtype)
-    tensors = predictor_tensors(folder, kind)
+    tensors = predictor_tensors(folder, manifest, kind)
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
@@ -71,6 +73,7 @@ def build(
             layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
         for layer in [layer for layer in model.layers if layer.mlp._ahead is not None][:1]:
             layer.mlp._ahead.leads = True
+    evaluate_constants(model)
     model.flash = Runtime(
         plan,
         streamer,
@@ -85,7 +88,7 @@ def build(
 
 
 def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype) -> None:
-    """Reads and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
+    """Reads, compares and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
 
     Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
     is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
@@ -94,8 +97,8 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
     from mlx.utils import tree_flatten
     from tqdm import tqdm
 
-    path = folder / Manifest.resident_file
-    stored = lazy_tensors(path)
+    tensors = stored_tensors(folder, manifest, Manifest.resident_file)
+    path, stored = tensors.path, tensors.arrays
     bits, group_size = manifest.resident_bits, manifest.resident_group_size
     packed = {name for name in matrices_of(model) if name in stored and stored[name].dtype == mx.uint32}
     if packed and bits == 16:
@@ -124,11 +127,11 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
     total = sum(parameter.size for parameter in wanted.values()) * dtype.size
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for name in sorted(wanted, key=lambda name: wanted[name].size, reverse=True):
-            tensor = stored.pop(name)
+            tensor = tensors.take(name)
             if name not in packed:
                 tensor = tensor.astype(dtype)
             elif not keeps_packed():
-                scales, biases = (stored.pop(own) for own in companions(name))
+                scales, biases = (tensors.take(own) for own in companions(name))
                 tensor = widen(tensor, scales, biases, group_size, bits).astype(dtype)
             if name in turned:
                 tensor = _turned(tensor)
@@ -146,7 +149,7 @@ def _turned(matrix: mx.array) -> mx.array:
     """The same float32 matrix (n, m), laid out column by column; four times as fast as MLX's own copy does it."""
     result = mx.zeros(matrix.shape[::-1])
     mx.eval(result, matrix)
-    target, source = np.array(result, copy=False), np.array(matrix, copy=False)
+    target, source = to_numpy(result, copy=False), to_numpy(matrix, copy=False)
     for row in range(0, len(source), 16):  # 16 numbers: a line of the processor's cache
         target[:, row : row + 16] = source[row : row + 16].T
     return result.T
@@ -167,15 +170,15 @@ def _make_predictor(
     layer: int,
     manifest: Manifest,
     setting: Setting | None,
-    tensors: dict[str, mx.array],
+    tensors: StoredTensors | None,
     mlp: StreamedNeurons,
     dtype: mx.Dtype,
 ) -> Predictor:
-    if kind == "exact":
+    if tensors is None:
         return mlp.exact_predictor(dtype)
     prefix = f"{layer}."
-    names = [name for name in tensors if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): as_used(name, tensors.pop(name), dtype) for name in names}
+    names = [name for name in tensors.arrays if name.startswith(prefix)]
+    own = {name.removeprefix(prefix): as_used(name, tensors.take(name), dtype) for name in names}
     if setting is not None and "c" in own:
         own["c"] = own["c"] - setting.shifts[layer]
     mx.eval(own)
@@ -225,16 +228,14 @@ def slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
     return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
 
 
-def predictor_tensors(folder: Path, kind: str) -> dict[str, mx.array]:
-    return lazy_tensors(folder / Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else {}
+def stored_tensors(folder: Path, manifest: Manifest, name: str) -> StoredTensors:
+    """Those of one of a store's files, not yet read. Raises ReadError or CorruptStoreError."""
+    return StoredTensors(folder / name, manifest.files[name]["crc32"])
 
 
-def lazy_tensors(path: Path) -> dict[str, mx.array]:
-    """Not yet read. Raises StoreError."""
-    try:
-        return dict(mx.load(str(path)))  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise StoreError(f"{path} cannot be read: {error}. Convert the checkpoint again.") from None
+def predictor_tensors(folder: Path, manifest: Manifest, kind: str) -> StoredTensors | None:
+    """Those of a stored predictor; None for the kinds that need none. Raises ReadError or CorruptStoreError."""
+    return stored_tensors(folder, manifest, Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else None
 
 
 def as_used(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -245,7 +246,7 @@ def as_used(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def resident_bytes(folder: Path, manifest: Manifest, item_bytes: int) -> int:
     """Of all resident weights, as they will lie in memory."""
-    tensors = lazy_tensors(folder / Manifest.resident_file)
+    tensors = stored_tensors(folder, manifest, Manifest.resident_file).arrays
     packed = {name: tensor for name, tensor in tensors.items() if tensor.dtype == mx.uint32}
     plain = sum(tensor.size for name, tensor in tensors.items() if name not in packed)
     if keeps_packed():

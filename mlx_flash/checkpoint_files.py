@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import CheckpointError
+from .flash.plain_files import reading
 
 # Configuration, tokenizer, chat template and generation settings.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -47,9 +48,14 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: obje
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The files of a local folder that hold the weights; `weight_files` for it. Raises CheckpointError."""
+    """The files of a local folder that hold the weights; `weight_files` for it. Raises CheckpointError or ReadError."""
+
+    def read(name: str) -> str:
+        with reading(folder / name):
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    _, shards = weight_files(names, lambda name: (folder / name).read_text(encoding="utf-8", errors="replace"), folder)
+    _, shards = weight_files(names, read, folder)
     return [folder / name for name in shards]
 
 

@@ -62,4 +62,9 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
         with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except Exception as error:  # MLX's, or a mistake of ours
+        from .failures import sentence
+
+        print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
+        code = 1
     sys.exit(code)

@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     prompt_text = read_prompt(arguments)
     model, tokenizer = load_model(arguments, say)
-    from .generation import stream_generate
+    from .generation import stream_generate, summary
 
     sampler = sampler_of(arguments, model.flash.vocabulary)
     prompt = apply_template(tokenizer, prompt_text, arguments)
@@ -94,23 +94,13 @@ def main(arguments: argparse.Namespace) -> int:
             say("interrupted")
         elif response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
             say(f"note: the context of {model.flash.plan.context} tokens is full{more_context(model)}")
-        report(response, model)
+        for line in summary(response, model):
+            say(line)
         result = as_json(response, model, "".join(pieces), tokens)
     if arguments.json:
         print(json.dumps(result), flush=True)
     model.flash.close()
     return 130 if interrupts.asked else 0
-
-
-def report(response: Any, model: Any) -> None:
-    """mlx-lm's three lines and ours."""
-    statistics = response.statistics
-    say(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
-    say(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec")
-    say(f"Peak memory: {response.peak_memory:.3f} GB of {model.flash.plan.budget / 1e9:.3f} GB")
-    say(f"First token: {statistics.first_token_s:.3f} s")
-    for line in statistics.lines(model.flash.predictor):
-        say(line)
 
 
 def as_json(response: Any, model: Any, text: str, tokens: list[int]) -> dict[str, Any]:

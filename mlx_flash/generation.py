@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
@@ -88,9 +87,38 @@ def stream_generate(
     )
 
 
-def generate(model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, **kwargs: Any) -> str:
-    """The whole text at once; the arguments are those of `stream_generate`."""
-    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
+def generate(
+    model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, verbose: bool = False, **kwargs: Any
+) -> str:
+    """The whole text at once; the other arguments are those of `stream_generate`.
+
+    verbose: print the text as it is made, and then what it took, to standard output as mlx-lm does.
+    """
+    if not verbose:
+        return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
+    text, response = "", None
+    print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        print(response.text, end="", flush=True)
+        text += response.text
+    print("\n" + "=" * 10)
+    assert response is not None  # there is one token at least
+    for line in summary(response, model):
+        print(line)
+    return text
+
+
+def summary(response: FlashResponse, model: Any) -> list[str]:
+    """mlx-lm's three lines of a whole answer, and ours."""
+    statistics = response.statistics
+    assert statistics is not None
+    return [
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {response.peak_memory:.3f} GB of {model.flash.plan.budget / 1e9:.3f} GB",
+        f"First token: {statistics.first_token_s:.3f} s",
+        *statistics.lines(model.flash.predictor),
+    ]
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[int]:
@@ -98,7 +126,7 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[in
     if isinstance(prompt, str):
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         return list(tokenizer.encode(prompt, add_special_tokens=bare))
-    return [int(i) for i in np.array(prompt)]
+    return prompt.tolist() if isinstance(prompt, mx.array) else [int(i) for i in prompt]
 
 
 def cached_tokens(cache: list[Any]) -> int:
@@ -145,7 +173,7 @@ class _Steps:
         self.decoded += 1
         if self.decoded == 1:
             self.first_token_s = time.perf_counter() - self.began
-        return int(np.array(chosen).item()), logprobs
+        return int(chosen.item()), logprobs
 
     def statistics(self) -> Statistics:
         return Statistics(

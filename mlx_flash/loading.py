@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -9,22 +10,25 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import mlx.core as mx
 
 from . import building
+from .checkpoint_files import small_files
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .errors import (
     CheckpointError,
     CorruptStoreError,
     FlashError,
+    ReadError,
     UnsupportedModelError,
     UsageError,
 )
 from .finding import find_source, store_of
 from .flash.files import Manifest, is_store, read_manifest
+from .flash.plain_files import reading, unreadable
 from .flash.reader import BOUNCE_BYTES_PER_THREAD
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .kinds import is_mixture, refuse_own_code
@@ -32,7 +36,6 @@ from .layers.activations import Activation
 from .layers.recall import Setting
 from .mixture_loading import load_mixture
 from .plan import (
-    MLX_CACHE_BYTES,
     PROCESS_MARGIN_BYTES,
     Demand,
     Notes,
@@ -43,9 +46,12 @@ from .plan import (
     parse_memory,
     workspace_bytes,
 )
+from .runtime import BUFFER_CACHE
 
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # What mlx-lm's models raise for a configuration that describes none.
-CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError)
+CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
@@ -60,6 +66,22 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
+    """The model's arguments. Raises one of CONFIG_ERRORS, ValueError for a number of another type than its field's.
+
+    MLX says of 4.0 heads no more than "std::bad_cast", and that only when it computes.
+    """
+    args = args_class.from_dict(config)
+    for name, hint in get_type_hints(args_class).items():
+        kinds = {hint, *get_args(hint)} - {type(None)}
+        value = getattr(args, name, None)
+        if kinds == {int} and value is not None and type(value) is not int:
+            raise ValueError(f"{name} is {value!r:.80}, expected a whole number")
+        if kinds == {float} and value is not None and type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r:.80}, expected a number")
+    return args
+
+
 def first_line(error: Exception) -> str:
     """Of its message; MLX's list every way to call a function."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -69,9 +91,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """mlx-lm's TokenizerWrapper. Raises CheckpointError if there are no usable tokenizer files."""
     from mlx_lm.utils import load_tokenizer as load_mlx_lm_tokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(names)}).")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
     # Families that transformers lacks bring code of their own: it would ask whether to run it, or warn of them.
     warns = logging.getLogger("transformers.configuration_utils")
     level = warns.level
@@ -79,10 +100,24 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     try:
         eos_token_ids = (config or {}).get("eos_token_id")
         return load_mlx_lm_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
-    except Exception as error:  # tokenizers raises plain ones
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+    except Exception as error:  # tokenizers raises plain ones, which name no file
+        raise _tokenizer_error(folder, error) from None
     finally:
         warns.setLevel(level)
+
+
+def _tokenizer_error(folder: Path, error: Exception) -> FlashError:
+    """What to raise for another library's error: one that names the file, if one of them cannot be read."""
+    present = [name for name in small_files([path.name for path in folder.iterdir() if path.is_file()])]
+    for name in present:
+        try:
+            with reading(folder / name):
+                (folder / name).read_bytes()
+        except ReadError as found:
+            return found
+    if isinstance(error, OSError) or "os error" in str(error):  # tokenizers' own, of Rust
+        return unreadable(folder, error, f"one of {', '.join(present)}")
+    return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}")
 
 
 def load(
@@ -117,14 +152,37 @@ def load(
 
     A mixture of experts is read from the checkpoint as it is, without a conversion.
 
+    What is always in memory is compared with its checksums while it is read, where there are any: those of a store.
+
+    MLX's settings are the process's. Until the last model is closed (`model.flash.close()`), MLX keeps at most 32 MiB
+    of freed buffers (`mx.set_cache_limit`); where there is no g++, `mx.compile` is switched off for good on the CPU
+    backend, which cannot compile without one.
+
     Raises:
-        BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError.
+        BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError, ReadError.
     """
     _check_arguments(predictor, window, threads, context, io)
     _import_mlx_lm()
     budget = None if memory is None else parse_memory(memory)
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
+    with BUFFER_CACHE.limited():
+        return _load(source, name, budget, predictor, recall, window, threads, context, io, say)
+
+
+def _load(
+    source: Path,
+    name: str | None,
+    budget: int | None,
+    predictor: str,
+    recall: float | None,
+    window: int | None,
+    threads: int,
+    context: int,
+    io: str,
+    say: Callable[[str], None],
+) -> tuple[Any, Any]:
+    """`load` of a folder. name: what a user called it."""
     if holds_mixture(source):
         if predictor != "auto":
             raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
@@ -148,18 +206,17 @@ def load(
         setting = Setting.of(kind, manifest.predictors[kind], recall)
     elif recall is not None:
         raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
-    tokenizer = load_tokenizer(folder, config)
     model_class, args_class = model_classes(config)
     try:
-        args = args_class.from_dict(config)
+        args = model_arguments(args_class, config)
         model = model_class(args)  # its random weights are never evaluated
         context = min(context, getattr(args, "max_position_embeddings", context))
     except CONFIG_ERRORS as error:
         raise CorruptStoreError(
             f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
         ) from None
+    tokenizer = load_tokenizer(folder, config)
     _check_compiler(say)
-    mx.set_cache_limit(MLX_CACHE_BYTES)
     if len(model.layers) != manifest.layout.layers:
         raise CorruptStoreError(
             f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
@@ -230,17 +287,27 @@ def holds_mixture(source: Path) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json as mlx-lm reads it, with the stop tokens of generation_config.json. Errors name the file."""
     from mlx_lm.utils import load_config
 
-    try:
-        if isinstance(config := load_config(folder), dict):
-            return config
-        raise ValueError(f"it holds no JSON object but {config!r:.20}")
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        path = folder / "config.json"
-        if not is_store(folder):
+    for name in CONFIG_FILES:
+        path = folder / name
+        if not path.exists() and name != CONFIG_FILES[0]:
+            continue
+        with reading(path):
+            content = path.read_bytes()
+        try:
+            if not isinstance(found := json.loads(content), dict):
+                raise ValueError(f"it holds no JSON object but {found!r:.20}")
+        except (ValueError, RecursionError) as error:
+            if is_store(folder):
+                raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
             raise CheckpointError(f"{path} cannot be used: {error}. Download the checkpoint again.") from None
-        raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
+    try:
+        config: dict[str, Any] = load_config(folder)
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # now, and not a moment ago
+        raise unreadable(folder, error, " or ".join(CONFIG_FILES)) from None
+    return config
 
 
 def _plan(
@@ -260,9 +327,10 @@ def _plan(
     if kind == "exact":
         predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
     else:
-        tensors = building.predictor_tensors(folder, kind)
+        tensors = building.predictor_tensors(folder, manifest, kind)
+        stored = {} if tensors is None else tensors.arrays
         dtype = building.compute_dtype(manifest.resident_dtype)
-        predictor_bytes = sum(building.as_used(name, tensor, dtype).nbytes for name, tensor in tensors.items())
+        predictor_bytes = sum(building.as_used(name, tensor, dtype).nbytes for name, tensor in stored.items())
     heads = getattr(args, "num_attention_heads", 1)
     on_cpu = mx.default_device() == mx.cpu
     fused = not on_cpu and not getattr(args, "alibi", False)  # biases are an array as large as the scores

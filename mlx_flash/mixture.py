@@ -1,12 +1,15 @@
 """A mixture-of-experts checkpoint as it is -> mlx-lm's model of it, and where in its files every expert lies.
 
 mlx-lm builds the model, lazily; where each expert's bytes lie is learnt by watching its `sanitize`: a tensor that it
-passes on is found by identity, one that it makes with `mx.stack` by what was stacked. No family is named here.
+passes on is found by identity, one that it makes with `mx.stack` by what was stacked. An operator such as `a *= 2`
+keeps the identity and shows in the graph. No family is named here.
 """
 
 from __future__ import annotations
 
 import glob
+import io
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,8 @@ from .layers.experts import StreamedExperts
 from .layers.pace import Pace
 
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
+# MLX's primitives in the graph of a tensor that is read, or of a stack of such: numbers come out of them as they were.
+LOADED = {"Load", "ExpandDims", "Reshape", "Stack", "Concatenate"}
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Mixture:
     config: dict[str, Any]
     files: list[Path]
     switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> where its E parts lie
+    sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, where that is known
 
     @property
     def experts(self) -> int:
@@ -162,7 +168,8 @@ def open_mixture(folder: Path) -> Mixture:
         switches[path] = tensors
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
-    return Mixture(model, config, files, switches)
+    provenance.arrays.clear()  # each keeps its file open
+    return Mixture(model, config, files, switches, provenance.sources)
 
 
 def locate(
@@ -188,7 +195,7 @@ def locate(
     found = [entries[name] for name in provenance.sources.get(key, []) if name in entries]
     whole = part * experts if key not in provenance.stacked else part
     wanted = experts if key in provenance.stacked else 1
-    changed = provenance.arrays.get(key) is not array
+    changed = provenance.arrays.get(key) is not array or not is_as_loaded(array)
     if changed or len(found) != wanted or any(entry.end - entry.begin != whole for _, entry in found):
         raise UnsupportedModelError(
             f"the experts of {folder} ({key}) do not lie in the checkpoint as they are computed with: mlx-lm changes "
@@ -203,6 +210,14 @@ def locate(
         file_of = np.full(experts, number, np.int64)
         offsets = entry.begin + np.arange(experts, dtype=np.int64) * part
     return ExpertTensor(file_of, offsets, shape, array.dtype)
+
+
+def is_as_loaded(array: mx.array) -> bool:
+    """Whether evaluating an array would do no more than read a file's tensors, and stack them; it is not evaluated."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    primitives = set(re.findall(r'label ="(\w+)", shape=rectangle', graph.getvalue()))
+    return "Load" in primitives and primitives <= LOADED
 
 
 def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], list[Path]]:

@@ -12,15 +12,17 @@ import mlx.nn as nn
 
 from .defaults import PREFILL_TOKENS
 from .errors import CheckpointError, ReadError
+from .flash.checksums import crc32_of, read_header
 from .flash.experts import ExpertStreamer
 from .flash.files import round_up
+from .flash.plain_files import reading, unreadable
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .kinds import said
 from .layers.experts import is_widened
 from .mixture import Mixture, open_mixture, parent_of
 from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
-from .runtime import Runtime
+from .runtime import Runtime, evaluate_constants
 
 
 def load_mixture(
@@ -45,7 +47,6 @@ def load_mixture(
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
     """
-    mx.set_cache_limit(MLX_CACHE_BYTES)
     mixture = open_mixture(folder)
     positions = number_of(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
@@ -76,6 +77,7 @@ def load_mixture(
     read_resident(mixture)
     streamer = ExpertStreamer(files, Reader(threads))
     mixture.stream(streamer, plan.slots, window)
+    evaluate_constants(mixture.model)
     model = mixture.model
     model.flash = Runtime(plan, streamer, mixture.layers(), "router", shape.vocabulary, positions)
     return model
@@ -179,15 +181,40 @@ def read_resident(mixture: Mixture) -> None:
     """Reads every parameter that is not an expert's, tensor by tensor, the largest first. Raises ReadError."""
     from tqdm import tqdm
 
-    arrays = sorted((array for _, array in mixture.resident()), key=lambda array: array.nbytes, reverse=True)
-    total = sum(array.nbytes for array in arrays)
+    arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
+    total = sum(array.nbytes for _, array in arrays)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
-        for array in arrays:
+        for name, array in arrays:
             try:
                 mx.eval(array)
-            except RuntimeError as error:
-                raise ReadError(f"the checkpoint cannot be read: {said(error)}. Was it changed meanwhile?") from None
+            except RuntimeError as error:  # MLX names neither file nor tensor
+                raise _unreadable(mixture, name, error) from None
             bar.update(array.nbytes)
+
+
+def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
+    """What to say when a parameter could not be read: the tensor that it is, or the first one that cannot be read."""
+    prefixes = tuple(f"{path}." for path in mixture.switches)
+    of_experts = {name for key, names in mixture.sources.items() if key.startswith(prefixes) for name in names}
+    wanted = mixture.sources.get(parameter)
+    known: list[tuple[Path, str]] = []
+    for path in mixture.files:
+        try:
+            with reading(path):
+                entries = read_header(path)[1]
+                names = [name for name in entries if name in (wanted or entries.keys() - of_experts)]
+                known += [(path, name) for name in names]
+            for name in names:
+                with reading(path, f"tensor {name}"), path.open("rb") as file:
+                    file.seek(entries[name].begin)
+                    crc32_of(file, entries[name].end - entries[name].begin)
+        except ReadError as found:
+            return found
+        except ValueError as changed:
+            return unreadable(path, EOFError(str(changed)))
+    if wanted and known:
+        return unreadable(known[0][0], error, f"tensor {known[0][1]}")
+    return unreadable(mixture.files[0].parent, error, f"what {parameter} is made of")
 
 
 def number_of(config: dict[str, Any], key: str, otherwise: int) -> int:

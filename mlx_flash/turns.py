@@ -49,7 +49,11 @@ class Turns:
         The iterator may be closed, and the callback may raise: what the cache holds by then is kept for the next call.
         After any other error the cache is empty.
         """
-        self.reused = self._keep(prompt)
+        try:
+            self.reused = self._keep(prompt)
+        except BaseException:  # MLX takes an array that it failed to make for a made one
+            self.forget()
+            raise
         rest = prompt[self.reused :]
         whole = True  # the cache holds self.tokens, and no layer more or less of them than another
 

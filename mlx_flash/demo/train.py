@@ -190,7 +190,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     else:
         print("training the tokenizer", file=sys.stderr)
         tokenizer = train_tokenizer(books, recipe, output)
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)  # noqa: E731
+    encode = lambda text: np.array(list(tokenizer.encode(text, add_special_tokens=False).ids), np.int32)  # noqa: E731
     tokens = np.concatenate([encode(book) for book in books])
     held_out_tokens = encode(held_out)
     print(f"{len(tokens):,} training tokens, {len(held_out_tokens):,} held out", file=sys.stderr)

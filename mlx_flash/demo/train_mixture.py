@@ -123,7 +123,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(PACKAGED / name, output / name)
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)  # noqa: E731
+    encode = lambda text: np.array(list(tokenizer.encode(text, add_special_tokens=False).ids), np.int64)  # noqa: E731
     text = torch.from_numpy(np.concatenate([encode(book) for book in books]))
     held_out_tokens = encode(held_out)
     model = build(recipe)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
+from ..host_arrays import to_numpy
 from .cache import SlotCache
 from .flights import Flights
 from .pool import AlignedPool
@@ -232,7 +233,7 @@ def _check_shared_memory(memory: AlignedPool, view: mx.array) -> None:
         written = np.random.default_rng(seed).integers(0, 256, rows, np.uint8)
         ctypes.memmove(memory.address + last * rows, written.ctypes.data, rows)
         seen = mx.take(view, mx.array([last]), axis=0).reshape(-1).view(mx.uint8)
-        if not np.array_equal(np.array(seen), written):
+        if not np.array_equal(to_numpy(seen, copy=False), written):
             raise FlashError(
                 "self-test failed: the device does not see what the host writes into shared memory. This machine "
                 "or this version of MLX cannot stream safely; please report it with `pip show mlx`."

@@ -18,10 +18,10 @@ from ..errors import (
     NewerFormatError,
     NotAStoreError,
     OlderFormatError,
-    StoreError,
     TruncatedStoreError,
 )
 from .checksums import sha256_of
+from .plain_files import reading
 
 FORMAT = "mlx_flash store"
 VERSION = 2
@@ -265,7 +265,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads and checks a store's manifest, and that the files it names are there in full size.
 
     Raises NotAStoreError, NewerFormatError, OlderFormatError, CorruptStoreError, TruncatedStoreError, or
-    StoreError for what the system cannot read.
+    ReadError for what the system cannot read.
     """
     manifest = parse_manifest(folder)
     for name, entry in manifest.files.items():
@@ -275,8 +275,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {AGAIN}")
         if (found := file.stat().st_size) != expected:
             raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {AGAIN}")
-        if "sha256" in entry and sha256_of(file) != entry["sha256"]:  # configuration and tokenizer: small, and decisive
-            raise CorruptStoreError(f"{file} does not match its checksum. {AGAIN}")
+        if "sha256" in entry:  # configuration and tokenizer: small, and decisive
+            with reading(file):
+                found_sha256 = sha256_of(file)
+            if found_sha256 != entry["sha256"]:
+                raise CorruptStoreError(f"{file} does not match its checksum. {AGAIN}")
     return manifest
 
 
@@ -288,11 +291,8 @@ def parse_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is no store. Make one with `python -m mlx_flash.convert`; "
             "a mixture of experts is run without one."
         )
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}.") from None
+    with reading(path), path.open("rb") as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
         raise CorruptStoreError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes. {AGAIN}")
     try:

@@ -312,7 +312,7 @@ def plan_requests(
         if tables is not None:
             return tables
         lengths = np.full(len(offsets), lengths, np.int64)
-    offsets, addresses, lengths = (np.asarray(array) for array in (offsets, addresses, lengths))
+    offsets, addresses, lengths = np.asarray(offsets), np.asarray(addresses), np.asarray(lengths)
     if not (offsets.ndim == 1 and offsets.shape == addresses.shape == lengths.shape):
         raise ValueError(
             f"offsets, addresses and lengths must be (n,) alike but are {offsets.shape}, {addresses.shape} and "

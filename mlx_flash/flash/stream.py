@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
+from ..host_arrays import to_numpy
 from .cache import SlotCache
 from .files import NeuronLayout
 from .flights import Flights
@@ -175,7 +176,7 @@ def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
             begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
             expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
             components = taken.components if isinstance(taken, PackedRows) else (taken,)
-            seen = np.concatenate([np.array(component.view(mx.uint8)) for component in components], axis=1)
+            seen = np.concatenate([to_numpy(component.view(mx.uint8)) for component in components], axis=1)
             if not np.array_equal(seen, expected):
                 raise FlashError(
                     "self-test failed: the device does not see what the host writes into shared memory. This machine "

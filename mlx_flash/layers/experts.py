@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.experts import ExpertStream
+from ..host_arrays import to_numpy
 from .pace import Pace
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
@@ -74,7 +75,7 @@ class StreamedExperts(nn.Module):
         scores = ahead.scores(x) if ahead is not None else None
         if scores is not None:
             mx.eval(indices, scores)
-        needed = np.array(indices)  # the layer's one read-back
+        needed = to_numpy(indices)  # the layer's one read-back
         stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
         experts = np.unique(needed)
         stream.use(experts)
@@ -82,7 +83,7 @@ class StreamedExperts(nn.Module):
 
         def guess() -> None:
             if ahead is not None and scores is not None:
-                ahead.begin(np.array(scores), needed.shape[-1])
+                ahead.begin(to_numpy(scores), needed.shape[-1])
 
         if len(rounds) > 1:
             return self._in_rounds(x, needed, rounds, guess)
@@ -192,7 +193,7 @@ class _Widened(nn.Module):
         self._inner = inner
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        slots, compact = np.unique(np.array(indices), return_inverse=True)
+        slots, compact = np.unique(to_numpy(indices), return_inverse=True)
         weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
         y = mx.gather_mm(
             x.astype(mx.float32),

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.stream import LayerStream, PackedRows, StoredRows
+from ..host_arrays import to_numpy
 from .activations import Activation
 from .pace import Pace
 from .predictors import ExactPredictor, Predictor
@@ -100,12 +101,12 @@ class StreamedNeurons(nn.Module):
         guess = self._ahead.guess(x) if self._ahead is not None else None
         if guess is not None:
             mx.eval(mask, guess)
-        chosen = np.array(mask, copy=False)  # the layer's one read-back
+        chosen = to_numpy(mask, copy=False)  # the layer's one read-back
         ids = _union(chosen)
         if len(ids):
             self._stream.begin(ids)
         if self._ahead is not None and guess is not None:
-            self._ahead.following._stream.read_ahead(_union(np.array(guess, copy=False)))
+            self._ahead.following._stream.read_ahead(_union(to_numpy(guess, copy=False)))
         packed = len(x) <= PACKED_TOKENS
         y = mx.zeros_like(x)
         for begin in range(0, len(ids), self._stream.layout.piece_neurons):

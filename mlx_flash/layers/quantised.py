@@ -6,7 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
+
+from ..host_arrays import to_numpy
 
 PIECE_NUMBERS = 4 << 20  # dequantised at once
 
@@ -34,10 +35,11 @@ def widen(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int,
     columns = packed.shape[1] * 32 // bits
     result = mx.zeros((packed.shape[0], columns))
     mx.eval(result, packed, scales, biases)
-    target = np.array(result, copy=False)
+    target = to_numpy(result, copy=False)
     step = max(1, PIECE_NUMBERS // columns)
     for begin in range(0, len(target), step):
         rows = slice(begin, begin + step)
         scale, bias = (part[rows].astype(mx.float32) for part in (scales, biases))
-        target[rows] = np.array(mx.dequantize(packed[rows], scale, bias, group_size=group_size, bits=bits))
+        numbers = mx.dequantize(packed[rows], scale, bias, group_size=group_size, bits=bits)
+        target[rows] = to_numpy(numbers, copy=False)
     return result

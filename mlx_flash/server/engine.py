@@ -17,6 +17,7 @@ from contextlib import closing
 from typing import Any
 
 from ..errors import FlashError
+from ..failures import foreseen
 from .errors import ApiError
 from .events import EventHub
 from .jobs import End, Job, Piece, TokenLogprob
@@ -110,7 +111,8 @@ class Engine:
             self._turns = Turns(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except BaseException as error:
-            self.failure, self.state = str(error) or type(error).__name__, FAILED
+            said = foreseen(error) if isinstance(error, Exception) else None
+            self.failure, self.state = said or str(error) or type(error).__name__, FAILED
             raise
         try:
             self.state = READY
@@ -152,7 +154,8 @@ class Engine:
             job.tell(ApiError(500, str(error), code="read_failed"))
         except Exception as error:
             log.exception("request %s failed", job.id)
-            job.tell(ApiError(500, f"this request failed: {type(error).__name__}: {error}", code="failed"))
+            what = foreseen(error) or f"{type(error).__name__}: {error}; the server's log has its traceback."
+            job.tell(ApiError(500, f"this request failed: {what}", code="failed"))
         except BaseException:
             job.tell(_stopping())
             raise

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ..host_arrays import to_numpy
 from .jobs import TokenLogprob
 
 
 def logprob_of(tokenizer: Any, response: Any, before: int, top: int) -> TokenLogprob:
     """Of a response's token, which came after the token `before`, and of the `top` likeliest ones."""
-    logprobs = np.array(response.logprobs, np.float32)  # (V,)
+    logprobs = to_numpy(response.logprobs, np.float32)  # (V,)
     best = np.argpartition(-logprobs, top)[:top] if top else np.empty(0, np.int64)
     best = best[np.argsort(-logprobs[best], kind="stable")]
     likeliest = tuple((int(i), _text_of(tokenizer, before, int(i)), float(logprobs[i])) for i in best)

@@ -38,7 +38,7 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
 
 def read_at(file: BinaryIO, offset: int, target: np.ndarray) -> None:
     """Fills target, contiguous uint8 of any shape, with the bytes from `offset` on. Raises OSError or EOFError."""
-    left = memoryview(target.reshape(-1))
+    left = memoryview(target.reshape(-1))  # type: ignore[arg-type]  # a buffer, which the stub does not say
     file.seek(offset)
     while left:
         if not (count := file.readinto(left)):  # type: ignore[attr-defined]

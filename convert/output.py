@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
+from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.system import sync_to_disk
 
 RECORD = "conversion.json"  # in the partial folder: what it is a conversion of
@@ -16,7 +17,10 @@ RECORD = "conversion.json"  # in the partial folder: what it is a conversion of
 def is_our_store(folder: Path) -> bool:
     """True for damaged ones, too; other programs also call a file manifest.json."""
     path = folder / MANIFEST
-    return path.is_file() and ((folder / Manifest.neurons_file).exists() or FORMAT.encode() in path.read_bytes())
+    if not path.is_file():
+        return False
+    with reading(path):
+        return (folder / Manifest.neurons_file).exists() or FORMAT.encode() in path.read_bytes()
 
 
 def replaced_path(output: Path) -> Path:

@@ -16,6 +16,7 @@ from mlx_flash.errors import BudgetError
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.system import peak_memory_bytes
+from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.pace import Pace
 from mlx_flash.mixture import open_mixture
@@ -158,7 +159,7 @@ def decode(model: Any, task: Task, counters: Counters) -> dict[str, Any]:
         mx.eval(best, [c.state for c in cache])
         total = time.perf_counter() - began
         samples.append(asdict(counters - before) | {"total_s": total})
-        likeliest.append(int(best.item()))
+        likeliest.append(int(to_numpy(best).item()))
         first_token_s = first_token_s or time.time() - task.began
     return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
 

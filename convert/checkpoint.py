@@ -17,6 +17,7 @@ from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
 from mlx_flash.flash.checksums import TensorEntry, read_header
 from mlx_flash.flash.plain_files import read_at, reading, unreadable
+from mlx_flash.stored_tensors import lazily_loaded
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Checkpoint:
             if shard not in self._headers:
                 with reading(shard, "its header"):
                     self._headers[shard] = read_header(shard)[1]
-            return dict(mx.load(str(shard)))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
+            return lazily_loaded(shard)
+        except ValueError as error:
             raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
 
     def load(self, name: str, begin: int = 0, end: int | None = None) -> mx.array:

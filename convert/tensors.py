@@ -52,7 +52,7 @@ def write_safetensors(
             loaded, crc = load(), 0
             for piece in (loaded,) if isinstance(loaded, mx.array) else loaded:
                 data = to_bytes(piece.astype(dtype))
-                crc = zlib.crc32(data, crc)
+                crc = zlib.crc32(data.data, crc)
                 file.write(data.data)
                 progress(len(data))
             sums[name] = crc

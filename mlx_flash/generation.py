@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .defaults import PREFILL_TOKENS
 from .errors import UsageError
 from .flash.system import peak_memory_bytes
+from .host_arrays import to_numpy
 from .stats import Counters, Statistics
 
 
@@ -126,7 +127,8 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[in
     if isinstance(prompt, str):
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         return list(tokenizer.encode(prompt, add_special_tokens=bare))
-    return prompt.tolist() if isinstance(prompt, mx.array) else [int(i) for i in prompt]
+    ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+    return [int(i) for i in ids]
 
 
 def cached_tokens(cache: list[Any]) -> int:
@@ -173,7 +175,7 @@ class _Steps:
         self.decoded += 1
         if self.decoded == 1:
             self.first_token_s = time.perf_counter() - self.began
-        return int(chosen.item()), logprobs
+        return int(to_numpy(chosen).item()), logprobs
 
     def statistics(self) -> Statistics:
         return Statistics(

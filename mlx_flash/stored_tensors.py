@@ -26,6 +26,17 @@ SAFETENSORS_NAMES = {
 }
 
 
+def lazily_loaded(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, not yet read. Raises ReadError, or ValueError for a file that is none."""
+    try:
+        loaded: Any = mx.load(str(path))
+        return dict(loaded)
+    except RuntimeError as error:
+        if "[read]" in str(error):
+            raise unreadable(path, error, "its header") from None
+        raise ValueError(str(error)) from None
+
+
 def evaluated(array: mx.array, path: Path, name: str, entry: TensorEntry | None = None) -> mx.array:
     """The same array, read from its file. entry: where the file has it, if that is known.
 
@@ -58,9 +69,8 @@ class StoredTensors:
                 self.header, self.entries = read_header(path)
             if zlib.crc32(self.header) != sums.get(""):
                 raise CorruptStoreError(f"{path}: its header does not match its checksum. {again}")
-            loaded: Any = mx.load(str(path))
-            self.arrays: dict[str, mx.array] = dict(loaded)
-        except (RuntimeError, ValueError) as error:
+            self.arrays = lazily_loaded(path)
+        except ValueError as error:
             raise CorruptStoreError(f"{path} cannot be read: {reason_of(error)}. {again}") from None
         for name in self.arrays.keys() | self.entries.keys() | sums.keys() - {""}:
             array, entry = self.arrays.get(name), self.entries.get(name)
@@ -71,7 +81,7 @@ class StoredTensors:
     def take(self, name: str) -> mx.array:
         """A tensor as it is stored, read. Raises KeyError, ReadError, or CorruptStoreError if its bytes are others."""
         array = evaluated(self.arrays.pop(name), self.path, name, self.entries[name])
-        if zlib.crc32(to_bytes(array)) != self._sums[name]:
+        if zlib.crc32(to_bytes(array).data) != self._sums[name]:
             raise self._damaged(name)
         return array
 

@@ -365,14 +365,12 @@ def test_arrays_in_lists_and_dictionaries_are_evaluated() -> None:
         def __init__(self) -> None:
             super().__init__()
             self._slopes = mx.arange(4.0) * 2
-            self._tables = [{"a": mx.arange(3.0) + 1}, (mx.arange(2.0) - 1,)]
+            self._tables: Any = [{"a": mx.arange(3.0) + 1}, (mx.arange(2.0) - 1,)]
             object.__setattr__(self, "hidden", mx.arange(5.0) + 1)
 
     module = Odd()
     runtime.evaluate_constants(module)
-    in_another_thread(
-        lambda: mx.eval(module._slopes, module._tables[0]["a"], module._tables[1][0], module.hidden)  # type: ignore[union-attr]
-    )
+    in_another_thread(lambda: mx.eval(module._slopes, module._tables[0]["a"], module._tables[1][0], module.hidden))
 
 
 def test_mlx_keeps_as_many_buffers_as_before_once_every_model_is_closed(store: Path) -> None:

@@ -51,7 +51,7 @@ FORMS: dict[str, Callable[[mx.array], Any]] = {
     "item": lambda array: array[3].item(),
     "a list": lambda array: array.tolist(),
     "a condition": lambda array: bool((array > 1).any()),
-    "a buffer": lambda array: memoryview(array),
+    "a buffer": lambda array: memoryview(array),  # type: ignore[arg-type]
 }
 
 

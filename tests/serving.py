@@ -17,7 +17,7 @@ from mlx_flash.server.app import make_app
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.serving import HttpThread, bind, url_of
 
-PATIENCE_S = 120  # that no wait of a test exceeds; none of them needs it
+PATIENCE_S = 600  # that no wait of a test exceeds; none of them needs it
 
 
 def until(condition: Callable[[], Any]) -> None:

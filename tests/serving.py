@@ -29,8 +29,8 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 class Server:
-    def __init__(self, engine: Engine, url: str) -> None:
-        self.engine, self.url = engine, url
+    def __init__(self, engine: Engine, http: HttpThread, url: str) -> None:
+        self.engine, self.http, self.url = engine, http, url
         self.port = int(url.rsplit(":", 1)[1])
 
     def client(self, **options: Any) -> httpx.Client:
@@ -74,12 +74,12 @@ def serving(
             raised.append(error)
 
     thread = threading.Thread(target=run)
-    with HttpThread(make_app(engine, "127.0.0.1", key), bound):
+    with HttpThread(make_app(engine, "127.0.0.1", key), bound) as http:
         thread.start()
         try:
             if wait:
                 until(lambda: engine.state != LOADING)
-            yield Server(engine, url_of(bound))
+            yield Server(engine, http, url_of(bound))
         finally:
             engine.stop()
             thread.join(PATIENCE_S)

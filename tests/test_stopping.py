@@ -121,19 +121,21 @@ def test_a_stop_ends_a_command_that_waits_for_ever() -> None:
             errors = errors_of(process)
             assert process.returncode == {TERM: 143, INT: 130}[number], (name, number, errors)
             assert "Traceback" not in errors, (name, errors)
-            assert "waits: ended without waiting" in errors, (name, errors)
+            if name != "nobody reads its output":  # which has an end of its own
+                assert "waits: ended without waiting" in errors, (name, errors)
 
 
 def test_a_command_that_has_ended_does_not_wait_for_its_threads() -> None:
+    threads = ("threading.Thread(target=forever)", "concurrent.futures.ThreadPoolExecutor().submit(forever)")
+    ends = {"return 3": 3, "raise OSError('broken')": 1}
+    cases = [(thread, end) for thread in threads for end in ends]
     with contextlib.ExitStack() as stack:
         programs = [
-            PROGRAM.replace("{work}", work + end)
-            for work in ("threading.Thread(target=forever).start()", "concurrent.futures.ThreadPoolExecutor().submit(forever)")
-            for end in ("; ready(); return 3", "; ready(); raise OSError('broken')")
-        ]  # fmt: skip
-        processes = start_all(programs, stack)
-        for process, code in zip(processes, (3, 1, 3, 1), strict=True):
-            assert process.wait(PATIENCE_S) == code
+            PROGRAM.replace("{work}", f"{thread}{'.start()' * ('Thread(' in thread)}; ready(); {end}")
+            for thread, end in cases
+        ]
+        for process, (_, end) in zip(start_all(programs, stack), cases, strict=True):
+            assert process.wait(PATIENCE_S) == ends[end]
 
 
 def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE_S = 300  # the first start converts the demo model
+GATED = Path(__file__).with_name("gated_server.py")
+PATIENCE_S = 600  # the first start converts the demo model
 
 
 class Server:
-    """`start` and `kill` as often as you like: the port stays."""
+    """`start` and `kill` as often as you like: the port stays. `hold` stops every generation at a token."""
 
     def __init__(self, log: Path, *options: str, memory: str = "400MB") -> None:
         self.log, self.options, self.memory = log, options, memory
@@ -36,11 +37,10 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlx_flash.server", "--port", str(self.port), "--memory", self.memory]
+        command = [sys.executable, str(GATED), "--port", str(self.port), "--memory", self.memory]
+        pipe = subprocess.PIPE
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *self.options], stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}
-            )
+            self.process = subprocess.Popen([*command, *self.options], stdin=pipe, stdout=pipe, stderr=log, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("Serving"), self.log.read_text()
@@ -62,12 +62,20 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.load(answer)
 
+    def hold(self, token: int | None) -> None:
+        """From now on generations stop when they have made so many tokens; None: they do not."""
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("-\n" if token is None else f"{token}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "held\n"
+
     def kill(self) -> None:
         """At once, as a crash would."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            assert self.process.stdout is not None
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
 

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gated_server  # type: ignore[import-not-found]
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-GATED = Path(__file__).with_name("gated_server.py")
 PATIENCE_S = 600  # the first start converts the demo model
 
 
@@ -30,6 +31,7 @@ class Server:
     def __init__(self, log: Path, *options: str, memory: str = "400MB") -> None:
         self.log, self.options, self.memory = log, options, memory
         self.port = 0
+        self._held = log.with_name("held")
         self.process: subprocess.Popen[str] | None = None
 
     @property
@@ -37,10 +39,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, str(GATED), "--port", str(self.port), "--memory", self.memory]
-        pipe = subprocess.PIPE
+        command = [*gated_server.COMMAND, "--port", str(self.port), "--memory", self.memory, *self.options]
+        environment = {**os.environ, gated_server.VARIABLE: str(self._held)}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen([*command, *self.options], stdin=pipe, stdout=pipe, stderr=log, text=True)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("Serving"), self.log.read_text()
@@ -64,18 +68,14 @@ class Server:
 
     def hold(self, token: int | None) -> None:
         """From now on generations stop when they have made so many tokens; None: they do not."""
-        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("-\n" if token is None else f"{token}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "held\n"
+        gated_server.hold(self._held, token)
 
     def kill(self) -> None:
         """At once, as a crash would."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.close()
+            assert self.process.stdout is not None
             self.process.stdout.close()
             self.process = None
 

@@ -27,7 +27,7 @@ REFUSED = {"description": "refused", "content": {"application/json": {"schema": 
 PROBLEMS = {str(status): REFUSED for status in (400, 403, 404, 405, 408, 413, 429)}
 ANY = {"content": {"application/json": {"schema": {"type": "object"}}}, "description": "the answer"}
 EVENTS = {
-    "content": {**ANY["content"], "text/event-stream": {"schema": {"type": "string"}}},
+    "content": {**ANY["content"], "text/event-stream": {"schema": {"type": "object"}}},
     "description": "an answer",
 }
 

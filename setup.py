@@ -1,7 +1,8 @@
-"""What pyproject.toml cannot say: where the packages stand, and how the C reader is built.
+"""What pyproject.toml cannot say: where the packages stand, and how the two C files are built.
 
-flash/reader.c becomes `_reader.so` beside reader.py, which loads it with ctypes. It uses nothing of Python's C
-interface, so one wheel per platform, tagged py3-none-<platform>, serves every Python version.
+flash/reader.c becomes `_reader.so` beside reader.py, stop.c `_stop.so` beside stopping.py: they load them with ctypes.
+They use nothing of Python's C interface, so one wheel per platform, tagged py3-none-<platform>, serves every Python
+version.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 NO_COMPILER = (
-    "mlx-flash-runtime needs a C compiler to build its reader: "
+    "mlx-flash-runtime needs a C compiler to build its libraries: "
     "on Debian/Ubuntu `apt-get install gcc`, on macOS `xcode-select --install`"
 )
 
@@ -24,15 +25,21 @@ PACKAGES = {
     *(f"mlx_flash.{name}" for part in PARTS for name in find_packages(include=[part, f"{part}.*"])),
 }
 
-READER = Extension(
-    "mlx_flash.flash._reader",
-    sources=["mlx_flash/flash/reader.c"],
-    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"],
-    extra_link_args=["-pthread"],
-)
+LIBRARIES = [
+    Extension(
+        name,
+        sources=[source],
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"],
+        extra_link_args=["-pthread"],
+    )
+    for name, source in (
+        ("mlx_flash.flash._reader", "mlx_flash/flash/reader.c"),
+        ("mlx_flash._stop", "mlx_flash/stop.c"),
+    )
+]
 
 
-class BuildReader(build_ext):
+class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # no Python version in the name
 
@@ -70,6 +77,6 @@ def _runs(compiler: str) -> bool:
 setup(
     packages=sorted(PACKAGES),
     package_dir={f"mlx_flash.{part}": part for part in PARTS},
-    ext_modules=[READER],
-    cmdclass={"build_ext": BuildReader, "bdist_wheel": BinaryWheel},
+    ext_modules=LIBRARIES,
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BinaryWheel},
 )

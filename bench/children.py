@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlx_flash.children import child_environment
 from mlx_flash.errors import FlashError, UsageError
 
 from .cgroup import MemoryGroup, run_child
@@ -24,7 +24,8 @@ def ask(part: str, question: Sequence[Any], name: str, group: MemoryGroup | None
     FlashError or UsageError as the process did.
     """
     command = [sys.executable, "-B", "-m", part, json.dumps(question)]
-    done = run_child(command) if group is None else group.run(command, dict(os.environ))
+    environment = child_environment()
+    done = run_child(command, environment) if group is None else group.run(command, environment)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
     if "error" in result:
         raise (UsageError if done.returncode == UsageError.exit_code else FlashError)(result["error"])

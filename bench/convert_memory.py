@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.children import child_environment
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.plan import parse_memory
@@ -99,7 +99,7 @@ def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | floa
         began = time.perf_counter()
         try:
             command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(model), "--output", str(output)]
-            code = group.run(command, dict(os.environ)).returncode
+            code = group.run(command, child_environment()).returncode
         finally:
             done.set()
             watcher.join()

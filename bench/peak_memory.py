@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 
+from mlx_flash.children import child_environment
 from mlx_flash.commands import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.finding import demo_folder
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     for name in arguments.budgets.split(","):
         budget = smallest_budget(command) if name == "smallest" else parse_memory(name)
         with memory_group(budget) as group:
-            done = group.run([*command, "--memory", str(budget) + "B"], dict(os.environ))
+            done = group.run([*command, "--memory", str(budget) + "B"], child_environment())
             row = {"budget": budget, "exit": done.returncode, "kills": group.kills(), "cgroup_peak": group.peak_bytes()}
         if done.returncode == 0:
             result = json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +70,7 @@ def prompt_of(tokens: int) -> str:
 
 def smallest_budget(command: list[str]) -> int:
     """What generate names when it is given too little, in bytes, with 1 % for what varies from run to run."""
-    done = subprocess.run([*command, "--memory", "1MB"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--memory", "1MB"], capture_output=True, text=True, env=child_environment())
     found = re.search(r"smallest that would do is (\d+)MB", done.stderr)
     if found is None:
         raise UsageError(f"generate did not name a smallest budget:\n{done.stderr}")

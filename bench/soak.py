@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from mlx_flash.children import child_environment
 from mlx_flash.errors import FlashError, UsageError
 
 from . import compare
@@ -46,12 +47,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--minutes is {arguments.minutes:g}, expected more than 0, at most 1440.")
     if not 1 <= arguments.clients <= 64:
         raise UsageError(f"--clients is {arguments.clients}, expected 1 to 64: the server's queue is that long.")
-    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0"]
+    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
     for name in ("model", "memory"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name}", value]
     with contextlib.ExitStack() as stack:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=child_environment())
         stack.callback(end, server)
         url = wait_until_ready(server)
         result = soak(server, url, arguments)

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_flash.commands import REVISION_HELP, program, run_command, whole_number
+from mlx_flash.commands import (
+    REVISION_HELP,
+    add_lifeline_argument,
+    obey_lifeline,
+    program,
+    run_command,
+    whole_number,
+)
 from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
@@ -53,10 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="also import PowerInfer's predictors for this model, model_0.pt and so on, from a folder or a Hugging "
         "Face repository; they become the default",
     )
+    add_lifeline_argument(parser)
     return parser
 
 
 def main(arguments: argparse.Namespace) -> None:
+    obey_lifeline(arguments)
     import mlx.core as mx
 
     from mlx_flash.finding import find_checkpoint

@@ -5,7 +5,26 @@ model, tokenizer = mlx_flash.load("path/to/store", memory="6GB")
 print(mlx_flash.generate(model, tokenizer, "Once upon a time"))
 """
 
-from typing import Any
+import os
+import sys
+
+
+def _leave_working_directory() -> None:
+    """As `python -m mlx_flash.x` is started, Python looks for every module in the working directory first.
+
+    That may be a checkpoint's folder, and no code of one is ever run. So it is dropped here, before anything else is
+    imported, unless this package itself lies there: in a clone that is not installed. What Python imported before this
+    line is beyond reach; the console script `mlxflash` does not have the working directory in its path at all.
+    """
+    started_by_m = sys.argv[:1] == ["-m"] and any("mlx_flash" in argument for argument in sys.orig_argv)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if started_by_m and not sys.flags.safe_path and sys.path and sys.path[0] == os.getcwd() != here:
+        del sys.path[0]
+
+
+_leave_working_directory()
+
+from typing import Any  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "stream_generate"]

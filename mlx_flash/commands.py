@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from . import stopping
 from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
@@ -36,15 +37,37 @@ def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
     return parse
 
 
+def add_lifeline_argument(group: argparse._ActionsContainer) -> None:
+    """--exit-with-stdin; `obey_lifeline` does as it says."""
+    group.add_argument(
+        "--exit-with-stdin",
+        action="store_true",
+        help="exit when standard input closes, so that this process never outlives the one that started it",
+    )
+
+
+def obey_lifeline(arguments: argparse.Namespace) -> None:
+    if arguments.exit_with_stdin:
+        stopping.end_with_stdin()
+
+
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None]) -> None:
-    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Where `main` is the program itself, not a function that a test calls, the process ends `stopping.GRACE_S` after
+    either signal, or after `main`, whatever it then waits for.
+    """
     arguments = parser.parse_args()
     # Closed by the caller, as `<&-` and `>&-` do. The lowest number first: MLX cannot read a file whose number is 0.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that children and files are cleared up
+    owns_process = main.__module__ == "__main__"
+    code = 1
     try:
+        if owns_process:
+            stopping.watch(parser.prog, {signal.SIGINT: 130, signal.SIGTERM: 143})
         code = main(arguments) or 0
         sys.stdout.flush()
     except FlashError as error:
@@ -67,4 +90,9 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
 
         print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
         code = 1
+    finally:
+        if owns_process:
+            for number in (signal.SIGINT, signal.SIGTERM):  # it ends already: one more must not give a traceback
+                signal.signal(number, signal.SIG_IGN)
+            stopping.ended(code)
     sys.exit(code)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint_files import WEIGHT_PATTERNS, matching, small_files
+from .children import run_child
 from .errors import ConversionError, UsageError
 from .flash.files import VERSION, is_store
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def demo_folder() -> Path:
@@ -100,21 +104,19 @@ def place_of(source: Path, model: str | None) -> tuple[Path, int]:
 
 
 def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:
-    from filelock import FileLock, Timeout
-
+    waiting = f"waiting for another process that is converting {source}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.parent / f".{target.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that is converting {source}")
-            lock.acquire()
+        lock = _acquired(target.parent / f".{target.name}.lock", waiting, say)
     except OSError as error:
         raise ConversionError(
             f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
         ) from None
     try:
+        # Of the conversion itself: held by one that was started by hand, or that ends because its parent was killed.
+        its_own = Path(f"{os.path.realpath(target)}.lock")
+        if not is_store(target) and its_own.exists():
+            _acquired(its_own, waiting, say).release()
         if is_store(target):
             return
         say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
@@ -125,14 +127,14 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
         lock.release()  # `with lock` would acquire it a second time, and let go of one
 
 
-def run_child(command: list[str]) -> int:
-    """Runs a command to its end, which is also this process's end if that is asked for. Returns its exit code."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it got the Ctrl-C too: let it end in its own way
-            process.wait(timeout=30)
-            raise
-        except BaseException:
-            process.terminate()
-            raise
+def _acquired(path: Path, waiting: str, say: Callable[[str], None]) -> FileLock:
+    """The lock, held; says `waiting` if it has to wait."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    return lock

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from . import stopping
+
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # notes that cannot be shown must not cost the text
@@ -30,14 +32,19 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
+        if self._warning is not None:
+            stopping.allow_interrupts(0)
 
     def renew(self) -> None:
         """Nothing was asked so far."""
         self.asked, self._warned = False, False
+        if self._warning is not None:
+            stopping.allow_interrupts(2)
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
         """Within, Ctrl-C is Python's own KeyboardInterrupt: for waiting, which has no clean end of its own."""
+        self.renew()
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             yield

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
+from device import ON_CPU  # type: ignore[import-not-found]  # found beside this file, first of all
 from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -26,6 +27,13 @@ from mlx_flash.convert.families import family_of
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.layers.quantised import companions
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ON_CPU and item.get_closest_marker("metal"):
+            item.add_marker(pytest.mark.skip(reason="MLX_FLASH_TEST_DEVICE=cpu"))
+
 
 GOLDEN_VARIANTS = (
     *("opt-pre", "opt-350m-like", "opt-nobias"),

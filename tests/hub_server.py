@@ -72,7 +72,7 @@ class Hub:
             env=self.environment(home) | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
 

@@ -6,15 +6,24 @@ enabled), `buttons` and `inputs` (likewise), `texts` (labels, boxes of text) and
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 
+import gated_server  # type: ignore[import-not-found]
 from PySide6.QtCore import QPoint, QTimer
 from PySide6.QtGui import QGuiApplication
 from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButton, QTextEdit, QWidget
 
-from mlx_flash.apps.menubar.view import make_app
+from mlx_flash.apps.menubar import view
+from mlx_flash.apps.menubar.controller import Controller
+from mlx_flash.apps.menubar.engine import server_command
+
+
+def gated_command(model: str | None, memory: int | None) -> list[str]:
+    """The engine is one that the test can hold."""
+    return [*gated_server.COMMAND, *server_command(model, memory)[3:]]
 
 
 def middle_of(widget: QWidget) -> list[int]:
@@ -57,7 +66,8 @@ def main() -> None:
         partial.write_text(json.dumps(look()))
         partial.replace(file)
 
-    app = make_app()
+    view.Controller = functools.partial(Controller, command=gated_command)  # type: ignore[misc, assignment]
+    app = view.make_app()
     timer = QTimer()
     timer.timeout.connect(write)
     timer.start(100)

@@ -16,19 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gated_server  # type: ignore[import-not-found]
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE_S = 300  # the first start converts the demo model
+PATIENCE_S = 600  # the first start converts the demo model
 
 
 class Server:
-    """`start` and `kill` as often as you like: the port stays."""
+    """`start` and `kill` as often as you like: the port stays. `hold` stops every generation at a token."""
 
     def __init__(self, log: Path, *options: str, memory: str = "400MB") -> None:
         self.log, self.options, self.memory = log, options, memory
         self.port = 0
+        self._held = log.with_name("held")
         self.process: subprocess.Popen[str] | None = None
 
     @property
@@ -36,11 +39,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlx_flash.server", "--port", str(self.port), "--memory", self.memory]
+        command = [*gated_server.COMMAND, "--port", str(self.port), "--memory", self.memory, *self.options]
+        environment = {**os.environ, gated_server.VARIABLE: str(self._held)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*command, *self.options], stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}
-            )
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("Serving"), self.log.read_text()
@@ -61,6 +65,10 @@ class Server:
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.load(answer)
+
+    def hold(self, token: int | None) -> None:
+        """From now on generations stop when they have made so many tokens; None: they do not."""
+        gated_server.hold(self._held, token)
 
     def kill(self) -> None:
         """At once, as a crash would."""

@@ -17,7 +17,7 @@ from mlx_flash.server.app import make_app
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.serving import HttpThread, bind, url_of
 
-PATIENCE_S = 120  # that no wait of a test exceeds; none of them needs it
+PATIENCE_S = 600  # that no wait of a test exceeds; none of them needs it
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -29,8 +29,8 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 class Server:
-    def __init__(self, engine: Engine, url: str) -> None:
-        self.engine, self.url = engine, url
+    def __init__(self, engine: Engine, http: HttpThread, url: str) -> None:
+        self.engine, self.http, self.url = engine, http, url
         self.port = int(url.rsplit(":", 1)[1])
 
     def client(self, **options: Any) -> httpx.Client:
@@ -74,12 +74,12 @@ def serving(
             raised.append(error)
 
     thread = threading.Thread(target=run)
-    with HttpThread(make_app(engine, "127.0.0.1", key), bound):
+    with HttpThread(make_app(engine, "127.0.0.1", key), bound) as http:
         thread.start()
         try:
             if wait:
                 until(lambda: engine.state != LOADING)
-            yield Server(engine, url_of(bound))
+            yield Server(engine, http, url_of(bound))
         finally:
             engine.stop()
             thread.join(PATIENCE_S)

@@ -260,7 +260,7 @@ def test_sigterm_ends_it(start: Callable[..., PseudoTerminal]) -> None:
 def piped(demo: Path, text: bytes, *arguments: str, redirect: str = "") -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, *PYTHON_M, "--model", str(demo), "--max-tokens", "24", *arguments]
     shell = ["bash", "-c", f'"$@" {redirect}', "bash", *command] if redirect else command
-    return subprocess.run(shell, input=text, capture_output=True, timeout=120)
+    return subprocess.run(shell, input=text, capture_output=True, timeout=600)
 
 
 def test_lines_from_a_pipe(demo: Path, answers: list[str]) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def mlxflash(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
     code = f"{first}\nfrom mlx_flash.console import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600)
 
 
 def test_it_is_the_one_script_of_the_distribution() -> None:
@@ -77,7 +77,7 @@ def test_nothing_heavy_is_imported_before_a_command_is_found() -> None:
             [sys.executable, "-X", "importtime", "-m", "mlx_flash.console", *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         modules = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
         assert "mlx_flash" in modules

@@ -61,7 +61,7 @@ def test_two_processes_convert_a_checkpoint_once(tiny: Tiny, cache: Path, monkey
     )
     command = [sys.executable, "-c", program, str(tiny.checkpoint)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     said = sorted(output.splitlines()[0] for output, _ in outputs)
     assert said == ["converting", "waiting"]

@@ -233,7 +233,7 @@ def test_a_killed_download_is_taken_up(server: Hub, home: Path, big: Path) -> No
     with subprocess.Popen(
         [sys.executable, "-c", FIND, REPOSITORY], env=server.environment(home), stderr=subprocess.DEVNULL
     ) as child:
-        assert server.stalled.wait(60)
+        assert server.stalled.wait(600)
         (partial,) = wait_for(lambda: [p for p in home.rglob("*.incomplete") if p.stat().st_size >= PIECE])
         child.send_signal(signal.SIGKILL)
     assert partial.stat().st_size == PIECE
@@ -247,7 +247,7 @@ def test_a_killed_download_is_taken_up(server: Hub, home: Path, big: Path) -> No
     assert not list(home.rglob("*.incomplete"))
 
 
-def wait_for(look: Callable[[], list[Path]], seconds: float = 30) -> list[Path]:
+def wait_for(look: Callable[[], list[Path]], seconds: float = 600) -> list[Path]:
     import time
 
     end = time.monotonic() + seconds
@@ -281,7 +281,7 @@ def test_two_processes_download_once(server: Hub, home: Path, big: Path) -> None
     children = [
         subprocess.Popen(command, env=server.environment(home), stdout=pipe, stderr=pipe, text=True) for _ in range(2)
     ]
-    outputs = [child.communicate(timeout=60) for child in children]
+    outputs = [child.communicate(timeout=600) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     assert len({output for output, _ in outputs}) == 1
     assert server.fetched()["model.safetensors"] == [None]

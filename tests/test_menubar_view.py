@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gated_server  # type: ignore[import-not-found]
 import psutil
 import pytest
 
@@ -52,6 +53,7 @@ class Screen:
                 "QT_QPA_PLATFORM": "xcb",
                 "XDG_CONFIG_HOME": str(folder / "config"),
                 "MLX_FLASH_CACHE": str(cache),
+                gated_server.VARIABLE: str(folder / "held"),
             }
         for name in ("WAYLAND_DISPLAY", "QT_SCALE_FACTOR"):
             self.environment.pop(name, None)
@@ -117,6 +119,9 @@ class Screen:
     def shows(self, colour: tuple[int, int, int]) -> bool:
         return sum(pixel == colour for pixel in self.icon().getdata()) > 50
 
+    def hold(self, tokens: int | None) -> None:
+        gated_server.hold(self.folder / "held", tokens)
+
     def open_menu(self) -> dict[str, Any]:
         x, y, width, height = self._panel() or (0, 0, 0, 0)
         self.do("mousemove", x + width // 2, y + height - 2, "click", 1)  # Qt's menu opens at the mouse
@@ -161,7 +166,7 @@ class Screen:
         self.do("mousemove", x, y, "click", 1)
 
     def engines(self) -> list[psutil.Process]:
-        return [child for child in psutil.Process(self.app.pid).children() if "mlx_flash.server" in child.cmdline()]
+        return [child for child in psutil.Process(self.app.pid).children() if gated_server.__file__ in child.cmdline()]
 
 
 def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: "") -> Any:
@@ -216,6 +221,7 @@ def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> Non
 
     # While the menu is open, a request of somebody else's shows in its first line and in the icon.
     screen.open_menu()
+    screen.hold(100)
     body = {"model": "default", "messages": [{"role": "user", "content": "It was"}], "max_tokens": 300}
     with ThreadPoolExecutor(1) as client:
         answer = client.submit(post, f"{endpoint}/chat/completions", body)
@@ -223,6 +229,7 @@ def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> Non
         assert screen.look()["menus"]["Stop the engine"]
         until(lambda: (icon := screen.icon()) != idle and icon)
         screen.screenshot("speaking")
+        screen.hold(None)
         assert answer.result()["usage"]["completion_tokens"] > 0
     screen.wait(lambda seen: [text for text in seen["menus"] if text.startswith("Ready · last answer")])
     until(lambda: screen.icon() == idle)
@@ -233,9 +240,11 @@ def test_the_item_its_menu_a_question_a_crash_and_the_end(screen: Screen) -> Non
     x, y = screen.wait(lambda seen: seen["inputs"])[0]
     screen.do("mousemove", x, y, "click", 1)
     screen.do("type", "It was a dark night, and")
+    screen.hold(10)
     screen.do("key", "Return")
     screen.wait(lambda seen: "Stop" in seen["buttons"])
     screen.screenshot("asking")
+    screen.hold(None)
     screen.wait(lambda seen: "Ask" in seen["buttons"] and any(len(text) > 100 for text in seen["texts"]))
     screen.screenshot("asked")
 

@@ -135,14 +135,15 @@ def test_fifty_at_once(server: Server) -> None:
     assert texts == [expected] * 50 and server.totals["failed"] == failed
 
 
-def test_one_that_does_not_read_holds_up_nobody(server: Server) -> None:
+def test_one_that_does_not_read_holds_up_nobody(server: Server, gate: Gate) -> None:
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     slow.connect(("127.0.0.1", server.port))
     body = json.dumps({**PROMPT, "max_tokens": 200, "stream": True, "logprobs": 5}).encode()
     slow.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode())
     slow.sendall(body)
-    until(lambda: server.engine.job is not None)
+    gate.go_on_to("token", 1)
+    gate.open()
     assert server.post("/v1/completions", PROMPT).status_code == 200
     received = b""
     while not received.endswith(b"0\r\n\r\n"):  # and it gets everything in the end

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import gated_server  # type: ignore[import-not-found]
 import httpx2 as httpx
 import pytest
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
@@ -28,10 +30,17 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @contextlib.contextmanager
-def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, its URL); the model may still be loading."""
+def started(*arguments: str, held: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, its URL); the model may still be loading. held: a file that says where generations stop."""
+    command, environment = COMMAND, dict(os.environ)
+    if held is not None:
+        command, environment[gated_server.VARIABLE] = gated_server.COMMAND, str(held)
     process = subprocess.Popen(
-        [*COMMAND, "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert process.stdout is not None and process.stderr is not None
     try:
@@ -50,8 +59,9 @@ def ready(url: str) -> bool:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_a_generation_and_the_process(number: int, code: int) -> None:
-    with started() as (process, url):
+def test_a_signal_ends_a_generation_and_the_process(number: int, code: int, tmp_path: Path) -> None:
+    gated_server.hold(tmp_path / "held", 10)  # the signal comes while it speaks
+    with started(held=tmp_path / "held") as (process, url):
         until(lambda: ready(url))
         stream = httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=PATIENCE_S)
         with stream as answer:

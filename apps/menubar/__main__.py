@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -30,6 +31,9 @@ def main() -> None:
         sys.exit(f"{parser.prog}: there is no {lacking[0]} here; {INSTALL}")
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         sys.exit(f"{parser.prog}: there is no display here (DISPLAY is not set).")
+    # Ctrl-C as SIGTERM: at once, whatever the toolkit does. The engine ends with its standard input.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .view import make_app
 
     make_app().main_loop()

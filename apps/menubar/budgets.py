@@ -6,13 +6,14 @@ The plan is asked for in a process of its own: it imports MLX, which the app nev
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import psutil
+
+from mlx_flash.children import child_environment
 
 if TYPE_CHECKING:
     from mlx_flash.errors import BudgetError
@@ -42,7 +43,7 @@ def fixed_budgets() -> tuple[Budget, ...]:
 def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
     """The plan's own points; None if it cannot be asked: not downloaded, not converted, not a model."""
     command = [sys.executable, "-m", "mlx_flash.apps.menubar.budgets", *([] if model is None else [model])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a question must not start a download
+    environment = child_environment(HF_HUB_OFFLINE="1")  # a question must not start a download
     try:
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
@@ -94,10 +95,10 @@ def _rounded_up(size: int) -> int:
 
 
 def main() -> None:
+    from mlx_flash import stopping
     from mlx_flash.errors import FlashError
-    from mlx_flash.lifeline import end_with_stdin
 
-    end_with_stdin()
+    stopping.end_with_stdin()
     try:
         budgets = ask_plan(sys.argv[1] if len(sys.argv) > 1 else None)
     except FlashError as error:

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import IO
 
-from mlx_flash.lifeline import GRACE_SECONDS
+from mlx_flash.children import child_environment
+from mlx_flash.stopping import LIFELINE_S
 
 ADDRESS = re.compile(r"\bhttp://\S+")  # in what the server prints once its port is open
 KEPT_LINES = 40  # of standard error
@@ -36,7 +37,7 @@ class Engine:
     """One run of the server."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Starts it; it ends when its standard input does (`mlx_flash.lifeline`). Raises OSError."""
+        """Starts it; it ends when its standard input does (`mlx_flash.stopping`). Raises OSError."""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         # A group of its own, so that what it starts (a conversion) can be ended with it.
         self._process = subprocess.Popen(
@@ -46,7 +47,7 @@ class Engine:
             stderr=subprocess.PIPE,
             text=True,  # with "\r" as an end of line, too: progress bars
             errors="replace",
-            env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
+            env={name: value for name, value in child_environment().items() if name != KEY_VARIABLE},
             start_new_session=True,
         )
         self._threads: list[threading.Thread] = []
@@ -78,7 +79,7 @@ class Engine:
     def pid(self) -> int:
         return self._process.pid
 
-    def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+    def stop(self, grace_seconds: float = LIFELINE_S) -> None:
         """Ends it and waits until it, and all that it started, is gone."""
         self._process.terminate()
         try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..commands import program, run_command, whole_number
+from .. import stopping
+from ..commands import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..errors import UsageError
-from ..lifeline import end_with_stdin
 from ..model_arguments import add_model_arguments, load_model
 from ..plan import parse_memory
 from ..terminal import say
@@ -46,23 +47,25 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"what clients must send as a bearer token; needed for any --host but a loopback one (default: "
         f"${KEY_VARIABLE}, which other users of this machine cannot see)",
     )
-    http.add_argument(
-        "--exit-with-stdin",
-        action="store_true",
-        help="end when standard input does: no server outlives the program that started it and holds the other end",
-    )
+    add_lifeline_argument(http)
     return parser
 
 
 class Signals:
-    """Ctrl-C or SIGTERM: while the model loads, at once; then the engine ends what it does; a second one insists."""
+    """Ctrl-C or SIGTERM: while the model loads, at once; then the engine ends what it does; a second one insists.
+
+    `code` is the exit code then: that of a server that was told to end is 0.
+    """
+
+    CODES: ClassVar = {signal.SIGINT: 130, signal.SIGTERM: 0}
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.number: int | None = None
+        self.code: int | None = None
 
     def __enter__(self) -> Signals:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._handle) for number in self.CODES}
+        stopping.set_codes(self.CODES)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,15 +73,17 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        insists, self.number = self.number is not None, number
-        if insists or not self.engine.ready:
+        insists, self.code = self.code is not None, self.CODES[signal.Signals(number)]
+        if self.engine.ready and not insists:
+            self.engine.stop()
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.engine.stop()
+        else:
+            sys.exit(self.code)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.exit_with_stdin:
-        end_with_stdin()
+    obey_lifeline(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError("the API key is empty or has characters that a header cannot carry.")
@@ -105,11 +110,11 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
         try:
             engine.run(lambda: load_model(arguments, say))
-        except KeyboardInterrupt:
-            if signals.number is None:
+        except (KeyboardInterrupt, SystemExit):
+            if signals.code is None:
                 raise
     say("stopped")
-    return 130 if signals.number == signal.SIGINT else 0
+    return signals.code or 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -32,7 +33,7 @@ class Waiting:
 
     def _tell(self, item: Item) -> None:
         """In the engine's thread."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
     async def next(self) -> Piece | End | None:

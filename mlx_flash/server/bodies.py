@@ -1,10 +1,10 @@
-"""Request bodies: bounded each, and all of them together."""
+"""Request bodies: bounded each, and all of them together, in bytes and in time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
@@ -15,47 +15,78 @@ MOST_BYTES = 1 << 20  # of one body, or BYTES_PER_TOKEN for each token of the co
 BYTES_PER_TOKEN = 16
 MOST_BODIES = 4  # of that size, at the same time
 BODY_S = 60.0  # in which a body must have come
+HELD_S = 2.0  # after which one that still comes gives way, where there is no room for another
+
+
+class _Body:
+    """One that is coming, and then understood."""
+
+    def __init__(self, began: float) -> None:
+        self.began, self.bytes = began, 0
+        self.chunks: list[bytes] = []
+        self.coming = True
+        self.limit: asyncio.Timeout | None = None  # of the wait for its next bytes
 
 
 class Bodies:
     def __init__(self) -> None:
-        self.bytes = 0  # held now
+        self._held: list[_Body] = []  # the oldest first
+
+    @property
+    def bytes(self) -> int:
+        """Held now."""
+        return sum(body.bytes for body in self._held)
 
     @contextlib.asynccontextmanager
     async def body_of(self, request: Request, context: int) -> AsyncIterator[bytes]:
         """The whole body, counted until the block ends. context: the planned tokens. Raises ApiError."""
         most = max(MOST_BYTES, BYTES_PER_TOKEN * context)
-        taken = 0
-        chunks = []
+        if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number
+            raise _too_large(most)
+        body = _Body(asyncio.get_running_loop().time())
+        self._held.append(body)
         try:
-            if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number
-                raise _too_large(most)
-            async for chunk in _within(BODY_S, request):
-                taken += len(chunk)
-                self.bytes += len(chunk)
-                if taken > most:
-                    raise _too_large(most)
-                if self.bytes > MOST_BODIES * most:
-                    raise ApiError(429, "too much is being sent at once; try again later.", retry_after_s=5)
-                chunks.append(chunk)
-            yield b"".join(chunks)
+            await self._receive(body, request, most)
+            yield b"".join(body.chunks)
         finally:
-            self.bytes -= taken
+            self._let_go(body)
 
+    async def _receive(self, body: _Body, request: Request, most: int) -> None:
+        stream = request.stream()
+        while True:
+            try:
+                async with asyncio.timeout_at(body.began + BODY_S) as body.limit:
+                    chunk = await anext(stream)
+            except StopAsyncIteration:
+                break
+            except TimeoutError:
+                raise ApiError(408, "the body did not arrive in time; send it again, faster.") from None
+            if body not in self._held:  # it gave way, and more of it came at the same moment
+                raise ApiError(408, "the body did not arrive in time; send it again, faster.")
+            if body.bytes + len(chunk) > most:
+                raise _too_large(most)
+            while self.bytes + len(chunk) > MOST_BODIES * most:
+                self._make_room(body)
+            body.bytes += len(chunk)
+            body.chunks.append(chunk)
+        body.coming = False
 
-async def _within(seconds: float, request: Request) -> AsyncGenerator[bytes, None]:
-    """The body, as it comes. Raises ApiError if that takes too long: a connection is not kept for nothing."""
-    stream = request.stream()
-    deadline = asyncio.get_running_loop().time() + seconds
-    while True:
-        try:
-            async with asyncio.timeout_at(deadline):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {seconds:g} s.") from None
-        yield chunk
+    def _make_room(self, newest: _Body) -> None:
+        """Ends the oldest body that is still coming. Raises ApiError where none has had its time."""
+        now = asyncio.get_running_loop().time()
+        for body in self._held:
+            if body is not newest and body.coming and now - body.began > HELD_S:
+                self._let_go(body)
+                assert body.limit is not None
+                with contextlib.suppress(RuntimeError):  # its time is up already
+                    body.limit.reschedule(now)
+                return
+        raise ApiError(429, "too much is being sent at once; try again later.", retry_after_s=5)
+
+    def _let_go(self, body: _Body) -> None:
+        if body in self._held:
+            self._held.remove(body)
+        body.chunks.clear()
 
 
 def _too_large(most: int) -> ApiError:

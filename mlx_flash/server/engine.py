@@ -110,9 +110,11 @@ class Engine:
 
             self._turns = Turns(self.model)
             self.monitor = Monitor(self.model, self.hub)
-        except BaseException as error:
-            said = foreseen(error) if isinstance(error, Exception) else None
-            self.failure, self.state = said or str(error) or type(error).__name__, FAILED
+        except Exception as error:
+            self.failure, self.state = foreseen(error) or str(error) or type(error).__name__, FAILED
+            raise
+        except BaseException:  # a signal
+            self.state = STOPPED
             raise
         try:
             self.state = READY

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from urllib.parse import urlsplit
+import re
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import connections
 from .errors import ApiError
 
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -29,11 +31,14 @@ class Guard:
     Without a key, a name that an attacker points at 127.0.0.1 must not make his page ours (DNS rebinding): the Host
     must be a loopback name, or the one bound to. With or without one, a request that a page of another origin sends
     is refused. With a key, everything but /health and the page's own files demands it.
+
+    It also bounds how many requests are answered at once: `connections.MOST`.
     """
 
     def __init__(self, app: ASGIApp, host: str, key: str | None) -> None:
         self.app, self.key = app, key
         self.hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
+        self.answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,6 +53,7 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *ANSWER_HEADERS]
             await send(message)
 
+        self.answering += 1
         try:
             self._check(scope)
             await self.app(scope, receive, send_more)
@@ -56,17 +62,24 @@ class Guard:
             error = refused if isinstance(refused, ApiError) else ApiError(503, "the server is stopping.")
             if not begun:
                 await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
+        finally:
+            self.answering -= 1
 
     def _check(self, scope: Scope) -> None:
+        if self.answering > connections.MOST:
+            raise ApiError(
+                503, f"{connections.MOST} requests are being answered, as many as may; try again later.",
+                code="too_many_requests", retry_after_s=5,
+            )  # fmt: skip
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self.key is None and _name_of(host) not in self.hosts:
             raise ApiError(
                 403, f"this server is not {host!r:.80}; use http://127.0.0.1 or localhost.", code="host_not_allowed"
             )
-        origin = headers.get("origin")
-        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-            raise ApiError(403, f"pages of {origin!r:.80} may not use this server.", code="origin_not_allowed")
+        for origin in headers.getlist("origin"):
+            if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+                raise ApiError(403, f"pages of {origin!r:.80} may not use this server.", code="origin_not_allowed")
         path = scope["path"]
         if self.key is None or path in ("/", "/health", "/favicon.ico") or path.startswith("/page/"):
             return
@@ -78,8 +91,6 @@ class Guard:
 
 
 def _name_of(host: str) -> str:
-    """Without the port and the brackets of an IPv6 address."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """Without the port and the brackets of an IPv6 address; empty if it is more than those, as with "user@"."""
+    found = HOST.fullmatch(host)
+    return "" if found is None else (found[1] or found[2]).lower()

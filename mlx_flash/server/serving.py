@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import socket
 import threading
+import time
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from ..errors import FlashError, UsageError
+from . import connections
 
 GRACE_S = 3  # for connections that are still open when the server stops
+QUIET_S = 60.0  # between two lines of one kind in the log
+BACKLOG = 64  # connections that the system holds, and how many are accepted at once
+
+log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -20,11 +29,12 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {host!r:.80} is no address of this machine: {error}.") from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, or asyncio would not set TCP_NODELAY: each answer would wait for an acknowledgement.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(128)
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise FlashError(
@@ -48,12 +58,21 @@ class HttpThread:
 
     def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
-            server_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE_S,
+            app, http=connections.Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=int(connections.REQUEST_S),
         )  # fmt: skip
+        logger = logging.getLogger("uvicorn.error")
+        logger.setLevel(logging.ERROR)  # its warnings are of clients, a line each
+        for kept in (logger, log):
+            kept.addFilter(Sparing())
         self._server = uvicorn.Server(config)
         self._bound = bound
-        self._thread = threading.Thread(target=self._server.run, args=([bound],), name="http", daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="http", daemon=True)
+
+    async def _run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(_tell)
+        await self._server.serve([self._bound])
 
     def __enter__(self) -> HttpThread:
         self._thread.start()
@@ -63,3 +82,29 @@ class HttpThread:
         self._server.should_exit = True
         self._thread.join(2 * GRACE_S)
         self._bound.close()
+
+
+class Sparing(logging.Filter):
+    """Lets one line of a kind into the log every QUIET_S: clients must not fill the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+        self._until = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now >= self._until:
+            self._said.clear()
+            self._until = now + QUIET_S
+        kind = str(record.msg)[:40]
+        said = kind in self._said
+        self._said.add(kind)
+        return not said
+
+
+def _tell(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio's complaints. It finds a thousand times a second that no descriptor is left for a connection."""
+    error = context.get("exception")
+    expected = error is None or isinstance(error, OSError)
+    log.error(f"{context['message']}: %s", error, exc_info=None if expected else error)

@@ -1,0 +1,69 @@
+"""The server, with generations that a test can hold: python gated_server.py ARGUMENTS-OF-THE-SERVER
+
+The file that $MLX_FLASH_TEST_HOLD names says after how many tokens every generation stops; without it none does. One
+that is held continues when the number grows or the file goes, when its client leaves, and when the server ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "MLX_FLASH_TEST_HOLD"
+COMMAND = [sys.executable, __file__]
+
+
+def hold(file: Path, tokens: int | None) -> None:
+    """For a test: from now on generations stop after so many tokens; None: they do not."""
+    if tokens is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.with_suffix(".new").write_text(str(tokens))
+        file.with_suffix(".new").replace(file)
+
+
+def held_after() -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return int(Path(os.environ[VARIABLE]).read_text())
+    return None
+
+
+def main(arguments: argparse.Namespace) -> int:
+    import mlx_flash.server.engine
+    from mlx_flash import turns
+    from mlx_flash.server.__main__ import main as serve
+
+    real_engine, real_generate = mlx_flash.server.engine.Engine, turns.stream_generate
+    engines: list[Any] = []
+
+    def engine(*arguments: Any) -> Any:
+        engines.append(real_engine(*arguments))
+        return engines[0]
+
+    def is_held(made: int) -> bool:
+        after = held_after()
+        (own,) = engines
+        return after is not None and made >= after and not own._stopping and not own.job.left
+
+    def stream_generate(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for response in real_generate(*arguments, **options):
+            yield response
+            while is_held(response.generation_tokens):
+                time.sleep(0.01)
+
+    mlx_flash.server.engine.Engine = engine  # type: ignore[misc, assignment]
+    turns.stream_generate = stream_generate
+    return serve(arguments)
+
+
+if __name__ == "__main__":
+    from mlx_flash.commands import run_command
+    from mlx_flash.server.__main__ import make_parser
+
+    run_command(make_parser(), main)

@@ -1,0 +1,321 @@
+"""A stop ends any command, whatever it waits for. Real processes wait here for what never comes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
+from hub_server import Hub, serve  # type: ignore[import-not-found]
+from serving import PATIENCE_S, until  # type: ignore[import-not-found]
+
+from mlx_flash.finding import place_of
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+# A command of this package, with less patience than it has for people: python -c COMMAND module arguments
+COMMAND = """
+import runpy, sys
+from mlx_flash import children, stopping
+stopping.GRACE_S = children.TERMINATED_S = children.INTERRUPTED_S = 0.3
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+# A command whose whole work is `work`, which says "ready" when it begins to wait.
+PROGRAM = """
+import argparse, concurrent.futures, ctypes, os, sys, threading, time
+from mlx_flash import stopping
+from mlx_flash.commands import run_command
+from mlx_flash.server.__main__ import Signals
+from mlx_flash.terminal import Interrupts
+stopping.GRACE_S = 0.3
+c, gil = ctypes.CDLL(None), ctypes.PyDLL(None)
+def ready():
+    os.write(1, b"ready\\n")
+def forever():
+    time.sleep(10**6)
+def stuck_in_c():  # no signal interrupts it
+    mutex = ctypes.create_string_buffer(256)
+    c.pthread_mutex_init(mutex, None)
+    while True:
+        c.pthread_mutex_lock(mutex)
+def main(_):
+    {work}
+run_command(argparse.ArgumentParser(prog="waits"), main)
+"""
+
+WORK = {
+    "the main thread waits in C": "ready(); stuck_in_c()",
+    "a thread keeps the interpreter's lock": """
+    def hold():
+        ready()
+        gil.sleep(10**6)
+    threading.Thread(target=hold, daemon=True).start()
+    forever()""",
+    "a thread does not end": "threading.Thread(target=forever).start(); ready(); forever()",
+    "an executor's thread does not end": """
+    concurrent.futures.ThreadPoolExecutor().submit(forever)
+    ready()
+    forever()""",
+    "nobody reads its output": """
+    ready()
+    os.set_blocking(1, True)
+    while True:
+        print("x" * 1000, flush=True)""",
+    "the exception is swallowed": """
+    ready()
+    while True:
+        try:
+            forever()
+        except BaseException:
+            pass""",
+}
+
+
+@contextlib.contextmanager
+def started(*command: object, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """Python, with its output in pipes, killed at the end."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=pipe, stderr=pipe, text=True, **options  # type: ignore[call-overload]
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start_all(programs: Sequence[str], stack: contextlib.ExitStack) -> list[subprocess.Popen[str]]:
+    """All at once, each at the place where it waits: what they wait for after a stop takes no processor."""
+    processes = [stack.enter_context(started("-c", program)) for program in programs]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    return processes
+
+
+def errors_of(process: subprocess.Popen[str]) -> str:
+    return process.communicate(timeout=PATIENCE_S)[1]
+
+
+def test_a_stop_ends_a_command_that_waits_for_ever() -> None:
+    cases = [(name, number) for name in WORK for number in (TERM, INT)]
+    with contextlib.ExitStack() as stack:
+        processes = start_all([PROGRAM.replace("{work}", WORK[name]) for name, _ in cases], stack)
+        for process, (_, number) in zip(processes, cases, strict=True):
+            process.send_signal(number)
+        for process, (name, number) in zip(processes, cases, strict=True):
+            process.wait(PATIENCE_S)  # before its output is read: one of them has a full pipe
+            errors = errors_of(process)
+            assert process.returncode == {TERM: 143, INT: 130}[number], (name, number, errors)
+            assert "Traceback" not in errors, (name, errors)
+            if name != "nobody reads its output":  # which has an end of its own
+                assert "waits: ended without waiting" in errors, (name, errors)
+
+
+def test_a_command_that_has_ended_does_not_wait_for_its_threads() -> None:
+    threads = ("threading.Thread(target=forever)", "concurrent.futures.ThreadPoolExecutor().submit(forever)")
+    ends = {"return 3": 3, "raise OSError('broken')": 1}
+    cases = [(thread, end) for thread in threads for end in ends]
+    with contextlib.ExitStack() as stack:
+        programs = [
+            PROGRAM.replace("{work}", f"{thread}{'.start()' * ('Thread(' in thread)}; ready(); {end}")
+            for thread, end in cases
+        ]
+        for process, (_, end) in zip(start_all(programs, stack), cases, strict=True):
+            assert process.wait(PATIENCE_S) == ends[end]
+
+
+def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:
+    """The first two end an answer at most, and are forgotten with the next line."""
+    work = """
+    with Interrupts("once more") as interrupts:
+        ready()
+        sys.stdin.readline()
+        interrupts.renew()
+        ready()
+        stuck_in_c()"""
+    with started("-c", PROGRAM.replace("{work}", work), stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2):
+            process.send_signal(INT)
+        process.stdin.write("a line\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(3):  # the kernel may make one of two that come together; none is lost that counts
+            assert process.poll() is None
+            process.send_signal(INT)
+            until(lambda: not signals_pending(process))
+        process.wait(PATIENCE_S)
+        assert process.returncode == 130, errors_of(process)
+
+
+def signals_pending(process: subprocess.Popen[str]) -> bool:
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():  # no Linux
+        import time
+
+        time.sleep(0.2)
+        return False
+    masks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(int(mask, 16) for mask in masks)
+
+
+def test_a_server_that_hangs_ends_as_it_was_told() -> None:
+    work = """
+    class Engine:
+        ready = True
+        def stop(self): pass
+    with Signals(Engine()):
+        ready()
+        stuck_in_c()"""
+    for numbers, code in (((TERM,), 0), ((INT,), 130), ((TERM, TERM), 0)):
+        with started("-c", PROGRAM.replace("{work}", work)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            for number in numbers:
+                process.send_signal(number)
+            assert process.wait(PATIENCE_S) == code
+
+
+# -- children -------------------------------------------------------------------------------------------------
+
+PARENT = """
+import sys
+from mlx_flash import children
+children.TERMINATED_S = children.INTERRUPTED_S = 0.3
+def main(_):
+    return children.run_child([sys.executable, "-c", sys.stdin.readline()])
+import argparse
+from mlx_flash.commands import run_command
+run_command(argparse.ArgumentParser(prog="parent"), main)
+"""
+CHILD = "import signal,sys,time; {handler}; print('child', flush=True, file=sys.stderr); time.sleep(10**6)\n"
+IGNORES = "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]"
+
+
+@contextlib.contextmanager
+def parent_of(child: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    with started("-c", PARENT, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(child)
+        process.stdin.flush()
+        assert process.stderr.readline() == "child\n"
+        (found,) = psutil.Process(process.pid).children()
+        yield process, found
+
+
+@pytest.mark.parametrize("handler", ["pass", IGNORES], ids=["obeys", "ignores"])
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
+def test_a_stop_ends_the_child_first(handler: str, number: int, code: int) -> None:
+    """Also one that ignores it, and one that got no Ctrl-C because no terminal sent it."""
+    with parent_of(CHILD.format(handler=handler)) as (process, child):
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == code, errors_of(process)
+        assert not child.is_running()
+
+
+def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+    lifeline = "from mlx_flash.stopping import end_with_stdin; end_with_stdin()"
+    with parent_of(CHILD.format(handler=lifeline)) as (process, child):
+        process.kill()
+        process.wait(PATIENCE_S)
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+# -- real commands --------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) -> None:
+    environment = {**os.environ, "MLX_FLASH_CACHE": str(tmp_path)}
+    command = ("-c", COMMAND, "mlx_flash.server", "--port", "0", "--model", tiny.checkpoint)
+    with started(*command, env=environment) as process:
+        known = psutil.Process(process.pid)
+        until(known.children)
+        children = known.children()
+        process.send_signal(TERM)
+        errors = errors_of(process)
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+        assert not any(child.is_running() for child in children)
+
+
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
+def test_a_stop_ends_the_wait_for_another_process(tiny: Tiny, tmp_path: Path, number: int, code: int) -> None:
+    from filelock import FileLock
+
+    environment = {**os.environ, "MLX_FLASH_CACHE": str(tmp_path)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FLASH_CACHE", str(tmp_path))
+        target, _ = place_of(tiny.checkpoint, str(tiny.checkpoint))
+    for lock in (target.parent / f".{target.name}.lock", f"{target}.lock"):  # another one's, and an orphan's
+        with FileLock(lock):
+            with started("-c", COMMAND, "mlx_flash.generate", "--model", tiny.checkpoint, env=environment) as process:
+                assert process.stderr is not None
+                assert "waiting for another process" in process.stderr.readline()
+                process.send_signal(number)
+                errors = errors_of(process)
+            assert process.returncode == code and "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
+def test_a_stop_ends_a_download_that_hangs(hub: Hub, tiny: Tiny, tmp_path: Path, file: str) -> None:
+    source = Path(shutil.copytree(tiny.checkpoint, tmp_path / "source"))
+    with (source / "model.safetensors").open("ab") as weights:
+        weights.truncate(12_000_000)  # large enough to be fetched by hub.py itself
+    hub.add("owner/model", source)
+    hub.stall_at = {file: 100}
+    hub.stalled.clear()
+    environment = hub.environment(tmp_path / "home")
+    for number, code in ((INT, 130), (TERM, 143)):
+        with started("-c", COMMAND, "mlx_flash.convert", "--model", "owner/model", "--output", tmp_path / "store", env=environment) as process:  # fmt: skip  # noqa: E501
+            assert hub.stalled.wait(PATIENCE_S)
+            process.send_signal(number)
+            errors = errors_of(process)
+        assert process.returncode == code and "Traceback" not in errors, errors
+        hub.stalled.clear()
+
+
+def test_a_stop_ends_a_template_without_an_end(own_store: Path) -> None:
+    path = own_store / "tokenizer_config.json"
+    template = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"  # noqa: E501
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    change_manifest(own_store)
+    body = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+    with started("-c", COMMAND, "mlx_flash.server", "--port", "0", "--model", own_store) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        until(lambda: health(port) == 200)
+        known = psutil.Process(process.pid)
+        before = known.num_threads() + len(known.children())
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+            client.sendall(request % (len(body), body))
+            until(lambda: known.num_threads() + len(known.children()) > before)  # it is being rendered
+            process.send_signal(TERM)
+            errors = errors_of(process)
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+
+
+def health(port: int) -> int:
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return int(client.makefile("rb").readline().split()[1])

@@ -9,6 +9,7 @@ Where the two differ, 0.32.4 counts. Nothing here was run on a Mac.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from dataclasses import dataclass
 
@@ -108,12 +109,11 @@ def gather_mm(chip: Chip, pairs: int, rows: int, inner: int, outer: int, matrice
 
 def difference() -> str | None:
     """What to do if the installed MLX is not the one that the rules were read from."""
-    import mlx.core as mx
-
-    if mx.__version__ == MLX_VERSION:
+    installed = importlib.metadata.version("mlx")
+    if installed == MLX_VERSION:
         return None
     return (
-        f"tests/metal_kernels.py has the rules of MLX {MLX_VERSION}, but {mx.__version__} is installed. Read "
+        f"tests/metal_kernels.py has the rules of MLX {MLX_VERSION}, but {installed} is installed. Read "
         "GatherQMM, QuantizedMatmul and GatherMM of mlx/backend/metal/ again, correct the rules and their version."
     )
 

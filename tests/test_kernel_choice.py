@@ -7,6 +7,7 @@ kernel each pair of a row and a matrix would go through on every generation of c
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from mlx_flash.layers import expert_products
 from mlx_flash.layers import experts as layer_module
 
 EXPERTS, CHOICES = 12, 4  # of the mixture below
-LENGTHS = (1, 4, 15, 16, 40, 75, 147, 192, 530)  # of prompts: there and just below MLX changes kernels, for these
+LENGTHS = (1, 15, 16, 75, 147, 192, 530)  # of prompts: there and just below MLX changes kernels, for these
 
 
 class Recorder:
@@ -159,7 +160,6 @@ def test_a_mixtures_products_do_not_depend_on_the_budget(
     ("name", "predictor"),
     [
         ("4 bits", "none"),
-        ("4 bits", "exact"),
         ("4 bits", "shadow"),
         ("gated 8 bits", "shadow"),
         ("float16", "exact"),
@@ -222,7 +222,8 @@ def test_expert_by_expert_is_what_mlx_lm_computes(
 def test_a_matrix_with_a_scale_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the GPU has such a product: as a stand-in the scale is applied to the result."""
     real, weight = mx.gather_qmm, mx.random.normal((3, 64, 64))
-    packed, scales = mx.quantize(weight, mode="nvfp4", group_size=16, bits=4)
+    quantised: Any = mx.quantize(weight, mode="nvfp4", group_size=16, bits=4)
+    packed, scales = quantised
     linear = QuantizedSwitchLinear(64, 64, 3, bias=False, group_size=16, bits=4, mode="nvfp4")
     linear.weight, linear.scales, linear.global_scale = packed, scales, mx.array([1.0, 2.0, 3.0])
     monkeypatch.setattr(
@@ -235,5 +236,6 @@ def test_a_matrix_with_a_scale_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_rules_are_of_the_installed_mlx() -> None:
     """Not of every patch release: those are compared by `python tests/metal_kernels.py`."""
-    assert mx.__version__.split(".")[:2] == rules.MLX_VERSION.split(".")[:2]
-    assert (rules.difference() is None) == (mx.__version__ == rules.MLX_VERSION)
+    installed = importlib.metadata.version("mlx")
+    assert installed.split(".")[:2] == rules.MLX_VERSION.split(".")[:2]
+    assert (rules.difference() is None) == (installed == rules.MLX_VERSION)

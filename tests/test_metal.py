@@ -3,7 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mixtures import VOCABULARY, make_mixture, open_streamed, to_bfloat16
+from mixtures import (  # type: ignore[import-not-found]  # found beside this file
+    VOCABULARY,
+    make_mixture,
+    open_streamed,
+    to_bfloat16,
+)
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 

@@ -101,7 +101,7 @@ def check_packed_products(layout: NeuronLayout) -> None:
         for tokens in (1, 2):
             x = mx.random.normal((tokens, layout.width), key=mx.random.key(tokens)).astype(dtype)
             h = mx.random.normal((tokens, count), key=mx.random.key(tokens)).astype(dtype)
-            padded = mx.pad(h.astype(mx.float32), ((0, 0), (0, -count % 64)))
+            padded = mx.pad(h.astype(mx.float32), [(0, 0), (0, -count % 64)])
             products = (
                 (rows.project(x), mx.take(x.astype(mx.float32) @ numbers.T, which, axis=1)),
                 (rows.combine(h), padded.reshape(tokens, -1, 64).sum(axis=1) @ numbers),

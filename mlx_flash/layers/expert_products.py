@@ -62,16 +62,16 @@ def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
     if "scales" not in linear:
         y = x @ linear.weight[slot].T  # (m, D) @ (D, O)
     else:
-        matrix = [linear.weight, linear.scales, *([linear.biases] if linear.get("biases") is not None else [])]
-        settings = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        weight, scales, biases = linear.weight, linear.scales, linear.get("biases")
+        settings: Any = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode, "transpose": True}
         scale = getattr(linear, "global_scale", None)
         if scale is None:
-            y = mx.quantized_matmul(x, *(part[slot] for part in matrix), transpose=True, **settings)
-        else:  # `quantized_matmul` takes no scale of a whole matrix
-            one = (part[slot : slot + 1] for part in matrix)
-            first = mx.zeros((1,), mx.uint32)
-            scale = scale[slot : slot + 1]
-            y = mx.gather_qmm(x[None], *one, rhs_indices=first, transpose=True, global_scale=scale, **settings)[0]
+            bias = None if biases is None else biases[slot]
+            y = mx.quantized_matmul(x, weight[slot], scales[slot], bias, **settings)
+        else:  # `quantized_matmul` takes no scale of a whole matrix; such matrices have no biases
+            one, first = slice(slot, slot + 1), mx.zeros((1,), mx.uint32)
+            settings |= {"rhs_indices": first, "global_scale": scale[one]}
+            y = mx.gather_qmm(x[None], weight[one], scales[one], **settings)[0]
     return y + linear.bias[slot] if "bias" in linear else y
 
 

@@ -18,7 +18,8 @@ from mlx_flash.errors import UsageError
 from mlx_flash.finding import find_store
 from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.reader import Reader
-from mlx_flash.flash.stream import BlockRows, LayerStream
+from mlx_flash.flash.rows import BlockRows
+from mlx_flash.flash.stream import LayerStream
 from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers import neurons
 from mlx_flash.loading import load

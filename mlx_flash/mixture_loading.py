@@ -19,7 +19,7 @@ from .flash.plain_files import reading, unreadable
 from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
 from .kinds import said
-from .layers.experts import is_widened
+from .layers.expert_products import is_widened
 from .mixture import Mixture, open_mixture, parent_of
 from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime, evaluate_constants

@@ -13,6 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from mlx_flash.flash.experts import ExpertStreamer
+from mlx_flash.flash.reader import Reader
+from mlx_flash.mixture import Mixture, open_mixture
+from mlx_flash.mixture_loading import open_files
+
 VOCABULARY = 96
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -195,6 +200,28 @@ def unstack(folder: Path, family: str) -> None:
                 weights |= {f"{head}{theirs}.{e}.{new}.{tail}": array[e] for e in range(len(array))}
     mx.eval(weights)
     mx.save_safetensors(str(path), weights)
+
+
+def to_bfloat16(folder: Path, only: str = "") -> None:
+    """Rounds a checkpoint's floats, or those with `only` in their names, to bfloat16."""
+    path = folder / "model.safetensors"
+    loaded: Any = mx.load(str(path))
+    weights = {
+        name: array.astype(mx.bfloat16) if only in name and mx.issubdtype(array.dtype, mx.floating) else array
+        for name, array in loaded.items()
+    }
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+
+
+def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, ExpertStreamer]:
+    """(model, streamer) of a checkpoint with so many slots for each layer. The caller closes the streamer."""
+    mixture: Mixture = open_mixture(folder)
+    streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
+    mixture.stream(streamer, [slots] * len(mixture.switches), window)
+    for ahead in [layer._ahead for layer in mixture.layers() if layer._ahead is not None]:
+        ahead.pace.guessing = True  # as if a trial had found that it pays
+    return mixture.model, streamer
 
 
 def _random_like(name: str, array: mx.array) -> mx.array:

@@ -26,6 +26,8 @@ from mixtures import (  # type: ignore[import-not-found]
     QUANTISATIONS,
     VOCABULARY,
     make_mixture,
+    open_streamed,
+    to_bfloat16,
     unstack,
 )
 from mlx.utils import tree_flatten
@@ -39,8 +41,8 @@ from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
 from mlx_flash.layers import experts as layer_module
 from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
-from mlx_flash.mixture import Mixture, Provenance, locate, open_mixture
-from mlx_flash.mixture_loading import load_mixture, open_files, trace, workspace_bytes
+from mlx_flash.mixture import Provenance, locate, open_mixture
+from mlx_flash.mixture_loading import load_mixture, trace, workspace_bytes
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
@@ -59,16 +61,12 @@ def stream() -> Iterator[Callable[..., tuple[Any, ExpertStreamer]]]:
     """(model, streamer) of a checkpoint with so many slots for each layer."""
     streamers: list[ExpertStreamer] = []
 
-    def open_streamed(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertStreamer]:
-        mixture: Mixture = open_mixture(folder)
-        streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
+    def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertStreamer]:
+        model, streamer = open_streamed(folder, slots, **options)
         streamers.append(streamer)
-        mixture.stream(streamer, [slots] * len(mixture.switches), options.get("window"))
-        for ahead in [layer._ahead for layer in mixture.layers() if layer._ahead is not None]:
-            ahead.pace.guessing = True  # as if a trial had found that it pays
-        return mixture.model, streamer
+        return model, streamer
 
-    yield open_streamed
+    yield open_one
     for streamer in streamers:
         streamer.close()
 
@@ -163,13 +161,10 @@ def test_16_bits_are_widened_on_the_cpu_backend(
 ) -> None:
     """mlx-lm cannot run these there at all, so the reference is the same numbers in float32."""
     folder = make_mixture(tmp_path / "bfloat16", "qwen3_moe")
-    path = folder / "model.safetensors"
-    weights: Any = mx.load(str(path))
-    rounded = {name: array.astype(mx.bfloat16) if "switch_mlp" in name else array for name, array in weights.items()}
-    mx.eval(rounded)
-    mx.save_safetensors(str(path), {name: array.astype(array.dtype) for name, array in rounded.items()})
+    to_bfloat16(folder, only="switch_mlp")
     same = tmp_path / "float32"
     shutil.copytree(folder, same)
+    rounded: Any = mx.load(str(folder / "model.safetensors"))
     mx.save_safetensors(str(same / "model.safetensors"), {n: a.astype(mx.float32) for n, a in rounded.items()})
     for slots in (2, 12):
         assert_same(everything(stream(folder, slots)[0]), reference(same), slots)

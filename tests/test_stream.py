@@ -23,6 +23,7 @@ from mlx_flash.flash import stream as stream_module
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, ReadReport, Ticket, UnitFile
+from mlx_flash.flash.self_test import check_expert_pools, check_packed_products
 from mlx_flash.flash.stream import LayerStream, Streamer
 
 LAYERS, NEURONS, WIDTH = 2, 50, 24
@@ -376,17 +377,35 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
     """As if MLX had copied: the pool's address is not where its array is."""
 
     class Copying(AlignedPool):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             self.elsewhere = AlignedPool(*arguments)
             self.address = self.elsewhere.address
 
-    Streamer(bench.file, bench.reader, bench.layout)
+    message = r"self-test failed: the device does not see what the host writes.*please report"
+    streamer = Streamer(bench.file, bench.reader, bench.layout)
+    for parts in SUBSETS:
+        LayerStream(streamer, 0, 3, parts)
     monkeypatch.setattr(stream_module, "AlignedPool", Copying)
-    with pytest.raises(
-        FlashError, match=r"self-test failed: the device does not see what the host writes.*please report"
-    ):
+    with pytest.raises(FlashError, match=message):
         Streamer(bench.file, bench.reader, bench.layout)
+    for parts in SUBSETS:  # each with views of its own over a layer's slots
+        for slots in (1, 3):
+            with pytest.raises(FlashError, match=message):
+                LayerStream(streamer, 0, slots, parts)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 700), (2, 3000)])
+def test_experts_slots_that_the_device_does_not_see_are_refused(shape: tuple[int, ...]) -> None:
+    """Through the array that is computed with: a stride or a dtype that is not the pool's would do as well."""
+    for dtype in (mx.uint32, mx.bfloat16, mx.uint8):
+        nbytes = int(np.prod(shape)) * dtype.size
+        for slots in (1, 3):
+            pool = AlignedPool(slots * nbytes, row_bytes=nbytes)
+            check_expert_pools({"x": pool}, {"x": pool.array.view(dtype).reshape(slots, *shape)})
+            copied = mx.array(np.array(pool.array)).view(dtype).reshape(slots, *shape)
+            with pytest.raises(FlashError, match="self-test failed: the device does not see"):
+                check_expert_pools({"x": pool}, {"x": copied})
 
 
 def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,22 +414,39 @@ def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.Mo
 
     def only_once(*arguments: int) -> None:
         calls.append(arguments)
-        if len(calls) == 1:
+        if len(calls) <= 2:  # the first and the last block
             real(*arguments)
 
     monkeypatch.setattr(ctypes, "memmove", only_once)
     with pytest.raises(FlashError, match="self-test failed"):
         Streamer(bench.file, bench.reader, bench.layout)
+    assert len(calls) == 4
 
 
-@pytest.mark.parametrize("product", ["project", "combine"])
-def test_wrong_products_with_packed_rows_are_refused(monkeypatch: pytest.MonkeyPatch, product: str) -> None:
-    for bits in (4, 8):
-        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, bits))
-    real = getattr(stream_module.PackedRows, product)
-    monkeypatch.setattr(stream_module.PackedRows, product, lambda self, x: 1.1 * real(self, x))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_right_products_with_packed_rows_pass(bits: int) -> None:
+    """Not in bfloat16, in which this backend also sums."""
+    check_packed_products(NeuronLayout.plan("float16", 1, 9000, 64, PARTS, bits))
+    check_packed_products(NeuronLayout.plan("float32", 1, 5, 256, PARTS, bits))
+
+
+@pytest.mark.parametrize("count", [1, 7, 63, 64, 1025, 9000])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_products_that_are_wrong_for_one_number_of_rows_are_refused(
+    monkeypatch: pytest.MonkeyPatch, count: int, transpose: bool
+) -> None:
+    """A kernel that takes a remainder, or adds up parts, may be wrong by itself."""
+    real = mx.quantized_matmul
+
+    def wrong(x: mx.array, packed: mx.array, *arguments: Any, **options: Any) -> mx.array:
+        y = real(x, packed, *arguments, **options)
+        return 1.1 * y if len(packed) == count and options["transpose"] == transpose else y
+
+    layout = NeuronLayout.plan("float16", 1, 9000, 64, PARTS, 4)
+    assert layout.piece_neurons >= 9000
+    monkeypatch.setattr(mx, "quantized_matmul", wrong)
     with pytest.raises(FlashError, match=r"self-test failed: products .*16 bits"):
-        stream_module.check_packed_products(NeuronLayout.plan("float16", 1, 64, 256, PARTS, 4))
+        check_packed_products(layout)
 
 
 def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from ..errors import FlashError
-from ..host_arrays import to_numpy
 from .cache import SlotCache
 from .flights import Flights
 from .pool import AlignedPool
 from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
+from .self_test import check_expert_pools
 from .system import READ_ALIGNMENT
 
 SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
@@ -84,6 +83,7 @@ class ExpertStream:
     """One layer's experts behind a cache of `slots` of them.
 
     pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
+    Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
     def __init__(
@@ -107,8 +107,7 @@ class ExpertStream:
         self._addresses = np.array([[address] for _, address in streamed], np.int64)  # (P, 1)
         self._lengths = np.array([[t.nbytes] for t, _ in streamed], np.int64)  # (P, 1)
         self.flight: _Flight | None = None
-        for name in tensors:
-            _check_shared_memory(self._memory[name], self.pools[name])
+        check_expert_pools(self._memory, self.pools)
 
     @property
     def all_resident(self) -> bool:
@@ -220,21 +219,3 @@ class ExpertStream:
             addresses = table.ctypes.data + here.astype(np.int64) * tensor.nbytes
             self.shared.reader.read(self.shared.files[number], tensor.offsets[here], addresses, tensor.nbytes)
         return table
-
-
-def _check_shared_memory(memory: AlignedPool, view: mx.array) -> None:
-    """Writes from the host and reads on the device, twice, through the view that is computed with.
-
-    Raises FlashError if the device sees anything else than what was written.
-    """
-    last = len(view) - 1
-    rows = memory.nbytes // len(view)
-    for seed in (1, 2):
-        written = np.random.default_rng(seed).integers(0, 256, rows, np.uint8)
-        ctypes.memmove(memory.address + last * rows, written.ctypes.data, rows)
-        seen = mx.take(view, mx.array([last]), axis=0).reshape(-1).view(mx.uint8)
-        if not np.array_equal(to_numpy(seen, copy=False), written):
-            raise FlashError(
-                "self-test failed: the device does not see what the host writes into shared memory. This machine "
-                "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
-            )

@@ -6,8 +6,6 @@ scratch buffer is written, every graph that reads it has been evaluated (`hold`,
 
 from __future__ import annotations
 
-import ctypes
-import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -15,121 +13,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..errors import FlashError
-from ..host_arrays import to_numpy
 from .cache import SlotCache
 from .files import NeuronLayout
 from .flights import Flights
 from .pool import AlignedPool
 from .reader import Reader, Ticket, UnitFile
+from .rows import BlockRows, PackedRows, StoredRows
+from .self_test import check_neuron_pool, check_packed_products
 
 FADING = 0.9  # of what is remembered about guesses, per guess
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Quantised rows (n, width) as a store has them, grouped along the width.
-
-    packed: uint32 (n, width * bits / 32); scales, biases: (n, width / group_size). A row's number is q * scale + bias.
-    """
-
-    packed: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
-
-    @property
-    def components(self) -> tuple[mx.array, mx.array, mx.array]:
-        return self.packed, self.scales, self.biases
-
-    def dequantised(self, dtype: mx.Dtype, stream: mx.ThreadLocalStream | None = None) -> mx.array:
-        """The rows (n, width) themselves."""
-        scales, biases = (part.astype(dtype, stream=stream) for part in (self.scales, self.biases))
-        return mx.dequantize(self.packed, scales, biases, group_size=self.group_size, bits=self.bits, stream=stream)
-
-    def project(self, x: mx.array) -> mx.array:
-        """x rows^T: (N, width) -> (N, n)"""
-        return self._product(x, transpose=True)
-
-    def combine(self, h: mx.array) -> mx.array:
-        """h rows: (N, n) -> (N, width)"""
-        return self._product(h, transpose=False)
-
-    def _product(self, x: mx.array, transpose: bool) -> mx.array:
-        scales, biases = self.scales.astype(x.dtype), self.biases.astype(x.dtype)
-        return mx.quantized_matmul(
-            x, self.packed, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
-        )
-
-
-StoredRows = tuple[mx.array | PackedRows, ...]
-"""Rows of each part: (n, width), or packed where the store is quantised."""
-
-
-class BlockRows:
-    """The neurons' rows in a pool of blocks, as strided views that are gathered from without another copy.
-
-    Rows begin at multiples of no common stride (a block may be padded), so a view overlaps itself: its row r begins
-    r * grain_bytes into the pool. A quantised row has three views, of its packed numbers, scales and biases: gathered
-    one by one they lie as `mx.dequantize` wants them, which copies slices of a row first.
-    """
-
-    def __init__(
-        self, pool: AlignedPool, layout: NeuronLayout, parts: tuple[str, ...], side: mx.ThreadLocalStream | None
-    ) -> None:
-        self.side = side
-        self.layout = layout
-        self.parts = parts
-        self.block_bytes = layout.part_range(parts)[1]
-        self.grain_bytes = math.gcd(self.block_bytes, layout.row_bytes)
-        rows = (pool.nbytes - layout.row_bytes) // self.grain_bytes + 1
-        self.views = []
-        begin = 0  # of a component within its row
-        for name, elements in layout.components:
-            dtype = getattr(mx, name)
-            typed = pool.array.view(dtype)
-            strides = (self.grain_bytes // dtype.size, 1)
-            self.views.append(mx.as_strided(typed, (rows, elements), strides, begin // dtype.size))
-            begin += elements * dtype.size
-        mx.eval(self.views)
-        # On the CPU backend numbers of 16 bits are dequantised five times slower than those of 32 (bench/RESULTS.md).
-        self.dtype = mx.float32 if layout.quantised and side is not None else getattr(mx, layout.dtype)
-
-    def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
-        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them.
-
-        In the layout's dtype; dequantised on the CPU backend in float32.
-        """
-        return self.widened(self.take_stored(blocks, lanes, parts))
-
-    def widened(self, stored: StoredRows) -> tuple[mx.array, ...]:
-        """What `take_stored` gave as numbers, (n, width) for each part."""
-        streams = self._streams(len(stored))
-        return tuple(
-            each.dequantised(self.dtype, stream) if isinstance(each, PackedRows) else each
-            for each, stream in zip(stored, streams, strict=True)
-        )
-
-    def take_stored(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> StoredRows:
-        """The same without dequantising."""
-        layout = self.layout
-        start = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
-        part_step = layout.neurons_per_block * layout.row_bytes // self.grain_bytes
-        begins = [mx.array((start + self.parts.index(part) * part_step).astype(np.int32)) for part in parts]
-        result: list[mx.array | PackedRows] = []
-        for begin, stream in zip(begins, self._streams(len(parts)), strict=True):
-            first, *others = (mx.take(view, begin, axis=0, stream=stream) for view in self.views)
-            if layout.quantised:
-                scales, biases = others
-                result.append(PackedRows(first, scales, biases, layout.group_size, layout.bits))
-            else:
-                result.append(first)
-        return tuple(result)
-
-    def _streams(self, parts: int) -> list[mx.ThreadLocalStream | None]:
-        """Parts are gathered side by side."""
-        return [None] + [self.side] * (parts - 1)
 
 
 class Streamer(Flights):
@@ -147,7 +39,7 @@ class Streamer(Flights):
         self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
         self.scratch_rows = [BlockRows(pool, layout, layout.parts, self.side) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
-            check_shared_memory(pool, rows)
+            check_neuron_pool(pool, rows)
         if layout.quantised and self.side is None:
             check_packed_products(layout)
 
@@ -160,30 +52,6 @@ class Streamer(Flights):
         self.file.close()
 
 
-def check_shared_memory(pool: AlignedPool, rows: BlockRows) -> None:
-    """Writes from the host and gathers on the device, twice, through the views that streaming uses.
-
-    Raises FlashError if the device sees anything else than what was written.
-    """
-    layout = rows.layout
-    last = pool.nbytes // rows.block_bytes - 1
-    places = np.array([0, last]), np.array([0, layout.neurons_per_block - 1])
-    for seed in (1, 2):
-        written = np.random.default_rng(seed).integers(0, 256, (last + 1) * rows.block_bytes, np.uint8)
-        ctypes.memmove(pool.address, written.ctypes.data, written.nbytes)
-        for part, taken in zip(rows.parts, rows.take_stored(*places, rows.parts), strict=True):
-            index = rows.parts.index(part) * layout.neurons_per_block
-            begins = places[0] * rows.block_bytes + (index + places[1]) * layout.row_bytes
-            expected = np.stack([written[begin : begin + layout.row_bytes] for begin in begins])
-            components = taken.components if isinstance(taken, PackedRows) else (taken,)
-            seen = np.concatenate([to_numpy(component.view(mx.uint8)) for component in components], axis=1)
-            if not np.array_equal(seen, expected):
-                raise FlashError(
-                    "self-test failed: the device does not see what the host writes into shared memory. This machine "
-                    "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
-                )
-
-
 def _joined(pieces: StoredRows) -> mx.array | PackedRows:
     """The rows of several rounds, one behind the other."""
     if not isinstance(pieces[0], PackedRows):
@@ -191,31 +59,6 @@ def _joined(pieces: StoredRows) -> mx.array | PackedRows:
     each = zip(*(piece.components for piece in pieces), strict=True)  # type: ignore[union-attr]
     packed, scales, biases = (mx.concatenate(list(parts)) for parts in each)
     return PackedRows(packed, scales, biases, pieces[0].group_size, pieces[0].bits)
-
-
-def check_packed_products(layout: NeuronLayout) -> None:
-    """Compares this device's products with packed rows with those of dequantised ones.
-
-    Kernels for such products have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
-    """
-    dtype = getattr(mx, layout.dtype)
-    rows = mx.random.normal((64, layout.width), key=mx.random.key(0)).astype(dtype)
-    parts = mx.quantize(rows, group_size=layout.group_size, bits=layout.bits)
-    packed = PackedRows(*parts, layout.group_size, layout.bits)  # type: ignore[call-arg, arg-type]
-    numbers = packed.dequantised(dtype).astype(mx.float32)
-    for n in (1, 2):
-        x = mx.random.normal((n, layout.width), key=mx.random.key(n)).astype(dtype)
-        h = mx.random.normal((n, 64), key=mx.random.key(n)).astype(dtype)
-        for found, expected in (
-            (packed.project(x), x.astype(mx.float32) @ numbers.T),
-            (packed.combine(h), h.astype(mx.float32) @ numbers),
-        ):
-            error = mx.abs(found.astype(mx.float32) - expected).max()
-            if not mx.isfinite(error).item() or (error > 0.02 * mx.abs(expected).max()).item():
-                raise FlashError(
-                    "self-test failed: products with quantised rows are wrong on this device with this version of MLX. "
-                    "Use a store of 16 bits, and please report it with `pip show mlx`."
-                )
 
 
 @dataclass
@@ -244,6 +87,7 @@ class LayerStream:
     """One layer of the bundle file behind a cache of `slots` blocks.
 
     parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere).
+    Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
     def __init__(
@@ -260,6 +104,8 @@ class LayerStream:
             AlignedPool(self.cache.slots * self.slot_bytes, row_bytes=self.slot_bytes) if self.cache.slots else None
         )
         self.rows = BlockRows(self.pool, layout, parts, shared.side) if self.pool else None
+        if self.pool is not None and self.rows is not None:
+            check_neuron_pool(self.pool, self.rows)
         self._held: tuple[mx.array, ...] = ()
         self.flight: _Flight | None = None
         self._begun = False  # all that the current token needs was asked for at once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,25 +11,20 @@ import numpy as np
 
 from ..flash.experts import ExpertStream
 from ..host_arrays import to_numpy
+from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_vary
 from .pace import Pace
 
-SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
 AHEAD = 0.25  # of the experts that a token uses, as many are read on a guess; at least one (bench/RESULTS.md)
 
 
-def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
-    """Whether a projection's tensor, by its name in there, is widened for a product: MLX's CPU backend has `gather_mm`
-    in float32 alone. Scales in 16 bits belong to packed weights, which are not widened."""
-    return tensor == "weight" and dtype in SIXTEEN_BITS and mx.default_device() == mx.cpu
-
-
 class StreamedExperts(nn.Module):
     """Takes the place of a `SwitchGLU` or `SwitchMLP` of mlx-lm. x: (..., D), indices: (..., K) -> (..., K, D).
 
-    The router has chosen: every expert that it named is used, whatever is in the cache. Each (token, expert) pair is
-    computed by itself and in the same way as in mlx-lm, so the result has the same bits.
+    The router has chosen: every expert that it named is used, whatever is in the cache. How a (token, expert) pair is
+    computed never depends on the cache either. For a few tokens it is computed as in mlx-lm, and so it is for a prompt
+    on MLX's CPU backend; on Metal a prompt's products go expert by expert (expert_products.py).
     """
 
     def __init__(self, inner: nn.Module, stream: ExpertStream) -> None:
@@ -44,7 +38,7 @@ class StreamedExperts(nn.Module):
             projection, tensor = name.rsplit(".", 1)
             inner[projection][tensor] = pool
             if is_widened(tensor, pool.dtype):
-                inner[projection] = _Widened(inner[projection])
+                inner[projection] = Widened(inner[projection])
 
     def look_ahead(self, following: StreamedExperts, router: nn.Module, pace: Pace, leads: bool) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
@@ -63,10 +57,12 @@ class StreamedExperts(nn.Module):
         self._stream.settle()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        stream, ahead = self._stream, self._ahead if indices.size < SORTED_FROM else None
+        many = indices.size >= SORTED_FROM
+        stream, ahead = self._stream, None if many else self._ahead
+        expert_by_expert = many and kernels_vary()
         if ahead is not None and ahead.leads:
             ahead.pace.token()
-        if stream.all_resident:  # then nothing moves any more, and nobody needs to know
+        if stream.all_resident and not expert_by_expert:  # then nothing moves any more, and nobody needs to know
             if self._slot_of is None:
                 self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
@@ -85,8 +81,8 @@ class StreamedExperts(nn.Module):
             if ahead is not None and scores is not None:
                 ahead.begin(to_numpy(scores), needed.shape[-1])
 
-        if len(rounds) > 1:
-            return self._in_rounds(x, needed, rounds, guess)
+        if len(rounds) > 1 or expert_by_expert:
+            return self._in_rounds(x, needed, rounds, guess, expert_by_expert)
         stream.begin(experts)
         guess()
         stream.land(experts)
@@ -109,12 +105,17 @@ class StreamedExperts(nn.Module):
         return [present, *groups] if len(present) else groups
 
     def _in_rounds(
-        self, x: mx.array, needed: np.ndarray, rounds: list[np.ndarray], guess: Callable[[], None]
+        self,
+        x: mx.array,
+        needed: np.ndarray,
+        rounds: list[np.ndarray],
+        guess: Callable[[], None],
+        expert_by_expert: bool,
     ) -> mx.array:
         """Group by group, the next one read meanwhile. guess: called when the last one is on its way."""
         stream, cache = self._stream, self._stream.cache
         pairs, choices = needed.reshape(-1), needed.shape[-1]
-        rows = x.reshape(-1, 1, x.shape[-1])  # (N, 1, D)
+        rows = x.reshape(-1, x.shape[-1])  # (N, D)
         turn_of = np.zeros(cache.slot_of.shape, np.int64)
         for turn, group in enumerate(rounds):
             turn_of[group] = turn
@@ -132,27 +133,22 @@ class StreamedExperts(nn.Module):
             members = np.flatnonzero(turns == turn)
             slots = cache.slot_of[pairs[members]]
             by_slot = np.argsort(slots, kind="stable")
-            members = members[by_slot]
-            y = self._products(
-                rows[mx.array((members // choices).astype(np.int32))],  # (n, 1, D)
-                mx.array(slots[by_slot].astype(np.uint32)),
-                sorted_indices=pairs.size >= SORTED_FROM,
-            )
-            mx.eval(y)
+            members, slots = members[by_slot], slots[by_slot]
+            tokens = rows[mx.array((members // choices).astype(np.int32))]  # (n, D)
+            if expert_by_expert:
+                y = by_expert(self._inner, tokens, slots)
+            else:
+                y = by_pair(self._inner, tokens, slots, sorted_indices=pairs.size >= SORTED_FROM)
+            if len(rounds) > 1:
+                mx.eval(y)
+            else:
+                stream.hold(y)
             outputs.append(y)
             order.append(members)
             if len(following) and not overlaps:
                 stream.begin(following)
         back = np.argsort(np.concatenate(order)).astype(np.int32)
         return mx.concatenate(outputs)[mx.array(back)].reshape(*needed.shape, -1)
-
-    def _products(self, x: mx.array, slots: mx.array, sorted_indices: bool) -> mx.array:
-        """x: (n, 1, D), slots: (n,), ascending -> (n, 1, D)"""
-        inner: Any = self._inner
-        if "fc1" in inner:
-            return inner.fc2(inner.activation(inner.fc1(x, slots, sorted_indices)), slots, sorted_indices)
-        up, gate = inner.up_proj(x, slots, sorted_indices), inner.gate_proj(x, slots, sorted_indices)
-        return inner.down_proj(inner.activation(up, gate), slots, sorted_indices)
 
 
 @dataclass
@@ -182,25 +178,3 @@ class LookAhead:
         here = self.stream.cache.slot_of[likeliest] >= 0
         count = max(1, int(AHEAD * choices))
         self.stream.read_ahead(likeliest[~here][:count], keep=likeliest[here])
-
-
-class _Widened(nn.Module):
-    """A `SwitchLinear` in 16 bits for MLX's CPU backend, whose `gather_mm` takes float32 alone: the slots that a call
-    uses are widened for it."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        slots, compact = np.unique(to_numpy(indices), return_inverse=True)
-        weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
-        y = mx.gather_mm(
-            x.astype(mx.float32),
-            weight.swapaxes(-1, -2),
-            rhs_indices=mx.array(compact.reshape(indices.shape).astype(np.uint32)),
-            sorted_indices=sorted_indices,
-        )
-        if "bias" in self._inner:
-            y = y + mx.expand_dims(self._inner.bias[indices], -2)
-        return y.astype(x.dtype)

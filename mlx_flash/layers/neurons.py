@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..flash.stream import LayerStream, PackedRows, StoredRows
+from ..flash.rows import PackedRows, StoredRows
+from ..flash.stream import LayerStream
 from ..host_arrays import to_numpy
 from .activations import Activation
 from .pace import Pace

@@ -1,0 +1,103 @@
+"""The products of a mixture's experts, in two arrangements: which of them gives the same bits depends on the backend.
+
+MLX's CPU backend computes every (token, expert) pair by itself, whatever else is in the call, and so has mlx-lm's
+bits when a call holds some of the pairs only. Its Metal backend chooses among kernels that round differently, by the
+pairs in a call and by how many matrices the weight array has. Both depend on the memory budget here: the weight array
+is the slots, and a call holds what was read together. So a prompt's products go expert by expert there, two plain
+matrices at a time, whose shapes the prompt alone decides (docs/metal.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..host_arrays import to_numpy
+
+SIXTEEN_BITS = (mx.float16, mx.bfloat16)
+
+
+def kernels_vary() -> bool:
+    """Whether the device's kernel for a product depends on how many pairs and matrices a call holds."""
+    return bool(mx.default_device() != mx.cpu)
+
+
+def by_pair(inner: Any, x: mx.array, slots: np.ndarray, sorted_indices: bool) -> mx.array:
+    """Every pair by itself, as mlx-lm's switch layers do it. x: (n, D), slots: (n,), ascending -> (n, D)
+
+    inner: a `SwitchGLU` or `SwitchMLP` whose arrays are slots. sorted_indices: what mlx-lm says of so many pairs.
+    """
+    x, indices = x[:, None], mx.array(slots.astype(np.uint32))  # (n, 1, D)
+    if "fc1" in inner:
+        hidden = inner.activation(inner.fc1(x, indices, sorted_indices))
+        return inner.fc2(hidden, indices, sorted_indices).squeeze(1)
+    up, gate = inner.up_proj(x, indices, sorted_indices), inner.gate_proj(x, indices, sorted_indices)
+    return inner.down_proj(inner.activation(up, gate), indices, sorted_indices).squeeze(1)
+
+
+def by_expert(inner: Any, x: mx.array, slots: np.ndarray) -> mx.array:
+    """One expert after the other, all its tokens at once. x: (n, D), slots: (n,), equal ones together -> (n, D)
+
+    No shape in here depends on how many slots there are, or on which other experts are in the call.
+    """
+    begins = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
+    ends = [*begins[1:], len(slots)]
+    outputs = [_expert(inner, x[i:j], int(slots[i])) for i, j in zip(begins, ends, strict=True)]
+    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _expert(inner: Any, x: mx.array, slot: int) -> mx.array:
+    """(m, D) -> (m, D)"""
+    if "fc1" in inner:
+        return _product(inner.fc2, inner.activation(_product(inner.fc1, x, slot)), slot)
+    up, gate = _product(inner.up_proj, x, slot), _product(inner.gate_proj, x, slot)
+    return _product(inner.down_proj, inner.activation(up, gate), slot)
+
+
+def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
+    """x: (m, D) -> (m, O), by the one matrix in `slot` of a `SwitchLinear` or `QuantizedSwitchLinear`."""
+    if "scales" not in linear:
+        y = x @ linear.weight[slot].T  # (m, D) @ (D, O)
+    else:
+        weight, scales, biases = linear.weight, linear.scales, linear.get("biases")
+        settings: Any = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode, "transpose": True}
+        scale = getattr(linear, "global_scale", None)
+        if scale is None:
+            bias = None if biases is None else biases[slot]
+            y = mx.quantized_matmul(x, weight[slot], scales[slot], bias, **settings)
+        else:  # `quantized_matmul` takes no scale of a whole matrix; such matrices have no biases
+            one, first = slice(slot, slot + 1), mx.zeros((1,), mx.uint32)
+            settings |= {"rhs_indices": first, "global_scale": scale[one]}
+            y = mx.gather_qmm(x[None], weight[one], scales[one], **settings)[0]
+    return y + linear.bias[slot] if "bias" in linear else y
+
+
+def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
+    """Whether a projection's tensor, by its name in there, is widened for a product: MLX's CPU backend has `gather_mm`
+    in float32 alone. Scales in 16 bits belong to packed weights, which are not widened."""
+    return tensor == "weight" and dtype in SIXTEEN_BITS and mx.default_device() == mx.cpu
+
+
+class Widened(nn.Module):
+    """A `SwitchLinear` in 16 bits for MLX's CPU backend, whose `gather_mm` takes float32 alone: the slots that a call
+    uses are widened for it."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        slots, compact = np.unique(to_numpy(indices), return_inverse=True)
+        weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
+        y = mx.gather_mm(
+            x.astype(mx.float32),
+            weight.swapaxes(-1, -2),
+            rhs_indices=mx.array(compact.reshape(indices.shape).astype(np.uint32)),
+            sorted_indices=sorted_indices,
+        )
+        if "bias" in self._inner:
+            y = y + mx.expand_dims(self._inner.bias[indices], -2)
+        return y.astype(x.dtype)

@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .defaults import PREFILL_TOKENS
+from .detokenizer import Detokenizer
 from .errors import UsageError
 from .flash.system import peak_memory_bytes
 from .stats import Counters, Statistics
@@ -42,15 +43,19 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = PREFILL_TOKENS,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    detokenizer: Detokenizer | None = None,
 ) -> Iterator[FlashResponse]:
     """Yields text as it is made; the arguments mean what they mean in mlx-lm.
+
+    The texts, joined, are `tokenizer.decode` of the tokens, without the one that ends the text. detokenizer: makes text
+    of tokens instead, such as `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's.
 
     Ends with finish_reason "length" when `max_tokens` or the planned context is full (-1: only then).
     Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store
     cannot be read.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+        tokenizer = TokenizerWrapper(tokenizer, Detokenizer)
     ids = encode_prompt(tokenizer, prompt)
     context = model.flash.plan.context
     cache = prompt_cache if prompt_cache is not None else make_prompt_cache(model)
@@ -84,6 +89,7 @@ def stream_generate(
         cache,
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
+        detokenizer or Detokenizer(tokenizer),
     )
 
 
@@ -194,8 +200,8 @@ def _stream(
     cache: list[Any],
     prefill_step_size: int,
     progress: Callable[[int, int], None],
+    detokenizer: Detokenizer,
 ) -> Iterator[FlashResponse]:
-    detokenizer = tokenizer.detokenizer
     seen = mx.array(ids)
 
     def finish(logits: mx.array) -> tuple[mx.array, mx.array]:

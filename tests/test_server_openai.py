@@ -30,12 +30,18 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Any]:
-    """What generate makes of the prompt: {"text", "tokens"}."""
+    """What generate makes of the prompt, and how that continues the prompt's text."""
     model, tokenizer = mlx_flash.load()
     responses = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=40))
     ids = tokenizer.encode(PROMPT)
+    whole = tokenizer.decode(ids + [r.token for r in responses])
     model.flash.close()
-    return {"text": "".join(r.text for r in responses), "prompt": ids, "first": responses[0].logprobs}
+    return {
+        "text": "".join(r.text for r in responses),
+        "continued": whole.removeprefix(tokenizer.decode(ids)),
+        "prompt": ids,
+        "first": responses[0].logprobs,
+    }
 
 
 def say(text: str = PROMPT, role: str = "user") -> list[Any]:
@@ -50,7 +56,7 @@ def test_the_text_is_generates(client: openai.OpenAI, texts: dict[str, Any]) -> 
     prompts = (PROMPT, [PROMPT], texts["prompt"], [texts["prompt"]])
     for prompt in prompts:
         done = client.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0)
-        assert done.choices[0].text == texts["text"]
+        assert done.choices[0].text == texts["continued"] == " " + texts["text"]
         assert done.choices[0].finish_reason == "length" and done.usage is not None
         assert done.usage.prompt_tokens == len(texts["prompt"]) and done.usage.completion_tokens == 40
     chat = client.chat.completions.create(model="default", messages=say(), max_completion_tokens=40, temperature=0)

@@ -1,7 +1,7 @@
 """Token ids -> text, token by token: what the tokenizer's `decode` says, as early as it is certain.
 
-At any time the text is a prefix of `decode` of all tokens, and at the end it is equal to it. docs/text.md says what that
-means for each kind of tokenizer, and names those whose `decode` takes back what it said.
+At any time the text is a prefix of `decode` of all tokens, and at the end it is equal to it. docs/text.md says what
+that means for each kind of tokenizer, and names those whose `decode` takes back what it said.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
 from typing import Any
 
 from mlx_lm import tokenizer_utils
@@ -113,7 +112,7 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         if raw is not None and (self._byte_level or self._window or raw > b"\x7f"):
             return raw
         after = self._decode([*self._window, token])
-        return after[len(commonprefix([before, after])) :].encode(errors="replace")
+        return after[_common(before, after) :].encode(errors="replace")
 
     # -- the window ------------------------------------------------------------------------------------------
 
@@ -138,7 +137,7 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
             end -= 1
         if self._uncertain:
             end = len(text[:end].rstrip(self._uncertain))
-        return min(end, len(commonprefix([self._text, text]))) if self._late else end
+        return min(end, _common(self._text, text)) if self._late else end
 
     def _shorten(self) -> None:
         """Forgets the window's older tokens, if the others say the same from the last character handed out."""
@@ -290,6 +289,11 @@ def _cleans_up(tokenizer: Any) -> bool:
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is None or forced or type(backend.model).__name__ != "BPE"
+
+
+def _common(a: str, b: str) -> int:
+    """With how many equal characters both begin."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @functools.cache

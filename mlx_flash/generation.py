@@ -7,6 +7,7 @@ is meant to stay small must not do.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,13 +143,11 @@ def cached_tokens(cache: list[Any]) -> int:
 
 
 class _Steps:
-    """The model, called and timed; prompt and decoded tokens are counted apart."""
+    """The model, called and timed; prompt and decoded tokens are counted apart, and those of other generations not."""
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
         self.model, self.cache = model, cache
-        self.counters: Counters = model.flash.streamer.counters
-        self.started = self.counters.copy()
-        self.prompt_done = self.started.copy()
+        self.counted = {"prompt": Counters(), "decode": Counters()}
         self.began = time.perf_counter()
         self.first_token_s = 0.0
         self.decoded = 0
@@ -159,32 +158,40 @@ class _Steps:
         progress(0, total)
         while total - done > 1:
             piece = ids[done : min(done + step, total - 1)]
-            with self.model.flash.lock:
+            with self._counting("prompt"):
                 self.model(mx.array(piece)[None], cache=self.cache)
                 mx.eval([c.state for c in self.cache])
                 self.model.flash.settle()
             mx.clear_cache()
             done += len(piece)
             progress(done, total)
-        self.prompt_done = self.counters.copy()
 
     def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
         """One token in, the next one and its log-probabilities (V,) out."""
-        began = time.perf_counter()
-        with self.model.flash.lock:
+        with self._counting("decode") as counters:
+            began = time.perf_counter()
             chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
             mx.eval(chosen, logprobs)
+            counters.total_s += time.perf_counter() - began
         self.model.flash.verify_unchanged()  # while this token was made, too
-        self.counters.total_s += time.perf_counter() - began
         self.decoded += 1
         if self.decoded == 1:
             self.first_token_s = time.perf_counter() - self.began
         return int(chosen.item()), logprobs
 
+    @contextlib.contextmanager
+    def _counting(self, kind: str) -> Iterator[Counters]:
+        """Within, no other generation calls the model, and what it counts is this one's."""
+        counters: Counters = self.model.flash.streamer.counters
+        with self.model.flash.lock:
+            before = counters.copy()
+            yield counters
+            self.counted[kind] += counters - before
+
     def statistics(self) -> Statistics:
         return Statistics(
-            prompt=self.prompt_done - self.started,
-            decode=self.counters - self.prompt_done,
+            prompt=self.counted["prompt"],
+            decode=self.counted["decode"],
             decoded_tokens=self.decoded,
             first_token_s=self.first_token_s,
         )

@@ -77,7 +77,9 @@ def word_piece(cleanup: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=cleanup)
-    tokenizer.train_from_iterator(LINES, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIALS, show_progress=False))
+    tokenizer.train_from_iterator(
+        LINES, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIALS, show_progress=False)
+    )
     return tokenizer
 
 

@@ -11,10 +11,10 @@ import os
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from itertools import takewhile
 from typing import Any
 
 from ..errors import FlashError
@@ -216,10 +216,10 @@ class Engine:
                     text += stop.finish()
                 shown += len(text)
                 ends = reason is not None and not stop.found  # tokens without a text of their own belong to it as well
-                told = held if ends else list(takewhile(lambda entry: entry.offset < shown, held))
+                told = len(held) if ends else bisect_left(held, shown, key=lambda entry: entry.offset)
                 if text or told:
-                    held = held[len(told) :]
-                    job.tell(Piece(text, tuple(told)))
+                    job.tell(Piece(text, tuple(held[:told])))
+                    held = held[told:]
                 if reason is not None:
                     return End(reason, len(job.ids), turns.reused, response.generation_tokens)
                 check()

@@ -171,8 +171,11 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
             text = self._decode(window)
             return window, [], text[:-1] if unfinished else text
         end = len(window) - unfinished
-        # Bytes that come would belong to the same run, so its characters are left out if there are others.
-        before = window[:run] or window[:end]
+        # Bytes that come would belong to the same run, so its characters are left out if there are others. If not, it
+        # begins with a whole one.
+        inside = (b"\x80" <= (self._bytes_of(token) or b"") < b"\xc0" for token in window[:end])
+        start = next((place for place, is_inside in enumerate(inside) if not is_inside), end)
+        before = window[:run] or window[start:end]
         return before, window[end:], self._decode(before)
 
     # -- single tokens ---------------------------------------------------------------------------------------

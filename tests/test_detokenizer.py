@@ -147,7 +147,12 @@ def test_a_long_run_of_bytes_is_decoded_once() -> None:
     detokenizer = Detokenizer(tokenizer)
     lengths: list[int] = []
     decode = tokenizer.decode
-    with patch.object(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids)):
+
+    def counted(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return str(decode(ids))
+
+    with patch.object(tokenizer, "decode", counted):
         for token in ids:
             detokenizer.add_token(token)
     assert sum(lengths) < 3 * len(ids)
@@ -194,6 +199,17 @@ def test_the_first_space() -> None:
     tokenizer = kinds.made("byte-level")
     ids = tokenizer.encode(" Paris is", add_special_tokens=False)
     assert continued(tokenizer, [], ids) == continued(tokenizer, ids, ids) == " Paris is"
+
+
+def test_a_prompt_of_nothing_but_bytes() -> None:
+    tokenizer = kinds.made("byte fallback")
+    pieces = tokenizer.get_vocab()
+    spelt = [pieces[f"<0x{byte:02X}>"] for byte in "\u1000".encode() * 11]
+    for cut in range(len(spelt), len(spelt) - 9, -3):
+        for before in (spelt[1:cut], spelt[:cut]):
+            assert continued(tokenizer, before, [*spelt[:6], pieces["▁the"]]) == "\u1000\u1000 the"
+            wrong = [pieces["<0xFF>"], pieces["▁the"]]
+            assert continued(tokenizer, before, wrong) == "\ufffd the"
 
 
 def test_a_character_that_the_prompt_begins() -> None:

@@ -14,6 +14,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_flash.detokenizer import use_byte_level_decoder
 from mlx_flash.loading import load_tokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_end|>"]
@@ -204,4 +205,6 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 @functools.cache
 def made(kind: str) -> Any:
-    return KINDS[kind]()
+    tokenizer = KINDS[kind]()
+    use_byte_level_decoder(tokenizer)  # as loading does
+    return tokenizer

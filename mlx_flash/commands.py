@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,9 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal's encoding may lack what a model says
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that children and files are cleared up
     owns_process = main.__module__ == "__main__"
     code = 1

@@ -7,6 +7,7 @@ is meant to stay small must not do.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .defaults import PREFILL_TOKENS
+from .detokenizer import Detokenizer
 from .errors import UsageError
 from .flash.system import peak_memory_bytes
 from .host_arrays import to_numpy
@@ -43,15 +45,19 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = PREFILL_TOKENS,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    detokenizer: Detokenizer | None = None,
 ) -> Iterator[FlashResponse]:
     """Yields text as it is made; the arguments mean what they mean in mlx-lm.
+
+    The texts, joined, are `tokenizer.decode` of the tokens, without the one that ends the text. detokenizer: makes text
+    of tokens instead, such as `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's.
 
     Ends with finish_reason "length" when `max_tokens` or the planned context is full (-1: only then).
     Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store
     cannot be read.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+        tokenizer = TokenizerWrapper(tokenizer, Detokenizer)
     ids = encode_prompt(tokenizer, prompt)
     context = model.flash.plan.context
     cache = prompt_cache if prompt_cache is not None else make_prompt_cache(model)
@@ -85,6 +91,7 @@ def stream_generate(
         cache,
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
+        detokenizer or Detokenizer(tokenizer),
     )
 
 
@@ -138,13 +145,11 @@ def cached_tokens(cache: list[Any]) -> int:
 
 
 class _Steps:
-    """The model, called and timed; prompt and decoded tokens are counted apart."""
+    """The model, called and timed; prompt and decoded tokens are counted apart, and those of other generations not."""
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
         self.model, self.cache = model, cache
-        self.counters: Counters = model.flash.streamer.counters
-        self.started = self.counters.copy()
-        self.prompt_done = self.started.copy()
+        self.counted = {"prompt": Counters(), "decode": Counters()}
         self.began = time.perf_counter()
         self.first_token_s = 0.0
         self.decoded = 0
@@ -155,32 +160,40 @@ class _Steps:
         progress(0, total)
         while total - done > 1:
             piece = ids[done : min(done + step, total - 1)]
-            with self.model.flash.lock:
+            with self._counting("prompt"):
                 self.model(mx.array(piece)[None], cache=self.cache)
                 mx.eval([c.state for c in self.cache])
                 self.model.flash.settle()
             mx.clear_cache()
             done += len(piece)
             progress(done, total)
-        self.prompt_done = self.counters.copy()
 
     def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
         """One token in, the next one and its log-probabilities (V,) out."""
-        began = time.perf_counter()
-        with self.model.flash.lock:
+        with self._counting("decode") as counters:
+            began = time.perf_counter()
             chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
             mx.eval(chosen, logprobs)
+            counters.total_s += time.perf_counter() - began
         self.model.flash.verify_unchanged()  # while this token was made, too
-        self.counters.total_s += time.perf_counter() - began
         self.decoded += 1
         if self.decoded == 1:
             self.first_token_s = time.perf_counter() - self.began
         return int(to_numpy(chosen).item()), logprobs
 
+    @contextlib.contextmanager
+    def _counting(self, kind: str) -> Iterator[Counters]:
+        """Within, no other generation calls the model, and what it counts is this one's."""
+        counters: Counters = self.model.flash.streamer.counters
+        with self.model.flash.lock:
+            before = counters.copy()
+            yield counters
+            self.counted[kind] += counters - before
+
     def statistics(self) -> Statistics:
         return Statistics(
-            prompt=self.prompt_done - self.started,
-            decode=self.counters - self.prompt_done,
+            prompt=self.counted["prompt"],
+            decode=self.counted["decode"],
             decoded_tokens=self.decoded,
             first_token_s=self.first_token_s,
         )
@@ -196,8 +209,8 @@ def _stream(
     cache: list[Any],
     prefill_step_size: int,
     progress: Callable[[int, int], None],
+    detokenizer: Detokenizer,
 ) -> Iterator[FlashResponse]:
-    detokenizer = tokenizer.detokenizer
     seen = mx.array(ids)
 
     def finish(logits: mx.array) -> tuple[mx.array, mx.array]:

@@ -88,8 +88,10 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
-    """mlx-lm's TokenizerWrapper. Raises CheckpointError if there are no usable tokenizer files."""
+    """mlx-lm's TokenizerWrapper, with our Detokenizer. Raises CheckpointError if no tokenizer files are usable."""
     from mlx_lm.utils import load_tokenizer as load_mlx_lm_tokenizer
+
+    from .detokenizer import used_by_mlx_lm
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
@@ -99,7 +101,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     warns.setLevel(logging.ERROR)
     try:
         eos_token_ids = (config or {}).get("eos_token_id")
-        return load_mlx_lm_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+        with used_by_mlx_lm():
+            return load_mlx_lm_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
     except Exception as error:  # tokenizers raises plain ones, which name no file
         raise _tokenizer_error(folder, error) from None
     finally:

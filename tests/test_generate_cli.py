@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import io
 import json
 import os
 import re
@@ -312,3 +314,12 @@ def test_ctrl_c_while_loading(command: ModuleType, run: Callable[..., Any], monk
 def test_ctrl_c_is_as_before_afterwards(run: Callable[..., Any]) -> None:
     assert run("--max-tokens", "1")[0] == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_terminal_whose_encoding_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    monkeypatch.setattr(sys, "argv", ["generate"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(argparse.ArgumentParser(), lambda _: print("caf\xe9 \U0001f600"))
+    assert caught.value.code == 0 and written.getvalue() == b"caf\xe9 ?\n"

@@ -19,6 +19,7 @@ import mlx_flash
 from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.generation import FlashResponse, generate, stream_generate
 from mlx_flash.loading import load
+from mlx_flash.stats import Counters
 
 CONTEXT = 64
 PROMPT = "Once upon a time there was"  # 27 tokens
@@ -317,3 +318,16 @@ def test_threads_may_generate_at_once(tiny: Tiny, endless: Any, open_model: Call
     for thread in threads:
         thread.join()
     assert texts == [expected] * 4
+
+
+def test_generations_at_once_count_their_own(model: Any, endless: Any) -> None:
+    """Turn by turn in one thread, as two threads may fall."""
+    before = model.flash.streamer.counters.copy()
+    both = [stream_generate(model, endless, prompt, 5) for prompt in PROMPTS[:2]]
+    for _ in range(5):
+        last = [next(responses).statistics for responses in both]
+    counted = model.flash.streamer.counters - before
+    together = sum((each.prompt + each.decode for each in last if each is not None), Counters())
+    for name in ("hits", "misses", "reads", "bytes"):
+        assert getattr(together, name) == getattr(counted, name)
+    assert all(each is not None and each.decode.hits + each.decode.misses for each in last)

@@ -30,12 +30,18 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Any]:
-    """What generate makes of the prompt: {"text", "tokens"}."""
+    """What generate makes of the prompt, and how that continues the prompt's text."""
     model, tokenizer = mlx_flash.load()
     responses = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=40))
     ids = tokenizer.encode(PROMPT)
+    whole = tokenizer.decode(ids + [r.token for r in responses])
     model.flash.close()
-    return {"text": "".join(r.text for r in responses), "prompt": ids, "first": responses[0].logprobs}
+    return {
+        "text": "".join(r.text for r in responses),
+        "continued": whole.removeprefix(tokenizer.decode(ids)),
+        "prompt": ids,
+        "first": responses[0].logprobs,
+    }
 
 
 def say(text: str = PROMPT, role: str = "user") -> list[Any]:
@@ -50,7 +56,7 @@ def test_the_text_is_generates(client: openai.OpenAI, texts: dict[str, Any]) -> 
     prompts = (PROMPT, [PROMPT], texts["prompt"], [texts["prompt"]])
     for prompt in prompts:
         done = client.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0)
-        assert done.choices[0].text == texts["text"]
+        assert done.choices[0].text == texts["continued"] == " " + texts["text"]
         assert done.choices[0].finish_reason == "length" and done.usage is not None
         assert done.usage.prompt_tokens == len(texts["prompt"]) and done.usage.completion_tokens == 40
     chat = client.chat.completions.create(model="default", messages=say(), max_completion_tokens=40, temperature=0)
@@ -69,7 +75,7 @@ def test_a_stream_says_the_same(client: openai.OpenAI, texts: dict[str, Any]) ->
     assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].usage.total_tokens == len(texts["prompt"]) + 40 and chunks[-1].choices == []
     plain = list(client.completions.create(model="demo", prompt=PROMPT, stream=True, max_tokens=40, temperature=0))
-    assert "".join(chunk.choices[0].text for chunk in plain) == texts["text"] and plain[-1].usage is None
+    assert "".join(chunk.choices[0].text for chunk in plain) == texts["continued"] and plain[-1].usage is None
 
 
 def test_stop_words_are_never_shown(client: openai.OpenAI, texts: dict[str, Any]) -> None:
@@ -79,13 +85,13 @@ def test_stop_words_are_never_shown(client: openai.OpenAI, texts: dict[str, Any]
         expected = text[: min((text.find(word) + len(word), text.find(word)) for word in words if word in text)[1]]
         options: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "stop": stop, "model": "demo"}
         done = client.completions.create(prompt=PROMPT, **options)
-        assert done.choices[0].text == expected and done.choices[0].finish_reason == "stop"
+        assert done.choices[0].text == f" {expected}" and done.choices[0].finish_reason == "stop"
         chunks = list(client.chat.completions.create(messages=say(), stream=True, **options))
         assert streamed(chunks) == expected and chunks[-1].choices[0].finish_reason == "stop"
     held = client.completions.create(
         model="demo", prompt=PROMPT, max_tokens=40, temperature=0, stop=text[-3:] + "and so on"
     )
-    assert held.choices[0].text == text  # it was only held back
+    assert held.choices[0].text == texts["continued"]  # it was only held back
 
 
 def test_seeds(client: openai.OpenAI) -> None:

@@ -23,8 +23,7 @@ from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.server import answering
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.errors import ApiError
-from mlx_flash.server.jobs import Sampling, TokenLogprob
-from mlx_flash.server.logprobs import within
+from mlx_flash.server.jobs import Sampling
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
 from mlx_flash.server.prompts import encode_chat
 from mlx_flash.server.sampling import PENALTY_TOKENS, make_processors
@@ -106,11 +105,6 @@ def test_one_prompt_at_a_time() -> None:
     for several in (["a", "b"], [[1], [2]]):
         with pytest.raises(ApiError, match="prompt has 2 parts"):
             parse(CompletionRequest, json.dumps({"prompt": several}).encode()).one_prompt()
-
-
-def test_probabilities_of_a_shown_text() -> None:
-    entries = [TokenLogprob(i, text, -1.0) for i, text in enumerate(["ab", "c", "def"])]
-    assert [len(within(entries, n)) for n in range(8)] == [0, 1, 1, 2, 3, 3, 3, 3]
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:

@@ -68,6 +68,7 @@ async def answer(
         sampling=sampling,
         stop=stop,
         top_logprobs=top_logprobs,
+        continues=not chat,
         prefix="chatcmpl" if chat else "cmpl",
     )
     form = Answer(waiting.job, engine.name, chat)

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -168,8 +169,9 @@ class Engine:
     def _generate(self, job: Job) -> End:
         import mlx.core as mx
 
+        from ..detokenizer import Detokenizer
         from ..turns import common_prefix
-        from .logprobs import logprob_of, within
+        from .logprobs import LogprobReader
         from .sampling import make_processors, make_sampler
 
         monitor, turns = self.monitor, self._turns
@@ -190,9 +192,11 @@ class Engine:
             turns.forget()
         # A seed of one request must not show in the next one's text.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
+        continues = job.ids if job.continues else []
         stop = StopWords(job.stop)
-        held: list[TokenLogprob] = []
-        before = job.ids[-1]
+        shown = 0  # characters
+        reader = None if job.top_logprobs is None else LogprobReader(self.tokenizer, continues)
+        held: list[TokenLogprob] = []  # of tokens whose text has not been shown
         responses = turns.stream_generate(
             self.tokenizer,
             job.ids,
@@ -200,23 +204,24 @@ class Engine:
             sampler=make_sampler(sampling),
             logits_processors=make_processors(sampling, lambda: job.ids[: turns.reused]),
             prompt_progress_callback=progress,
+            detokenizer=Detokenizer(self.tokenizer, continues),
         )
         monitor.cached = turns.reused
         with closing(responses):
             for response in responses:
                 monitor.token(response)
-                if job.top_logprobs is not None and response.token not in self.tokenizer.eos_token_ids:
-                    held.append(logprob_of(self.tokenizer, response, before, job.top_logprobs))
-                before = response.token
+                if reader is not None and response.token not in self.tokenizer.eos_token_ids:
+                    held.append(reader.read(response, job.top_logprobs or 0))
                 text = stop.feed(response.text)
                 reason = "stop" if stop.found else response.finish_reason
                 if reason is not None:
                     text += stop.finish()
-                if stop.found:
-                    held = within(held, len(text))
-                if text or (held and reason is not None):
-                    job.tell(Piece(text, tuple(held)))
-                    held = []
+                shown += len(text)
+                ends = reason is not None and not stop.found  # tokens without a text of their own belong to it as well
+                told = len(held) if ends else bisect_left(held, shown, key=lambda entry: entry.offset)
+                if text or told:
+                    job.tell(Piece(text, tuple(held[:told])))
+                    held = held[told:]
                 if reason is not None:
                     return End(reason, len(job.ids), turns.reused, response.generation_tokens)
                 check()

@@ -26,12 +26,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of probabilities, before temperature: of the chosen token, and of the likeliest ones."""
+    """Natural logarithms of probabilities, before temperature: of the chosen token, and of the likeliest ones.
+
+    added: what the token adds to the text, in UTF-8; it may begin or end within a character.
+    offset: of the character that it begins in, from the beginning of the answer.
+    """
 
     token: int
-    text: str
+    added: bytes
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    offset: int = 0
+    top: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As OpenAI writes it: "bytes:\\xf0\\x9f" for parts of characters."""
+        try:
+            return self.added.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.added)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Job:
     tell: Callable[[Item], None]
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # None: no probabilities are wanted; 0: the chosen token's only
+    continues: bool = False  # the answer's text continues the prompt's, rather than to stand alone
     prefix: str = "cmpl"
     id: str = ""
     created: int = 0

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..detokenizer import Detokenizer
 from ..host_arrays import to_numpy
 from .jobs import TokenLogprob
 
 
-def logprob_of(tokenizer: Any, response: Any, before: int, top: int) -> TokenLogprob:
-    """Of a response's token, which came after the token `before`, and of the `top` likeliest ones."""
-    logprobs = to_numpy(response.logprobs, np.float32)  # (V,)
-    best = np.argpartition(-logprobs, top)[:top] if top else np.empty(0, np.int64)
-    best = best[np.argsort(-logprobs[best], kind="stable")]
-    likeliest = tuple((int(i), _text_of(tokenizer, before, int(i)), float(logprobs[i])) for i in best)
-    token = response.token
-    return TokenLogprob(token, _text_of(tokenizer, before, token), float(logprobs[token]), likeliest)
+class LogprobReader:
+    """Follows one answer, token by token, and says what each of them adds to its text."""
 
+    def __init__(self, tokenizer: Any, continues: Sequence[int]) -> None:
+        """continues: as of the answer's own Detokenizer."""
+        self._detokenizer = Detokenizer(tokenizer, continues)
+        self._begin_character(0)
 
-def within(entries: Sequence[TokenLogprob], characters: int) -> list[TokenLogprob]:
-    """Those of the tokens that a text of so many characters begins with, the last perhaps in part."""
-    kept: list[TokenLogprob] = []
-    for entry in entries:
-        if characters <= 0:
-            break
-        kept.append(entry)
-        characters -= len(entry.text)
-    return kept
+    def read(self, response: Any, top: int) -> TokenLogprob:
+        """Of a response's token, which is the next one, and of the `top` likeliest ones in its place."""
+        logprobs = to_numpy(response.logprobs, np.float32)  # (V,)
+        best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top]
+        best = best[np.argsort(-logprobs[best], kind="stable")]
+        tokens = [response.token, *map(int, best)]
+        added = self._detokenizer.added_by(tokens)
+        offset = self._characters
+        entries = [TokenLogprob(i, text, float(logprobs[i]), offset) for i, text in zip(tokens, added, strict=True)]
+        self._follow(response.token, added[0])
+        return TokenLogprob(response.token, added[0], entries[0].logprob, offset, tuple(entries[1:]))
 
+    def _follow(self, token: int, added: bytes) -> None:
+        self._detokenizer.add_token(token)
+        if self._detokenizer.holds_back:
+            self._characters += len(self._utf8.decode(added))
+        else:
+            self._begin_character(len(self._detokenizer.text))
 
-def _text_of(tokenizer: Any, before: int, token: int) -> str:
-    """What `token` adds to a text; alone it would lose a space in front."""
-    start = tokenizer.decode([before])
-    both = tokenizer.decode([before, token])
-    return both[len(start) :] if both.startswith(start) else tokenizer.decode([token])
+    def _begin_character(self, characters: int) -> None:
+        """characters: of the text that are complete."""
+        self._characters = characters
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -206,7 +206,6 @@ class Answer:
 
     def __init__(self, job: Job, model: str, chat: bool) -> None:
         self.job, self.model, self.chat = job, model, chat
-        self._offset = 0  # characters of the text so far
 
     def whole(self, pieces: list[Piece], end: End) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -252,25 +251,31 @@ class Answer:
             return None
         if self.chat:
             return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
-        offsets = []
-        for entry in entries:
-            offsets.append(self._offset)
-            self._offset += len(entry.text)
         return {
             "tokens": [entry.text for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{text: logprob for _, text, logprob in entry.top} for entry in entries],
-            "text_offset": offsets,
+            "top_logprobs": [_by_text(entry) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
         }
 
 
+def _by_text(entry: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, the likeliest first. Where several have one text, it names the chosen one or the likeliest
+    of them; the others are named by their ids.
+    """
+    owner = {each.text: each.token for each in reversed(entry.top)}
+    if any(each.token == entry.token for each in entry.top):
+        owner[entry.text] = entry.token
+    names = [each.text if owner[each.text] == each.token else f"token_id:{each.token}" for each in entry.top]
+    return {name: each.logprob for name, each in zip(names, entry.top, strict=True)}
+
+
 def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
-    top = [_one_logprob(text, logprob) for _, text, logprob in entry.top]
-    return {**_one_logprob(entry.text, entry.logprob), "top_logprobs": top}
+    return {**_one_logprob(entry), "top_logprobs": [_one_logprob(each) for each in entry.top]}
 
 
-def _one_logprob(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
+def _one_logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.added)}
 
 
 def _usage(end: End) -> dict[str, Any]:

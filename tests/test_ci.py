@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,13 +22,13 @@ def load_script() -> ModuleType:
     return module
 
 
-def test_newer_versions_are_found() -> None:
+def test_newer_versions_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     script = load_script()
     pins = script.tested(ROOT / "pyproject.toml")
     assert set(pins) == set(script.WATCHED)
-    script.newest = lambda package: pins[package] + ".0"
+    monkeypatch.setattr(script, "newest", lambda package: pins[package] + ".0")
     assert script.main() == 0
-    script.newest = lambda package: pins[package] + ".1" if package == "mlx" else pins[package]
+    monkeypatch.setattr(script, "newest", lambda package: pins[package] + (".1" if package == "mlx" else ""))
     assert script.main() == 1
     assert script.numbers("0.33") > script.numbers("0.32.10") > script.numbers("0.32.9")
 

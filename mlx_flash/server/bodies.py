@@ -33,8 +33,7 @@ class Bodies:
         self._held: list[_Body] = []  # the oldest first
 
     @property
-    def bytes(self) -> int:
-        """Held now."""
+    def held_bytes(self) -> int:
         return sum(body.bytes for body in self._held)
 
     @contextlib.asynccontextmanager
@@ -65,7 +64,7 @@ class Bodies:
                 raise ApiError(408, "the body did not arrive in time; send it again, faster.")
             if body.bytes + len(chunk) > most:
                 raise _too_large(most)
-            while self.bytes + len(chunk) > MOST_BODIES * most:
+            while self.held_bytes + len(chunk) > MOST_BODIES * most:
                 self._make_room(body)
             body.bytes += len(chunk)
             body.chunks.append(chunk)

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from .errors import ApiError
 
@@ -23,9 +23,14 @@ class Connection(H11Protocol):
     _reading_limit: asyncio.TimerHandle | None = None
 
     @property
+    def _latest(self) -> RequestResponseCycle | None:
+        """The last request, None before the first."""
+        return self.cycle
+
+    @property
     def waiting(self) -> bool:
         """Whether no request of it is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return self._latest is None or self._latest.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,7 +59,7 @@ class Connection(H11Protocol):
         self._request_limit = self.loop.call_later(REQUEST_S, self._end_waiting)
 
     def _end_waiting(self) -> None:
-        if self.cycle is None and self.conn.trailing_data[0]:
+        if self._latest is None and self.conn.trailing_data[0]:
             self._refuse(ApiError(408, f"the request did not arrive within {REQUEST_S:g} s."))
         else:
             self.transport.abort()  # close() would wait for one that does not read
@@ -77,7 +82,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answers, unless an answer has begun, and closes."""
-        if (cycle := self.cycle) is not None and not cycle.response_complete:
+        if (cycle := self._latest) is not None and not cycle.response_complete:
             cycle.disconnected = True  # the application's own answer goes nowhere
             cycle.message_event.set()
         if cycle is None or cycle.response_complete or not cycle.response_started:

@@ -53,37 +53,6 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class HttpThread:
-    """uvicorn on a bound socket, from `with` to its end."""
-
-    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
-        config = uvicorn.Config(
-            app, http=connections.Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_graceful_shutdown=GRACE_S,
-            timeout_keep_alive=int(connections.REQUEST_S),
-        )  # fmt: skip
-        logger = logging.getLogger("uvicorn.error")
-        logger.setLevel(logging.ERROR)  # its warnings are of clients, a line each
-        for kept in (logger, log):
-            kept.addFilter(Sparing())
-        self._server = uvicorn.Server(config)
-        self._bound = bound
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="http", daemon=True)
-
-    async def _run(self) -> None:
-        asyncio.get_running_loop().set_exception_handler(_tell)
-        await self._server.serve([self._bound])
-
-    def __enter__(self) -> HttpThread:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(2 * GRACE_S)
-        self._bound.close()
-
-
 class Sparing(logging.Filter):
     """Lets one line of a kind into the log every QUIET_S: clients must not fill the disk."""
 
@@ -101,6 +70,40 @@ class Sparing(logging.Filter):
         said = kind in self._said
         self._said.add(kind)
         return not said
+
+
+SPARING = Sparing()  # one for all: a logger takes it once
+
+
+class HttpThread:
+    """uvicorn on a bound socket, from `with` to its end."""
+
+    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
+        config = uvicorn.Config(
+            app, http=connections.Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, backlog=BACKLOG, timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=int(connections.REQUEST_S),
+        )  # fmt: skip
+        logger = logging.getLogger("uvicorn.error")
+        logger.setLevel(logging.ERROR)  # its warnings are of clients, a line each
+        for kept in (logger, log):
+            kept.addFilter(SPARING)
+        self._server = uvicorn.Server(config)
+        self._bound = bound
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="http", daemon=True)
+
+    async def _run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(_tell)
+        await self._server.serve([self._bound])
+
+    def __enter__(self) -> HttpThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(2 * GRACE_S)
+        self._bound.close()
 
 
 def _tell(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

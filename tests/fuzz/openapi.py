@@ -25,11 +25,9 @@ ERROR = {
 }
 REFUSED = {"description": "refused", "content": {"application/json": {"schema": ERROR}}}
 PROBLEMS = {str(status): REFUSED for status in (400, 403, 404, 405, 408, 413, 429)}
-ANY = {"content": {"application/json": {"schema": {"type": "object"}}}, "description": "the answer"}
-EVENTS = {
-    "content": {**ANY["content"], "text/event-stream": {"schema": {"type": "object"}}},
-    "description": "an answer",
-}
+OBJECT = {"schema": {"type": "object"}}  # of a stream: of each event
+ANY = {"description": "the answer", "content": {"application/json": OBJECT}}
+EVENTS = {"description": "an answer", "content": {"application/json": OBJECT, "text/event-stream": OBJECT}}
 
 
 def description() -> dict[str, Any]:

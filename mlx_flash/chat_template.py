@@ -132,7 +132,7 @@ def _render(
 
     def render(messages: Sequence[Message]) -> str:
         characters = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * most)
-        return process.render(characters, conversations=[messages], chat_template=template, **arguments)
+        return process.render(arguments | {"conversations": [messages], "chat_template": template}, characters)
 
     text = render(messages)
     if (asked := _last_question(messages)) in text:

@@ -31,7 +31,7 @@ class TemplateProcess:
         self._finalizer: Any = None
         self._closed = threading.Event()
 
-    def render(self, characters: int, **arguments: Any) -> str:
+    def render(self, arguments: dict[str, Any], characters: int) -> str:
         """What transformers' `render_jinja_template(**arguments)` makes of one conversation; at most `characters`.
 
         Raises ChatTemplateFailure for what the template raises, ChatTemplateError for one that exceeds a limit.
@@ -49,6 +49,10 @@ class TemplateProcess:
         if "failed" in answer:
             raise ChatTemplateFailure(f"the model's chat template cannot be applied: {answer['failed']}.")
         raise ChatTemplateError(f"the model's chat template {answer['limit']}.")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
 
     def close(self) -> None:
         """Ends the process, also in the middle of a rendering, which raises ChatTemplateError; so do later ones."""
@@ -81,7 +85,7 @@ class TemplateProcess:
         return dict(json.loads(answer))
 
     def _start(self) -> _Worker:
-        if self._closed.is_set():
+        if self.closed:
             raise ChatTemplateError("the chat template is not applied any more: this process is about to end.")
         try:
             # -P: no code out of the working directory. A group of its own: a Ctrl-C of the terminal is not for it.
@@ -95,7 +99,7 @@ class TemplateProcess:
         except OSError as error:
             raise ChatTemplateError(f"the process that applies the chat template cannot be started: {error}.") from None
         self._worker, self._finalizer = worker, weakref.finalize(self, _end, worker)
-        if self._closed.is_set():  # meanwhile
+        if self.closed:  # meanwhile
             worker.kill()
         assert worker.stdout is not None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import socket
@@ -162,6 +163,21 @@ def test_paths_and_methods(server: Server) -> None:
     assert server.get("/page/%2e%2e/__main__.py").status_code == 404
 
 
+def test_other_ways_to_write_the_paths(server: Server) -> None:
+    for path in ("/v1/models", "/v1/models/", "/models", "/models/"):
+        assert [model["id"] for model in server.get(path).json()["data"]] == ["demo"]
+    for path in ("/chat/completions", "/v1/chat/completions/"):
+        with server.client(follow_redirects=True) as client:
+            assert client.post(path, json=SHORT).status_code == 200
+    assert server.post("/completions", {"prompt": "a", "max_tokens": 1, "model": ""}).status_code == 200
+
+
+def test_bodies_that_are_compressed(server: Server) -> None:
+    with server.client() as client:
+        response = client.post(CHAT, content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415 and "'gzip'" in error_of(response)["message"]
+
+
 def test_other_wrong_values(server: Server) -> None:
     for body, param in (
         ({**SHORT, "model": "other"}, "model"),
@@ -192,7 +208,7 @@ def test_other_wrong_values(server: Server) -> None:
 def test_what_is_wrong_is_said_of_the_kind_that_was_sent(server: Server) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     for body, where, what in (
-        ({**SHORT, "stop": [*"abcde"]}, "stop: ", "at most 4"),
+        ({**SHORT, "stop": ["a"] * 257}, "stop: ", "at most 256"),
         ({**SHORT, "messages": [{"role": "user", "content": [image]}]}, "messages.0.content.0.type: ", "'text'"),
     ):
         message = error_of(server.post(CHAT, body))["message"]

@@ -71,7 +71,8 @@ def _refusals(engine: Engine, param: str) -> Iterator[None]:
     except TooManyTokens as error:
         raise _too_long(engine, f"more than {error.at_least} tokens", param) from None
     except ChatTemplateError as error:
-        engine.check_ready()  # the template is not applied any more when the server stops
+        if engine.templates.closed:
+            raise ApiError(503, "the server is stopping.", code="stopping") from None
         raise ApiError(400, str(error), param=param, code="chat_template") from None
     except FlashError as error:
         raise ApiError(400, str(error), param=param) from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import serving, until  # type: ignore[import-not-found]  # found beside this file
 from templates import CHATML, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
 from mlx_flash import template_process
@@ -302,3 +304,21 @@ def test_flags_of_probabilities() -> None:
     assert chat(logprobs=False, top_logprobs=0).top is None and chat(logprobs=True, top_logprobs=2.0).top == 2
     assert completion(logprobs=False).top is None and completion(logprobs=0).top == 0
     assert chat(n=1.0, stop=[str(i) for i in range(256)]).stops()[-1] == "255"
+
+
+# -- a stop --------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_ends_a_rendering(
+    store: Path, open_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "SECONDS", 600.0)
+    forever = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, forever))
+    with ThreadPoolExecutor(1) as pool:
+        with serving(lambda: (open_model(store), tokenizer)) as server:
+            answer = pool.submit(server.post, "/v1/chat/completions", {"messages": [HI]})
+            until(server.engine.templates._lock.locked)
+            assert server.get("/health").status_code == 200
+        assert answer.result().status_code == 503
+    assert server.engine.templates.closed and server.engine.templates._worker is None

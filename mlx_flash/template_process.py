@@ -85,7 +85,7 @@ class TemplateProcess:
         return dict(json.loads(answer))
 
     def _start(self) -> _Worker:
-        if self.closed:
+        if self._closed.is_set():
             raise ChatTemplateError("the chat template is not applied any more: this process is about to end.")
         try:
             # -P: no code out of the working directory. A group of its own: a Ctrl-C of the terminal is not for it.
@@ -99,7 +99,7 @@ class TemplateProcess:
         except OSError as error:
             raise ChatTemplateError(f"the process that applies the chat template cannot be started: {error}.") from None
         self._worker, self._finalizer = worker, weakref.finalize(self, _end, worker)
-        if self.closed:  # meanwhile
+        if self._closed.is_set():  # meanwhile
             worker.kill()
         assert worker.stdout is not None
         try:

@@ -39,6 +39,12 @@ def process() -> Iterator[TemplateProcess]:
     process.close()
 
 
+def text_of(*arguments: Any, **options: Any) -> str:
+    text = prompt_text(*arguments, **options)
+    assert isinstance(text, str)
+    return text
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer without a template."""
@@ -105,7 +111,7 @@ def test_prompts_are_those_of_transformers(
         for call in message.get("tool_calls", ()):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     try:
-        text = prompt_text(
+        text = text_of(
             process,
             tokenizer,
             as_sent,
@@ -128,7 +134,7 @@ def test_an_answer_is_continued_as_transformers_does(
     tokenizer = tokenizer_of(TEMPLATES[name])
     messages = [*HI, {"role": "assistant", "content": text}]
     expected = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
-    assert prompt_text(process, tokenizer, messages, most=999, continues=True) == expected
+    assert text_of(process, tokenizer, messages, most=999, continues=True) == expected
     assert expected.rstrip().endswith(text.strip())
 
 
@@ -140,25 +146,26 @@ def test_templates_that_want_the_text_of_arguments(process: TemplateProcess, tok
         ]
 
     texts, objects = tokenizer_of(TEMPLATES["texts"]), tokenizer_of(TEMPLATES["thinking"])
-    for arguments in ('{"a":  1}', {"a": 1}, "not JSON"):
+    forms: list[Any] = ['{"a":  1}', {"a": 1}, "not JSON"]
+    for arguments in forms:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        assert prompt_text(process, texts, talk(arguments), most=999).endswith(f"<call>f\n{text}</call>")
+        assert text_of(process, texts, talk(arguments), most=999).endswith(f"<call>f\n{text}</call>")
     for arguments in ("", "{}"):
-        assert "<f=f></tool_call>" in prompt_text(process, objects, talk(arguments), most=999)
+        assert "<f=f></tool_call>" in text_of(process, objects, talk(arguments), most=999)
     for arguments in ("not JSON", "5", "[1]", "9" * 5000, "[" * 99999, None):
         with pytest.raises(ChatTemplateFailure):
-            prompt_text(process, objects, talk(arguments), most=999)
+            text_of(process, objects, talk(arguments), most=999)
 
 
 def test_roles_and_forms_of_content(process: TemplateProcess, tokenizer_of: Any) -> None:
     messages = [{"role": "developer", "content": "be brief"}, *HI]
-    assert "<|im_start|>system\nbe" in prompt_text(process, tokenizer_of(CHATML), messages, most=99)
+    assert "<|im_start|>system\nbe" in text_of(process, tokenizer_of(CHATML), messages, most=99)
     own = CHATML + "{% if messages[0].role == 'developer' %}!{% endif %}"
-    assert prompt_text(process, tokenizer_of(own), messages, most=99).endswith("!")
+    assert text_of(process, tokenizer_of(own), messages, most=99).endswith("!")
     part = "{% if p.type == 'text' %}{{ p.text }};{% endif %}"
     of_parts = "{% for m in messages %}{% for p in m.content %}" + part + "{% endfor %}{% endfor %}"
-    assert prompt_text(process, tokenizer_of(of_parts), messages, most=99) == "be brief;hi;"
-    assert prompt_text(process, tokenizer_of("{{ messages[-1].content | upper }}"), messages, most=99) == "HI"
+    assert text_of(process, tokenizer_of(of_parts), messages, most=99) == "be brief;hi;"
+    assert text_of(process, tokenizer_of("{{ messages[-1].content | upper }}"), messages, most=99) == "HI"
 
 
 def test_templates_in_code(tmp_path: Path, process: TemplateProcess) -> None:
@@ -168,18 +175,16 @@ def test_templates_in_code(tmp_path: Path, process: TemplateProcess) -> None:
     assert prompt_ids(process, tokenizer, HI, most=999) == expected
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
     talk = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "5"}]
-    assert 'name="a" string="false">2<' in prompt_text(process, tokenizer, talk, most=999)
+    assert 'name="a" string="false">2<' in text_of(process, tokenizer, talk, most=999)
     with pytest.raises(ChatTemplateFailure, match="AssertionError: Invalid messages at 1"):
         prompt_ids(process, tokenizer, [*HI, {"role": "tool", "content": "5"}], most=999)
     with pytest.raises(ChatTemplateFailure, match="unexpected keyword"):
-        prompt_text(process, tokenizer, HI, most=999, variables={"unknown": 1})
+        text_of(process, tokenizer, HI, most=999, variables={"unknown": 1})
 
 
 def test_where_templates_are(tmp_path: Path, process: TemplateProcess) -> None:
     def prompt(folder: Path, tools: Any = None) -> str:
-        text = prompt_text(process, load_tokenizer(folder), HI, most=99, tools=tools)
-        assert isinstance(text, str)
-        return text
+        return text_of(process, load_tokenizer(folder), HI, most=99, tools=tools)
 
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     folder = write_tokenizer(tmp_path / "named", named)
@@ -239,7 +244,7 @@ def test_templates_that_fail(process: TemplateProcess, tokenizer_of: Any, templa
     with pytest.raises(ChatTemplateError, match=f"the model's chat template {message}") as caught:
         prompt_ids(process, tokenizer_of(template), HI, most=99)
     assert str(caught.value).isprintable() and caught.value.exit_code == 1
-    assert prompt_text(process, tokenizer_of("ok"), HI, most=99) == "ok"
+    assert text_of(process, tokenizer_of("ok"), HI, most=99) == "ok"
 
 
 @pytest.mark.parametrize("template", [FOREVER, "{{ 10 ** 1000000000 }}", "{{ lipsum(99999) }}"])
@@ -251,13 +256,13 @@ def test_templates_that_do_not_end(
     with pytest.raises(ChatTemplateError, match=r"did not end within 0\.3 s"):
         prompt_ids(impatient, tokenizer_of(template), HI, most=99)
     monkeypatch.undo()
-    assert prompt_text(impatient, tokenizer_of("ok"), HI, most=99) == "ok"
+    assert text_of(impatient, tokenizer_of("ok"), HI, most=99) == "ok"
     impatient.close()
 
 
 def test_a_rendering_is_ended_by_close(tokenizer_of: Any) -> None:
     process = TemplateProcess()
-    assert prompt_text(process, tokenizer_of("ok"), HI, most=99) == "ok"
+    assert text_of(process, tokenizer_of("ok"), HI, most=99) == "ok"
     raised: list[Exception] = []
 
     def render() -> None:
@@ -281,7 +286,7 @@ def test_a_rendering_is_ended_by_close(tokenizer_of: Any) -> None:
 def test_a_worker_that_was_killed_is_replaced(tokenizer_of: Any) -> None:
     process = TemplateProcess()
     for _ in range(2):
-        assert prompt_text(process, tokenizer_of("ok"), HI, most=99) == "ok"
+        assert text_of(process, tokenizer_of("ok"), HI, most=99) == "ok"
         assert process._worker is not None
         process._worker.kill()
         process._worker.wait()
@@ -304,7 +309,7 @@ def test_no_code_of_the_working_directory_runs(
     for name in ("jinja2", "json", "transformers"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
     process = TemplateProcess()
-    assert prompt_text(process, tokenizer_of("ok"), HI, most=99) == "ok" and not (tmp_path / "ran").exists()
+    assert text_of(process, tokenizer_of("ok"), HI, most=99) == "ok" and not (tmp_path / "ran").exists()
     process.close()
 
 

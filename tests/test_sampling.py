@@ -108,7 +108,7 @@ def test_the_settings_are_those_of_the_model_that_is_loaded(own_store: Path) -> 
 def test_samplers_are_mlx_lm_s_and_never_overflow(dtype: mx.Dtype) -> None:
     logits = mx.random.normal((1, 96), dtype=mx.float32, key=mx.random.key(1)) * 20
     logprobs = (logits - mx.logsumexp(logits, keepdims=True)).astype(dtype)
-    likeliest = int(mx.argmax(logprobs).item())
+    likeliest = mx.argmax(logprobs).item()
     for greedy in (
         Sampling(temperature=0),
         Sampling(temperature=1e-8),
@@ -119,7 +119,7 @@ def test_samplers_are_mlx_lm_s_and_never_overflow(dtype: mx.Dtype) -> None:
         Sampling(temperature=2, top_k=1),
         Sampling(temperature=2, min_p=1),
     ):
-        assert int(make_sampler(greedy, 96)(logprobs).item()) == likeliest
+        assert make_sampler(greedy, 96)(logprobs).item() == likeliest
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=30, min_p=0.01)
     for ours, theirs in (
         (make_sampler(sampling, 96), make_mlx_lm_sampler(0.7, 0.9, 0.01, top_k=30)),
@@ -128,5 +128,5 @@ def test_samplers_are_mlx_lm_s_and_never_overflow(dtype: mx.Dtype) -> None:
         tokens = []
         for sampler in (ours, theirs):
             mx.random.seed(3)
-            tokens.append([int(sampler(logprobs).item()) for _ in range(20)])
+            tokens.append([sampler(logprobs).item() for _ in range(20)])
         assert tokens[0] == tokens[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +132,8 @@ def test_what_reaches_the_template(engine_of: Callable[..., Engine]) -> None:
     assert prompt_of(engine, reasoning_effort="none") == f"{plain}<think>\n\n</think>\n\nnone"
     with_tools = prompt_of(engine, tools=[TOOL])
     assert with_tools == prompt_of(engine, tools=[TOOL], tool_choice="auto") != plain and '"name": "add"' in with_tools
-    for none in ({"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {"tools": None, "tool_choice": None}):
+    nothing: list[dict[str, Any]] = [{"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {"tools": None}]
+    for none in nothing:
         assert prompt_of(engine, **none) == plain
 
 

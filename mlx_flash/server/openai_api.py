@@ -67,6 +67,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _count_or_off(value: Any) -> Any:
+    """false, which chats have for off, is null."""
+    return None if value is False else _whole(value)
+
+
 def _is_text(kind: str) -> str:
     if kind not in TEXT_PARTS:
         raise PydanticCustomError("part", "this model reads text only, expected 'text'")
@@ -286,7 +291,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     prompt: str | list[Any]  # a text or token ids, or one of them in a list
     max_tokens: Tokens | None = 16
-    logprobs: Annotated[Whole, Field(ge=0, le=5)] | Literal[False] | None = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_count_or_off)] = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: Whole | None = None
@@ -301,7 +306,7 @@ class CompletionRequest(_Request):
 
     @property
     def top(self) -> int | None:
-        return None if self.logprobs is False else self.logprobs
+        return self.logprobs
 
     def check(self) -> None:
         super().check()
@@ -335,7 +340,7 @@ def parse(kind: type[R], body: bytes) -> R:
         first = next((e for e in errors if e["type"] not in OTHER_KIND), errors[0])
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
-        where = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
+        where = [str(part) for part in first["loc"] if part not in ("str", "Part") and "[" not in str(part)]
         name, param = (".".join(where), where[0]) if where else ("the body", None)
         raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from .commands import program, run_command
-from .errors import BudgetError, UsageError
+from .errors import BudgetError, ChatTemplateError, TokenizerError, UsageError
 from .finding import cache_folder
 from .history import History
 from .model_arguments import add_model_arguments, load_model
 from .plan import parse_memory
-from .sampling import add_sampling_arguments, check_sampling, sampler_of
+from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 from .stats import Statistics
 from .terminal import Interrupts, PromptInterrupted, more_context, progress_line, say
 
@@ -64,7 +64,10 @@ class Chat:
         self.conversation = Conversation(
             self.tokenizer, self.plan.context, arguments.system_prompt, not arguments.ignore_chat_template
         )
-        self.sampler = sampler_of(arguments, self.model.flash.vocabulary)
+        self.sampling = sampling_of(arguments, self.model.flash.defaults)
+        self.sampler = seeded_sampler(self.sampling, self.model.flash.vocabulary)
+        if self.model.flash.defaults.sampling:
+            say(f"sampling: {self.sampling.describe()} (what is not given is from the model's generation_config.json)")
         if not self.conversation.has_template:
             if arguments.system_prompt is not None:
                 say("note: --system-prompt is not used without a chat template")
@@ -84,13 +87,20 @@ class Chat:
         self.turns: Any = Turns(self.model)
 
     def close(self) -> None:
+        self.conversation.close()
+        self._close_model()
+
+    def _close_model(self) -> None:
         if self.model is not None:  # as it is when it could not be loaded again
             self.model.flash.close()
 
     # -- a question ------------------------------------------------------------------------------------------
 
     def answer(self, question: str, interrupts: Interrupts) -> None:
-        """Writes the answer as it is made. Raises UsageError for a question that cannot be used."""
+        """Writes the answer as it is made.
+
+        Raises UsageError, ChatTemplateError or TokenizerError for a question that cannot be used.
+        """
         room = min(self.arguments.max_tokens, self.plan.context // 4)
         prompt = self.conversation.ask(question, room)
         if prompt.dropped:
@@ -106,6 +116,7 @@ class Chat:
             prompt.tokens,
             self.arguments.max_tokens,
             sampler=self.sampler,
+            logits_processors=make_processors(self.sampling, lambda: prompt.tokens[: self.turns.reused]),
             prompt_progress_callback=progress_line(interrupts),
         )
         with contextlib.closing(responses), contextlib.suppress(PromptInterrupted):  # type: ignore[type-var]
@@ -220,7 +231,7 @@ class Chat:
 
         from .flash.system import return_freed_memory
 
-        self.close()
+        self._close_model()
         self.model = self.tokenizer = self.turns = self.conversation.tokenizer = None
         gc.collect()
         mx.clear_cache()
@@ -283,7 +294,7 @@ def _check_text(line: str) -> None:
 
 
 def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interactive: bool) -> int:
-    """Until the lines end; the exit code: 2 if a line could not be used, and nobody sits there to type it again."""
+    """Until the lines end; the exit code: that of the last line that could not be used, if nobody can type it again."""
     unused = 0
     for line in lines:
         interrupts.renew()
@@ -294,12 +305,12 @@ def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interacti
                     chat.answer(line.strip(), interrupts)
             elif not chat.command(line):
                 break
-        except UsageError as error:
+        except (UsageError, ChatTemplateError, TokenizerError) as error:
             say(str(error))
-            unused += 1
+            unused = error.exit_code
         if interrupts.asked and not interactive:
             return 130
-    return 2 if unused and not interactive else 0
+    return 0 if interactive else unused
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .chat_template import has_chat_template, prompt_ids
+from .encoding import encode
 from .errors import UsageError
 from .generation import encode_prompt
-from .kinds import said
+from .template_process import TemplateProcess
+
+MOST_CONTEXTS = 4  # of tokens in a prompt whose turns are not dropped yet
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Conversation:
         """context: tokens that prompt and answer may have together."""
         self.tokenizer = tokenizer
         self.context = context
-        self.has_template = template and tokenizer.chat_template is not None
+        self.has_template = template and has_chat_template(tokenizer)
+        self._process = TemplateProcess()
         self.turns: list[Turn] = []
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
@@ -43,7 +48,7 @@ class Conversation:
         """The prompt. Where it would leave less than `room` tokens for the answer, the oldest turns are dropped until
         half of the context is free, or none is left: each time, what remains must be read again from its beginning.
 
-        Raises UsageError, and drops none, if the question alone is too long.
+        Raises UsageError, and drops none, if the question alone is too long; ChatTemplateError, TokenizerError.
         """
         size = len(self._tokens([], question))
         if size > self.context:
@@ -69,6 +74,10 @@ class Conversation:
     def forget(self) -> None:
         self.turns = []
 
+    def close(self) -> None:
+        """Ends the process that applies the chat template."""
+        self._process.close()
+
     def _tokens(self, turns: list[Turn], question: str) -> list[int]:
         if not self.has_template:
             kept = [token for turn in turns for token in turn.tokens]
@@ -78,14 +87,8 @@ class Conversation:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
-        try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-        except Exception as error:  # a template may raise whatever it likes, of roles that it does not know
-            raise UsageError(f"the model's chat template refuses this conversation: {said(error)}.") from None
+        # The turns fit into the context, and so does the question alone, or its size is to be told.
+        return prompt_ids(self._process, self.tokenizer, messages, most=MOST_CONTEXTS * self.context)
 
     def _start(self) -> list[int]:
         """The token that every text begins with, where the tokenizer has one."""
@@ -98,4 +101,4 @@ class Conversation:
             start = self._start()
             return tokens[len(start) :] if tokens[: len(start)] == start else tokens
         text = question if question[:1].isspace() else f" {question}"
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode(self.tokenizer, text, special_tokens=False)

@@ -76,6 +76,18 @@ class UnsupportedModelError(CheckpointError):
     """A model family, or a variant of one, that this package does not run."""
 
 
+class TokenizerError(CheckpointError):
+    """A text that the model's tokenizer cannot encode, or a tokenizer that cannot encode any."""
+
+
+class ChatTemplateError(FlashError):
+    """A chat template that cannot be applied."""
+
+
+class ChatTemplateFailure(ChatTemplateError):
+    """A chat template that raises an error: it refuses these messages, or has a fault."""
+
+
 class ReadError(FlashError):
     """An I/O error, a short read or a changed file while streaming."""
 

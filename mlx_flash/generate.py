@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from .commands import program, run_command
 from .errors import UsageError
 from .model_arguments import add_model_arguments, load_model
-from .sampling import add_sampling_arguments, check_sampling, sampler_of
+from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 from .terminal import Interrupts, PromptInterrupted, more_context, progress_line, say
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -46,15 +47,19 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str | list[int]:
-    """The prompt as the model's chat template wants it, where it has one."""
-    if tokenizer.chat_template is None or arguments.ignore_chat_template:
+    """The prompt as the model's chat template wants it, where it has one. Raises ChatTemplateError."""
+    from .chat_template import has_chat_template, prompt_ids
+    from .template_process import TemplateProcess
+
+    if not has_chat_template(tokenizer) or arguments.ignore_chat_template:
         if arguments.system_prompt is not None:
             say("note: --system-prompt is not used without a chat template")
         return prompt
     messages = [{"role": "user", "content": prompt}]
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    with contextlib.closing(TemplateProcess()) as process:
+        return prompt_ids(process, tokenizer, messages, most=arguments.context)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -63,7 +68,10 @@ def main(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments, say)
     from .generation import stream_generate, summary
 
-    sampler = sampler_of(arguments, model.flash.vocabulary)
+    sampling = sampling_of(arguments, model.flash.defaults)
+    if model.flash.defaults.sampling:
+        say(f"sampling: {sampling.describe()} (what is not given is from the model's generation_config.json)")
+    sampler = seeded_sampler(sampling, model.flash.vocabulary)
     prompt = apply_template(tokenizer, prompt_text, arguments)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -76,6 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
                 prompt,
                 arguments.max_tokens,
                 sampler=sampler,
+                logits_processors=make_processors(sampling, lambda: ()),
                 prompt_progress_callback=progress_line(interrupts),
             ):
                 print(response.text, end="", flush=True)

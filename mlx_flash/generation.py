@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .defaults import PREFILL_TOKENS
 from .detokenizer import Detokenizer
+from .encoding import encode
 from .errors import UsageError
 from .flash.system import peak_memory_bytes
 from .host_arrays import to_numpy
@@ -129,11 +130,14 @@ def summary(response: FlashResponse, model: Any) -> list[str]:
     ]
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array) -> list[int]:
-    """Token ids; special tokens are added to a text that does not begin with one, as mlx-lm does."""
+def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array, most: int | None = None) -> list[int]:
+    """Token ids; special tokens are added to a text that does not begin with one, as mlx-lm does.
+
+    Raises TokenizerError; TooManyTokens for a long text of more than `most` (None: any number will do).
+    """
     if isinstance(prompt, str):
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(prompt, add_special_tokens=bare))
+        return encode(tokenizer, prompt, special_tokens=bare, most=most)
     ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
     return [int(i) for i in ids]
 

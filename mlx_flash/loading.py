@@ -18,6 +18,7 @@ from . import building
 from .checkpoint_files import small_files
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
+from .encoding import is_from_library
 from .errors import (
     CheckpointError,
     CorruptStoreError,
@@ -31,6 +32,7 @@ from .flash.files import Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
 from .flash.reader import BOUNCE_BYTES_PER_THREAD
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .generation_config import read_generation_config
 from .kinds import is_mixture, refuse_own_code
 from .layers.activations import Activation
 from .layers.recall import Setting
@@ -102,14 +104,17 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     try:
         eos_token_ids = (config or {}).get("eos_token_id")
         with used_by_mlx_lm():
-            return load_mlx_lm_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
-    except Exception as error:  # tokenizers raises plain ones, which name no file
+            extra = {"trust_remote_code": False} | _older_template(folder)
+            return load_mlx_lm_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
+    except BaseException as error:  # tokenizers raises plain ones, which name no file
+        if not is_from_library(error):
+            raise
         raise _tokenizer_error(folder, error) from None
     finally:
         warns.setLevel(level)
 
 
-def _tokenizer_error(folder: Path, error: Exception) -> FlashError:
+def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
     """What to raise for another library's error: one that names the file, if one of them cannot be read."""
     present = [name for name in small_files([path.name for path in folder.iterdir() if path.is_file()])]
     for name in present:
@@ -118,9 +123,19 @@ def _tokenizer_error(folder: Path, error: Exception) -> FlashError:
                 (folder / name).read_bytes()
         except ReadError as found:
             return found
-    if isinstance(error, OSError) or "os error" in str(error):  # tokenizers' own, of Rust
+    if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):  # Rust's
         return unreadable(folder, error, f"one of {', '.join(present)}")
     return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}")
+
+
+def _older_template(folder: Path) -> dict[str, Any]:
+    """The chat template of chat_template.json, which transformers reads for processors only; {} beside a newer one."""
+    path, settings = folder / "chat_template.json", folder / "tokenizer_config.json"
+    if not path.is_file() or (folder / "chat_template.jinja").is_file():
+        return {}
+    if settings.is_file() and json.loads(settings.read_bytes()).keys() & {"chat_template", "chat_template_type"}:
+        return {}
+    return {"chat_template": json.loads(path.read_bytes())["chat_template"]}
 
 
 def load(
@@ -192,14 +207,18 @@ def _load(
         if recall is not None:
             raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
         _check_compiler(say)
-        tokenizer = load_tokenizer(source, _read_config(source))  # first: the plan counts what the process has by then
-        return load_mixture(source, budget, window, threads, context, io, say), tokenizer
+        config, defaults = _read_config(source), read_generation_config(source)
+        tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
+        model = load_mixture(source, budget, window, threads, context, io, say)
+        model.flash.defaults = defaults
+        return model, tokenizer
     if not is_store(source):
         config = _read_config(source)
         family_of(config, source).activation(config, source)  # refused here, before a conversion is begun
+        read_generation_config(source)
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
-    config = _read_config(folder)
+    config, defaults = _read_config(folder), read_generation_config(folder)
     kind = manifest.default_predictor if predictor == "auto" else predictor
     if kind in STORED_PREDICTORS and kind not in manifest.predictors:
         have = ", ".join(["none", "exact", *manifest.predictors])
@@ -230,7 +249,9 @@ def _load(
     say(plan.describe())
     if setting is not None:
         say(setting.describe())
-    return building.build(model, manifest, plan, kind, setting, folder, window, threads, io, say), tokenizer
+    model = building.build(model, manifest, plan, kind, setting, folder, window, threads, io, say)
+    model.flash.defaults = defaults
+    return model, tokenizer
 
 
 def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:

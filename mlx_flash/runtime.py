@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .flash.files import Manifest
+from .generation_config import GenerationConfig
 from .layers.recall import Setting
 from .plan import MLX_CACHE_BYTES, Plan
 from .stats import Counters
@@ -73,6 +74,7 @@ class Runtime:
     positions: int  # tokens that it can look back on, whatever is planned
     manifest: Manifest | None = None  # of the store; None where the checkpoint itself is read
     setting: Setting | None = None  # of a stored predictor: its recall, and what it was measured to do
+    defaults: GenerationConfig = field(default_factory=GenerationConfig)  # how the model is sampled by its authors
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

@@ -205,7 +205,11 @@ def test_options_change_the_text_or_leave_it(run: Callable[..., Any]) -> None:
     plain = text()
     assert plain == text("--temp", "0", "--threads", "2", "--io", "buffered", "--window", "4", "--seed", "5")
     assert text("--temp", "1", "--seed", "5") == text("--temp", "1", "--seed", "5") != plain
-    assert text("--temp", "1", "--top-k", "1") == plain
+    for greedy in (("--top-k", "1"), ("--top-p", "0"), ("--temp", "1e-8")):
+        assert text("--temp", "1", "--seed", "5", *greedy) == plain
+    every = text("--temp", "1", "--seed", "5", "--top-k", "96")
+    assert every == text("--temp", "1", "--seed", "5")
+    assert text("--repetition-penalty", "5") != plain
     assert text("--predictor", "none") == text("--predictor", "exact")
 
 
@@ -235,11 +239,11 @@ def test_a_chat_template_is_applied(
         (["--max-tokens", "x"], "invalid int value"),
         (["--temp", "-1"], "--temp is -1.0"),
         (["--temp", "nan"], "--temp is nan"),
-        (["--top-p", "0"], "--top-p is 0.0"),
+        (["--top-p", "-0.1"], "--top-p is -0.1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0"),
         (["--top-p", "1.5"], "--top-p is 1.5"),
         (["--min-p", "2"], "--min-p is 2.0"),
         (["--top-k", "-1"], "--top-k is -1"),
-        (["--temp", "1", "--top-k", "96"], "--top-k is 96, expected less than the vocabulary of 96"),
         (["--threads", "0"], "threads is 0, expected 1 to 256"),
         (["--window", "0"], "window is 0"),
         (["--context", "0"], "context is 0"),

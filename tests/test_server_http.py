@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import PATIENCE_S, Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
 
+from mlx_flash.encoding import PART_CHARACTERS
 from mlx_flash.errors import BudgetError
 from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.live import MOST_BINS
@@ -21,7 +23,6 @@ from mlx_flash.server import app, bodies
 from mlx_flash.server.engine import FAILED
 from mlx_flash.server.events import EventHub
 from mlx_flash.server.guard import Guard
-from mlx_flash.server.prompts import PART_CHARACTERS
 
 CHAT = "/v1/chat/completions"
 SHORT: dict[str, Any] = {"messages": [{"role": "user", "content": "He said"}], "max_tokens": 2}
@@ -162,6 +163,21 @@ def test_paths_and_methods(server: Server) -> None:
     assert server.get("/page/%2e%2e/__main__.py").status_code == 404
 
 
+def test_other_ways_to_write_the_paths(server: Server) -> None:
+    for path in ("/v1/models", "/v1/models/", "/models", "/models/"):
+        assert [model["id"] for model in server.get(path).json()["data"]] == ["demo"]
+    for path in ("/chat/completions", "/v1/chat/completions/"):
+        with server.client(follow_redirects=True) as client:
+            assert client.post(path, json=SHORT).status_code == 200
+    assert server.post("/completions", {"prompt": "a", "max_tokens": 1, "model": ""}).status_code == 200
+
+
+def test_bodies_that_are_compressed(server: Server) -> None:
+    with server.client() as client:
+        response = client.post(CHAT, content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415 and "'gzip'" in error_of(response)["message"]
+
+
 def test_other_wrong_values(server: Server) -> None:
     for body, param in (
         ({**SHORT, "model": "other"}, "model"),
@@ -192,7 +208,7 @@ def test_other_wrong_values(server: Server) -> None:
 def test_what_is_wrong_is_said_of_the_kind_that_was_sent(server: Server) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     for body, where, what in (
-        ({**SHORT, "stop": [*"abcde"]}, "stop: ", "at most 4"),
+        ({**SHORT, "stop": ["a"] * 257}, "stop: ", "at most 256"),
         ({**SHORT, "messages": [{"role": "user", "content": [image]}]}, "messages.0.content.0.type: ", "'text'"),
     ):
         message = error_of(server.post(CHAT, body))["message"]

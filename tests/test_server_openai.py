@@ -185,18 +185,20 @@ def test_models(client: openai.OpenAI) -> None:
     [
         ({"n": 2}, "n"),
         ({"temperature": 3}, "temperature"),
-        ({"temperature": 1e-5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"stop": ["a"] * 257}, "stop"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"logit_bias": {"4096": 1}}, "logit_bias"),
         ({"logit_bias": {"word": 1}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"extra_body": {"top_k": 4096}}, "top_k"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "chat_template_kwargs"),
+        ({"extra_body": {"min_tokens": 5}}, "min_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": ""}], "max_tokens": 10**6}, "messages"),
     ],
 )
 def test_what_is_refused_names_its_parameter(client: openai.OpenAI, wrong: dict[str, Any], param: str) -> None:
@@ -211,16 +213,24 @@ def test_unknown_models_are_refused(client: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_what_exceeds_the_context_is_refused_with_the_numbers(client: openai.OpenAI) -> None:
+def test_a_prompt_that_exceeds_the_context_is_refused_with_the_numbers(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="demo", prompt=[5] * 500, max_tokens=13)
+        client.completions.create(model="demo", prompt=[5] * 512, max_tokens=1)
     assert caught.value.code == "context_length_exceeded"
-    for part in ("500 tokens", "13 are asked for", "513", "512", "the model has none"):
+    for part in ("512 tokens", "needs at least 1", "the planned context has 512", "the model has none"):
         assert part in caught.value.message
-    with pytest.raises(openai.BadRequestError, match="the prompt has 512 tokens and at least 1 is asked for"):
-        client.chat.completions.create(model="demo", messages=say("a " * 510), max_tokens=None)
-    full = client.completions.create(model="demo", prompt=[5] * 500, max_tokens=12, temperature=0)
-    assert full.usage is not None and full.usage.total_tokens == 512
+
+
+@pytest.mark.parametrize("most", [12, 13, 32000, -1, 2**53])
+def test_an_answer_is_as_long_as_fits(client: openai.OpenAI, most: int) -> None:
+    full = client.completions.create(model="demo", prompt=[5] * 500, max_tokens=most, temperature=0)
+    assert full.usage is not None and full.usage.total_tokens == 512 and full.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-8}, {"temperature": 1e-4}, {"temperature": 2, "top_p": 0}])
+def test_hardly_any_chance_is_none(client: openai.OpenAI, texts: dict[str, Any], settings: dict[str, float]) -> None:
+    done = client.completions.create(model="demo", prompt=PROMPT, max_tokens=40, **settings)  # type: ignore[call-overload]
+    assert done.choices[0].text == texts["text"]
 
 
 def test_without_a_limit_a_chat_fills_the_context(client: openai.OpenAI) -> None:
@@ -237,6 +247,6 @@ def test_other_settings_are_taken(client: openai.OpenAI) -> None:
         ],
         max_tokens=3,
         user="somebody",
-        extra_body={"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "unknown": [1]},
+        extra_body={"top_k": 4096, "min_p": 0.05, "repetition_penalty": 1.1, "unknown": [1]},
     )
     assert done.usage is not None and done.usage.completion_tokens == 3

@@ -20,13 +20,12 @@ from mlx_flash.flash.cache import Record, SlotCache
 from mlx_flash.generation import stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
 from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.sampling import PENALTY_TOKENS, Sampling, make_processors
 from mlx_flash.server import answering
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.errors import ApiError
-from mlx_flash.server.jobs import Sampling
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
 from mlx_flash.server.prompts import encode_chat
-from mlx_flash.server.sampling import PENALTY_TOKENS, make_processors
 from mlx_flash.server.stops import StopWords
 
 TEXTS = st.text("ab ", max_size=30)

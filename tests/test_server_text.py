@@ -18,7 +18,7 @@ from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.detokenizer import Detokenizer
 from mlx_flash.loading import load
-from mlx_flash.server import sampling
+from mlx_flash.server import engine
 from mlx_flash.server.jobs import TokenLogprob
 from mlx_flash.server.logprobs import LogprobReader
 from mlx_flash.server.openai_api import _by_text
@@ -52,7 +52,7 @@ def speak(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         tokenizer = TokenizerWrapper(kinds.made(kind), Detokenizer)
         end = tokenizer.eos_token_id
         script = iter([*tokens, end])
-        monkeypatch.setattr(sampling, "make_sampler", lambda _: lambda logprobs: mx.array([next(script)]))
+        monkeypatch.setattr(engine, "make_sampler", lambda *_: lambda logprobs: mx.array([next(script)]))
         monkeypatch.setattr(server.engine, "tokenizer", tokenizer)
         body = {"max_tokens": len(tokens) + 1, **options}
         body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}

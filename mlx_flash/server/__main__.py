@@ -27,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server"),
         description="Serves one model with the OpenAI API, and a page to talk to it. Requests queue; one is worked on "
-        "at a time. The address goes to standard output, everything else to standard error.",
+        "at a time. The address goes to standard output, everything else to standard error. Where a request does not "
+        "say temperature, top_p, top_k, min_p or repetition_penalty, the model's generation_config.json does, else "
+        "OpenAI's defaults hold (temperature 1).",
     )
     add_model_arguments(parser)
     http = parser.add_argument_group("server")

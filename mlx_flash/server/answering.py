@@ -57,10 +57,14 @@ async def answer(
     stop: tuple[str, ...],
     top_logprobs: int | None,
     chat: bool,
+    continues: bool,
     stream: bool,
     include_usage: bool,
 ) -> Response:
-    """Queues the job and answers. Raises ApiError, or Gone if the client does not wait for it."""
+    """Queues the job and answers. Raises ApiError, or Gone if the client does not wait for it.
+
+    continues: whether the answer's text continues the prompt's.
+    """
     waiting = Waiting(
         engine,
         ids=ids,
@@ -68,7 +72,7 @@ async def answer(
         sampling=sampling,
         stop=stop,
         top_logprobs=top_logprobs,
-        continues=not chat,
+        continues=continues,
         prefix="chatcmpl" if chat else "cmpl",
     )
     form = Answer(waiting.job, engine.name, chat)

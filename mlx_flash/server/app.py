@@ -37,10 +37,8 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
     routes = Routes(engine)
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/completions", routes.complete, methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
+            *routes.api("/v1"),
+            *routes.api(""),  # for clients whose base URL lacks it
             Route("/health", routes.health),
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
@@ -72,6 +70,15 @@ class Routes:
         self.bodies = Bodies()
         self.created = now()
 
+    def api(self, prefix: str) -> list[Route]:
+        """OpenAI's paths."""
+        return [
+            Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
+            Route(f"{prefix}/completions", self.complete, methods=["POST"]),
+            Route(f"{prefix}/models", self.models),
+            Route(f"{prefix}/models/{{name:path}}", self.model),
+        ]
+
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest, encode_chat)
 
@@ -81,6 +88,7 @@ class Routes:
     async def _answer(self, request: Request, kind: type[R], encode: Callable[[Engine, R], list[int]]) -> Response:
         engine = self.engine
         engine.check_ready()
+        _check_encoding(request)
         async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
             asked = parse(kind, body)
             asked.check()
@@ -91,17 +99,18 @@ class Routes:
             engine,
             ids=ids,
             max_tokens=room_for(engine, ids, asked.asked, asked.prompt_name),
-            sampling=asked.sampling(engine.model.flash.vocabulary),
+            sampling=asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults),
             stop=asked.stops(),
             top_logprobs=asked.top,
             chat=isinstance(asked, ChatRequest),
+            continues=asked.continues,
             stream=bool(asked.stream),
             include_usage=asked.include_usage,
         )
 
     def _known(self, model: str | None) -> None:
         """Raises ApiError for any other model than the one there is."""
-        if model not in (None, DEFAULT_MODEL, self.engine.name):
+        if model not in (None, "", DEFAULT_MODEL, self.engine.name):
             raise ApiError(
                 404,
                 f"there is no model {model!r:.200} here; the one that runs is {self.engine.name!r}.",
@@ -113,6 +122,8 @@ class Routes:
         return JSONResponse({"object": "list", "data": model_list(self.engine.name, self.created)})
 
     async def model(self, request: Request) -> Response:
+        if not request.path_params["name"]:
+            return await self.models(request)
         self._known(request.path_params["name"])
         return JSONResponse(model_list(self.engine.name, self.created)[0])
 
@@ -141,6 +152,13 @@ class Routes:
         if not (PAGE / "index.html").is_file():
             raise ApiError(404, "this installation has no page.")
         return FileResponse(PAGE / "index.html", headers=FRESH)
+
+
+def _check_encoding(request: Request) -> None:
+    """Raises ApiError for a compressed body."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, f"the body is encoded as {encoding!r:.40}; send it as it is.", code="unsupported_encoding")
 
 
 def _answer(error: ApiError) -> Response:

@@ -19,6 +19,8 @@ from typing import Any
 
 from ..errors import FlashError
 from ..failures import foreseen
+from ..sampling import make_processors, make_sampler
+from ..template_process import TemplateProcess
 from .errors import ApiError
 from .events import EventHub
 from .jobs import End, Job, Piece, TokenLogprob
@@ -52,6 +54,7 @@ class Engine:
         self.model: Any = None
         self.tokenizer: Any = None
         self.monitor: Monitor | None = None
+        self.templates = TemplateProcess()
         self.job: Job | None = None  # that is being worked on
         self.started = time.monotonic()
         self._waiting: deque[Job] = deque()
@@ -133,6 +136,7 @@ class Engine:
         for job in waiting:
             job.tell(_stopping())
         self.hub.close()
+        self.templates.close()
         self.model.flash.close()
 
     def _next(self) -> Job | None:
@@ -172,7 +176,6 @@ class Engine:
         from ..detokenizer import Detokenizer
         from ..turns import common_prefix
         from .logprobs import LogprobReader
-        from .sampling import make_processors, make_sampler
 
         monitor, turns = self.monitor, self._turns
         assert monitor is not None
@@ -201,7 +204,7 @@ class Engine:
             self.tokenizer,
             job.ids,
             job.max_tokens,
-            sampler=make_sampler(sampling),
+            sampler=make_sampler(sampling, self.model.flash.vocabulary),
             logits_processors=make_processors(sampling, lambda: job.ids[: turns.reused]),
             prompt_progress_callback=progress,
             detokenizer=Detokenizer(self.tokenizer, continues),

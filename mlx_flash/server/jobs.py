@@ -8,20 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen; OpenAI's defaults."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
+from ..sampling import Sampling
 
 
 @dataclass(frozen=True)

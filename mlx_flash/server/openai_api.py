@@ -1,21 +1,86 @@
-"""OpenAI's requests, checked, and its answers. Parameters that are not named here are ignored, as most servers do."""
+"""OpenAI's requests, checked, and its answers.
+
+Parameters that are not named here are ignored, as most servers do. Those that would change the answer and that nothing
+here does are refused: NOT_DONE lists them.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
+from ..generation_config import GenerationConfig
 from .errors import ApiError
 from .jobs import End, Job, Piece, Sampling, TokenLogprob
 
-MOST_STOPS = 4
+MOST_STOPS = 256
 FIRST_ERROR = Field(fail_fast=True)  # of a list: a large body may hold a million, and each takes memory
 R = TypeVar("R", bound=BaseModel)
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Tokens = Annotated[int, Field(ge=1, lt=2**31)]  # Python refuses to write integers of thousands of digits
 OTHER_KIND = {"string_type", "list_type"}  # of a value that may be a text or a list: which of the two it is not
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+# Parameters of OpenAI and of other servers that change the answer and cannot be followed here, with the values that
+# change nothing. null is always one of them.
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "adapters", "prompt_embeds", "n_predict"), ()),
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors", "samplers"), ([],)),
+    **dict.fromkeys(("use_beam_search", "ignore_eos", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(("min_tokens", "mirostat", "xtc_probability", "dry_multiplier", "dynatemp_range", "top_a"), (0,)),
+    **dict.fromkeys(("length_penalty", "typical_p", "tfs_z", "repeat_penalty"), (1,)),
+    **dict.fromkeys(("repetition_context_size", "presence_context_size", "frequency_context_size"), (20,)),
+    "top_n_sigma": (-1, 0),
+    "grammar": ("",),
+    "json_schema": ({},),
+}
+NOT_DONE_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("audio", "web_search_options", "role_mapping", "thinking", "enable_thinking"), ()),
+    **dict.fromkeys(("functions", "documents"), ([],)),
+    **dict.fromkeys(("echo", "add_special_tokens"), (False,)),
+    "chat_template": ("",),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+}
+INSTEAD = {
+    "functions": "send tools",
+    "function_call": "send tools and tool_choice",
+    "n_predict": "send max_tokens",
+    "repeat_penalty": "send repetition_penalty",
+    **dict.fromkeys(("thinking", "enable_thinking", "documents"), "send chat_template_kwargs"),
+}
+# What the server itself says to the function that applies a template; not for chat_template_kwargs.
+RESERVED = {
+    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenizer_kwargs", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"),
+    *("return_tensors", "padding", "truncation", "max_length", "sanitize_control_tokens"),
+}
+
+
+def _whole(value: Any) -> Any:
+    """A whole number written as 20.0 is 20."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _count_or_off(value: Any) -> Any:
+    """false, which chats have for off, is null."""
+    return None if value is False else _whole(value)
+
+
+def _is_text(kind: str) -> str:
+    if kind not in TEXT_PARTS:
+        raise PydanticCustomError("part", "this model reads text only, expected 'text'")
+    return kind
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**64)]
+Tokens = Annotated[Whole, Field(ge=-1, lt=2**64)]  # Python refuses to write integers of thousands of digits
 
 
 class _Strict(BaseModel):
@@ -26,41 +91,54 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class TextPart(_Strict):
-    type: Literal["text", "input_text"]
-    text: str
+class Part(_Strict):
+    type: Annotated[str, AfterValidator(_is_text)]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class Message(_Strict):
     model_config = ConfigDict(strict=True, extra="allow")  # a template may want more: names, tool calls
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[str | Part], FIRST_ERROR] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part if isinstance(part, str) else part.text for part in self.content or [])
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates want it: one text."""
-        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
-        role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": content}
+        """As chat templates want it: one text; functions, which came before tools, as tools."""
+        message = {**(self.model_extra or {}), "role": self.role, "content": self.text}
+        if self.role == "function":
+            message["role"] = "tool"
+        if (call := message.pop("function_call", None)) is not None and not message.get("tool_calls"):
+            message["tool_calls"] = [{"type": "function", "function": call}]
+        return message
 
 
 class _Request(_Strict):
     """What chat and plain completions have in common."""
 
+    model_config = ConfigDict(strict=True, extra="allow")
+    not_done: ClassVar[dict[str, tuple[Any, ...]]] = NOT_DONE
+
     model: str | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS), FIRST_ERROR] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Whole | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # below, logits would overflow
+    repetition_penalty: Annotated[float, Field(ge=0, le=10)] | None = None
     logit_bias: dict[str, Any] | None = None  # by token id; checked with the vocabulary
+    response_format: dict[str, Any] | None = None
 
     @property
     def prompt_name(self) -> str:
@@ -70,7 +148,12 @@ class _Request(_Strict):
     @property
     def asked(self) -> int | None:
         """Tokens that the answer may have; None: as many as fit."""
-        return self.max_tokens
+        return None if self.max_tokens == -1 else self.max_tokens
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer's text continues the prompt's."""
+        raise NotImplementedError
 
     @property
     def top(self) -> int | None:
@@ -85,37 +168,55 @@ class _Request(_Strict):
         words = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(word for word in words if word)
 
-    def sampling(self, vocabulary: int) -> Sampling:
-        """Raises ApiError for what the model cannot do."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        if 0 < temperature < 1e-3:  # logits would overflow
-            raise ApiError(400, f"temperature is {temperature}, expected 0, or 0.001 to 2.", param="temperature")
-        if (top_k := max(0, self.top_k or 0)) >= vocabulary:
-            raise ApiError(400, f"top_k is {top_k}, expected less than the vocabulary of {vocabulary}.", param="top_k")
-        return Sampling(
-            temperature=temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=top_k,
-            min_p=self.min_p or 0.0,
-            seed=None if self.seed is None else self.seed % 2**64,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            repetition_penalty=0.0 if self.repetition_penalty in (None, 1) else self.repetition_penalty or 0.0,
-            logit_bias=dict(_bias(*item, vocabulary) for item in (self.logit_bias or {}).items()),
-        )
+    def sampling(self, vocabulary: int, model: GenerationConfig) -> Sampling:
+        """What is not asked for is as the model's own settings have it, else OpenAI's. Raises ApiError."""
+        asked: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "seed": None if self.seed is None else self.seed % 2**64,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        bias = dict(_bias(*item, vocabulary) for item in (self.logit_bias or {}).items())
+        given = {name: value for name, value in asked.items() if value is not None}
+        return replace(Sampling(logit_bias=bias).with_defaults(model), **given)
 
     def check(self) -> None:
         """Raises ApiError for what nobody here can do."""
+        for name, harmless in self.not_done.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and not any(value == each and type(value) in _kinds(each) for each in harmless):
+                instead = INSTEAD.get(name, "leave it out")
+                raise ApiError(400, f"{name} is not possible here: {instead}.", param=name, code="unsupported")
         if self.n not in (None, 1):
             raise ApiError(400, f"n is {self.n}; one answer at a time is made here, so n must be 1.", param="n")
+        if 0 < (self.repetition_penalty or 0) < 0.01:  # logits would overflow
+            raise ApiError(400, "repetition_penalty is below 0.01, expected 0.01 to 10.", param="repetition_penalty")
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise ApiError(400, "only response_format {'type': 'text'} is possible here.", param="response_format")
+
+
+def _kinds(value: Any) -> tuple[type, ...]:
+    """true is not 1 here, and 1.0 is."""
+    return (int, float) if type(value) is int else (type(value),)
 
 
 class ChatRequest(_Request):
+    not_done: ClassVar[dict[str, tuple[Any, ...]]] = NOT_DONE | NOT_DONE_IN_CHAT
+
     messages: Annotated[list[Message], Field(min_length=1), FIRST_ERROR]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[dict[str, Any]], FIRST_ERROR] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def prompt_name(self) -> str:
@@ -123,31 +224,85 @@ class ChatRequest(_Request):
 
     @property
     def asked(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return most if most is not None and most > 0 else None
 
     @property
     def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is the beginning of the answer, and the model continues it."""
+        if self.continue_final_message is not None:
+            return self.continue_final_message
+        return self._ends_within_an_answer and not self.add_generation_prompt
+
+    @property
+    def _ends_within_an_answer(self) -> bool:
+        last = self.messages[-1]
+        return last.role == "assistant" and bool(last.text) and not (last.model_extra or {}).get("tool_calls")
+
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the template may use beside messages and tools."""
+        effort = self.reasoning_effort
+        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if effort == "none":
+            variables["enable_thinking"] = False
+        return variables | (self.chat_template_kwargs or {})
+
     def check(self) -> None:
         super().check()
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise ApiError(400, "only response_format {'type': 'text'} is possible here.", param="response_format")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise ApiError(
+                400,
+                "no call of a tool can be forced here: tool_choice must be 'auto' or 'none'.",
+                param="tool_choice",
+                code="unsupported",
+            )
+        for tool in self.tools or ():
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or "name" not in function:
+                message = "tools must be functions: {'type': 'function', 'function': {'name': ...}}."
+                raise ApiError(400, message, param="tools")
+        if taken := RESERVED & (self.chat_template_kwargs or {}).keys():
+            message = f"chat_template_kwargs may not have {min(taken)}: the server says that to the template itself."
+            raise ApiError(400, message, param="chat_template_kwargs")
+        if self.continue_final_message and not self._ends_within_an_answer:
+            message = "continue_final_message needs a last message of the assistant, with a text and no tool calls."
+            raise ApiError(400, message, param="continue_final_message")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt exclude each other."
+            raise ApiError(400, message, param="continue_final_message")
+
+    def check_without_template(self) -> None:
+        """Raises ApiError for what only a chat template could use."""
+        given = {"tools": self.tools_for_template(), "chat_template_kwargs": self.chat_template_kwargs}
+        for name, value in given.items():
+            if value:
+                raise ApiError(400, f"this model has no chat template, so {name} cannot be used.", param=name)
 
 
 class CompletionRequest(_Request):
     prompt: str | list[Any]  # a text or token ids, or one of them in a list
     max_tokens: Tokens | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_count_or_off)] = None
     echo: bool | None = None
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Whole | None = None
 
     @property
     def prompt_name(self) -> str:
         return "prompt"
+
+    @property
+    def continues(self) -> bool:
+        return True
 
     @property
     def top(self) -> int | None:
@@ -155,6 +310,8 @@ class CompletionRequest(_Request):
 
     def check(self) -> None:
         super().check()
+        if self.max_tokens == 0:
+            raise ApiError(400, "max_tokens is 0, expected at least 1, or -1 for as many as fit.", param="max_tokens")
         if self.echo:
             raise ApiError(400, "echo is not possible here: put the prompt before the answer.", param="echo")
         if self.suffix:
@@ -183,7 +340,7 @@ def parse(kind: type[R], body: bytes) -> R:
         first = next((e for e in errors if e["type"] not in OTHER_KIND), errors[0])
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
-        where = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
+        where = [str(part) for part in first["loc"] if part not in ("str", "Part") and "[" not in str(part)]
         name, param = (".".join(where), where[0]) if where else ("the body", None)
         raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 

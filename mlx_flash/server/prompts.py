@@ -2,62 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
+from ..errors import ChatTemplateError, FlashError
 from .engine import Engine
 from .errors import ApiError
 from .openai_api import ChatRequest, CompletionRequest
 
-PART_CHARACTERS = 1 << 15  # of a text that are encoded at once as long as it may be too long
 _encoding = threading.Lock()  # a tokenizer is not made for two threads that encode
 
 
 def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
-    """By the model's chat template. Without one, the texts one below the other: the model goes on from there."""
+    """By the model's chat template. Without one, the texts are joined, and the model continues the last one.
+
+    Raises ApiError.
+    """
+    from ..chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
     from ..generation import encode_prompt
 
-    tokenizer = engine.tokenizer
-    messages = [message.plain() for message in request.messages]
-    text = "\n\n".join(message["content"] for message in messages)
-    with _encoding:
-        refuse_if_far_too_long(engine, text, "messages")
-        if tokenizer.chat_template is None:
-            return encode_prompt(tokenizer, text)
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except Exception as error:  # templates are programs, and raise what they like
-            raise ApiError(400, f"the model's chat template refuses: {error}.", param="messages") from None
-    return list(ids)
+    tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
+    messages, tools = [message.plain() for message in request.messages], request.tools_for_template()
+    if not has_chat_template(tokenizer):
+        request.check_without_template()
+        text = "\n\n".join(message["content"] for message in messages)
+        with _refusals(engine, "messages"), _encoding:
+            return encode_prompt(tokenizer, text, most=context)
+    with _refusals(engine, "messages"):
+        if tools and not takes_tools(tokenizer, tools):
+            raise ApiError(
+                400,
+                "this model's chat template has no place for tools: leave them out, or send tool_choice 'none'.",
+                param="tools",
+            )
+        prompt = prompt_text(
+            engine.templates,
+            tokenizer,
+            messages,
+            most=context,
+            tools=tools,
+            variables=request.template_variables(),
+            generation_prompt=request.add_generation_prompt is not False,
+            continues=request.continues,
+        )
+        with _encoding:
+            return tokens_of(tokenizer, prompt, most=context)
 
 
 def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
+    """Raises ApiError."""
     from ..generation import encode_prompt
 
     prompt = request.one_prompt()
     if not isinstance(prompt, str):
         return prompt
-    with _encoding:
-        refuse_if_far_too_long(engine, prompt, "prompt")
-        return encode_prompt(engine.tokenizer, prompt)
+    with _refusals(engine, "prompt"), _encoding:
+        return encode_prompt(engine.tokenizer, prompt, most=engine.model.flash.plan.context)
 
 
-def refuse_if_far_too_long(engine: Engine, text: str, param: str) -> None:
-    """Raises ApiError for a long text of more tokens than the planned context, which it counts part by part.
+@contextlib.contextmanager
+def _refusals(engine: Engine, param: str) -> Iterator[None]:
+    """What is wrong with a prompt, or with the model's files that make it, as ApiError."""
+    from ..encoding import TooManyTokens
 
-    A tokenizer takes some hundred bytes for every character, for all of the text at once.
-    """
-    if len(text) <= PART_CHARACTERS:
-        return
-    context, count = engine.model.flash.plan.context, 0
-    for begin in range(0, len(text), PART_CHARACTERS):
-        part = text[begin : begin + PART_CHARACTERS]
-        count += len(engine.tokenizer.encode(part, add_special_tokens=False)) - 1  # where it is cut, a token may be two
-        if count > context:
-            raise _too_long(engine, f"more than {count} tokens", param)
+    try:
+        yield
+    except TooManyTokens as error:
+        raise _too_long(engine, f"more than {error.at_least} tokens", param) from None
+    except ChatTemplateError as error:
+        if engine.templates.closed:
+            raise ApiError(503, "the server is stopping.", code="stopping") from None
+        raise ApiError(400, str(error), param=param, code="chat_template") from None
+    except FlashError as error:
+        raise ApiError(400, str(error), param=param) from None
 
 
 def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> int:
-    """How many tokens the answer may have. Raises ApiError where prompt and answer exceed the planned context."""
+    """How many tokens the answer may have: those asked for, or as many as fit into the planned context (None).
+
+    Raises ApiError for a prompt that leaves no room for any.
+    """
     flash = engine.model.flash
     context, vocabulary = flash.plan.context, flash.vocabulary
     if not ids:
@@ -66,11 +91,10 @@ def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> i
         raise ApiError(
             400, f"the prompt has token ids from {min(ids)} to {max(ids)}, expected 0 to {vocabulary - 1}.", param=param
         )
-    if len(ids) + (asked or 1) > context:
-        answer = "at least 1 is" if asked is None else f"{asked} are" if asked > 1 else "1 is"
-        together = len(ids) + (asked or 1)
-        raise _too_long(engine, f"{len(ids)} tokens and {answer} asked for, together {together}", param)
-    return asked or context - len(ids)
+    if len(ids) >= context:
+        raise _too_long(engine, f"{len(ids)} tokens, and the answer needs at least 1", param)
+    room = context - len(ids)
+    return room if asked is None else min(asked, room)
 
 
 def _too_long(engine: Engine, found: str, param: str) -> ApiError:
@@ -78,8 +102,8 @@ def _too_long(engine: Engine, found: str, param: str) -> ApiError:
     more = "start the server with a larger --context" if flash.plan.context < flash.positions else "the model has none"
     return ApiError(
         400,
-        f"the prompt has {found}; the planned context has {flash.plan.context}. Shorten the prompt, ask for less "
-        f"(max_tokens), or get more context: {more}.",
+        f"the prompt has {found}; the planned context has {flash.plan.context}. Shorten the prompt, or get more "
+        f"context: {more}.",
         param=param,
         code="context_length_exceeded",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,25 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.checkpoint_files import weights_in
+from mlx_flash.checkpoint_files import WeightFiles, files_in, read_config, weights_in
+from mlx_flash.checkpoint_tensors import choose, malformed, tensors_in, two_of_a_name
+from mlx_flash.config_counts import count_problem
 from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
-from mlx_flash.flash.checksums import TensorEntry, read_header
-from mlx_flash.flash.plain_files import read_at, reading, unreadable
+from mlx_flash.flash.checksums import TensorEntry
+from mlx_flash.flash.plain_files import read_at, reading, reason_of, unreadable
+from mlx_flash.kinds import said
+from mlx_flash.layers.quantised import companions
+from mlx_flash.quantisation import foreign_quantisation, mlx_settings
 from mlx_flash.stored_tensors import lazily_loaded
+
+# safetensors' names of types -> MLX's; others keep theirs.
+DTYPE_NAMES = {
+    **{"BOOL": "bool_", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"},
+    **{"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
+    **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
+}
+ROWS_READ = (*DTYPES, "uint32")  # types of which a few rows are read without the rest
 
 
 @dataclass(frozen=True)
@@ -32,59 +44,109 @@ class Tensor:
 class Checkpoint:
     """A folder with `config.json` and `*.safetensors` (or, through torch, `pytorch_model*.bin`).
 
-    Nothing is read before it is asked for; `load` returns a tensor that nobody else holds.
+    Nothing is read before it is asked for; `load` returns a tensor that nobody else holds. A matrix that mlx-lm
+    quantised is listed as what it stands for: one tensor, in the shape and type that it has unpacked.
     Raises CheckpointError for what is missing or malformed, ReadError for what the disk cannot read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config_path = folder / "config.json"
-        if not config_path.is_file():
-            raise CheckpointError(
-                f"{folder} has no config.json: expected the folder of a Hugging Face checkpoint, with config.json, "
-                "model*.safetensors and tokenizer files."
-            )
-        try:
-            with reading(config_path):
-                self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{config_path} is not valid JSON: {error}. Download the checkpoint again.") from None
-        if not isinstance(self.config, dict):
-            raise CheckpointError(f"{config_path} holds no JSON object. Download the checkpoint again.")
-        self.shards = weights_in(folder)
+        self.config = read_config(folder)
+        weights = weights_in(folder)
+        self.shards = [folder / name for name in weights.names]
         self._headers: dict[Path, dict[str, TensorEntry]] = {}
-        self.tensors: dict[str, Tensor] = {}
-        for shard in self.shards:
-            for name, tensor in self._open(shard).items():
-                dtype = str(tensor.dtype).removeprefix("mlx.core.").removeprefix("torch.")
-                self.tensors.setdefault(name, Tensor(shard, tuple(tensor.shape), dtype))
+        self._stored = self._list_bin(weights) if self.shards[0].suffix == ".bin" else self._list_safetensors()
+        longest = max((max(tensor.shape, default=0) for tensor in self._stored.values()), default=0)
+        if problem := count_problem(self.config, len(self._stored), longest):
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not describe this checkpoint: {problem}. Download it again."
+            )
+        self.tensors = dict(self._stored)
+        self._packed: dict[str, tuple[int, int]] = {}  # matrices that mlx-lm quantised -> (group size, bits)
+        for name in [name for name, tensor in self._stored.items() if tensor.dtype == "uint32"]:
+            self._unpack(name)
 
-    def _open(self, shard: Path) -> dict[str, Any]:
-        """Name -> tensor, not yet read."""
-        if shard.suffix == ".bin":
-            return _open_bin(shard)
-        try:
+    def _list_safetensors(self) -> dict[str, Tensor]:
+        found = {}
+        for name, (shard, entry) in tensors_in(self.folder).items():
             if shard not in self._headers:
-                with reading(shard, "its header"):
-                    self._headers[shard] = read_header(shard)[1]
-            return lazily_loaded(shard)
-        except ValueError as error:
-            raise CheckpointError(f"{shard} is no readable safetensors file: {error}. Download it again.") from None
+                self._headers[shard] = {}
+                try:
+                    lazily_loaded(shard)  # MLX reads fewer types than there are
+                except ValueError as error:
+                    raise malformed(shard, error) from None
+            self._headers[shard][name] = entry
+            found[name] = Tensor(shard, entry.shape, DTYPE_NAMES.get(entry.dtype, entry.dtype))
+        return found
+
+    def _list_bin(self, weights: WeightFiles) -> dict[str, Tensor]:
+        opened = {shard.name: _open_bin(shard) for shard in self.shards}
+        choice = choose(opened, weights.index_map)
+        for name, files in choice.doubles.items():
+            for other in files[1:]:
+                if not _are_equal(opened[files[0]][name], opened[other][name]):
+                    raise two_of_a_name(self.folder, name, files[0], other)
+        found = {}
+        for name, file in choice.chosen.items():
+            tensor = opened[file][name]
+            found[name] = Tensor(self.folder / file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return found
+
+    def _unpack(self, name: str) -> None:
+        """Lists a matrix that mlx-lm quantised in the place of its three parts."""
+        path, words, parts = name.removesuffix(".weight"), self._stored[name], companions(name)
+        if not name.endswith(".weight") or not all(part in self._stored for part in parts):
+            return
+        scales, biases = (self._stored[part] for part in parts)
+        if (settings := mlx_settings(self.config, path)) is None:
+            raise CheckpointError(
+                f"{self.folder} is quantised by MLX in a way that cannot be unpacked here: its config.json has no "
+                f'"quantization" with group_size, bits and the affine mode for {path}. Use the unquantised checkpoint, '
+                "or what `mlx_lm.convert --dequantize` makes of this one."
+            )
+        group_size, bits = settings
+        shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
+        if scales.shape != biases.shape or (*shape[:-1], shape[-1] * bits) != (*words.shape[:-1], words.shape[-1] * 32):
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {words.shape}, its scales {scales.shape}, which are not {bits} bits "
+                f"in groups of {group_size}, as config.json says. Download the checkpoint again."
+            )
+        self._packed[name] = settings
+        self.tensors[name] = Tensor(words.shard, shape, scales.dtype)
+        for part in parts:
+            del self.tensors[part]
+
+    def foreign_quantisation(self) -> str | None:
+        """What packed the numbers in a way that cannot be read here, such as "GPTQ, 4 bits"; None for plain ones."""
+        dtype_of = {name: tensor.dtype for name, tensor in self.tensors.items()}
+        return foreign_quantisation(self.config, files_in(self.folder), dtype_of)
 
     def load(self, name: str, begin: int = 0, end: int | None = None) -> mx.array:
         """The tensor, or rows begin to end of it; of those files only these are read.
 
         Raises ReadError for the disk's errors, CheckpointError for a file that is not what it was.
         """
-        shard, dtype = self.tensors[name].shard, self.tensors[name].dtype
+        if name not in self._packed:
+            return self._load_stored(name, begin, end)
+        group_size, bits = self._packed[name]
+        words, scales, biases = (self._load_stored(part, begin, end) for part in (name, *companions(name)))
+        try:
+            matrix = mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+            mx.eval(matrix)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be unpacked ({said(error)}).") from None
+        return matrix
+
+    def _load_stored(self, name: str, begin: int, end: int | None) -> mx.array:
+        shard, dtype = self._stored[name].shard, self._stored[name].dtype
         whole = begin == 0 and end is None
         try:
             if shard.suffix == ".bin":
-                tensor = self._open(shard)[name]
+                tensor = _open_bin(shard)[name]
                 return _from_torch(tensor if whole else tensor[begin:end])
-            if not whole and dtype in DTYPES:
+            if not whole and dtype in ROWS_READ:
                 return _rows_of(shard, self._headers[shard][name], getattr(mx, dtype), begin, end)
-            tensor = self._open(shard)[name]
+            tensor = lazily_loaded(shard)[name]
             tensor = tensor if whole else tensor[begin:end]
             mx.eval(tensor)
         except (RuntimeError, TypeError, ValueError, OSError, EOFError) as error:
@@ -92,7 +154,8 @@ class Checkpoint:
             whole_file = entry is None or shard.stat().st_size >= entry.end
             if whole_file and isinstance(error, (RuntimeError, OSError)):  # MLX's, which names nothing, or the system's
                 raise unreadable(shard, error, f"tensor {name}") from None
-            raise CheckpointError(f"{shard}: tensor {name} cannot be read ({error}). Download it again.") from None
+            text = reason_of(error)
+            raise CheckpointError(f"{shard}: tensor {name} cannot be read ({text}). Download it again.") from None
         return tensor
 
     def files(self) -> dict[str, Any]:
@@ -142,6 +205,12 @@ def _open_bin(shard: Path) -> dict[str, Any]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{shard} holds something else than named tensors. Expected a model's weights.")
     return tensors
+
+
+def _are_equal(one: Any, two: Any) -> bool:
+    import torch
+
+    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)
 
 
 def _from_torch(tensor: Any) -> mx.array:

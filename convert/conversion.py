@@ -24,12 +24,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlx_flash import __version__
-from mlx_flash.checkpoint_files import small_files
+from mlx_flash.checkpoint_files import files_in, matching, small_files
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import (
     MANIFEST,
+    RECORD,
     VERSION,
     Manifest,
     is_store,
@@ -47,7 +48,7 @@ from .families import family_of
 from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
 from .neurons import quantised, write_neurons
 from .outline import Outline, Settings
-from .output import RECORD, fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
 from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
@@ -218,9 +219,9 @@ class _Conversion:
 
     def _small_files(self) -> list[Path]:
         """Configuration, tokenizer and generation settings."""
-        names = [path.name for path in self.outline.checkpoint.folder.iterdir() if path.is_file()]
-        kept = [name for name in small_files(names) if name != MANIFEST and not _is_work_file(name)]
-        return [self.outline.checkpoint.folder / name for name in kept]
+        folder = self.outline.checkpoint.folder
+        names = [name for name in small_files(files_in(folder)) if name != MANIFEST and not _is_work_file(name)]
+        return [folder / name for name in names]
 
     def _copy_small_files(self) -> None:
         for path in self._small_files():
@@ -483,7 +484,8 @@ class _Conversion:
     def _manifest(self, reports: dict[str, dict[str, Any]], table: str) -> Manifest:
         """table: the SHA-256 of the neurons' checksums."""
         dense = [i for i, share in enumerate(reports[self.outline.default_kind]["predicted"]) if _is_dense(share)]
-        names = sorted(p.name for p in self.partial.iterdir() if p.is_file() and not _is_work_file(p.name))
+        present = [path.name for path in self.partial.iterdir() if path.is_file()]
+        names = [name for name in matching(present, ("*",)) if not _is_work_file(name)]  # none that macOS hides there
         return Manifest(
             model_type=str(self.outline.checkpoint.config["model_type"]),
             source=self.outline.checkpoint.files(),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES
-from mlx_flash.errors import CheckpointError, UsageError
+from mlx_flash.errors import CheckpointError, UnsupportedModelError, UsageError
 from mlx_flash.flash.files import GROUP_SIZE, NeuronLayout, group_problem
 from mlx_flash.layers.activations import Activation
 
@@ -53,6 +54,11 @@ class Outline:
 
         self.checkpoint, self.family, self.activation = checkpoint, family, activation
         self.settings = settings
+        if quantised := checkpoint.foreign_quantisation():
+            raise UnsupportedModelError(
+                f"{checkpoint.folder} is quantised ({quantised}), and is not unpacked here. Use the unquantised "
+                "checkpoint: --bits and --resident-bits of `mlxflash convert` quantise what is stored."
+            )
         model_class, args_class = model_classes(checkpoint.config)
         try:
             args = model_arguments(args_class, checkpoint.config)
@@ -64,8 +70,7 @@ class Outline:
                 raise ValueError(f"{family.positions_key} is {self.positions}, expected at least {LEAST_POSITIONS}")
             self.model = model_class(args)  # its random weights are never evaluated
             self.model(mx.zeros((1, 2), mx.int32))  # nor this: but heads and rotations must fit the shapes
-            # What the model calls a tensor -> what the checkpoint calls it.
-            self.original = {new: old for old in checkpoint.tensors for new in self.model.sanitize({old: mx.array(0)})}
+            self.original = self._original_names()
         except CONFIG_ERRORS as error:
             raise CheckpointError(
                 f"{checkpoint.folder / 'config.json'} does not describe a model: {first_line(error)}"
@@ -90,6 +95,48 @@ class Outline:
             self.kinds.append("imported")
         self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/RESULTS.md)
         self.lowrank_memory = predictors.lowrank_memory(self.layout, settings.predictor_memory)
+
+    def _original_names(self) -> dict[str, str]:
+        """What the model calls a tensor -> what the checkpoint calls it.
+
+        As in transformers, a name may lack the prefix of the model's body, or have it once too often; and where the
+        embedding and the output matrix are one, either may be the one that is stored.
+        """
+        from mlx.utils import tree_flatten
+
+        wanted = dict(tree_flatten(self.model.parameters()))
+        prefix = self.family.ffn.split(".")[0] + "."
+        result: dict[str, str] = {}
+        for old in self.checkpoint.tensors:
+            for name in (old, prefix + old, old.removeprefix(prefix)):
+                if new := next((n for n in self.model.sanitize({name: mx.array(0)}) if n in wanted), None):
+                    if not self._are_same(result.setdefault(new, old), old):
+                        raise CheckpointError(
+                            f"{self.checkpoint.folder}: {result[new]} and {old} are one tensor of the model, and hold "
+                            "different numbers. Download the checkpoint again."
+                        )
+                    break
+        if getattr(self.model.args, "tie_word_embeddings", False):
+            heads = [old for old in self.checkpoint.tensors if old.removeprefix(prefix) == "lm_head.weight"]
+            embeddings = [name for name in wanted if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))]
+            for embedding, head in product(embeddings, heads):
+                if not self._are_same(result.setdefault(embedding, head), head):
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: config.json ties {head} to {result[embedding]}, and they hold "
+                        'different numbers. Set "tie_word_embeddings" to false in config.json to use both.'
+                    )
+        return result
+
+    def _are_same(self, one: str, other: str) -> bool:
+        """Whether two of the checkpoint's tensors are equal; a few rows of them are in memory at a time."""
+        shape = self.checkpoint.tensors[one].shape
+        return one == other or (
+            shape == self.checkpoint.tensors[other].shape
+            and all(
+                mx.array_equal(self.checkpoint.load(one, *rows), self.checkpoint.load(other, *rows)).item()
+                for rows in row_pieces(shape, 4)
+            )
+        )
 
     def _plan_layout(self) -> tuple[NeuronLayout, str]:
         from mlx.utils import tree_flatten

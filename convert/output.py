@@ -7,11 +7,9 @@ import shutil
 from pathlib import Path
 
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.files import FORMAT, MANIFEST, Manifest, is_store
+from mlx_flash.flash.files import FORMAT, MANIFEST, RECORD, Manifest, is_store
 from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.system import sync_to_disk
-
-RECORD = "conversion.json"  # in the partial folder: what it is a conversion of
 
 
 def is_our_store(folder: Path) -> bool:

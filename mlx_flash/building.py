@@ -15,6 +15,7 @@ from .errors import CorruptStoreError, MissingTensorError
 from .flash.files import Manifest
 from .flash.reader import Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
+from .flash.system import mark_in_use
 from .host_arrays import to_numpy
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
@@ -52,6 +53,7 @@ def build(
     layout = manifest.layout
     dtype = compute_dtype(manifest.resident_dtype)
     file = UnitFile(folder / Manifest.neurons_file, direct=io == "direct")
+    mark_in_use(file.fd)
     if io == "direct" and not file.direct:
         say(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"

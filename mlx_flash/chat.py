@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .cached import HISTORY
 from .commands import program, run_command
 from .errors import BudgetError, ChatTemplateError, TokenizerError, UsageError
 from .finding import cache_folder
@@ -244,7 +245,7 @@ def _turns(count: int) -> str:
 
 def typed(interrupts: Interrupts) -> Iterator[str]:
     """Lines from the terminal, until Ctrl-D."""
-    history = History(cache_folder() / "chat-history")
+    history = History(cache_folder() / HISTORY)
     while True:
         try:
             with interrupts.raising():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .checkpoint_files import matching
 from .commands import program, run_command
 from .errors import CorruptStoreError, UsageError
 from .flash.checksums import CHUNK_BYTES, crc32_of, read_header, sha256_of
@@ -66,9 +67,9 @@ def check_store(folder: Path, progress: Callable[[int], None] = lambda _: None) 
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """Names in the store's folder that its manifest does not know."""
+    """Names in the store's folder that its manifest does not know; hidden ones, such as macOS leaves, are left out."""
     known = {MANIFEST, *parse_manifest(folder).files}
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+    return [name for name in matching([path.name for path in folder.iterdir()], ("*",)) if name not in known]
 
 
 def _check_tensors(path: Path, sums: dict[str, int], progress: Callable[[int], None]) -> Iterator[Damage]:

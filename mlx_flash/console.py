@@ -14,6 +14,7 @@ COMMANDS = {
     "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
     "convert": ("mlx_flash.convert", "makes of a checkpoint a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
+    "cache": ("mlx_flash.cache", "lists and removes stores that were made in the cache folder"),
     "bench": ("mlx_flash.bench", "measures, in ways that anyone can run again"),
     "app": ("mlx_flash.apps.menubar", "a menubar app: starts and stops the server, answers quick questions"),
 }

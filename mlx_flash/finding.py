@@ -11,9 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint_files import WEIGHT_PATTERNS, matching, small_files
+from .cached import entries, remember
+from .checkpoint_files import SMALL_FILES, files_in, matching, weights_in
 from .children import run_child
 from .errors import ConversionError, UsageError
+from .flash.checksums import sha256_of
 from .flash.files import VERSION, is_store
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def find_source(model: str | None, revision: str | None, say: Callable[[str], No
     if model is None and revision is not None:
         raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
     source = demo_folder() if model is None else find_checkpoint(model, revision, say)
-    if not is_store(source) and not (source / "config.json").is_file():
+    if not is_store(source) and "config.json" not in files_in(source):
         raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
     return source
 
@@ -86,21 +88,33 @@ def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Pat
     target, size = place_of(source, model)
     if not is_store(target):
         _convert_into_cache(source, target, size, say)
+        remember(target, source)
+        older = [
+            entry for entry in entries(target.parent) if entry.superseded and entry.source == str(source.resolve())
+        ]
+        if older:
+            size = sum(entry.nbytes for entry in older)
+            say(
+                f"note: {size / 1e9:.2f} GB of older stores of {source} remain; `mlxflash cache` lists and removes them"
+            )
+    else:
+        remember(target, source)
     return target
 
 
 def place_of(source: Path, model: str | None) -> tuple[Path, int]:
     """(where in the cache folder the store of a checkpoint belongs, bytes of the checkpoint)."""
-    # What ends up in the store: also a tokenizer that was added after a first try.
-    present = [path.name for path in source.iterdir() if path.is_file()]
-    parts = [source / name for name in sorted({*small_files(present), *matching(present, WEIGHT_PATTERNS)})]
-    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-    identity = hashlib.sha256(json.dumps([str(source.resolve()), state, VERSION]).encode()).hexdigest()[:12]
+    # Small files by their content, which is in the store too: their times are set anew by many a copy. Weights by
+    # size and time, since their content would take minutes.
+    weights = {name: (source / name).stat() for name in weights_in(source).names}
+    state = [[name, status.st_size, status.st_mtime_ns] for name, status in weights.items()]
+    small = {name: sha256_of(source / name) for name in matching(files_in(source), SMALL_FILES)}
+    identity = hashlib.sha256(json.dumps([str(source.resolve()), small, state, VERSION]).encode()).hexdigest()[:12]
     if model is None:
         name = "demo"
     else:
         name = source.resolve().name if Path(model).expanduser().is_dir() else model.replace("/", "--")
-    return cache_folder() / f"{name}-{identity}", sum(size for _, size, _ in state)
+    return cache_folder() / f"{name}-{identity}", sum(status.st_size for status in weights.values())
 
 
 def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:

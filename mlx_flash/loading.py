@@ -15,7 +15,9 @@ from typing import Any, get_args, get_type_hints
 import mlx.core as mx
 
 from . import building
-from .checkpoint_files import small_files
+from .checkpoint_files import files_in, small_files
+from .checkpoint_tensors import extent_of
+from .config_counts import count_problem
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
 from .encoding import is_from_library
@@ -95,6 +97,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
 
     from .detokenizer import used_by_mlx_lm
 
+    if not is_store(folder):
+        files_in(folder)  # raises for what is not a file, or leads out of the folder
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
     # Families that transformers lacks bring code of their own: it would ask whether to run it, or warn of them.
@@ -228,6 +232,7 @@ def _load(
         setting = Setting.of(kind, manifest.predictors[kind], recall)
     elif recall is not None:
         raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
+    _check_counts(config, manifest, folder)
     model_class, args_class = model_classes(config)
     try:
         args = model_arguments(args_class, config)
@@ -252,6 +257,17 @@ def _load(
     model = building.build(model, manifest, plan, kind, setting, folder, window, threads, io, say)
     model.flash.defaults = defaults
     return model, tokenizer
+
+
+def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> None:
+    """Before a model is built from them. Raises CorruptStoreError."""
+    layout = manifest.layout
+    tensors = len(manifest.files[Manifest.resident_file]["crc32"]) + layout.layers * len(layout.parts)
+    longest = max(layout.neurons, layout.width)
+    if problem := count_problem(config, tensors, longest):
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} does not describe this store: {problem}. Convert the checkpoint again."
+        )
 
 
 def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
@@ -307,6 +323,11 @@ def holds_mixture(source: Path) -> bool:
         return False
     config = _read_config(source)
     refuse_own_code(config, source)
+    extent = extent_of(source)
+    if problem := count_problem(config, extent.tensors, extent.longest):
+        raise CheckpointError(
+            f"{source / 'config.json'} does not describe this checkpoint: {problem}. Download it again."
+        )
     return is_mixture(config)
 
 
@@ -314,6 +335,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """config.json as mlx-lm reads it, with the stop tokens of generation_config.json. Errors name the file."""
     from mlx_lm.utils import load_config
 
+    if not is_store(folder):
+        files_in(folder)  # raises for what is not a file, or is too large
     for name in CONFIG_FILES:
         path = folder / name
         if not path.exists() and name != CONFIG_FILES[0]:

@@ -7,9 +7,9 @@ keeps the identity and shows in the graph. No family is named here.
 
 from __future__ import annotations
 
-import glob
 import io
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +21,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .checkpoint_files import weights_in
-from .errors import CheckpointError, UnsupportedModelError
-from .flash.checksums import TensorEntry, read_header
+from .checkpoint_files import files_in, read_config
+from .checkpoint_tensors import malformed, tensors_in
+from .errors import CheckpointError, ReadError, UnsupportedModelError
+from .flash.checksums import TensorEntry
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
+from .flash.plain_files import reading
 from .kinds import said, switch_layers
 from .layers.experts import StreamedExperts
 from .layers.pace import Pace
+from .quantisation import foreign_quantisation
+from .stored_tensors import lazily_loaded
 
+CONFIGURATION = frozenset({"config.json", "generation_config.json", "hf_quant_config.json"})  # what mlx-lm reads
+UNQUANTISED = (
+    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
+    "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
+)
 WATCHING = threading.Lock()  # held while `mx.stack` is another function
 # MLX's primitives in the graph of a tensor that is read, or of a stack of such: numbers come out of them as they were.
 LOADED = {"Load", "ExpandDims", "Reshape", "Stack", "Concatenate"}
@@ -134,27 +143,34 @@ class Mixture:
 
 def open_mixture(folder: Path) -> Mixture:
     """Builds the model without reading a weight. Raises CheckpointError or UnsupportedModelError."""
-    from mlx_lm.utils import _get_classes, load_model
+    from mlx_lm.utils import _get_classes
 
-    entries, files = _tensor_entries(folder)
+    counted = tensors_in(folder)
+    files = sorted({file for file, _ in counted.values()})
+    numbers = {file: number for number, file in enumerate(files)}
+    entries = {name: (numbers[file], entry) for name, (file, entry) in counted.items()}
     provenance = Provenance()
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = _get_classes(config)
 
         class Watched(model_class):  # type: ignore[misc, valid-type]
-            def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            def sanitize(self, _: dict[str, Any]) -> dict[str, Any]:
                 inherited = getattr(super(), "sanitize", lambda same: same)
-                return provenance.watch(inherited, weights)
+                return provenance.watch(inherited, _lazy_tensors(counted))
 
         return Watched, args_class
 
+    quantised = _quantised(folder, {name: entry.dtype for name, (_, entry) in counted.items()})
     try:
-        model, config = load_model(folder, lazy=True, get_model_classes=classes, trust_remote_code=False)
+        model, config = _load_by_mlx_lm(folder, classes)
+    except (CheckpointError, ReadError):
+        raise
     except Exception as error:  # mlx-lm raises plain ones
-        raise CheckpointError(
-            f"mlx-lm cannot load {folder}: {said(error)}. Are all shards there, and config.json theirs?"
-        ) from None
+        remedy = "Are all shards there, and config.json theirs?"
+        if quantised:
+            remedy = f"It is quantised ({quantised}). {UNQUANTISED}"
+        raise CheckpointError(f"mlx-lm cannot load {folder}: {said(error)}. {remedy}") from None
     switches = {}
     for path, module in switch_layers(model):
         tensors = {}
@@ -220,23 +236,47 @@ def is_as_loaded(array: mx.array) -> bool:
     return "Load" in primitives and primitives <= LOADED
 
 
-def _tensor_entries(folder: Path) -> tuple[dict[str, tuple[int, TensorEntry]], list[Path]]:
-    """Name -> (number of the file, entry), as mlx-lm finds them: in model*.safetensors.
+def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tuple[Any, dict[str, Any]]:
+    """mlx-lm's `load_model`, lazily, for classes that bring their own tensors; (model, configuration).
 
-    Of a name that several files have, mlx-lm takes the last one's tensor, in the order that the file system gives.
+    mlx-lm takes every model*.safetensors of a folder, in the order of the file system. So it is given a folder with
+    the configuration alone, and one file without tensors.
     """
-    files = [Path(name) for name in glob.glob(str(folder / "model*.safetensors"))]
-    entries: dict[str, tuple[int, TensorEntry]] = {}
-    for number, file in enumerate(files):
+    from mlx_lm.utils import load_model
+
+    with tempfile.TemporaryDirectory(prefix="mlx-flash-") as alone:
+        for name in CONFIGURATION.intersection(files_in(folder)):
+            with reading(folder / name):
+                content = (folder / name).read_bytes()
+            (Path(alone) / name).write_bytes(content)
+        mx.save_safetensors(str(Path(alone) / "model.safetensors"), {})
+        return load_model(Path(alone), lazy=True, get_model_classes=classes, trust_remote_code=False)
+
+
+def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
+    """The tensors that count, by name, not yet read. Raises CheckpointError or ReadError."""
+    weights: dict[str, mx.array] = {}
+    for file in sorted({file for file, _ in counted.values()}):
         try:
-            _, found = read_header(file)
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{file} is no readable safetensors file: {error}. Download it again.") from None
-        entries.update({name: (number, entry) for name, entry in found.items()})
-    if not files:
-        raise CheckpointError(f"{folder} has no weights: expected model*.safetensors.")
-    weights_in(folder)  # none of those that an index names is lacking
-    return entries, files
+            loaded = lazily_loaded(file)
+        except ValueError as error:
+            raise malformed(file, error) from None
+        weights.update({name: array for name, array in loaded.items() if counted[name][0] == file})
+    return weights
+
+
+def _quantised(folder: Path, dtype_of: dict[str, str]) -> str | None:
+    """What packed the numbers in a way that is not MLX's own, for the case that mlx-lm cannot read it; or None.
+
+    Raises UnsupportedModelError for a way whose experts mlx-lm unpacks or packs anew while it loads.
+    """
+    config = read_config(folder)
+    kind = foreign_quantisation(config, files_in(folder), dtype_of)
+    if kind and any(name.endswith(".qweight") for name in dtype_of):
+        raise UnsupportedModelError(
+            f"{folder} is quantised ({kind}), and its experts cannot be computed with as they lie there. {UNQUANTISED}"
+        )
+    return kind
 
 
 def router_of(parent: Any, name: str) -> nn.Module | None:

@@ -34,7 +34,7 @@ def test_help_lists_every_command() -> None:
         done = mlxflash(option)
         assert done.returncode == 0 and done.stderr == ""
         listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
-        assert listed == list(COMMANDS) == ["generate", "chat", "server", "convert", "check", "bench", "app"]
+        assert listed == list(COMMANDS) == ["generate", "chat", "server", "convert", "check", "cache", "bench", "app"]
 
 
 def test_version() -> None:
@@ -49,7 +49,7 @@ def test_an_unknown_command_ends_with_2_and_a_sentence(arguments: tuple[str, ...
     assert all(part in done.stderr for part in [*COMMANDS, *arguments, "mlxflash --help"])
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "bench"])
+@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "cache", "bench"])
 def test_a_command_is_called_as_it_was_started(name: str) -> None:
     by_script = mlxflash(name, "--help")
     by_module = subprocess.run(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -183,8 +184,8 @@ def index_of(*shards: str) -> str:
     ],
 )  # fmt: skip
 def test_one_format_of_the_weights(present: list[str], index: list[str] | None, expected: list[str]) -> None:
-    name, shards = weight_files(present, lambda _: index_of(*index or []), "here")
-    assert shards == expected and (name is None) == (index is None)
+    weights = weight_files(present, lambda _: index_of(*index or []), "here")
+    assert weights.names == expected and (weights.index is None) == (index is None)
 
 
 @pytest.mark.parametrize(
@@ -426,3 +427,21 @@ def test_what_else_may_happen(
     with pytest.raises(expected, match=message) as caught:
         hub.download("some/model")
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_a_small_file_that_is_not_small_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"config.json": 600, "model.safetensors": 10**9, "big.json": 64 << 30}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="0", siblings=siblings)
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    with pytest.raises(
+        CheckpointError, match=r"big.json of owner/tiny has 68719 MB; a file of its kind has at most 64"
+    ):
+        hub.download(REPOSITORY)
+
+
+def test_hidden_files_are_not_downloaded() -> None:
+    names = ["config.json", "._config.json", "model.safetensors", "._model.safetensors", ".cache.json"]
+    assert hub.wanted_files(names, lambda _: "", REPOSITORY) == ["config.json", "model.safetensors"]

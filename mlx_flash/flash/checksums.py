@@ -45,11 +45,13 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
             raise ValueError(f"its header claims {length} bytes, the file has {file_bytes}")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not valid JSON ({error})") from None
     if len(text) < length or not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
+    if any("\ud800" <= character <= "\udfff" for character in "".join(header)):
+        raise ValueError("its header names a tensor with half of a surrogate pair, which is not text")
     start = 8 + length
     entries = [(name, _entry(name, fields, start)) for name, fields in header.items() if name != "__metadata__"]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
@@ -67,6 +69,7 @@ def _entry(name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         numbers_are_sound = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)) and begin <= end
+        numbers_are_sound = numbers_are_sound and all(n < 1 << 31 for n in shape)  # MLX's dimensions are 32 bits wide
         if not numbers_are_sound or not isinstance(dtype, str):
             raise ValueError
     except (KeyError, TypeError, ValueError):

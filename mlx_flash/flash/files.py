@@ -26,6 +26,7 @@ from .plain_files import reading
 FORMAT = "mlx_flash store"
 VERSION = 2
 MANIFEST = "manifest.json"
+RECORD = "conversion.json"  # in the folder of a conversion that is not finished: what it is a conversion of
 MAX_MANIFEST_BYTES = 64 << 20
 ALIGNMENT = 4096  # a page of most disks, the least that a read costs
 LAYER_ALIGNMENT = 16384  # every layer begins on a multiple of it (a page of Apple silicon)

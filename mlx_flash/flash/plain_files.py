@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import ReadError
+
+if TYPE_CHECKING:  # `--help` must not wait for it
+    import numpy as np
 
 DISK = "The disk, or the connection to it, reports this: try again; if it stays, copy the file from a sound disk."
 CUT = "It was cut short, or it is still being copied: copy it again."

@@ -122,6 +122,14 @@ def use_huge_pages(address: int, nbytes: int) -> bool:
     return madvise(start, length, _MADV_HUGEPAGE) == 0 and madvise(start, length, _MADV_COLLAPSE) == 0
 
 
+def mark_in_use(fd: int) -> None:
+    """Keeps `mlxflash cache` from removing the file while it is open; nothing else looks at the lock."""
+    import fcntl
+
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 def sync_to_disk(fd: int) -> None:
     """fsync that also holds after a power cut: macOS's own leaves the bytes in the drive's cache (fsync(2))."""
     if sys.platform == "darwin":

@@ -1,0 +1,94 @@
+"""python -m mlx_flash.cache: lists what this package keeps in its cache folder, and removes what is not needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .commands import program, run_command
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .cached import Entry
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program("cache"),
+        description="Lists what lies in the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, conversions "
+        "that were not finished, block sums, the history of `chat`. What is in use is never removed.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these, by their names in the list")
+    what.add_argument(
+        "--superseded", action="store_true", help="remove stores of which a newer one of the same checkpoint is there"
+    )
+    what.add_argument("--all", action="store_true", help="remove everything in the list")
+    parser.add_argument("--yes", action="store_true", help="do not ask before removing")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from .cached import entries, remove
+    from .finding import cache_folder
+
+    folder = cache_folder()
+    found = entries(folder)
+    if arguments.remove:
+        known = {entry.name: entry for entry in found}
+        if lacking := [name for name in arguments.remove if name not in known]:
+            raise UsageError(f"{folder} has no {lacking[0]}. `{program('cache')}` lists what is there.")
+        chosen = [known[name] for name in dict.fromkeys(arguments.remove)]
+    elif arguments.superseded or arguments.all:
+        chosen = [entry for entry in found if arguments.all or entry.superseded]
+    else:
+        _print_list(found, folder)
+        return 0
+    if not chosen:
+        print("nothing to remove")
+        return 0
+    if not arguments.yes and not _agreed(chosen):
+        print("nothing was removed")
+        return 1
+
+    def freed(entry: Entry) -> int:
+        if not remove(entry):
+            print(f"{entry.name} is in use and stays", file=sys.stderr)
+            return 0
+        print(f"removed {entry.name}")
+        return entry.nbytes
+
+    sizes = [freed(entry) for entry in chosen]
+    print(f"{sum(sizes) / 1e9:.2f} GB freed")
+    return 0 if all(sizes) else 1
+
+
+def _print_list(found: list[Entry], folder: Path) -> None:
+    width = max((len(entry.name) for entry in found), default=0)
+    for entry in found:
+        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+        mark = " superseded," if entry.superseded else ""
+        source = f" of {entry.source}" if entry.source else ""
+        print(f"{entry.name:<{width}}  {entry.nbytes / 1e9:8.2f} GB  {day} {mark} {entry.kind}{source}")
+    print(f"{folder}: {sum(entry.nbytes for entry in found) / 1e9:.2f} GB")
+
+
+def _agreed(chosen: list[Entry]) -> bool:
+    size = sum(entry.nbytes for entry in chosen) / 1e9
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"removing {len(chosen)} ({size:.2f} GB) needs an answer, and there is no terminal. Say --yes."
+        )
+    for entry in chosen:
+        print(f"  {entry.name} ({entry.kind})")
+    try:
+        return input(f"Remove {size:.2f} GB? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

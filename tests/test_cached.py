@@ -1,0 +1,175 @@
+"""`mlxflash cache`: what is listed, what is superseded, and what is never touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from mlx_flash import cache, cached, finding, loading
+from mlx_flash.cached import entries
+from mlx_flash.commands import run_command
+from mlx_flash.finding import find_store, place_of
+from mlx_flash.flash.files import RECORD, is_store
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path) -> Path:
+    """A cache folder; conversions into it copy a store."""
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+
+    def run(command: list[str]) -> int:
+        shutil.copytree(store, command[command.index("--output") + 1])
+        return 0
+
+    monkeypatch.setattr(finding, "run_child", run)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["cache", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            run_command(cache.make_parser(), cache.main)
+        return int(exit.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def source(tiny: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.checkpoint, tmp_path / "model"))
+
+
+def used(store: Path, when: float) -> None:
+    os.utime(cached._note_of(store), (when, when))
+
+
+def test_a_touched_small_file_does_not_make_another_store(folder: Path, source: Path) -> None:
+    first = find_store(str(source))
+    os.utime(source / "tokenizer_config.json", ns=(1, 1))
+    (source / "._config.json").write_text("x")
+    (source / "model-old.safetensors").write_text("a file that does not count")
+    assert find_store(str(source)) == first
+    text = (source / "tokenizer_config.json").read_text()
+    (source / "tokenizer_config.json").write_text(text + " ")
+    assert find_store(str(source)) != first
+
+
+def test_the_older_store_of_a_source_is_superseded(folder: Path, source: Path, tmp_path: Path, cli: Cli) -> None:
+    other = Path(shutil.copytree(source, tmp_path / "elsewhere" / "model"))
+    said: list[str] = []
+    first = find_store(str(source), said.append)
+    used(first, 1e9)
+    apart = find_store(str(other), said.append)
+    used(apart, 1e9)
+    assert not any("older stores" in text for text in said)
+    (source / "extra.json").write_text("{}")
+    second = find_store(str(source), said.append)
+    assert "older stores" in said[-1] and "`mlxflash cache`" in said[-1]
+    by_name = {entry.name: entry for entry in entries(folder)}
+    assert {name: entry.superseded for name, entry in by_name.items()} == {
+        first.name: True, second.name: False, apart.name: False
+    }  # fmt: skip
+    assert by_name[first.name].source == str(source) and by_name[apart.name].source == str(other)
+    assert by_name[first.name].used == 1e9 and by_name[first.name].nbytes > 100_000
+
+    code, out, err = cli()
+    assert code == 0 and err == "" and len(out.splitlines()) == 4
+    assert next(line for line in out.splitlines() if "superseded" in line).startswith(first.name)
+    code, out, err = cli("--superseded")
+    assert code == 2 and "Say --yes" in err and is_store(first)
+    code, out, err = cli("--superseded", "--yes")
+    assert code == 0 and f"removed {first.name}" in out and not first.exists() and is_store(second) and is_store(apart)
+    assert cli("--superseded", "--yes") == (0, "nothing to remove\n", "")
+
+
+def test_what_is_used_again_is_not_superseded(folder: Path, source: Path) -> None:
+    first = find_store(str(source))
+    text = (source / "tokenizer_config.json").read_text()
+    (source / "tokenizer_config.json").write_text(text + " ")
+    second = find_store(str(source))
+    for store in (first, second):
+        used(store, 1e9)
+    (source / "tokenizer_config.json").write_text(text)
+    assert find_store(str(source)) == first
+    assert [entry.name for entry in entries(folder) if entry.superseded] == [second.name]
+
+
+def test_what_runs_or_is_being_made_stays(folder: Path, source: Path, open_model: Any, cli: Cli) -> None:
+    store = find_store(str(source))
+    model = open_model(store)
+    code, _, err = cli("--all", "--yes")
+    assert code == 1 and err == f"{store.name} is in use and stays\n" and is_store(store)
+    model.flash.close()
+    for lock in (f".{store.name}.lock", f"{store.name}.lock"):
+        with FileLock(folder / lock):
+            assert cli("--remove", store.name, "--yes")[0] == 1 and is_store(store)
+    code = cli("--remove", store.name, "--yes")[0]
+    assert code == 0 and not store.exists() and list(folder.iterdir()) == []
+
+
+def test_what_is_not_ours_is_neither_listed_nor_touched(folder: Path, source: Path, tmp_path: Path, cli: Cli) -> None:
+    store = find_store(str(source))
+    partial = folder / f"model-{'0' * 12}.partial"
+    partial.mkdir()
+    (partial / RECORD).write_text('{"mlx_flash": "0.1.0"}')
+    (folder / "chat-history").write_text("hello\n")
+    (folder / f"theirs-{'1' * 12}").mkdir()
+    (folder / f"theirs-{'1' * 12}" / "manifest.json").write_text("{}")
+    (folder / f"theirs-{'2' * 12}.partial").mkdir()
+    (folder / "notes.txt").write_text("x")
+    outside = Path(shutil.copytree(store, tmp_path / f"outside-{'3' * 12}"))
+    (folder / outside.name).symlink_to(outside)
+    kinds = {entry.name: entry.kind for entry in entries(folder)}
+    assert kinds == {store.name: "store", partial.name: "partial conversion", "chat-history": "chat history"}
+    assert cli("--remove", "notes.txt", "--yes")[0] == 2
+    assert cli("--all", "--yes")[0] == 0
+    assert entries(folder) == [] and is_store(outside)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {f"theirs-{'1' * 12}", f"theirs-{'2' * 12}.partial", "notes.txt", outside.name}
+
+
+@pytest.mark.parametrize(("answer", "removed"), [("y", True), ("YES", True), ("", False), ("n", False), (None, False)])
+def test_the_question(
+    folder: Path, source: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, answer: str | None, removed: bool
+) -> None:
+    store = find_store(str(source))
+
+    def reply(prompt: str) -> str:
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", reply)
+    code, out, _ = cli("--all")
+    assert store.name in out and store.exists() is not removed and code == (0 if removed else 1)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "none"))
+    assert cli() == (0, f"{tmp_path / 'none'}: 0.00 GB\n", "")
+
+
+def test_a_cache_that_cannot_be_written_to_still_runs(folder: Path, source: Path, monkeypatch: Any) -> None:
+    store = find_store(str(source))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    cached._note_of(store).unlink()
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert find_store(str(source)) == store and place_of(source, str(source))[0] == store
+    assert loading.is_store(store)

@@ -1,0 +1,25 @@
+"""A few faults of each job, the same in every run; `campaign.py` injects as many as one wants."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from campaign import BAD, run  # type: ignore[import-not-found]  # found beside this file
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="the shim needs Linux and a C compiler"
+)
+
+
+@pytest.mark.parametrize(("job", "runs"), [("decode", 18), ("load", 18), ("convert-partial", 8), ("serve", 8)])
+def test_a_fault_ends_in_the_right_text_or_in_an_error_that_names_a_file(job: str, runs: int, tmp_path: Path) -> None:
+    counts, bad = run(job, runs, 0, tmp_path)
+    assert not bad
+    assert counts["right"] + counts["clear"] > 0
+    assert not any(counts[name] for name in BAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def mutated(rng: random.Random, tree: Any) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         places = list(_places(tree))
         if not places:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         holder, key = rng.choice(places)
         _change(rng, holder, key, places)
     return tree
@@ -59,7 +60,7 @@ def _change(rng: random.Random, holder: Any, key: Any, places: list[tuple[Any, A
         at = rng.randrange(len(value) + 1)
         holder[key] = value[:at] + rng.choice(("\0", "\ud800", "𐍈", "/", value, "%", "{{")) + value[at:]
     else:
-        holder[key] = rng.choice(ODD)
+        holder[key] = copy.deepcopy(rng.choice(ODD))
 
 
 def flipped(rng: random.Random, data: bytes) -> bytes:

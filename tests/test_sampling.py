@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.sample_utils import make_sampler as make_mlx_lm_sampler
 
-from mlx_flash.errors import CheckpointError
+from mlx_flash.errors import CheckpointError, CorruptStoreError
 from mlx_flash.generation_config import MOST_BYTES, GenerationConfig, read_generation_config
 from mlx_flash.loading import load
 from mlx_flash.sampling import Sampling, add_sampling_arguments, check_sampling, make_sampler, sampling_of
@@ -79,8 +79,8 @@ def test_models_that_are_not_to_be_sampled(tmp_path: Path) -> None:
         ({"eos_token_id": [1, "a"]}, "eos_token_id is "),
         ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
         ([], "holds list, expected a JSON object"),
-        ("{", "cannot be read: "),
-        ("[" * 99999, "cannot be read: "),
+        ("{", "cannot be used: "),
+        ("[" * 99999, "cannot be used: "),
         (" " * MOST_BYTES + "{}", "expected at most 1048576"),
     ],
 )
@@ -100,7 +100,7 @@ def test_the_settings_are_those_of_the_model_that_is_loaded(own_store: Path) -> 
     assert model.flash.defaults.sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     assert tokenizer.eos_token_ids >= {2, 5}
     (own_store / "generation_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json holds list"):
+    with pytest.raises(CorruptStoreError, match=r"generation_config\.json: it holds no JSON object"):
         load(own_store)
 
 

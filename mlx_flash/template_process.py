@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
+from .children import child_environment
 from .errors import ChatTemplateError, ChatTemplateFailure
 
 SECONDS = 10.0  # that one rendering may take
 MEMORY_BYTES = 128 << 20  # that one rendering may take beyond its input; macOS does not enforce it
 WAIT_SECONDS = 60.0  # for the renderings of others
-WORKER = Path(__file__).parent / "template_worker.py"
+WORKER = "mlx_flash.template_worker"
 
 _Worker = subprocess.Popen[bytes]
 
@@ -88,13 +88,14 @@ class TemplateProcess:
         if self._closed.is_set():
             raise ChatTemplateError("the chat template is not applied any more: this process is about to end.")
         try:
-            # -P: no code out of the working directory. A group of its own: a Ctrl-C of the terminal is not for it.
+            # A group of its own: a Ctrl-C of the terminal is not for it.
             worker = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER), str(SECONDS), str(MEMORY_BYTES)],
+                [sys.executable, "-m", WORKER, str(SECONDS), str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 process_group=0,
+                env=child_environment(),
             )
         except OSError as error:
             raise ChatTemplateError(f"the process that applies the chat template cannot be started: {error}.") from None

@@ -1,4 +1,4 @@
-"""A process that renders chat templates. `template_process` runs this file, which imports nothing of this package.
+"""A process that renders chat templates. `template_process` runs it; it imports nothing else of this package.
 
 A chat template is a program that came with the model, so it runs in a process that can be limited and killed. Standard
 input has one request per line, standard output one answer per line, both JSON. The process ends with its input.

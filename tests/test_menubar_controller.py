@@ -135,7 +135,8 @@ def test_shows_the_rate_while_it_speaks_and_stops_speaking(
     running(controller)
     controller.ask(QUESTION)
     state = wait_for(controller, lambda state: state.tokens_per_second and state.answer)
-    assert state.answering and wording.icon_text(state) == wording.rate_text(state.tokens_per_second)
+    assert state.answering and state.tokens_per_second
+    assert wording.icon_text(state) == wording.rate_text(state.tokens_per_second)
     controller.cancel()
     state = controller.state
     assert not state.answering

@@ -278,10 +278,10 @@ def test_telling_a_client_whose_loop_has_ended_does_no_harm(monkeypatch: pytest.
         def submit(self, job: Any) -> None:
             pass
 
+    engine: Any = NoEngine()
+
     async def wait() -> answering.Waiting:
-        return answering.Waiting(
-            NoEngine(), ids=[1], max_tokens=1, sampling=None, stop=(), top_logprobs=None, prefix="x"
-        )  # type: ignore[arg-type]
+        return answering.Waiting(engine, ids=[1], max_tokens=1, sampling=None, stop=(), top_logprobs=None, prefix="x")
 
     waiting = asyncio.run(wait())
     monkeypatch.setattr(waiting._loop, "is_closed", lambda: False)  # as it was a moment before

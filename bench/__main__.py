@@ -32,6 +32,7 @@ COMMANDS = (
     "synthetic",
     "random-checkpoint",
     "synthetic-mixture",
+    "memory-models",
 )
 
 

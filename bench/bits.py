@@ -14,7 +14,7 @@ from unittest.mock import patch
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_flash import loading
+from mlx_flash import loading, streaming_needs
 from mlx_flash.commands import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import BITS, PREFILL_TOKENS
@@ -174,7 +174,7 @@ def open_with(store: Path, share: float) -> Any:
     The process's own size, which every plan measures anew, varies by more than a small model's slots: it is held fixed.
     """
     process = current_memory_bytes()
-    with patch.object(loading, "current_memory_bytes", lambda: process):
+    with patch.object(streaming_needs, "current_memory_bytes", lambda: process):
         model, _ = loading.load(store)
         plan = model.flash.plan
         model.flash.close()

@@ -19,8 +19,9 @@ from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.pace import Pace
+from mlx_flash.memory_needs import needs_of
 from mlx_flash.mixture import open_mixture
-from mlx_flash.mixture_loading import number_of, trace
+from mlx_flash.mixture_loading import number_of, streamed_layers
 from mlx_flash.stats import Counters
 
 from . import children
@@ -69,18 +70,18 @@ def examine(folder: str, context: int) -> dict[str, Any]:
     except BudgetError as error:
         smallest = error.smallest_bytes
     mixture = open_mixture(Path(folder))
-    shape = trace(mixture, context)
+    needs = needs_of(mixture.model, streamed_layers(mixture), context)
     layers = len(mixture.switches)
     experts_bytes = layers * mixture.experts * mixture.expert_bytes
     return {
         "smallest_bytes": smallest,
         "layers": layers,
         "experts": mixture.experts,
-        "choices": shape.choices,
+        "choices": needs.choices,
         "expert_bytes": mixture.expert_bytes,
         "experts_bytes": experts_bytes,
         "weights_bytes": experts_bytes + sum(array.nbytes for _, array in mixture.resident()),
-        "vocabulary": shape.vocabulary,
+        "vocabulary": needs.vocabulary,
         "positions": number_of(mixture.config, "max_position_embeddings", context),
         "files": [str(file) for file in mixture.files],
         "synthetic": "synthetic" in mixture.config,

@@ -1,64 +1,128 @@
-"""Does the plan hold? Generates in a memory cgroup that kills above the budget, at several budgets."""
+"""Does the plan hold, and is it close? Generates in memory cgroups that kill above the budget, over models and budgets.
+
+Each cell is a process of its own whose prompt fills the context. `memory-models` makes models of every kind for it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from mlx_flash.children import child_environment
 from mlx_flash.commands import whole_number
-from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.errors import BudgetError, FlashError, UsageError
 from mlx_flash.finding import demo_folder
-from mlx_flash.loading import load_tokenizer
+from mlx_flash.flash.files import is_store
+from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.plan import parse_memory
 
+from . import children
 from .cgroup import memory_group
+
+CLOSE = 0.9  # of the plan, that the peak is to reach from 1 GB on
+NAMES = ("smallest", "+25%", "half", "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="store, best much larger than the budgets")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="stores, or checkpoints of mixtures")
     parser.add_argument(
-        "--budgets", default="smallest,2GB,3GB", help="separated by commas; `smallest` asks (default: %(default)s)"
+        "--budgets",
+        default=",".join(NAMES),
+        help="sizes, or the smallest that does, a quarter more, half of the units, all (default: %(default)s)",
     )
-    parser.add_argument("--tokens", type=whole_number(1), default=32, help="to generate (default: %(default)s)")
+    parser.add_argument("--least", default="0B", metavar="SIZE", help="no budget is smaller (default: %(default)s)")
+    parser.add_argument("--predictors", default="auto", help="of stores, separated by commas (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole_number(1), default=16, help="to generate (default: %(default)s)")
     parser.add_argument(
-        "--context", type=whole_number(64), default=512, help="tokens to plan for and to fill (default: %(default)s)"
+        "--context", type=whole_number(64), default=1024, help="tokens to plan for and to fill (default: %(default)s)"
     )
-    parser.add_argument("--predictor", default="auto", help="default: %(default)s")
+    parser.add_argument("--log", type=Path, help="file that gets a line of JSON for every cell; those in it are kept")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    rows = []
-    command = [sys.executable, "-m", "mlx_flash.generate", "--model", arguments.model, "--json"]
-    command += ["--predictor", arguments.predictor, "--max-tokens", str(arguments.tokens)]
-    command += ["--context", str(arguments.context), "--prompt", prompt_of(arguments.context - arguments.tokens)]
-    for name in arguments.budgets.split(","):
-        budget = smallest_budget(command) if name == "smallest" else parse_memory(name)
-        with memory_group(budget) as group:
-            done = group.run([*command, "--memory", str(budget) + "B"], child_environment())
-            row = {"budget": budget, "exit": done.returncode, "kills": group.kills(), "cgroup_peak": group.peak_bytes()}
-        if done.returncode == 0:
-            result = json.loads(done.stdout.splitlines()[-1])
-            keys = ("peak_memory_bytes", "generation_tps", "hit_rate", "bytes_per_token")
-            row |= {"planned": result["plan"]["total"], **{key: result[key] for key in keys}}
-        rows.append(row)
-    print(f"{'budget MB':>10}{'planned':>9}{'peak RSS':>10}{'RSS/plan':>10}{'killed':>8}{'tokens/s':>10}{'hits':>8}")
+    rows = [json.loads(line) for line in arguments.log.read_text().splitlines()] if _exists(arguments.log) else []
+    print(
+        f"{'model':<18}{'predictor':<10}{'budget':<9}{'MB':>7}{'plan':>7}{'peak':>7}{'ratio':>8}{'killed':>8}{'exit':>6}"
+    )
     for row in rows:
-        if row["exit"]:
-            print(f"{row['budget'] / 1e6:>10.0f}  ended with exit code {row['exit']}, killed {row['kills']}")
-            continue
-        hits = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
-        print(
-            f"{row['budget'] / 1e6:>10.0f}{row['planned'] / 1e6:>9.0f}{row['peak_memory_bytes'] / 1e6:>10.0f}"
-            f"{row['peak_memory_bytes'] / row['planned']:>10.2f}{row['kills']:>8}"
-            f"{row['generation_tps']:>10.3f}{hits:>8}"
-        )
-    print(json.dumps({"command": "peak-memory", "model": arguments.model, "rows": rows}))
-    if any(row["exit"] or row["peak_memory_bytes"] > row["planned"] for row in rows):
+        print(_line(row), flush=True)
+    known = {(row["model"], row["predictor"], row["name"]) for row in rows}
+    for model, predictor, name, budget in _cells(arguments, known):
+        row = {"model": model.name, "predictor": predictor, "name": name} | _run(arguments, model, predictor, budget)
+        rows.append(row)
+        print(_line(row), flush=True)
+        if arguments.log:
+            with arguments.log.open("a") as file:
+                print(json.dumps(row), file=file)
+    ratios = [row["peak"] / row["plan"] for row in rows if "plan" in row]
+    if ratios:
+        print(f"{len(ratios)} cells: the peak is {min(ratios):.3f} to {max(ratios):.3f} of the plan")
+    print(json.dumps({"command": "peak-memory", "context": arguments.context, "rows": rows}))
+    if any(row["exit"] or row["kills"] or row["peak"] > row["plan"] for row in rows):
         raise FlashError("a run was killed, failed, or went over its plan (see above).")
+    if far := [row for row in rows if row["plan"] >= 1e9 and row["peak"] < CLOSE * row["plan"]]:
+        raise FlashError(f"{len(far)} peaks are below {CLOSE:.0%} of a plan of 1 GB or more (see above).")
+
+
+def _exists(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
+def _cells(arguments: argparse.Namespace, known: set[tuple[str, str, str]]) -> Iterator[tuple[Path, str, str, int]]:
+    """(model, predictor, name of the budget, budget), without those that are known."""
+    least = parse_memory(arguments.least)
+    for model in arguments.model:
+        for predictor in arguments.predictors.split(",") if is_store(model) else ["auto"]:
+            names = [name for name in arguments.budgets.split(",") if (model.name, predictor, name) not in known]
+            named = {}
+            if set(names) & set(NAMES):
+                question = [str(model), predictor, arguments.context]
+                named = children.ask("mlx_flash.bench.peak_memory", question, model.name)
+            taken = set()
+            for name in names:
+                budget = max(least, named[name] if name in named else parse_memory(name))
+                if budget not in taken:
+                    taken.add(budget)
+                    yield model, predictor, name, budget
+
+
+def budgets_of(model: str, predictor: str, context: int) -> dict[str, int]:
+    """Budgets by name, in bytes, asked in a process like the one that will generate."""
+    import mlx_flash.generate  # noqa: F401  # the plan counts what the process is
+
+    try:
+        load(model, memory=1, predictor=predictor, context=context)
+    except BudgetError as refused:
+        smallest = int(1.01 * refused.smallest_bytes)  # processes differ a little
+        values = (smallest, int(1.25 * smallest), refused.bytes_for(0.5), refused.full_bytes)
+        return {name: max(smallest, value) for name, value in zip(NAMES, values, strict=True)}
+    raise UsageError("a budget of one byte was not refused.")
+
+
+def _run(arguments: argparse.Namespace, model: Path, predictor: str, budget: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mlx_flash.generate", "--model", str(model), "--json"]
+    command += ["--predictor", predictor, "--max-tokens", str(arguments.tokens), "--temp", "0"]
+    command += ["--context", str(arguments.context), "--prompt", prompt_of(arguments.context - arguments.tokens)]
+    with memory_group(budget) as group:
+        done = group.run([*command, "--memory", f"{budget}B"], child_environment())
+        row: dict[str, Any] = {"budget": budget, "exit": done.returncode, "kills": group.kills()}
+        row["cgroup_peak"] = group.peak_bytes()
+    if done.returncode == 0:
+        result = json.loads(done.stdout.splitlines()[-1])
+        row |= {"plan": result["plan"]["total"], "peak": result["peak_memory_bytes"], "parts": result["plan"]}
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    start = f"{row['model']:<18}{row['predictor']:<10}{row['name']:<9}{row['budget'] / 1e6:>7.0f}"
+    end = f"{row['kills']:>8}{row['exit']:>6}"
+    if "plan" not in row:
+        return f"{start}{'-':>7}{'-':>7}{'-':>8}{end}"
+    return f"{start}{row['plan'] / 1e6:>7.0f}{row['peak'] / 1e6:>7.0f}{row['peak'] / row['plan']:>8.3f}{end}"
 
 
 def prompt_of(tokens: int) -> str:
@@ -68,10 +132,5 @@ def prompt_of(tokens: int) -> str:
     return str(tokenizer.decode(ids[1:]))
 
 
-def smallest_budget(command: list[str]) -> int:
-    """What generate names when it is given too little, in bytes, with 1 % for what varies from run to run."""
-    done = subprocess.run([*command, "--memory", "1MB"], capture_output=True, text=True, env=child_environment())
-    found = re.search(r"smallest that would do is (\d+)MB", done.stderr)
-    if found is None:
-        raise UsageError(f"generate did not name a smallest budget:\n{done.stderr}")
-    return int(int(found[1]) * 1_000_000 * 1.01)
+if __name__ == "__main__":
+    children.answer(budgets_of)

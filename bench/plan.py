@@ -12,23 +12,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_flash.commands import whole_number
+from mlx_flash.convert.conversion import DECODE_TOKENS
 from mlx_flash.convert.families import family_of
 from mlx_flash.convert.outline import RESIDENT_GROUP, Settings
 from mlx_flash.convert.predictors import SHADOW_GROUP
 from mlx_flash.convert.resident import ResidentTensors
 from mlx_flash.defaults import BITS, CONTEXT
 from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
-from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.loading import model_classes
-from mlx_flash.plan import (
-    PROCESS_MARGIN_BYTES,
-    Demand,
-    Notes,
-    kv_cache_bytes,
-    make_plan,
-    parse_memory,
-    workspace_bytes,
-)
+from mlx_flash.memory_needs import needs_of
+from mlx_flash.plan import MLX_CACHE_BYTES, Demand, Notes, make_plan, parse_memory
+from mlx_flash.streaming_needs import neurons_need, process_bytes, scratch_bytes
 
 from .random_checkpoint import SHAPES, opt_config
 
@@ -52,13 +46,17 @@ def main(arguments: argparse.Namespace) -> None:
     config = opt_config(hidden, layers, heads)
     layout = NeuronLayout.plan(DTYPE, layers, 4 * hidden, hidden, ("up", "down"), arguments.bits)
     context = min(arguments.context, config["max_position_embeddings"])
-    item = ITEM_BYTES[DTYPE]
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(config))  # its random weights are never evaluated
+    need = neurons_need(layout, DECODE_TOKENS)
+    layers_of = [(layer, "mlp", need) for layer in model.layers]
+    needs = needs_of(model, layers_of, context, getattr(mx, DTYPE), as_on_metal=True)
     demand = Demand(
-        process=current_memory_bytes() + PROCESS_MARGIN_BYTES,
+        process=process_bytes(),
         resident=resident_bytes(config, arguments.resident_bits),
         predictors=shadow_bytes(layout, Settings().shadow_bits),
-        kv_cache=kv_cache_bytes(layers, hidden, context, item),
-        workspace=workspace_bytes(layout, heads, context, item, fused_attention=True),
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + MLX_CACHE_BYTES + needs.workspace,
     )
     resident = f", {arguments.resident_bits} bits" if arguments.resident_bits < 16 else ""
     slots = f", {layout.bits} bits" if layout.quantised else ""

@@ -23,7 +23,7 @@ from .defaults import PREFILL_TOKENS
 from .detokenizer import Detokenizer
 from .encoding import encode
 from .errors import UsageError
-from .flash.system import peak_memory_bytes
+from .flash.system import large_memory_given_back, peak_memory_bytes
 from .host_arrays import to_numpy
 from .stats import Counters, Statistics
 
@@ -164,11 +164,12 @@ class _Steps:
         progress(0, total)
         while total - done > 1:
             piece = ids[done : min(done + step, total - 1)]
-            with self._counting("prompt"):
-                self.model(mx.array(piece)[None], cache=self.cache)
-                mx.eval([c.state for c in self.cache])
-                self.model.flash.settle()
-            mx.clear_cache()
+            with large_memory_given_back():
+                with self._counting("prompt"):
+                    self.model(mx.array(piece)[None], cache=self.cache)
+                    mx.eval([c.state for c in self.cache])
+                    self.model.flash.settle()
+                mx.clear_cache()
             done += len(piece)
             progress(done, total)
 

@@ -32,25 +32,22 @@ from .errors import (
 from .finding import find_source, store_of
 from .flash.files import Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
-from .flash.reader import BOUNCE_BYTES_PER_THREAD
-from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .flash.system import READ_ALIGNMENT, usable_memory_bytes
 from .generation_config import read_generation_config
 from .kinds import is_mixture, refuse_own_code
 from .layers.activations import Activation
 from .layers.recall import Setting
+from .memory_needs import Call, needs_of
 from .mixture_loading import load_mixture
-from .plan import (
-    PROCESS_MARGIN_BYTES,
-    Demand,
-    Notes,
-    Plan,
-    blocks_needed,
-    kv_cache_bytes,
-    make_plan,
-    parse_memory,
-    workspace_bytes,
-)
+from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan, parse_memory
 from .runtime import BUFFER_CACHE
+from .streaming_needs import (
+    loading_excess_bytes,
+    neurons_need,
+    process_bytes,
+    reading_bytes,
+    scratch_bytes,
+)
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -250,7 +247,7 @@ def _load(
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, args, manifest, kind, setting, folder, budget, context, threads)
+    plan = _plan(model, manifest, kind, setting, folder, budget, context, threads)
     say(plan.describe())
     if setting is not None:
         say(setting.describe())
@@ -359,7 +356,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _plan(
     model: Any,
-    args: Any,
     manifest: Manifest,
     kind: str,
     setting: Setting | None,
@@ -369,35 +365,41 @@ def _plan(
     threads: int,
 ) -> Plan:
     layout = manifest.layout
-    item_bytes = building.compute_dtype(manifest.resident_dtype).size
-    resident = building.resident_bytes(folder, manifest, item_bytes)
+    dtype = building.compute_dtype(manifest.resident_dtype)
+    sizes = building.resident_sizes(folder, manifest, dtype.size)
+    parts = building.slot_parts(manifest, kind)
+    selects_up_to = 0 if kind == "none" else manifest.decode_tokens
+    need = neurons_need(layout, selects_up_to)
+    try:
+        needs = needs_of(model, [(layer, "mlp", need) for layer in model.layers], context, dtype)
+    except CONFIG_ERRORS as error:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
+            "Convert the checkpoint again."
+        ) from None
+    offset, slot_bytes = layout.part_range(parts)
+    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
     if kind == "exact":
-        predictor_bytes = layout.layers * layout.neurons * layout.width * item_bytes
+        matrix = layout.neurons * layout.width * dtype.size
+        predictor_bytes = layout.layers * matrix
+        # The last matrix is put together of its pieces.
+        computing = max(computing, matrix + need(Call(0, layout.width, dtype.size, 1)) - needs.kv_cache)
     else:
         tensors = building.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
-        dtype = building.compute_dtype(manifest.resident_dtype)
         predictor_bytes = sum(building.as_used(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    heads = getattr(args, "num_attention_heads", 1)
-    on_cpu = mx.default_device() == mx.cpu
-    fused = not on_cpu and not getattr(args, "alibi", False)  # biases are an array as large as the scores
-    workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=fused)
-    if kind == "exact":
-        workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
-    part_offset, slot_bytes = layout.part_range(building.slot_parts(manifest, kind))
-    if (part_offset | slot_bytes) % READ_ALIGNMENT:
-        workspace += threads * BOUNCE_BYTES_PER_THREAD
+    loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
     demand = Demand(
-        process=current_memory_bytes() + PROCESS_MARGIN_BYTES,
-        resident=resident,
+        process=process_bytes(),
+        resident=sum(sizes),
         predictors=predictor_bytes,
-        kv_cache=kv_cache_bytes(layout.layers, model.kv_width, context, item_bytes),
-        workspace=workspace,
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + MLX_CACHE_BYTES + max(computing, loading),
     )
     free = usable_memory_bytes()
-    need = _need(manifest, kind, setting)
+    shares = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
-    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", need, notes)
+    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
 
 
 def _notes(manifest: Manifest, kind: str) -> Notes:

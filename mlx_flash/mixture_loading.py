@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from .defaults import PREFILL_TOKENS
 from .errors import CheckpointError, ReadError
 from .flash.checksums import crc32_of, read_header
 from .flash.experts import ExpertStreamer
-from .flash.files import round_up
 from .flash.plain_files import reading, unreadable
-from .flash.reader import BOUNCE_BYTES_PER_THREAD, Reader, UnitFile
-from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
+from .flash.reader import Reader, UnitFile
+from .flash.system import usable_memory_bytes
 from .kinds import said
-from .layers.expert_products import is_widened
+from .memory_needs import StreamedNeed, needs_of
 from .mixture import Mixture, open_mixture, parent_of
-from .plan import KV_STEP_TOKENS, MLX_CACHE_BYTES, PROCESS_MARGIN_BYTES, Demand, Notes, Units, share_budget
+from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime, evaluate_constants
+from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 
 
 def load_mixture(
@@ -51,20 +48,22 @@ def load_mixture(
     positions = number_of(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
     try:
-        shape = trace(mixture, context)
+        needs = needs_of(mixture.model, streamed_layers(mixture), context)
     except Exception as error:  # mlx-lm's model and MLX raise plain ones
         raise CheckpointError(
             f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {said(error)}. "
             "Download the checkpoint again."
         ) from None
     layers = len(mixture.switches)
-    process = current_memory_bytes() + PROCESS_MARGIN_BYTES
+    resident = [array.nbytes for _, array in mixture.resident()]
+    computing = needs.workspace + reading_bytes(threads, aligned=False)  # experts lie anywhere in their files
+    loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # before there are slots
     demand = Demand(
-        process=process,
-        resident=sum(array.nbytes for _, array in mixture.resident()) + mixture.table_bytes,
+        process=process_bytes(),
+        resident=sum(resident) + mixture.table_bytes,
         predictors=0,
-        kv_cache=shape.kv_bytes,
-        workspace=workspace_bytes(mixture, shape, context, threads),
+        kv_cache=needs.kv_cache,
+        workspace=MLX_CACHE_BYTES + max(computing, loading),
     )
     free = usable_memory_bytes()
     units = Units(layers, mixture.experts, 1, "experts of each layer")
@@ -79,8 +78,15 @@ def load_mixture(
     mixture.stream(streamer, plan.slots, window)
     evaluate_constants(mixture.model)
     model = mixture.model
-    model.flash = Runtime(plan, streamer, mixture.layers(), "router", shape.vocabulary, positions)
+    model.flash = Runtime(plan, streamer, mixture.layers(), "router", needs.vocabulary, positions)
     return model
+
+
+def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
+    """Those of a mixture, as `needs_of` wants them."""
+    drops_late = mx.default_device() != mx.cpu
+    needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
+    return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
 
 
 def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
@@ -94,87 +100,6 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
             unit.close()
         raise
     return opened
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a call of the model is like, learnt by building its graph once."""
-
-    kv_bytes: int  # of the prompt cache for the planned context
-    width: int  # numbers of what enters a switch layer, of a token
-    choices: int  # experts per token
-    pair_bytes: int  # made of one (token, expert) pair within a switch layer, in float32
-    vocabulary: int  # tokens that it has logits for
-
-
-def trace(mixture: Mixture, context: int) -> Shape:
-    """Calls the model on one token without evaluating anything; the switch layers must still be mlx-lm's.
-
-    context: tokens that the prompt cache is to hold.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    seen: list[tuple[int, int]] = []
-
-    class Looking(nn.Module):
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self._inner = inner
-
-        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-            seen.append((x.shape[-1], indices.shape[-1]))
-            result: mx.array = self._inner(x, indices)
-            return result
-
-    places = [parent_of(mixture.model, path) for path in mixture.switches]
-    inner = [parent[name] for parent, name in places]
-    try:
-        for parent, name in places:
-            parent[name] = Looking(parent[name])
-        cache = make_prompt_cache(mixture.model)
-        logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)
-    finally:
-        for (parent, name), switch in zip(places, inner, strict=True):
-            parent[name] = switch
-    width = max(width for width, _ in seen)
-    hidden = max(
-        tensor.shape[0] for tensors in mixture.switches.values() for tensor in tensors.values() if len(tensor.shape) > 1
-    )
-    choices, pair_bytes = max(k for _, k in seen), 4 * (3 * width + 4 * hidden)
-    return Shape(_cache_bytes(cache, context), width, choices, pair_bytes, logits.shape[-1])
-
-
-def _cache_bytes(cache: Sequence[Any], context: int) -> int:
-    """What a prompt cache will take for `context` tokens, from one that has seen a token: not all its parts grow."""
-    from mlx.utils import tree_flatten
-
-    total = largest = 0
-    for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):
-        growing = [a for a in (getattr(part, "keys", None), getattr(part, "values", None)) if isinstance(a, mx.array)]
-        if growing:  # (B, heads, tokens, width)
-            most = min(context, getattr(part, "max_size", context) + PREFILL_TOKENS)
-            size = sum(array.nbytes // array.shape[2] for array in growing) * round_up(most, KV_STEP_TOKENS)
-            largest = max(largest, size)  # there twice while it grows
-        else:
-            state: Any = tree_flatten(part.state)
-            size = sum(array.nbytes for _, array in state if isinstance(array, mx.array))
-        total += size
-    return total + largest
-
-
-def workspace_bytes(mixture: Mixture, shape: Shape, context: int, threads: int) -> int:
-    """Readers' buffers, the activations of a prompt chunk, widened experts, MLX's buffer cache; in bytes."""
-    tokens = min(PREFILL_TOKENS, context)
-    bounce = threads * min(BOUNCE_BYTES_PER_THREAD, mixture.expert_bytes + 2 * READ_ALIGNMENT)
-    activations = tokens * (4 * 16 * shape.width + shape.choices * shape.pair_bytes)
-    scores = widened = 0
-    if mx.default_device() == mx.cpu:
-        heads = number_of(mixture.config, "num_attention_heads", 1)
-        scores = 3 * heads * tokens * context * 4
-    named = [item for tensors in mixture.switches.values() for item in tensors.items()]
-    if any(is_widened(name.rsplit(".", 1)[1], tensor.dtype) for name, tensor in named):
-        widened = 2 * mixture.expert_bytes * min(mixture.experts, tokens * shape.choices)
-    return bounce + activations + scores + widened + MLX_CACHE_BYTES
 
 
 def read_resident(mixture: Mixture) -> None:

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from .defaults import PREFILL_TOKENS
 from .errors import BudgetError, UsageError
-from .flash.files import ITEM_BYTES, NeuronLayout, round_up
+from .flash.files import NeuronLayout
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
-PROCESS_MARGIN_BYTES = 48 << 20  # what the interpreter still grows after the plan is made
+KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
 RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
-KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
 
 
 def parse_memory(text: str | int) -> int:
@@ -121,29 +119,6 @@ class Plan:
         return "\n".join(["memory plan", *lines])
 
 
-def kv_cache_bytes(layers: int, width: int, context: int, item_bytes: int) -> int:
-    """Keys and values for `context` tokens, and one layer twice while its cache grows."""
-    return 2 * (layers + 1) * round_up(context, KV_STEP_TOKENS) * width * item_bytes
-
-
-def workspace_bytes(layout: NeuronLayout, heads: int, context: int, item_bytes: int, fused_attention: bool) -> int:
-    """Two scratch pieces, a piece gathered and widened, the activations of a prompt chunk, MLX's buffer cache.
-
-    Quantised rows are widened by `mx.dequantize`, whose own work space on the CPU backend is as large as its result.
-    """
-    tokens = min(PREFILL_TOKENS, context)
-    scratch = 2 * layout.piece_blocks * layout.block_bytes
-    gathered = layout.piece_neurons * layout.bundle_bytes
-    widened = layout.piece_neurons * layout.width * len(layout.parts) * item_bytes
-    if layout.quantised:
-        widened += widened // 2
-    elif item_bytes == ITEM_BYTES[layout.dtype]:
-        widened = 0
-    activations = tokens * item_bytes * (16 * layout.width + 4 * layout.piece_neurons)
-    scores = 0 if fused_attention else 3 * heads * tokens * context * item_bytes
-    return scratch + 2 * (gathered + widened) + activations + scores + MLX_CACHE_BYTES
-
-
 def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
     """From the share of a layer's neurons that a token needs, that of its blocks: those with any such neuron."""
     sound = [min(1.0, max(1e-3, share)) for share in shares]  # a manifest may hold any number
@@ -217,20 +192,20 @@ def share_budget(
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
         budget = min(max(budget, smallest), everything)
-        source = f"{free / 1e9:.2f} GB are free, too little for this model"
+        found = f"{free / 1e9:.2f} GB are free. Close other programs,"
         refused = smallest > demand.process + free
     else:
         budget = min(budget, 2**62)  # as good as endless
-        source = f"the memory budget is {budget / 1e9:.3f} GB"
+        found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB),"
         refused = budget < smallest
     if refused:
         # Rounded up, so that the figure can be typed back and is enough in another process too.
         smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
         raise BudgetError(
-            f"{source}; the smallest that would do is {smallest_mb}MB "
+            f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
-            f"{demand.workspace / 1e6:.0f} MB work space). Close other programs, give more, or lower --context.",
+            f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)} or lower --context.",
             smallest_mb * 10**6,
             everything + RUN_TO_RUN_BYTES,
             units_bytes,

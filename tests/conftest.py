@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from device import ON_CPU  # type: ignore[import-not-found]  # found beside this file, first of all
 from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
+from hypothesis import settings
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if ON_CPU and item.get_closest_marker("metal"):
             item.add_marker(pytest.mark.skip(reason="MLX_FLASH_TEST_DEVICE=cpu"))
 
+
+# The suite tries the same examples every time. Random ones: `pytest --hypothesis-profile=search`.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("suite")
 
 GOLDEN_VARIANTS = (
     *("opt-pre", "opt-350m-like", "opt-nobias"),

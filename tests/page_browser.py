@@ -84,7 +84,7 @@ def smallest_budget(*options: str) -> int:
     """MB. With little memory there is something to read."""
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--memory", "1MB", *options]
     said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stderr
-    found = re.search(r"smallest that would do is (\d+)MB", said)
+    found = re.search(r"needs at least (\d+)MB", said)
     assert found is not None, said
     return int(found[1])
 

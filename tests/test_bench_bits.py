@@ -57,7 +57,7 @@ def test_a_plan_from_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ("process", "resident_weights", "predictors", "slots", "kv_cache", "workspace")
     assert made["total"] == sum(made[kind] for kind in kinds) <= made["budget"] == 10**9
     assert made["slot_bytes"] == 864  # 2 x (768 / 2 + 768 / 64 x 2 x 2)
-    with pytest.raises(BudgetError, match="the smallest that would do"):
+    with pytest.raises(BudgetError, match="this model needs at least"):
         run(*flags, "--memory", "100MB")
 
 

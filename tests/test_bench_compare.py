@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mlx_flash import loading
+from mlx_flash import loading, streaming_needs
 from mlx_flash.bench import baselines, cgroup, compare, report, sides, steps, synthetic, traces
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import FlashError, ReadError, UsageError
@@ -107,7 +107,7 @@ def test_a_side_runs_in_a_process_of_its_own(
     assert {"hits", "misses", "bytes", "reads", "read_s", "wait_s", "manage_s", "total_s"} <= set(result["samples"][0])
     assert result["peak_memory_bytes"] >= result["memory_bytes"] > 0
     assert result["weights_bytes"] < result["plan"]["total"]
-    with pytest.raises(UsageError, match="smallest that would do"):
+    with pytest.raises(UsageError, match="needs at least"):
         sides.run(sides.Side("flash", memory=1), task)
     capfd.readouterr()
     with pytest.raises(FlashError, match="the side nonsense ended with exit code"):
@@ -153,7 +153,7 @@ def command(
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a command in this process, whose size is made not to matter; returns the last line."""
     monkeypatch.setattr(sides, "run", lambda side, task, group=None: sides._run_here(side, task))
-    monkeypatch.setattr(loading, "current_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
 
     def run(name: str, *flags: str) -> dict[str, Any]:
         given = [name, "--model", str(tiny_synthetic), "--output", str(tmp_path / "out"), "--no-cgroup", *flags]

@@ -18,7 +18,7 @@ from mixtures import choices_seen, make_mixture  # type: ignore[import-not-found
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlx_flash import mixture_loading
+from mlx_flash import streaming_needs
 from mlx_flash.bench import __main__ as bench
 from mlx_flash.bench import children, compare, mixture, mixture_memory, mixture_sides, mixture_steps
 from mlx_flash.bench.children import KilledError
@@ -106,7 +106,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return json.loads(json.dumps(mixture_sides.respond(*question)))
 
     monkeypatch.setattr(children, "ask", ask)
-    monkeypatch.setattr(mixture_loading, "current_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
 
 
 def test_naive_vs_flash(command: Command) -> None:

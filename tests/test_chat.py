@@ -137,7 +137,7 @@ def test_another_budget_keeps_the_conversation(start: Callable[..., PseudoTermin
     now = ask(terminal, "/memory")
     assert "of 2.000 GB" in now and "1 turn, 0 of 512 tokens" in now
     refused = ask(terminal, "/memory 1MB")
-    assert "the smallest that would do is" in refused and "of 2.000 GB" in refused
+    assert "this model needs at least" in refused and "of 2.000 GB" in refused
     assert "Traceback" not in refused
     assert len(ask(terminal, QUESTIONS[1])) > 20
     held = re.search(r"2 turns, (\d+) of 512 tokens", ask(terminal, "/memory"))
@@ -287,7 +287,7 @@ def test_closed_ends(demo: Path, redirect: str, code: int) -> None:
 def test_usage(demo: Path) -> None:
     for arguments, message in (
         (("--max-tokens", "0"), b"--max-tokens is 0"),
-        (("--memory", "1MB"), b"the smallest that would do is"),
+        (("--memory", "1MB"), b"this model needs at least"),
         (("--prompt", "x"), b"unrecognized arguments"),
     ):
         done = piped(demo, b"", *arguments)

@@ -117,7 +117,7 @@ def test_the_smallest_budget_it_names_is_enough(store: Path) -> None:
         [*PYTHON_M, "--model", str(store), "--memory", "1MB"], capture_output=True, text=True, timeout=120
     )
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
-    smallest = re.search(r"the smallest that would do is (\d+MB)", refused.stderr)
+    smallest = re.search(r"this model needs at least (\d+MB)", refused.stderr)
     assert smallest is not None
     accepted = subprocess.run(
         [*PYTHON_M, "--model", str(store), "--memory", smallest[1], "--max-tokens", "40", "--json"],
@@ -248,7 +248,7 @@ def test_a_chat_template_is_applied(
         (["--window", "0"], "window is 0"),
         (["--context", "0"], "context is 0"),
         (["--memory", "6"], "memory is '6', expected a number with a unit, such as 6GB"),
-        (["--memory", "1MB"], "the smallest that would do is"),
+        (["--memory", "1MB"], "this model needs at least"),
         (["--predictor", "oracle"], "invalid choice: 'oracle'"),
         (["--io", "mmap"], "invalid choice: 'mmap'"),
         (["--prompt", ""], "the prompt is empty"),

@@ -56,7 +56,7 @@ def run(store: Path, **options: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_same_logits_and_text_within_the_plan(large_store: Path, predictor: str) -> None:
     refused = run(large_store, predictor=predictor, memory=1)
-    found = re.search(r"smallest that would do is (\d+)MB", refused.stderr)
+    found = re.search(r"needs at least (\d+)MB", refused.stderr)
     assert found is not None, refused.stderr
     least = int(found[1]) * 10**6
     results = []

@@ -179,7 +179,7 @@ def test_a_budget_too_small_is_refused_with_the_one_that_would_do(make: Callable
     controller.choose_budget(10_000_000)
     controller.start()
     state = wait_for(controller, lambda state: state.phase == FAILED)
-    assert "the smallest that would do is" in state.trouble
+    assert "this model needs at least" in state.trouble
 
 
 def test_another_budget_starts_the_engine_again_and_is_kept(make: Callable[..., Controller], tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from mixtures import (  # type: ignore[import-not-found]
     to_bfloat16,
     unstack,
 )
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from mlx_flash import loading
@@ -40,9 +41,11 @@ from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
 from mlx_flash.layers import experts as layer_module
+from mlx_flash.layers.expert_products import Widened
 from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
+from mlx_flash.memory_needs import needs_of
 from mlx_flash.mixture import Provenance, locate, open_mixture
-from mlx_flash.mixture_loading import load_mixture, trace, workspace_bytes
+from mlx_flash.mixture_loading import load_mixture, streamed_layers
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
@@ -470,7 +473,8 @@ def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert trace(open_mixture(folder), 64).vocabulary == 32000
+    mixture = open_mixture(folder)
+    assert needs_of(mixture.model, streamed_layers(mixture), 64).vocabulary == 32000
 
 
 def test_a_missing_tokenizer_is_noticed_before_the_experts_are_read(
@@ -500,7 +504,7 @@ def test_generation_stays_within_the_plan_and_says_the_same(
         done = subprocess.run(command, capture_output=True, text=True)
         if memory == "1MB":
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-            smallest = re.search(r"smallest that would do is (\d+MB)", done.stderr)[1]  # type: ignore[index]
+            smallest = re.search(r"needs at least (\d+MB)", done.stderr)[1]  # type: ignore[index]
             continue
         assert done.returncode == 0, done.stderr
         assert "experts of each layer" in done.stderr
@@ -525,12 +529,29 @@ def test_only_what_is_widened_is_planned_for(
         mx.eval(rounded)
         mx.save_safetensors(str(folder / "model.safetensors"), rounded)
         mixture = open_mixture(folder)
-        shape = trace(mixture, 64)
-        planned = workspace_bytes(mixture, shape, 64, 4)
-        monkeypatch.setattr("mlx_flash.mixture_loading.is_widened", lambda *_: False)
-        widened = planned - workspace_bytes(mixture, shape, 64, 4)
+        planned = needs_of(mixture.model, streamed_layers(mixture), 64).workspace
+        monkeypatch.setattr("mlx_flash.streaming_needs.is_widened", lambda *_: False)
+        without = needs_of(mixture.model, streamed_layers(mixture), 64).workspace
         monkeypatch.undo()
-        assert widened == (2 * mixture.expert_bytes * mixture.experts if name == "plain" else 0)
+        assert (planned > without) == (name == "plain")
+
+
+def test_widening_a_few_experts_at_a_time_changes_no_bit() -> None:
+    """Of 40, in one call or in groups: for tokens sorted by expert, and for a token and its choices."""
+    experts, width, rows = 40, 32, 24
+    linear = SwitchLinear(width, rows, experts, bias=True)
+    linear.update(tree_map(lambda array: array.astype(mx.bfloat16), linear.parameters()))
+    linear.bias = mx.random.normal((experts, rows)).astype(mx.bfloat16)
+    widened = Widened(linear)
+    flat = np.sort(np.random.default_rng(0).integers(0, experts, 300))
+    cases = [
+        (mx.random.normal((300, 1, width)).astype(mx.bfloat16), flat, True),
+        (mx.random.normal((1, 2, 1, 1, width)).astype(mx.bfloat16), np.arange(40)[::-1].reshape(1, 2, 20), False),
+    ]
+    for x, indices, in_order in cases:
+        grouped = widened(x, mx.array(indices.astype(np.uint32)), in_order)
+        whole = widened._product(x, indices, np.unique(indices), in_order)
+        assert grouped.dtype == mx.bfloat16 and mx.array_equal(grouped, whole)
 
 
 def test_a_predictor_is_a_mistake(mixture_of: Callable[..., Path]) -> None:

@@ -38,7 +38,6 @@ def test_through_the_cache_in_chunks(model: Any, golden: dict[str, mx.array], ch
     cache = make_prompt_cache(model)
     pieces = [model(tokens[:, i : i + chunk], cache) for i in range(0, tokens.shape[1], chunk)]
     assert cache[0].offset == tokens.shape[1]
-    assert cache[0].keys.shape[1] * cache[0].keys.shape[3] == model.kv_width
     assert largest_difference(mx.concatenate(pieces, axis=1), golden["logits"]) < TOLERANCE
 
 

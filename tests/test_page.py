@@ -389,7 +389,7 @@ def test_a_model_that_loads_is_waited_for(open_tab: Callable[..., Tab], server: 
 
 def test_a_model_that_could_not_be_loaded_says_why(open_tab: Callable[..., Tab], server: Server) -> None:
     tab = open_tab()
-    why = "the memory budget is 0.100 GB; the smallest that would do is 267MB."
+    why = "this model needs at least 267MB; the memory budget is 0.100 GB."
     tab.page.route("**/health", lambda route: route.fulfill(status=500, json={"status": "failed", "error": why}))
     tab.page.goto(server.url)
     tab.page.wait_for_selector('#banner[data-state="failed"]')

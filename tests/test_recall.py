@@ -146,7 +146,7 @@ def test_it_catches_what_it_says(tiny: Tiny, open_model: Callable[..., Any]) -> 
 
 def test_the_plan_follows(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer gets slots by what it chooses at the recall that is asked for."""
-    monkeypatch.setattr("mlx_flash.loading.current_memory_bytes", lambda: 10**8)  # two loads in one process
+    monkeypatch.setattr("mlx_flash.streaming_needs.current_memory_bytes", lambda: 10**8)  # two loads in one process
     kinds = read_manifest(own_store).predictors
     table = kinds["shadow"]["table"]
     table["predicted"] = [[0.01] + [0.4] * (len(table["recall"]) - 1), [0.2] + [0.4] * (len(table["recall"]) - 1)]

@@ -134,7 +134,7 @@ def test_the_key_may_come_from_the_environment() -> None:
 
 def test_a_model_that_cannot_be_loaded() -> None:
     small = run("--port", "0", "--memory", "1MB")
-    assert small.returncode == 2 and "the smallest that would do is" in small.stderr
+    assert small.returncode == 2 and "this model needs at least" in small.stderr
     assert "Traceback" not in small.stderr and small.stdout.startswith("Serving demo at http://127.0.0.1:")
 
 

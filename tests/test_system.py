@@ -157,3 +157,27 @@ def test_freed_memory_is_handed_back() -> None:
     pieces = pieces[-1:]  # holds the heap's end
     system.return_freed_memory()
     assert before - system.current_memory_bytes() > 100e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way of keeping memory")
+def test_large_memory_is_given_back_at_once() -> None:
+    """In a process of its own: what malloc does depends on what was freed before."""
+    script = """
+import numpy as np
+from mlx_flash.flash import system
+
+def kept_bytes():
+    before = system.current_memory_bytes()
+    pieces = [np.ones(250_000 + 1000 * i) for i in range(40)]  # 2 MB each
+    pieces = pieces[::8]  # what stays lies between what goes
+    return system.current_memory_bytes() - before - sum(piece.nbytes for piece in pieces)
+
+large = np.ones(3_900_000)  # 31 MB: once that is freed, malloc takes all that is smaller from its heap
+del large
+ordinary = kept_bytes()
+with system.large_memory_given_back():
+    within = kept_bytes()
+after = kept_bytes()
+assert ordinary > 40e6 and within < 5e6 and after > 40e6, (ordinary, within, after)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

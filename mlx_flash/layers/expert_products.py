@@ -18,6 +18,7 @@ import numpy as np
 from ..host_arrays import to_numpy
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
+WIDENED_AT_ONCE = 16  # experts that are there in 32 bits beside their slots
 
 
 def kernels_vary() -> bool:
@@ -90,14 +91,34 @@ class Widened(nn.Module):
         self._inner = inner
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        slots, compact = np.unique(to_numpy(indices), return_inverse=True)
+        """x: (..., 1, D), indices: (...) -> (..., 1, O)"""
+        numbers = to_numpy(indices)
+        slots = np.unique(numbers)
+        if len(slots) <= WIDENED_AT_ONCE:
+            return self._product(x, numbers, slots, sorted_indices)
+        rows = mx.broadcast_to(x, (*numbers.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:])  # (n, 1, D)
+        flat = numbers.reshape(-1)
+        outputs, order = [], []
+        for begin in range(0, len(slots), WIDENED_AT_ONCE):
+            here = slots[begin : begin + WIDENED_AT_ONCE]
+            members = np.flatnonzero((flat >= here[0]) & (flat <= here[-1]))
+            members = members[np.argsort(flat[members], kind="stable")]
+            y = self._product(rows[mx.array(members.astype(np.int32))], flat[members], here, True)
+            mx.eval(y)
+            outputs.append(y)
+            order.append(members)
+        back = np.argsort(np.concatenate(order)).astype(np.int32)
+        return mx.concatenate(outputs)[mx.array(back)].reshape(*numbers.shape, 1, -1)
+
+    def _product(self, x: mx.array, numbers: np.ndarray, slots: np.ndarray, sorted_indices: bool) -> mx.array:
+        """numbers: (...), each one of `slots`, which are ascending."""
         weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
         y = mx.gather_mm(
             x.astype(mx.float32),
             weight.swapaxes(-1, -2),
-            rhs_indices=mx.array(compact.reshape(indices.shape).astype(np.uint32)),
+            rhs_indices=mx.array(np.searchsorted(slots, numbers).astype(np.uint32)),
             sorted_indices=sorted_indices,
         )
         if "bias" in self._inner:
-            y = y + mx.expand_dims(self._inner.bias[indices], -2)
+            y = y + mx.expand_dims(self._inner.bias[mx.array(numbers)], -2)
         return y.astype(x.dtype)

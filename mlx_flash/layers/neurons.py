@@ -120,6 +120,8 @@ class StreamedNeurons(nn.Module):
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
             y = y + _combine(h, rows[-1])
             self._stream.hold(y)
+            if begin + len(piece) < len(ids):
+                self._stream.settle()  # else the rows of several pieces are in memory at once
         return y
 
 

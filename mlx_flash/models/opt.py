@@ -222,11 +222,6 @@ class Model(nn.Module):
         return self.model.decoder.layers
 
     @property
-    def kv_width(self) -> int:
-        """Numbers that a token's keys, or its values, have in one layer."""
-        return self.args.hidden_size
-
-    @property
     def ffn_norms(self) -> list[nn.LayerNorm] | None:
         """The norm whose output each layer's FFN takes; None where the FFN takes the residual itself."""
         return [layer.final_layer_norm for layer in self.layers] if self.args.do_layer_norm_before else None

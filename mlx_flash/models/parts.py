@@ -51,13 +51,6 @@ class InParts:
     def final_norm(self) -> nn.Module:
         return self.model.norm
 
-    @property
-    def kv_width(self) -> int:
-        """Numbers that a token's keys, or its values, have in one layer."""
-        args = self.args
-        head_dim = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
-        return int(args.num_key_value_heads * head_dim)
-
     def window(self, cache: Any | None, length: int) -> int | None:
         """How many tokens attention may look back on, itself included, in a call of `length` tokens; None: all."""
         return None

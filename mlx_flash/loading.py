@@ -30,7 +30,7 @@ from .errors import (
     UsageError,
 )
 from .finding import find_source, store_of
-from .flash.files import Manifest, is_store, read_manifest
+from .flash.files import CHECKSUM_BYTES, Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
 from .flash.reader import BOUNCE_BYTES_PER_THREAD
 from .flash.system import READ_ALIGNMENT, current_memory_bytes, usable_memory_bytes
@@ -153,6 +153,7 @@ def load(
     threads: int = THREADS,
     context: int = CONTEXT,
     io: str = "direct",
+    verify: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Any]:
     """Loads a store (or converts a checkpoint first) within a memory budget.
@@ -167,6 +168,8 @@ def load(
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
         io: "direct" past the page cache, or "buffered".
+        verify: compare every expert that is read with a checksum, which the first such load makes: it reads the whole
+            checkpoint.
         say: called with the plan and notes, before anything large is allocated.
 
     Returns:
@@ -174,7 +177,7 @@ def load(
 
     A mixture of experts is read from the checkpoint as it is, without a conversion.
 
-    What is always in memory is compared with its checksums while it is read, where there are any: those of a store.
+    What is read of a store is compared with its checksums, always.
 
     MLX's settings are the process's. Until the last model is closed (`model.flash.close()`), MLX keeps at most 32 MiB
     of freed buffers (`mx.set_cache_limit`); where there is no g++, `mx.compile` is switched off for good on the CPU
@@ -189,7 +192,7 @@ def load(
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
     with BUFFER_CACHE.limited():
-        return _load(source, name, budget, predictor, recall, window, threads, context, io, say)
+        return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify)
 
 
 def _load(
@@ -203,6 +206,7 @@ def _load(
     context: int,
     io: str,
     say: Callable[[str], None],
+    verify: bool,
 ) -> tuple[Any, Any]:
     """`load` of a folder. name: what a user called it."""
     if holds_mixture(source):
@@ -213,7 +217,7 @@ def _load(
         _check_compiler(say)
         config, defaults = _read_config(source), read_generation_config(source)
         tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
-        model = load_mixture(source, budget, window, threads, context, io, say)
+        model = load_mixture(source, budget, window, threads, context, io, say, verify)
         model.flash.defaults = defaults
         return model, tokenizer
     if not is_store(source):
@@ -382,6 +386,7 @@ def _plan(
     on_cpu = mx.default_device() == mx.cpu
     fused = not on_cpu and not getattr(args, "alibi", False)  # biases are an array as large as the scores
     workspace = workspace_bytes(layout, heads, context, item_bytes, fused_attention=fused)
+    workspace += 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # of blocks, and of what slots hold of them
     if kind == "exact":
         workspace += layout.neurons * layout.width * item_bytes  # one layer's rows twice, while they are put together
     part_offset, slot_bytes = layout.part_range(building.slot_parts(manifest, kind))

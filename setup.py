@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: where the packages stand, and how the two C files are built.
+"""What pyproject.toml cannot say: where the packages stand, and how the two C libraries are built.
 
-flash/reader.c becomes `_reader.so` beside reader.py, stop.c `_stop.so` beside stopping.py: they load them with ctypes.
+flash/*.c become `_reader.so` beside reader.py, stop.c `_stop.so` beside stopping.py: they load them with ctypes.
 They use nothing of Python's C interface, so one wheel per platform, tagged py3-none-<platform>, serves every Python
 version.
 """
@@ -28,13 +28,14 @@ PACKAGES = {
 LIBRARIES = [
     Extension(
         name,
-        sources=[source],
+        sources=sources,
+        depends=[f"mlx_flash/flash/{header}.h" for header in ("batch", "crc32")],
         extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread"],
     )
-    for name, source in (
-        ("mlx_flash.flash._reader", "mlx_flash/flash/reader.c"),
-        ("mlx_flash._stop", "mlx_flash/stop.c"),
+    for name, sources in (
+        ("mlx_flash.flash._reader", [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32")]),
+        ("mlx_flash._stop", ["mlx_flash/stop.c"]),
     )
 ]
 

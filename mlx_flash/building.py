@@ -16,6 +16,7 @@ from .flash.files import Manifest
 from .flash.reader import Reader, UnitFile
 from .flash.stream import LayerStream, Streamer
 from .flash.system import mark_in_use
+from .flash.unit_sums import read_block_sums
 from .host_arrays import to_numpy
 from .layers.activations import Activation
 from .layers.neurons import StreamedNeurons
@@ -59,6 +60,7 @@ def build(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
         )
     activation = Activation(**manifest.activation)
+    file.sums = read_block_sums(folder, manifest)
     streamer = Streamer(file, Reader(threads), layout)
     bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
     for index, layer in enumerate(model.layers):

@@ -138,7 +138,7 @@ def _check_layer(
         bad = crc != int.from_bytes(expected, "little")
         ended = len(expected) < 4 or count < layout.block_bytes
         if bad_from is not None and (ended or not bad):
-            yield _place(layout, layer, bad_from, block), ""
+            yield layout.name_blocks(layer, bad_from, block), ""
             bad_from = None
         if ended:
             name = Manifest.neurons_checksums_file if len(expected) < 4 else Manifest.neurons_file
@@ -150,21 +150,13 @@ def _check_layer(
             progress(read)
             read = 0
     if bad_from is not None:
-        yield _place(layout, layer, bad_from, layout.blocks), ""
+        yield layout.name_blocks(layer, bad_from, layout.blocks), ""
     padding = file.read(layout.layer_bytes - layout.blocks * layout.block_bytes)
     progress(read + len(padding))
     if any(padding):
         yield f"padding after layer {layer}", "is not zero"
     if len(padding) < layout.layer_bytes - layout.blocks * layout.block_bytes:
         raise EOFError(f"{Manifest.neurons_file} ends in the padding")
-
-
-def _place(layout: NeuronLayout, layer: int, begin: int, end: int) -> str:
-    """Names the neurons of the blocks from `begin` to before `end`."""
-    first = begin * layout.neurons_per_block
-    last = min(end * layout.neurons_per_block, layout.neurons) - 1
-    neurons = f"neuron {first}" if first == last else f"neurons {first}-{last}"
-    return f"layer {layer}, {neurons}"
 
 
 def make_parser() -> argparse.ArgumentParser:

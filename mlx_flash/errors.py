@@ -89,7 +89,7 @@ class ChatTemplateFailure(ChatTemplateError):
 
 
 class ReadError(FlashError):
-    """An I/O error, a short read or a changed file while streaming."""
+    """An I/O error, a short read, a changed file or bytes that do not match their checksum, while streaming."""
 
 
 class ConversionError(FlashError):

@@ -30,7 +30,7 @@ from .errors import (
     UsageError,
 )
 from .finding import find_source, store_of
-from .flash.files import Manifest, is_store, read_manifest
+from .flash.files import CHECKSUM_BYTES, Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
 from .flash.system import READ_ALIGNMENT, usable_memory_bytes
 from .generation_config import read_generation_config
@@ -150,6 +150,7 @@ def load(
     threads: int = THREADS,
     context: int = CONTEXT,
     io: str = "direct",
+    verify: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Any]:
     """Loads a store (or converts a checkpoint first) within a memory budget.
@@ -164,6 +165,8 @@ def load(
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
         io: "direct" past the page cache, or "buffered".
+        verify: compare every expert that is read with a checksum, which the first such load makes: it reads the whole
+            checkpoint.
         say: called with the plan and notes, before anything large is allocated.
 
     Returns:
@@ -171,7 +174,7 @@ def load(
 
     A mixture of experts is read from the checkpoint as it is, without a conversion.
 
-    What is always in memory is compared with its checksums while it is read, where there are any: those of a store.
+    What is read of a store is compared with its checksums, always.
 
     MLX's settings are the process's. Until the last model is closed (`model.flash.close()`), MLX keeps at most 32 MiB
     of freed buffers (`mx.set_cache_limit`); where there is no g++, `mx.compile` is switched off for good on the CPU
@@ -186,7 +189,7 @@ def load(
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
     with BUFFER_CACHE.limited():
-        return _load(source, name, budget, predictor, recall, window, threads, context, io, say)
+        return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify)
 
 
 def _load(
@@ -200,6 +203,7 @@ def _load(
     context: int,
     io: str,
     say: Callable[[str], None],
+    verify: bool,
 ) -> tuple[Any, Any]:
     """`load` of a folder. name: what a user called it."""
     if holds_mixture(source):
@@ -210,7 +214,7 @@ def _load(
         _check_compiler(say)
         config, defaults = _read_config(source), read_generation_config(source)
         tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
-        model = load_mixture(source, budget, window, threads, context, io, say)
+        model = load_mixture(source, budget, window, threads, context, io, say, verify)
         model.flash.defaults = defaults
         return model, tokenizer
     if not is_store(source):
@@ -389,12 +393,13 @@ def _plan(
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(building.as_used(name, tensor, dtype).nbytes for name, tensor in stored.items())
     loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
+    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # of blocks, and of what slots hold of them
     demand = Demand(
         process=process_bytes(),
         resident=sum(sizes),
         predictors=predictor_bytes,
         kv_cache=needs.kv_cache,
-        workspace=scratch_bytes(layout) + MLX_CACHE_BYTES + max(computing, loading),
+        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
     )
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)

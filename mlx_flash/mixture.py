@@ -128,7 +128,7 @@ class Mixture:
         """
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
-            parent[name] = StreamedExperts(parent[name], ExpertStream(shared, tensors, count, window))
+            parent[name] = StreamedExperts(parent[name], ExpertStream(shared, tensors, count, window, path))
         pace, leads = Pace(guessing=False), True  # short texts must not pay for a guess that does not
         for path, following in pairwise(self.switches):
             (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)

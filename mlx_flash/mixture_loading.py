@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import CheckpointError, ReadError
 from .flash.checksums import crc32_of, read_header
@@ -14,12 +15,14 @@ from .flash.experts import ExpertStreamer
 from .flash.plain_files import reading, unreadable
 from .flash.reader import Reader, UnitFile
 from .flash.system import usable_memory_bytes
+from .flash.unit_sums import Ranges
 from .kinds import said
 from .memory_needs import StreamedNeed, needs_of
 from .mixture import Mixture, open_mixture, parent_of
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
+from .verification import attach_sums
 
 
 def load_mixture(
@@ -30,6 +33,7 @@ def load_mixture(
     context: int,
     io: str,
     say: Callable[[str], None],
+    verify: bool = False,
 ) -> Any:
     """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
 
@@ -41,6 +45,7 @@ def load_mixture(
         context: tokens that the plan makes room for, at most the model's positions.
         io: "direct" past the page cache, or "buffered".
         say: called with the plan, before anything large is allocated.
+        verify: compare every expert that is read with a checksum, made now if this was not done before.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
     """
@@ -73,8 +78,11 @@ def load_mixture(
     files = open_files(mixture.files, direct=io == "direct")
     if io == "direct" and not all(file.direct for file in files):
         say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
+    reader = Reader(threads)
+    if verify:
+        attach_sums(files, units_in(mixture), reader, say)
     read_resident(mixture)
-    streamer = ExpertStreamer(files, Reader(threads))
+    streamer = ExpertStreamer(files, reader)
     mixture.stream(streamer, plan.slots, window)
     evaluate_constants(mixture.model)
     model = mixture.model
@@ -100,6 +108,17 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
             unit.close()
         raise
     return opened
+
+
+def units_in(mixture: Mixture) -> list[Ranges]:
+    """For each file of a mixture, the parts of experts that are read from it."""
+    tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
+    found = []
+    for number in range(len(mixture.files)):
+        offsets = [tensor.offsets[tensor.file_of == number] for tensor in tensors]
+        lengths = [np.full(len(here), tensor.nbytes) for here, tensor in zip(offsets, tensors, strict=True)]
+        found.append(Ranges.of_units(np.concatenate(offsets), np.concatenate(lengths)))
+    return found
 
 
 def read_resident(mixture: Mixture) -> None:

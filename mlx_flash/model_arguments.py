@@ -60,6 +60,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=IO_MODES[0],
         help="past the page cache or not (default: %(default)s)",
     )
+    model.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every expert of a mixture that is read with a checksum; the first run with it reads the whole "
+        "checkpoint, compares it with the Hub's SHA-256 where that is known, and makes them (what is read of a store "
+        "is always compared)",
+    )
 
 
 def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Any, Any]:
@@ -76,5 +83,6 @@ def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tup
         threads=arguments.threads,
         context=arguments.context,
         io=arguments.io,
+        verify=arguments.verify,
         say=say,
     )

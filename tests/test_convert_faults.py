@@ -82,6 +82,7 @@ PREFIX = "model.decoder."
         ("model.safetensors", flipped(""), "model.safetensors"),
         ("model.safetensors", flipped(PREFIX + "embed_tokens.weight"), "tensor .*embed_tokens.weight does not match"),
         ("model.safetensors", flipped(PREFIX + "layers.1.self_attn.k_proj.weight"), "tensor .*k_proj.weight does not"),
+        ("model.safetensors", flipped(PREFIX + "layers.0.final_layer_norm.weight"), "tensor .*layer_norm.weight does"),
         ("model.safetensors", cut, r"model.safetensors cannot be read: its tensors end"),
         ("layer-0001-lowrank.safetensors", flipped("b"), "layer-0001-lowrank.safetensors: tensor b does not match"),
         ("layer-0000-shadow.safetensors", Path.unlink, "layer-0000-shadow.safetensors vanished"),
@@ -146,13 +147,8 @@ def test_checksums_are_of_what_was_written(
     assert (damage.file, damage.where) == ("predictor-lowrank.safetensors", "tensor 1.c")
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        *((name, "flipped") for name in ("neurons.crc32", "neurons.bin", "model.safetensors", SUMS)),
-        *((name, "gone") for name in ("neurons.bin", SUMS)),
-    ],
-)
+@pytest.mark.parametrize("name", ["neurons.crc32", "neurons.bin", "model.safetensors", SUMS])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
 def test_a_later_run_takes_nothing_that_is_not_what_was_written(
     checkpoint: Path,
     reference: dict[str, bytes],

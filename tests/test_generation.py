@@ -224,7 +224,7 @@ def test_a_generation_closed_early_leaves_the_model_usable(model: Any, endless: 
         responses: Any = stream_generate(model, endless, PROMPT, 12)
         assert [next(responses).token for _ in range(count)] == expected[:count]
         responses.close()
-        assert not model.flash.streamer.reader._outstanding
+        assert not model.flash.streamer.reader.outstanding
     assert tokens_of(stream_generate(model, endless, PROMPT, 12)) == expected
 
 

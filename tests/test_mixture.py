@@ -193,7 +193,7 @@ def test_a_failed_read_is_an_error_and_the_next_call_is_right(
         with pytest.raises(ReadError, match="injected"):
             everything(model)
         monkeypatch.undo()
-        assert not streamer.flying and not streamer.reader._outstanding
+        assert not streamer.flying and not streamer.reader.outstanding
         assert_same(everything(model), reference(folder), number)
 
 
@@ -275,7 +275,7 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
         patch.setattr(LookAhead, "begin", lambda self, *_: begin(self, *_) or patch.setattr(Reader, "wait", failing))
         with pytest.raises(ReadError, match="injected"):
             everything(model)
-    assert not streamer.flying and not streamer.reader._outstanding and second._stream.flight is None
+    assert not streamer.flying and not streamer.reader.outstanding and second._stream.flight is None
     assert_same(everything(model), reference(folder), "failed")
 
 

@@ -299,7 +299,7 @@ def test_a_read_error_ends_the_call_and_the_next_one_is_right(
             everything(model)
         errors.append(caught)  # with its traceback, as an interactive session keeps it
         monkeypatch.setattr(reader, "wait", real)
-        assert not reader._outstanding
+        assert not reader.outstanding
         assert_same(everything(model), expected, failing)
 
 
@@ -316,4 +316,4 @@ def test_an_interrupted_pass_leaves_no_read_in_flight(
     with pytest.raises(KeyboardInterrupt) as caught:
         model(mx.array([[5]]))
     monkeypatch.undo()
-    assert caught.tb is not None and not reader._outstanding
+    assert caught.tb is not None and not reader.outstanding

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +223,8 @@ def test_a_segment_outside_the_file(reader: Reader, file: UnitFile, row: tuple[i
 
 
 def test_arrays_that_disagree(reader: Reader, file: UnitFile) -> None:
+    with pytest.raises(ValueError, match="must be"):  # not read four times to one place
+        reader.submit(file, np.arange(4) * PAGE, np.array([1 << 40]), PAGE)
     with pytest.raises(ValueError, match="must be"):
         reader.submit(file, np.zeros(2, np.int64), np.zeros(1, np.int64), np.zeros(2, np.int64))
     with pytest.raises(ValueError, match="integers"):
@@ -263,17 +268,17 @@ def test_input_output_errors_are_named(reader: Reader, own_path: Path, tmp_path:
     target = destination(PAGE)
     rows = columns((0, target.ctypes.data, PAGE))
     with UnitFile(own_path) as file:
+        number = file.fd
         directory = os.open(tmp_path, os.O_RDONLY)
-        os.dup2(directory, file.fd)
+        os.dup2(directory, number)
         os.close(directory)
         with pytest.raises(ReadError, match=rf"{own_path}: reading {PAGE} bytes at 0 failed: .*directory.* \(error"):
             reader.read(file, *rows)
-        os.close(file.fd)
+        os.close(number)
         with pytest.raises(ReadError, match="Bad file descriptor"):
             reader.read(file, *rows)
         with pytest.raises(ReadError, match="Bad file descriptor"):
             file.verify_unchanged()
-        file.fd = -1
     with UnitFile(own_path) as file, pytest.raises(ReadError, match="Bad address"):
         reader.read(file, *columns((0, PAGE, PAGE)))  # a page that no process maps
 
@@ -297,7 +302,7 @@ def test_closing_the_reader_finishes_the_reads(file: UnitFile, contents: np.ndar
     reader.close()
     reader.close()
     assert np.array_equal(target, contents[PAGE : PAGE + MERGE_BYTES])
-    with pytest.raises(ReadError, match="already waited"):
+    with pytest.raises(ReadError, match="closed"):
         reader.wait(ticket)
     with pytest.raises(ReadError, match="closed"):
         reader.submit(file, *columns((0, target.ctypes.data, 1)))
@@ -307,15 +312,72 @@ def test_closing_a_file_waits_for_its_reads(reader: Reader, own_path: Path, cont
     target = destination(PAGE)
     file = UnitFile(own_path)
     ticket = reader.submit(file, *columns((0, target.ctypes.data, PAGE)))
+    number = file.fd
     file.close()
-    assert file.fd >= 0
+    os.fstat(number)  # still open
     with pytest.raises(ReadError, match="closed"):
         reader.submit(file, *columns((0, target.ctypes.data, PAGE)))
     reader.wait(ticket)
-    assert file.fd == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
     assert np.array_equal(target, contents[:PAGE])
     with pytest.raises(ReadError, match="closed"):
         file.verify_unchanged()
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"other bytes")
+
+
+def punch(path: Path) -> None:
+    hole, keep_size = 2, 1  # linux/falloc.h
+    with path.open("r+b") as file:
+        failed = ctypes.CDLL(None, use_errno=True).fallocate(
+            file.fileno(), hole | keep_size, ctypes.c_long(0), ctypes.c_long(PAGE)
+        )
+    if failed:
+        pytest.skip(f"no holes here: {os.strerror(ctypes.get_errno())}")
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "rewritten": rewrite,
+    "hole": pytest.param(punch, marks=pytest.mark.skipif(sys.platform != "linux", reason="fallocate")),  # type: ignore[dict-item]
+    "renamed": lambda path: path.rename(path.with_name("other.bin")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_whose_time_was_put_back_is_noticed(own_path: Path, change: Callable[[Path], object]) -> None:
+    with UnitFile(own_path) as file:
+        status = os.fstat(file.fd)
+        change(own_path)
+        os.utime(file.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (os.fstat(file.fd).st_size, os.fstat(file.fd).st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        with pytest.raises(ReadError, match=r"units\.bin was changed while .* time put back, or it was renamed"):
+            file.verify_unchanged()
+
+
+@pytest.mark.parametrize("how", ["chmod", "link", "unlink", "replaced"])
+def test_links_and_rights_are_no_contents(own_path: Path, how: str) -> None:
+    """They move ctime as well, and change no byte that is read; but what is written behind them is noticed."""
+    with UnitFile(own_path) as file:
+        before = os.fstat(file.fd).st_ctime_ns
+        if how == "chmod":
+            own_path.chmod(0o400)
+        elif how == "link":
+            os.link(own_path, own_path.with_name("link"))
+        elif how == "unlink":
+            own_path.unlink()
+        else:
+            own_path.with_name("new").write_bytes(b"another file")
+            own_path.with_name("new").replace(own_path)
+        assert os.fstat(file.fd).st_ctime_ns != before, "the file system does not note it"
+        file.verify_unchanged()
+        file.verify_unchanged()
+        os.utime(file.fd, ns=(1, file.identity[2]))
+        with pytest.raises(ReadError, match="changed while"):
+            file.verify_unchanged()
 
 
 def test_a_changed_file_is_noticed(own_path: Path) -> None:
@@ -356,17 +418,12 @@ def test_a_missing_or_foreign_library_is_refused(tmp_path: Path, monkeypatch: py
         load()
 
 
-def test_forgotten_readers_and_children_do_not_hang(path: Path) -> None:
-    """Exit with reads outstanding; and a forked child, which lacks the threads, drops its copy of the reader."""
+def test_forgotten_readers_do_not_hang(path: Path) -> None:
+    """Exit with reads outstanding."""
     program = f"""
-import os, numpy as np
+import numpy as np
 from mlx_flash.flash.reader import Reader, UnitFile
 reader, file, target = Reader(4), UnitFile({str(path)!r}), np.zeros({MERGE_BYTES}, np.uint8)
-child = os.fork()
-if child == 0:
-    reader.close()
-    os._exit(7)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 one = np.array([1])
 reader.submit(file, one, one * target.ctypes.data, one * {MERGE_BYTES})
 print("submitted")
@@ -375,11 +432,246 @@ print("submitted")
     assert (done.returncode, done.stdout, done.stderr) == (0, "submitted\n", "")
 
 
+def test_a_forked_child_is_told_so(path: Path) -> None:
+    """It has no reader threads: a read would never end, so none is begun, and none is waited for."""
+    program = f"""
+import os, numpy as np
+from mlx_flash.errors import ReadError
+from mlx_flash.flash.reader import Reader, UnitFile
+reader, file, target = Reader(4), UnitFile({str(path)!r}), np.zeros({MERGE_BYTES}, np.uint8)
+one = np.array([1])
+segment = file, one, one * target.ctypes.data, one * {MERGE_BYTES}
+ticket = reader.submit(*segment)
+child = os.fork()
+if child == 0:
+    told = 0
+    for act in (lambda: reader.submit(*segment), lambda: reader.wait(ticket), lambda: reader.read(*segment)):
+        try:
+            act()
+        except ReadError as error:
+            told += "forked" in str(error)
+    reader.drain()
+    assert reader.outstanding == 0
+    reader.close()
+    del reader
+    os._exit(told)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+reader.wait(ticket)
+reader.close()
+print("right")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
+
+
 def test_a_budget_error_keeps_its_figures() -> None:
     error = pickle.loads(pickle.dumps(BudgetError("Too small.", 123, 500, 400)))
     assert (str(error), error.smallest_bytes, error.full_bytes, error.units_bytes) == ("Too small.", 123, 500, 400)
     assert error.exit_code == 2
 
 
-def test_result_layout_is_six_int64() -> None:
-    assert ctypes.sizeof(reader_module._Result) == 48
+def test_result_layout_is_eight_int64() -> None:
+    assert ctypes.sizeof(reader_module._Result) == 64
+
+
+# -- checksums --------------------------------------------------------------------------------------------------
+
+
+def test_every_way_to_a_crc_is_zlibs() -> None:
+    """By tables, and by the processor's instructions where it has them; at any length and alignment."""
+    by = reader_module._library()[0].mf_crc32_by
+    by.argtypes, by.restype = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint32
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, 1 << 16, np.uint8)
+    lengths = [*range(200), *rng.integers(200, 3000, 200).tolist(), 1 << 15]
+    for length in lengths:
+        begin = int(rng.integers(0, 1 << 12))
+        expected = zlib.crc32(data[begin : begin + length].data)
+        for instructions in (0, 1):
+            assert by(instructions, data.ctypes.data + begin, length) == expected, (instructions, begin, length)
+    ones = np.full(777, 0xFF, np.uint8)
+    assert reader_module.crc32_of_each(ones.ctypes.data, 100, 77, 8).tolist() == [zlib.crc32(ones[:77].data)] * 8
+
+
+class Expected:
+    """Sums of `contents` in ranges of `step` bytes of what is read; where `wrong` points in the file, another one."""
+
+    def __init__(self, contents: np.ndarray, step: int, wrong: int | None = None) -> None:
+        self.contents, self.step, self.wrong = contents, step, wrong
+
+    def checks(self, offsets: np.ndarray, lengths: np.ndarray | int) -> np.ndarray:
+        lengths = np.broadcast_to(lengths, offsets.shape)
+        rows, at = [], 0
+        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            for begin in range(0, length, self.step):
+                end = min(begin + self.step, length)
+                crc = zlib.crc32(self.contents[offset + begin : offset + end].data)
+                rows.append((at + begin, end - begin, crc ^ (offset + begin == self.wrong)))
+            at += length
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), segments=segment_sets(), gap=st.sampled_from([0, 1, PAGE]), skew=st.sampled_from([0, 1, 512]))
+def test_what_is_read_is_compared(
+    reader: Reader, path: Path, contents: np.ndarray, data: st.DataObject, segments: Any, gap: int, skew: int
+) -> None:
+    """Merged, cut, bounced or direct: sums that are right pass, and one wrong one is named, wherever it is."""
+    if data.draw(st.integers(0, 9)) == 0:
+        segments = [(5 * skew, 2 * MERGE_BYTES + 77)]
+    starts = [offset + at for offset, length in segments for at in range(0, length, 3 * PAGE)]
+    with UnitFile(path, direct=data.draw(st.booleans())) as file:
+        file.sums = Expected(contents, 3 * PAGE)
+        read_and_compare(reader, file, contents, segments, gap, skew)
+        if starts:
+            wrong = data.draw(st.sampled_from(starts))
+            file.sums, file.name_of = Expected(contents, 3 * PAGE, wrong), lambda offset, length: f"unit {offset}"
+            with pytest.raises(
+                ReadError, match=rf"units\.bin: unit {wrong}: the \d+ bytes read at {wrong} have the che"
+            ):
+                read_and_compare(reader, file, contents, segments, gap, skew)
+            assert reader.outstanding == 0
+
+
+def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> None:
+    """What plan_requests never makes: reader.c relies on nobody."""
+    target = destination(PAGE)
+    address, most, least = target.ctypes.data, 2**63 - 1, -(2**63)
+    pool = reader._pool
+    assert pool is not None
+    numbers = itertools.count(1 << 40)
+
+    def submit(*rows: Any, alignment: int = 1, **counts: int) -> int:
+        tables = [np.array(table, np.int64) for table in (*rows, [])[:3]]
+        sizes = [counts.get(name, len(t)) for name, t in zip(("requests", "iovecs", "checks"), tables, strict=True)]
+        both = itertools.chain.from_iterable((t.ctypes.data, n) for t, n in zip(tables, sizes, strict=True))
+        number = next(numbers)
+        code = pool.keeping_gil.mf_submit(pool.pointer, number, file.fd, alignment, *both)
+        pool.library.mf_wait(pool.pointer, number, ctypes.byref(reader_module._Result()))
+        return int(code)
+
+    sound = [(0, 0, 1)], [(address, 512)]
+    assert submit(*sound) == 0 and submit(*sound, [(0, 512, 0)]) == 0  # whose sum is wrong, which is another matter
+    bad = -5
+    for offset in (-1, least, most, most - PAGE):
+        assert submit([(offset, 0, 1)], [(address, 512)]) == bad
+    for first, count in ((-1, 1), (1, 1), (0, 2), (0, 0), (0, -1), (1, most), (most, 1), (least, most)):
+        assert submit([(0, first, count)], [(address, 512)]) == bad
+    for where, length in ((address, 0), (address, -1), (address, most), (0, 512), (-address, 512), (most, 512)):
+        assert submit([(0, 0, 1)], [(where, length)]) == bad
+    for check in (
+        (-1, 5, 0),
+        (0, 0, 0),
+        (0, -1, 0),
+        (0, 513, 0),
+        (most, 1, 0),
+        (1, most, 0),
+        (0, 5, -1),
+        (0, 5, 2**32),
+    ):
+        assert submit(*sound, [check]) == bad
+    assert submit(*sound, [(5, 5, 0), (9, 5, 0)]) == bad  # one over the other
+    assert submit([(0, 0, 2)], [(address, 512), (address + 600, 512)], [(500, 24, 0)]) == bad  # not side by side
+    for counts in ({"requests": -1}, {"iovecs": -1}, {"checks": -1}, {"requests": most}, {"checks": most}):
+        assert submit(*sound, **counts) == bad
+    assert submit(*sound, alignment=-1) == submit(*sound, alignment=most) == bad
+    assert reader.outstanding == 0
+
+
+# -- interrupts and odd disks -----------------------------------------------------------------------------------
+
+
+def interrupted_at(action: Callable[[], object], at: int) -> bool:
+    """Runs `action`; raises KeyboardInterrupt at the so-many-th opcode of reader.py. Whether there was one."""
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != reader_module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_opcode_leaves_nothing_in_flight(path: Path, contents: np.ndarray) -> None:
+    """Ctrl-C within submit, wait, read: `drain` ends what was begun, also where no ticket was handed out; the file
+    can be closed, and the same reader reads on."""
+    length = 16 * PAGE
+    target = destination(length)
+    segment = columns((0, target.ctypes.data, length))
+    with Reader(3) as reader:
+
+        def apart(file: UnitFile) -> None:
+            reader.wait(reader.submit(file, *segment))
+
+        for action in (apart, lambda file: reader.read(file, *segment)):
+            for at in itertools.count(1):
+                file = UnitFile(path)
+                interrupted = interrupted_at(functools.partial(action, file), at)
+                if action is not apart:  # read cleans up by itself
+                    assert reader.outstanding == 0
+                reader.drain()
+                assert reader.outstanding == 0 and not reader._outstanding
+                number = file.fd
+                file.close()
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(number)
+                if not interrupted:
+                    break
+            assert at > 100
+        with UnitFile(path) as file:
+            apart(file)
+        assert np.array_equal(target, contents[:length])
+
+
+@pytest.fixture(scope="module")
+def shorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctypes.PyDLL]:
+    """The reader over a preadv that returns less than it was asked for."""
+    here, source = Path(__file__).parent / "faults", Path(reader_module.__file__).parent
+    folder = tmp_path_factory.mktemp("shorter")
+    flags = [os.environ.get("CC", "cc"), "-std=gnu11", "-O1", "-fPIC", "-pthread"]
+    batch, library = str(folder / "batch.o"), folder / "_reader.so"
+    subprocess.run([*flags, "-Dpreadv=shorter_preadv", "-c", str(source / "batch.c"), "-o", batch], check=True)
+    others = [str(here / "shorter.c"), str(source / "reader.c"), str(source / "crc32.c"), batch]
+    subprocess.run([*flags, "-shared", "-o", str(library), *others], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "__file__", str(folder / "reader.py"))
+        opened: tuple[ctypes.CDLL, ctypes.PyDLL] = reader_module._library.__wrapped__()
+    return opened
+
+
+@pytest.fixture
+def short_reads(shorter: tuple[ctypes.CDLL, ctypes.PyDLL], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Takes the kind, as shorter.c has them."""
+    monkeypatch.setattr(reader_module, "_library", lambda: shorter)
+    return lambda kind: shorter[0].shorter_set(ctypes.c_int64(kind))
+
+
+def test_short_reads_of_any_length_are_continued(
+    short_reads: Callable[[int], None], file: UnitFile, contents: np.ndarray
+) -> None:
+    short_reads(1)
+    with Reader(3) as reader:
+        for segments in ([(0, SIZE)], [(5, SIZE - 5)], [(PAGE * i * 3, PAGE) for i in range(90)], [(SIZE - 99, 99)]):
+            read_and_compare(reader, file, contents, segments)
+
+
+def test_a_file_that_is_whole_is_not_called_truncated(short_reads: Callable[[int], None], file: UnitFile) -> None:
+    short_reads(2)
+    target = destination(PAGE)
+    with Reader(1) as reader, pytest.raises(ReadError, match="brought only 0, again and again, though the file has"):
+        reader.read(file, *columns((PAGE, target.ctypes.data, PAGE)))

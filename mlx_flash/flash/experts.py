@@ -6,6 +6,7 @@ The rule of stream.py holds here too: before a slot is written, every graph that
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,9 @@ class ExpertStreamer(Flights):
     def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
         super().__init__(reader)
         self.files = files
+        self.layers: dict[str, dict[str, ExpertTensor]] = {}  # every stream's tensors, by its name
+        for number, file in enumerate(files):
+            file.name_of = functools.partial(name_experts, self.layers, number)
         self.held: list[mx.array] = []  # outputs of graphs that read slots, of any layer
 
     def settle(self) -> None:
@@ -67,6 +71,17 @@ class ExpertStreamer(Flights):
         self.reader.close()
         for file in self.files:
             file.close()
+
+
+def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset: int, length: int) -> str:
+    """Names the experts that `length` bytes at `offset` of a file belong to, for messages; "" if none does."""
+    for layer, tensors in layers.items():
+        for tensor, place in tensors.items():
+            overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)
+            if len(found := np.flatnonzero(overlaps & (place.file_of == number))):
+                experts = f"expert {found[0]}" if len(found) == 1 else f"experts {found[0]}-{found[-1]}"
+                return f"{layer}, {experts}, {tensor}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -87,9 +102,16 @@ class ExpertStream:
     """
 
     def __init__(
-        self, shared: ExpertStreamer, tensors: dict[str, ExpertTensor], slots: int, window: int | None = None
+        self,
+        shared: ExpertStreamer,
+        tensors: dict[str, ExpertTensor],
+        slots: int,
+        window: int | None = None,
+        name: str = "",
     ) -> None:
+        """name: of the layer, for messages."""
         self.shared = shared
+        shared.layers[name] = tensors
         self.tensors = tensors
         self.experts = len(next(iter(tensors.values())).offsets)
         self.cache = SlotCache(self.experts, slots, window)
@@ -194,11 +216,16 @@ class ExpertStream:
             here = np.flatnonzero(file_of == number)
             here = here[np.argsort(offsets[here], kind="stable")]
             file = self.shared.files[number]
-            ticket = self.shared.reader.submit(
-                file, offsets[here], addresses[here], lengths[here], request_bytes=request_bytes
+            tickets.append(
+                self.shared.reader.submit(
+                    file,
+                    offsets[here],
+                    addresses[here],
+                    lengths[here],
+                    request_bytes=request_bytes,
+                    destination=self._memory,
+                )
             )
-            ticket.destination = self._memory
-            tickets.append(ticket)
 
     def _typed(self, name: str) -> mx.array:
         tensor = self.tensors[name]

@@ -126,6 +126,18 @@ class NeuronLayout:
             return 0, self.block_bytes
         return first * part_bytes, len(parts) * part_bytes
 
+    def name_blocks(self, layer: int, begin: int, end: int) -> str:
+        """Names the neurons of a layer's blocks from `begin` to before `end`: "layer 3, neurons 24-31"."""
+        first = begin * self.neurons_per_block
+        last = min(end * self.neurons_per_block, self.neurons) - 1
+        return f"layer {layer}, " + (f"neuron {first}" if first == last else f"neurons {first}-{last}")
+
+    def name_bytes(self, offset: int, length: int) -> str:
+        """Names the neurons that `length` bytes of one layer at `offset` of the bundle file belong to."""
+        layer, within = divmod(offset, self.layer_bytes)
+        begin, end = within // self.block_bytes, -(-(within + length) // self.block_bytes)
+        return self.name_blocks(layer, begin, min(end, self.blocks))
+
     @staticmethod
     def plan(
         dtype: str,

@@ -1,80 +1,39 @@
-/* A pool of threads that read ranges of files straight into memory, several reads in flight at once.
+/* A pool of threads that read ranges of files straight into memory, several reads in flight at once, and compare what
+ * came with checksums.
  *
  * Plain C without Python and without MLX: Python threads reach the disk's rate only while the main thread is idle,
  * and a library that links to neither works with every version of both. reader.py is its only caller and bounds the
  * size of a request, and with it the size of a bounce buffer.
  *
  * A request is one contiguous range of a file, scattered in order over a run of destinations. Batches of requests are
- * served first in, first out; several may be outstanding.
+ * served first in, first out; several may be outstanding. A batch has a number that its submitter chose, so that the
+ * submitter knows it before there is a read to forget. A batch is kept here until it was waited for.
  */
-#define _GNU_SOURCE
 #include <errno.h>
-#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/types.h>
-#include <sys/uio.h>
 #include <time.h>
-#include <unistd.h>
+
+#include "batch.h"
 
 #ifdef __APPLE__
 #include <pthread/qos.h>
 #endif
 
-#ifndef IOV_MAX
-#define IOV_MAX 1024
-#endif
+/* Raised whenever a signature or a table changes, so that a library left over from another version is refused. */
+#define MF_ABI 2
 
-/* Raised whenever a signature or a table below changes, so that a library left over from another version is refused. */
-#define MF_ABI 1
-
-#define MF_SHORT_READ (-1) /* the file ended before the wanted bytes */
-#define MF_MOST_TAKEN 64   /* requests that one thread takes at once */
-#define MF_HUGE_PAGE (2 << 20) /* bytes; a bounce buffer is whole ones: reads into small pages are half as fast */
-
-typedef struct { /* all int64, mirrored by reader.py */
-    int64_t code;     /* 0, MF_SHORT_READ or an errno; the next three describe the request that failed first */
-    int64_t offset;   /* in the file */
-    int64_t wanted;   /* bytes */
-    int64_t got;      /* bytes */
-    int64_t busy_ns;  /* time from submission, or from the completion of the batch before, to completion */
-    int64_t bytes;    /* asked of the file, alignment included */
-} mf_result;
+#define MF_MOST_TAKEN 64 /* requests that one thread takes at once */
+#define MF_MOST_THREADS 4096
 
 typedef struct {
-    int64_t offset;
-    int64_t bytes;
-    struct iovec *iovecs;
-    int64_t niovecs;
-    bool bounce;
-} mf_request;
-
-typedef struct mf_batch {
-    struct mf_batch *next;
-    int fd;
-    int64_t alignment;
-    int64_t nrequests;
-    int64_t taken;      /* requests handed to a thread */
-    int64_t unfinished; /* requests not yet accounted for */
-    int64_t submitted_ns;
-    bool done;
-    atomic_bool failed; /* read without the lock, to skip what is left */
-    mf_result result;
-    mf_request *requests;
-    struct iovec *iovecs; /* consumed by the reads */
-} mf_batch;
-
-typedef struct {
-    pthread_mutex_t lock; /* over everything here and over a batch's taken, unfinished, done and result */
+    pthread_mutex_t lock; /* over everything here and over a batch's links, taken, unfinished, done, waiting, result */
     pthread_cond_t work;
     pthread_cond_t done;
-    mf_batch *head; /* batches with requests that no thread has taken yet */
+    mf_batch *batches; /* that were not waited for */
+    int64_t unfinished; /* of them */
+    mf_batch *head; /* those with requests that no thread has taken yet */
     mf_batch *tail;
     int64_t last_done_ns;
     int nthreads;
@@ -83,11 +42,6 @@ typedef struct {
     pthread_t threads[];
 } mf_pool;
 
-typedef struct {
-    char *memory;
-    size_t size;
-} mf_bounce;
-
 static int64_t now_ns(void)
 {
     struct timespec t;
@@ -95,76 +49,7 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Reads into the iovecs until `need` bytes are there; they may have room for more. Changes the iovecs. */
-static int64_t read_range(int fd, struct iovec *iovecs, int64_t niovecs, int64_t offset, int64_t need,
-                          int64_t alignment, int64_t *got)
-{
-    *got = 0;
-    while (*got < need) {
-        int count = niovecs < IOV_MAX ? (int)niovecs : IOV_MAX;
-        ssize_t n = preadv(fd, iovecs, count, (off_t)(offset + *got));
-        if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return errno;
-        }
-        if (*got + n >= need) {
-            *got = need;
-            return 0;
-        }
-        /* A direct read can only go on from a multiple of the alignment; one that stopped elsewhere met the end of
-         * the file, and going back to the multiple below finds that out. */
-        int64_t advance = n - n % alignment;
-        if (advance == 0) {
-            *got += n;
-            return MF_SHORT_READ;
-        }
-        *got += advance;
-        while (advance > 0 && (size_t)advance >= iovecs->iov_len) {
-            advance -= (int64_t)iovecs->iov_len;
-            iovecs++;
-            niovecs--;
-        }
-        if (advance > 0) {
-            iovecs->iov_base = (char *)iovecs->iov_base + advance;
-            iovecs->iov_len -= (size_t)advance;
-        }
-    }
-    return 0;
-}
-
-/* Reads the aligned range around the request into the thread's own buffer and copies the wanted bytes out. */
-static int64_t read_bounced(int fd, const mf_request *request, int64_t alignment, mf_bounce *bounce, int64_t *got)
-{
-    int64_t head = request->offset % alignment;
-    size_t size = (size_t)((head + request->bytes + alignment - 1) / alignment * alignment);
-    *got = 0;
-    if (bounce->size < size) {
-        void *memory;
-        size_t room = (size + MF_HUGE_PAGE - 1) / MF_HUGE_PAGE * MF_HUGE_PAGE;
-        free(bounce->memory);
-        bounce->memory = NULL;
-        bounce->size = 0;
-        if (posix_memalign(&memory, MF_HUGE_PAGE, room) != 0)
-            return ENOMEM;
-#ifdef MADV_HUGEPAGE
-        madvise(memory, room, MADV_HUGEPAGE); /* advice: where it is not taken, reads are slower */
-#endif
-        bounce->memory = memory;
-        bounce->size = room;
-    }
-    struct iovec whole = {bounce->memory, size};
-    int64_t code = read_range(fd, &whole, 1, request->offset - head, head + request->bytes, alignment, got);
-    *got = *got > head ? *got - head : 0;
-    if (code != 0)
-        return code;
-    const char *from = bounce->memory + head;
-    for (int64_t i = 0; i < request->niovecs; i++) {
-        memcpy(request->iovecs[i].iov_base, from, request->iovecs[i].iov_len);
-        from += request->iovecs[i].iov_len;
-    }
-    return 0;
-}
+/* -- the threads ------------------------------------------------------------------------------------------------ */
 
 /* Two threads at most, without the lock. Each wakes two more if work is left, so that the submitter, whose time it is
  * that counts, does not wake all of them one by one: that costs as much as a small read each. */
@@ -182,33 +67,8 @@ static void finish_batch(mf_pool *pool, mf_batch *batch)
     batch->result.busy_ns = now > from ? now - from : 0;
     pool->last_done_ns = now;
     batch->done = true;
+    pool->unfinished--;
     pthread_cond_broadcast(&pool->done);
-}
-
-/* Reads requests first .. first + count - 1; returns the result of the one that failed, or code 0. */
-static mf_result serve(mf_batch *batch, int64_t first, int64_t count, mf_bounce *bounce)
-{
-    mf_result failure = {0};
-    for (int64_t i = first; i < first + count; i++) {
-        if (atomic_load_explicit(&batch->failed, memory_order_relaxed))
-            break;
-        const mf_request *request = &batch->requests[i];
-        int64_t got, code;
-        if (request->bounce)
-            code = read_bounced(batch->fd, request, batch->alignment, bounce, &got);
-        else
-            code = read_range(batch->fd, request->iovecs, request->niovecs, request->offset, request->bytes,
-                              batch->alignment, &got);
-        if (code != 0) {
-            failure.code = code;
-            failure.offset = request->offset;
-            failure.wanted = request->bytes;
-            failure.got = got;
-            atomic_store_explicit(&batch->failed, true, memory_order_relaxed);
-            break;
-        }
-    }
-    return failure;
 }
 
 static void *work(void *argument)
@@ -235,7 +95,7 @@ static void *work(void *argument)
         int64_t first = batch->taken;
         batch->taken += count;
         if (batch->taken == batch->nrequests) {
-            pool->head = batch->next;
+            pool->head = batch->next_to_do;
             if (pool->head == NULL)
                 pool->tail = NULL;
         }
@@ -243,7 +103,7 @@ static void *work(void *argument)
         pthread_mutex_unlock(&pool->lock);
         wake(pool, sleeping);
 
-        mf_result failure = serve(batch, first, count, &bounce);
+        mf_result failure = mf_batch_serve(batch, first, count, &bounce);
 
         pthread_mutex_lock(&pool->lock);
         if (failure.code != 0 && batch->result.code == 0) {
@@ -264,15 +124,139 @@ int64_t mf_abi(void)
     return MF_ABI;
 }
 
-/* Finishes what was submitted and ends the threads. Every batch must have been waited for, or is lost. */
-void mf_pool_free(mf_pool *pool)
+/* -- batches ---------------------------------------------------------------------------------------------------- */
+
+/* Under the lock: what is done and nobody waits for. */
+static void free_done(mf_pool *pool)
+{
+    for (mf_batch **link = &pool->batches; *link != NULL;) {
+        mf_batch *batch = *link;
+        if (batch->done && batch->waiting == 0) {
+            *link = batch->next;
+            mf_batch_free(batch);
+        } else {
+            link = &batch->next;
+        }
+    }
+}
+
+/* Under the lock; NULL if there is none. */
+static mf_batch *find_batch(mf_pool *pool, int64_t number)
+{
+    mf_batch *batch = pool->batches;
+    while (batch != NULL && batch->number != number)
+        batch = batch->next;
+    return batch;
+}
+
+/* Starts reading and returns at once: 0, ENOMEM, MF_BAD_TABLE or MF_STOPPED; nothing was begun unless it is 0.
+ *
+ * number: of the batch, used once. requests: triples (file offset, index of the first iovec, number of iovecs). iovecs:
+ * pairs (address, length). checks: triples (where in the bytes of all requests, one behind the other; length; CRC-32),
+ * ascending, each of bytes that end up side by side; they are compared once they are in place. All tables are copied.
+ * alignment: what offset, address and length must be multiples of for a read that goes straight to its destination; 0
+ * or 1 if nothing is demanded. */
+int64_t mf_submit(mf_pool *pool, int64_t number, int fd, int64_t alignment, const int64_t *requests, int64_t nrequests,
+                  const int64_t *iovecs, int64_t niovecs, const int64_t *checks, int64_t nchecks)
+{
+    mf_batch *batch;
+    int64_t code = mf_batch_new(fd, alignment, requests, nrequests, iovecs, niovecs, checks, nchecks, &batch);
+    if (code != 0)
+        return code;
+    batch->number = number;
+
+    pthread_mutex_lock(&pool->lock);
+    if (pool->stopping || find_batch(pool, number) != NULL) {
+        code = pool->stopping ? MF_STOPPED : MF_BAD_TABLE;
+        pthread_mutex_unlock(&pool->lock);
+        mf_batch_free(batch);
+        return code;
+    }
+    batch->submitted_ns = now_ns();
+    batch->next = pool->batches;
+    pool->batches = batch;
+    if (nrequests == 0) {
+        batch->done = true;
+    } else {
+        pool->unfinished++;
+        if (pool->tail != NULL)
+            pool->tail->next_to_do = batch;
+        else
+            pool->head = batch;
+        pool->tail = batch;
+    }
+    pthread_mutex_unlock(&pool->lock);
+    wake(pool, nrequests);
+    return 0;
+}
+
+/* Waits until every request of the batch was read or skipped, and forgets the batch. 0, or MF_NO_BATCH. */
+int64_t mf_wait(mf_pool *pool, int64_t number, mf_result *result)
 {
     pthread_mutex_lock(&pool->lock);
+    mf_batch *batch = find_batch(pool, number);
+    if (batch == NULL) {
+        pthread_mutex_unlock(&pool->lock);
+        return MF_NO_BATCH;
+    }
+    batch->waiting++;
+    while (!batch->done)
+        pthread_cond_wait(&pool->done, &pool->lock);
+    batch->waiting--;
+    *result = batch->result;
+    if (batch->waiting == 0) {
+        mf_batch **link = &pool->batches;
+        while (*link != batch)
+            link = &(*link)->next;
+        *link = batch->next;
+        mf_batch_free(batch);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return 0;
+}
+
+/* Waits until nothing that was submitted is unfinished, whoever knows of it, and forgets all of it. */
+void mf_drain(mf_pool *pool)
+{
+    pthread_mutex_lock(&pool->lock);
+    while (pool->unfinished > 0)
+        pthread_cond_wait(&pool->done, &pool->lock);
+    free_done(pool);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Batches that were submitted and not waited for. */
+int64_t mf_outstanding(mf_pool *pool)
+{
+    pthread_mutex_lock(&pool->lock);
+    int64_t count = 0;
+    for (const mf_batch *batch = pool->batches; batch != NULL; batch = batch->next)
+        count++;
+    pthread_mutex_unlock(&pool->lock);
+    return count;
+}
+
+/* -- the pool --------------------------------------------------------------------------------------------------- */
+
+/* Finishes what was submitted and ends the threads; from then on mf_submit refuses. May be called again. */
+void mf_pool_stop(mf_pool *pool)
+{
+    pthread_mutex_lock(&pool->lock);
+    bool stopped = pool->stopping;
     pool->stopping = true;
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->lock);
+    if (stopped)
+        return;
     for (int i = 0; i < pool->nthreads; i++)
         pthread_join(pool->threads[i], NULL);
+    mf_drain(pool);
+}
+
+/* Nobody may use the pool any more. */
+void mf_pool_free(mf_pool *pool)
+{
+    mf_pool_stop(pool);
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
@@ -282,6 +266,8 @@ void mf_pool_free(mf_pool *pool)
 /* NULL if memory or threads are lacking. */
 mf_pool *mf_pool_new(int64_t threads)
 {
+    if (threads < 1 || threads > MF_MOST_THREADS)
+        return NULL;
     mf_pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->threads[0]);
     if (pool == NULL)
         return NULL;
@@ -303,82 +289,4 @@ mf_pool *mf_pool_new(int64_t threads)
         return NULL;
     }
     return pool;
-}
-
-static void free_batch(mf_batch *batch)
-{
-    free(batch->requests);
-    free(batch->iovecs);
-    free(batch);
-}
-
-/* Starts reading and returns at once; NULL if memory is lacking.
- *
- * requests: triples (file offset, index of the first iovec, number of iovecs). iovecs: pairs (address, length), every
- * length above zero. Both are copied. alignment: what offset, address and length must be multiples of for a read that
- * goes straight to its destination; 0 or 1 if nothing is demanded. */
-mf_batch *mf_submit(mf_pool *pool, int fd, int64_t alignment, const int64_t *requests, int64_t nrequests,
-                    const int64_t *iovecs, int64_t niovecs)
-{
-    if (alignment < 1)
-        alignment = 1;
-    mf_batch *batch = calloc(1, sizeof *batch);
-    if (batch == NULL)
-        return NULL;
-    batch->requests = malloc((size_t)(nrequests + 1) * sizeof(mf_request)); /* + 1: malloc(0) may be NULL */
-    batch->iovecs = malloc((size_t)(niovecs + 1) * sizeof(struct iovec));
-    if (batch->requests == NULL || batch->iovecs == NULL) {
-        free_batch(batch);
-        return NULL;
-    }
-    batch->fd = fd;
-    batch->alignment = alignment;
-    batch->nrequests = batch->unfinished = nrequests;
-    atomic_init(&batch->failed, false);
-    for (int64_t i = 0; i < niovecs; i++) {
-        batch->iovecs[i].iov_base = (void *)(intptr_t)iovecs[2 * i];
-        batch->iovecs[i].iov_len = (size_t)iovecs[2 * i + 1];
-    }
-    for (int64_t i = 0; i < nrequests; i++) {
-        mf_request *request = &batch->requests[i];
-        request->offset = requests[3 * i];
-        request->iovecs = batch->iovecs + requests[3 * i + 1];
-        request->niovecs = requests[3 * i + 2];
-        request->bytes = 0;
-        request->bounce = request->offset % alignment != 0;
-        for (int64_t j = 0; j < request->niovecs; j++) {
-            int64_t length = (int64_t)request->iovecs[j].iov_len;
-            request->bytes += length;
-            if ((intptr_t)request->iovecs[j].iov_base % alignment != 0 || length % alignment != 0)
-                request->bounce = true;
-        }
-        int64_t head = request->offset % alignment;
-        batch->result.bytes += (head + request->bytes + alignment - 1) / alignment * alignment;
-    }
-
-    pthread_mutex_lock(&pool->lock);
-    batch->submitted_ns = now_ns();
-    if (nrequests == 0) {
-        batch->done = true;
-    } else {
-        if (pool->tail != NULL)
-            pool->tail->next = batch;
-        else
-            pool->head = batch;
-        pool->tail = batch;
-    }
-    pthread_mutex_unlock(&pool->lock);
-    wake(pool, nrequests);
-    return batch;
-}
-
-/* Waits until every request of the batch was read or skipped, and frees the batch. */
-void mf_wait(mf_pool *pool, mf_batch *batch, mf_result *result)
-{
-    pthread_mutex_lock(&pool->lock);
-    while (!batch->done)
-        pthread_cond_wait(&pool->done, &pool->lock);
-    *result = batch->result;
-    pthread_mutex_unlock(&pool->lock);
-    free_batch(batch);
 }

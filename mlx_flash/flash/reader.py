@@ -1,19 +1,24 @@
 """Reading many ranges of a file at once, straight into memory, by the C thread pool of reader.c.
 
 A segment is (file offset, destination address, length), all in bytes. Segments that are adjacent in the file become
-one request, long ones several; the tables are numpy arrays, so that a read costs no Python object.
+one request, long ones several; the tables are numpy arrays, so that a read costs no Python object. Where the file has
+checksums, the threads compare them with what they have read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
+import itertools
 import os
 import stat
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +32,18 @@ MERGE_BYTES = 1 << 20
 BOUNCE_BYTES_PER_THREAD = 2 << 20
 """What a thread allocates for reads that are not aligned, a huge page, for the memory plan; nothing if all are."""
 
-_ABI = 1  # of reader.c
-_SHORT_READ = -1
-
 Int64Array = npt.NDArray[np.int64]
+
+NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
+
+_ABI = 2  # of reader.c
+_SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # batch.h
 
 
 class _Result(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("code", "offset", "wanted", "got", "busy_ns", "bytes")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("code", "offset", "wanted", "got", "expected", "found", "busy_ns", "bytes")
+    ]
 
 
 @functools.cache
@@ -61,78 +70,121 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         )
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
     library.mf_pool_new.argtypes, library.mf_pool_new.restype = [int64], pointer
-    library.mf_pool_free.argtypes, library.mf_pool_free.restype = [pointer], None
-    library.mf_wait.argtypes, library.mf_wait.restype = [pointer, pointer, ctypes.POINTER(_Result)], None
+    for function in (library.mf_pool_stop, library.mf_pool_free, library.mf_drain):
+        function.argtypes, function.restype = [pointer], None
+    library.mf_outstanding.argtypes, library.mf_outstanding.restype = [pointer], int64
+    library.mf_wait.argtypes, library.mf_wait.restype = [pointer, int64, ctypes.POINTER(_Result)], int64
+    tables: list[Any] = [pointer, int64] * 3
     submit = keeping_gil.mf_submit
-    submit.argtypes, submit.restype = [pointer, ctypes.c_int, int64, pointer, int64, pointer, int64], pointer
+    submit.argtypes, submit.restype = [pointer, int64, ctypes.c_int, int64, *tables], int64
+    library.mf_crc32_each.argtypes, library.mf_crc32_each.restype = [pointer, int64, int64, int64, pointer], None
     return library, keeping_gil
+
+
+def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDArray[np.uint32]:
+    """CRC-32 of `count` ranges of memory of `length` bytes, the first at `address`, each `stride` bytes further on."""
+    sums = np.empty(count, np.uint32)
+    _library()[0].mf_crc32_each(address, stride, length, count, sums.ctypes.data)
+    return sums
+
+
+class _Descriptor:
+    """An open file, which is closed when nothing has it any more: under a read its number cannot become another's."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):  # someone closed it by its number
+            os.close(self.number)
+
+
+class Sums(Protocol):
+    """The checksums of what is read of a file; unit_sums.py has them for every kind of unit."""
+
+    def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
+        """What the segments that `Reader.submit` is given are compared with: (m, 3) int64, ascending.
+
+        Where in the bytes of all segments, one segment behind the other; how many bytes; the CRC-32 (of zlib) that
+        they have. Raises ValueError if bytes of a segment have no sum.
+        """
+        ...
 
 
 class UnitFile:
     """A file that units are read from, open for positional reads.
 
-    path: as given. fd: the descriptor, -1 once closed. size: bytes when opened. direct: whether reads go past the page
-    cache, which a file system may refuse. alignment: bytes that a read is aligned to, 1 if it need not be.
+    path: as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system may
+    refuse. alignment: bytes that a read is aligned to, 1 if it need not be. name_of: (offset, bytes) -> which units
+    lie there, for messages ("layer 3, neurons 24-31"); "" where that is not known. sums: of what every read is compared
+    with; None to compare nothing.
     Raises ReadError if `path` is not a readable regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str], direct: bool = True) -> None:
-        self.fd = -1
         self.path = Path(path)
-        self._lock = threading.Lock()
-        self._reads = 0  # batches submitted and not yet waited for
-        self._close_wanted = False
+        self.name_of: Callable[[int, int], str] = lambda offset, length: ""
+        self.sums: Sums | None = None
         try:
-            self.fd, self.direct = open_for_reading(path, direct)
-            status = os.fstat(self.fd)
+            fd, self.direct = open_for_reading(path, direct)
+            self._descriptor: _Descriptor | None = _Descriptor(fd)
+            status = os.fstat(fd)
         except OSError as error:
-            self.close()
             raise ReadError(f"{self.path} cannot be opened for reading: {error.strerror}.") from error
         if not stat.S_ISREG(status.st_mode):
-            self.close()
             raise ReadError(f"{self.path} is not a regular file; the file of a store or a checkpoint was expected.")
         self.size = status.st_size
         self.alignment = READ_ALIGNMENT if self.direct else 1
-        self._mtime_ns = status.st_mtime_ns
+        self._opened = status
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number, -1 once the file is closed."""
+        descriptor = self._descriptor
+        return -1 if descriptor is None else descriptor.number
+
+    @property
+    def identity(self) -> tuple[int, int, int, int]:
+        """What changes with every change of the contents: inode, size, time of writing, time of any change (ns)."""
+        return identity_of(self._opened)
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if someone has written into the file since it was opened (by its size and time)."""
-        if self.fd < 0:
+        """Raises ReadError if someone may have written into the file since it was opened.
+
+        Size and time of writing can be put back, the time of the last change (ctime) cannot. It also moves when a link
+        is made or removed or when mode or owner are set, which is seen in them and leaves the bytes as they were. When
+        it moves alone, the file was written to and its time put back; or it was renamed, or its extended attributes
+        set: that cannot be told apart, and counts as a change.
+        """
+        descriptor = self._descriptor
+        if descriptor is None:
             raise ReadError(f"{self.path} is closed.")
         try:
-            status = os.fstat(self.fd)
+            now = os.fstat(descriptor.number)
         except OSError as error:
             raise ReadError(f"{self.path} cannot be examined: {error.strerror}.") from error
-        if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
-            sizes = f"it has {status.st_size} bytes, and had {self.size}"
-            how = sizes if status.st_size != self.size else "it was written to, or its time set"
-            raise ReadError(
-                f"{self.path} was changed while it was in use ({how}). "
-                "Leave the files of a store or a checkpoint alone while a model runs; start again."
-            )
+        then = self._opened
+        if identity_of(now) == identity_of(then):
+            return
+        if now.st_size != then.st_size:
+            how = f"it has {now.st_size} bytes, and had {then.st_size}"
+        elif now.st_mtime_ns != then.st_mtime_ns:
+            how = "it was written to, or its time set"
+        elif _links_and_rights(now) != _links_and_rights(then):
+            self._opened = now
+            return
+        else:
+            how = "it was written to and its time put back, or it was renamed or given other attributes"
+        raise ReadError(
+            f"{self.path} was changed while it was in use ({how}). "
+            "Leave the files of a store or a checkpoint alone while a model runs; start again."
+        )
 
     def close(self) -> None:
         """Closes the file, at once or when the last outstanding read has been waited for. May be called again."""
-        with self._lock:
-            # A number freed under a running read could be another file's by the time the read is made.
-            self._close_wanted = True
-            self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if self._close_wanted and self._reads == 0 and self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
-
-    def _begin_read(self) -> None:
-        with self._lock:
-            if self._close_wanted:
-                raise ReadError(f"{self.path} is closed.")
-            self._reads += 1
-
-    def _end_read(self) -> None:
-        with self._lock:
-            self._reads -= 1
-            self._close_if_unused()
+        self._descriptor = None
 
     def __enter__(self) -> UnitFile:
         return self
@@ -142,10 +194,14 @@ class UnitFile:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # While a read is outstanding its reader has the file; both may go at once, as parts of a cycle, in any order.
-        if getattr(self, "fd", -1) >= 0 and self._reads == 0:
-            os.close(self.fd)
+
+def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """(inode, size, mtime, ctime) of a file: another tuple means that its bytes may be others."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _links_and_rights(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_nlink, status.st_mode, status.st_uid, status.st_gid
 
 
 @dataclass(frozen=True)
@@ -163,18 +219,39 @@ class ReadReport:
 
 
 class Ticket:
-    """A batch of reads under way; `Reader.wait` takes it once. It keeps its file open.
+    """A batch of reads under way; `Reader.wait` takes it once. It keeps its file open and its destination alive."""
 
-    destination: whatever owns the memory that is read into; who submits sets it, so that it outlives the read.
-    """
+    __slots__ = ("_descriptor", "destination", "file", "number", "requests")
 
-    __slots__ = ("_batch", "destination", "file", "requests")
-
-    def __init__(self, batch: int, file: UnitFile, requests: int) -> None:
-        self._batch: int | None = batch
+    def __init__(self, file: UnitFile, descriptor: _Descriptor, requests: int, destination: object) -> None:
+        self.number = next(_numbers)
         self.file = file
         self.requests = requests
-        self.destination: object = None
+        self.destination = destination
+        self._descriptor: _Descriptor | None = descriptor
+
+
+_numbers = itertools.count(1)  # of tickets, of all readers
+
+
+class _Pool:
+    """reader.c's pool, whose memory is freed when nothing has it any more: not under a call of another thread."""
+
+    def __init__(self, threads: int) -> None:
+        self.library, self.keeping_gil = _library()
+        self._pid = os.getpid()
+        self.pointer: int | None = self.library.mf_pool_new(threads)
+        if self.pointer is None:
+            raise FlashError(f"The system refused {threads} reader threads; ask for fewer.")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child process, which has the pool's memory but not its threads, and perhaps its lock."""
+        return os.getpid() != self._pid
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None) is not None and not self.forked:
+            self.library.mf_pool_free(self.pointer)
 
 
 class Reader:
@@ -184,16 +261,17 @@ class Reader:
     """
 
     def __init__(self, threads: int = 16) -> None:
-        self._pool: int | None = None
         if threads < 1:
             raise UsageError(f"{threads} reader threads were asked for; at least 1 is needed.")
-        self._library, self._keeping_gil = _library()
-        self._outstanding: set[Ticket] = set()
-        self._pid = os.getpid()
+        self._pool: _Pool | None = _Pool(threads)
+        self._outstanding: set[Ticket] = set()  # keeps files and destinations; what is under way is known to reader.c
         self.threads = threads
-        self._pool = self._library.mf_pool_new(threads)
-        if self._pool is None:
-            raise FlashError(f"The system refused {threads} reader threads; ask for fewer.")
+
+    @property
+    def outstanding(self) -> int:
+        """Batches that were submitted and not waited for; 0 once the reader is closed."""
+        pool = self._pool
+        return 0 if pool is None or pool.forked else pool.library.mf_outstanding(pool.pointer)
 
     def submit(
         self,
@@ -203,46 +281,58 @@ class Reader:
         lengths: npt.NDArray[np.integer] | int,
         *,
         request_bytes: int = MERGE_BYTES,
+        destination: object = None,
     ) -> Ticket:
-        """Starts reading segments of `file` and returns at once.
+        """Starts reading segments of `file` and returns at once. Where the file has sums, all that is read is compared
+        with them as it comes.
 
-        offsets, addresses, lengths: (n,) int64, in bytes; in ascending offset, so that neighbours are found. One
-        number for `lengths` is that of every segment, and quicker. request_bytes: what a request aims at, at most
-        MERGE_BYTES: a few long segments in shorter requests keep more threads busy.
-        Raises ReadError if a segment lies outside the file; ValueError if the arrays disagree.
+        Args:
+            file: to read from.
+            offsets, addresses, lengths: (n,) int64, in bytes; in ascending offset, so that neighbours are found. One
+                number for `lengths` is that of every segment, and quicker.
+            request_bytes: what a request aims at, at most MERGE_BYTES: a few long segments in shorter requests keep
+                more threads busy.
+            destination: whatever owns the memory that is read into, so that it outlives the read.
+
+        Raises ReadError if a segment lies outside the file, if the reader or the file is closed or in a forked child;
+        ValueError if the arrays disagree.
         """
-        if self._pool is None:
-            raise ReadError("The reader is closed.")
+        pool, descriptor = self._usable(), file._descriptor
+        if descriptor is None:
+            raise ReadError(f"{file.path} is closed.")
         requests, iovecs = plan_requests(file, offsets, addresses, lengths, request_bytes)
-        file._begin_read()
-        # The GIL is kept: this only copies two tables, and taking the GIL back from a busy thread costs 5 ms.
-        batch = self._keeping_gil.mf_submit(
-            self._pool, file.fd, file.alignment, requests.ctypes.data, len(requests), iovecs.ctypes.data, len(iovecs)
-        )
-        if batch is None:
-            file._end_read()
-            raise MemoryError(f"No memory for a table of {len(iovecs)} reads.")
-        ticket = Ticket(batch, file, len(requests))
-        self._outstanding.add(ticket)
-        return ticket
+        checks = NO_CHECKS if file.sums is None else file.sums.checks(offsets, lengths)
+        ticket = Ticket(file, descriptor, len(requests), destination)
+        try:
+            self._outstanding.add(ticket)  # first: an interrupt behind the call would lose what is under way
+            # The GIL is kept: this only copies tables, and taking the GIL back from a busy thread costs 5 ms.
+            code = pool.keeping_gil.mf_submit(
+                pool.pointer, ticket.number, descriptor.number, file.alignment,
+                requests.ctypes.data, len(requests), iovecs.ctypes.data, len(iovecs), checks.ctypes.data, len(checks),
+            )  # fmt: skip
+            if code != 0:
+                raise _refusal(code, len(iovecs))
+            return ticket
+        except BaseException:
+            pool.library.mf_wait(pool.pointer, ticket.number, ctypes.byref(_Result()))
+            self._outstanding.discard(ticket)
+            raise
 
     def wait(self, ticket: Ticket) -> ReadReport:
-        """Blocks until the ticket's bytes are in place. Raises ReadError if one of them could not be read.
+        """Blocks until the ticket's bytes are in place and compared.
 
         After an error the destinations hold anything. A ticket is waited for once; others are not affected.
+        Raises ReadError if a byte could not be read or a checksum differs; it names the file and, where known, the
+        units.
         """
-        result = self._finish(ticket)
-        if result.code == _SHORT_READ:
-            raise ReadError(
-                f"{ticket.file.path}: the file ends early: wanted {result.wanted} bytes at {result.offset}, got "
-                f"{result.got}; it is truncated: run `python -m mlx_flash.check` on a store, download a "
-                "checkpoint again."
-            )
+        pool, result = self._usable(), _Result()
+        code = pool.library.mf_wait(pool.pointer, ticket.number, ctypes.byref(result))
+        ticket._descriptor = None
+        self._outstanding.discard(ticket)
+        if code != 0:
+            raise ReadError("This ticket was already waited for, or belongs to another reader.")
         if result.code != 0:
-            raise ReadError(
-                f"{ticket.file.path}: reading {result.wanted} bytes at {result.offset} failed: "
-                f"{os.strerror(result.code)} (error {result.code}). Check the disk and the file."
-            )
+            raise _failure(ticket.file, result)
         return ReadReport(result.busy_ns * 1e-9, ticket.requests, result.bytes)
 
     def read(
@@ -252,34 +342,41 @@ class Reader:
         addresses: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer] | int,
     ) -> ReadReport:
-        """`submit` and `wait` in one."""
-        return self.wait(self.submit(file, offsets, addresses, lengths))
+        """`submit` and `wait` in one. If it is interrupted, all reads of this reader have ended and are void."""
+        try:
+            return self.wait(self.submit(file, offsets, addresses, lengths))
+        except ReadError:
+            raise
+        except BaseException:
+            self.drain()
+            raise
 
     def drain(self) -> None:
-        """Blocks until no read is under way. Tickets not yet waited for are void."""
-        for ticket in tuple(self._outstanding):
-            self._finish(ticket)
+        """Blocks until no read is under way, whoever knows of it. Tickets not yet waited for are void."""
+        pool, known = self._pool, tuple(self._outstanding)
+        if pool is not None and not pool.forked:
+            pool.library.mf_drain(pool.pointer)
+        self._outstanding.difference_update(known)
 
     def close(self) -> None:
         """Lets outstanding reads finish, then ends the threads. Tickets not yet waited for are void."""
-        if self._pool is None:
-            return
-        if os.getpid() != self._pid:  # a forked child has the pool's memory but not its threads
-            self._pool = None
-            return
-        self.drain()
-        pool, self._pool = self._pool, None
-        self._library.mf_pool_free(pool)
+        pool, known = self._pool, tuple(self._outstanding)
+        self._pool = None
+        if pool is not None and not pool.forked:
+            pool.library.mf_pool_stop(pool.pointer)
+        self._outstanding.difference_update(known)
 
-    def _finish(self, ticket: Ticket) -> _Result:
-        if ticket not in self._outstanding:
-            raise ReadError("This ticket was already waited for, or belongs to another reader.")
-        self._outstanding.remove(ticket)
-        batch, ticket._batch = ticket._batch, None
-        result = _Result()
-        self._library.mf_wait(self._pool, batch, ctypes.byref(result))
-        ticket.file._end_read()
-        return result
+    def _usable(self) -> _Pool:
+        """Raises ReadError in a forked child, in which nothing would ever be read, and where the reader is closed."""
+        pool = self._pool
+        if pool is None:
+            raise ReadError("The reader is closed.")
+        if pool.forked:
+            raise ReadError(
+                "This process was forked from the one that loaded the model, and has none of its reader threads. "
+                "Load the model in the process that uses it."
+            )
+        return pool
 
     def __enter__(self) -> Reader:
         return self
@@ -292,6 +389,44 @@ class Reader:
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:
             self.close()
+
+
+def _refusal(code: int, reads: int) -> Exception:
+    """Why reader.c did not take a batch."""
+    if code == errno.ENOMEM:
+        return MemoryError(f"No memory for a table of {reads} reads.")
+    if code == _STOPPED:
+        return ReadError("The reader is closed.")
+    return ValueError(
+        "expected addresses above 0 and checks (position, length, CRC-32) that ascend within the bytes that are read"
+    )
+
+
+def _failure(file: UnitFile, result: _Result) -> ReadError:
+    """What happened to a read, in a sentence, and what to do."""
+    name = file.name_of(result.offset, result.wanted)
+    where = f"{file.path}: {name}: " if name else f"{file.path}: "
+    what = f"reading {result.wanted} bytes at {result.offset}"
+    if result.code == _SHORT_READ:
+        problem = (
+            f"the file ends early: wanted {result.wanted} bytes at {result.offset}, got {result.got}; it is truncated: "
+            "run `python -m mlx_flash.check` on a store, download a checkpoint again"
+        )
+    elif result.code == _WITHHELD:
+        problem = (
+            f"{what} brought only {result.got}, again and again, though the file has them. "
+            "Check the disk, or the network that it is reached by"
+        )
+    elif result.code == _WRONG_SUM:
+        problem = (
+            f"the {result.wanted} bytes read at {result.offset} have the checksum {result.found:08x}, expected "
+            f"{result.expected:08x}: the disk returned other bytes than were written, or the file was changed. "
+            "Run `python -m mlx_flash.check` on a store, download a checkpoint again; if the file is whole, check the "
+            "disk and the memory of this machine"
+        )
+    else:
+        problem = f"{what} failed: {os.strerror(result.code)} (error {result.code}). Check the disk and the file"
+    return ReadError(f"{where}{problem}.")
 
 
 def plan_requests(
@@ -354,6 +489,8 @@ def _plan_rows(
     """
     n = len(offsets)
     if not (n and offsets.dtype == addresses.dtype == np.int64 and 0 < length < MERGE_BYTES // 2):
+        return None
+    if not offsets.shape == addresses.shape == (n,):
         return None
     steps = offsets[1:] - offsets[:-1]
     if n > 1 and steps.min() < length:  # not ascending, or one over the other

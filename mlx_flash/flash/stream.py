@@ -6,6 +6,7 @@ scratch buffer is written, every graph that reads it has been evaluated (`hold`,
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from .cache import SlotCache
 from .files import NeuronLayout
 from .flights import Flights
 from .pool import AlignedPool
-from .reader import Reader, Ticket, UnitFile
+from .reader import Reader, Ticket, UnitFile, crc32_of_each
 from .rows import BlockRows, PackedRows, StoredRows
 from .self_test import check_neuron_pool, check_packed_products
+from .unit_sums import BlockSums
 
 FADING = 0.9  # of what is remembered about guesses, per guess
 
@@ -33,10 +35,10 @@ class Streamer(Flights):
     def __init__(self, file: UnitFile, reader: Reader, layout: NeuronLayout) -> None:
         super().__init__(reader)
         self.file = file
+        file.name_of = layout.name_bytes
         self.layout = layout
         self.scratch = [AlignedPool(layout.piece_blocks * layout.block_bytes) for _ in range(2)]
-        # The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
-        self.side = mx.new_thread_local_stream(mx.cpu) if mx.default_device() == mx.cpu else None
+        self.side = side_stream() if mx.default_device() == mx.cpu else None
         self.scratch_rows = [BlockRows(pool, layout, layout.parts, self.side) for pool in self.scratch]
         for pool, rows in zip(self.scratch, self.scratch_rows, strict=True):
             check_neuron_pool(pool, rows)
@@ -50,6 +52,15 @@ class Streamer(Flights):
     def close(self) -> None:
         self.reader.close()
         self.file.close()
+
+
+@functools.cache
+def side_stream() -> mx.ThreadLocalStream:
+    """The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
+
+    One for the process: MLX ends neither a stream nor its thread.
+    """
+    return mx.new_thread_local_stream(mx.cpu)
 
 
 def _joined(pieces: StoredRows) -> mx.array | PackedRows:
@@ -280,8 +291,23 @@ class LayerStream:
                 yield start, piece.stop, piece.rows.take(piece.places[blocks - first], lanes, self.parts)
 
     def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
-        """Like `pieces`, with every part and past the slots."""
-        return LayerStream(self.shared, self.layer, 0, self.layout.parts).pieces()
+        """Like `pieces`, with every part and past the slots.
+
+        Where a slot holds a part of each block, whose sums the store does not have, they are made here, of bytes that
+        have just been compared.
+        """
+        learnt = []
+        for start, stop, rows in LayerStream(self.shared, self.layer, 0, self.layout.parts).pieces():
+            learnt.append(self._sums_in_scratch(start, stop))
+            yield start, stop, rows
+        if isinstance(sums := self.shared.file.sums, BlockSums):
+            sums.learn(self.layer, self.parts, np.concatenate(learnt))
+
+    def _sums_in_scratch(self, start: int, stop: int) -> np.ndarray:
+        """Of what slots hold of the blocks of a piece that has just been read into scratch memory."""
+        first, end = start // self.layout.neurons_per_block, -(-stop // self.layout.neurons_per_block)
+        address = self.shared.scratch[first // self.layout.piece_blocks % 2].address + self.part_offset
+        return crc32_of_each(address, self.layout.block_bytes, self.slot_bytes, end - first)
 
     def _start_piece(self, start: int) -> _Piece:
         began = time.perf_counter()
@@ -305,10 +331,11 @@ class LayerStream:
             counters.misses += absent
         else:
             which = first // layout.piece_blocks % 2
+            pool = self.shared.scratch[which]
             offset = self.layer * layout.layer_bytes + first * layout.block_bytes
-            segment = (offset, self.shared.scratch[which].address, len(blocks) * layout.block_bytes)
+            segment = (np.array([value]) for value in (offset, pool.address, len(blocks) * layout.block_bytes))
             handing_over -= time.perf_counter()
-            ticket = self.shared.reader.submit(self.shared.file, *(np.array([value]) for value in segment))
+            ticket = self.shared.reader.submit(self.shared.file, *segment, destination=pool)
             handing_over += time.perf_counter()
             piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
             counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
@@ -333,6 +360,4 @@ class LayerStream:
         layout = self.layout
         offsets = self.layer * layout.layer_bytes + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
         addresses = self.pool.address + slots.astype(np.int64) * self.slot_bytes
-        ticket = self.shared.reader.submit(self.shared.file, offsets, addresses, self.slot_bytes)
-        ticket.destination = self.pool
-        return ticket
+        return self.shared.reader.submit(self.shared.file, offsets, addresses, self.slot_bytes, destination=self.pool)

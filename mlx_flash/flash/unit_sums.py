@@ -1,0 +1,208 @@
+"""CRC-32 sums of what is read by the unit: the blocks of a store, and ranges of a checkpoint's own files.
+
+`UnitFile.sums` is one of these. The reader's threads compare; this module knows which sums belong to a read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CorruptStoreError, ReadError
+from .files import AGAIN, Manifest, NeuronLayout
+from .reader import NO_CHECKS, Int64Array, Reader, UnitFile
+
+UInt32Array = npt.NDArray[np.uint32]
+
+RANGE_BYTES = 1 << 20
+"""Of a unit, so many bytes at most have a sum of their own: more would keep one thread busy when all is read."""
+
+WINDOW_BYTES = 16 << 20  # read at once where sums are made
+
+
+class BlockSums:
+    """The sums of a store's blocks, and of parts of blocks that were learnt. layout: the store's. sums: uint32 (layers,
+    blocks), of whole blocks."""
+
+    def __init__(self, layout: NeuronLayout, sums: UInt32Array) -> None:
+        self._layout = layout
+        # (layer, where in each block, bytes) -> (blocks,)
+        self._sums = {(layer, 0, layout.block_bytes): row for layer, row in enumerate(sums)}
+
+    def learn(self, layer: int, parts: tuple[str, ...], sums: UInt32Array) -> None:
+        """sums: (blocks,), of neighbouring `parts` of every block of a layer."""
+        self._sums.setdefault((layer, *self._layout.part_range(parts)), sums)
+
+    def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
+        """As `Sums.checks`: of one layer, the same parts of single blocks, or runs of whole blocks."""
+        if len(offsets) == 0:
+            return NO_CHECKS
+        block_bytes = self._layout.block_bytes
+        if isinstance(lengths, int):
+            nbytes = lengths
+        else:
+            runs = [np.arange(o, o + n, block_bytes) for o, n in zip(offsets, lengths, strict=True)]
+            offsets, nbytes = np.concatenate(runs), block_bytes
+            if (lengths % block_bytes).any():
+                raise ValueError(f"segments of {lengths} bytes are not runs of blocks of {block_bytes}")
+        layer, begin = divmod(int(offsets[0]), self._layout.layer_bytes)
+        skip = begin % block_bytes
+        sums = self._sums.get((layer, skip, nbytes))
+        blocks, rest = np.divmod(offsets - (layer * self._layout.layer_bytes + skip), block_bytes)
+        if sums is None or rest.any() or blocks.max() >= len(sums) or blocks.min() < 0:
+            raise ValueError(f"there is no sum of {nbytes} bytes at {offsets}")
+        checks = np.empty((len(blocks), 3), np.int64)
+        checks[:, 0] = np.arange(len(blocks)) * nbytes
+        checks[:, 1] = nbytes
+        checks[:, 2] = sums[blocks]
+        return checks
+
+
+def read_block_sums(folder: Path, manifest: Manifest) -> BlockSums:
+    """Those of a store. Raises CorruptStoreError, or ReadError for a disk's error."""
+    path = folder / manifest.neurons_checksums_file
+    try:
+        table = path.read_bytes()
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}. Check the disk and the file.") from None
+    if hashlib.sha256(table).hexdigest() != manifest.files[path.name]["sha256"]:
+        raise CorruptStoreError(f"{path} does not match its checksum. {AGAIN}")
+    layout = manifest.layout
+    return BlockSums(layout, np.frombuffer(table, "<u4").reshape(layout.layers, layout.blocks))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Ranges of a file that have sums: (n,) int64, ascending, none over another, at most RANGE_BYTES long."""
+
+    offsets: Int64Array
+    lengths: Int64Array
+
+    @staticmethod
+    def of_units(offsets: Int64Array, lengths: Int64Array) -> Ranges:
+        """Those of units, or parts of them, each read as a whole: (m,) and (m,), in any order, one perhaps twice."""
+        begins, pieces = _pieces(lengths)
+        owner = np.repeat(np.arange(len(lengths)), pieces)
+        nbytes = np.minimum(RANGE_BYTES, lengths[owner] - begins)
+        both = np.unique(np.stack((offsets[owner] + begins, nbytes), axis=1), axis=0)
+        ranges = Ranges(both[:, 0].copy(), both[:, 1].copy())
+        if (ranges.offsets[1:] < ranges.offsets[:-1] + ranges.lengths[:-1]).any():
+            raise ValueError("units of a file lie one over the other")
+        return ranges
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Ranges)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.lengths, other.lengths)
+        )
+
+
+def _pieces(lengths: npt.NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:
+    """Where within its unit each of the pieces of units begins (m,), and how many pieces each unit has (n,)."""
+    pieces = -(-lengths.astype(np.int64) // RANGE_BYTES)
+    rank = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return rank * RANGE_BYTES, pieces
+
+
+class RangeSums:
+    """The sums of ranges of a file. sums: uint32 (n,)."""
+
+    def __init__(self, ranges: Ranges, sums: UInt32Array) -> None:
+        self.ranges = ranges
+        self.sums = sums
+
+    def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
+        """As `Sums.checks`: of whole units, or parts, that `Ranges.of_units` was given."""
+        lengths = np.broadcast_to(np.asarray(lengths), offsets.shape)
+        begins, pieces = _pieces(lengths)
+        owner = np.repeat(np.arange(len(offsets)), pieces)
+        index = np.searchsorted(self.ranges.offsets, offsets[owner] + begins)
+        found = np.minimum(index, len(self.sums) - 1)
+        nbytes = np.minimum(RANGE_BYTES, lengths[owner] - begins)
+        if len(self.sums) == 0:
+            raise ValueError("the file has no units")
+        there = self.ranges.offsets[found] == offsets[owner] + begins
+        if not (there & (self.ranges.lengths[found] == nbytes)).all():
+            raise ValueError(f"there are no sums of {lengths} bytes at {offsets}")
+        position = np.cumsum(lengths) - lengths
+        return np.stack((position[owner] + begins, nbytes, self.sums[found]), axis=1).astype(np.int64)
+
+    def to_bytes(self, identity: dict[str, Any]) -> bytes:
+        """A file that keeps them: a line of JSON, then offsets, lengths (int64) and sums (uint32), little-endian.
+
+        identity: what the sums are of; plain JSON.
+        """
+        arrays = (self.ranges.offsets.astype("<i8"), self.ranges.lengths.astype("<i8"), self.sums.astype("<u4"))
+        body = b"".join(array.tobytes() for array in arrays)
+        head = {"format": "mlx_flash sums 1", "identity": identity, "ranges": len(self.sums)}
+        head["sha256"] = hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
+        return json.dumps(head).encode() + b"\n" + body
+
+    @staticmethod
+    def from_bytes(data: bytes, identity: dict[str, Any], ranges: Ranges) -> RangeSums | None:
+        """What `to_bytes` gave; None if it is of something else, or damaged."""
+        line, _, body = data.partition(b"\n")
+        try:
+            head = json.loads(line)
+            digest = head.pop("sha256")
+            sound = digest == hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
+        except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+            return None
+        count = len(ranges.offsets)
+        expected = {"format": "mlx_flash sums 1", "identity": identity, "ranges": count}
+        if not sound or head != expected or len(body) != 20 * count:
+            return None
+        offsets, lengths = np.frombuffer(body[: 16 * count], "<i8").reshape(2, count)
+        kept = Ranges(offsets.astype(np.int64), lengths.astype(np.int64))
+        return RangeSums(kept, np.frombuffer(body[16 * count :], "<u4").astype(np.uint32)) if kept == ranges else None
+
+
+def make_sums(
+    file: UnitFile,
+    reader: Reader,
+    ranges: Ranges,
+    hashed: Callable[[memoryview], object],
+    progress: Callable[[int], None],
+) -> RangeSums:
+    """Reads the whole file once and makes the sums of `ranges`.
+
+    hashed: gets all bytes, in order. progress: gets the bytes read each time. Raises ReadError, also if the file is
+    changed meanwhile.
+    """
+    buffers = [np.zeros(WINDOW_BYTES + file.alignment, np.uint8) for _ in range(2)]
+    sums = np.zeros(len(ranges.offsets), np.uint32)
+    starts = range(0, file.size, WINDOW_BYTES)
+
+    def begin(turn: int) -> tuple[Any, memoryview]:
+        buffer = buffers[turn % 2]
+        skip = -buffer.ctypes.data % file.alignment
+        nbytes = min(WINDOW_BYTES, file.size - starts[turn])
+        segment = (np.array([value]) for value in (starts[turn], buffer.ctypes.data + skip, nbytes))
+        return reader.submit(file, *segment, destination=buffer), memoryview(buffer[skip : skip + nbytes].data)
+
+    coming, at = begin(0) if starts else None, 0
+    for turn, start in enumerate(starts):
+        assert coming is not None
+        ticket, view = coming
+        reader.wait(ticket)
+        coming = begin(turn + 1) if turn + 1 < len(starts) else None
+        hashed(view)
+        end = start + len(view)
+        while at < len(sums) and ranges.offsets[at] < end:
+            first, last = int(ranges.offsets[at]), int(ranges.offsets[at] + ranges.lengths[at])
+            sums[at] = zlib.crc32(view[max(first - start, 0) : last - start], int(sums[at]))
+            if last > end:
+                break
+            at += 1
+        progress(len(view))
+    file.verify_unchanged()
+    return RangeSums(ranges, sums)

@@ -1,0 +1,344 @@
+"""Silent damage to what is streamed: never wrong text, but an error that names the layer and the unit.
+
+A file's bytes are changed on the disk, while a model runs, in the ways a disk lies: bits flipped, zeros, the bytes of
+another place; `verify_unchanged`, which would notice the write, is switched off. Every run must give exactly the right
+logits, where the damage was not read, or the error. `pytest -m slow tests/faults` does so a thousand times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import QUANTISED, Tiny  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_flash import loading, mixture_loading
+from mlx_flash.errors import CheckpointError, ReadError
+from mlx_flash.flash.files import Manifest
+from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
+from mlx_flash.verification import known_sha256
+
+PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30]
+STORES = [("float32", "none"), ("float32", "exact"), ("4 bits", "shadow"), ("gated 8 bits", "exact")]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def logits(model: Any) -> list[np.ndarray]:
+    """Of a prompt and of single tokens after it."""
+    cache = make_prompt_cache(model)
+    calls = [PROMPT, [4], [9], [77]]
+    return [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
+
+
+def lie(data: np.ndarray, begin: int, length: int, rng: np.random.Generator) -> None:
+    """Changes at least a bit of `length` bytes at `begin`, as a disk might."""
+    here = data[begin : begin + length]
+    before = here.copy()
+    kind = rng.integers(3)
+    if kind == 1:
+        here[:] = 0
+    elif kind == 2:
+        other = int(rng.integers(0, len(data) - length))
+        here[:] = data[other : other + length].copy()
+    if kind == 0 or np.array_equal(here, before):
+        for place in rng.integers(0, length, rng.integers(1, 9)):
+            here[place] ^= np.uint8(1 << rng.integers(8))
+        if np.array_equal(here, before):
+            here[0] ^= 1
+
+
+class Campaign:
+    """Runs a model over damaged files. seen: how often it gave the right logits, and how often the error."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(UnitFile, "verify_unchanged", lambda file: None)
+        self.model = model
+        self.expected = logits(model)
+        self.seen = {"right": 0, "error": 0}
+
+    def run(self, path: Path, begin: int, length: int, unit: str, rng: np.random.Generator) -> None:
+        """unit: what the error has to say, as a regular expression, if `length` bytes at `begin` are damaged."""
+        sound = path.read_bytes()
+        data = np.frombuffer(sound, np.uint8).copy()
+        lie(data, begin, length, rng)
+        write(path, data.tobytes())
+        try:
+            found = logits(self.model)
+        except ReadError as error:
+            assert re.search(unit, str(error)) and "checksum" in str(error) and str(path) in str(error)
+            self.seen["error"] += 1
+        else:
+            for a, b in zip(found, self.expected, strict=True):
+                assert np.array_equal(a, b), "WRONG"
+            self.seen["right"] += 1
+        finally:
+            write(path, sound)
+
+    def finish(self, times: int) -> None:
+        for a, b in zip(logits(self.model), self.expected, strict=True):
+            assert np.array_equal(a, b)
+        assert sum(self.seen.values()) == times and self.seen["error"] > times // 3
+        assert self.model.flash.streamer.reader.outstanding == 0
+
+
+def write(path: Path, contents: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+TIMES = [6, pytest.param(167, marks=pytest.mark.slow)]  # six models: 36, and a thousand
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(("name", "predictor"), STORES)
+def test_neurons(
+    tiny_of: Callable[[str], Tiny],
+    open_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    predictor: str,
+    times: int,
+) -> None:
+    """In whole blocks and, with the exact predictor, in the parts of blocks that its slots hold."""
+    store = Path(copytree(tiny_of(name).store, tmp_path / "store"))
+    layout = tiny_of(name).manifest.layout
+    campaign = Campaign(open_model(store, slots=3, predictor=predictor), monkeypatch)
+    rng = np.random.default_rng(times)
+    for _ in range(times):
+        layer, block = int(rng.integers(layout.layers)), int(rng.integers(layout.blocks))
+        begin = layer * layout.layer_bytes + block * layout.block_bytes
+        unit = re.escape(layout.name_blocks(layer, block, block + 1)) + "[:-]"
+        campaign.run(store / Manifest.neurons_file, begin, layout.block_bytes, unit, rng)
+    campaign.finish(times)
+
+
+@pytest.mark.parametrize("name", ["float32", *QUANTISED])
+def test_slots_with_parts_of_blocks_are_compared(
+    tiny_of: Callable[[str], Tiny],
+    open_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Decoding alone: what the resident first projection was made of is not read again, the rest is."""
+    store = Path(copytree(tiny_of(name).store, tmp_path / "store"))
+    layout = tiny_of(name).manifest.layout
+    model = open_model(store, slots=2, predictor="exact")
+    monkeypatch.setattr(UnitFile, "verify_unchanged", lambda file: None)
+    expected = np.array(model(mx.array([[5]])))
+    path = store / Manifest.neurons_file
+    blocks = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    layers = blocks.reshape(layout.layers, -1)[:, : layout.blocks * layout.block_bytes]
+    each = layers.reshape(layout.layers, layout.blocks, -1)
+    first, rest = layout.part_range(layout.parts[:1])[1], layout.part_range(layout.parts[1:])[1]
+    each[:, :, :first] ^= 1
+    write(path, blocks.tobytes())
+    assert np.array_equal(np.array(model(mx.array([[5]]))), expected)
+    each[:, :, first + rest - 1] ^= 1
+    write(path, blocks.tobytes())
+    with pytest.raises(ReadError, match=r"layer 0, neurons? \d+.*checksum"):
+        model(mx.array([[7]]))
+
+
+@pytest.mark.parametrize("predictor", ["none", "exact", "shadow"])
+def test_a_store_that_was_damaged_before_it_is_loaded(own_store: Path, predictor: str, tiny: Tiny) -> None:
+    path, layout = own_store / Manifest.neurons_file, tiny.manifest.layout
+    contents = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    contents[layout.layer_bytes + 17 :: layout.block_bytes] ^= 4
+    write(path, contents.tobytes())
+    with pytest.raises(ReadError, match=r"neurons\.bin: layer 1, neurons? \d+.*checksum.*mlx_flash.check"):
+        model, _ = loading.load(own_store, predictor=predictor, memory="4GB")
+        logits(model)
+
+
+def test_a_damaged_table_of_sums_is_refused(own_store: Path, tiny: Tiny) -> None:
+    path = own_store / Manifest.neurons_checksums_file
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(Exception, match=r"neurons\.crc32 does not match its checksum"):
+        loading.load(own_store)
+
+
+# -- experts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loads a mixture with so many slots for each layer, its experts compared."""
+    opened: list[Any] = []
+
+    def load(folder: Path, slots: int = 2, verify: bool = True, say: Callable[[str], None] = lambda _: None) -> Any:
+        real = mixture_loading.share_budget
+
+        def share(*arguments: Any, **options: Any) -> Any:
+            plan = real(*arguments, **options)
+            return replace(plan, slots=(slots,) * len(plan.slots))
+
+        monkeypatch.setattr(mixture_loading, "share_budget", share)
+        opened.append(mixture_loading.load_mixture(folder, None, None, 4, 64, "direct", say, verify))
+        monkeypatch.setattr(mixture_loading, "share_budget", real)
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.flash.close()
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(
+    ("family", "quantisation", "shards"), [("qwen3_moe", "4 bits", 3), ("gpt_oss", "plain", 1)], ids=["qwen", "gpt"]
+)
+def test_experts(
+    open_mixture: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    quantisation: str,
+    shards: int,
+    times: int,
+) -> None:
+    """Read in place, from files without checksums: `--verify` makes them."""
+    folder = make_mixture(tmp_path / "mixture", family, quantisation, shards)
+    campaign = Campaign(open_mixture(folder), monkeypatch)
+    streamer = campaign.model.flash.streamer
+    rng = np.random.default_rng(times)
+    parts = [
+        (layer, name, tensor, expert)
+        for layer, tensors in streamer.layers.items()
+        for name, tensor in tensors.items()
+        for expert in range(len(tensor.offsets))
+        if not tensor.is_table
+    ]
+    for _ in range(times):
+        layer, name, tensor, expert = parts[rng.integers(len(parts))]
+        path = streamer.files[int(tensor.file_of[expert])].path
+        unit = rf"{re.escape(layer)}, expert {expert}, {re.escape(name)}: "
+        campaign.run(path, int(tensor.offsets[expert]), tensor.nbytes, unit, rng)
+    campaign.finish(times)
+
+
+def test_sums_are_made_once_and_again_for_other_files(
+    open_mixture: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def noting(file: UnitFile, *arguments: Any) -> RangeSums:
+        made.append(file.path.name)
+        return make_sums(file, *arguments)
+
+    monkeypatch.setattr("mlx_flash.verification.make_sums", noting)
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe", shards=2)
+    said: list[str] = []
+    expected = logits(open_mixture(folder, verify=False))
+    assert not made and not own_cache.exists()
+    first, second = sorted(path.name for path in folder.glob("*.safetensors"))
+    open_mixture(folder, say=said.append)
+    assert sorted(made) == [first, second] and "no SHA-256 from the Hub" in said[-1]
+    assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))
+    assert len(made) == 2
+
+    os.utime(folder / second)  # perhaps other bytes
+    kept = sorted((own_cache / "sums").iterdir())
+    assert len(kept) == 2
+    open_mixture(folder)
+    assert made[2:] == [second] and sorted((own_cache / "sums").iterdir()) == kept
+    damaged = bytearray(kept[0].read_bytes())
+    damaged[-3] ^= 1
+    kept[0].write_bytes(damaged)
+    open_mixture(folder)
+    assert len(made) == 4
+
+    folder.rename(tmp_path / "elsewhere")
+    open_mixture(tmp_path / "elsewhere")
+    assert len(made) == 6 and len(list((own_cache / "sums").iterdir())) == 2, "those of the old place are gone"
+
+
+def test_sums_that_cannot_be_kept(open_mixture: Any, tmp_path: Path, own_cache: Path) -> None:
+    own_cache.write_bytes(b"a file where the folder should be")
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    said: list[str] = []
+    model = open_mixture(folder, say=said.append)
+    assert "cannot be kept" in said[-1] and all(file.sums is not None for file in model.flash.streamer.files)
+
+
+@pytest.mark.parametrize("how", ["cache", "local folder"])
+def test_files_are_compared_with_what_the_hub_has(open_mixture: Any, tmp_path: Path, how: str) -> None:
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    path = folder / "model.safetensors"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if how == "cache":
+        real = tmp_path / "blobs" / sha256
+        real.parent.mkdir()
+        path.rename(real)
+        path.symlink_to(real)
+    else:
+        real = path
+        note = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text(f"{'0' * 40}\n{sha256}\n{path.stat().st_mtime + 0.01}\n")
+    assert known_sha256(path) == sha256
+    said: list[str] = []
+    open_mixture(folder, say=said.append)
+    assert not any("SHA-256" in text for text in said)
+    status = real.stat()
+    contents = bytearray(real.read_bytes())
+    contents[-5] ^= 1
+    write(real, bytes(contents))
+    os.utime(real, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=rf"not the file that the Hub has: .* expected {sha256}\. Delete it"):
+        open_mixture(folder)
+
+
+@pytest.mark.parametrize(
+    "note", ["", "x", f"{'0' * 40}\n{'a' * 40}\n9e9\n", f"{'0' * 40}\n{'a' * 64}\n1.0\n", f"c\n{'a' * 64}\nnever\n"]
+)
+def test_what_is_not_known_of_a_file(tmp_path: Path, note: str) -> None:
+    """Notes that are damaged, not of a file in large file storage, or older than the file."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    place = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    place.parent.mkdir(parents=True)
+    place.write_text(note)
+    assert known_sha256(path) is None
+
+
+def test_units_longer_than_a_range(tmp_path: Path) -> None:
+    path = tmp_path / "units.bin"
+    contents = np.random.default_rng(0).integers(0, 256, 3 * RANGE_BYTES + 999, np.uint8)
+    path.write_bytes(contents.tobytes())
+    offsets = np.array([7, 7, RANGE_BYTES + 500], np.int64)
+    lengths = np.array([9, 9, 2 * RANGE_BYTES + 5], np.int64)
+    target = np.zeros(len(contents), np.uint8)
+    with UnitFile(path) as file, Reader(2) as reader:
+        file.sums = make_sums(file, reader, Ranges.of_units(offsets, lengths), lambda view: None, lambda n: None)
+        assert len(file.sums.sums) == 4
+        reader.read(file, offsets[1:], target.ctypes.data + offsets[1:], lengths[1:])
+        assert np.array_equal(target[offsets[2] :][: lengths[2]], contents[offsets[2] :][: lengths[2]])
+        for offset, length in ((8, 8), (7, 8), (0, 16)):
+            with pytest.raises(ValueError, match="no sums"):  # nothing is read that is not compared
+                reader.submit(file, np.array([offset]), np.array([target.ctypes.data]), np.array([length]))
+        contents[offsets[2] + RANGE_BYTES] ^= 1
+        write(path, contents.tobytes())
+        with pytest.raises(ReadError, match=f"read at {2 * RANGE_BYTES + 500} have the checksum"):
+            reader.read(file, offsets[2:], target.ctypes.data + offsets[2:], lengths[2:])
+    with pytest.raises(ValueError, match="one over the other"):
+        Ranges.of_units(np.array([0, 5]), np.array([6, 6]))

@@ -18,12 +18,13 @@ from mlx.utils import tree_flatten
 
 from mlx_flash.convert.families import family_of
 from mlx_flash.convert.neurons import write_neurons
-from mlx_flash.convert.output import file_entry, publish
+from mlx_flash.convert.output import publish
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.flash.files import Manifest, NeuronLayout
 
 from .random_checkpoint import FFN_BIAS, copy_tokenizer, opt_config
 from .report import writable_folder
+from .synthetic import store_entry
 
 FOUR_BITS = {"group_size": 64, "bits": 4}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
@@ -185,7 +186,7 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
             shapes |= {f"model.decoder.layers.{layer}.mlp.up_bias": (neurons,)}
             shapes |= {f"model.decoder.layers.{layer}.mlp.down_bias": (width,)}
     resident = [(name, shape, kind, partial(_random, name, shape, kind)) for name, shape in shapes.items()]
-    write_safetensors(folder / Manifest.resident_file, resident)
+    sums = {Manifest.resident_file: write_safetensors(folder / Manifest.resident_file, resident)}
     groups = (width, neurons // SHADOW_GROUP)
     words = (width, neurons * SHADOW_BITS // 32)
     predictor: list[tuple[str, tuple[int, ...], mx.Dtype, Any]] = []
@@ -196,7 +197,8 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
             predictor.append((f"{layer}.{name}", shape, of, partial(shadow, layer, place)))
         bias = FFN_BIAS if config["model_type"] == "opt" else 0.0
         predictor.append((f"{layer}.c", (neurons,), mx.float32, partial(mx.full, (neurons,), bias, mx.float32)))
-    write_safetensors(folder / Manifest.predictor_file("shadow"), predictor)
+    shadow_file = Manifest.predictor_file("shadow")
+    sums[shadow_file] = write_safetensors(folder / shadow_file, predictor)
     copy_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     each, table = [SHARE] * layers, [[SHARE]] * layers
@@ -204,7 +206,7 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
         "recall": each,
         "predicted": each,
         "active": each,
-        "bytes": (folder / Manifest.predictor_file("shadow")).stat().st_size,
+        "bytes": (folder / shadow_file).stat().st_size,
         "bits": SHADOW_BITS,
         "group_size": SHADOW_GROUP,
         "target": 0.99,
@@ -221,7 +223,7 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
         all_neurons_layers=(),
         predictors={"shadow": report},
         default_predictor="shadow",
-        files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+        files={path.name: store_entry(path, sums) for path in sorted(folder.iterdir())},
     )
     publish(folder, manifest)
 

@@ -210,7 +210,7 @@ def write_store(
             all_neurons_layers=(),
             predictors={"lowrank": report},
             default_predictor="lowrank",
-            files={path.name: _entry(path, sums) for path in sorted(partial_folder.iterdir())},
+            files={path.name: store_entry(path, sums) for path in sorted(partial_folder.iterdir())},
         )
         publish(partial_folder, manifest)
         partial_folder.rename(output)
@@ -220,7 +220,7 @@ def write_store(
     return manifest
 
 
-def _entry(path: Path, sums: dict[str, dict[str, int]]) -> dict[str, Any]:
+def store_entry(path: Path, sums: dict[str, dict[str, int]]) -> dict[str, Any]:
     """What a manifest says of a file; sums: of those that hold tensors."""
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if path.name in sums:

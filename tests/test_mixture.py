@@ -546,7 +546,11 @@ def test_widening_a_few_experts_at_a_time_changes_no_bit() -> None:
     flat = np.sort(np.random.default_rng(0).integers(0, experts, 300))
     cases = [
         (mx.random.normal((300, 1, width)).astype(mx.bfloat16), flat, True),
-        (mx.random.normal((1, 2, 1, 1, width)).astype(mx.bfloat16), np.arange(40)[::-1].reshape(1, 2, 20), False),
+        (
+            mx.random.normal((1, 2, 1, 1, width)).astype(mx.bfloat16),
+            np.arange(40)[::-1].reshape(1, 2, 20).copy(),
+            False,
+        ),
     ]
     for x, indices, in_order in cases:
         grouped = widened(x, mx.array(indices.astype(np.uint32)), in_order)

@@ -252,22 +252,22 @@ def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) 
         assert not any(child.is_running() for child in children)
 
 
-@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
-def test_a_stop_ends_the_wait_for_another_process(tiny: Tiny, tmp_path: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(("number", "code", "lock"), [(INT, 130, ".{}.lock"), (TERM, 143, "{}.lock")])
+def test_a_stop_ends_the_wait_for_another_process(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, lock: str
+) -> None:
+    """One that began before, or the conversion of one that was killed."""
     from filelock import FileLock
 
-    environment = {**os.environ, "MLX_FLASH_CACHE": str(tmp_path)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_FLASH_CACHE", str(tmp_path))
-        target, _ = place_of(tiny.checkpoint, str(tiny.checkpoint))
-    for lock in (target.parent / f".{target.name}.lock", f"{target}.lock"):  # another one's, and an orphan's
-        with FileLock(lock):
-            with started("-c", COMMAND, "mlx_flash.generate", "--model", tiny.checkpoint, env=environment) as process:
-                assert process.stderr is not None
-                assert "waiting for another process" in process.stderr.readline()
-                process.send_signal(number)
-                errors = errors_of(process)
-            assert process.returncode == code and "Traceback" not in errors, errors
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
+    target, _ = place_of(tiny.checkpoint, str(tiny.checkpoint))
+    with FileLock(tmp_path / lock.format(target.name)):
+        with started("-c", COMMAND, "mlx_flash.generate", "--model", tiny.checkpoint) as process:
+            assert process.stderr is not None
+            assert "waiting for another process" in process.stderr.readline()
+            process.send_signal(number)
+            errors = errors_of(process)
+        assert process.returncode == code and "Traceback" not in errors, errors
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +276,11 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
-def test_a_stop_ends_a_download_that_hangs(hub: Hub, tiny: Tiny, tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(("file", "number", "code"), [("tokenizer.json", INT, 130), ("model.safetensors", TERM, 143)])
+def test_a_stop_ends_a_download_that_hangs(
+    hub: Hub, tiny: Tiny, tmp_path: Path, file: str, number: int, code: int
+) -> None:
+    """By huggingface_hub, in threads, and by hub.py."""
     source = Path(shutil.copytree(tiny.checkpoint, tmp_path / "source"))
     with (source / "model.safetensors").open("ab") as weights:
         weights.truncate(12_000_000)  # large enough to be fetched by hub.py itself
@@ -285,13 +288,12 @@ def test_a_stop_ends_a_download_that_hangs(hub: Hub, tiny: Tiny, tmp_path: Path,
     hub.stall_at = {file: 100}
     hub.stalled.clear()
     environment = hub.environment(tmp_path / "home")
-    for number, code in ((INT, 130), (TERM, 143)):
-        with started("-c", COMMAND, "mlx_flash.convert", "--model", "owner/model", "--output", tmp_path / "store", env=environment) as process:  # fmt: skip  # noqa: E501
-            assert hub.stalled.wait(PATIENCE_S)
-            process.send_signal(number)
-            errors = errors_of(process)
-        assert process.returncode == code and "Traceback" not in errors, errors
-        hub.stalled.clear()
+    command = ["-c", COMMAND, "mlx_flash.convert", "--model", "owner/model", "--output", tmp_path / "store"]
+    with started(*command, env=environment) as process:
+        assert hub.stalled.wait(PATIENCE_S)
+        process.send_signal(number)
+        errors = errors_of(process)
+    assert process.returncode == code and "Traceback" not in errors, errors
 
 
 def test_a_stop_ends_a_template_without_an_end(own_store: Path) -> None:

@@ -17,6 +17,7 @@ COMMANDS = (
     "reads",
     "expert-reads",
     "blocks",
+    "checks",
     "windows",
     "predictors",
     "quality",

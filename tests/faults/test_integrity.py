@@ -282,11 +282,11 @@ def test_sums_that_cannot_be_kept(open_mixture: Any, tmp_path: Path, own_cache: 
 
 @pytest.mark.parametrize("how", ["cache", "local folder"])
 def test_files_are_compared_with_what_the_hub_has(open_mixture: Any, tmp_path: Path, how: str) -> None:
-    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    folder = make_mixture(tmp_path / "models--owner--name" / "snapshots" / ("0" * 40), "mixtral")
     path = folder / "model.safetensors"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if how == "cache":
-        real = tmp_path / "blobs" / sha256
+        real = folder.parent.parent / "blobs" / sha256
         real.parent.mkdir()
         path.rename(real)
         path.symlink_to(real)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
+import signal
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # The suite tries the same examples every time. Random ones: `pytest --hypothesis-profile=search`.
+# A shell starts a background job with Ctrl-C ignored, and children inherit that; tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("suite")

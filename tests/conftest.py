@@ -37,9 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="MLX_FLASH_TEST_DEVICE=cpu"))
 
 
-# The suite tries the same examples every time. Random ones: `pytest --hypothesis-profile=search`.
 # A shell starts a background job with Ctrl-C ignored, and children inherit that; tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The suite tries the same examples every time. Random ones: `pytest --hypothesis-profile=search`.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("suite")

@@ -96,6 +96,7 @@ class Campaign:
             assert np.array_equal(a, b)
         assert sum(self.seen.values()) == times and self.seen["error"] > times // 3
         assert self.model.flash.streamer.reader.outstanding == 0
+        print(f"{times} damages: {self.seen['error']} errors, {self.seen['right']} right, 0 wrong")  # pytest -s
 
 
 def write(path: Path, contents: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -43,5 +44,6 @@ def read_at(file: BinaryIO, offset: int, target: np.ndarray) -> None:
     file.seek(offset)
     while left:
         if not (count := file.readinto(left)):  # type: ignore[attr-defined]
-            raise EOFError(f"it ends at byte {file.tell()}, before byte {file.tell() + len(left)}")
+            end = min(file.tell(), os.fstat(file.fileno()).st_size)  # it may end before `offset`
+            raise EOFError(f"it ends at byte {end}, before byte {file.tell() + len(left)}")
         left = left[count:]

@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
                     reader.read(file, offsets, addresses, layout.block_bytes)
                 took[compared].append((time.perf_counter() - wall, time.process_time() - processor))
     nbytes = LAYERS_PER_TURN * count * layout.block_bytes
-    on, off = (np.array(took[compared]) for compared in (True, False))  # (n, 2)
+    on, off = np.array([took[True], took[False]])  # (n, 2) each
     figures: dict[str, Any] = {"pairs": len(on), "bytes_per_turn": nbytes, "block_bytes": layout.block_bytes}
     print(f"{len(on)} pairs of {nbytes / 1e6:.0f} MB in blocks of {layout.block_bytes} bytes")
     print("           compared   not     median of ratios   least compared   least not")

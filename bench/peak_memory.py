@@ -50,8 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     for row in rows:
         print(_line(row), flush=True)
-    known = {(row["model"], row["predictor"], row["name"]) for row in rows}
-    for model, predictor, name, budget in _cells(arguments, known):
+    for model, predictor, name, budget in _cells(arguments, list(rows)):
         row = {"model": model.name, "predictor": predictor, "name": name} | _run(arguments, model, predictor, budget)
         rows.append(row)
         print(_line(row), flush=True)
@@ -72,17 +71,19 @@ def _exists(path: Path | None) -> bool:
     return path is not None and path.exists()
 
 
-def _cells(arguments: argparse.Namespace, known: set[tuple[str, str, str]]) -> Iterator[tuple[Path, str, str, int]]:
-    """(model, predictor, name of the budget, budget), without those that are known."""
+def _cells(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[tuple[Path, str, str, int]]:
+    """(model, predictor, name of the budget, budget), each budget once; without those of the `known` rows."""
     least = parse_memory(arguments.least)
     for model in arguments.model:
         for predictor in arguments.predictors.split(",") if is_store(model) else ["auto"]:
-            names = [name for name in arguments.budgets.split(",") if (model.name, predictor, name) not in known]
+            done = [row for row in known if (row["model"], row["predictor"]) == (model.name, predictor)]
+            names = [name for name in arguments.budgets.split(",") if name not in [row["name"] for row in done]]
             named = {}
             if set(names) & set(NAMES):
                 question = [str(model), predictor, arguments.context]
                 named = children.ask("mlx_flash.bench.peak_memory", question, model.name)
-            taken = set()
+                named["+25%"] = min(named["all"], int(1.25 * max(least, named["smallest"])))
+            taken = {row["budget"] for row in done}
             for name in names:
                 budget = max(least, named[name] if name in named else parse_memory(name))
                 if budget not in taken:
@@ -98,8 +99,8 @@ def budgets_of(model: str, predictor: str, context: int) -> dict[str, int]:
         load(model, memory=1, predictor=predictor, context=context)
     except BudgetError as refused:
         smallest = int(1.01 * refused.smallest_bytes)  # processes differ a little
-        values = (smallest, int(1.25 * smallest), refused.bytes_for(0.5), refused.full_bytes)
-        return {name: max(smallest, value) for name, value in zip(NAMES, values, strict=True)}
+        values = {"smallest": smallest, "half": refused.bytes_for(0.5), "all": refused.full_bytes}
+        return {name: max(smallest, value) for name, value in values.items()}
     raise UsageError("a budget of one byte was not refused.")
 
 

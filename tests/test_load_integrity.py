@@ -24,7 +24,7 @@ from mixtures import VOCABULARY, make_mixture, unstack  # type: ignore[import-no
 from mlx_lm.utils import load_model
 
 import mlx_flash
-from mlx_flash import runtime
+from mlx_flash import loading, runtime
 from mlx_flash.errors import BudgetError, CorruptStoreError, ReadError, UnsupportedModelError
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import Manifest, parse_manifest

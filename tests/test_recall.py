@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mlx_flash
 from mlx_flash.bench.score import score
+from mlx_flash.commands import run_command
 from mlx_flash.convert import calibrate, predictors
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.host import HostMatrix
@@ -175,12 +178,13 @@ def test_a_store_without_the_kind_refuses(store: Path) -> None:
 
 
 def test_the_command_line(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from runpy import run_module
+    monkeypatch.setattr(mlx_flash, "generate", mlx_flash.generate)  # the import below puts the module in its place
+    command = import_module("mlx_flash.generate")
 
     def run(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate", "--model", str(store), "--max-tokens", "2", *arguments])
         with pytest.raises(SystemExit) as end:
-            run_module("mlx_flash.generate", run_name="__main__")
+            run_command(command.make_parser(), command.main)
         return (end.value.code, *capsys.readouterr())
 
     code, out, err = run("--recall", "0.9", "--json")

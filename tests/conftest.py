@@ -17,7 +17,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
-from device import ON_CPU  # type: ignore[import-not-found]  # found beside this file, first of all
+from children_setup import ON_CPU, prepare_children  # type: ignore[import-not-found]  # beside this file, first of all
 from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
 from hypothesis import settings
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
@@ -29,6 +29,8 @@ from mlx_flash.convert.families import family_of
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.layers.quantised import companions
+
+prepare_children()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from children_setup import FOR_CHILDREN  # type: ignore[import-not-found]  # found beside this file
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,11 +37,25 @@ def test_newer_versions_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_compute_on_the_cpu_where_the_suite_does() -> None:
     program = (
-        "import sys; before = [one for one in sys.meta_path if type(one).__name__ == 'OnCpu']\n"
+        "import sys; before = [one for one in sys.meta_path if type(one).__name__ == 'Afterwards']\n"
         "assert before and 'mlx' not in sys.modules\n"
         "import mlx.core as mx, mlx.nn\n"
-        "print(mx.default_device(), [one for one in sys.meta_path if type(one).__name__ == 'OnCpu'])"
+        "print(mx.default_device(), [one for one in sys.meta_path if type(one).__name__ == 'Afterwards'])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("on_cpu"))}
+    environment = {**os.environ, "PYTHONPATH": FOR_CHILDREN, "MLX_FLASH_TEST_DEVICE": "cpu"}
+    del environment["MLX_FLASH_TEST_IMPORTS"]
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "Device(cpu, 0) []\n", done.stderr
+
+
+def test_processes_take_the_list_of_transformers_modules_as_it_is() -> None:
+    program = (
+        "import pickle, sys, transformers.models; from transformers.utils import import_utils\n"
+        "structure = import_utils.create_import_structure_from_path(transformers.models.__file__)\n"
+        "sys.stdout.buffer.write(pickle.dumps(structure))"
+    )
+    found = []
+    for path in (FOR_CHILDREN, ""):
+        environment = {**os.environ, "PYTHONPATH": path}
+        found.append(subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).stdout)
+    assert found[0] and pickle.loads(found[0]) == pickle.loads(found[1])

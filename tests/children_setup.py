@@ -1,0 +1,33 @@
+"""What the processes that tests start find on their path, and MLX_FLASH_TEST_DEVICE=cpu: the suite computes on the CPU
+where MLX would take the GPU, in its processes as well.
+
+To be imported before mlx-lm, which makes a stream on the default device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+
+FOR_CHILDREN = str(Path(__file__).with_name("in_children"))
+ON_CPU = os.environ.get("MLX_FLASH_TEST_DEVICE") == "cpu"
+if ON_CPU:
+    mx.set_default_device(mx.cpu)
+
+
+def prepare_children() -> None:
+    """Sets the environment that processes inherit; see in_children/sitecustomize.py."""
+    from transformers.utils import import_utils
+
+    models = Path(import_utils.__file__).parents[1] / "models"
+    handle, name = tempfile.mkstemp(prefix="mlx_flash-imports-")
+    atexit.register(os.unlink, name)
+    with os.fdopen(handle, "wb") as file:
+        pickle.dump(import_utils.create_import_structure_from_path(models), file)
+    os.environ["MLX_FLASH_TEST_IMPORTS"] = name
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FOR_CHILDREN, os.environ.get("PYTHONPATH")]))

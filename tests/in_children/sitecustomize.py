@@ -1,0 +1,65 @@
+"""On the path of the processes that tests start: every Python imports a module of this name when it begins.
+
+MLX computes on the CPU there as well where MLX_FLASH_TEST_DEVICE=cpu. And transformers, which reads its 1,700 source
+files twice at each import to list what they define (half of the two seconds that a command takes to begin), takes the
+list that the tests' own process made: MLX_FLASH_TEST_IMPORTS names it. Neither library is imported here: `--help` would
+pay for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class Afterwards:
+    """Lets others find the module `name`, once, and changes it when it has been loaded."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self.name, self.change = name, change
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_change(module: ModuleType) -> None:
+                load(module)
+                self.change(module)
+
+            spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
+        return spec
+
+
+def compute_on_the_cpu(mlx: Any) -> None:
+    mlx.set_default_device(mlx.cpu)
+
+
+def remember_the_list(import_utils: Any) -> None:
+    look = import_utils.create_import_structure_from_path
+
+    def remembered(path: Any) -> Any:
+        known = Path(os.environ["MLX_FLASH_TEST_IMPORTS"])
+        folder = os.path.dirname(path) if os.path.isfile(path) else str(path)
+        if folder.endswith(os.path.join("transformers", "models")) and known.is_file():
+            return pickle.loads(known.read_bytes())  # a new one each time: what is returned is changed
+        return look(path)
+
+    import_utils.create_import_structure_from_path = remembered
+
+
+if os.environ.get("MLX_FLASH_TEST_DEVICE") == "cpu":
+    Afterwards("mlx.core", compute_on_the_cpu)
+if "MLX_FLASH_TEST_IMPORTS" in os.environ:
+    Afterwards("transformers.utils.import_utils", remember_the_list)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import signal
 import string
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,11 @@ from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, p
 from mlx_flash.layers.quantised import companions
 
 prepare_children()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite has a cache folder of its own, which later runs use again: the demo model is converted once."""
+    os.environ["MLX_FLASH_CACHE"] = str(config.cache.mkdir("mlx_flash")) if config.cache else tempfile.mkdtemp()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,16 +30,8 @@ SECONDS = 600.0  # until a test gives up waiting for something that comes at onc
 QUESTION = "It was a dark night, and"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache folder for all: the demo model is converted once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_FLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
-def make(tmp_path: Path, cache: None) -> Iterator[Callable[..., Controller]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., Controller]]:
     made: list[Controller] = []
 
     def make_controller(**options: Any) -> Controller:
@@ -196,7 +188,7 @@ def test_another_budget_starts_the_engine_again_and_is_kept(make: Callable[..., 
     assert read_settings(tmp_path / "menubar.json").budget == points[-1].size
 
 
-def test_a_plan_that_cannot_be_asked_gives_no_budgets(cache: None, tmp_path: Path) -> None:
+def test_a_plan_that_cannot_be_asked_gives_no_budgets(tmp_path: Path) -> None:
     assert planned_budgets(str(tmp_path)) is None
     assert planned_budgets("nobody/has-this-model") is None
 
@@ -228,9 +220,7 @@ while True:
 
 
 @pytest.mark.parametrize("module", ["mlx_flash.convert", "mlx_flash.server"], ids=["converting", "running"])
-def test_nothing_survives_an_app_that_is_killed(
-    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
-) -> None:
+def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     """Neither the engine nor, while that converts the model, the process that does it."""
     if module == "mlx_flash.convert":
         monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))

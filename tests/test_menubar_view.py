@@ -37,7 +37,7 @@ GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)  # of the tile while the eng
 class Screen:
     """A screen with a tray and the app on it."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seen = folder / "seen.json"
         self.processes: list[subprocess.Popen[Any]] = []
@@ -52,7 +52,6 @@ class Screen:
                 "DISPLAY": f":{display.readline().strip()}",
                 "QT_QPA_PLATFORM": "xcb",
                 "XDG_CONFIG_HOME": str(folder / "config"),
-                "MLX_FLASH_CACHE": str(cache),
                 gated_server.VARIABLE: str(folder / "held"),
             }
         for name in ("WAYLAND_DISPLAY", "QT_SCALE_FACTOR"):
@@ -183,15 +182,9 @@ def post(url: str, body: dict[str, Any]) -> Any:
         return json.load(response)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model is converted once, by the first that needs it."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def screen(tmp_path: Path, cache: Path) -> Iterator[Screen]:
-    screen = Screen(tmp_path, cache)
+def screen(tmp_path: Path) -> Iterator[Screen]:
+    screen = Screen(tmp_path)
     try:
         yield screen
     finally:

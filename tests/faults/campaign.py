@@ -38,11 +38,12 @@ def run(job: str, runs: int, seed: int, work: Path) -> tuple[Counter[str], list[
     """(faults and what they came to, the runs that went badly) of one job; a fault that hit no call is not counted."""
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), job, str(seed), str(runs), str(work / job)]
     (work / job).mkdir()
+    cache = os.environ.get("MLX_FLASH_CACHE", str(work / "cache"))
     counts: Counter[str] = Counter()
     bad = []
     errors = work / f"{job}.stderr"
     with errors.open("w") as stderr, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(MLX_FLASH_CACHE=str(work / "cache"))
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(MLX_FLASH_CACHE=cache)
     ) as child:  # fmt: skip
         lines: queue.Queue[str | None] = queue.Queue()
 

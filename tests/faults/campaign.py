@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +31,7 @@ JOBS = (
     *("decode", "decode-silent", "load", "load-silent", "serve", "change", "interrupt"),
     *("convert-checkpoint", "convert-partial", "convert-write", "convert-sync", "kill"),
 )
+INJECTED = "injected"  # in the counts: how many faults there were
 SILENCE_S = 300  # after which a worker hangs
 
 
@@ -60,7 +61,7 @@ def run(job: str, runs: int, seed: int, work: Path) -> tuple[Counter[str], list[
                 break
             each = json.loads(line)
             if each["injected"]:
-                counts["injected"] += 1
+                counts[INJECTED] += 1
                 counts[each["result"]] += 1
                 if each["result"] in BAD:
                     bad.append(each)
@@ -79,6 +80,12 @@ def _pump(source: Iterable[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
+def row_of(job: str, counts: Mapping[str, object]) -> str:
+    """A row of the table: how many faults were injected, and how many of them had each result."""
+    cells = " ".join(f"{counts.get(name, 0):>9}" for name in RESULTS)
+    return f"{job:<20} {counts.get(INJECTED, 0):>7} {cells}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS)} (default: all)")
@@ -88,12 +95,12 @@ def main() -> int:
     if unknown := [job for job in arguments.jobs if job not in JOBS]:
         parser.error(f"there is no job {unknown[0]!r}; expected some of {', '.join(JOBS)}")
     table = {}
-    print(f"{'job':<20} {'faults':>7} " + " ".join(f"{name:>9}" for name in RESULTS))
+    print(row_of("job", {INJECTED: "faults"} | {name: name for name in RESULTS}))
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         for job in arguments.jobs or JOBS:
             counts, bad = run(job, arguments.runs, arguments.seed, Path(folder))
             table[job] = dict(counts)
-            print(f"{job:<20} {counts['fired']:>7} " + " ".join(f"{counts[name]:>9}" for name in RESULTS), flush=True)
+            print(row_of(job, counts), flush=True)
             for each in bad[:10]:
                 print(f"    {each['kind']}: {each['result']}: {each['detail']}", file=sys.stderr)
     print(json.dumps({"runs": arguments.runs, "seed": arguments.seed, "jobs": table}))

@@ -37,7 +37,8 @@ prepare_children()
 
 def pytest_configure(config: pytest.Config) -> None:
     """The suite has a cache folder of its own, which later runs use again: the demo model is converted once."""
-    os.environ["MLX_FLASH_CACHE"] = str(config.cache.mkdir("mlx_flash")) if config.cache else tempfile.mkdtemp()
+    cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
+    os.environ["MLX_FLASH_CACHE"] = str(cache.mkdir("mlx_flash")) if cache else tempfile.mkdtemp()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

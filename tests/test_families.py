@@ -72,6 +72,7 @@ def test_every_row_has_a_model_and_a_golden_checkpoint() -> None:
         ({"model_type": "llama", "hidden_act": "gelu"}, "; a runtime that computes it and loads it whole runs it"),
         ({"model_type": "nemotron", "hidden_act": "silu"}, "a ReLU model (relu2 there)"),
         ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": -1}, "threshold -1"),
+        ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 10**400}, "threshold 1000"),
     ],
 )
 def test_what_is_refused_is_named_with_what_would_work(config: dict[str, Any], said: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -410,4 +411,9 @@ def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    return isinstance(values, list) and all(is_finite_number(value) for value in values)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold: `math.isfinite` raises for a larger integer."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max

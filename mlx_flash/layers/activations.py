@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
+
+from ..flash.files import is_finite_number
 
 KINDS = ("relu", "relu2", "drelu")
 
@@ -29,11 +30,11 @@ class Activation:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        sound = type(self.threshold) in (int, float) and math.isfinite(self.threshold) and self.threshold >= 0
+        sound = is_finite_number(self.threshold) and self.threshold >= 0
         if self.kind not in KINDS or not sound:
             raise ValueError(
-                f"activation {self.kind!r} with threshold {self.threshold!r}: expected one of {', '.join(KINDS)} and a "
-                "threshold of at least 0"
+                f"activation {self.kind!r} with threshold {self.threshold!r:.80}: expected one of {', '.join(KINDS)} "
+                "and a threshold of at least 0"
             )
 
     def __call__(self, *before: Any, xp: ModuleType = mx) -> Any:

@@ -7,10 +7,10 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .cached import REPORT
 from .finding import cache_folder
 from .kinds import said
 
-REPORT = "last-error.txt"  # in the cache folder: the traceback of the latest error that nobody foresaw
 OUT_OF_MEMORY = ("insufficient memory", "outofmemory", "bad_alloc", "[malloc", "unable to allocate", "[metal::malloc]")
 PACKAGES = ("mlx-flash-runtime", "mlx", "mlx-lm", "numpy", "transformers")
 

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_flash import cache, cached, finding, loading
-from mlx_flash.cached import entries
+from mlx_flash import cache, cached, failures, finding, loading, verification
+from mlx_flash.cached import MATRICES, entries, in_use
 from mlx_flash.commands import run_command
 from mlx_flash.finding import find_store, place_of
 from mlx_flash.flash.files import RECORD, is_store
+from mlx_flash.flash.reader import UnitFile
+from mlx_flash.flash.unit_sums import Ranges, RangeSums
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -138,6 +141,51 @@ def test_what_is_not_ours_is_neither_listed_nor_touched(folder: Path, source: Pa
     assert entries(folder) == [] and is_store(outside)
     left = {path.name for path in folder.iterdir()}
     assert left == {f"theirs-{'1' * 12}", f"theirs-{'2' * 12}.partial", "notes.txt", outside.name}
+
+
+def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Path, cli: Cli) -> None:
+    """They are written by the functions that `--verify` and a failing command use."""
+    weights = source / "model.safetensors"
+    with UnitFile(weights) as file:
+        sums = RangeSums(Ranges.of_units(np.array([0]), np.array([8])), np.array([5], np.uint32))
+        verification._keep(file, sums, "0" * 64)
+    assert failures._write_report(ValueError("x")) == folder / "last-error.txt"
+    (kept,) = (folder / "sums").iterdir()
+    (folder / "sums" / f"{kept.name}.123.partial").write_bytes(b"of a run that was killed")
+    (folder / "sums" / "notes.txt").write_text("not ours")
+    found = {entry.name: (entry.kind, entry.nbytes > 0) for entry in entries(folder)}
+    assert found == {"sums": ("block sums", True), "last-error.txt": ("error report", True)}
+    _, out, _ = cli()
+    assert "block sums" in out and "error report" in out
+    assert cli("--all", "--yes")[0] == 0
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert entries(folder) == []
+    (folder / "last-error.txt").write_text("somebody's own")
+    assert entries(folder) == []
+
+
+def test_what_an_interrupted_removal_left_is_removed(folder: Path, source: Path, cli: Cli) -> None:
+    store = find_store(str(source))
+    for end in ("removed", "replaced"):
+        shutil.copytree(store, folder / f".{store.name}.{end}")
+    remains = {entry.name for entry in entries(folder) if entry.kind == "remains"}
+    assert remains == {f".{store.name}.removed", f".{store.name}.replaced"}
+    with FileLock(folder / f"{store.name}.lock"):  # of a conversion that is between two renames
+        assert cli("--remove", *remains, "--yes")[0] == 1 and len(entries(folder)) == 3
+    assert cli("--remove", store.name, "--yes")[0] == 0, "though an earlier removal of this name was interrupted"
+    assert [entry.name for entry in entries(folder)] == [f".{store.name}.replaced"]
+    assert cli("--all", "--yes")[0] == 0 and list(folder.iterdir()) == []
+
+
+def test_a_benchmarks_matrices_are_listed_and_stay_while_it_runs(folder: Path, source: Path, cli: Cli) -> None:
+    folder.mkdir()
+    left = folder / f"{MATRICES}abc"
+    left.mkdir()
+    (left / "matrices.bin").write_bytes(b"x" * 5000)
+    assert [(entry.kind, entry.nbytes > 5000) for entry in entries(folder)] == [("benchmark's matrices", True)]
+    with in_use(left):
+        assert cli("--all", "--yes")[0] == 1 and left.exists()
+    assert cli("--all", "--yes")[0] == 0 and not left.exists()
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("y", True), ("YES", True), ("", False), ("n", False), (None, False)])

@@ -146,8 +146,8 @@ class Chat:
     def _say_cut(self, made: int) -> None:
         if made < self.arguments.max_tokens:
             say(
-                f"note: the context of {self.plan.context} tokens is full{more_context(self.model)}, so the answer "
-                "ends here; the next question drops the oldest turns, /reset all of them"
+                f"note: the context of {self.plan.context} tokens is full, so the answer ends here; the next question "
+                f"drops the oldest turns, /reset all of them. {more_context(self.model)}"
             )
         elif not self._cut_before:
             self._cut_before = True

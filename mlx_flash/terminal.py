@@ -85,5 +85,7 @@ def progress_line(interrupts: Interrupts) -> Callable[[int, int], None]:
 
 
 def more_context(model: Any) -> str:
-    """What to do about a full context, if anything can be done."""
-    return " (--context)" if model.flash.plan.context < model.flash.positions else ": the model has no more"
+    """A sentence: what to do about a full context, if anything can be done."""
+    if model.flash.plan.context < model.flash.positions:
+        return f"A larger --context makes more room, up to {model.flash.positions} tokens."
+    return "This model has room for no more."

@@ -208,7 +208,7 @@ def test_faults_of_the_model_s_files_are_sentences(
 
 
 def test_a_template_that_makes_too_much(engine_of: Callable[..., Engine]) -> None:
-    with pytest.raises(ApiError, match="more than 32767 tokens; the planned context has 300") as caught:
+    with pytest.raises(ApiError, match="more than 32767 tokens, and the plan makes room for 300") as caught:
         encode_chat(engine_of("{{ 'ab' * 99999 }}"), chat())
     assert caught.value.code == "context_length_exceeded"
 

@@ -35,8 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     from .cached import entries, remove
     from .finding import cache_folder
+    from .flash.plain_files import reason_of
 
     folder = cache_folder()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the cache folder {folder} is a file. Set MLX_FLASH_CACHE to a folder.")
     found = entries(folder)
     if arguments.remove:
         known = {entry.name: entry for entry in found}
@@ -56,8 +59,12 @@ def main(arguments: argparse.Namespace) -> int:
         return 1
 
     def freed(entry: Entry) -> int:
-        if not remove(entry):
-            print(f"{entry.name} is in use and stays", file=sys.stderr)
+        try:
+            if not remove(entry):
+                print(f"{entry.name} is in use and stays", file=sys.stderr)
+                return 0
+        except OSError as error:
+            print(f"{entry.name} cannot be removed: {reason_of(error)}", file=sys.stderr)
             return 0
         print(f"removed {entry.name}")
         return entry.nbytes

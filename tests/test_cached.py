@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_flash import cache, cached, failures, finding, loading, verification
+from mlx_flash import cache, cached, chat, failures, finding, loading, verification
 from mlx_flash.cached import MATRICES, entries, in_use
 from mlx_flash.commands import run_command
+from mlx_flash.errors import ConversionError
 from mlx_flash.finding import find_store, place_of
 from mlx_flash.flash.files import RECORD, is_store
 from mlx_flash.flash.reader import UnitFile
@@ -203,6 +204,51 @@ def test_the_question(
     monkeypatch.setattr("builtins.input", reply)
     code, out, _ = cli("--all")
     assert store.name in out and store.exists() is not removed and code == (0 if removed else 1)
+
+
+def test_a_cache_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, source: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(path))
+    for arguments in ((), ("--all", "--yes")):
+        code, out, err = cli(*arguments)
+        assert (code, out) == (2, "") and err.endswith(f"folder {path} is a file. Set MLX_FLASH_CACHE to a folder.\n")
+    with pytest.raises(ConversionError, match=rf"cannot write to the cache folder {path}: File exists\. Set"):
+        find_store(str(source))
+
+
+@pytest.mark.parametrize("chosen", ["~no-such-user/cache", None])
+def test_no_home_folder(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, chosen: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container whose user is a number only."""
+    for name in ("MLX_FLASH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("MLX_FLASH_CACHE", chosen)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where there is none
+    code, _, errors = cli()
+    assert code == 2 and errors.endswith("Set MLX_FLASH_CACHE to the full path of a folder.\n"), errors
+    assert chat.history_file() == Path(os.devnull)
+    assert "traceback is above" in failures.sentence(KeyError("x")) and "KeyError" in capsys.readouterr().err
+
+
+def test_what_cannot_be_removed_is_named_and_the_rest_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    folder.mkdir()
+    (folder / "chat-history").write_text("hello\n")
+    failures._write_report(ValueError("x"))
+    real = cached.remove
+
+    def refuse(entry: cached.Entry) -> bool:
+        if entry.kind == "chat history":
+            raise OSError(30, "Read-only file system", str(entry.path))
+        return real(entry)
+
+    monkeypatch.setattr(cached, "remove", refuse)
+    code, out, err = cli("--all", "--yes")
+    assert (code, err) == (1, "chat-history cannot be removed: Read-only file system\n") and "last-error.txt" in out
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:

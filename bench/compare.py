@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_flash.cached import MATRICES, in_use
 from mlx_flash.commands import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
@@ -239,12 +240,14 @@ def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
     store, layout = subject.store, subject.manifest.layout
     digest = subject.manifest.files[Manifest.neurons_checksums_file]["sha256"]
     temporary = None
+    stack = ExitStack()
     try:
         if folder is None:
             try:
-                temporary = folder = Path(tempfile.mkdtemp(prefix="mlx_flash-matrices-", dir=store.resolve().parent))
+                temporary = folder = Path(tempfile.mkdtemp(prefix=MATRICES, dir=store.resolve().parent))
             except OSError as error:
                 raise UsageError(f"nothing can be written beside the store ({error}): pass --matrices.") from None
+            stack.enter_context(in_use(temporary))
         path = folder / f"matrices-{digest[:12]}.bin"
         if not path.is_file():
             try:
@@ -259,6 +262,7 @@ def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        stack.close()
 
 
 def cached_shares(subject: Subject) -> dict[str, float | None]:

@@ -38,6 +38,7 @@ from mlx_flash.flash.files import (
 )
 from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.system import return_freed_memory
+from mlx_flash.generation_config import check_end_tokens, read_generation_config, vocabulary_of
 from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.quantised import companions, matrices_of
 from mlx_flash.stored_tensors import StoredTensors
@@ -81,6 +82,10 @@ def convert(
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
     activation = family.activation(checkpoint.config, source)
+    # What a store could not be run with is refused before the work.
+    vocabulary = vocabulary_of(checkpoint.config)
+    check_end_tokens(source / "config.json", checkpoint.config, vocabulary)
+    read_generation_config(source, vocabulary)
     if not Path(os.path.realpath(output)).name:
         raise UsageError(f"--output {output} is the root of the file system. Choose a folder.")
     output = Path(os.path.realpath(output))  # a link stays a link, and the partial folder is on the disk it leads to

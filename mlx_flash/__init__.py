@@ -26,6 +26,10 @@ _leave_working_directory()
 
 from typing import Any  # noqa: E402
 
+from .beginning import end_at_once_if_told  # noqa: E402
+
+end_at_once_if_told()
+
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "stream_generate"]
 

@@ -19,7 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("cache"),
         description="Lists what lies in the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, conversions "
-        "that were not finished, block sums, the history of `chat`. What is in use is never removed.",
+        "that were not finished, block sums of `--verify`, the history of `chat`, the latest error report, what an "
+        "interrupted removal or benchmark left. What is in use is never removed.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these, by their names in the list")
@@ -34,8 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     from .cached import entries, remove
     from .finding import cache_folder
+    from .flash.plain_files import reason_of
 
     folder = cache_folder()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the cache folder {folder} is a file. Set MLX_FLASH_CACHE to a folder.")
     found = entries(folder)
     if arguments.remove:
         known = {entry.name: entry for entry in found}
@@ -55,8 +59,12 @@ def main(arguments: argparse.Namespace) -> int:
         return 1
 
     def freed(entry: Entry) -> int:
-        if not remove(entry):
-            print(f"{entry.name} is in use and stays", file=sys.stderr)
+        try:
+            if not remove(entry):
+                print(f"{entry.name} is in use and stays", file=sys.stderr)
+                return 0
+        except OSError as error:
+            print(f"{entry.name} cannot be removed: {reason_of(error)}", file=sys.stderr)
             return 0
         print(f"removed {entry.name}")
         return entry.nbytes

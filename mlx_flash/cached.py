@@ -15,9 +15,15 @@ from pathlib import Path
 from .flash.files import FORMAT, MANIFEST, RECORD, Manifest
 
 HISTORY = "chat-history"
-BLOCK_SUMS = ".sums"  # the end of a name; made by --verify of what is read in place from a checkpoint
+REPORT = "last-error.txt"  # the traceback of the latest error that should not happen
+REPORT_BEGINS = "mlx-flash-runtime "
+SUMS = "sums"  # a folder; `--verify` makes its files, of what is read in place from a checkpoint
+SUMS_SUFFIX = ".sums"
+MATRICES = "mlx_flash-matrices-"  # how the name of a benchmark's temporary folder beside a store begins
 _STORE = re.compile(r".+-[0-9a-f]{12}")  # as finding.place_of names them
 _PARTIAL, _REMOVED = ".partial", ".removed"
+_REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
+_ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Entry:
     """Something in the cache folder that this package made."""
 
     path: Path
-    kind: str  # "store", "partial conversion", "block sums" or "chat history"
+    kind: str  # what `_kind_of` says
     nbytes: int
     source: str | None  # folder of the checkpoint; None where that was not written down
     used: float  # when it was last used, in seconds since 1970
@@ -53,7 +59,8 @@ def entries(folder: Path) -> list[Entry]:
         for path in sorted(folder.iterdir()):
             if not path.is_symlink() and (kind := _kind_of(path)) is not None:
                 note = _note_of(path.with_name(path.name.removesuffix(_PARTIAL)))
-                found.append(Entry(path, kind, _size_of(path), _source_in(note), _last_used(path, note), False))
+                nbytes = sum(map(_size_of, _sums_in(path))) if kind == "block sums" else _size_of(path)
+                found.append(Entry(path, kind, nbytes, _source_in(note), _last_used(path, note), False))
     latest: dict[str, float] = {}
     for entry in found:
         if entry.kind == "store" and entry.source is not None:
@@ -69,13 +76,26 @@ def entries(folder: Path) -> list[Entry]:
 def remove(entry: Entry) -> bool:
     """Removes it; False if it is in use, and then nothing was touched. Raises OSError."""
     with contextlib.ExitStack() as stack:
-        if entry.kind in ("store", "partial conversion") and not stack.enter_context(_alone_with(entry.path)):
+        if entry.kind == "benchmark's matrices" and not stack.enter_context(_alone_with_folder(entry.path)):
             return False
-        if entry.path.is_dir():
+        if entry.kind in ("store", "partial conversion", "remains") and not stack.enter_context(
+            _alone_with(entry.path)
+        ):
+            return False
+        if entry.kind == "block sums":
+            for path in _sums_in(entry.path):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: something else is in it
+                entry.path.rmdir()
+        elif entry.kind in ("store", "partial conversion"):
             # Out of the way at once: a store that is removed in part must not be taken for one.
             gone = entry.path.with_name(f".{entry.name}{_REMOVED}")
+            if gone.is_dir():  # a removal of the same name was interrupted
+                shutil.rmtree(gone)
             entry.path.rename(gone)
             shutil.rmtree(gone)
+        elif entry.path.is_dir():
+            shutil.rmtree(entry.path)
         else:
             entry.path.unlink()
         if entry.kind == "store":
@@ -84,11 +104,38 @@ def remove(entry: Entry) -> bool:
 
 
 @contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Until the end, `remove` leaves a benchmark's folder alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_with_folder(folder: Path) -> Iterator[bool]:
+    """Whether no process is within `in_use` of the folder, which holds until the end."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _alone_with(path: Path) -> Iterator[bool]:
-    """Whether nobody converts into a store's folder or runs it, which holds until the end."""
+    """Whether no process converts into a store's folder or runs it, which holds until the end."""
     from filelock import FileLock, Timeout
 
-    store = path.with_name(path.name.removesuffix(_PARTIAL))
+    remains = _REMAINS.fullmatch(path.name)
+    name = path.name if remains is None else remains[1]
+    store = path.with_name(name.removesuffix(_PARTIAL))
     with contextlib.ExitStack() as stack:
         try:
             for lock in (store.with_name(f".{store.name}.lock"), store.with_name(f"{store.name}.lock")):
@@ -107,8 +154,15 @@ def _kind_of(path: Path) -> str | None:
     try:
         if path.name == HISTORY and path.is_file():
             return "chat history"
-        if path.name.endswith(BLOCK_SUMS) and path.is_file():
+        if path.name == REPORT and path.is_file():
+            with path.open("rb") as file:
+                return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
+        if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
+        if path.name.startswith(MATRICES) and path.is_dir():
+            return "benchmark's matrices"
+        if _REMAINS.fullmatch(path.name) and path.is_dir():
+            return "remains"  # of a removal, or a replacement, that was interrupted
         if _STORE.fullmatch(path.name) and FORMAT.encode() in (path / MANIFEST).read_bytes():
             return "store"
         name = path.name.removesuffix(_PARTIAL)
@@ -117,6 +171,15 @@ def _kind_of(path: Path) -> str | None:
     except OSError:
         pass
     return None
+
+
+def _sums_in(folder: Path) -> list[Path]:
+    """The files in the folder of sums that this package made, those of an interrupted run included."""
+    return [
+        path
+        for path in folder.iterdir()
+        if _ONE_OF_THE_SUMS.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
 
 
 def _note_of(store: Path) -> Path:

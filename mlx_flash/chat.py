@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from .cached import HISTORY
@@ -146,8 +148,8 @@ class Chat:
     def _say_cut(self, made: int) -> None:
         if made < self.arguments.max_tokens:
             say(
-                f"note: the context of {self.plan.context} tokens is full{more_context(self.model)}, so the answer "
-                "ends here; the next question drops the oldest turns, /reset all of them"
+                f"note: the context of {self.plan.context} tokens is full, so the answer ends here; the next question "
+                f"drops the oldest turns, /reset all of them. {more_context(self.model)}"
             )
         elif not self._cut_before:
             self._cut_before = True
@@ -243,9 +245,16 @@ def _turns(count: int) -> str:
     return f"{count} turn" if count == 1 else f"{count} turns"
 
 
+def history_file() -> Path:
+    try:
+        return cache_folder() / HISTORY
+    except UsageError:  # there is no home folder, and a store that is named needs none
+        return Path(os.devnull)
+
+
 def typed(interrupts: Interrupts) -> Iterator[str]:
     """Lines from the terminal, until Ctrl-D."""
-    history = History(cache_folder() / HISTORY)
+    history = History(history_file())
     while True:
         try:
             with interrupts.raising():

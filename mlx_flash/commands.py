@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from . import stopping
+from .beginning import hand_over
 from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
@@ -52,8 +53,11 @@ def obey_lifeline(arguments: argparse.Namespace) -> None:
         stopping.end_with_stdin()
 
 
-def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None]) -> None:
-    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, 143 after SIGTERM.
+def run_command(
+    parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], terminated: int = 143
+) -> None:
+    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, and `terminated`
+    after SIGTERM.
 
     Where `main` is the program itself, not a function that a test calls, the process ends `stopping.GRACE_S` after
     either signal, or after `main`, whatever it then waits for.
@@ -66,12 +70,15 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack what a model says
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that children and files are cleared up
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(terminated)
+    )  # an exception, so that children and files are cleared up
     owns_process = main.__module__ == "__main__"
     code = 1
     try:
+        hand_over()
         if owns_process:
-            stopping.watch(parser.prog, {signal.SIGINT: 130, signal.SIGTERM: 143})
+            stopping.watch(parser.prog, {signal.SIGINT: 130, signal.SIGTERM: terminated})
         code = main(arguments) or 0
         sys.stdout.flush()
     except FlashError as error:

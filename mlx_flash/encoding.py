@@ -19,6 +19,15 @@ class TooManyTokens(UsageError):
         self.at_least = at_least
 
 
+def too_long(flash: Any, found: str, enlarge: str) -> str:
+    """What to say of a prompt that does not fit. found: "70 tokens". enlarge: how to plan for more."""
+    context, positions = flash.plan.context, flash.positions
+    remedy = "Shorten it: this model takes no more."
+    if context < positions:
+        remedy = f"Shorten it, or {enlarge}; this model takes up to {positions} tokens."
+    return f"the prompt has {found}, and the plan makes room for {context}. {remedy}"
+
+
 def encode(tokenizer: Any, text: str, *, special_tokens: bool, most: int | None = None) -> list[int]:
     """The token ids of a text. special_tokens: whether the tokenizer adds its own, such as one to begin with.
 

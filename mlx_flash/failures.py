@@ -7,10 +7,11 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .cached import REPORT
+from .errors import UsageError
 from .finding import cache_folder
 from .kinds import said
 
-REPORT = "last-error.txt"  # in the cache folder: the traceback of the latest error that nobody foresaw
 OUT_OF_MEMORY = ("insufficient memory", "outofmemory", "bad_alloc", "[malloc", "unable to allocate", "[metal::malloc]")
 PACKAGES = ("mlx-flash-runtime", "mlx", "mlx-lm", "numpy", "transformers")
 
@@ -36,13 +37,13 @@ def sentence(error: Exception) -> str:
 
 def _write_report(error: Exception) -> Path | None:
     """Where the traceback was written; None if that failed and it was printed. No arguments, no text of a user's."""
-    path = cache_folder() / REPORT
     lines = [f"{name} {_version(name)}" for name in PACKAGES] + [f"Python {platform.python_version()}"]
     lines += [platform.platform(), "", *traceback.format_exception(error)]
     try:
+        path = cache_folder() / REPORT
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, UsageError):
         traceback.print_exception(error)
         return None
     return path

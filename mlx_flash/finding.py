@@ -17,6 +17,7 @@ from .children import run_child
 from .errors import ConversionError, UsageError
 from .flash.checksums import sha256_of
 from .flash.files import VERSION, is_store
+from .flash.plain_files import reason_of
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -54,12 +55,22 @@ def find_checkpoint(model: str, revision: str | None = None, say: Callable[[str]
 
 
 def cache_folder() -> Path:
-    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder."""
-    if chosen := os.environ.get("MLX_FLASH_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_flash"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder.
+
+    Raises UsageError where the system knows no home folder that it would be in.
+    """
+    chosen = os.environ.get("MLX_FLASH_CACHE")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mlx_flash"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+    except RuntimeError:  # a user without a home, or "~name" of one who does not exist
+        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, and" if chosen else "there is no place for the cache folder:"
+        raise UsageError(
+            f"{where} this system knows no such home folder. Set MLX_FLASH_CACHE to the full path of a folder."
+        ) from None
 
 
 def find_source(model: str | None, revision: str | None, say: Callable[[str], None]) -> Path:
@@ -124,7 +135,8 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
         lock = _acquired(target.parent / f".{target.name}.lock", waiting, say)
     except OSError as error:
         raise ConversionError(
-            f"cannot write to the cache folder {target.parent}: {error}. Set MLX_FLASH_CACHE to another folder."
+            f"cannot write to the cache folder {target.parent}: {reason_of(error)}. Set MLX_FLASH_CACHE to another "
+            "folder."
         ) from None
     try:
         # Of the conversion itself: held by one that was started by hand, or that ends because its parent was killed.
@@ -136,7 +148,10 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
         say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
         command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
         if run_child(command):
-            raise ConversionError(f"{source} could not be converted (see above).")
+            raise ConversionError(
+                f"{source} could not be converted (see above). If the disk of {target.parent} is the reason, set "
+                "MLX_FLASH_CACHE to a folder on another one."
+            )
     finally:
         lock.release()  # `with lock` would acquire it a second time, and let go of one
 

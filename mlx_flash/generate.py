@@ -102,7 +102,7 @@ def main(arguments: argparse.Namespace) -> int:
         if interrupts.asked:
             say("interrupted")
         elif response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
-            say(f"note: the context of {model.flash.plan.context} tokens is full{more_context(model)}")
+            say(f"note: the context of {model.flash.plan.context} tokens is full. {more_context(model)}")
         for line in summary(response, model):
             say(line)
         result = as_json(response, model, "".join(pieces), tokens)

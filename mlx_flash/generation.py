@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .defaults import PREFILL_TOKENS
 from .detokenizer import Detokenizer
-from .encoding import encode
+from .encoding import encode, too_long
 from .errors import UsageError
 from .flash.system import large_memory_given_back, peak_memory_bytes
 from .host_arrays import to_numpy
@@ -72,10 +72,7 @@ def stream_generate(
             "Does the tokenizer belong to this model?"
         )
     if taken > context:
-        raise UsageError(
-            f"the prompt has {taken} tokens, the plan makes room for {context}, the model for "
-            f"{model.flash.positions}. Shorten it, or load with a larger context (--context)."
-        )
+        raise UsageError(too_long(model.flash, f"{taken} tokens", "load with a larger context (--context)"))
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
     if not 1 <= prefill_step_size <= PREFILL_TOKENS:

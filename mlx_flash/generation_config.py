@@ -12,6 +12,7 @@ from .errors import CheckpointError
 
 NAME = "generation_config.json"
 MOST_BYTES = 1 << 20
+MOST_TOKENS = 1 << 31  # where the vocabulary is not known
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,17 @@ SETTINGS: dict[str, tuple[Callable[[Any], float | None], str]] = {
 }
 
 
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """The file in the folder of a store or a checkpoint; without one, nothing is set.
+def read_generation_config(folder: Path, vocabulary: int | None = None) -> GenerationConfig:
+    """The file in the folder of a store or a checkpoint; without one, nothing is set. vocabulary: as `vocabulary_of`.
 
     `do_sample: false` is a temperature of 0, whatever else the file says. Raises CheckpointError for a file that
     has values that mean nothing, ReadError for one that cannot be read.
     """
     path = folder / NAME
     values = _read(path)
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        if not _is_token(values.get(name)):
+    check_end_tokens(path, values, vocabulary)
+    for name in ("bos_token_id", "pad_token_id"):  # nothing uses them, and published files have -1 in them
+        if not _are_numbers(values.get(name)):
             raise _wrong(path, name, values[name], "a token id or a list of them")
     if not isinstance(sample := values.get("do_sample"), bool | None):
         raise _wrong(path, "do_sample", sample, "true or false")
@@ -86,9 +88,28 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_token(value: Any) -> bool:
+def vocabulary_of(config: dict[str, Any]) -> int | None:
+    """The tokens that the model of a config.json knows, which may be more than its tokenizer does; None: not said."""
+    parts = (config, config.get("text_config"))
+    sizes = [part.get("vocab_size") for part in parts if isinstance(part, dict)]
+    return next((size for size in sizes if type(size) is int and size > 0), None)
+
+
+def check_end_tokens(path: Path, values: dict[str, Any], vocabulary: int | None) -> None:
+    """Raises CheckpointError for an eos_token_id that is not a token of the model. path: the file with these values."""
+    if (ends := values.get("eos_token_id")) is None:
+        return
+    most = MOST_TOKENS if vocabulary is None else vocabulary
+    if not _are_numbers(ends) or not all(0 <= each < most for each in (ends if isinstance(ends, list) else [ends])):
+        known = "" if vocabulary is None else f" from 0 to {vocabulary - 1} (vocab_size in config.json)"
+        raise _wrong(path, "eos_token_id", ends, f"a token id{known} or a list of them")
+
+
+def _are_numbers(value: Any) -> bool:
     return value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value]))
 
 
 def _wrong(path: Path, name: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {name} is {value!r:.80}, expected {expected}. Correct the file, or remove it.")
+    return CheckpointError(
+        f"{path}: {name} is {value!r:.80}, expected {expected}. Correct the file, or download it again."
+    )

@@ -33,8 +33,8 @@ from .finding import find_source, store_of
 from .flash.files import CHECKSUM_BYTES, Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
 from .flash.system import READ_ALIGNMENT, usable_memory_bytes
-from .generation_config import read_generation_config
-from .kinds import is_mixture, refuse_own_code
+from .generation_config import check_end_tokens, read_generation_config, vocabulary_of
+from .kinds import is_mixture, refuse_own_code, said
 from .layers.activations import Activation
 from .layers.recall import Setting
 from .memory_needs import Call, needs_of
@@ -48,6 +48,7 @@ from .streaming_needs import (
     reading_bytes,
     scratch_bytes,
 )
+from .tokenizer_files import fault_in
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -83,7 +84,7 @@ def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
     return args
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of its message; MLX's list every way to call a function."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -106,7 +107,10 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         eos_token_ids = (config or {}).get("eos_token_id")
         with used_by_mlx_lm():
             extra = {"trust_remote_code": False} | _older_template(folder)
-            return load_mlx_lm_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
+            tokenizer = load_mlx_lm_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
+        # It warns once of a text that is longer than `model_max_length`; what is too long is refused here, by the plan.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return tokenizer
     except BaseException as error:  # tokenizers raises plain ones, which name no file
         if not is_from_library(error):
             raise
@@ -124,9 +128,18 @@ def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
                 (folder / name).read_bytes()
         except ReadError as found:
             return found
+    remedy = (
+        "Convert the checkpoint again, with sound files." if is_store(folder) else "Correct it, or download it again."
+    )
+    with reading(folder):
+        if fault := fault_in(folder):
+            return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {fault}. {remedy}")
     if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):  # Rust's
         return unreadable(folder, error, f"one of {', '.join(present)}")
-    return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}")
+    problem = said(error) if isinstance(error, Exception) else first_line(error)
+    return CheckpointError(
+        f"the tokenizer in {folder} cannot be loaded: {problem}. Download its files ({', '.join(present)}) again."
+    )
 
 
 def _older_template(folder: Path) -> dict[str, Any]:
@@ -338,6 +351,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
     if not is_store(folder):
         files_in(folder)  # raises for what is not a file, or is too large
+    vocabulary, ends = None, None
     for name in CONFIG_FILES:
         path = folder / name
         if not path.exists() and name != CONFIG_FILES[0]:
@@ -351,8 +365,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if is_store(folder):
                 raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
             raise CheckpointError(f"{path} cannot be used: {error}. Download the checkpoint again.") from None
+        if name == CONFIG_FILES[0]:
+            vocabulary = vocabulary_of(found)
+        check_end_tokens(path, found, vocabulary)
+        ends = found.get("eos_token_id")
     try:
         config: dict[str, Any] = load_config(folder)
+        if ends == 0:  # of generation_config.json: mlx-lm takes it for none
+            config["eos_token_id"] = 0
     except (OSError, TypeError, ValueError, RecursionError) as error:  # now, and not a moment ago
         raise unreadable(folder, error, " or ".join(CONFIG_FILES)) from None
     return config

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from . import stopping
+from .beginning import Interrupted, interrupt
 
 
 def say(text: str) -> None:
@@ -46,7 +47,7 @@ class Interrupts:
         """Within, Ctrl-C is Python's own KeyboardInterrupt: for waiting, which has no clean end of its own."""
         self.renew()
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, interrupt)
             yield
         finally:
             signal.signal(signal.SIGINT, self._handle)
@@ -55,7 +56,7 @@ class Interrupts:
         if not self.asked:
             self.asked = True
         elif self._warning is None or self._warned:
-            raise KeyboardInterrupt
+            raise Interrupted
         else:
             with contextlib.suppress(OSError, ValueError):  # print might be interrupting itself
                 os.write(sys.stderr.fileno(), f"\n{self._warning}\n".encode())
@@ -85,5 +86,7 @@ def progress_line(interrupts: Interrupts) -> Callable[[int, int], None]:
 
 
 def more_context(model: Any) -> str:
-    """What to do about a full context, if anything can be done."""
-    return " (--context)" if model.flash.plan.context < model.flash.positions else ": the model has no more"
+    """A sentence: what to do about a full context, if anything can be done."""
+    if model.flash.plan.context < model.flash.positions:
+        return f"A larger --context makes more room, up to {model.flash.positions} tokens."
+    return "This model has room for no more."

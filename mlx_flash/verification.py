@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cached import SUMS, SUMS_SUFFIX
 from .errors import CheckpointError
 from .finding import cache_folder
 from .flash.reader import Reader, UnitFile
@@ -17,7 +18,6 @@ from .flash.system import sync_to_disk
 from .flash.unit_sums import Ranges, RangeSums, make_sums
 
 SHA256 = re.compile("[0-9a-f]{64}")
-SUFFIX = ".sums"
 LONGEST_HEAD = 64 << 10  # bytes of the first line of such a file
 
 
@@ -34,10 +34,11 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
 
     missing = []
     for file, ranges in zip(files, units, strict=True):
-        if (kept := _kept(file, ranges)) is not None:
+        expected = known_sha256(file.path)
+        if (kept := _kept(file, ranges, expected)) is not None:
             file.sums = kept
         else:
-            missing.append((file, ranges, known_sha256(file.path)))
+            missing.append((file, ranges, expected))
     if not missing:
         return
     unknown = [file.path.name for file, _, sha256 in missing if sha256 is None]
@@ -52,29 +53,38 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
             digest = hashlib.sha256()
             sums = make_sums(file, reader, ranges, digest.update, bar.update)
             if expected is not None and digest.hexdigest() != expected:
+                note = _note_of(file.path)
+                on_purpose = f" If you changed it on purpose, remove {note}." if note.exists() else ""
                 raise CheckpointError(
                     f"{file.path} is not the file that the Hub has: its SHA-256 is {digest.hexdigest()}, expected "
-                    f"{expected}. Delete it and download it again."
+                    f"{expected}. Delete it and download it again.{on_purpose}"
                 )
             file.sums = sums
             try:
-                _keep(file, sums)
+                _keep(file, sums, digest.hexdigest())
             except OSError as error:
                 say(f"note: the checksums of {file.path.name} cannot be kept, the next run makes them again: {error}")
 
 
 def known_sha256(path: Path) -> str | None:
-    """What the Hub has of a file in large file storage, by what huggingface_hub noted when it downloaded it."""
+    """What the Hub has of a file in large file storage, by what huggingface_hub noted when it downloaded it.
+
+    A file that was written to after its note is still meant to be that file: only its bytes can show that it is.
+    """
     real = path.resolve()
     if real.parent.name == "blobs" and SHA256.fullmatch(real.name):  # in its cache a file's name is its ETag
         return real.name
-    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"  # `hf download --local-dir`
     try:
-        _, etag, noted_at = note.read_text(encoding="utf-8")[:1000].split()
-        written_since = path.stat().st_mtime - 1 > float(noted_at)
+        _, etag, noted_at = _note_of(path).read_text(encoding="utf-8")[:1000].split()
+        float(noted_at)
     except (OSError, ValueError):
         return None
-    return etag if SHA256.fullmatch(etag) and not written_since else None
+    return etag if SHA256.fullmatch(etag) else None
+
+
+def _note_of(path: Path) -> Path:
+    """Where `hf download --local-dir` notes what it downloaded."""
+    return path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
 
 
 def _identity(file: UnitFile) -> dict[str, Any]:
@@ -86,10 +96,11 @@ def _identity(file: UnitFile) -> dict[str, Any]:
 def _place(file: UnitFile) -> Path:
     """One for each path, so that the sums of a file that was replaced are replaced."""
     name = hashlib.sha256(str(file.path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
-    return cache_folder() / "sums" / f"{name}{SUFFIX}"
+    return cache_folder() / SUMS / f"{name}{SUMS_SUFFIX}"
 
 
-def _kept(file: UnitFile, ranges: Ranges) -> RangeSums | None:
+def _kept(file: UnitFile, ranges: Ranges, expected: str | None) -> RangeSums | None:
+    """The sums that were made of this file, if it had the expected SHA-256 then (None: any)."""
     path = _place(file)
     try:
         if path.stat().st_size > LONGEST_HEAD + 20 * len(ranges.offsets):
@@ -97,10 +108,10 @@ def _kept(file: UnitFile, ranges: Ranges) -> RangeSums | None:
         data = path.read_bytes()
     except OSError:
         return None
-    return RangeSums.from_bytes(data, _identity(file), ranges)
+    return RangeSums.from_bytes(data, _identity(file), ranges, expected)
 
 
-def _keep(file: UnitFile, sums: RangeSums) -> None:
+def _keep(file: UnitFile, sums: RangeSums, sha256: str) -> None:
     """Written beside, flushed to the disk, renamed. Sums of files that are gone are removed."""
     path = _place(file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +119,7 @@ def _keep(file: UnitFile, sums: RangeSums) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as target:
-            target.write(sums.to_bytes(_identity(file)))
+            target.write(sums.to_bytes(_identity(file), sha256))
             target.flush()
             sync_to_disk(target.fileno())
         beside.replace(path)
@@ -117,7 +128,7 @@ def _keep(file: UnitFile, sums: RangeSums) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    for path in folder.glob(f"*{SUFFIX}"):
+    for path in folder.glob(f"*{SUMS_SUFFIX}"):
         try:
             with path.open("rb") as file:
                 head = json.loads(file.readline(LONGEST_HEAD))

@@ -66,4 +66,4 @@ if __name__ == "__main__":
     from mlx_flash.commands import run_command
     from mlx_flash.server.__main__ import make_parser
 
-    run_command(make_parser(), main)
+    run_command(make_parser(), main, terminated=0)

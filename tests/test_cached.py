@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_flash import cache, cached, finding, loading
-from mlx_flash.cached import entries
+from mlx_flash import cache, cached, chat, failures, finding, loading, verification
+from mlx_flash.cached import MATRICES, entries, in_use
 from mlx_flash.commands import run_command
+from mlx_flash.errors import ConversionError
 from mlx_flash.finding import find_store, place_of
 from mlx_flash.flash.files import RECORD, is_store
+from mlx_flash.flash.reader import UnitFile
+from mlx_flash.flash.unit_sums import Ranges, RangeSums
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -140,6 +144,51 @@ def test_what_is_not_ours_is_neither_listed_nor_touched(folder: Path, source: Pa
     assert left == {f"theirs-{'1' * 12}", f"theirs-{'2' * 12}.partial", "notes.txt", outside.name}
 
 
+def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Path, cli: Cli) -> None:
+    """They are written by the functions that `--verify` and a failing command use."""
+    weights = source / "model.safetensors"
+    with UnitFile(weights) as file:
+        sums = RangeSums(Ranges.of_units(np.array([0]), np.array([8])), np.array([5], np.uint32))
+        verification._keep(file, sums, "0" * 64)
+    assert failures._write_report(ValueError("x")) == folder / "last-error.txt"
+    (kept,) = (folder / "sums").iterdir()
+    (folder / "sums" / f"{kept.name}.123.partial").write_bytes(b"of a run that was killed")
+    (folder / "sums" / "notes.txt").write_text("not ours")
+    found = {entry.name: (entry.kind, entry.nbytes > 0) for entry in entries(folder)}
+    assert found == {"sums": ("block sums", True), "last-error.txt": ("error report", True)}
+    _, out, _ = cli()
+    assert "block sums" in out and "error report" in out
+    assert cli("--all", "--yes")[0] == 0
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert entries(folder) == []
+    (folder / "last-error.txt").write_text("somebody's own")
+    assert entries(folder) == []
+
+
+def test_what_an_interrupted_removal_left_is_removed(folder: Path, source: Path, cli: Cli) -> None:
+    store = find_store(str(source))
+    for end in ("removed", "replaced"):
+        shutil.copytree(store, folder / f".{store.name}.{end}")
+    remains = {entry.name for entry in entries(folder) if entry.kind == "remains"}
+    assert remains == {f".{store.name}.removed", f".{store.name}.replaced"}
+    with FileLock(folder / f"{store.name}.lock"):  # of a conversion that is between two renames
+        assert cli("--remove", *remains, "--yes")[0] == 1 and len(entries(folder)) == 3
+    assert cli("--remove", store.name, "--yes")[0] == 0, "though an earlier removal of this name was interrupted"
+    assert [entry.name for entry in entries(folder)] == [f".{store.name}.replaced"]
+    assert cli("--all", "--yes")[0] == 0 and list(folder.iterdir()) == []
+
+
+def test_a_benchmarks_matrices_are_listed_and_stay_while_it_runs(folder: Path, source: Path, cli: Cli) -> None:
+    folder.mkdir()
+    left = folder / f"{MATRICES}abc"
+    left.mkdir()
+    (left / "matrices.bin").write_bytes(b"x" * 5000)
+    assert [(entry.kind, entry.nbytes > 5000) for entry in entries(folder)] == [("benchmark's matrices", True)]
+    with in_use(left):
+        assert cli("--all", "--yes")[0] == 1 and left.exists()
+    assert cli("--all", "--yes")[0] == 0 and not left.exists()
+
+
 @pytest.mark.parametrize(("answer", "removed"), [("y", True), ("YES", True), ("", False), ("n", False), (None, False)])
 def test_the_question(
     folder: Path, source: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, answer: str | None, removed: bool
@@ -155,6 +204,51 @@ def test_the_question(
     monkeypatch.setattr("builtins.input", reply)
     code, out, _ = cli("--all")
     assert store.name in out and store.exists() is not removed and code == (0 if removed else 1)
+
+
+def test_a_cache_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, source: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(path))
+    for arguments in ((), ("--all", "--yes")):
+        code, out, err = cli(*arguments)
+        assert (code, out) == (2, "") and err.endswith(f"folder {path} is a file. Set MLX_FLASH_CACHE to a folder.\n")
+    with pytest.raises(ConversionError, match=rf"cannot write to the cache folder {path}: File exists\. Set"):
+        find_store(str(source))
+
+
+@pytest.mark.parametrize("chosen", ["~no-such-user/cache", None])
+def test_no_home_folder(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, chosen: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container whose user is a number only."""
+    for name in ("MLX_FLASH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("MLX_FLASH_CACHE", chosen)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where there is none
+    code, _, errors = cli()
+    assert code == 2 and errors.endswith("Set MLX_FLASH_CACHE to the full path of a folder.\n"), errors
+    assert chat.history_file() == Path(os.devnull)
+    assert "traceback is above" in failures.sentence(KeyError("x")) and "KeyError" in capsys.readouterr().err
+
+
+def test_what_cannot_be_removed_is_named_and_the_rest_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    folder.mkdir()
+    (folder / "chat-history").write_text("hello\n")
+    failures._write_report(ValueError("x"))
+    real = cached.remove
+
+    def refuse(entry: cached.Entry) -> bool:
+        if entry.kind == "chat history":
+            raise OSError(30, "Read-only file system", str(entry.path))
+        return real(entry)
+
+    monkeypatch.setattr(cached, "remove", refuse)
+    code, out, err = cli("--all", "--yes")
+    assert (code, err) == (1, "chat-history cannot be removed: Read-only file system\n") and "last-error.txt" in out
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:

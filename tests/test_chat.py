@@ -241,7 +241,8 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
         said,
     )
     assert dropped and all(int(count) and int(tokens) for count, tokens, _ in dropped)
-    assert "is full (--context), so the answer ends here; the next question drops the oldest turns" in said
+    assert "is full, so the answer ends here; the next question drops the oldest turns" in said
+    assert "A larger --context makes more room, up to" in said
     assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
 

@@ -254,7 +254,10 @@ def test_a_chat_template_is_applied(
         (["--prompt", ""], "the prompt is empty"),
         (["--nonsense"], "unrecognized arguments"),
         (["--model", "/no/such/folder"], "there is no folder /no/such/folder"),
-        (["--prompt", "x" * 70], "the prompt has 71 tokens, the plan makes room for 64"),
+        (
+            ["--prompt", "x" * 70],
+            "the prompt has 71 tokens, and the plan makes room for 64. Shorten it: this model takes no more.",
+        ),
     ],
 )
 def test_what_cannot_be_used_ends_with_2_and_one_sentence(

@@ -144,6 +144,6 @@ def test_code_that_a_tokenizer_names(checkpoint: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(checkpoint)
     path = checkpoint / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(CheckpointError, match=r"tokenizer in .* cannot be loaded: No module named 'mlx_lm\..*own'"):
+    with pytest.raises(CheckpointError, match=r'cannot be loaded: .* "own", expected the name of'):
         loading.load_tokenizer(checkpoint)
     assert not list(checkpoint.glob("*.ran"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import QUANTISED, Tiny, change_manifest  # type: ignore[import-not-found]
+from conftest import QUANTISED, Tiny, change_manifest, write_tokenizer  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 
-from mlx_flash import building
+from mlx_flash import building, loading
+from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import (
     BudgetError,
     CheckpointError,
@@ -31,7 +33,7 @@ from mlx_flash.errors import (
 )
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
-from mlx_flash.loading import load
+from mlx_flash.loading import load, load_tokenizer
 
 
 def test_what_load_gives(store: Path) -> None:
@@ -228,12 +230,46 @@ def test_a_store_without_a_tokenizer(own_store: Path) -> None:
         load(own_store)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": {"type": "BPE"}}'])
-def test_a_broken_tokenizer(own_store: Path, text: str) -> None:
-    (own_store / "tokenizer.json").write_text(text)
-    change_manifest(own_store)
-    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
-        load(own_store)
+BROKEN_TOKENIZERS = [
+    ("tokenizer.json", b"", "is empty, expected JSON"),
+    ("tokenizer.json", b"{}", "has added_tokens null, expected a list"),
+    ("tokenizer.json", b"[1]", r"holds \[1\], expected a JSON object"),
+    ("tokenizer.json", b'{"added_tokens": [], "model": 5}', "has model 5, expected an object"),
+    ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE"}}', "does not describe a tokenizer"),
+    ("tokenizer_config.json", b"[]", r"holds \[\], expected a JSON object"),
+    ("tokenizer_config.json", b"{", "is not valid JSON"),
+    ("tokenizer_config.json", b'{"tokenizer_class": 5}', "has tokenizer_class 5, expected a text"),
+    ("tokenizer_config.json", b'{"eos_token": ["x"]}', r'has eos_token \["x"\], expected a text, or an object'),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": 5}', "has added_tokens_decoder 5, expected an object"),
+    ("tokenizer_config.json", b'{"chat_template": [5]}', r"has chat_template \[5\], expected a text"),
+    ("tokenizer_config.json", b'{"chat_template_type": "x"}', 'has chat_template_type "x", expected the name'),
+    ("tokenizer_config.json", b'{"tool_parser_type": "x"}', 'has tool_parser_type "x", expected the name'),
+    ("special_tokens_map.json", b"5", "holds 5, expected a JSON object"),
+    ("special_tokens_map.json", b'{"eos_token": 5}', "has eos_token 5, expected a text"),
+    ("added_tokens.json", b'{"x": "y"}', 'has x "y", expected a token id'),
+    ("added_tokens.json", b"\xff", "has the byte 0xff at 0, expected UTF-8 text"),
+    ("chat_template.json", b"{}", "has chat_template null, expected a text"),
+    ("chat_template.jinja", b"ab\xff", "has the byte 0xff at 2, expected UTF-8 text"),
+    ("additional_chat_templates/tool_use.jinja", b"\xff", "has the byte 0xff at 0, expected UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "fault"), BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer(tmp_path: Path, name: str, content: bytes, fault: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path)
+    message = rf"the tokenizer in .* cannot be loaded: {re.escape(name)} {fault}.*\. Correct it, or download it again\."
+    assert re.fullmatch(message, str(caught.value)), caught.value
+
+
+def test_a_tokenizer_whose_fault_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tokenizer(tmp_path)
+    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: vars()["nothing"])
+    with pytest.raises(CheckpointError, match=r"KeyError: 'nothing'\. Download its files \(tokenizer.*\) again\."):
+        load_tokenizer(tmp_path)
 
 
 def test_the_stop_tokens_are_those_of_the_generation_config(own_store: Path) -> None:
@@ -242,6 +278,47 @@ def test_the_stop_tokens_are_those_of_the_generation_config(own_store: Path) -> 
     model, tokenizer = load(own_store)
     model.flash.close()
     assert tokenizer.eos_token_ids == {0, 7}
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [-5, 96, 2**128, [0, 96], "</s>", True, 1.5, [[0]], {}])
+def test_stop_tokens_that_the_model_cannot_make(tiny: Tiny, tmp_path: Path, name: str, ends: Any) -> None:
+    folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(values | {"eos_token_id": ends}))
+    message = re.escape(f"{folder / name}: eos_token_id is {ends!r}, expected a token id from 0 to 95 (vocab_size")
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "store", Settings())
+
+
+@pytest.mark.parametrize("ends", [95, [95], [], None, 0])
+def test_stop_tokens_beyond_the_tokenizer_s_vocabulary(own_store: Path, ends: Any) -> None:
+    """Matrices are often padded, and -1 stands for none where nothing uses it."""
+    (own_store / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "pad_token_id": -1}))
+    change_manifest(own_store)
+    model, tokenizer = load(own_store)
+    model.flash.close()
+    assert {*(ends if isinstance(ends, list) else [0 if ends is None else ends])} <= tokenizer.eos_token_ids
+
+
+def test_a_stop_token_of_0_counts(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert loading._read_config(folder)["eos_token_id"] == 0  # mlx-lm takes it for none
+
+
+def test_a_long_text_is_encoded_without_a_warning(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import tokenization_utils_base
+
+    path = own_store / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warned.append)
+    assert len(load_tokenizer(own_store).encode("a" * 50)) == 51 and not warned
 
 
 def test_a_store_truncated_while_it_is_used(own_store: Path) -> None:

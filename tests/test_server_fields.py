@@ -208,7 +208,7 @@ def test_faults_of_the_model_s_files_are_sentences(
 
 
 def test_a_template_that_makes_too_much(engine_of: Callable[..., Engine]) -> None:
-    with pytest.raises(ApiError, match="more than 32767 tokens; the planned context has 300") as caught:
+    with pytest.raises(ApiError, match="more than 32767 tokens, and the plan makes room for 300") as caught:
         encode_chat(engine_of("{{ 'ab' * 99999 }}"), chat())
     assert caught.value.code == "context_length_exceeded"
 
@@ -324,3 +324,23 @@ def test_a_stop_ends_a_rendering(
             assert server.get("/health").status_code == 200
         assert answer.result().status_code == 503
     assert server.engine.templates.closed and server.engine.templates._worker is None
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (r'"user": "\ud800"', r"(line 1 column 65): an escape such as \ud800 is half of a character; send both"),
+        (r'"user": "\ud800\u0041"', r"an escape such as \ud800 is half of a character; send both"),
+        ('"user": "\xff"', "it has bytes that are not UTF-8 text."),
+        ('"user": ', "the body is not valid JSON (line 1 column 58): expected value."),
+        ('"temperature": NaN', "temperature: Input should be a finite number."),
+        ('"top_p": 1e999', "top_p: Input should be a finite number."),
+        ('"presence_penalty": -Infinity', "presence_penalty: Input should be a finite number."),
+        ('"max_tokens": NaN', "max_tokens: Input should be a valid integer."),
+    ],
+)
+def test_what_is_not_quite_json(field: str, message: str) -> None:
+    body = f'{{"messages": [{{"role": "user", "content": "a"}}], {field}}}'
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, body.encode("latin-1"))
+    assert message in caught.value.message and caught.value.status == 400, caught.value.message

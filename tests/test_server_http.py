@@ -264,7 +264,7 @@ def test_one_that_speaks_only_half(server: Server) -> None:
 
 
 def test_other_sites_may_not(server: Server) -> None:
-    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]", ""):
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]"):
         response = server.get("/health", headers={"Host": host})
         assert response.status_code == 403 and error_of(response)["code"] == "host_not_allowed", host
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:5"):
@@ -275,6 +275,73 @@ def test_other_sites_may_not(server: Server) -> None:
         assert response.status_code == 403 and error_of(response)["code"] == "origin_not_allowed", origin
     assert server.post(CHAT, SHORT, headers={"Origin": f"http://{own}"}).status_code == 200
     assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": f"http://{own}"}).headers
+
+
+def raw(server: Server, request: bytes) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers, body) of what is answered before the connection is closed."""
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as connection:
+        connection.sendall(request)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), {line.split(": ")[0].lower(): line.split(": ", 1)[1] for line in lines}, body
+
+
+def test_a_request_without_a_host(server: Server) -> None:
+    for request in (b"GET /health HTTP/1.0\r\n\r\n", b"GET /health HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n"):
+        status, _, body = raw(server, request)
+        error = json.loads(body)["error"]
+        assert status == 400 and error["code"] == "host_missing" and "`Host: 127.0.0.1`" in error["message"]
+    assert raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://127.0.0.1:{port}/health", 200),
+        ("HTTP://LOCALHOST/v1/models?x=http://evil.example", 200),
+        ("http://127.0.0.1:{port}", 200),
+        ("http://evil.example/health", 403),
+        ("http://127.0.0.1@evil.example/health", 403),
+        ("http:///health", 400),
+        ("http://127.0.0.1:{port}/http://127.0.0.1/health", 404),
+        ("ftp://127.0.0.1/health", 404),
+    ],
+)
+def test_a_request_for_a_whole_url(server: Server, target: str, status: int) -> None:
+    """Its host counts, not the Host header (RFC 9112, 3.2.2)."""
+    line = f"GET {target.format(port=server.port)} HTTP/1.1\r\n"
+    host = "evil.example" if status == 200 else "127.0.0.1"
+    assert raw(server, f"{line}Host: {host}\r\nConnection: close\r\n\r\n".encode())[0] == status
+
+
+def test_other_methods(server: Server) -> None:
+    for path, allowed in (
+        ("/health", "GET, HEAD"),
+        ("/events", "GET, HEAD"),
+        ("/stats", "GET, HEAD"),
+        ("/", "GET, HEAD"),
+        ("/page/app.js", "GET, HEAD"),
+        ("/v1/models", "GET, HEAD"),
+        (CHAT, "POST"),
+        ("/completions", "POST"),
+    ):
+        with server.client() as client:
+            head = client.head(path)
+            assert head.content == b"" and head.status_code == (405 if allowed == "POST" else 200), path
+            for method in {"GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"} - {*allowed.split(", ")}:
+                response = client.request(method, path)
+                assert (response.status_code, response.headers["allow"]) == (405, allowed), (method, path)
+                assert error_of(response)["message"] == (
+                    f"{path} cannot be asked by {method}; use {allowed.replace(', ', ' or ')}."
+                )
+    with server.client() as client, client.stream("GET", "/events") as listening:
+        kept = ("content-type", "cache-control", "x-accel-buffering")
+        head = client.head("/events")
+        assert [head.headers[name] for name in kept] == [listening.headers[name] for name in kept]
+    until(lambda: not server.engine.hub.listening)
 
 
 def test_a_key_is_demanded() -> None:

@@ -93,7 +93,7 @@ def test_wrong_types_name_their_parameter(body: Any, param: str | None) -> None:
     "body", [b"", b"{", b"messages=hello", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100000, b'{"a": 1} {}']
 )
 def test_no_json(body: bytes) -> None:
-    with pytest.raises(ApiError, match="the body is no JSON") as caught:
+    with pytest.raises(ApiError, match="the body is not valid JSON") as caught:
         parse(ChatRequest, body)
     assert caught.value.status == 400 and caught.value.code == "invalid_json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
 from hub_server import Hub, serve  # type: ignore[import-not-found]
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 
+from mlx_flash.commands import run_command
 from mlx_flash.finding import place_of
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
@@ -74,9 +76,9 @@ WORK = {
     while True:
         print("x" * 1000, flush=True)""",
     "the exception is swallowed": """
-    ready()
     while True:
         try:
+            ready()
             forever()
         except BaseException:
             pass""",
@@ -123,6 +125,57 @@ def test_a_stop_ends_a_command_that_waits_for_ever() -> None:
             assert "Traceback" not in errors, (name, errors)
             if name != "nobody reads its output":  # which has an end of its own
                 assert "waits: ended without waiting" in errors, (name, errors)
+
+
+EARLY = """
+import os, signal, sys
+sys.argv = ["/bin/mlxflash", COMMAND] if BY_SCRIPT else ["-m"]
+sys.orig_argv = ["python", "-m", f"mlx_flash.{COMMAND}"]
+import mlx_flash
+sys.argv = ["/elsewhere/__main__.py"]
+os.kill(os.getpid(), NUMBER)
+"""
+
+
+def test_a_stop_while_modules_are_imported() -> None:
+    """Before `run_command`: no traceback, and the exit code that it would have later."""
+    cases = [
+        (command, script, number, {INT: 130, TERM: 0 if command == "server" else 143}[number])
+        for command in ("server", "generate")
+        for script in (True, False)
+        for number in (INT, TERM)
+    ]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                started("-c", f"COMMAND, BY_SCRIPT, NUMBER = {command!r}, {script}, {number:d}\n{EARLY}")
+            )
+            for command, script, number, _ in cases
+        ]
+        for process, case in zip(processes, cases, strict=True):
+            assert (errors_of(process), process.returncode) == ("", case[-1]), case
+
+
+def test_the_exit_codes_of_run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until the server has handlers of its own, while it loads its libraries, its exit code is what it will be."""
+    monkeypatch.setattr("sys.argv", ["program"])
+    before = signal.getsignal(TERM)
+    try:
+        for terminated, expected in (({}, 143), ({"terminated": 0}, 0)):
+            with pytest.raises(SystemExit) as exit:
+                run_command(argparse.ArgumentParser(), lambda _: os.kill(os.getpid(), TERM), **terminated)
+            assert exit.value.code == expected and capsys.readouterr().err == ""
+    finally:
+        signal.signal(TERM, before)
+
+
+def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
+    """As dataclasses are made: Python would end itself by the signal, though it was caught."""
+    program = PROGRAM.replace("{work}", 'exec("import signal; signal.raise_signal(2)")').replace(
+        "run_command(", "import signal; from mlx_flash import beginning\nsignal.signal(2, beginning._end)\nrun_command("
+    )
+    with started("-c", program) as process:
+        assert "interrupted" in errors_of(process) and process.returncode == 130
 
 
 def test_a_command_that_has_ended_does_not_wait_for_its_threads() -> None:

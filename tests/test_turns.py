@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_read(model: Any, endl
     for prompt, message in (
         ([], "the prompt is empty"),
         ([*PROMPT, 96], "token ids from 1 to 96"),
-        (PROMPT * 5, "the prompt has 75 tokens, the plan makes room for 64"),
+        (PROMPT * 5, "the prompt has 75 tokens, and the plan makes room for 64"),
     ):
         with pytest.raises(UsageError, match=message):
             turns.stream_generate(endless, prompt)

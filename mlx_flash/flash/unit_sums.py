@@ -25,6 +25,7 @@ UInt32Array = npt.NDArray[np.uint32]
 RANGE_BYTES = 1 << 20
 """Of a unit, so many bytes at most have a sum of their own: more would keep one thread busy when all is read."""
 
+SUMS_FORMAT = "mlx_flash sums 2"  # 1 did not say which SHA-256 the file had
 WINDOW_BYTES = 16 << 20  # read at once where sums are made
 
 
@@ -136,30 +137,36 @@ class RangeSums:
         position = np.cumsum(lengths) - lengths
         return np.stack((position[owner] + begins, nbytes, self.sums[found]), axis=1).astype(np.int64)
 
-    def to_bytes(self, identity: dict[str, Any]) -> bytes:
+    def to_bytes(self, identity: dict[str, Any], file_sha256: str) -> bytes:
         """A file that keeps them: a line of JSON, then offsets, lengths (int64) and sums (uint32), little-endian.
 
-        identity: what the sums are of; plain JSON.
+        identity: what the sums are of; plain JSON. file_sha256: of the whole file, when the sums were made.
         """
         arrays = (self.ranges.offsets.astype("<i8"), self.ranges.lengths.astype("<i8"), self.sums.astype("<u4"))
         body = b"".join(array.tobytes() for array in arrays)
-        head = {"format": "mlx_flash sums 1", "identity": identity, "ranges": len(self.sums)}
+        head = {"format": SUMS_FORMAT, "identity": identity, "file_sha256": file_sha256, "ranges": len(self.sums)}
         head["sha256"] = hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
         return json.dumps(head).encode() + b"\n" + body
 
     @staticmethod
-    def from_bytes(data: bytes, identity: dict[str, Any], ranges: Ranges) -> RangeSums | None:
-        """What `to_bytes` gave; None if it is of something else, or damaged."""
+    def from_bytes(
+        data: bytes, identity: dict[str, Any], ranges: Ranges, file_sha256: str | None = None
+    ) -> RangeSums | None:
+        """What `to_bytes` gave; None if it is of something else, or damaged.
+
+        file_sha256: what the file must have had when the sums were made; None if it may have had any.
+        """
         line, _, body = data.partition(b"\n")
         try:
             head = json.loads(line)
             digest = head.pop("sha256")
+            sha256 = head["file_sha256"]
             sound = digest == hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
         except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
             return None
         count = len(ranges.offsets)
-        expected = {"format": "mlx_flash sums 1", "identity": identity, "ranges": count}
-        if not sound or head != expected or len(body) != 20 * count:
+        expected = {"format": SUMS_FORMAT, "identity": identity, "file_sha256": sha256, "ranges": count}
+        if not sound or head != expected or len(body) != 20 * count or file_sha256 not in (None, sha256):
             return None
         offsets, lengths = np.frombuffer(body[: 16 * count], "<i8").reshape(2, count)
         kept = Ranges(offsets.astype(np.int64), lengths.astype(np.int64))

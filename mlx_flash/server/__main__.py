@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import stopping
+from ..beginning import Interrupted
 from ..commands import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..errors import UsageError
 from ..model_arguments import add_model_arguments, load_model
@@ -79,7 +80,7 @@ class Signals:
         if self.engine.ready and not insists:
             self.engine.stop()
         elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         else:
             sys.exit(self.code)
 
@@ -120,4 +121,4 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_command(make_parser(), main)
+    run_command(make_parser(), main, terminated=Signals.CODES[signal.SIGTERM])

@@ -144,8 +144,10 @@ class Routes:
         self.engine.check_ready()
         return Response(exposition(statistics(self.engine)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def events(self, _request: Request) -> Response:
+    async def events(self, request: Request) -> Response:
         self.engine.check_ready()
+        if request.method == "HEAD":  # the events themselves have no end
+            return Response(headers=EventStream.HEADERS, media_type=EventStream.media_type)
         return EventStream(self.engine.hub.listen())
 
     async def page(self, _request: Request) -> Response:
@@ -177,9 +179,13 @@ async def _left(_request: Request, _error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, another method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path:.200}: {error.detail}."
-    refused = ApiError(error.status_code, message)
-    return JSONResponse(refused.body(), error.status_code, error.headers)
+    message, headers = f"{request.method} {request.url.path:.200}: {error.detail}.", error.headers
+    if error.status_code == 405:
+        # Starlette's files do not say which methods they have.
+        methods = sorted((headers or {}).get("Allow", "GET, HEAD").split(", "))
+        message = f"{request.url.path:.200} cannot be asked by {request.method:.20}; use {' or '.join(methods)}."
+        headers = {"Allow": ", ".join(methods)}
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers)
 
 
 async def _unexpected(_request: Request, error: Exception) -> Response:

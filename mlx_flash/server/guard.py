@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -14,6 +15,7 @@ from . import connections
 from .errors import ApiError
 
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -44,6 +46,7 @@ class Guard:
         if scope["type"] != "http":
             return
 
+        scope = _in_origin_form(scope)
         begun = False
 
         async def send_more(message: Message) -> None:
@@ -73,6 +76,9 @@ class Guard:
             )  # fmt: skip
         headers = Headers(scope=scope)
         host = headers.get("host", "")
+        if self.key is None and not host.strip():
+            message = "the request has no Host header; send one, such as `Host: 127.0.0.1`."
+            raise ApiError(400, message, code="host_missing")
         if self.key is None and _name_of(host) not in self.hosts:
             raise ApiError(
                 403, f"this server is not {host!r:.80}; use http://127.0.0.1 or localhost.", code="host_not_allowed"
@@ -88,6 +94,16 @@ class Guard:
             raise ApiError(
                 401, "the API key is missing or wrong; send `Authorization: Bearer KEY`.", code="invalid_api_key"
             )
+
+
+def _in_origin_form(scope: Scope) -> Scope:
+    """A request for a whole URL, as clients send it to a proxy, as one for its path: the URL's host is its Host."""
+    target = ABSOLUTE.fullmatch(scope.get("raw_path") or b"")
+    if target is None:
+        return scope
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    path = target[2] or b"/"
+    return {**scope, "raw_path": path, "path": unquote(path), "headers": [(b"host", target[1]), *headers]}
 
 
 def _name_of(host: str) -> str:

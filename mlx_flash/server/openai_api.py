@@ -84,7 +84,7 @@ Tokens = Annotated[Whole, Field(ge=-1, lt=2**64)]  # Python refuses to write int
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(_Strict):
@@ -339,10 +339,20 @@ def parse(kind: type[R], body: bytes) -> R:
         errors = error.errors(include_url=False, include_input=False)
         first = next((e for e in errors if e["type"] not in OTHER_KIND), errors[0])
         if first["type"] == "json_invalid":
-            raise ApiError(400, f"the body is no JSON: {first['ctx']['error']}.", code="invalid_json") from None
+            raise ApiError(400, _json_fault(first["ctx"]["error"]), code="invalid_json") from None
         where = [str(part) for part in first["loc"] if part not in ("str", "Part") and "[" not in str(part)]
         name, param = (".".join(where), where[0]) if where else ("the body", None)
         raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
+
+
+def _json_fault(error: str) -> str:
+    """error: what the parser says, with the place."""
+    what, at, place = error.partition(" at line ")
+    if "surrogate" in what or "hex escape" in what:
+        what = "an escape such as \\ud800 is half of a character; send both halves, or the character itself in UTF-8"
+    elif "unicode code point" in what:
+        what = "it has bytes that are not UTF-8 text"
+    return f"the body is not valid JSON (line {place}): {what}." if at else f"the body is not valid JSON: {what}."
 
 
 def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:

@@ -92,18 +92,13 @@ def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> i
             400, f"the prompt has token ids from {min(ids)} to {max(ids)}, expected 0 to {vocabulary - 1}.", param=param
         )
     if len(ids) >= context:
-        raise _too_long(engine, f"{len(ids)} tokens, and the answer needs at least 1", param)
+        raise _too_long(engine, f"{len(ids)} tokens, the answer needs at least 1", param)
     room = context - len(ids)
     return room if asked is None else min(asked, room)
 
 
 def _too_long(engine: Engine, found: str, param: str) -> ApiError:
-    flash = engine.model.flash
-    more = "start the server with a larger --context" if flash.plan.context < flash.positions else "the model has none"
-    return ApiError(
-        400,
-        f"the prompt has {found}; the planned context has {flash.plan.context}. Shorten the prompt, or get more "
-        f"context: {more}.",
-        param=param,
-        code="context_length_exceeded",
-    )
+    from ..encoding import too_long
+
+    message = too_long(engine.model.flash, found, "start the server with a larger --context")
+    return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -44,9 +44,10 @@ class EventStream(Response):
     """Server-sent events, until `events` ends or the client goes away; `events` is closed in any case."""
 
     media_type = "text/event-stream"
+    HEADERS: ClassVar = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(headers=self.HEADERS)
         del self.headers["content-length"]
         self.events = events
 

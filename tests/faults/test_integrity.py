@@ -309,11 +309,46 @@ def test_files_are_compared_with_what_the_hub_has(open_mixture: Any, tmp_path: P
         open_mixture(folder)
 
 
-@pytest.mark.parametrize(
-    "note", ["", "x", f"{'0' * 40}\n{'a' * 40}\n9e9\n", f"{'0' * 40}\n{'a' * 64}\n1.0\n", f"c\n{'a' * 64}\nnever\n"]
-)
+def test_a_file_that_is_newer_than_its_note_is_still_compared(
+    open_mixture: Any, tmp_path: Path, own_cache: Path
+) -> None:
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    path = folder / "model.safetensors"
+    note = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    note.parent.mkdir(parents=True)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    note.write_text(f"{'0' * 40}\n{sha256}\n{path.stat().st_mtime - 1000}\n")
+    open_mixture(folder)  # newer, as after `cp -r`, and the same
+    contents = bytearray(path.read_bytes())
+    contents[-5] ^= 1
+    write(path, bytes(contents))
+    with pytest.raises(CheckpointError, match=rf"expected {sha256}\. Delete .* on purpose, remove .*\.metadata\."):
+        open_mixture(folder)
+    assert known_sha256(path) == sha256
+    note.unlink()  # as the sentence says
+    open_mixture(folder)
+
+
+def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
+    open_mixture: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    path = folder / "model.safetensors"
+    open_mixture(folder)  # no note yet
+    note = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{'0' * 40}\n{'a' * 64}\n9e9\n")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="not the file that the Hub has"):
+            open_mixture(folder)
+    note.write_text(f"{'0' * 40}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n9e9\n")
+    monkeypatch.setattr("mlx_flash.verification.make_sums", None)  # what the file had is kept: it is not read again
+    open_mixture(folder)
+
+
+@pytest.mark.parametrize("note", ["", "x", f"{'0' * 40}\n{'a' * 40}\n9e9\n", f"c\n{'a' * 64}\nnever\n"])
 def test_what_is_not_known_of_a_file(tmp_path: Path, note: str) -> None:
-    """Notes that are damaged, not of a file in large file storage, or older than the file."""
+    """Notes that are damaged, or not of a file in large file storage."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
     place = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"

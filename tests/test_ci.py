@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,9 @@ def test_processes_take_the_list_of_transformers_modules_as_it_is() -> None:
         environment = {**os.environ, "PYTHONPATH": path}
         found.append(subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).stdout)
     assert found[0] and pickle.loads(found[0]) == pickle.loads(found[1])
+
+
+def test_the_list_of_defects_names_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", (ROOT / "docs" / "defects.md").read_text())
+    assert len(named) > 80
+    assert [pair for pair in named if f"def {pair[1]}(" not in (ROOT / pair[0]).read_text()] == []

@@ -1,7 +1,8 @@
 """What comparing a store's blocks with their checksums costs: the same reads with and without, in pairs.
 
 Each turn reads random blocks of random layers, as a token does, once with the comparison and once without, in random
-order. On a busy machine only the ratios mean something; the least times come nearest to a quiet one.
+order. With `--tokens`, the model then decodes tokens, each pair of two in random order with and without. On a busy
+machine only the ratios mean something; the least times come nearest to a quiet one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from mlx_flash.flash.unit_sums import read_block_sums
 from .report import environment
 
 LAYERS_PER_TURN = 6
+BEGINNING = 32  # tokens before those that are measured: they fill the slots, and look-ahead is tried
+
+Times = dict[bool, list[tuple[float, float]]]  # compared? -> (wall, processor) seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=whole_number(1), default=THREADS, help="reader threads (default: %(default)s)"
     )
+    parser.add_argument("--tokens", type=whole_number(0), default=0, help="to decode as well (default: %(default)s)")
+    parser.add_argument("--memory", help="the budget for them (default: as for `generate`)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -45,7 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
     pool = AlignedPool(count * layout.block_bytes)
     addresses = pool.address + np.arange(count, dtype=np.int64) * layout.block_bytes
     rng = np.random.default_rng(0)
-    took: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # compared? -> (wall, processor) seconds
+    took: Times = {True: [], False: []}
     with UnitFile(arguments.store / Manifest.neurons_file) as file, Reader(arguments.threads) as reader:
         end = time.monotonic() + arguments.seconds
         while time.monotonic() < end:
@@ -59,9 +65,19 @@ def main(arguments: argparse.Namespace) -> None:
                     reader.read(file, offsets, addresses, layout.block_bytes)
                 took[compared].append((time.perf_counter() - wall, time.process_time() - processor))
     nbytes = LAYERS_PER_TURN * count * layout.block_bytes
+    figures: dict[str, Any] = {"bytes_per_turn": nbytes, "block_bytes": layout.block_bytes}
+    print(f"{len(took[True])} pairs of {nbytes / 1e6:.0f} MB in blocks of {layout.block_bytes} bytes")
+    figures["reads"] = show(took)
+    if arguments.tokens:
+        print(f"{arguments.tokens} tokens decoded")
+        figures["tokens"] = show(decode(arguments))
+    print(json.dumps({**figures, **environment(arguments.store)}))
+
+
+def show(took: Times) -> dict[str, Any]:
+    """Prints a table of what was measured with and without the comparison, and returns it."""
     on, off = np.array([took[True], took[False]])  # (n, 2) each
-    figures: dict[str, Any] = {"pairs": len(on), "bytes_per_turn": nbytes, "block_bytes": layout.block_bytes}
-    print(f"{len(on)} pairs of {nbytes / 1e6:.0f} MB in blocks of {layout.block_bytes} bytes")
+    figures: dict[str, Any] = {"pairs": len(on)}
     print("           compared   not     median of ratios   least compared   least not")
     for column, name in enumerate(("wall", "processor")):
         with_sums, without = on[:, column], off[:, column]
@@ -71,4 +87,28 @@ def main(arguments: argparse.Namespace) -> None:
             f"{row[4] * 1e3:8.1f} ms"
         )
         figures[f"{name}_s"] = [float(value) for value in row]
-    print(json.dumps({**figures, **environment(arguments.store)}))
+    return figures
+
+
+def decode(arguments: argparse.Namespace) -> Times:
+    """Of tokens that are decoded with and without the comparison, after some to begin with."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_flash.loading import load
+
+    context = BEGINNING + arguments.tokens
+    model, _ = load(arguments.store, memory=arguments.memory, context=context, threads=arguments.threads)
+    file = model.flash.streamer.file
+    sums, cache = file.sums, make_prompt_cache(model)
+    rng = np.random.default_rng(0)
+    took: Times = {True: [], False: []}
+    order = [True] * BEGINNING + [on for _ in range(arguments.tokens // 2) for on in rng.permutation([True, False])]
+    for position, compared in enumerate(order):
+        file.sums = sums if compared else None
+        wall, processor = time.perf_counter(), time.process_time()
+        mx.eval(model(mx.array([[int(rng.integers(model.flash.vocabulary))]]), cache=cache))
+        if position >= BEGINNING:
+            took[bool(compared)].append((time.perf_counter() - wall, time.process_time() - processor))
+    model.flash.close()
+    return took

@@ -19,9 +19,8 @@ from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[i
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.conversation import Conversation
-from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
-from mlx_flash.finding import demo_folder
+from mlx_flash.finding import find_store
 from mlx_flash.generation import encode_prompt, stream_generate
 from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.terminal import Interrupts
@@ -33,10 +32,8 @@ QUESTIONS = ("It was a dark night, and", "The captain", "Then they")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "store"
-    convert(demo_folder(), folder, Settings(calibration_tokens=256))
-    return folder
+def demo() -> Path:
+    return find_store(None)
 
 
 @pytest.fixture
@@ -81,7 +78,12 @@ def answers(demo: Path) -> list[str]:
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 
-def test_answers_stream_and_go_on_from_each_other(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+# A command takes two seconds of a processor to begin: one terminal for what one conversation can show.
+
+
+def test_answers_stream_and_go_on_from_each_other_until_they_are_forgotten(
+    start: Callable[..., PseudoTerminal], answers: list[str]
+) -> None:
     terminal = start("--max-tokens", "24")
     before = len(terminal.pieces)
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
@@ -91,20 +93,27 @@ def test_answers_stream_and_go_on_from_each_other(start: Callable[..., PseudoTer
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
     assert "3 turns" in statistics
+    assert "forgotten" in ask(terminal, "/reset")
+    assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
+    assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
     terminal.type("/quit\n")
     assert terminal.ended()[0] == 0
 
 
-def test_reset_begins_anew(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
-    terminal = start("--max-tokens", "24")
-    ask(terminal, QUESTIONS[1])
-    assert "forgotten" in ask(terminal, "/reset")
-    assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
-    assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
-
-
-def test_commands(start: Callable[..., PseudoTerminal]) -> None:
+def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
     terminal = start("--max-tokens", "5")
+    # Ctrl-C at the prompt leaves neither the program nor a line behind.
+    terminal.press(CTRL_C)
+    assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.press(CTRL_C)
+    shown = terminal.until(READY)
+    assert "Traceback" not in shown
+    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
+        assert "/quit" not in shown
+    assert "0 turns" in ask(terminal, "/memory")
+
     listed = ask(terminal, "/help")
     assert all(name in listed for name in ("/reset", "/stats", "/memory 6GB", "/help", "/quit", "Ctrl-C"))
     assert "nothing was answered yet" in ask(terminal, "/stats")
@@ -126,8 +135,33 @@ def test_commands(start: Callable[..., PseudoTerminal]) -> None:
         assert re.search(part, statistics), part
     memory = ask(terminal, "/memory")
     assert "memory plan\n  process" in memory and "KV cache" in memory and "1 turn, " in memory
+
+    # The history is kept, for the next program.
+    ask(terminal, "A line to remember")
+    ask(terminal, "/help")
+    ask(terminal, "/help")  # once in the history
     terminal.type(CTRL_D)
     assert terminal.ended()[0] == 0
+    path = tmp_path / "cache" / "chat-history"
+    assert path.read_text().splitlines() == [
+        *("/memory", "/help", "/stats", "/rest", "/reset now", "/memory 6 GB", "/memory lots", " /usr is a folder"),
+        *("/stats", "/memory", "A line to remember", "/help"),
+    ]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    terminal = start("--max-tokens", "2")
+    terminal.press(UP)
+    terminal.until("/help")
+    terminal.press(UP)
+    terminal.until("A line to remember")
+    terminal.type("\n")
+    terminal.until(READY)
+    assert "1 turn" in ask(terminal, "/memory")
+
+    # SIGTERM ends it at once, and quietly.
+    terminal.let_draw()
+    terminal.process.terminate()
+    code, shown = terminal.ended()
+    assert code == 143 and "Traceback" not in shown
 
 
 def test_another_budget_keeps_the_conversation(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
@@ -157,20 +191,6 @@ def test_ctrl_c_stops_an_answer(start: Callable[..., PseudoTerminal], answers: l
     made = re.search(r"last answer: (\d+) tokens", statistics)
     assert made is not None and int(made[1]) < 400 and "1 turn" in statistics  # what was said of it is kept
     assert "forgotten" in ask(terminal, "/reset")
-
-
-def test_ctrl_c_at_the_prompt(start: Callable[..., PseudoTerminal]) -> None:
-    terminal = start()
-    terminal.press(CTRL_C)
-    assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
-    terminal.type("half a line")
-    terminal.until("half a line")
-    terminal.press(CTRL_C)
-    shown = terminal.until(READY)
-    assert "Traceback" not in shown
-    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
-        assert "/quit" not in shown
-    assert "0 turns" in ask(terminal, "/memory")
 
 
 @pytest.fixture(scope="module")
@@ -212,29 +232,10 @@ def test_the_third_ctrl_c_insists(capfd: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_history_is_kept(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
-    terminal = start("--max-tokens", "2")
-    ask(terminal, "A line to remember")
-    ask(terminal, "/help")
-    ask(terminal, "/help")  # once in the history
-    terminal.type(CTRL_D)
-    assert terminal.ended()[0] == 0
-    path = tmp_path / "cache" / "chat-history"
-    assert path.read_text() == "A line to remember\n/help\n" and stat.S_IMODE(path.stat().st_mode) == 0o600
-    terminal = start("--max-tokens", "2")
-    terminal.press(UP)
-    terminal.until("/help")
-    terminal.press(UP)
-    terminal.until("A line to remember")
-    terminal.type("\n")
-    terminal.until(READY)
-    assert "1 turn" in ask(terminal, "/memory")
-
-
 def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTerminal]) -> None:
     terminal = start("--context", "64", "--max-tokens", "30")
     said = ""
-    for question in QUESTIONS * 2:
+    for question in QUESTIONS:
         said += ask(terminal, question)
     dropped = re.findall(
         r"context of 64 tokens is full: dropped the oldest (\d+) turns? \((\d+) tokens\), kept (\d+) turns?",
@@ -244,14 +245,6 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
     assert "is full (--context), so the answer ends here; the next question drops the oldest turns" in said
     assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
-
-
-def test_sigterm_ends_it(start: Callable[..., PseudoTerminal]) -> None:
-    terminal = start()
-    terminal.let_draw()
-    terminal.process.terminate()
-    code, shown = terminal.ended()
-    assert code == 143 and "Traceback" not in shown
 
 
 # -- through pipes -------------------------------------------------------------------------------------------

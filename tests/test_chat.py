@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import change_manifest, make_tiny  # type: ignore[import-not-found]
+from conftest import change_manifest, write_tokenizer  # type: ignore[import-not-found]
 from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.conversation import Conversation
+from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
 from mlx_flash.finding import find_store
 from mlx_flash.generation import encode_prompt, stream_generate
@@ -196,7 +197,10 @@ def test_ctrl_c_stops_an_answer(start: Callable[..., PseudoTerminal], answers: l
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    return Path(make_tiny(folder, make_checkpoint(folder / "checkpoint", positions=8192, neurons=1024), 96).store)
+    checkpoint = make_checkpoint(folder / "checkpoint", positions=8192, neurons=1024)
+    write_tokenizer(checkpoint)
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=128))
+    return folder / "store"
 
 
 def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_store: Path, tmp_path: Path) -> None:

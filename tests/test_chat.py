@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import readline
@@ -18,6 +19,8 @@ from conftest import change_manifest, write_tokenizer  # type: ignore[import-not
 from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
+from mlx_flash import chat
+from mlx_flash.commands import run_command
 from mlx_flash.conversation import Conversation
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
@@ -266,12 +269,28 @@ def test_lines_from_a_pipe(demo: Path, answers: list[str]) -> None:
     assert b"memory plan" in done.stderr and b"one text that goes on" in done.stderr
 
 
-def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(demo: Path, answers: list[str]) -> None:
-    lines = b"/stats\n/nothing\n\xff\xfe\n" + QUESTIONS[0].encode() + b"\n/quit\nnot read\n"
-    done = piped(demo, lines)
-    assert done.stdout.decode() == f"{answers[0]}\n"
-    assert b"there is no command /nothing" in done.stderr and b"not valid UTF-8" in done.stderr
-    assert done.returncode == 2 and b"Traceback" not in done.stderr
+@pytest.fixture
+def run(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def run(text: bytes, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        monkeypatch.setattr(sys, "argv", ["chat", "--model", str(demo), "--max-tokens", "24", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_command(chat.make_parser(), chat.main)
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(run: Callable[..., Any], answers: list[str]) -> None:
+    code, output, error = run(b"/stats\n/nothing\n\xff\xfe\n" + QUESTIONS[0].encode() + b"\n/quit\nnot read\n")
+    assert output == f"{answers[0]}\n"
+    assert "there is no command /nothing" in error and "not valid UTF-8" in error
+    assert code == 2 and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("<&-", 0), ("| head -c 1; exit ${PIPESTATUS[0]}", 1)])
@@ -281,14 +300,17 @@ def test_closed_ends(demo: Path, redirect: str, code: int) -> None:
     assert len(done.stdout) <= 1 and b"Traceback" not in done.stderr
 
 
-def test_usage(demo: Path) -> None:
-    for arguments, message in (
-        (("--max-tokens", "0"), b"--max-tokens is 0"),
-        (("--memory", "1MB"), b"this model needs at least"),
-        (("--prompt", "x"), b"unrecognized arguments"),
-    ):
-        done = piped(demo, b"", *arguments)
-        assert done.returncode == 2 and message in done.stderr and b"Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-tokens", "0"), "--max-tokens is 0"),
+        (("--memory", "1MB"), "this model needs at least"),
+        (("--prompt", "x"), "unrecognized arguments"),
+    ],
+)
+def test_usage(run: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:
+    code, output, error = run(b"", *arguments)
+    assert (code, output) == (2, "") and message in error and "Traceback" not in error
 
 
 # -- conversations -------------------------------------------------------------------------------------------

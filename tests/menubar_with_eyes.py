@@ -1,7 +1,8 @@
 """Runs the menu bar app and writes what can be seen and clicked into a file, again and again.
 
 python tests/menubar_with_eyes.py FILE: JSON with `menus` (text -> middle of the line on the screen, and whether it is
-enabled), `buttons` and `inputs` (likewise), `texts` (labels, boxes of text) and `clipboard`. The app is left as it is.
+enabled), `buttons` and `inputs` (likewise), `texts` (labels, boxes of text), `clipboard` and `engine` (the process,
+once its model is loaded). The app is left as it is, but its answers are short.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import gated_server  # type: ignore[import-not-found]
 from PySide6.QtCore import QPoint, QTimer
 from PySide6.QtGui import QGuiApplication
 from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButton, QTextEdit, QWidget
 
-from mlx_flash.apps.menubar import view
-from mlx_flash.apps.menubar.controller import Controller
+from mlx_flash.apps.menubar import controller, view
+from mlx_flash.apps.menubar.controller import RUNNING, Controller
 from mlx_flash.apps.menubar.engine import server_command
 
 
@@ -29,6 +31,14 @@ def gated_command(model: str | None, memory: int | None) -> list[str]:
 def middle_of(widget: QWidget) -> list[int]:
     point = widget.mapToGlobal(widget.rect().center())
     return [point.x(), point.y()]
+
+
+def engine_of(app: Any) -> int | None:
+    if not hasattr(app, "menubar"):  # it has not started yet
+        return None
+    shown = app.menubar.controller
+    engine = shown._engine  # first: when there is another one, its phase is another, too
+    return engine.pid if engine is not None and shown.state.phase == RUNNING else None
 
 
 def look() -> dict[str, object]:
@@ -63,10 +73,11 @@ def main() -> None:
     partial = file.with_suffix(".new")
 
     def write() -> None:
-        partial.write_text(json.dumps(look()))
+        partial.write_text(json.dumps({**look(), "engine": engine_of(app)}))
         partial.replace(file)
 
     view.Controller = functools.partial(Controller, command=gated_command)  # type: ignore[misc, assignment]
+    controller.MAX_TOKENS = 60
     app = view.make_app()
     timer = QTimer()
     timer.timeout.connect(write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import readline
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import change_manifest, make_tiny  # type: ignore[import-not-found]
+from conftest import change_manifest, write_tokenizer  # type: ignore[import-not-found]
 from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
+from mlx_flash import chat
+from mlx_flash.commands import run_command
 from mlx_flash.conversation import Conversation
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
-from mlx_flash.finding import demo_folder
+from mlx_flash.finding import find_store
 from mlx_flash.generation import encode_prompt, stream_generate
 from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.terminal import Interrupts
@@ -33,10 +36,8 @@ QUESTIONS = ("It was a dark night, and", "The captain", "Then they")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "store"
-    convert(demo_folder(), folder, Settings(calibration_tokens=256))
-    return folder
+def demo() -> Path:
+    return find_store(None)
 
 
 @pytest.fixture
@@ -81,7 +82,12 @@ def answers(demo: Path) -> list[str]:
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 
-def test_answers_stream_and_go_on_from_each_other(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
+# A command takes two seconds of a processor to begin: one terminal for what one conversation can show.
+
+
+def test_answers_stream_and_go_on_from_each_other_until_they_are_forgotten(
+    start: Callable[..., PseudoTerminal], answers: list[str]
+) -> None:
     terminal = start("--max-tokens", "24")
     before = len(terminal.pieces)
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
@@ -91,20 +97,27 @@ def test_answers_stream_and_go_on_from_each_other(start: Callable[..., PseudoTer
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
     assert "3 turns" in statistics
+    assert "forgotten" in ask(terminal, "/reset")
+    assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
+    assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
     terminal.type("/quit\n")
     assert terminal.ended()[0] == 0
 
 
-def test_reset_begins_anew(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
-    terminal = start("--max-tokens", "24")
-    ask(terminal, QUESTIONS[1])
-    assert "forgotten" in ask(terminal, "/reset")
-    assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
-    assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
-
-
-def test_commands(start: Callable[..., PseudoTerminal]) -> None:
+def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
     terminal = start("--max-tokens", "5")
+    # Ctrl-C at the prompt leaves neither the program nor a line behind.
+    terminal.press(CTRL_C)
+    assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.press(CTRL_C)
+    shown = terminal.until(READY)
+    assert "Traceback" not in shown
+    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
+        assert "/quit" not in shown
+    assert "0 turns" in ask(terminal, "/memory")
+
     listed = ask(terminal, "/help")
     assert all(name in listed for name in ("/reset", "/stats", "/memory 6GB", "/help", "/quit", "Ctrl-C"))
     assert "nothing was answered yet" in ask(terminal, "/stats")
@@ -126,8 +139,33 @@ def test_commands(start: Callable[..., PseudoTerminal]) -> None:
         assert re.search(part, statistics), part
     memory = ask(terminal, "/memory")
     assert "memory plan\n  process" in memory and "KV cache" in memory and "1 turn, " in memory
+
+    # The history is kept, for the next program.
+    ask(terminal, "A line to remember")
+    ask(terminal, "/help")
+    ask(terminal, "/help")  # once in the history
     terminal.type(CTRL_D)
     assert terminal.ended()[0] == 0
+    path = tmp_path / "cache" / "chat-history"
+    assert path.read_text().splitlines() == [
+        *("/memory", "/help", "/stats", "/rest", "/reset now", "/memory 6 GB", "/memory lots", " /usr is a folder"),
+        *("/stats", "/memory", "A line to remember", "/help"),
+    ]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    terminal = start("--max-tokens", "2")
+    terminal.press(UP)
+    terminal.until("/help")
+    terminal.press(UP)
+    terminal.until("A line to remember")
+    terminal.type("\n")
+    terminal.until(READY)
+    assert "1 turn" in ask(terminal, "/memory")
+
+    # SIGTERM ends it at once, and quietly.
+    terminal.let_draw()
+    terminal.process.terminate()
+    code, shown = terminal.ended()
+    assert code == 143 and "Traceback" not in shown
 
 
 def test_another_budget_keeps_the_conversation(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
@@ -159,24 +197,13 @@ def test_ctrl_c_stops_an_answer(start: Callable[..., PseudoTerminal], answers: l
     assert "forgotten" in ask(terminal, "/reset")
 
 
-def test_ctrl_c_at_the_prompt(start: Callable[..., PseudoTerminal]) -> None:
-    terminal = start()
-    terminal.press(CTRL_C)
-    assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
-    terminal.type("half a line")
-    terminal.until("half a line")
-    terminal.press(CTRL_C)
-    shown = terminal.until(READY)
-    assert "Traceback" not in shown
-    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
-        assert "/quit" not in shown
-    assert "0 turns" in ask(terminal, "/memory")
-
-
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    return Path(make_tiny(folder, make_checkpoint(folder / "checkpoint", positions=8192, neurons=1024), 96).store)
+    checkpoint = make_checkpoint(folder / "checkpoint", positions=8192, neurons=1024)
+    write_tokenizer(checkpoint)
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=128))
+    return folder / "store"
 
 
 def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_store: Path, tmp_path: Path) -> None:
@@ -212,29 +239,10 @@ def test_the_third_ctrl_c_insists(capfd: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_history_is_kept(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
-    terminal = start("--max-tokens", "2")
-    ask(terminal, "A line to remember")
-    ask(terminal, "/help")
-    ask(terminal, "/help")  # once in the history
-    terminal.type(CTRL_D)
-    assert terminal.ended()[0] == 0
-    path = tmp_path / "cache" / "chat-history"
-    assert path.read_text() == "A line to remember\n/help\n" and stat.S_IMODE(path.stat().st_mode) == 0o600
-    terminal = start("--max-tokens", "2")
-    terminal.press(UP)
-    terminal.until("/help")
-    terminal.press(UP)
-    terminal.until("A line to remember")
-    terminal.type("\n")
-    terminal.until(READY)
-    assert "1 turn" in ask(terminal, "/memory")
-
-
 def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTerminal]) -> None:
     terminal = start("--context", "64", "--max-tokens", "30")
     said = ""
-    for question in QUESTIONS * 2:
+    for question in QUESTIONS:
         said += ask(terminal, question)
     dropped = re.findall(
         r"context of 64 tokens is full: dropped the oldest (\d+) turns? \((\d+) tokens\), kept (\d+) turns?",
@@ -245,14 +253,6 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
     assert "A larger --context makes more room, up to" in said
     assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
-
-
-def test_sigterm_ends_it(start: Callable[..., PseudoTerminal]) -> None:
-    terminal = start()
-    terminal.let_draw()
-    terminal.process.terminate()
-    code, shown = terminal.ended()
-    assert code == 143 and "Traceback" not in shown
 
 
 # -- through pipes -------------------------------------------------------------------------------------------
@@ -270,12 +270,28 @@ def test_lines_from_a_pipe(demo: Path, answers: list[str]) -> None:
     assert b"memory plan" in done.stderr and b"one text that goes on" in done.stderr
 
 
-def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(demo: Path, answers: list[str]) -> None:
-    lines = b"/stats\n/nothing\n\xff\xfe\n" + QUESTIONS[0].encode() + b"\n/quit\nnot read\n"
-    done = piped(demo, lines)
-    assert done.stdout.decode() == f"{answers[0]}\n"
-    assert b"there is no command /nothing" in done.stderr and b"not valid UTF-8" in done.stderr
-    assert done.returncode == 2 and b"Traceback" not in done.stderr
+@pytest.fixture
+def run(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def run(text: bytes, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        monkeypatch.setattr(sys, "argv", ["chat", "--model", str(demo), "--max-tokens", "24", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_command(chat.make_parser(), chat.main)
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(run: Callable[..., Any], answers: list[str]) -> None:
+    code, output, error = run(b"/stats\n/nothing\n\xff\xfe\n" + QUESTIONS[0].encode() + b"\n/quit\nnot read\n")
+    assert output == f"{answers[0]}\n"
+    assert "there is no command /nothing" in error and "not valid UTF-8" in error
+    assert code == 2 and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("<&-", 0), ("| head -c 1; exit ${PIPESTATUS[0]}", 1)])
@@ -285,14 +301,17 @@ def test_closed_ends(demo: Path, redirect: str, code: int) -> None:
     assert len(done.stdout) <= 1 and b"Traceback" not in done.stderr
 
 
-def test_usage(demo: Path) -> None:
-    for arguments, message in (
-        (("--max-tokens", "0"), b"--max-tokens is 0"),
-        (("--memory", "1MB"), b"this model needs at least"),
-        (("--prompt", "x"), b"unrecognized arguments"),
-    ):
-        done = piped(demo, b"", *arguments)
-        assert done.returncode == 2 and message in done.stderr and b"Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-tokens", "0"), "--max-tokens is 0"),
+        (("--memory", "1MB"), "this model needs at least"),
+        (("--prompt", "x"), "unrecognized arguments"),
+    ],
+)
+def test_usage(run: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:
+    code, output, error = run(b"", *arguments)
+    assert (code, output) == (2, "") and message in error and "Traceback" not in error
 
 
 # -- conversations -------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Tiny, make_tiny  # type: ignore[import-not-found]
+from conftest import write_tokenizer  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.commands import run_command
+from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.loading import load
 
 PYTHON_M = [sys.executable, "-m", "mlx_flash.generate"]
@@ -134,8 +135,10 @@ def test_the_smallest_budget_it_names_is_enough(store: Path) -> None:
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Room for thousands of tokens, and one of them said for ever."""
     folder = tmp_path_factory.mktemp("long")
-    tiny: Tiny = make_tiny(folder, make_checkpoint(folder / "checkpoint", positions=4096, neurons=128), 96)
-    return tiny.store
+    checkpoint = make_checkpoint(folder / "checkpoint", positions=4096, neurons=128)
+    write_tokenizer(checkpoint)
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=128))
+    return folder / "store"
 
 
 # The command, which waits for Ctrl-C after its third token.

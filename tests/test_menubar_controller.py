@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 from mlx_flash.apps.menubar import budgets, wording
+from mlx_flash.apps.menubar import controller as controllers
 from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budgets
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
 from mlx_flash.apps.menubar.engine import server_command, why_it_ended
@@ -28,6 +30,17 @@ from mlx_flash.errors import BudgetError
 
 SECONDS = 600.0  # until a test gives up waiting for something that comes at once on a quiet machine
 QUESTION = "It was a dark night, and"
+
+
+@pytest.fixture(autouse=True)
+def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question for a plan is a process that imports MLX; a test that is about budgets asks it (`ask_the_plan`)."""
+    monkeypatch.setattr(controllers, "planned_budgets", lambda _: None)
+
+
+@pytest.fixture
+def ask_the_plan(no_plan: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controllers, "planned_budgets", planned_budgets)
 
 
 @pytest.fixture
@@ -82,7 +95,13 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_starts_asks_and_stops(make: Callable[..., Controller]) -> None:
+def test_starts_asks_and_stops(
+    make: Callable[..., Controller], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine: it answers; it speaks until it is told to stop; it is stopped."""
+    held = tmp_path / "held"
+    monkeypatch.setenv(gated_server.VARIABLE, str(held))
+    monkeypatch.setattr(controllers, "MAX_TOKENS", 40)
     phases: list[str] = []
     answers: list[str] = []
 
@@ -92,7 +111,8 @@ def test_starts_asks_and_stops(make: Callable[..., Controller]) -> None:
             answers.append(made[0].state.answer)
 
     made: list[Controller] = []
-    made.append(controller := make(on_change=note))
+    command = lambda *model: [*gated_server.COMMAND, *server_command(*model)[3:]]  # noqa: E731
+    made.append(controller := make(on_change=note, command=command))
     assert controller.state.phase == STOPPED and controller.state.budgets == fixed_budgets()
     controller.start()
     state = running(controller)
@@ -110,21 +130,7 @@ def test_starts_asks_and_stops(make: Callable[..., Controller]) -> None:
     assert "tokens per second" in wording.headline(state)
     assert state.stats["totals"]["generated_tokens"] >= len(grown) - 1
 
-    engine = engine_of(os.getpid())
-    controller.stop()
-    state = wait_for(controller, lambda state: state.phase == STOPPED)
-    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
-    assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
-
-
-def test_shows_the_rate_while_it_speaks_and_stops_speaking(
-    make: Callable[..., Controller], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(gated_server.VARIABLE, str(tmp_path / "held"))
-    gated_server.hold(tmp_path / "held", 20)  # it speaks until it is told to stop
-    controller = make(command=lambda *model: [*gated_server.COMMAND, *server_command(*model)[3:]])
-    controller.start()
-    running(controller)
+    gated_server.hold(held, 20)
     controller.ask(QUESTION)
     state = wait_for(controller, lambda state: state.tokens_per_second and state.answer)
     assert state.answering and state.tokens_per_second
@@ -135,8 +141,17 @@ def test_shows_the_rate_while_it_speaks_and_stops_speaking(
     wait_for(controller, lambda state: state.stats is not None and state.stats["now"] is None)  # the engine, too
     assert controller.state.answer == state.answer and not controller.state.answer_trouble
 
+    (engine,) = (child for child in psutil.Process().children() if runs(child, gated_server.__file__))
+    controller.stop()
+    state = wait_for(controller, lambda state: state.phase == STOPPED)
+    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
+    assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
 
-def test_says_why_the_engine_was_killed_and_starts_it_again(make: Callable[..., Controller]) -> None:
+
+@pytest.mark.usefixtures("ask_the_plan")
+def test_starts_again_after_it_was_killed_and_with_another_budget(
+    make: Callable[..., Controller], tmp_path: Path
+) -> None:
     controller = make()
     controller.start()
     first = running(controller)
@@ -149,6 +164,15 @@ def test_says_why_the_engine_was_killed_and_starts_it_again(make: Callable[..., 
     controller.start()
     again = running(controller)
     assert again.address != first.address and not again.trouble
+
+    points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
+    assert points[-1].note == "all neurons in memory"  # the demo is small: that may be the smallest, too
+    assert [point.size for point in points] == sorted({point.size for point in points})
+    for point in dict.fromkeys((points[0], points[-1])):  # the server, larger than what made the plan, accepts them
+        controller.choose_budget(point.size)
+        wait_for(controller, lambda state, point=point: budget_of(state) == point.size)  # type: ignore[misc]
+    assert again.settings.budget is None
+    assert read_settings(tmp_path / "menubar.json").budget == points[-1].size
 
 
 def test_a_folder_that_is_missing_or_holds_no_model(make: Callable[..., Controller], tmp_path: Path) -> None:
@@ -174,18 +198,55 @@ def test_a_budget_too_small_is_refused_with_the_one_that_would_do(make: Callable
     assert "this model needs at least" in state.trouble
 
 
-def test_another_budget_starts_the_engine_again_and_is_kept(make: Callable[..., Controller], tmp_path: Path) -> None:
-    controller = make()
-    controller.start()
-    first = running(controller)
-    points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
-    assert points[-1].note == "all neurons in memory"  # the demo is small: that may be the smallest, too
-    assert [point.size for point in points] == sorted({point.size for point in points})
-    for point in dict.fromkeys((points[0], points[-1])):  # the server, larger than what made the plan, accepts them
-        controller.choose_budget(point.size)
-        wait_for(controller, lambda state, point=point: budget_of(state) == point.size)  # type: ignore[misc]
-    assert first.settings.budget is None
-    assert read_settings(tmp_path / "menubar.json").budget == points[-1].size
+ENGINE = "import time; print('Serving at {}', flush=True); time.sleep(600)"
+
+
+class Ready(BaseHTTPRequestHandler):
+    """A server whose model is loaded."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"status": "ok"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_plan_is_asked_again_only_where_it_could_not_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model was downloaded and converted. A plan that is known outlives the engine, not the model."""
+    points = (Budget(10**9, "the smallest"),)
+    plans = [None, points]
+    asked: list[str | None] = []
+
+    class Asking(Controller):
+        def _ask_for_budgets(self) -> None:
+            asked.append(self.state.settings.model)
+            super()._ask_for_budgets()
+
+    monkeypatch.setattr(controllers, "planned_budgets", lambda _: plans.pop(0))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        program = ENGINE.format(f"http://127.0.0.1:{server.server_port}")
+        controller = Asking(tmp_path / "settings", command=lambda *_: [sys.executable, "-c", program])
+        until(lambda: plans == [points])
+        assert asked == [None]
+        controller.start()
+        wait_for(controller, lambda state: state.budgets == points and state.phase == RUNNING)
+        controller.stop()
+        wait_for(controller, lambda state: state.phase == STOPPED)
+        controller.start()
+        wait_for(controller, lambda state: state.stats is not None)  # fetched after it was seen to be ready
+        assert asked == [None, None] and controller.state.budgets == points
+        plans.append(None)
+        controller.choose_model("a/b")
+        assert asked == [None, None, "a/b"] and controller.state.budgets == fixed_budgets()
+        controller.close()
+        server.shutdown()
 
 
 def test_a_plan_that_cannot_be_asked_gives_no_budgets(tmp_path: Path) -> None:

@@ -62,14 +62,15 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 
 def ask_plan(model: str | None) -> list[Budget]:
     """Nothing is downloaded, converted or loaded. Raises FlashError."""
-    import mlx_flash.server.app
-    import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
     from mlx_flash.errors import BudgetError
     from mlx_flash.finding import find_source, place_of
     from mlx_flash.flash.files import is_store
-    from mlx_flash.loading import holds_mixture, load
 
     source = find_source(model, None, lambda _: None)
+    import mlx_flash.server.app
+    import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
+    from mlx_flash.loading import holds_mixture, load
+
     mixture = holds_mixture(source)
     if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
         return []

@@ -237,7 +237,8 @@ class Controller:
         if health.get("status") == "ok":
             engine.lines.clear()  # what it said of loading explains no later end
             self._change_if(engine, phase=RUNNING, address=address, progress="")
-            self._ask_for_budgets()  # by now the model is here, and converted
+            if self._state.budgets == fixed_budgets():
+                self._ask_for_budgets()  # by now the model is here, and converted
         elif health.get("status") == "failed":
             trouble = str(health.get("error") or "The engine could not load the model.")
             self._later(partial(self._give_up, engine, trouble))

@@ -24,6 +24,8 @@ PROMPT = "It was a dark night, and the wind went over the hills"
 TOKENS = 12
 MODEL = os.environ.get("FAULTS_MODEL")  # the folder of a store; None: the demo model
 
+BUDGETS: dict[Any, int] = {}  # by what was loaded, and how
+
 
 def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     """(token ids, a checksum of all their log-probabilities) of a greedy answer."""
@@ -39,10 +41,12 @@ def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
 def loaded(path: Path, **options: Any) -> tuple[Any, Any]:
     """Model and tokenizer within little more than the smallest budget, so that tokens must read."""
     options = {"context": 128, "threads": 4, **options}
+    known = (path, *options.items())
     try:
-        return load(path, memory=1, **options)
+        return load(path, memory=BUDGETS.get(known, 1), **options)
     except BudgetError as error:
-        return load(path, memory=error.smallest_bytes + (2 << 20), **options)
+        BUDGETS[known] = error.smallest_bytes + (2 << 20)
+        return load(path, memory=BUDGETS[known], **options)
 
 
 def mixture(work: Path) -> Path:

@@ -197,10 +197,10 @@ def load(
         BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError, ReadError.
     """
     _check_arguments(predictor, window, threads, context, io)
-    _import_mlx_lm()
     budget = None if memory is None else parse_memory(memory)
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
+    _import_mlx_lm()  # a second, which a name that is refused does not take
     with BUFFER_CACHE.limited():
         return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify)
 

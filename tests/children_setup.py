@@ -7,10 +7,16 @@ To be imported before mlx-lm, which makes a stream on the default device.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import pickle
 import tempfile
 from pathlib import Path
+
+# OpenBLAS's threads wait for each other at full load: for the small matrices here that is most of what they do.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if (set_threads := getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)) is not None:
+    set_threads(1)  # of one that was loaded before
 
 import mlx.core as mx
 
@@ -21,7 +27,12 @@ if ON_CPU:
 
 
 def prepare_children() -> None:
-    """Sets the environment that processes inherit; see in_children/sitecustomize.py."""
+    """Sets the environment that processes inherit; see in_children/sitecustomize.py.
+
+    A process of the suite that imports its helpers has inherited it.
+    """
+    if "MLX_FLASH_TEST_IMPORTS" in os.environ:
+        return
     from transformers.utils import import_utils
 
     models = Path(import_utils.__file__).parents[1] / "models"

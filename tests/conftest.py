@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from mlx_flash import loading
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
+from mlx_flash.finding import demo_folder
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.layers.quantised import companions
@@ -216,6 +217,30 @@ def tiny(tiny_of: Callable[[str], Tiny]) -> Tiny:
 @pytest.fixture(scope="session")
 def store(tiny: Tiny) -> Path:
     return tiny.store
+
+
+@pytest.fixture(scope="session")
+def load_speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Any, Any]]:
+    """Loads a model of the demo's words and context that needs a tenth of its time for a token, with its tokenizer.
+
+    It says 64 words, none of them surely, and no other tokens, not even the end of a text.
+    """
+    folder = tmp_path_factory.mktemp("speaker")
+    checkpoint = make_checkpoint(folder / "checkpoint", vocab=4096, positions=512, tie_word_embeddings=False)
+    weights: Any = mx.load(str(checkpoint / "model.safetensors"))
+    norm = "model.decoder.final_layer_norm"
+    weights[f"{norm}.weight"][0], weights[f"{norm}.bias"][0] = 0, 20  # before the head the first feature is always 20
+    head = np.zeros((4096, 64), np.float32)
+    head[:, 0] = -1
+    head[300:364] = np.random.default_rng(1).standard_normal((64, 64), np.float32) / 5
+    head[300:364, 0] = 0
+    weights["lm_head.weight"] = mx.array(head)
+    mx.eval(weights)
+    mx.save_safetensors(str(checkpoint / "model.safetensors"), weights)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_folder() / name, checkpoint)
+    convert(checkpoint, folder / "store", Settings(calibration_tokens=256, predictor_memory=1 << 20))
+    return functools.partial(loading.load, folder / "store")
 
 
 @pytest.fixture

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from hub_server import Hub, serve  # type: ignore[import-not-found]
+from huggingface_hub import close_session, constants
 from huggingface_hub import errors as hub_errors
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
@@ -63,11 +69,23 @@ def main(arguments):
 run_command(parser, main)
 """
 
+CONVERT = """
+from mlx_flash.commands import run_command
+from mlx_flash.convert.__main__ import main, make_parser
+run_command(make_parser(), main)
+"""
+
 
 @pytest.fixture
 def server() -> Iterator[Hub]:
     with serve() as hub:
         yield hub
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_connections() -> Iterator[None]:
+    yield
+    close_session()
 
 
 @pytest.fixture
@@ -101,10 +119,38 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("hub") / "big", hidden=256, neurons=2048, layers=4)
 
 
-def find(server: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = server.run(home, "-c", FIND, *arguments, **environment)
+def run_here(
+    program: str, server: Hub, home: Path, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in this process: the imports would take most of the time of one of its own.
+
+    huggingface_hub reads its settings anew. That it finds them in a process of its own as well is seen where one is
+    needed: where two download at once, one is killed, or one converts what was downloaded before.
+    """
+    output, errors = io.StringIO(), io.StringIO()
+    handler, sleep = signal.getsignal(signal.SIGTERM), time.sleep
+    try:
+        with (
+            patch.dict(os.environ, server.environment(home) | environment, clear=True),
+            patch.object(sys, "argv", ["command", *map(str, arguments)]),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+            pytest.raises(SystemExit) as ended,
+        ):
+            importlib.reload(constants)
+            exec(program, {"__name__": "command"})
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        time.sleep = sleep
+        importlib.reload(constants)
+    assert isinstance(ended.value.code, int)
+    done = subprocess.CompletedProcess(program, ended.value.code, output.getvalue(), errors.getvalue())
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def find(server: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_here(FIND, server, home, *arguments, **environment)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -121,7 +167,7 @@ def test_a_repository_is_converted_and_runs_also_offline(
     server.add(REPOSITORY, checkpoint, "main", **{SHARDS[0]: b"of a later version"})
     command = ["--model", REPOSITORY, "--revision", "v1"]
     output = tmp_path / "store"
-    done = server.run(home, "-m", "mlx_flash.convert", *command, "--output", output, "--calibration-tokens", 64)
+    done = run_here(CONVERT, server, home, *command, "--output", output, "--calibration-tokens", 64)
     assert done.returncode == 0, done.stderr
     convert(checkpoint, tmp_path / "local", Settings(calibration_tokens=64))
     assert contents(output) == contents(tmp_path / "local")
@@ -249,8 +295,6 @@ def test_a_killed_download_is_taken_up(server: Hub, home: Path, big: Path) -> No
 
 
 def wait_for(look: Callable[[], list[Path]], seconds: float = 600) -> list[Path]:
-    import time
-
     end = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < end
@@ -304,8 +348,6 @@ def test_a_full_disk(server: Hub, home: Path, big: Path) -> None:
 
 
 def test_too_little_room_is_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 10**9))

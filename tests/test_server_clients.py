@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +19,8 @@ PROMPT: dict[str, Any] = {"prompt": list(range(100, 180)), "max_tokens": 20, "te
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
+def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
+    with serving(load_speaker) as running:
         yield running
 
 
@@ -97,8 +97,8 @@ def test_leaving_in_the_queue(server: Server, gate: Gate, stream: bool) -> None:
     third.leave()
 
 
-def test_a_full_queue(gate: Gate) -> None:
-    with serving(limit=2) as server:
+def test_a_full_queue(load_speaker: Callable[[], Any], gate: Gate) -> None:
+    with serving(load_speaker, limit=2) as server:
         callers = [Caller(server, True)]
         gate.go_on_to("prompt", 0)
         callers += [Caller(server, True), Caller(server, True)]
@@ -152,8 +152,10 @@ def test_one_that_does_not_read_holds_up_nobody(server: Server, gate: Gate) -> N
     slow.close()
 
 
-def test_stopping_while_one_is_worked_on_and_one_waits(gate: Gate, stream: bool) -> None:
-    with serving() as server:
+def test_stopping_while_one_is_worked_on_and_one_waits(
+    load_speaker: Callable[[], Any], gate: Gate, stream: bool
+) -> None:
+    with serving(load_speaker) as server:
         working = Caller(server, stream)
         gate.go_on_to("token", 2)
         waiting = Caller(server, stream)
@@ -202,8 +204,8 @@ def test_an_unforeseen_error_costs_one_request(
     assert server.post("/v1/completions", PROMPT).status_code == 200
 
 
-def test_submitting_from_many_threads_never_exceeds_the_limit(gate: Gate) -> None:
-    with serving(limit=5) as server:
+def test_submitting_from_many_threads_never_exceeds_the_limit(load_speaker: Callable[[], Any], gate: Gate) -> None:
+    with serving(load_speaker, limit=5) as server:
         first = Caller(server, True)
         gate.go_on_to("prompt", 0)
         statuses: list[int] = []

@@ -27,8 +27,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
+def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
+    with serving(load_speaker) as running:
         yield running
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -17,21 +17,21 @@ PROMPT = "It was a dark night, and"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
+def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
+    with serving(load_speaker) as running:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def texts() -> dict[str, Any]:
+def texts(load_speaker: Callable[[], Any]) -> dict[str, Any]:
     """What generate makes of the prompt, and how that continues the prompt's text."""
-    model, tokenizer = mlx_flash.load()
+    model, tokenizer = load_speaker()
     responses = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=40))
     ids = tokenizer.encode(PROMPT)
     whole = tokenizer.decode(ids + [r.token for r in responses])

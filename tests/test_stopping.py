@@ -36,7 +36,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 # A command whose whole work is `work`, which says "ready" when it begins to wait.
 PROGRAM = """
-import argparse, concurrent.futures, ctypes, os, sys, threading, time
+import argparse, concurrent.futures, contextlib, ctypes, os, sys, threading, time
 from mlx_flash import stopping
 from mlx_flash.commands import run_command
 from mlx_flash.server.__main__ import Signals
@@ -58,11 +58,16 @@ run_command(argparse.ArgumentParser(prog="waits"), main)
 """
 
 WORK = {
-    "the main thread waits in C": "ready(); stuck_in_c()",
+    "the main thread waits in C": """
+    ready()
+    while True:  # a stop that came before it waits
+        with contextlib.suppress(BaseException):
+            stuck_in_c()""",
     "a thread keeps the interpreter's lock": """
     def hold():
-        ready()
+        gil.write(1, b"ready\\n", 6)
         gil.sleep(10**6)
+    sys.setswitchinterval(10**6)  # not even for a moment between those two may another thread run
     threading.Thread(target=hold, daemon=True).start()
     forever()""",
     "a thread does not end": "threading.Thread(target=forever).start(); ready(); forever()",
@@ -296,6 +301,9 @@ def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) 
     environment = {**os.environ, "MLX_FLASH_CACHE": str(tmp_path)}
     command = ("-c", COMMAND, "mlx_flash.server", "--port", "0", "--model", tiny.checkpoint)
     with started(*command, env=environment) as process:
+        assert process.stderr is not None
+        # Not asked for children until then: each look reads of every process of this machine.
+        assert any("converting" in line for line in process.stderr)
         known = psutil.Process(process.pid)
         until(known.children)
         children = known.children()

@@ -35,16 +35,23 @@ INJECTED = "injected"  # in the counts: how many faults there were
 SILENCE_S = 300  # after which a worker hangs
 
 
-def run(job: str, runs: int, seed: int, work: Path) -> tuple[Counter[str], list[dict[str, str]]]:
-    """(faults and what they came to, the runs that went badly) of one job; a fault that hit no call is not counted."""
+def run(
+    job: str, runs: int, seed: int, work: Path, model: Path | None = None
+) -> tuple[Counter[str], list[dict[str, str]]]:
+    """(faults and what they came to, the runs that went badly) of one job; a fault that hit no call is not counted.
+
+    model: the store that is read; None: the demo model's.
+    """
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), job, str(seed), str(runs), str(work / job)]
     (work / job).mkdir()
-    cache = os.environ.get("MLX_FLASH_CACHE", str(work / "cache"))
+    changes = {"MLX_FLASH_CACHE": os.environ.get("MLX_FLASH_CACHE", str(work / "cache"))}
+    if model is not None:
+        changes["FAULTS_MODEL"] = str(model)
     counts: Counter[str] = Counter()
     bad = []
     errors = work / f"{job}.stderr"
     with errors.open("w") as stderr, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(MLX_FLASH_CACHE=cache)
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(**changes)
     ) as child:  # fmt: skip
         lines: queue.Queue[str | None] = queue.Queue()
 

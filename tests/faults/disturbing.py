@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from outcomes import outcome, say  # type: ignore[import-not-found]
-from reading import PROMPT, TOKENS, answer, loaded, mixture, models  # type: ignore[import-not-found]
+from reading import MODEL, PROMPT, TOKENS, answer, loaded, mixture, models  # type: ignore[import-not-found]
 
 import mlx_flash.flash
 from mlx_flash import stream_generate
@@ -48,7 +48,7 @@ class InterruptAt:
 
 def interrupt(rng: random.Random, runs: int, work: Path) -> None:
     """The answer after an interrupted one must be right."""
-    for path, _, options in models(work, silent=False):
+    for path, options in models(work, silent=False):
         model, tokenizer = loaded(path, **options)
         expected = answer(model, tokenizer)
         with InterruptAt(0) as lines:
@@ -109,7 +109,7 @@ def change(rng: random.Random, runs: int, work: Path) -> None:
     texts: dict[Path, list[int]] = {}
     for run in range(runs):
         name = list(CHANGES)[run % len(CHANGES)]
-        source, read = [(find_store(None), "neurons.bin"), (mixture(work), "model.safetensors")][
+        source, read = [(find_store(MODEL), "neurons.bin"), (mixture(work), "model.safetensors")][
             run // len(CHANGES) % 2
         ]
         own = work / "own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from mlx_flash.finding import find_store
 
 PROMPT = "It was a dark night, and the wind went over the hills"
 TOKENS = 12
+MODEL = os.environ.get("FAULTS_MODEL")  # the folder of a store; None: the demo model
+
+BUDGETS: dict[Any, int] = {}  # by what was loaded, and how
 
 
 def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
@@ -34,13 +38,15 @@ def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     return ids, crc
 
 
-def loaded(path: Path | None, **options: Any) -> tuple[Any, Any]:
+def loaded(path: Path, **options: Any) -> tuple[Any, Any]:
     """Model and tokenizer within little more than the smallest budget, so that tokens must read."""
     options = {"context": 128, "threads": 4, **options}
+    known = (path, *options.items())
     try:
-        return load(path, memory=1, **options)
+        return load(path, memory=BUDGETS.get(known, 1), **options)
     except BudgetError as error:
-        return load(path, memory=error.smallest_bytes + (2 << 20), **options)
+        BUDGETS[known] = error.smallest_bytes + (2 << 20)
+        return load(path, memory=BUDGETS[known], **options)
 
 
 def mixture(work: Path) -> Path:
@@ -55,23 +61,23 @@ def mixture(work: Path) -> Path:
     return folder
 
 
-def models(work: Path, silent: bool) -> Iterator[tuple[Path | None, Path, dict[str, Any]]]:
-    """(what to load, the folder whose files are read, options): the demo model in two ways, a mixture."""
+def models(work: Path, silent: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(the folder that is loaded and whose files are read, options): a store in two ways, a mixture."""
     options = {"verify": True} if silent else {}
-    yield None, find_store(None), options
-    yield None, find_store(None), {**options, "predictor": "none"}
-    yield mixture(work), mixture(work), options
+    yield find_store(MODEL), options
+    yield find_store(MODEL), {**options, "predictor": "none"}
+    yield mixture(work), options
 
 
 def decode(rng: random.Random, runs: int, work: Path, silent: bool = False) -> None:
-    for path, folder, options in models(work, silent):
+    for path, options in models(work, silent):
         model, tokenizer = loaded(path, **options)
         action = partial(answer, model, tokenizer)
-        inject(rng, runs // 3, SILENT if silent else VISIBLE, "read", folder, action(), action)
+        inject(rng, runs // 3, SILENT if silent else VISIBLE, "read", path, action(), action)
         model.flash.close()
 
 
-def load_and_answer(path: Path | None, options: dict[str, Any]) -> tuple[list[int], int]:
+def load_and_answer(path: Path, options: dict[str, Any]) -> tuple[list[int], int]:
     model, tokenizer = loaded(path, **options)
     try:
         return answer(model, tokenizer)
@@ -80,18 +86,19 @@ def load_and_answer(path: Path | None, options: dict[str, Any]) -> tuple[list[in
 
 
 def loading(rng: random.Random, runs: int, work: Path, silent: bool = False) -> None:
-    for path, folder, options in models(work, silent):
+    for path, options in models(work, silent):
         action = partial(load_and_answer, path, options)
-        inject(rng, runs // 3, SILENT if silent else VISIBLE, "read", folder, action(), action)
+        inject(rng, runs // 3, SILENT if silent else VISIBLE, "read", path, action(), action)
 
 
 def serve(rng: random.Random, runs: int, work: Path) -> None:
     """Half of the requests are streamed."""
     from serving import serving  # type: ignore[import-not-found]
 
-    with serving(partial(loaded, None)) as server:
+    store = find_store(MODEL)
+    with serving(partial(loaded, store)) as server:
         action = partial(_ask, server, rng)
-        inject(rng, runs, VISIBLE, "read", find_store(None), action(), action)
+        inject(rng, runs, VISIBLE, "read", store, action(), action)
 
 
 def _ask(server: Any, rng: random.Random) -> str:

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from tiny import make_checkpoint  # type: ignore[import-not-found]
+
+from mlx_flash.convert.conversion import Settings, convert
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,9 +26,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
+@pytest.fixture(scope="module")
+def model(work: Path) -> Path:
+    """A store that needs a fraction of the demo's time for a token, and memory enough that not all of it is kept."""
+    checkpoint = make_checkpoint(work / "checkpoint", hidden=256, neurons=2048, positions=128)
+    write_tokenizer(checkpoint)
+    convert(checkpoint, work / "small", Settings(calibration_tokens=128, predictor_memory=1 << 20))
+    return work / "small"
+
+
 @pytest.mark.parametrize(("job", "runs"), [("decode", 9), ("load", 9), ("convert-partial", 6)])
-def test_a_fault_ends_in_the_right_text_or_in_an_error_that_names_a_file(job: str, runs: int, work: Path) -> None:
-    counts, bad = run(job, runs, 0, work)
+def test_a_fault_ends_in_the_right_text_or_in_an_error_that_names_a_file(
+    job: str, runs: int, work: Path, model: Path
+) -> None:
+    counts, bad = run(job, runs, 0, work, model)
     assert not bad
     assert counts["right"] + counts["clear"] > 0
     assert not any(counts[name] for name in BAD)

@@ -254,8 +254,14 @@ def tokenizer(store: Path) -> Any:
     return loading.load_tokenizer(store)
 
 
+@pytest.fixture(scope="session")
+def needs() -> dict[Any, Any]:
+    """What models need beside their slots, for `open_model`."""
+    return {}
+
+
 @pytest.fixture
-def open_model() -> Iterator[Callable[..., Any]]:
+def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
     """Loads the model of a store, without its tokenizer, with exactly `slots` blocks per layer (None: all)."""
     opened: list[Any] = []
 
@@ -266,7 +272,19 @@ def open_model() -> Iterator[Callable[..., Any]]:
             made = real(*arguments, **keywords)
             return replace(made, slots=(made.units.per_layer if slots is None else slots,) * made.units.layers)
 
-        with patch.object(loading, "make_plan", plan), patch.object(loading, "load_tokenizer"):
+        def needs_of(model: Any, layers: Any, context: int, *rest: Any) -> Any:
+            """Made once: the slots are fixed here, and tracing a model's graph takes longer than loading it."""
+            key = (store, (store / MANIFEST).stat().st_mtime_ns, predictor, context, *rest)
+            if key not in needs:
+                needs[key] = real_needs_of(model, layers, context, *rest)
+            return needs[key]
+
+        real_needs_of = loading.needs_of
+        with (
+            patch.object(loading, "make_plan", plan),
+            patch.object(loading, "needs_of", needs_of),
+            patch.object(loading, "load_tokenizer"),
+        ):
             model, _ = loading.load(store, predictor=predictor, **options)
         opened.append(model)
         return model

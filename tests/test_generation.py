@@ -60,14 +60,17 @@ def tokens_of(responses: Iterator[Any]) -> list[int]:
 # -- the same as mlx-lm --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("step", [512, 10, 3])
+# A prompt at once, and in steps that go the prompt's way and the decode way; "none" knows one way.
+@pytest.mark.parametrize(
+    ("step", "predictor"),
+    [*((step, predictor) for step in (512, 3) for predictor in PREDICTORS), (10, "none"), (10, "shadow")],
+)
 def test_mlx_lm_generates_the_same(
     store: Any, open_model: Callable[..., Any], endless: Any, predictor: str, step: int
 ) -> None:
-    model = open_model(store, slots=5, predictor=predictor)
-    ours = list(stream_generate(model, endless, PROMPT, 30, prefill_step_size=step))
-    theirs = list(mlx_lm.stream_generate(model, endless, PROMPT, 30, prefill_step_size=step))
+    model = open_model(store, slots=20, predictor=predictor)
+    ours = list(stream_generate(model, endless, PROMPT, 12, prefill_step_size=step))
+    theirs = list(mlx_lm.stream_generate(model, endless, PROMPT, 12, prefill_step_size=step))
     assert [r.token for r in ours] == [r.token for r in theirs]
     assert "".join(r.text for r in ours) == "".join(r.text for r in theirs)
     assert np.array_equal(np.array(ours[-1].logprobs), np.array(theirs[-1].logprobs))
@@ -93,7 +96,7 @@ def test_mlx_lm_samples_the_same(model: Any, endless: Any) -> None:
 def test_a_batch_generates_what_single_runs_do(
     store: Any, open_model: Callable[..., Any], endless: Any, predictor: str
 ) -> None:
-    model = open_model(store, slots=5, predictor=predictor)
+    model = open_model(store, slots=20, predictor=predictor)
     batch = mlx_lm.batch_generate(model, endless, PROMPTS, max_tokens=20, return_token_ids=True)
     assert batch.token_ids == [tokens_of(stream_generate(model, endless, prompt, 20)) for prompt in PROMPTS]
 
@@ -106,13 +109,21 @@ def test_mlx_lm_reads_the_same_text(tiny: Tiny, store: Any, open_model: Callable
     )
 
 
-@pytest.mark.parametrize("second", [stream_generate, mlx_lm.stream_generate])
-@pytest.mark.parametrize("first", [stream_generate, mlx_lm.stream_generate])
-@pytest.mark.parametrize("predictor", ["none", "exact"])
+@pytest.mark.parametrize(
+    ("predictor", "first", "second"),
+    [
+        ("exact", stream_generate, stream_generate),
+        ("exact", stream_generate, mlx_lm.stream_generate),
+        ("exact", mlx_lm.stream_generate, stream_generate),
+        ("exact", mlx_lm.stream_generate, mlx_lm.stream_generate),
+        ("none", stream_generate, stream_generate),
+        ("none", mlx_lm.stream_generate, mlx_lm.stream_generate),
+    ],
+)
 def test_a_second_turn_goes_on_from_the_first(
     store: Any, open_model: Callable[..., Any], endless: Any, predictor: str, first: Any, second: Any
 ) -> None:
-    model = open_model(store, slots=5, predictor=predictor)
+    model = open_model(store, slots=20, predictor=predictor)
     cache = make_prompt_cache(model)
     said = tokens_of(first(model, endless, PROMPTS[1], 8, prompt_cache=cache))
     # Ours never feeds the last token back, mlx-lm's does.
@@ -133,8 +144,15 @@ def last(responses: Iterator[FlashResponse]) -> FlashResponse:
     return response
 
 
-@pytest.mark.parametrize("prompt", ["x", PROMPT, list(range(1, CONTEXT)), list(range(1, CONTEXT + 1))])
-@pytest.mark.parametrize("max_tokens", [-1, CONTEXT + 100, CONTEXT])
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens"),
+    [
+        ("x", CONTEXT),
+        *((PROMPT, count) for count in (-1, CONTEXT + 100)),
+        *((list(range(1, CONTEXT)), count) for count in (-1, CONTEXT + 100, CONTEXT)),
+        *((list(range(1, CONTEXT + 1)), count) for count in (-1, CONTEXT + 100, CONTEXT)),
+    ],
+)
 def test_the_context_ends_the_text(model: Any, endless: Any, prompt: Any, max_tokens: int) -> None:
     cache = make_prompt_cache(model)
     response = last(stream_generate(model, endless, prompt, max_tokens, prompt_cache=cache))

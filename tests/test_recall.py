@@ -238,7 +238,7 @@ def test_the_perplexity_is_that_of_the_loaded_model(
         return real(model, hidden, sequences)
 
     monkeypatch.setattr(calibrate, "perplexity", spy)
-    chosen = Settings(calibration_tokens=1024, **settings)
+    chosen = Settings(calibration_tokens=512, **settings)
     manifest = convert(tiny_of(name).checkpoint, tmp_path / "store", chosen)
     for kind in ("none", *manifest.predictors):
         model, _ = load(tmp_path / "store", predictor=kind)

@@ -7,10 +7,16 @@ To be imported before mlx-lm, which makes a stream on the default device.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import pickle
 import tempfile
 from pathlib import Path
+
+# OpenBLAS's threads wait for each other at full load: for the small matrices here that is most of what they do.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if (set_threads := getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)) is not None:
+    set_threads(1)  # of one that was loaded before
 
 import mlx.core as mx
 
@@ -18,6 +24,19 @@ FOR_CHILDREN = str(Path(__file__).with_name("in_children"))
 ON_CPU = os.environ.get("MLX_FLASH_TEST_DEVICE") == "cpu"
 if ON_CPU:
     mx.set_default_device(mx.cpu)
+
+
+def set_numpy_threads(count: int) -> None:
+    """Of the OpenBLAS that NumPy brings, which has read the environment where NumPy was loaded before this file."""
+    import numpy as np
+
+    for path in Path(np.__file__).parents[1].glob("numpy.libs/libscipy_openblas*"):
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
+            if (set_threads := getattr(ctypes.CDLL(str(path)), name, None)) is not None:
+                set_threads(count)
+
+
+set_numpy_threads(1)
 
 
 def prepare_children() -> None:

@@ -26,6 +26,19 @@ if ON_CPU:
     mx.set_default_device(mx.cpu)
 
 
+def set_numpy_threads(count: int) -> None:
+    """Of the OpenBLAS that NumPy brings, which has read the environment where NumPy was loaded before this file."""
+    import numpy as np
+
+    for path in Path(np.__file__).parents[1].glob("numpy.libs/libscipy_openblas*"):
+        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
+            if (set_threads := getattr(ctypes.CDLL(str(path)), name, None)) is not None:
+                set_threads(count)
+
+
+set_numpy_threads(1)
+
+
 def prepare_children() -> None:
     """Sets the environment that processes inherit; see in_children/sitecustomize.py.
 

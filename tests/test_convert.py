@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from children_setup import set_numpy_threads  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.check import check_store, unlisted_files
@@ -121,6 +122,16 @@ def test_same_bytes_from_another_folder_and_under_any_name(
     convert(tmp_path / "elsewhere", tmp_path / "renamed", QUICK)
     assert contents(tmp_path / "renamed") == reference
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "renamed"]  # and nothing stays behind
+
+
+def test_same_bytes_every_time_with_several_threads(checkpoint: Path, tmp_path: Path) -> None:
+    """As users have it; the other tests compute with one thread."""
+    set_numpy_threads(os.cpu_count() or 1)
+    try:
+        stores = [convert(checkpoint, tmp_path / name, QUICK) and contents(tmp_path / name) for name in ("1", "2")]
+    finally:
+        set_numpy_threads(1)
+    assert stores[0] == stores[1]
 
 
 def test_dtype_option_casts_everything(checkpoint: Path, tmp_path: Path) -> None:
@@ -255,8 +266,9 @@ def test_memory_follows_the_largest_layer_not_the_model(tmp_path: Path) -> None:
 def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "PIECE_BYTES", 1 << 20)
-    folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, vocab=200_000)  # 51 MB, and 0.1 MB a layer
+    monkeypatch.setattr(host, "PIECE_BYTES", 1 << 19)
+    # 26 MB, and 0.1 MB a layer; all of it is read for every position that the perplexity is measured at.
+    folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, vocab=100_000, positions=16)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -267,7 +279,7 @@ def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
         on_host = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert on_host + mx.get_peak_memory() - before < 30e6
+    assert on_host + mx.get_peak_memory() - before < 15e6
     stored, given = (tensors_of(f / "model.safetensors") for f in (tmp_path / "store", folder))
     name = "model.decoder.embed_tokens.weight"
     assert mx.array_equal(stored[name], given[name]).item()
@@ -275,7 +287,7 @@ def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_small_pieces_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    folder = make_checkpoint(tmp_path / "checkpoint", hidden=36, neurons=67, dtype=getattr(mx, dtype))
+    folder = make_checkpoint(tmp_path / "checkpoint", hidden=36, neurons=67, positions=16, dtype=getattr(mx, dtype))
     convert(folder, tmp_path / "store", QUICK)
     monkeypatch.setattr(host, "PIECE_BYTES", 700)
     convert(folder, tmp_path / "pieces", QUICK)
@@ -369,9 +381,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return arm
 
 
-def stopped_runs(stop_at: Callable[..., None], run: Callable[[int], object], first: int = 1) -> Iterator[int]:
-    """Runs it again and again, stopped one step later each time, until it comes through."""
-    for step in itertools.count(first):
+def stopped_runs(
+    stop_at: Callable[..., None], run: Callable[[int], object], first: int = 1, before: Sequence[int] = ()
+) -> Iterator[int]:
+    """Runs it again and again, stopped at the steps `before`, then one step later each time, until it comes through."""
+    for step in itertools.chain(before, itertools.count(first)):
         stop_at(step)
         try:
             run(step)
@@ -410,7 +424,8 @@ def test_replacing_stopped_at_every_step_loses_neither_store(
         convert(checkpoint, tmp_path / str(step), QUICK, overwrite=True)
 
     steps = 0
-    for step in stopped_runs(stop_at, replace, first=20):  # the steps before are those of the test above
+    # Until the new store is whole the steps are those of the test above, and the old one stands beside: a few do.
+    for step in stopped_runs(stop_at, replace, first=40, before=(20, 27, 34)):
         output = tmp_path / str(step)
         aside = tmp_path / f".{step}.replaced"
         present = contents(output if output.exists() else aside if aside.exists() else tmp_path / "old")

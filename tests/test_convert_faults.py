@@ -19,7 +19,6 @@ from mlx_flash.convert.sums import SUMS, WrittenSums
 from mlx_flash.errors import CheckpointError, ConversionError
 from mlx_flash.flash.checksums import read_header
 
-QUICK = Settings(calibration_tokens=64)
 Damage = Callable[[Path], None]
 
 
@@ -30,14 +29,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Of the text that is there without it, most would be tokenised in vain."""
+    text = tmp_path_factory.mktemp("calibration") / "text.txt"
+    text.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
+    return Settings(calibration_text=text, calibration_tokens=64)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def reference(checkpoint: Path, quick: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("reference") / "store"
-    convert(checkpoint, folder, QUICK)
+    convert(checkpoint, folder, quick)
     assert check_store(folder) == []
     return contents(folder)
 
@@ -90,6 +97,7 @@ PREFIX = "model.decoder."
 )
 def test_what_is_read_back_is_what_was_written(
     checkpoint: Path,
+    quick: Settings,
     reference: dict[str, bytes],
     tmp_path: Path,
     when_written: Callable[[str, Damage | None], None],
@@ -99,9 +107,9 @@ def test_what_is_read_back_is_what_was_written(
 ) -> None:
     when_written(name, damage)
     with pytest.raises(ConversionError, match=said):
-        convert(checkpoint, tmp_path / "store", QUICK)
+        convert(checkpoint, tmp_path / "store", quick)
     assert not (tmp_path / "store").exists()
-    convert(checkpoint, tmp_path / "store", QUICK)
+    convert(checkpoint, tmp_path / "store", quick)
     assert contents(tmp_path / "store") == reference
 
 
@@ -116,7 +124,14 @@ def test_what_is_read_back_is_what_was_written(
     ],
 )
 def test_a_layer_s_predictor_that_cannot_be_read_back(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tensor: str, opened: int, said: str
+    checkpoint: Path,
+    quick: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    tensor: str,
+    opened: int,
+    said: str,
 ) -> None:
     """It was filled with what happened to be in memory, and `check` found no damage."""
     real, left = mx.load, opened
@@ -132,16 +147,20 @@ def test_a_layer_s_predictor_that_cannot_be_read_back(
 
     monkeypatch.setattr(mx, "load", load)
     with pytest.raises(ConversionError, match=rf"{name}.*{said}"):
-        convert(checkpoint, tmp_path / "store", QUICK)
+        convert(checkpoint, tmp_path / "store", quick)
     assert not left and not (tmp_path / "store").exists()
 
 
 def test_checksums_are_of_what_was_written(
-    checkpoint: Path, reference: dict[str, bytes], tmp_path: Path, when_written: Callable[[str, Damage | None], None]
+    checkpoint: Path,
+    quick: Settings,
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    when_written: Callable[[str, Damage | None], None],
 ) -> None:
     """What is not read back is not blessed either: whoever compares it with the manifest finds the damage."""
     when_written("predictor-lowrank.safetensors", flipped("1.c"))
-    convert(checkpoint, tmp_path / "store", QUICK)
+    convert(checkpoint, tmp_path / "store", quick)
     assert (tmp_path / "store" / "manifest.json").read_bytes() == reference["manifest.json"]
     (damage,) = check_store(tmp_path / "store")
     assert (damage.file, damage.where) == ("predictor-lowrank.safetensors", "tensor 1.c")
@@ -151,6 +170,7 @@ def test_checksums_are_of_what_was_written(
 @pytest.mark.parametrize("how", ["flipped", "gone"])
 def test_a_later_run_takes_nothing_that_is_not_what_was_written(
     checkpoint: Path,
+    quick: Settings,
     reference: dict[str, bytes],
     tmp_path: Path,
     when_written: Callable[[str, Damage | None], None],
@@ -162,7 +182,7 @@ def test_a_later_run_takes_nothing_that_is_not_what_was_written(
 
     when_written("layer-0000-lowrank.safetensors", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, tmp_path / "store", QUICK)
+        convert(checkpoint, tmp_path / "store", quick)
     path = tmp_path / "store.partial" / name
     if how == "gone":
         path.unlink()
@@ -170,12 +190,12 @@ def test_a_later_run_takes_nothing_that_is_not_what_was_written(
         content = bytearray(path.read_bytes())
         content[-min(200, len(content))] ^= 1  # in the last layer's last block, a tensor, a line; in the first table
         path.write_bytes(content)
-    convert(checkpoint, tmp_path / "store", QUICK)
+    convert(checkpoint, tmp_path / "store", quick)
     assert contents(tmp_path / "store") == reference
 
 
 def test_a_checkpoint_that_cannot_be_read_names_file_and_tensor(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, quick: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     real = mx.eval
@@ -187,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_read_names_file_and_tensor(
 
     monkeypatch.setattr(mx, "eval", fail)
     with pytest.raises((ConversionError, CheckpointError), match=r"model.safetensors: tensor \S+fc1.weight cannot be"):
-        convert(own, tmp_path / "store", QUICK)
+        convert(own, tmp_path / "store", quick)
 
 
 def test_the_log_of_checksums(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.defaults import THREADS
+from mlx_flash.flash.files import ALIGNMENT, round_up
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket, UnitFile
 
@@ -29,7 +30,7 @@ def sequential_rate(paths: Sequence[Path], most: int | None = None) -> dict[str,
     Returns bytes, seconds, and whether the page cache was bypassed.
     """
     sizes = [min(path.stat().st_size, most or 2**62) for path in paths]
-    pools = [AlignedPool(PIECE_BYTES) for _ in range(2)]
+    pools = [AlignedPool(min(PIECE_BYTES, round_up(max(1, *sizes), ALIGNMENT))) for _ in range(2)]
     direct, seconds = True, 0.0
     with (
         Reader(THREADS) as reader,

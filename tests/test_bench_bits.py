@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 
+from mlx_flash.bench import bits
 from mlx_flash.bench import plan as bench_plan
 from mlx_flash.bench.__main__ import make_parser
+from mlx_flash.convert.conversion import Settings
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
 
@@ -25,10 +28,13 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_stores_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stores_side_by_side(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bits, "Settings", partial(Settings, calibration_tokens=256))
     text = tmp_path / "text.txt"
     text.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
-    flags = ("--model", tiny.checkpoint, "--text", text, "--tokens", 100, "--timed", 6)
+    flags = ("--model", tiny.checkpoint, "--text", text, "--tokens", 64, "--timed", 6)
     run("bits", *flags, "--stores", "16,4/8", "--groups", "64")
     result = last_line(capsys)
     plain, four = result["rows"]

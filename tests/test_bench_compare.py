@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from mlx_flash import loading, streaming_needs
-from mlx_flash.bench import baselines, cgroup, compare, report, sides, steps, synthetic, traces
+from mlx_flash.bench import baselines, cgroup, compare, disk, report, sides, steps, synthetic, traces
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
@@ -76,6 +76,8 @@ def test_baselines_give_the_engine_s_logits(
     model, _ = loading.load(store, predictor="none")
     expected = logits_of(model)
     model.flash.close()
+    # Any budget gives these logits; the commands below load within the smallest, which has to be asked for first.
+    monkeypatch.setattr(sides, "_load_least", lambda task, options: (loading.load(task.store, **options)[0], 0))
     for side in (sides.Side("naive"), sides.Side("hybrid", keep=keep), sides.Side("dense")):
         model, _ = sides._load_baseline(side, task, {"context": 64})
         pieces = [(len(layer.mlp.resident), len(layer.mlp.pieces)) for layer in model.layers]
@@ -154,6 +156,7 @@ def command(
     """Runs a command in this process, whose size is made not to matter; returns the last line."""
     monkeypatch.setattr(sides, "run", lambda side, task, group=None: sides._run_here(side, task))
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
 
     def run(name: str, *flags: str) -> dict[str, Any]:
         given = [name, "--model", str(tiny_synthetic), "--output", str(tmp_path / "out"), "--no-cgroup", *flags]
@@ -251,6 +254,22 @@ def test_baselines_are_for_opt_alone(tiny_synthetic: Path, tmp_path: Path) -> No
     subject = compare.Subject(tiny_synthetic, manifest, [], 0, {}, None, None)
     with pytest.raises(UsageError, match="written for OPT"), compare.with_matrices(subject, tmp_path):
         pass
+
+
+def test_a_small_file_is_read_in_sequence_with_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = disk.AlignedPool
+    monkeypatch.setattr(disk, "AlignedPool", lambda size: sizes.append(size) or real(size))
+    paths = [tmp_path / "small", tmp_path / "larger"]
+    for path, size in zip(paths, (10, 9000), strict=True):
+        path.write_bytes(bytes(size))
+    assert disk.sequential_rate(paths)["bytes"] == 9010
+    assert disk.sequential_rate(paths, 4097)["bytes"] == 4107
+    monkeypatch.setattr(disk, "PIECE_BYTES", 4096)
+    assert disk.sequential_rate(paths)["bytes"] == 9010
+    paths[0].write_bytes(b"")
+    assert disk.sequential_rate(paths[:1])["bytes"] == 0
+    assert sizes == [12288, 12288, 8192, 8192, 4096, 4096, 4096, 4096]
 
 
 def test_results_are_not_lost_where_they_cannot_be_written(

@@ -21,7 +21,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash import streaming_needs
 from mlx_flash.bench import __main__ as bench
-from mlx_flash.bench import children, compare, mixture, mixture_memory, mixture_sides, mixture_steps
+from mlx_flash.bench import children, compare, disk, mixture, mixture_memory, mixture_sides, mixture_steps
 from mlx_flash.bench.children import KilledError
 from mlx_flash.bench.synthetic_mixture import REPEATED, SHAPES, popularity, write_mixture
 from mlx_flash.errors import UsageError
@@ -99,15 +99,28 @@ def command(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
     return run
 
 
+@pytest.fixture(scope="module")
+def answers() -> dict[str, str]:
+    """By question: the same one, which two commands ask, is answered once."""
+    return {}
+
+
 @pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
     """The sides run in this process, whose size is made not to matter."""
 
     def ask(part: str, question: Any, name: str, group: Any = None) -> Any:
-        return json.loads(json.dumps(mixture_sides.respond(*question)))
+        kind, first, second = question
+        asked = {key: second[key] for key in ("folder", "ids", "prompt")} if kind == "run" else second
+        key = json.dumps((kind, first, asked))
+        if key not in answers:
+            answers[key] = json.dumps(mixture_sides.respond(*question))
+        return json.loads(answers[key])
 
     monkeypatch.setattr(children, "ask", ask)
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(disk, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
 
 
 def test_naive_vs_flash(command: Command) -> None:

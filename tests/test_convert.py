@@ -399,18 +399,41 @@ def stopped_runs(
 
 
 def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
-    checkpoint: Path, reference: dict[str, bytes], tmp_path: Path, stop_at: Callable[..., None]
+    checkpoint: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for step in stopped_runs(stop_at, lambda step: convert(checkpoint, tmp_path / str(step), QUICK)):
-        output = tmp_path / str(step)
+    """From what is on the disk before each step, which is what a kill leaves: buffers in the process are lost."""
+    (tmp_path / "whole").mkdir()
+    stopped: list[Path] = []
+
+    def kept(name: str) -> Callable[..., Any]:
+        call = getattr(os, name)
+
+        def keep(*arguments: Any, **keywords: Any) -> Any:
+            with monkeypatch.context() as patch:  # copying makes folders
+                for name, function in real.items():
+                    patch.setattr(os, name, function)
+                stopped.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(stopped)))))
+            return None if call is real["fsync"] else call(*arguments, **keywords)  # which takes its time
+
+        return keep
+
+    real = {name: getattr(os, name) for name in STEPS}
+    with monkeypatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(os, name, kept(name))
+        convert(checkpoint, tmp_path / "whole" / "store", QUICK)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    assert len(stopped) > 40
+    for folder in stopped:
+        output = folder / "store"
         if output.exists():  # stopped after the rename: whole already
             assert read_manifest(output)
             with pytest.raises(UsageError, match="already a complete store"):
                 convert(checkpoint, output, QUICK)
         else:
             convert(checkpoint, output, QUICK)
-        assert contents(output) == reference, step
-        shutil.rmtree(output)
+        assert contents(output) == reference, folder.name
+        shutil.rmtree(folder)
 
 
 def test_replacing_stopped_at_every_step_loses_neither_store(
@@ -425,7 +448,8 @@ def test_replacing_stopped_at_every_step_loses_neither_store(
 
     steps = 0
     # Until the new store is whole the steps are those of the test above, and the old one stands beside: a few do.
-    for step in stopped_runs(stop_at, replace, first=40, before=(20, 27, 34)):
+    # Here the process lives on, and whatever it does to the disk after the step raises as well.
+    for step in stopped_runs(stop_at, replace, first=40, before=(6, 13, 20, 27, 34)):
         output = tmp_path / str(step)
         aside = tmp_path / f".{step}.replaced"
         present = contents(output if output.exists() else aside if aside.exists() else tmp_path / "old")

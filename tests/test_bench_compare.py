@@ -25,6 +25,7 @@ from mlx_flash.bench import baselines, cgroup, compare, disk, report, sides, ste
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
+from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader
 
 IDS = [5, 9, 17, 33, 2, 60, 41, 7]
@@ -259,7 +260,12 @@ def test_baselines_are_for_opt_alone(tiny_synthetic: Path, tmp_path: Path) -> No
 def test_a_small_file_is_read_in_sequence_with_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = disk.AlignedPool
-    monkeypatch.setattr(disk, "AlignedPool", lambda size: sizes.append(size) or real(size))
+
+    def pool(size: int) -> AlignedPool:
+        sizes.append(size)
+        return real(size)
+
+    monkeypatch.setattr(disk, "AlignedPool", pool)
     paths = [tmp_path / "small", tmp_path / "larger"]
     for path, size in zip(paths, (10, 9000), strict=True):
         path.write_bytes(bytes(size))

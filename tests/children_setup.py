@@ -46,6 +46,7 @@ def prepare_children() -> None:
     """
     if "MLX_FLASH_TEST_IMPORTS" in os.environ:
         return
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm sets it, when it is imported first
     from transformers.utils import import_utils
 
     models = Path(import_utils.__file__).parents[1] / "models"

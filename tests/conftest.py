@@ -220,8 +220,8 @@ def store(tiny: Tiny) -> Path:
 
 
 @pytest.fixture(scope="session")
-def load_speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Any, Any]]:
-    """Loads a model of the demo's words and context that needs a tenth of its time for a token, with its tokenizer.
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a model of the demo's words and context that needs a tenth of its time for a token.
 
     It says 64 words, none of them surely, and no other tokens, not even the end of a text.
     """
@@ -240,7 +240,13 @@ def load_speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_folder() / name, checkpoint)
     convert(checkpoint, folder / "store", Settings(calibration_tokens=256, predictor_memory=1 << 20))
-    return functools.partial(loading.load, folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def load_speaker(speaker: Path) -> Callable[[], tuple[Any, Any]]:
+    """Loads it, with its tokenizer."""
+    return functools.partial(loading.load, speaker)
 
 
 @pytest.fixture

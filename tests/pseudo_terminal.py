@@ -40,11 +40,26 @@ class PseudoTerminal:
         self.let_draw()
         self.type(key)
 
+    def press_at_prompt(self, key: str) -> None:
+        self.let_wait()
+        self.type(key)
+
     def let_draw(self) -> None:
         """readline misses a signal that comes while it still draws, or while it hands over a line."""
         time.sleep(1)
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def let_wait(self) -> None:
+        """Until the command, which has shown its prompt, does nothing more but wait for a key, at every look."""
+        if not sys.platform.startswith("linux"):  # where a process that waits is said to run
+            self.let_draw()
+            return
+        looks = 0
+        while looks < 10:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            looks = looks + 1 if state == "S" else 0
+            time.sleep(0.01)
+
+    def until(self, text: str, seconds: float = 600) -> str:
         """What is shown up to there, without escape sequences; fails if it does not come, or the command ends."""
         end = time.monotonic() + seconds
         while text not in (shown := ESCAPES.sub("", self._unread)):
@@ -54,7 +69,7 @@ class PseudoTerminal:
         self._unread = shown[at:]
         return shown[:at]
 
-    def ended(self, seconds: float = 30) -> tuple[int, str]:
+    def ended(self, seconds: float = 600) -> tuple[int, str]:
         """(exit code, what was still shown)"""
         end = time.monotonic() + seconds
         while self._read(end - time.monotonic()):
@@ -65,6 +80,10 @@ class PseudoTerminal:
         self.process.kill()
         self.process.wait()
         os.close(self._own)
+
+    def read(self) -> None:
+        """One more piece."""
+        assert self._read(600), "nothing came"
 
     def _read(self, seconds: float) -> bool:
         if seconds <= 0 or not select.select([self._own], [], [], seconds)[0]:

@@ -1,4 +1,4 @@
-"""python -m mlx_flash.chat with the packaged demo model, in a pseudo-terminal and through pipes."""
+"""python -m mlx_flash.chat in a pseudo-terminal and through pipes: with the packaged demo model, and quicker ones."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def demo() -> Path:
 
 
 @pytest.fixture
-def start(demo: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
+def start(speaker: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
     terminals: list[PseudoTerminal] = []
 
-    def start(*arguments: str, model: Path = demo) -> PseudoTerminal:
+    def start(*arguments: str, model: Path = speaker) -> PseudoTerminal:
         terminal = PseudoTerminal(*PYTHON_M, "--model", str(model), *arguments, cache=tmp_path / "cache")
         terminals.append(terminal)
         terminal.until(READY)
@@ -63,9 +63,9 @@ def ask(terminal: PseudoTerminal, line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(demo: Path) -> list[str]:
+def answers(speaker: Path) -> list[str]:
     """To QUESTIONS, one after another, of 24 tokens each."""
-    model, tokenizer = load(demo)
+    model, tokenizer = load(speaker)
     turns, ids, texts = Turns(model), list[int](), []
     for question in QUESTIONS:
         ids += tokenizer.encode(f" {question}", add_special_tokens=False) if ids else encode_prompt(tokenizer, question)
@@ -88,7 +88,7 @@ def answers(demo: Path) -> list[str]:
 def test_answers_stream_and_go_on_from_each_other_until_they_are_forgotten(
     start: Callable[..., PseudoTerminal], answers: list[str]
 ) -> None:
-    terminal = start("--max-tokens", "24")
+    terminal = start("--max-tokens", "24", "--memory", "1GB")
     before = len(terminal.pieces)
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
         note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # said once
@@ -100,18 +100,29 @@ def test_answers_stream_and_go_on_from_each_other_until_they_are_forgotten(
     assert "forgotten" in ask(terminal, "/reset")
     assert "0 turns, 0 of 512 tokens" in ask(terminal, "/memory")
     assert ask(terminal, QUESTIONS[0]).startswith(answers[0])
+
+    # Another budget keeps the conversation.
+    assert re.search(r"total .* of 2\.000 GB", ask(terminal, "/memory 2GB"))
+    now = ask(terminal, "/memory")
+    assert "of 2.000 GB" in now and "1 turn, 0 of 512 tokens" in now
+    refused = ask(terminal, "/memory 1MB")
+    assert "this model needs at least" in refused and "of 2.000 GB" in refused
+    assert "Traceback" not in refused
+    assert len(ask(terminal, QUESTIONS[1])) > 20
+    held = re.search(r"2 turns, (\d+) of 512 tokens", ask(terminal, "/memory"))
+    assert held is not None and int(held[1]) > 48  # the first turn was read again
     terminal.type("/quit\n")
     assert terminal.ended()[0] == 0
 
 
-def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal], tmp_path: Path) -> None:
-    terminal = start("--max-tokens", "5")
+def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal], demo: Path, tmp_path: Path) -> None:
+    terminal = start("--max-tokens", "5", model=demo)
     # Ctrl-C at the prompt leaves neither the program nor a line behind.
-    terminal.press(CTRL_C)
+    terminal.press_at_prompt(CTRL_C)
     assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
     terminal.type("half a line")
     terminal.until("half a line")
-    terminal.press(CTRL_C)
+    terminal.press_at_prompt(CTRL_C)
     shown = terminal.until(READY)
     assert "Traceback" not in shown
     if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
@@ -153,48 +164,19 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     ]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     terminal = start("--max-tokens", "2")
-    terminal.press(UP)
+    terminal.press_at_prompt(UP)
     terminal.until("/help")
-    terminal.press(UP)
+    terminal.press_at_prompt(UP)
     terminal.until("A line to remember")
     terminal.type("\n")
     terminal.until(READY)
     assert "1 turn" in ask(terminal, "/memory")
 
     # SIGTERM ends it at once, and quietly.
-    terminal.let_draw()
+    terminal.let_wait()
     terminal.process.terminate()
     code, shown = terminal.ended()
     assert code == 143 and "Traceback" not in shown
-
-
-def test_another_budget_keeps_the_conversation(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
-    terminal = start("--max-tokens", "24", "--memory", "1GB")
-    ask(terminal, QUESTIONS[0])
-    assert re.search(r"total .* of 2\.000 GB", ask(terminal, "/memory 2GB"))
-    now = ask(terminal, "/memory")
-    assert "of 2.000 GB" in now and "1 turn, 0 of 512 tokens" in now
-    refused = ask(terminal, "/memory 1MB")
-    assert "this model needs at least" in refused and "of 2.000 GB" in refused
-    assert "Traceback" not in refused
-    assert len(ask(terminal, QUESTIONS[1])) > 20
-    held = re.search(r"2 turns, (\d+) of 512 tokens", ask(terminal, "/memory"))
-    assert held is not None and int(held[1]) > 48  # the first turn was read again
-    terminal.type("/quit\n")
-    assert terminal.ended()[0] == 0
-
-
-def test_ctrl_c_stops_an_answer(start: Callable[..., PseudoTerminal], answers: list[str]) -> None:
-    terminal = start("--max-tokens", "400")
-    terminal.type(f"{QUESTIONS[0]}\n")
-    terminal.until(f"{QUESTIONS[0]}\n")
-    terminal.until(answers[0][:8])
-    terminal.type(CTRL_C)
-    assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
-    statistics = ask(terminal, "/stats")
-    made = re.search(r"last answer: (\d+) tokens", statistics)
-    assert made is not None and int(made[1]) < 400 and "1 turn" in statistics  # what was said of it is kept
-    assert "forgotten" in ask(terminal, "/reset")
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +188,8 @@ def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
-def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_store: Path, tmp_path: Path) -> None:
-    terminal = start("--context", "8192", "--max-tokens", "4", model=long_store)
+def test_ctrl_c_stops_a_long_prompt_and_a_long_answer(start: Callable[..., PseudoTerminal], long_store: Path) -> None:
+    terminal = start("--context", "8192", "--max-tokens", "8000", model=long_store)
     question = "All work and no play. " * 350
     terminal.type(f"{question}\n")
     terminal.until("\n")
@@ -217,8 +199,19 @@ def test_ctrl_c_stops_a_long_prompt(start: Callable[..., PseudoTerminal], long_s
     assert "0 turns" in now
     read = re.search(r"(\d+) of 8192 tokens", now)
     assert read is not None and int(read[1]) < len(question)
-    ask(terminal, "Once")
+
+    terminal.type("Once\n")
+    terminal.until("Once\n")
+    pieces = len(terminal.pieces)
+    while len(terminal.pieces) == pieces:
+        terminal.read()
+    terminal.type(CTRL_C)
+    assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
+    statistics = ask(terminal, "/stats")
+    made = re.search(r"last answer: (\d+) tokens", statistics)
+    assert made is not None and int(made[1]) < 8000 and "1 turn" in statistics  # what was said of it is kept
     assert "1 turn," in ask(terminal, "/memory")
+    assert "forgotten" in ask(terminal, "/reset")
 
 
 def test_the_third_ctrl_c_insists(capfd: pytest.CaptureFixture[str]) -> None:
@@ -258,27 +251,27 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
 # -- through pipes -------------------------------------------------------------------------------------------
 
 
-def piped(demo: Path, text: bytes, *arguments: str, redirect: str = "") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, *PYTHON_M, "--model", str(demo), "--max-tokens", "24", *arguments]
+def piped(model: Path, text: bytes, *arguments: str, redirect: str = "") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, *PYTHON_M, "--model", str(model), "--max-tokens", "24", *arguments]
     shell = ["bash", "-c", f'"$@" {redirect}', "bash", *command] if redirect else command
     return subprocess.run(shell, input=text, capture_output=True, timeout=600)
 
 
-def test_lines_from_a_pipe(demo: Path, answers: list[str]) -> None:
-    done = piped(demo, "\n\n".join(QUESTIONS).encode())
+def test_lines_from_a_pipe(speaker: Path, answers: list[str]) -> None:
+    done = piped(speaker, "\n\n".join(QUESTIONS).encode())
     assert done.returncode == 0 and done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
     assert b"memory plan" in done.stderr and b"one text that goes on" in done.stderr
 
 
 @pytest.fixture
 def run(
-    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    speaker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: (exit code, standard output, standard error)."""
 
     def run(text: bytes, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
-        monkeypatch.setattr(sys, "argv", ["chat", "--model", str(demo), "--max-tokens", "24", *arguments])
+        monkeypatch.setattr(sys, "argv", ["chat", "--model", str(speaker), "--max-tokens", "24", *arguments])
         with pytest.raises(SystemExit) as caught:
             run_command(chat.make_parser(), chat.main)
         assert isinstance(caught.value.code, int)
@@ -295,8 +288,8 @@ def test_what_cannot_be_used_in_a_pipe_is_told_by_the_exit_code(run: Callable[..
 
 
 @pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("<&-", 0), ("| head -c 1; exit ${PIPESTATUS[0]}", 1)])
-def test_closed_ends(demo: Path, redirect: str, code: int) -> None:
-    done = piped(demo, QUESTIONS[0].encode(), redirect=redirect)
+def test_closed_ends(speaker: Path, redirect: str, code: int) -> None:
+    done = piped(speaker, QUESTIONS[0].encode(), redirect=redirect)
     assert done.returncode == code, done.stderr
     assert len(done.stdout) <= 1 and b"Traceback" not in done.stderr
 

@@ -24,7 +24,7 @@ from mlx_flash.apps.menubar import budgets, wording
 from mlx_flash.apps.menubar import controller as controllers
 from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budgets
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
-from mlx_flash.apps.menubar.engine import server_command, why_it_ended
+from mlx_flash.apps.menubar.engine import Engine, server_command, why_it_ended
 from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
 from mlx_flash.errors import BudgetError
 
@@ -39,8 +39,17 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def ask_the_plan(no_plan: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controllers, "planned_budgets", planned_budgets)
+def ask_the_plan(no_plan: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The plan is asked for once this is set."""
+    asked = threading.Event()
+
+    def planned(model: str | None) -> Any:
+        asked.wait()
+        return planned_budgets(model)
+
+    monkeypatch.setattr(controllers, "planned_budgets", planned)
+    yield asked
+    asked.set()
 
 
 @pytest.fixture
@@ -78,9 +87,9 @@ def running(controller: Controller) -> State:
     return state
 
 
-def engine_of(pid: int) -> psutil.Process:
+def engine_of(pid: int, program: str) -> psutil.Process:
     """The server among the processes that `pid` has started."""
-    (found,) = [child for child in psutil.Process(pid).children() if runs(child, "mlx_flash.server")]
+    (found,) = [child for child in psutil.Process(pid).children() if runs(child, program)]
     return found
 
 
@@ -95,10 +104,10 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_starts_asks_and_stops(
-    make: Callable[..., Controller], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops(
+    make: Callable[..., Controller], ask_the_plan: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One engine: it answers; it speaks until it is told to stop; it is stopped."""
+    """It answers; it speaks until it is told to stop; it is killed; it has other budgets; it is stopped."""
     held = tmp_path / "held"
     monkeypatch.setenv(gated_server.VARIABLE, str(held))
     monkeypatch.setattr(controllers, "MAX_TOKENS", 40)
@@ -115,7 +124,7 @@ def test_starts_asks_and_stops(
     made.append(controller := make(on_change=note, command=command))
     assert controller.state.phase == STOPPED and controller.state.budgets == fixed_budgets()
     controller.start()
-    state = running(controller)
+    state = first = running(controller)
     assert state.endpoint == f"{state.address}/v1" and state.address.startswith("http://127.0.0.1:")
     state = wait_for(controller, lambda state: state.stats is not None)
     assert state.stats is not None and state.stats["totals"]["requests"] == 0
@@ -141,21 +150,7 @@ def test_starts_asks_and_stops(
     wait_for(controller, lambda state: state.stats is not None and state.stats["now"] is None)  # the engine, too
     assert controller.state.answer == state.answer and not controller.state.answer_trouble
 
-    (engine,) = (child for child in psutil.Process().children() if runs(child, gated_server.__file__))
-    controller.stop()
-    state = wait_for(controller, lambda state: state.phase == STOPPED)
-    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
-    assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
-
-
-@pytest.mark.usefixtures("ask_the_plan")
-def test_starts_again_after_it_was_killed_and_with_another_budget(
-    make: Callable[..., Controller], tmp_path: Path
-) -> None:
-    controller = make()
-    controller.start()
-    first = running(controller)
-    engine_of(os.getpid()).kill()
+    engine_of(os.getpid(), gated_server.__file__).kill()
     state = wait_for(controller, lambda state: state.phase == FAILED)
     assert "SIGKILL" in state.trouble and "Out of memory?" in state.trouble and not state.endpoint
     assert wording.start_or_stop(state) == "Start the engine again" and wording.icon_text(state) == "!"
@@ -165,6 +160,7 @@ def test_starts_again_after_it_was_killed_and_with_another_budget(
     again = running(controller)
     assert again.address != first.address and not again.trouble
 
+    ask_the_plan.set()
     points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
     assert points[-1].note == "all neurons in memory"  # the demo is small: that may be the smallest, too
     assert [point.size for point in points] == sorted({point.size for point in points})
@@ -173,6 +169,12 @@ def test_starts_again_after_it_was_killed_and_with_another_budget(
         wait_for(controller, lambda state, point=point: budget_of(state) == point.size)  # type: ignore[misc]
     assert again.settings.budget is None
     assert read_settings(tmp_path / "menubar.json").budget == points[-1].size
+
+    engine = engine_of(os.getpid(), gated_server.__file__)
+    controller.stop()
+    state = wait_for(controller, lambda state: state.phase == STOPPED)
+    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
+    assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
 
 
 def test_a_folder_that_is_missing_or_holds_no_model(make: Callable[..., Controller], tmp_path: Path) -> None:
@@ -299,8 +301,9 @@ def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pyt
     until(lambda: all(is_gone(process) for process in family), lambda: family)
 
 
-def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path) -> None:
+def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that does not listen to SIGTERM, and its child."""
+    monkeypatch.setattr(Engine.stop, "__defaults__", (0.3,))  # less patience than it has for people
     program = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

@@ -9,7 +9,7 @@ import re
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
@@ -17,7 +17,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from page_browser import CHROMIUM, Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page, Request, Route
+    from playwright.sync_api import Browser, Page, Request, Route
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
@@ -25,7 +25,6 @@ pytestmark = [
 ]
 
 WAIT_MS = 600_000  # that no wait exceeds; none needs it
-POLL_MS = 50  # Playwright would look with each frame, and so keep Chromium drawing
 BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
 ANSWER = "#log article.assistant:last-child"
@@ -62,7 +61,7 @@ class Tab:
     def open(self) -> Page:
         self.page.goto(self.server.url)
         self.page.wait_for_selector(READY)
-        self.shows("() => document.getElementById('model').textContent !== '–'")
+        self.page.wait_for_function("() => document.getElementById('model').textContent !== '–'")
         return self.page
 
     def set(self, **fields: str) -> None:
@@ -93,7 +92,7 @@ class Tab:
 
     def shows(self, condition: str, argument: Any = None) -> None:
         """Waits for what will come and stay."""
-        self.page.wait_for_function(condition, arg=argument, polling=POLL_MS)
+        self.page.wait_for_function(condition, arg=argument)
 
     def reads(self, selector: str, pattern: str) -> None:
         """Waits until the text of an element matches, which it does from then on."""
@@ -107,25 +106,18 @@ class Tab:
         return [request.post_data_json for request in self.requests if request.method == "POST"]
 
 
-@pytest.fixture(scope="module")
-def profile(browser: Browser) -> Iterator[BrowserContext]:
-    """A window costs Chromium a second of a processor, so most tests are one after another a tab of this one."""
-    context = browser.new_context()
-    context.new_page()  # so that the window stays
-    yield context
-    context.close()
-
-
 @pytest.fixture
-def open_page(server: Server) -> Iterator[Callable[..., Tab]]:
+def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
     """Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything."""
     tabs: list[Tab] = []
 
-    def open_page(context: BrowserContext, server: Server = server) -> Tab:
-        tabs.append(Tab(context.new_page(), server))
+    def open_tab(server: Server = server, **options: Any) -> Tab:
+        tabs.append(Tab(browser.new_context(**options).new_page(), server))
         return tabs[-1]
 
-    yield open_page
+    yield open_tab
+    for tab in tabs:
+        tab.page.context.close()
     server.hold(None)
     for tab in tabs:
         assert tab.complaints == []
@@ -134,32 +126,10 @@ def open_page(server: Server) -> Iterator[Callable[..., Tab]]:
 
 
 @pytest.fixture
-def open_tab(browser: Browser, open_page: Callable[..., Tab]) -> Iterator[Callable[..., Tab]]:
-    """Each in a window and a profile of its own."""
-    contexts: list[BrowserContext] = []
-
-    def open_tab(*server: Server, **options: Any) -> Tab:
-        contexts.append(browser.new_context(**options))
-        return open_page(contexts[-1], *server)
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture
-def empty_tab(profile: BrowserContext, open_page: Callable[..., Tab]) -> Iterator[Tab]:
-    """In the common window, with nothing kept of what was there before. Not opened yet."""
-    tab = open_page(profile)
-    yield tab
-    tab.page.evaluate("localStorage.clear(); Storage.prototype.setItem = () => {}")  # as it closes the page keeps more
-    tab.page.close()
-
-
-@pytest.fixture
-def tab(empty_tab: Tab) -> Tab:
-    empty_tab.open()
-    return empty_tab
+def tab(open_tab: Callable[..., Tab]) -> Tab:
+    tab = open_tab()
+    tab.open()
+    return tab
 
 
 def expect_failed_loads(tab: Tab, least: int = 1) -> None:
@@ -192,7 +162,6 @@ def wait_for_colours(page: Page, canvas: str, *colours: str) -> None:
                 if (data[i + 3] === 255) found.add([data[i], data[i + 1], data[i + 2]].join());
             return wanted.every(colour => found.has(colour)); }""",
         arg=[canvas, colours],
-        polling=POLL_MS,
     )
 
 
@@ -246,37 +215,22 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
     wait_for_colours(page, "reads", READING, GOOD)
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of_their_own(
-    open_tab: Callable[..., Tab], tmp_path: Path
-) -> None:
-    """Of one server: a mixture of experts behind a key."""
+def test_experts_have_cells_of_their_own(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
     size = {"num_hidden_layers": 8, "num_experts": 64, "moe_intermediate_size": 128}  # 50 MB of experts
     checkpoint = make_mixture(tmp_path / "a-mixture", "qwen3_moe", **size)
     write_tokenizer(checkpoint)
     options = ("--model", str(checkpoint))
-    memory = f"{smallest_budget(*options) + 20}MB"
-    with running(tmp_path / "log", *options, "--api-key", KEY, memory=memory) as locked:
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            locked.get("/stats")
-        tab = open_tab(locked)
-        page = tab.page
-        page.goto(locked.url)
-        for key in ("wrong", KEY):
-            page.wait_for_selector("#key-dialog[open]")
-            page.fill("#key", key)
-            page.press("#key", "Enter")
-        page.wait_for_selector(READY)
-        tab.open()  # the key is kept for the tab
+    with running(tmp_path / "log", *options, memory=f"{smallest_budget(*options) + 20}MB") as mixture:
+        tab = open_tab(mixture)
+        page = tab.open()
         assert page.text_content("#model") == "a-mixture"
         assert page.is_hidden("#demo-note")
         assert page.text_content("#layers-note") == "8 × 64 experts, 0 % resident"
-        tab.set(max_tokens="100", temperature="2")
+        tab.set(max_tokens="200", temperature="2")
         tab.say("hello")
         tab.answered()
         tab.reads("#layers-note", r"^8 × 64 experts, [1-9][\d.]* % resident")
         wait_for_colours(page, "layers", GOOD, RESIDENT)  # of one expert each: it is there, and hit, or it is not
-        assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
-        expect_failed_loads(tab, 2)
         page.close()
 
 
@@ -292,7 +246,7 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     tab.page.click("#stop")
     text = tab.answered("stopped")
     assert text and tab.page.text_content(f"{ANSWER} .note") == "Stopped."
-    tab.shows("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
+    tab.page.wait_for_function("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
     last = tab.server.get("/stats")["last"]
     assert last["generated_tokens"] < 480
     assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after
@@ -302,24 +256,23 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     assert [message["role"] for message in tab.asked()[1]["messages"]] == ["user", "assistant", "user"]
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_end_stays_in_sight_unless_one_reads_above(empty_tab: Tab, width: int) -> None:
-    tab, page = empty_tab, empty_tab.page
-    page.set_viewport_size({"width": width, "height": 500})
-    tab.open()
-    # Pixels between the end of the last answer and the composer above which it is to be seen.
-    room = """() => document.getElementById('composer').getBoundingClientRect().top
-        - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
-    show_answer(tab, "line\n" * 60)
-    tab.say(BEGINNING)
-    tab.answered()
-    tab.shows(f"() => ({room})() >= 0")
-    page.click("#settings summary")
-    tab.shows(f"() => ({room})() >= 0")
-    page.evaluate("document.querySelector('#log article').scrollIntoView()")
-    tab.shows(f"() => ({room})() < -500")
-    page.click("#settings summary")
-    assert page.evaluate(room) < -500
+def test_the_end_stays_in_sight_unless_one_reads_above(open_tab: Callable[..., Tab]) -> None:
+    for viewport in ({"width": 1280, "height": 500}, {"width": 400, "height": 500}):
+        tab = open_tab(viewport=viewport)
+        page = tab.open()
+        # Pixels between the end of the last answer and the composer above which it is to be seen.
+        room = """() => document.getElementById('composer').getBoundingClientRect().top
+            - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
+        show_answer(tab, "line\n" * 60)
+        tab.say(BEGINNING)
+        tab.answered()
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.click("#settings summary")
+        page.wait_for_function(f"() => ({room})() >= 0")
+        page.evaluate("document.querySelector('#log article').scrollIntoView()")
+        page.wait_for_function(f"() => ({room})() < -500")
+        page.click("#settings summary")
+        assert page.evaluate(room) < -500
 
 
 def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
@@ -327,7 +280,7 @@ def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
     tab.say(BEGINNING)
     tab.answered()
     tab.page.click(".retry")
-    tab.shows("() => document.querySelectorAll('#log article').length === 2")
+    tab.page.wait_for_function("() => document.querySelectorAll('#log article').length === 2")
     tab.answered()
     first, second = tab.asked()
     assert first["messages"] == second["messages"] == [{"role": "user", "content": BEGINNING}]
@@ -359,12 +312,11 @@ def test_a_reload_while_it_speaks_keeps_what_there_was(tab: Tab) -> None:
     assert tab.page.text_content(f"{ANSWER} .note") == "Interrupted: the page was reloaded."
 
 
-def test_what_is_kept_is_bounded(empty_tab: Tab) -> None:
+def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
     turns = [
-        {"role": role, "content": f"{i} " * 1000, "state": "done"} for i in range(120) for role in ("user", "assistant")
+        {"role": role, "content": f"{i} " * 2000, "state": "done"} for i in range(120) for role in ("user", "assistant")
     ]
-    assert sum(len(message["content"]) for message in turns) > 500_000 and len(turns) > 200
-    tab = empty_tab
+    tab = open_tab()
     tab.page.add_init_script(f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(turns))})")
     tab.open()
     assert tab.page.locator("#log article").count() == len(turns)
@@ -382,7 +334,7 @@ def test_two_pages_take_turns(open_tab: Callable[..., Tab]) -> None:
         tab.open()
     first.speak()
     doing = "() => document.getElementById('doing').textContent"
-    second.shows(f"() => ({doing})() === 'Speaking, for another client'")
+    second.page.wait_for_function(f"() => ({doing})() === 'Speaking, for another client'")
     assert first.page.evaluate(doing) == "Speaking"
     second.set(max_tokens="4")
     second.say(BEGINNING)
@@ -421,8 +373,8 @@ def test_the_server_goes_away_and_comes_back(tab: Tab, server: Server) -> None:
     expect_failed_loads(tab)
 
 
-def test_a_model_that_loads_is_waited_for(empty_tab: Tab, server: Server) -> None:
-    tab = empty_tab
+def test_a_model_that_loads_is_waited_for(open_tab: Callable[..., Tab], server: Server) -> None:
+    tab = open_tab()
     tab.page.route("**/health", lambda route: route.fulfill(status=503, json={"status": "loading"}))
     tab.page.goto(server.url)
     tab.page.wait_for_selector('#banner[data-state="loading"]')
@@ -435,8 +387,8 @@ def test_a_model_that_loads_is_waited_for(empty_tab: Tab, server: Server) -> Non
     expect_failed_loads(tab)
 
 
-def test_a_model_that_could_not_be_loaded_says_why(empty_tab: Tab, server: Server) -> None:
-    tab = empty_tab
+def test_a_model_that_could_not_be_loaded_says_why(open_tab: Callable[..., Tab], server: Server) -> None:
+    tab = open_tab()
     why = "this model needs at least 267MB; the memory budget is 0.100 GB."
     tab.page.route("**/health", lambda route: route.fulfill(status=500, json={"status": "failed", "error": why}))
     tab.page.goto(server.url)
@@ -480,6 +432,28 @@ def test_a_setting_out_of_its_range_is_not_sent(tab: Tab) -> None:
     assert tab.asked() == [] and tab.page.input_value("#prompt") == BEGINNING
     tab.page.click("#settings-reset")
     assert tab.page.input_value("input[name=temperature]") == "0.7"
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    with running(tmp_path / "log", "--api-key", KEY) as locked:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            locked.get("/stats")
+        tab = open_tab(locked)
+        page = tab.page
+        page.goto(locked.url)
+        for key in ("wrong", KEY):
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector(READY)
+        page.reload()
+        page.wait_for_selector(READY)  # kept for the tab
+        tab.set(max_tokens="4")
+        tab.say(BEGINNING)
+        tab.answered()
+        assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
+        expect_failed_loads(tab, 2)
+        page.close()
 
 
 # Who it is for.
@@ -560,9 +534,8 @@ def test_it_says_itself_to_those_who_listen(tab: Tab) -> None:
     assert names == []
 
 
-def test_it_fits_400_pixels(empty_tab: Tab) -> None:
-    tab = empty_tab
-    tab.page.set_viewport_size({"width": 400, "height": 800})
+def test_it_fits_400_pixels(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(viewport={"width": 400, "height": 800})
     page = tab.open()
     tab.set(max_tokens="30")
     tab.say(BEGINNING + " " + "x" * 300)
@@ -593,9 +566,9 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(("scheme", "toggled"), [("light", "dark"), ("dark", "light")])
-def test_dark_and_light_can_be_read(empty_tab: Tab, scheme: Literal["dark", "light"], toggled: str) -> None:
-    empty_tab.page.emulate_media(color_scheme=scheme)
-    page = empty_tab.open()
+def test_dark_and_light_can_be_read(open_tab: Callable[..., Tab], scheme: str, toggled: str) -> None:
+    tab = open_tab(color_scheme=scheme)
+    page = tab.open()
 
     def colour(name: str) -> str:
         return str(page.evaluate("name => getComputedStyle(document.documentElement).getPropertyValue(name)", name))

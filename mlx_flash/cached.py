@@ -106,10 +106,11 @@ def remove(entry: Entry) -> bool:
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Until the end, `remove` leaves a benchmark's folder alone."""
+    from .flash.system import mark_in_use
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        mark_in_use(descriptor)
         yield
     finally:
         os.close(descriptor)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import string
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +28,9 @@ from hypothesis import settings
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+import mlx_flash
 from mlx_flash import loading
+from mlx_flash.commands import run_command
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
 from mlx_flash.finding import demo_folder
@@ -309,3 +314,30 @@ def model(variant: str) -> Any:
 def golden(variant: str) -> dict[str, mx.array]:
     with np.load(GOLDEN / variant / "golden.npz") as arrays:
         return {name: mx.array(arrays[name]) for name in arrays.files}
+
+
+@pytest.fixture(scope="session")
+def generate_command() -> ModuleType:
+    """`generate`'s file as a module of another name: imported as mlx_flash.generate it would hide the function."""
+    path = Path(mlx_flash.__file__).parent / "generate.py"
+    spec = importlib.util.spec_from_file_location("mlx_flash.generate_command", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_generate(
+    generate_command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_command(generate_command.make_parser(), generate_command.main)
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import os
@@ -35,30 +34,12 @@ PLAN_KEYS = {"budget", "total", "process", "resident_weights", "predictors", "sl
 HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch")
 
 
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    """The file as a module of another name: imported as mlx_flash.generate it would hide the function."""
-    path = Path(mlx_flash.__file__).parent / "generate.py"
-    spec = importlib.util.spec_from_file_location("mlx_flash.generate_command", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(
-    command: ModuleType, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs with the tiny store unless --model is given: (exit code, standard output, standard error)."""
+def run(run_generate: Callable[..., tuple[int, str, str]], store: Path) -> Callable[..., tuple[int, str, str]]:
+    """`run_generate` with the tiny store unless --model is given."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        given = arguments if "--model" in arguments else ("--model", str(store), *arguments)
-        monkeypatch.setattr(sys, "argv", ["generate", *given])
-        with pytest.raises(SystemExit) as caught:
-            run_command(command.make_parser(), command.main)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
+        return run_generate(*(arguments if "--model" in arguments else ("--model", str(store), *arguments)))
 
     return run
 
@@ -205,7 +186,7 @@ def test_options_change_the_text_or_leave_it(run: Callable[..., Any]) -> None:
 
 
 def test_a_chat_template_is_applied(
-    command: ModuleType, run: Callable[..., Any], own_store: Path, monkeypatch: pytest.MonkeyPatch
+    generate_command: ModuleType, run: Callable[..., Any], own_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from conftest import change_manifest
 
@@ -215,10 +196,10 @@ def test_a_chat_template_is_applied(
     change_manifest(own_store)
     model, tokenizer = load(own_store)
     model.flash.close()
-    arguments = command.make_parser().parse_args(["--system-prompt", "Be"])
-    assert tokenizer.decode(command.apply_template(tokenizer, "Hi", arguments)) == "[system:Be][user:Hi]"
-    arguments = command.make_parser().parse_args(["--ignore-chat-template"])
-    assert command.apply_template(tokenizer, "Hi", arguments) == "Hi"
+    arguments = generate_command.make_parser().parse_args(["--system-prompt", "Be"])
+    assert tokenizer.decode(generate_command.apply_template(tokenizer, "Hi", arguments)) == "[system:Be][user:Hi]"
+    arguments = generate_command.make_parser().parse_args(["--ignore-chat-template"])
+    assert generate_command.apply_template(tokenizer, "Hi", arguments) == "Hi"
     code, output, _ = run("--model", str(own_store), "--prompt", "Hi", "--max-tokens", "3", "--json")
     assert code == 0 and json.loads(output.splitlines()[-1])["prompt_tokens"] == len("[user:Hi]")
 
@@ -279,10 +260,10 @@ def default_ctrl_c() -> Iterator[None]:
     [(1, "interrupted while the prompt was read: no token was made"), (2, "python -m mlx_flash.generate: interrupted")],
 )
 def test_ctrl_c_while_the_prompt_is_read(
-    command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int, message: str
+    generate_command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int, message: str
 ) -> None:
     """Once: a clean end, with nothing to report. Twice: at once."""
-    enter = command.Interrupts.__enter__
+    enter = generate_command.Interrupts.__enter__
 
     def interrupted(self: Any) -> Any:
         enter(self)
@@ -290,7 +271,7 @@ def test_ctrl_c_while_the_prompt_is_read(
             signal.raise_signal(signal.SIGINT)
         return self
 
-    monkeypatch.setattr(command.Interrupts, "__enter__", interrupted)
+    monkeypatch.setattr(generate_command.Interrupts, "__enter__", interrupted)
     code, output, error = run("--json")
     assert code == 130
     if times == 1:
@@ -302,8 +283,10 @@ def test_ctrl_c_while_the_prompt_is_read(
 
 
 @pytest.mark.usefixtures("default_ctrl_c")
-def test_ctrl_c_while_loading(command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "apply_template", lambda *_: signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_while_loading(
+    generate_command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_command, "apply_template", lambda *_: signal.raise_signal(signal.SIGINT))
     code, _, error = run()
     assert code == 130 and error.splitlines()[-1] == "python -m mlx_flash.generate: interrupted"
 

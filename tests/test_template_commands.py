@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +15,7 @@ from conftest import change_manifest  # type: ignore[import-not-found]
 from serving import PATIENCE_S, serving  # type: ignore[import-not-found]  # found beside this file
 from templates import write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
-import mlx_flash
 from mlx_flash import template_process
-from mlx_flash.commands import run_command
 from mlx_flash.conversation import Conversation
 from mlx_flash.errors import ChatTemplateError
 from mlx_flash.loading import load, load_tokenizer
@@ -34,20 +30,9 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 FOREVER = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    """`generate` as a module of another name: imported as mlx_flash.generate it would hide the function."""
-    path = Path(mlx_flash.__file__).parent / "generate.py"
-    spec = importlib.util.spec_from_file_location("mlx_flash.generate_with_template", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def generate(
-    command: ModuleType, own_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_generate: Callable[..., tuple[int, str, str]], own_store: Path
 ) -> Callable[[Any], tuple[int, str, str]]:
     """(exit code, standard output, standard error) of the command with a system prompt, for a model's template."""
 
@@ -55,12 +40,7 @@ def generate(
         path = own_store / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
         change_manifest(own_store)
-        arguments = ["--model", str(own_store), "--prompt", "hi", "--system-prompt", "Be", "--max-tokens", "1"]
-        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            run_command(command.make_parser(), command.main)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
+        return run_generate("--model", str(own_store), "--prompt", "hi", "--system-prompt", "Be", "--max-tokens", "1")
 
     return run
 
@@ -110,9 +90,9 @@ def ids_of(tokenizer: Any, *messages: dict[str, str]) -> list[int]:
     return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
 
 
-def test_generate_applies_a_template_in_code(command: ModuleType, in_code: Any) -> None:
-    arguments = command.make_parser().parse_args(["--system-prompt", "Be"])
-    assert command.apply_template(in_code, "hi", arguments) == ids_of(in_code, SYSTEM, HI)
+def test_generate_applies_a_template_in_code(generate_command: ModuleType, in_code: Any) -> None:
+    arguments = generate_command.make_parser().parse_args(["--system-prompt", "Be"])
+    assert generate_command.apply_template(in_code, "hi", arguments) == ids_of(in_code, SYSTEM, HI)
 
 
 def test_a_conversation_applies_a_template_in_code(in_code: Any) -> None:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import stopping
-from ..beginning import Interrupted
+from ..beginning import TERMINATED, Interrupted
 from ..commands import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..errors import UsageError
 from ..model_arguments import add_model_arguments, load_model
@@ -60,7 +60,7 @@ class Signals:
     `code` is the exit code then: that of a server that was told to end is 0.
     """
 
-    CODES: ClassVar = {signal.SIGINT: 130, signal.SIGTERM: 0}
+    CODES: ClassVar = {signal.SIGINT: 130, signal.SIGTERM: TERMINATED["server"]}
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

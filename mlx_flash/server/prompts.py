@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from ..encoding import TooManyTokens, too_long
 from ..errors import ChatTemplateError, FlashError
 from .engine import Engine
 from .errors import ApiError
@@ -64,7 +65,6 @@ def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
 @contextlib.contextmanager
 def _refusals(engine: Engine, param: str) -> Iterator[None]:
     """What is wrong with a prompt, or with the model's files that make it, as ApiError."""
-    from ..encoding import TooManyTokens
 
     try:
         yield
@@ -98,7 +98,5 @@ def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> i
 
 
 def _too_long(engine: Engine, found: str, param: str) -> ApiError:
-    from ..encoding import too_long
-
     message = too_long(engine.model.flash, found, "start the server with a larger --context")
     return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -3,8 +3,8 @@
     python tests/fuzz/run.py header -runs=10000000
     python tests/fuzz/run.py tokenizer -max_total_time=7200 -rss_limit_mb=6000
 
-The first word is a target of targets.py; the rest goes to libFuzzer. A `-max_len` that is shorter than the seeds (the
-whole one of `manifest` has 7,000 bytes, its short one 2,000) cuts them into what no parser gets into. Inputs that reach
+The first word is a target of targets.py; the rest goes to libFuzzer. A `-max_len` that is shorter than a seed (of
+`manifest` and `header` the second has less than 2,000 bytes) cuts it into what no parser gets into. Inputs that reach
 new code are kept in tests/fuzz/found/TARGET (not committed); an input that fails is written to the current folder as
 crash-*: once the defect is mended, it belongs into tests/fuzz/corpus/TARGET, which the suite runs.
 """

@@ -216,6 +216,17 @@ def store(data: bytes) -> None:
             model.flash.close()
 
 
+def _headers() -> list[bytes]:
+    """Of a checkpoint, and a file of two tensors."""
+    entries = {
+        "__metadata__": {"format": "mlx"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b.weight": {"dtype": "BF16", "shape": [], "data_offsets": [24, 26]},
+    }
+    text = json.dumps(entries).encode()
+    return [_goldens("model.safetensors")[0], len(text).to_bytes(8, "little") + text + bytes(26)]
+
+
 def _manifests() -> list[bytes]:
     """A store's whole one, and a short one of it, which a fuzzer gets through three times as fast."""
     whole = (_store() / files.MANIFEST).read_bytes()
@@ -249,12 +260,12 @@ REQUESTS = (
 INDEX = b'{"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
 
 TARGETS: dict[str, Target] = {
-    "header": Target(header, safetensors, lambda: _goldens("model.safetensors")[:2]),
+    "header": Target(header, safetensors, _headers),
     "manifest": Target(manifest, json_text, _manifests),
     "index": Target(index, json_text, lambda: [INDEX]),
     "request": Target(request, json_text, lambda: list(REQUESTS)),
     "memory": Target(memory, flipped, lambda: [b"6GB", b"500 MiB", b"1.5g"]),
-    "tensors": Target(tensors, safetensors, lambda: _goldens("model.safetensors")[:2], through_mlx=True),
+    "tensors": Target(tensors, safetensors, _headers, through_mlx=True),
     "config": Target(config, json_text, lambda: _goldens("config.json"), through_mlx=True),
     "mixture-config": Target(
         mixture_config, json_text, lambda: _bytes_of(_mixture() / "config.json"), through_mlx=True

@@ -128,7 +128,7 @@ def family_of(config: dict[str, Any], where: object) -> Family:
     if (family := FAMILIES.get(str(model_type))) is not None:
         return family
     families = f"ReLU models ({', '.join(FAMILIES)})"
-    if is_mixture(config):
+    if is_mixture(config, where):
         raise UnsupportedModelError(
             f"{where} is a mixture of experts ({model_type}), which needs no conversion: it is run as it is."
         )

@@ -61,6 +61,18 @@ def small_files(names: Collection[str]) -> list[str]:
     return [name for name in matching(names, SMALL_FILES) if not name.endswith(".index.json")]
 
 
+def small_files_in(folder: Path) -> list[str]:
+    """Every file of a local checkpoint or store that is not weights, an index included, below its folder.
+
+    Raises ReadError. What the files are is not looked at: see `files_in`.
+    """
+    templates = folder / TEMPLATES_FOLDER
+    with reading(folder, "the list of its files"):
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        further = sorted(path.name for path in templates.iterdir() if path.is_file()) if templates.is_dir() else []
+    return matching(names, SMALL_FILES) + [f"{TEMPLATES_FOLDER}/{name}" for name in further]
+
+
 def weight_files(names: Collection[str], read: Callable[[str], str], where: object) -> WeightFiles:
     """Which of the named files hold the weights. read(name) gives the text of an index.
 
@@ -125,12 +137,16 @@ def _check_link(path: Path, home: Path) -> None:
         )
 
 
-def weights_in(folder: Path) -> WeightFiles:
-    """The files of a local folder that hold the weights. Raises CheckpointError, as `files_in` does, or ReadError."""
+def weights_in(folder: Path, small: Path | None = None) -> WeightFiles:
+    """The files of a local folder that hold the weights. small: where its index is read; None: in the folder.
+
+    Raises CheckpointError, as `files_in` does, or ReadError.
+    """
 
     def read(name: str) -> str:
-        with reading(folder / name):
-            return (folder / name).read_text(encoding="utf-8", errors="replace")
+        path = (small or folder) / name
+        with reading(path):
+            return path.read_text(encoding="utf-8", errors="replace")
 
     return weight_files(files_in(folder), read, folder)
 

@@ -45,13 +45,13 @@ def choose(held: Mapping[str, Collection[str]], index_map: Mapping[str, str]) ->
     return Choice(chosen, doubles)
 
 
-def tensors_in(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+def tensors_in(folder: Path, small: Path | None = None) -> dict[str, tuple[Path, TensorEntry]]:
     """Name -> (file, entry) of every tensor that counts of a checkpoint in safetensors files; headers are read, and
-    of tensors that stand in several files the bytes.
+    of tensors that stand in several files the bytes. small: where the index is read; None: in the folder.
 
     Raises CheckpointError for what cannot be read, and for two tensors of one name between which nothing decides.
     """
-    weights = weights_in(folder)
+    weights = weights_in(folder, small)
     if weights.names[0].endswith(".bin"):
         raise CheckpointError(
             f"{folder} has PyTorch files only ({weights.names[0]}), and its tensors are read where they lie, in "
@@ -110,10 +110,13 @@ class Extent:
     longest: int  # dimension of any of them
 
 
-def extent_of(folder: Path) -> Extent:
-    """From headers alone; of PyTorch files, whose shapes only torch knows, from their lists of contents and sizes."""
+def extent_of(folder: Path, small: Path | None = None) -> Extent:
+    """From headers alone; of PyTorch files, whose shapes only torch knows, from their lists of contents and sizes.
+
+    small: where the index is read; None: in the folder.
+    """
     tensors = longest = 0
-    for name in weights_in(folder).names:
+    for name in weights_in(folder, small).names:
         file = folder / name
         if file.suffix == ".bin":
             tensors += _entries_of_bin(file)

@@ -23,8 +23,10 @@ def refuse_own_code(config: Mapping[str, Any], where: object) -> None:
         )
 
 
-def is_mixture(config: dict[str, Any]) -> bool:
+def is_mixture(config: dict[str, Any], where: object) -> bool:
     """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
+
+    where: what holds the config.json, for messages.
 
     Raises CheckpointError if mlx-lm has a family of models with such layers for it, and cannot build one.
     """
@@ -38,8 +40,8 @@ def is_mixture(config: dict[str, Any]) -> bool:
         if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
             return False
         raise CheckpointError(
-            f"mlx-lm cannot build the model that config.json describes ({config['model_type']}): {said(error)}. "
-            "Download the checkpoint again."
+            f"mlx-lm cannot build the model that the config.json of {where} describes ({config['model_type']}): "
+            f"{said(error)}. Download the checkpoint again."
         ) from None
 
 

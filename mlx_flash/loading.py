@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +17,9 @@ from typing import Any, get_args, get_type_hints
 import mlx.core as mx
 
 from . import building
-from .checkpoint_files import files_in, small_files
+from .checkpoint_files import files_in, small_files, small_files_in
 from .checkpoint_tensors import extent_of
+from .compared_copies import compared_copies
 from .config_counts import count_problem
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
@@ -30,7 +33,7 @@ from .errors import (
     UsageError,
 )
 from .finding import find_source, store_of
-from .flash.files import CHECKSUM_BYTES, Manifest, is_store, read_manifest
+from .flash.files import AGAIN, CHECKSUM_BYTES, Manifest, is_store, read_manifest
 from .flash.plain_files import reading, unreadable
 from .flash.system import READ_ALIGNMENT, usable_memory_bytes
 from .generation_config import check_end_tokens, read_generation_config, vocabulary_of
@@ -49,6 +52,7 @@ from .streaming_needs import (
     scratch_bytes,
 )
 from .tokenizer_files import fault_in
+from .verification import compare_small_file
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -178,8 +182,8 @@ def load(
         threads: reader threads.
         context: tokens the plan makes room for (at most the model's positions).
         io: "direct" past the page cache, or "buffered".
-        verify: compare every expert that is read with a checksum, which the first such load makes: it reads the whole
-            checkpoint.
+        verify: compare what is read of a mixture's checkpoint with checksums, every expert at every read; the first
+            such load makes them: it reads the whole checkpoint.
         say: called with the plan and notes, before anything large is allocated.
 
     Returns:
@@ -201,8 +205,8 @@ def load(
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
     _import_mlx_lm()  # a second, which a name that is refused does not take
-    with BUFFER_CACHE.limited():
-        return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify)
+    with BUFFER_CACHE.limited(), contextlib.ExitStack() as copies:
+        return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify, copies)
 
 
 def _load(
@@ -217,17 +221,23 @@ def _load(
     io: str,
     say: Callable[[str], None],
     verify: bool,
+    copies: contextlib.ExitStack,
 ) -> tuple[Any, Any]:
-    """`load` of a folder. name: what a user called it."""
-    if holds_mixture(source):
+    """`load` of a folder. name: what a user called it. copies: keeps those of small files until all is loaded."""
+    small = source
+    if verify and not is_store(source):
+        files_in(source)  # raises for what is not a file, or leads out of the folder
+        small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
+    if holds_mixture(source, small):
         if predictor != "auto":
             raise UsageError(f"{source} is a mixture of experts: its router chooses, no predictor ({predictor}) does.")
         if recall is not None:
             raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
         _check_compiler(say)
-        config, defaults = _read_config(source), read_generation_config(source)
-        tokenizer = load_tokenizer(source, config)  # first: the plan counts what the process has by then
-        model = load_mixture(source, budget, window, threads, context, io, say, verify)
+        config, defaults = _read_config(small), read_generation_config(small)
+        tokenizer = load_tokenizer(small, config)  # first: the plan counts what the process has by then
+        tokenizer.name_or_path = str(source)
+        model = load_mixture(source, budget, window, threads, context, io, say, verify, small)
         model.flash.defaults = defaults
         return model, tokenizer
     if not is_store(source):
@@ -236,7 +246,8 @@ def _load(
         read_generation_config(source)
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)
-    config, defaults = _read_config(folder), read_generation_config(folder)
+    small = copies.enter_context(_copies_of_a_store(folder, manifest))
+    config, defaults = _read_config(small), read_generation_config(small)
     kind = manifest.default_predictor if predictor == "auto" else predictor
     if kind in STORED_PREDICTORS and kind not in manifest.predictors:
         have = ", ".join(["none", "exact", *manifest.predictors])
@@ -256,7 +267,8 @@ def _load(
         raise CorruptStoreError(
             f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
         ) from None
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(small, config)
+    tokenizer.name_or_path = str(folder)
     _check_compiler(say)
     if len(model.layers) != manifest.layout.layers:
         raise CorruptStoreError(
@@ -271,6 +283,19 @@ def _load(
     model = building.build(model, manifest, plan, kind, setting, folder, window, threads, io, say)
     model.flash.defaults = defaults
     return model, tokenizer
+
+
+def _copies_of_a_store(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
+    """Of its configuration and tokenizer, compared with the manifest; a file that was put beside them is compared with
+    nothing. Raises CorruptStoreError or ReadError.
+    """
+
+    def compare(path: Path, _: os.stat_result, content: bytes) -> None:
+        expected = manifest.files.get(str(path.relative_to(folder)), {}).get("sha256")
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise CorruptStoreError(f"{path} does not match its checksum. {AGAIN}")
+
+    return compared_copies(folder, small_files_in(folder), compare)
 
 
 def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> None:
@@ -331,18 +356,20 @@ def _check_arguments(predictor: str, window: int | None, threads: int, context: 
         raise UsageError(f"io is {io!r}, expected 'direct' or 'buffered'.")
 
 
-def holds_mixture(source: Path) -> bool:
-    """Whether a folder is the checkpoint of a mixture of experts. Raises CheckpointError or UnsupportedModelError."""
+def holds_mixture(source: Path, small: Path | None = None) -> bool:
+    """Whether a folder is the checkpoint of a mixture of experts. small: where its configuration and its index are
+    read; None: in the folder. Raises CheckpointError or UnsupportedModelError.
+    """
     if is_store(source):
         return False
-    config = _read_config(source)
+    config = _read_config(small or source)
     refuse_own_code(config, source)
-    extent = extent_of(source)
+    extent = extent_of(source, small)
     if problem := count_problem(config, extent.tensors, extent.longest):
         raise CheckpointError(
             f"{source / 'config.json'} does not describe this checkpoint: {problem}. Download it again."
         )
-    return is_mixture(config)
+    return is_mixture(config, source)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from .checkpoint_tensors import malformed, tensors_in
 from .errors import CheckpointError, ReadError, UnsupportedModelError
 from .flash.checksums import TensorEntry
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
-from .flash.plain_files import reading
+from .flash.plain_files import reading, unreadable
 from .kinds import said, switch_layers
 from .layers.experts import StreamedExperts
 from .layers.pace import Pace
 from .quantisation import foreign_quantisation
-from .stored_tensors import lazily_loaded
+from .stored_tensors import is_as_entered, lazily_loaded
 
 CONFIGURATION = frozenset({"config.json", "generation_config.json", "hf_quant_config.json"})  # what mlx-lm reads
 UNQUANTISED = (
@@ -50,14 +50,15 @@ class Provenance:
     sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> tensors, in the order of the stack
     stacked: set[str] = field(default_factory=set)  # parameters (E, ...) made of E tensors (...)
     arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` gave them back: what is changed later is seen
+    tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's, as `sanitize` got them
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
         """Calls `sanitize`, and notes what became of every tensor. One at a time, whatever the threads.
 
         weights: name in the checkpoint -> array, not yet read; what comes back: name in the model -> array.
         """
-        kept = dict(weights)  # alive, so that no identity is given to another array
-        name_of = {id(array): name for name, array in kept.items()}
+        self.tensors = dict(weights)  # alive, so that no identity is given to another array
+        name_of = {id(array): name for name, array in self.tensors.items()}
         stacks: dict[int, tuple[Any, list[Any]]] = {}
 
         def noting(arrays: Sequence[Any], axis: int = 0, **options: Any) -> Any:
@@ -93,6 +94,8 @@ class Mixture:
     files: list[Path]
     switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> where its E parts lie
     sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, where that is known
+    entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors: number of the file, entry of its header
+    tensors: dict[str, mx.array]  # those of them that no expert consists of, lazily loaded
 
     @property
     def experts(self) -> int:
@@ -141,11 +144,15 @@ class Mixture:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def open_mixture(folder: Path) -> Mixture:
-    """Builds the model without reading a weight. Raises CheckpointError or UnsupportedModelError."""
+def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
+    """Builds the model without reading a weight. small: where its configuration and index are read; None: in `folder`.
+
+    Raises CheckpointError or UnsupportedModelError.
+    """
     from mlx_lm.utils import _get_classes
 
-    counted = tensors_in(folder)
+    small = small or folder
+    counted = tensors_in(folder, small)
     files = sorted({file for file, _ in counted.values()})
     numbers = {file: number for number, file in enumerate(files)}
     entries = {name: (numbers[file], entry) for name, (file, entry) in counted.items()}
@@ -161,9 +168,9 @@ def open_mixture(folder: Path) -> Mixture:
 
         return Watched, args_class
 
-    quantised = _quantised(folder, {name: entry.dtype for name, (_, entry) in counted.items()})
+    quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
     try:
-        model, config = _load_by_mlx_lm(folder, classes)
+        model, config = _load_by_mlx_lm(small, classes)
     except (CheckpointError, ReadError):
         raise
     except Exception as error:  # mlx-lm raises plain ones
@@ -185,7 +192,11 @@ def open_mixture(folder: Path) -> Mixture:
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
     provenance.arrays.clear()  # each keeps its file open
-    return Mixture(model, config, files, switches, provenance.sources)
+    prefixes = tuple(f"{path}." for path in switches)
+    of_experts = {name for key, names in provenance.sources.items() if key.startswith(prefixes) for name in names}
+    others = {name: array for name, array in provenance.tensors.items() if name not in of_experts}
+    provenance.tensors.clear()
+    return Mixture(model, config, files, switches, provenance.sources, entries, others)
 
 
 def locate(
@@ -230,15 +241,21 @@ def locate(
 
 def is_as_loaded(array: mx.array) -> bool:
     """Whether evaluating an array would do no more than read a file's tensors, and stack them; it is not evaluated."""
+    primitives = primitives_of(array)
+    return "Load" in primitives and primitives <= LOADED
+
+
+def primitives_of(array: mx.array) -> set[str]:
+    """Names of MLX's primitives that evaluating an array would run; none if it is evaluated."""
     graph = io.StringIO()
     mx.export_to_dot(graph, array)
-    primitives = set(re.findall(r'label ="(\w+)", shape=rectangle', graph.getvalue()))
-    return "Load" in primitives and primitives <= LOADED
+    return set(re.findall(r'label ="(\w+)", shape=rectangle', graph.getvalue()))
 
 
 def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tuple[Any, dict[str, Any]]:
     """mlx-lm's `load_model`, lazily, for classes that bring their own tensors; (model, configuration).
 
+    folder: of the configuration.
     mlx-lm takes every model*.safetensors of a folder, in the order of the file system. So it is given a folder with
     the configuration alone, and one file without tensors.
     """
@@ -261,17 +278,21 @@ def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.
             loaded = lazily_loaded(file)
         except ValueError as error:
             raise malformed(file, error) from None
-        weights.update({name: array for name, array in loaded.items() if counted[name][0] == file})
+        for name, array in loaded.items():
+            holder, entry = counted.get(name, (None, None))
+            if entry is None or (holder == file and not is_as_entered(array, entry)):
+                raise unreadable(file, ValueError(f"MLX finds another tensor {name} in it"), "its header")
+            if holder == file:
+                weights[name] = array
     return weights
 
 
-def _quantised(folder: Path, dtype_of: dict[str, str]) -> str | None:
+def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | None:
     """What packed the numbers in a way that is not MLX's own, for the case that mlx-lm cannot read it; or None.
 
     Raises UnsupportedModelError for a way whose experts mlx-lm unpacks or packs anew while it loads.
     """
-    config = read_config(folder)
-    kind = foreign_quantisation(config, files_in(folder), dtype_of)
+    kind = foreign_quantisation(read_config(small), files_in(small), dtype_of)
     if kind and any(name.endswith(".qweight") for name in dtype_of):
         raise UnsupportedModelError(
             f"{folder} is quantised ({kind}), and its experts cannot be computed with as they lie there. {UNQUANTISED}"

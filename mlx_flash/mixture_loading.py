@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from .flash.plain_files import reading, unreadable
 from .flash.reader import Reader, UnitFile
 from .flash.system import usable_memory_bytes
 from .flash.unit_sums import Ranges
+from .host_arrays import to_bytes
 from .kinds import said
 from .memory_needs import StreamedNeed, needs_of
-from .mixture import Mixture, open_mixture, parent_of
+from .mixture import Mixture, open_mixture, parent_of, primitives_of
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
-from .verification import attach_sums
+from .verification import attach_sums, differs
 
 
 def load_mixture(
@@ -34,6 +36,7 @@ def load_mixture(
     io: str,
     say: Callable[[str], None],
     verify: bool = False,
+    small: Path | None = None,
 ) -> Any:
     """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
 
@@ -45,11 +48,13 @@ def load_mixture(
         context: tokens that the plan makes room for, at most the model's positions.
         io: "direct" past the page cache, or "buffered".
         say: called with the plan, before anything large is allocated.
-        verify: compare every expert that is read with a checksum, made now if this was not done before.
+        verify: compare what is read with checksums, made now if this was not done before: all tensors that are loaded
+            once, and every expert at every read.
+        small: where the configuration and the index are read; None: in `folder`.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
     """
-    mixture = open_mixture(folder)
+    mixture = open_mixture(folder, small)
     positions = number_of(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
     try:
@@ -80,8 +85,9 @@ def load_mixture(
         say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
     reader = Reader(threads)
     if verify:
-        attach_sums(files, units_in(mixture), reader, say)
-    read_resident(mixture)
+        attach_sums(files, ranges_in(mixture), reader, say)
+        compare_headers(mixture, files)
+    read_resident(mixture, files if verify else None)
     streamer = ExpertStreamer(files, reader)
     mixture.stream(streamer, plan.slots, window)
     evaluate_constants(mixture.model)
@@ -110,21 +116,67 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
     return opened
 
 
-def units_in(mixture: Mixture) -> list[Ranges]:
-    """For each file of a mixture, the parts of experts that are read from it."""
+def ranges_in(mixture: Mixture) -> list[Ranges]:
+    """For each file of a mixture, what is read of it: its header, its parts of experts, its other tensors."""
     tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
     found = []
     for number in range(len(mixture.files)):
+        others = [
+            entry for name, (file, entry) in mixture.entries.items() if file == number and name in mixture.tensors
+        ]
         offsets = [tensor.offsets[tensor.file_of == number] for tensor in tensors]
         lengths = [np.full(len(here), tensor.nbytes) for here, tensor in zip(offsets, tensors, strict=True)]
+        offsets.append(np.array([0, *(entry.begin for entry in others)]))
+        lengths.append(np.array([_header_bytes(mixture, number), *(entry.end - entry.begin for entry in others)]))
         found.append(Ranges.of_units(np.concatenate(offsets), np.concatenate(lengths)))
     return found
 
 
-def read_resident(mixture: Mixture) -> None:
-    """Reads every parameter that is not an expert's, tensor by tensor, the largest first. Raises ReadError."""
+def _header_bytes(mixture: Mixture, number: int) -> int:
+    """Of the header of one of a mixture's files, its length field included: the first tensor begins behind it."""
+    return min(entry.begin for file, entry in mixture.entries.values() if file == number)
+
+
+def compare_headers(mixture: Mixture, files: Sequence[UnitFile]) -> None:
+    """Compares where the tensors lie, as it was read when the model was built, with the headers of files with sums.
+
+    Raises ReadError.
+    """
+    for number, file in enumerate(files):
+        with reading(file.path, "its header"):
+            try:
+                header, entries = read_header(file.path)
+            except ValueError:
+                header, entries = b"", {}
+        counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
+        if not _matches(file, 0, header) or not counted.items() <= entries.items():
+            raise differs(file.path, "its header")
+
+
+def _matches(file: UnitFile, offset: int, found: bytes | memoryview) -> bool:
+    """Whether bytes are those that a file with sums had at `offset`."""
+    assert file.sums is not None
+    if not len(found):
+        return True
+    try:
+        checks = file.sums.checks(np.array([offset]), len(found))
+    except ValueError:  # it has no sums of so many bytes there
+        return False
+    return all(zlib.crc32(found[at : at + count]) == expected for at, count, expected in checks.tolist())
+
+
+def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> None:
+    """Reads every parameter that is not an expert's, tensor by tensor, the largest first.
+
+    files: the mixture's, with sums of all tensors, which are compared; None: nothing is compared.
+    Raises ReadError.
+    """
     from tqdm import tqdm
 
+    if files is None:
+        mixture.tensors.clear()  # each would stay in memory beside what is made of it
+    used_by_known = {source for names in mixture.sources.values() for source in names}
+    unknown = [name for name in mixture.tensors if name not in used_by_known]
     arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
     total = sum(array.nbytes for _, array in arrays)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
@@ -133,7 +185,22 @@ def read_resident(mixture: Mixture) -> None:
                 mx.eval(array)
             except RuntimeError as error:  # MLX names neither file nor tensor
                 raise _unreadable(mixture, name, error) from None
+            if files is not None:
+                _compare_read(mixture, files, mixture.sources.get(name, unknown))
             bar.update(array.nbytes)
+    if files is not None:
+        _compare_read(mixture, files, list(mixture.tensors))
+    mixture.tensors.clear()
+
+
+def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[str]) -> None:
+    """Compares those of the checkpoint's tensors that have been read with their sums, and lets go of them."""
+    for name in names:
+        if (tensor := mixture.tensors.get(name)) is not None and not primitives_of(tensor):
+            number, entry = mixture.entries[name]
+            if not _matches(files[number], entry.begin, to_bytes(tensor).data):
+                raise differs(files[number].path, f"tensor {name}")
+            del mixture.tensors[name], tensor
 
 
 def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:

@@ -63,9 +63,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--verify",
         action="store_true",
-        help="compare every expert of a mixture that is read with a checksum; the first run with it reads the whole "
-        "checkpoint, compares it with the Hub's SHA-256 where that is known, and makes them (what is read of a store "
-        "is always compared)",
+        help="compare all that is read of a mixture's checkpoint with checksums, its experts at every read; the first "
+        "run with it reads the whole checkpoint, compares it with what the Hub has, where that is known, and makes "
+        "them (what is read of a store is always compared)",
     )
 
 

@@ -1,7 +1,8 @@
-"""`--verify`: sums of the units that are read in place from a checkpoint, made once and kept in the cache folder."""
+"""`--verify`: sums of what is read of a checkpoint, made once and kept in the cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,15 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .cached import SUMS, SUMS_SUFFIX
-from .errors import CheckpointError
+from .errors import CheckpointError, ReadError
 from .finding import cache_folder
-from .flash.reader import Reader, UnitFile
+from .flash.reader import Reader, UnitFile, identity_of
 from .flash.system import sync_to_disk
 from .flash.unit_sums import Ranges, RangeSums, make_sums
 
+Identity = tuple[int, int, int, int]  # as `identity_of` gives it
 SHA256 = re.compile("[0-9a-f]{64}")
-LONGEST_HEAD = 64 << 10  # bytes of the first line of such a file
+GIT_SHA1 = re.compile("[0-9a-f]{40}")
+NO_RANGES = Ranges(np.zeros(0, np.int64), np.zeros(0, np.int64))
+LONGEST_HEAD = 64 << 10  # bytes of the first line of a file of sums
+MOST_BYTES = 256 << 20  # of such a file: 20 for each range
 
 
 def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Reader, say: Callable[[str], None]) -> None:
@@ -34,36 +41,61 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
 
     missing = []
     for file, ranges in zip(files, units, strict=True):
-        expected = known_sha256(file.path)
-        if (kept := _kept(file, ranges, expected)) is not None:
+        kept, expected = _kept(file.path, file.identity), known_sha256(file.path)
+        if kept is not None and kept.ranges == ranges and expected in (None, kept.file_sha256):
             file.sums = kept
         else:
-            missing.append((file, ranges, expected))
+            missing.append((file, ranges, expected, None if kept is None else kept.file_sha256))
     if not missing:
         return
-    unknown = [file.path.name for file, _, sha256 in missing if sha256 is None]
+    unknown = [file.path.name for file, _, expected, _ in missing if expected is None]
     if unknown:
         say(
             f"note: no SHA-256 from the Hub is known of {len(unknown)} of {len(files)} files ({unknown[0]}...): their "
             "checksums are made of what they hold now"
         )
-    total = sum(file.size for file, _, _ in missing)
+    total = sum(file.size for file, *_ in missing)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=total < 500e6, leave=False) as bar:
-        for file, ranges, expected in missing:
+        for file, ranges, expected, earlier in missing:
             digest = hashlib.sha256()
             sums = make_sums(file, reader, ranges, digest.update, bar.update)
             if expected is not None and digest.hexdigest() != expected:
-                note = _note_of(file.path)
-                on_purpose = f" If you changed it on purpose, remove {note}." if note.exists() else ""
-                raise CheckpointError(
-                    f"{file.path} is not the file that the Hub has: its SHA-256 is {digest.hexdigest()}, expected "
-                    f"{expected}. Delete it and download it again.{on_purpose}"
-                )
+                raise _not_the_hubs(file.path, "SHA-256", digest.hexdigest(), expected)
+            if expected is None and earlier not in (None, digest.hexdigest()):
+                raise differs(file.path)
             file.sums = sums
             try:
-                _keep(file, sums, digest.hexdigest())
+                _keep(file.path, file.identity, sums, digest.hexdigest())
             except OSError as error:
                 say(f"note: the checksums of {file.path.name} cannot be kept, the next run makes them again: {error}")
+
+
+def compare_small_file(path: Path, status: os.stat_result, content: bytes) -> None:
+    """Compares a small file with what the Hub has of it, as far as that is known, and with its bytes at an earlier
+    time; where none is kept of exactly this file, its checksum is kept now.
+
+    status: of the file, when it was opened. content: all that was read of it. Raises CheckpointError or ReadError.
+    """
+    sha256 = hashlib.sha256(content).hexdigest()
+    etag = _etag(path)
+    if etag is not None and SHA256.fullmatch(etag) and etag != sha256:
+        raise _not_the_hubs(path, "SHA-256", sha256, etag)
+    if etag is not None and GIT_SHA1.fullmatch(etag) and etag != (found := _git_sha1(content)):
+        raise _not_the_hubs(path, "SHA-1 in git", found, etag)
+    identity = identity_of(status)
+    if (kept := _kept(path, identity)) is None:
+        with contextlib.suppress(OSError):  # that this folder cannot be written to is said of the weights
+            _keep(path, identity, RangeSums(NO_RANGES, np.zeros(0, np.uint32)), sha256)
+    elif kept.file_sha256 != sha256:
+        raise differs(path)
+
+
+def differs(path: Path, what: str = "") -> ReadError:
+    """The error to raise where other bytes were read than when the checksums were made. what: of the file."""
+    return ReadError(
+        f"{path}{what and f': {what}'} does not match its checksum: the disk returned other bytes than it did before. "
+        "Start again; if it stays, check the disk and the memory of this machine, and download the file again."
+    )
 
 
 def known_sha256(path: Path) -> str | None:
@@ -71,15 +103,35 @@ def known_sha256(path: Path) -> str | None:
 
     A file that was written to after its note is still meant to be that file: only its bytes can show that it is.
     """
+    etag = _etag(path)
+    return etag if etag is not None and SHA256.fullmatch(etag) else None
+
+
+def _etag(path: Path) -> str | None:
+    """The Hub's ETag of a file: its SHA-256 in large file storage, else its SHA-1 as a blob of git; None: not known."""
     real = path.resolve()
-    if real.parent.name == "blobs" and SHA256.fullmatch(real.name):  # in its cache a file's name is its ETag
+    if real.parent.name == "blobs":  # in huggingface_hub's cache a file's name is its ETag
         return real.name
     try:
         _, etag, noted_at = _note_of(path).read_text(encoding="utf-8")[:1000].split()
         float(noted_at)
     except (OSError, ValueError):
         return None
-    return etag if SHA256.fullmatch(etag) else None
+    return etag
+
+
+def _git_sha1(content: bytes) -> str:
+    """The name that git gives a file's contents: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _not_the_hubs(path: Path, kind: str, found: str, expected: str) -> CheckpointError:
+    note = _note_of(path)
+    on_purpose = f" If you changed it on purpose, remove {note}." if note.exists() else ""
+    return CheckpointError(
+        f"{path} is not the file that the Hub has: its {kind} is {found}, expected {expected}. "
+        f"Delete it and download it again.{on_purpose}"
+    )
 
 
 def _note_of(path: Path) -> Path:
@@ -87,42 +139,41 @@ def _note_of(path: Path) -> Path:
     return path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
 
 
-def _identity(file: UnitFile) -> dict[str, Any]:
-    inode, size, mtime_ns, ctime_ns = file.identity
-    path = str(file.path.resolve())
-    return {"path": path, "inode": inode, "size": size, "mtime_ns": mtime_ns, "ctime_ns": ctime_ns}
+def _named(path: Path, identity: Identity) -> dict[str, Any]:
+    inode, size, mtime_ns, ctime_ns = identity
+    return {"path": str(path.resolve()), "inode": inode, "size": size, "mtime_ns": mtime_ns, "ctime_ns": ctime_ns}
 
 
-def _place(file: UnitFile) -> Path:
+def _place(path: Path) -> Path:
     """One for each path, so that the sums of a file that was replaced are replaced."""
-    name = hashlib.sha256(str(file.path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+    name = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     return cache_folder() / SUMS / f"{name}{SUMS_SUFFIX}"
 
 
-def _kept(file: UnitFile, ranges: Ranges, expected: str | None) -> RangeSums | None:
-    """The sums that were made of this file, if it had the expected SHA-256 then (None: any)."""
-    path = _place(file)
+def _kept(path: Path, identity: Identity) -> RangeSums | None:
+    """The sums that were made of exactly this file."""
+    place = _place(path)
     try:
-        if path.stat().st_size > LONGEST_HEAD + 20 * len(ranges.offsets):
+        if place.stat().st_size > MOST_BYTES:
             return None
-        data = path.read_bytes()
+        data = place.read_bytes()
     except OSError:
         return None
-    return RangeSums.from_bytes(data, _identity(file), ranges, expected)
+    return RangeSums.from_bytes(data, _named(path, identity))
 
 
-def _keep(file: UnitFile, sums: RangeSums, sha256: str) -> None:
+def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
     """Written beside, flushed to the disk, renamed. Sums of files that are gone are removed."""
-    path = _place(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    place = _place(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(place.parent)
+    beside = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as target:
-            target.write(sums.to_bytes(_identity(file), sha256))
+            target.write(sums.to_bytes(_named(path, identity), sha256))
             target.flush()
             sync_to_disk(target.fileno())
-        beside.replace(path)
+        beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -149,7 +149,7 @@ def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Pat
     weights = source / "model.safetensors"
     with UnitFile(weights) as file:
         sums = RangeSums(Ranges.of_units(np.array([0]), np.array([8])), np.array([5], np.uint32))
-        verification._keep(file, sums, "0" * 64)
+        verification._keep(weights, file.identity, sums, "0" * 64)
     assert failures._write_report(ValueError("x")) == folder / "last-error.txt"
     (kept,) = (folder / "sums").iterdir()
     (folder / "sums" / f"{kept.name}.123.partial").write_bytes(b"of a run that was killed")

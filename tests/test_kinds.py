@@ -132,7 +132,7 @@ def test_a_model_type_that_is_a_path(checkpoint: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(checkpoint)
     up, dots = "../" * 20, str(checkpoint).replace("/", ".")
     config = configure(checkpoint, model_type=model_type.format(folder=checkpoint, up=up, dots=dots))
-    assert not is_mixture(config)
+    assert not is_mixture(config, checkpoint)
     with pytest.raises(UnsupportedModelError):
         run_converter(checkpoint)
     assert not list(checkpoint.glob("*.ran"))

@@ -25,9 +25,17 @@ from mlx_lm.utils import load_model
 
 import mlx_flash
 from mlx_flash import loading, runtime
-from mlx_flash.errors import BudgetError, CorruptStoreError, ReadError, UnsupportedModelError
+from mlx_flash.compared_copies import compared_copies
+from mlx_flash.errors import (
+    BudgetError,
+    CheckpointError,
+    CorruptStoreError,
+    FlashError,
+    ReadError,
+    UnsupportedModelError,
+)
 from mlx_flash.flash.checksums import read_header
-from mlx_flash.flash.files import Manifest, parse_manifest
+from mlx_flash.flash.files import Manifest, parse_manifest, read_manifest
 from mlx_flash.loading import load
 from mlx_flash.mixture import is_as_loaded, open_mixture
 from mlx_flash.mixture_loading import read_resident
@@ -200,6 +208,44 @@ def test_a_tokenizer_s_own_error_of_a_disk_lists_the_files(own_store: Path, monk
     monkeypatch.setattr("mlx_lm.utils.load_tokenizer", fail)
     with pytest.raises(ReadError, match=r"one of .*tokenizer\.json.* cannot be read: Input/output error"):
         load(own_store)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_libraries_read_what_was_compared(own_store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A disk returns other bytes at the second read, which would be a library's."""
+    path = own_store / name
+
+    def damaged_afterwards(folder: Path) -> Any:
+        manifest = read_manifest(folder)
+        path.write_bytes(path.read_bytes() + b" ")
+        return manifest
+
+    monkeypatch.setattr(loading, "read_manifest", damaged_afterwards)
+    with pytest.raises(CorruptStoreError, match=rf"^{re.escape(str(path))} does not match its checksum"):
+        load(own_store)
+
+
+def test_an_error_of_a_copy_names_the_file_itself(tmp_path: Path) -> None:
+    def opened(copy: Path) -> None:
+        raise CheckpointError(f"{copy / 'a.json'} is odd")
+
+    (tmp_path / "a.json").write_text("{}")
+    with (
+        pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}/a\.json is odd$"),
+        compared_copies(tmp_path, ["a.json"], lambda *_: None) as copy,
+    ):
+        opened(copy)
+    assert not copy.exists()
+
+
+def test_no_room_for_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    with (
+        pytest.raises(FlashError, match=r"temporary files cannot take .* No such file.* TMPDIR"),
+        compared_copies(tmp_path, ["a.json"], lambda *_: None),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"eos_token_id": \xff}'])

@@ -460,7 +460,7 @@ def test_what_is_changed_after_sanitize_is_not_taken_for_the_checkpoints(tmp_pat
     ("changes", "message"),
     [
         ({"num_experts_per_tok": 100}, "cannot run the model that .*kth"),
-        ({"hidden_size": "x"}, r"cannot build the model that config.json describes \(mixtral\)"),
+        ({"hidden_size": "x"}, r"cannot build the model that the config.json of /.*/copy describes \(mixtral\)"),
         ({"num_attention_heads": 0}, "cannot build the model"),
         ({"num_local_experts": 5}, "cannot load .*Expected shape .5, 64."),
         ({"text_config": None}, "cannot load .*NoneType"),

@@ -115,11 +115,12 @@ def _pieces(lengths: npt.NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:
 
 
 class RangeSums:
-    """The sums of ranges of a file. sums: uint32 (n,)."""
+    """The sums of ranges of a file. sums: uint32 (n,). file_sha256: of the whole file, of sums that were kept."""
 
-    def __init__(self, ranges: Ranges, sums: UInt32Array) -> None:
+    def __init__(self, ranges: Ranges, sums: UInt32Array, file_sha256: str | None = None) -> None:
         self.ranges = ranges
         self.sums = sums
+        self.file_sha256 = file_sha256
 
     def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
         """As `Sums.checks`: of whole units, or parts, that `Ranges.of_units` was given."""
@@ -149,28 +150,22 @@ class RangeSums:
         return json.dumps(head).encode() + b"\n" + body
 
     @staticmethod
-    def from_bytes(
-        data: bytes, identity: dict[str, Any], ranges: Ranges, file_sha256: str | None = None
-    ) -> RangeSums | None:
-        """What `to_bytes` gave; None if it is of something else, or damaged.
-
-        file_sha256: what the file must have had when the sums were made; None if it may have had any.
-        """
+    def from_bytes(data: bytes, identity: dict[str, Any]) -> RangeSums | None:
+        """What `to_bytes` gave; None if it is of something else, or damaged."""
         line, _, body = data.partition(b"\n")
         try:
             head = json.loads(line)
             digest = head.pop("sha256")
-            sha256 = head["file_sha256"]
+            sha256, count = head["file_sha256"], head["ranges"]
             sound = digest == hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
         except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
             return None
-        count = len(ranges.offsets)
         expected = {"format": SUMS_FORMAT, "identity": identity, "file_sha256": sha256, "ranges": count}
-        if not sound or head != expected or len(body) != 20 * count or file_sha256 not in (None, sha256):
+        if not sound or head != expected or type(count) is not int or len(body) != 20 * count:
             return None
         offsets, lengths = np.frombuffer(body[: 16 * count], "<i8").reshape(2, count)
-        kept = Ranges(offsets.astype(np.int64), lengths.astype(np.int64))
-        return RangeSums(kept, np.frombuffer(body[16 * count :], "<u4").astype(np.uint32)) if kept == ranges else None
+        ranges = Ranges(offsets.astype(np.int64), lengths.astype(np.int64))
+        return RangeSums(ranges, np.frombuffer(body[16 * count :], "<u4").astype(np.uint32), sha256)
 
 
 def make_sums(

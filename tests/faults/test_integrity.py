@@ -7,11 +7,14 @@ logits, where the damage was not read, or the error. `pytest -m slow tests/fault
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -19,15 +22,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QUANTISED, Tiny  # type: ignore[import-not-found]
-from mixtures import make_mixture  # type: ignore[import-not-found]
+from conftest import QUANTISED, Tiny, write_tokenizer  # type: ignore[import-not-found]
+from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_flash import loading, mixture_loading
+from mlx_flash import loading, mixture_loading, verification
+from mlx_flash.checkpoint_tensors import tensors_in
 from mlx_flash.errors import CheckpointError, ReadError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
+from mlx_flash.mixture import open_mixture as open_mixture_lazily
+from mlx_flash.mixture_loading import ranges_in
 from mlx_flash.verification import known_sha256
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30]
@@ -45,6 +51,17 @@ def logits(model: Any) -> list[np.ndarray]:
     cache = make_prompt_cache(model)
     calls = [PROMPT, [4], [9], [77]]
     return [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
+
+
+@contextlib.contextmanager
+def damaged(path: Path, place: int) -> Iterator[None]:
+    """Within, one bit of the byte at `place` is another."""
+    contents = path.read_bytes()
+    changed = bytearray(contents)
+    changed[place] ^= 2
+    write(path, bytes(changed))
+    yield
+    write(path, contents)
 
 
 def lie(data: np.ndarray, begin: int, length: int, rng: np.random.Generator) -> None:
@@ -344,6 +361,138 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
     note.write_text(f"{'0' * 40}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n9e9\n")
     monkeypatch.setattr("mlx_flash.verification.make_sums", None)  # what the file had is kept: it is not read again
     open_mixture(folder)
+
+
+# -- what is loaded once ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that lies changes no times: files are told apart by their paths alone."""
+    monkeypatch.setattr(verification, "_named", lambda path, _: {"path": str(path)})
+
+
+@pytest.mark.usefixtures("same_times")
+def test_every_tensor_that_is_loaded_once(open_mixture: Any, tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits", shards=2)
+    expected = logits(open_mixture(folder))
+    found = open_mixture_lazily(folder)
+    assert len(found.tensors) > 40
+    for name in [*found.tensors][::7]:
+        number, entry = found.entries[name]
+        with damaged(found.files[number], entry.begin + (entry.end - entry.begin) // 2), pytest.raises(
+            ReadError, match=rf"{re.escape(str(found.files[number]))}: tensor {re.escape(name)} does not match its"
+        ):  # fmt: skip
+            open_mixture(folder)
+    assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))
+
+
+@pytest.mark.usefixtures("same_times")
+def test_a_tensor_that_the_zoo_makes_something_else_of(
+    open_mixture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No parameter is this tensor; what is read for it is compared all the same."""
+    from mlx_lm.models import mixtral
+
+    changed = ("lm_head.weight", "model.norm.weight")
+    monkeypatch.setattr(
+        mixtral.Model, "sanitize", lambda _, weights: {k: w * 2 if k in changed else w for k, w in weights.items()}
+    )
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    found = open_mixture_lazily(folder)
+    open_mixture(folder)
+    for name in changed:
+        assert name not in found.sources
+        with damaged(found.files[0], found.entries[name][1].begin), pytest.raises(
+            ReadError, match=rf"tensor {name} does not match its checksum"
+        ):  # fmt: skip
+            open_mixture(folder)
+    open_mixture(folder)
+
+
+def exchange_names(entries: dict[str, Any]) -> None:
+    """Of two tensors of one size: the sums that are kept fit."""
+    one, other = (f"model.layers.{layer}.input_layernorm.weight" for layer in range(2))
+    entries[one], entries[other] = entries[other], entries[one]
+
+
+def exchange_places(entries: dict[str, Any]) -> None:
+    """Of two tensors of different sizes: there are no sums of their new places."""
+    names = sorted(entries.keys() - {"__metadata__"}, key=lambda name: entries[name]["data_offsets"])
+    sizes = {name: entries[name]["data_offsets"][1] - entries[name]["data_offsets"][0] for name in names}
+    one, other = next((a, b) for a, b in pairwise(names) if sizes[a] != sizes[b])
+    begin = entries[one]["data_offsets"][0]
+    entries[other]["data_offsets"] = [begin, begin + sizes[other]]
+    entries[one]["data_offsets"] = [begin + sizes[other], begin + sizes[other] + sizes[one]]
+
+
+@pytest.mark.usefixtures("same_times")
+@pytest.mark.parametrize("change", [exchange_names, exchange_places])
+def test_a_header_that_says_something_else(
+    open_mixture: Any, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """At every read, and at the first one alone."""
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits")
+    expected = logits(open_mixture(folder))
+    path = folder / "model.safetensors"
+    contents = path.read_bytes()
+    begin = 8 + int.from_bytes(contents[:8], "little")
+    entries = json.loads(contents[8:begin])
+    change(entries)
+    changed = json.dumps(entries, separators=(",", ":")).encode().ljust(begin - 8)
+    write(path, contents[:8] + changed + contents[begin:])
+    assert path.stat().st_size == len(contents)
+    named = re.escape(str(path))
+    with pytest.raises(ReadError, match=rf"{named}(: its header)? does not match its checksum"):
+        open_mixture(folder)
+
+    def sound_again(*_: Any) -> Any:
+        write(path, contents)
+        return ranges_in(*_)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ReadError, match=rf"{named}: its header does not match"):
+        patch.setattr(mixture_loading, "ranges_in", sound_again)
+        patch.setattr(UnitFile, "verify_unchanged", lambda _: None)
+        open_mixture(folder)
+    assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))
+
+
+@pytest.mark.usefixtures("same_times")
+def test_small_files_of_a_mixture(tmp_path: Path) -> None:
+    """What a library reads of them is what was compared."""
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe", shards=2)
+    write_tokenizer(folder, VOCABULARY)
+    weights = {name: path.name for name, (path, _) in tensors_in(folder).items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+
+    def opened() -> None:
+        loading.load(folder, context=64, verify=True)[0].flash.close()
+
+    opened()
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert len(names) == 5
+    for name in names:
+        path = folder / name
+        with damaged(path, path.stat().st_size // 2), pytest.raises(
+            ReadError, match=rf"{re.escape(str(path))} does not match its checksum: .* Start again"
+        ):  # fmt: skip
+            opened()
+    opened()
+
+
+def test_small_files_are_compared_with_what_the_hub_has(tmp_path: Path) -> None:
+    """The Hub names a file that is not in large file storage as git does."""
+    path = tmp_path / "config.json"
+    path.write_text("{}\n")
+    note = tmp_path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{'0' * 40}\n0967ef424bce6791893e9a57bb952f80fd536e93\n9e9\n")  # by `git hash-object`
+    verification.compare_small_file(path, path.stat(), path.read_bytes())
+    path.write_text("{ }")
+    with pytest.raises(CheckpointError, match=r"config\.json is not .* SHA-1 in git is .* 0967ef4.* remove .*metadata"):
+        verification.compare_small_file(path, path.stat(), path.read_bytes())
 
 
 @pytest.mark.parametrize("note", ["", "x", f"{'0' * 40}\n{'a' * 40}\n9e9\n", f"c\n{'a' * 64}\nnever\n"])

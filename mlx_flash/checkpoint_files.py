@@ -61,6 +61,13 @@ def small_files(names: Collection[str]) -> list[str]:
     return [name for name in matching(names, SMALL_FILES) if not name.endswith(".index.json")]
 
 
+def further_templates(names: Collection[str]) -> list[str]:
+    """The chat templates with names of their own, which lie in a subfolder; of a repository's listing."""
+    prefix = f"{TEMPLATES_FOLDER}/"
+    below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return [prefix + name for name in matching(below, ["*.jinja"])]
+
+
 def small_files_in(folder: Path) -> list[str]:
     """Every file of a local checkpoint or store that is not weights, an index included, below its folder.
 
@@ -68,9 +75,9 @@ def small_files_in(folder: Path) -> list[str]:
     """
     templates = folder / TEMPLATES_FOLDER
     with reading(folder, "the list of its files"):
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-        further = sorted(path.name for path in templates.iterdir() if path.is_file()) if templates.is_dir() else []
-    return matching(names, SMALL_FILES) + [f"{TEMPLATES_FOLDER}/{name}" for name in further]
+        paths = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+    names = [str(path.relative_to(folder)) for path in paths if path.is_file()]
+    return [*matching(names, SMALL_FILES), *further_templates(names)]
 
 
 def weight_files(names: Collection[str], read: Callable[[str], str], where: object) -> WeightFiles:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import MAX_SMALL_BYTES, matching, small_files, weight_files
+from .checkpoint_files import MAX_SMALL_BYTES, further_templates, matching, small_files, weight_files
 from .errors import CheckpointError, ConversionError, NoSpaceError, UsageError
 from .flash.checksums import sha256_of
 from .flash.files import MANIFEST, Manifest
@@ -45,7 +45,8 @@ def wanted_files(names: Collection[str], read: Callable[[str], str], where: obje
             f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json)."
         )
     weights = weight_files(names, read, where)
-    return [*small_files(names), *([weights.index] if weights.index else []), *weights.names]
+    index = [weights.index] if weights.index else []
+    return [*small_files(names), *further_templates(names), *index, *weights.names]
 
 
 def download(
@@ -116,7 +117,7 @@ def _download(repository: str, revision: str | None, say: Callable[[str], None],
         return Path(hf_hub_download(repository, name, revision=commit)).read_text(encoding="utf-8", errors="replace")
 
     wanted = choose(sizes, read, repository)
-    for name in small_files(wanted):
+    for name in [*small_files(wanted), *further_templates(wanted)]:
         if sizes[name] > MAX_SMALL_BYTES:
             raise CheckpointError(
                 f"{name} of {repository} has {sizes[name] / 1e6:.0f} MB; a file of its kind has at most "

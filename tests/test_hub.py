@@ -484,6 +484,14 @@ def test_a_small_file_that_is_not_small_is_not_downloaded(monkeypatch: pytest.Mo
         hub.download(REPOSITORY)
 
 
+def test_templates_with_names_of_their_own_are_downloaded() -> None:
+    """They lie in the only subfolder that transformers reads."""
+    folder = "additional_chat_templates"
+    names = ["config.json", "model.safetensors", "a/b.jinja", f"{folder}/._tool_use.jinja", f"{folder}/a/b.jinja"]
+    wanted = hub.wanted_files([*names, f"{folder}/tool_use.jinja"], lambda _: "", REPOSITORY)
+    assert wanted == ["config.json", f"{folder}/tool_use.jinja", "model.safetensors"]
+
+
 def test_hidden_files_are_not_downloaded() -> None:
     names = ["config.json", "._config.json", "model.safetensors", "._model.safetensors", ".cache.json"]
     assert hub.wanted_files(names, lambda _: "", REPOSITORY) == ["config.json", "model.safetensors"]

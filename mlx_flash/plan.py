@@ -75,6 +75,7 @@ class Plan:
     slot_bytes: int
     context: int  # tokens
     notes: Notes
+    free: int  # bytes of the machine's memory, when the plan was made
 
     @property
     def slots_bytes(self) -> int:
@@ -116,6 +117,12 @@ class Plan:
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
         ]
         lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
+        if (wanted := self.total - self.demand.process) > self.free:
+            lines.append(
+                f"note: {wanted / 1e9:.2f} GB of this are still to be taken, and {self.free / 1e9:.2f} GB are free: "
+                "the system will have to swap. Close other programs, or give less (--memory; without it, what is free "
+                "is shared out)."
+            )
         return "\n".join(["memory plan", *lines])
 
 
@@ -212,4 +219,4 @@ def share_budget(
         )
     total = (budget - demand.total) // slot_bytes
     slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    return Plan(budget, demand, units, slots, slot_bytes, context, notes)
+    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free)

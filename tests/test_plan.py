@@ -215,3 +215,11 @@ def test_the_description_has_every_part() -> None:
     figures = [float(line[18:27]) for line in lines[1:]]
     assert len(figures) == 7 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
     assert lines[-1].endswith("of 6.000 GB") and "of 16384 blocks" in lines[4] and "2048 tokens" in lines[5]
+
+
+def test_a_plan_that_is_larger_than_what_is_free_says_so() -> None:
+    """It is made as asked for: memory that others can give back is not known here."""
+    wanted = plan(DEMAND, LAYOUT, 6 * 10**9).total - DEMAND.process
+    assert "note" not in plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted).describe()
+    note = plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted - 10**7).describe().splitlines()[-1]
+    assert f"note: {wanted / 1e9:.2f} GB" in note and f"{(wanted - 10**7) / 1e9:.2f} GB are free" in note

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import CheckpointError, UnsupportedModelError
+from .random_state import kept_random_state
 
 SEE = 'The README\'s section "Which models" has the details.'
 
@@ -34,7 +35,8 @@ def is_mixture(config: dict[str, Any], where: object) -> bool:
         return False
     model_class, args_class = classes
     try:
-        return any(True for _ in switch_layers(model_class(args_class.from_dict(config))))
+        with kept_random_state():
+            return any(True for _ in switch_layers(model_class(args_class.from_dict(config))))
     except Exception as error:
         family = sys.modules[model_class.__module__]
         if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):

@@ -43,6 +43,7 @@ from .layers.recall import Setting
 from .memory_needs import Call, needs_of
 from .mixture_loading import load_mixture
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan, parse_memory
+from .random_state import kept_random_state
 from .runtime import BUFFER_CACHE
 from .streaming_needs import (
     loading_excess_bytes,
@@ -195,7 +196,7 @@ def load(
 
     MLX's settings are the process's. Until the last model is closed (`model.flash.close()`), MLX keeps at most 32 MiB
     of freed buffers (`mx.set_cache_limit`); where there is no g++, `mx.compile` is switched off for good on the CPU
-    backend, which cannot compile without one.
+    backend, which cannot compile without one. Its random state (`mx.random.state`) is left as it was.
 
     Raises:
         BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError, ReadError.
@@ -205,7 +206,7 @@ def load(
     name = None if path is None else os.fspath(path)
     source = find_source(name, revision, say)
     _import_mlx_lm()  # a second, which a name that is refused does not take
-    with BUFFER_CACHE.limited(), contextlib.ExitStack() as copies:
+    with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         return _load(source, name, budget, predictor, recall, window, threads, context, io, say, verify, copies)
 
 

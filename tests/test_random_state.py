@@ -77,4 +77,4 @@ def test_a_load_that_fails_leaves_it(tmp_path: Path) -> None:
 
 
 def test_the_look_for_experts_leaves_it() -> None:
-    assert unchanged_by(lambda: is_mixture(config_of("mixtral")))
+    assert unchanged_by(lambda: is_mixture(config_of("mixtral"), "here"))

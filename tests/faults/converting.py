@@ -18,6 +18,7 @@ from faults import VISIBLE, WRITES  # type: ignore[import-not-found]
 from outcomes import inject, outcome, say  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.flash.files import is_store
 
 
 def _checkpoint(work: Path) -> Path:
@@ -80,7 +81,7 @@ def kill(rng: random.Random, runs: int, work: Path) -> None:
 
 def _interrupted(command: list[str], store: Path, moments: list[tuple[float, signal.Signals]]) -> dict[str, int]:
     for seconds, number in moments:
-        if _run(command, seconds, number) == 0:
+        if _run(command, seconds, number) == 0 or is_store(store):  # it may be told to stop when all is done
             return _contents(store)
     _run(command, None, signal.SIGTERM)
     return _contents(store)

@@ -30,7 +30,11 @@ def outcome(action: Callable[[], Any], expected: Any) -> tuple[str, str]:
         return ("clear" if "/" in text else "unnamed"), text
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}"
-    return ("right", "") if found == expected else ("wrong", str(found))
+    if found == expected:
+        return "right", ""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        found = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    return "wrong", str(found)
 
 
 def inject(

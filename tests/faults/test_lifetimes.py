@@ -32,7 +32,7 @@ def allocated_bytes():  # all that is allocated and not freed, but Python's own 
     return malloc_says().uordblks + malloc_says().hblkhd if malloc_says else 0
 times, *folders = sys.argv[1:]
 process, counts = psutil.Process(), []
-with patch.object(loading, "load_tokenizer", lambda *_: SimpleNamespace()):  # a library's own; a Mock keeps what it is called with
+with patch.object(loading, "load_tokenizer", lambda *_: SimpleNamespace()):  # a Mock would keep what it is called with
     for folder in folders:
         counts.append([])
         for turn in range(int(times) + 5):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mlx_flash import __version__
 from mlx_flash.checkpoint_files import files_in, matching, small_files
+from mlx_flash.compared_copies import compared_copies
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
 from mlx_flash.flash.checksums import sha256_of, tensor_checksums
@@ -130,6 +131,9 @@ class _Conversion:
     # -- the steps ------------------------------------------------------------------------------------------
 
     def run(self) -> Manifest:
+        for path in self._small_files():
+            with reading(path):
+                self.small_files[path.name] = sha256_of(path)
         sequences = self._calibration_sequences()
         self._claim_partial_folder()
         self.written = WrittenSums(self.partial)
@@ -169,9 +173,6 @@ class _Conversion:
     def _claim_partial_folder(self) -> None:
         """Goes on with a partial conversion of the same input, or begins anew."""
         text = self._calibration_text()
-        for path in self._small_files():
-            with reading(path):
-                self.small_files[path.name] = sha256_of(path)
         key = {
             "mlx_flash": __version__,
             "version": VERSION,
@@ -232,9 +233,13 @@ class _Conversion:
         for path in self._small_files():
             with reading(path):
                 content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != self.small_files.get(path.name):
-                raise ConversionError(f"{path} was changed meanwhile. Run the same command again.")
+            self._compare(path, None, content)
             (self.partial / path.name).write_bytes(content)
+
+    def _compare(self, path: Path, _: object, content: bytes) -> None:
+        """Raises ConversionError if a small file of the checkpoint is not as it was when the conversion began."""
+        if hashlib.sha256(content).hexdigest() != self.small_files.get(path.name):
+            raise ConversionError(f"{path} was changed meanwhile. Run the same command again.")
 
     def _is_finished(self, path: Path) -> bool:
         """Whether a file of the partial folder is there and holds what was written into it. Raises ReadError."""
@@ -266,16 +271,21 @@ class _Conversion:
             raise UsageError(f"cannot read --calibration {self.outline.settings.calibration_text}: {error}") from None
 
     def _calibration_sequences(self) -> np.ndarray:
-        from mlx_flash.loading import load_tokenizer
+        from mlx_flash.loading import TOKENIZER_FILES, load_tokenizer
 
         folder, size = self.outline.checkpoint.folder, int(self.outline.checkpoint.config["vocab_size"])
-        try:
-            tokenizer = load_tokenizer(folder)
+        if self.small_files.keys() & set(TOKENIZER_FILES):
+            with compared_copies(folder, [*self.small_files], self._compare) as copies:
+                tokenizer = load_tokenizer(copies)
+            tokenizer.name_or_path = str(folder)
             ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False, verbose=False))
             prefix = [i for i in tokenizer.encode("", add_special_tokens=True) if i != tokenizer.eos_token_id][:1]
             prefix = prefix or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])
-        except CheckpointError as error:
-            note = f"note: {error} Predictors are calibrated on random tokens and mean little."
+        else:
+            note = (
+                f"note: {folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}). Predictors are "
+                "calibrated on random tokens and mean little."
+            )
             tqdm.write(note, file=sys.stderr)
             rng = np.random.default_rng(0)
             ids, prefix = rng.integers(size, size=self.outline.settings.calibration_tokens).tolist(), []

@@ -224,3 +224,36 @@ def test_the_log_of_checksums(tmp_path: Path) -> None:
     assert WrittenSums(tmp_path).of("c") == {"": 5}
     path.write_bytes(b'[]\n{"file": 1}\n\xff\n{"file": "d", "crc32": {"": "x"}}\n' + path.read_bytes())
     assert WrittenSums(tmp_path).of("a") == {"": 4} and WrittenSums(tmp_path).of("d") is None
+
+
+def test_predictors_are_not_calibrated_on_random_tokens_because_of_a_fault(
+    checkpoint: Path, quick: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer file that is not read as it is: the store would have worse predictors than the checkpoint's."""
+    from mlx_flash.convert import conversion
+
+    real = conversion.compared_copies
+
+    def cut(folder: Path, names: list[str], compare: Callable[..., None]) -> Any:
+        def cut_compare(path: Path, status: os.stat_result, content: bytes) -> None:
+            compare(path, status, b"" if path.name == "tokenizer_config.json" else content)
+
+        return real(folder, names, cut_compare)
+
+    monkeypatch.setattr(conversion, "compared_copies", cut)
+    with pytest.raises(ConversionError, match=r"/tokenizer_config\.json was changed meanwhile\. Run the same"):
+        convert(checkpoint, tmp_path / "store", quick)
+    monkeypatch.undo()
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / "tokenizer_config.json").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is empty, expected JSON"):
+        convert(broken, tmp_path / "store", quick)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer(
+    checkpoint: Path, quick: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    convert(bare, tmp_path / "store", quick)
+    assert "bare has no tokenizer files" in (errors := capfd.readouterr().err) and "random tokens" in errors

@@ -108,7 +108,7 @@ def test_every_family_has_the_bits_of_mlx_lm(
         assert_same(everything(model), expected, slots)
         read = streamer.counters.bytes
         assert read > 0 and streamer.counters.misses > 0
-        if slots != numbers[0] or len(numbers) == 4:
+        if slots == 12 or len(numbers) == 4:
             assert_same(everything(model), expected, (slots, "again"))
         if slots == 12:
             assert streamer.counters.bytes == read, "everything is resident by now"

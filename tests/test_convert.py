@@ -32,6 +32,8 @@ from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, Usa
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import MANIFEST, Manifest, read_manifest
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 QUICK = Settings(calibration_tokens=64)
 Cli = Callable[..., tuple[int, str]]
 

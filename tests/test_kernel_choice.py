@@ -25,6 +25,8 @@ from mlx_lm.utils import load_model
 from mlx_flash.layers import expert_products
 from mlx_flash.layers import experts as layer_module
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 EXPERTS, CHOICES = 12, 4  # of the mixture below
 LENGTHS = (1, 15, 16, 75, 147, 192, 530)  # of prompts: there and just below MLX changes kernels, for these
 

@@ -25,6 +25,8 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_flash.errors import ReadError
 from mlx_flash.layers.neurons import GUESS_AGAIN, LookAhead
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 TOLERANCE = 1e-4  # logits have a standard deviation above 1
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call that goes the decode way
 GREEDY_PROMPTS = ([5], PROMPT)

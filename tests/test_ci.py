@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import pickle
@@ -50,24 +49,17 @@ def test_processes_compute_on_the_cpu_where_the_suite_does() -> None:
     assert done.stdout == "Device(cpu, 0) []\n", done.stderr
 
 
-def test_processes_take_the_list_of_transformers_modules_as_it_is() -> None:
+def test_processes_take_the_list_of_transformers_modules_as_it_is_and_collect_garbage_as_usual() -> None:
     program = (
-        "import pickle, sys, transformers.models; from transformers.utils import import_utils\n"
+        "import gc, pickle, sys, mlx_lm, transformers.models; from transformers.utils import import_utils\n"
         "define, file = import_utils.define_import_structure, transformers.models.__file__\n"
-        "sys.stdout.buffer.write(pickle.dumps([define(file), define(file, 'models')]))"
+        "sys.stdout.buffer.write(pickle.dumps([define(file), define(file, 'models'), gc.get_threshold()]))"
     )
     found = []
     for path in (FOR_CHILDREN, ""):
         environment = {**os.environ, "PYTHONPATH": path}
         found.append(subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).stdout)
     assert found[0] and pickle.loads(found[0]) == pickle.loads(found[1])
-
-
-def test_processes_collect_garbage_as_usual_once_they_are_ready() -> None:
-    program = "import gc; before = gc.get_threshold(); import mlx_lm; print(*before, *gc.get_threshold())"
-    environment = {**os.environ, "PYTHONPATH": FOR_CHILDREN}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert [int(number) for number in done.stdout.split()][3:] == list(gc.get_threshold()), done.stderr
 
 
 def test_the_list_of_defects_names_tests_that_exist() -> None:

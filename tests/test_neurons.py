@@ -320,8 +320,10 @@ def test_calls_longer_than_the_bound_are_exact(tiny: Tiny, own_store: Any, open_
     assert max(difference[1:]) < TOLERANCE
 
 
+# With 1 slot of 64 a token's rows are copied out of it. Into 56 the token fits: its graph reads them there, and the
+# next token writes over some.
 @pytest.mark.parametrize("predictor", ["exact", "lowrank", "shadow"])
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("slots", [1, 56])
 def test_logits_evaluated_after_the_next_call_are_right(
     tiny: Tiny, open_model: Callable[..., Any], predictor: str, slots: int
 ) -> None:
@@ -332,6 +334,7 @@ def test_logits_evaluated_after_the_next_call_are_right(
     lazy = [model(mx.array([[token]])) for token in (5, 17, 80, 3)]
     model(mx.array([PROMPT]))
     assert_same([np.array(logits) for logits in lazy], expected, predictor)
+    assert model.flash.streamer.counters.misses > 2 * slots, "slots were written again"
 
     asynchronous = []
     for token in (5, 17, 80, 3):

@@ -53,7 +53,7 @@ def prepare_children() -> None:
     handle, name = tempfile.mkstemp(prefix="mlx_flash-imports-")
     atexit.register(os.unlink, name)
     with os.fdopen(handle, "wb") as file:
-        pickle.dump(import_utils.create_import_structure_from_path(models), file)
+        pickle.dump(import_utils.define_import_structure(str(models)), file)
     os.environ["MLX_FLASH_TEST_IMPORTS"] = name
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles this package anew
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FOR_CHILDREN, os.environ.get("PYTHONPATH")]))

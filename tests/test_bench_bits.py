@@ -18,6 +18,8 @@ from mlx_flash.convert.conversion import Settings
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 
 def run(*flags: object) -> None:
     arguments = make_parser().parse_args(list(map(str, flags)))

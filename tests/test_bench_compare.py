@@ -28,6 +28,8 @@ from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 IDS = [5, 9, 17, 33, 2, 60, 41, 7]
 PROMPT = 3
 

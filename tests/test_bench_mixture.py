@@ -27,6 +27,8 @@ from mlx_flash.bench.synthetic_mixture import REPEATED, SHAPES, popularity, writ
 from mlx_flash.errors import UsageError
 from mlx_flash.layers import experts as layer_module
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.finding import demo_folder
 from mlx_flash.loading import model_classes
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 PREFIX = [0]
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, 90, 36)]
 CONTEXT = 32  # 36 tokens: a window of 31 and one of 5, which would go the decode way if it were not told otherwise

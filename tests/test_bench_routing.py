@@ -21,6 +21,8 @@ from mlx_flash.bench import eviction, experts_ahead, lookahead, routing, traces,
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.experts import StreamedExperts
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, VOCABULARY, 40)]
 
 

@@ -19,6 +19,8 @@ from mlx_flash.bench import eviction, lookahead, ordering, policies, traces, win
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.cache import SlotCache
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, 90, 40)]
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=14))
 

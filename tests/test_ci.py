@@ -49,11 +49,11 @@ def test_processes_compute_on_the_cpu_where_the_suite_does() -> None:
     assert done.stdout == "Device(cpu, 0) []\n", done.stderr
 
 
-def test_processes_take_the_list_of_transformers_modules_as_it_is() -> None:
+def test_processes_take_the_list_of_transformers_modules_as_it_is_and_collect_garbage_as_usual() -> None:
     program = (
-        "import pickle, sys, transformers.models; from transformers.utils import import_utils\n"
-        "structure = import_utils.create_import_structure_from_path(transformers.models.__file__)\n"
-        "sys.stdout.buffer.write(pickle.dumps(structure))"
+        "import gc, pickle, sys, mlx_lm, transformers.models; from transformers.utils import import_utils\n"
+        "define, file = import_utils.define_import_structure, transformers.models.__file__\n"
+        "sys.stdout.buffer.write(pickle.dumps([define(file), define(file, 'models'), gc.get_threshold()]))"
     )
     found = []
     for path in (FOR_CHILDREN, ""):

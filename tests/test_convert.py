@@ -32,6 +32,8 @@ from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, Usa
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import MANIFEST, Manifest, read_manifest
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 QUICK = Settings(calibration_tokens=64)
 Cli = Callable[..., tuple[int, str]]
 
@@ -252,7 +254,7 @@ def test_a_torch_file_that_would_run_code_is_refused(own_checkpoint: Path, tmp_p
 
 def test_memory_follows_the_largest_layer_not_the_model(tmp_path: Path) -> None:
     peaks = []
-    for layers in (2, 12):
+    for layers in (2, 6):
         folder = make_checkpoint(tmp_path / f"checkpoint-{layers}", hidden=128, neurons=1024, layers=layers)
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -424,7 +426,12 @@ def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
         convert(checkpoint, tmp_path / "whole" / "store", QUICK)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     assert len(stopped) > 40
+    seen: list[dict[str, bytes | None]] = []
     for folder in stopped:
+        found = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+        if found in seen:  # as before an fsync and the rename after it
+            continue
+        seen.append(found)
         output = folder / "store"
         if output.exists():  # stopped after the rename: whole already
             assert read_manifest(output)
@@ -434,6 +441,7 @@ def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
             convert(checkpoint, output, QUICK)
         assert contents(output) == reference, folder.name
         shutil.rmtree(folder)
+    assert len(seen) > 20
 
 
 def test_replacing_stopped_at_every_step_loses_neither_store(
@@ -449,7 +457,7 @@ def test_replacing_stopped_at_every_step_loses_neither_store(
     steps = 0
     # Until the new store is whole the steps are those of the test above, and the old one stands beside: a few do.
     # Here the process lives on, and whatever it does to the disk after the step raises as well.
-    for step in stopped_runs(stop_at, replace, first=40, before=(6, 13, 20, 27, 34)):
+    for step in stopped_runs(stop_at, replace, first=40, before=(6, 20, 34)):
         output = tmp_path / str(step)
         aside = tmp_path / f".{step}.replaced"
         present = contents(output if output.exists() else aside if aside.exists() else tmp_path / "old")

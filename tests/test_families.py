@@ -18,6 +18,8 @@ from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.layers.activations import Activation
 from mlx_flash.loading import load_tokenizer, model_classes
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 KINDS = {
     "bamboo": Activation("drelu"),
     "nemotron": Activation("relu2"),

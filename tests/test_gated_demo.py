@@ -16,6 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.loading import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 FOLDER = Path(__file__).parent / "models" / "gated-demo"
 LARGEST_BYTES = 8_000_000  # tokenizer included
 TEXT = (

@@ -24,6 +24,8 @@ from mlx_flash.commands import run_command
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.loading import load
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 PYTHON_M = [sys.executable, "-m", "mlx_flash.generate"]
 KEYS = {
     *("text", "tokens", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "first_token_s"),

@@ -35,6 +35,8 @@ from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
 from mlx_flash.loading import load, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 
 def test_what_load_gives(store: Path) -> None:
     said: list[str] = []

@@ -19,6 +19,8 @@ from mlx_flash.convert.host import HostMatrix
 from mlx_flash.convert.sample import Sample
 from mlx_flash.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 
 def layer(inner: int, seed: int = 0, tokens: int = 1024, bias: float = -1.0) -> Sample:
     """A layer whose up projection has rank `inner`; a lower `bias` makes it sparser."""

@@ -26,6 +26,8 @@ from mlx_flash.mixture import parent_of
 from mlx_flash.plan import KV_STEP_TOKENS
 from mlx_flash.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 MB = 1 << 20
 
 

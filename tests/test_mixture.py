@@ -47,6 +47,8 @@ from mlx_flash.memory_needs import needs_of
 from mlx_flash.mixture import Provenance, locate, open_mixture
 from mlx_flash.mixture_loading import load_mixture, streamed_layers
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 40, 33, 21, 7, 68, 50]
 
 
@@ -108,7 +110,7 @@ def test_every_family_has_the_bits_of_mlx_lm(
         assert_same(everything(model), expected, slots)
         read = streamer.counters.bytes
         assert read > 0 and streamer.counters.misses > 0
-        if slots != numbers[0] or len(numbers) == 4:
+        if slots == 12 or len(numbers) == 4:
             assert_same(everything(model), expected, (slots, "again"))
         if slots == 12:
             assert streamer.counters.bytes == read, "everything is resident by now"
@@ -174,6 +176,26 @@ def test_16_bits_are_widened_on_the_cpu_backend(
     mx.save_safetensors(str(same / "model.safetensors"), {n: a.astype(mx.float32) for n, a in rounded.items()})
     for slots in (2, 12):
         assert_same(everything(stream(folder, slots)[0]), reference(same), slots)
+
+
+def test_what_still_reads_a_slot_is_evaluated_before_it_is_written(
+    mixture_of: Callable[..., Path], stream: Callable[..., Any]
+) -> None:
+    model, _ = stream(mixture_of("qwen3_moe"), 1)
+    experts = model.layers[0].mlp.switch_mlp._stream
+    pool = next(iter(experts.pools.values()))
+
+    def bring(expert: int) -> np.ndarray:
+        experts.use(np.array([expert]))
+        experts.begin(np.array([expert]))
+        experts.land()
+        return np.array(pool[0] * 1)
+
+    second, first = bring(1), bring(0)
+    lazy = pool[0] * 1
+    experts.hold(lazy)
+    assert np.array_equal(bring(1), second) and not np.array_equal(first, second)
+    assert np.array_equal(np.array(lazy), first)
 
 
 def test_a_failed_read_is_an_error_and_the_next_call_is_right(

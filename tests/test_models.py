@@ -22,6 +22,8 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_flash.loading import model_classes
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:

@@ -25,10 +25,13 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_flash.errors import ReadError
 from mlx_flash.layers.neurons import GUESS_AGAIN, LookAhead
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 TOLERANCE = 1e-4  # logits have a standard deviation above 1
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call that goes the decode way
 GREEDY_PROMPTS = ([5], PROMPT)
 GREEDY_TOKENS = 12
+GOLDEN_GREEDY_TOKENS = 4  # the families differ in what a call computes, not in how tokens follow each other
 BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 71, 16, 38, 59]]
 
 # Every predictor with every type of numbers and every way of packing them, which products and reads depend on. A family
@@ -93,7 +96,8 @@ def dense_of(tiny_of: Callable[[str], Tiny]) -> Callable[[str], Dense]:
     @functools.cache
     def make(name: str) -> Dense:
         model = tiny_of(name).dense
-        return Dense(everything(model), [greedy(model, prompt, GREEDY_TOKENS) for prompt in GREEDY_PROMPTS])
+        tokens = GOLDEN_GREEDY_TOKENS if name in GOLDEN_VARIANTS else GREEDY_TOKENS
+        return Dense(everything(model), [greedy(model, prompt, tokens) for prompt in GREEDY_PROMPTS])
 
     return make
 
@@ -117,7 +121,7 @@ def resident_of(
             model = open_model(tiny_of(name).store, predictor=predictor)
             expected = everything(model)
             misses = model.flash.streamer.counters.misses
-            if name not in GOLDEN_VARIANTS:  # the families do not differ in what they keep
+            if name in ("float32", *QUANTISED):  # the others do not differ in what they keep
                 assert_same(everything(model), expected, "again, all resident")
             residents[name, predictor] = expected, misses
         return residents[name, predictor]
@@ -139,9 +143,10 @@ def test_bit_identical_however_it_is_cached_and_read(
         {"slots": 2, "io": "buffered", "window": 1},
         {"slots": blocks - 1},
     ]
-    # How it is read is the same for every type of numbers. The golden models have 5 blocks: the second way is enough.
+    # How it is read is the same for every type of numbers, and the two of 16 bits have one layout. The golden models
+    # have 5 blocks: the second way is enough.
     if name != "float32":
-        ways = ways[1:2] if name in GOLDEN_VARIANTS else ways[:2]
+        ways = ways[1:2] if name in (*GOLDEN_VARIANTS, "bfloat16") else ways[:1] if name == "float16" else ways[:2]
     for way in ways:
         model = open_model(tiny.store, predictor=predictor, **way)
         assert_same(everything(model), expected, way)
@@ -220,7 +225,7 @@ def test_without_a_guess_it_is_the_dense_model(
     for found, expected in zip(logits, dense.everything, strict=True):
         assert np.abs(found - expected).max() < TOLERANCE
     for prompt, (dense_ids, dense_logits) in zip(GREEDY_PROMPTS, dense.greedy, strict=True):
-        ids, logits = greedy(model, prompt, GREEDY_TOKENS)
+        ids, logits = greedy(model, prompt, len(dense_ids))
         assert ids == dense_ids
         assert np.abs(np.stack(logits) - np.stack(dense_logits)).max() < TOLERANCE
     if name in DTYPES:
@@ -245,12 +250,12 @@ def test_a_few_tokens_at_once_equal_token_by_token(
 ) -> None:
     """Each position computes with its own neurons, though the union of them is read."""
     model = open_model(tiny_of(name).store, slots=6, predictor=predictor)
-    tokens = mx.array([PROMPT[:5], BATCH[0][:5]]) % model.args.vocab_size
+    tokens = mx.array([PROMPT[:3], BATCH[0][:3]]) % model.args.vocab_size
     together = np.array(model(tokens[:1]))
     both = np.array(model(tokens))
     for row in range(2):
         cache = make_prompt_cache(model)
-        single = np.concatenate([np.array(model(tokens[row : row + 1, i : i + 1], cache)) for i in range(5)], axis=1)
+        single = np.concatenate([np.array(model(tokens[row : row + 1, i : i + 1], cache)) for i in range(3)], axis=1)
         assert np.abs(both[row] - single[0]).max() < TOLERANCE
         if row == 0:
             assert np.abs(together - single).max() < TOLERANCE
@@ -315,8 +320,10 @@ def test_calls_longer_than_the_bound_are_exact(tiny: Tiny, own_store: Any, open_
     assert max(difference[1:]) < TOLERANCE
 
 
+# With 1 slot of 64 a token's rows are copied out of it. Into 56 the token fits: its graph reads them there, and the
+# next token writes over some.
 @pytest.mark.parametrize("predictor", ["exact", "lowrank", "shadow"])
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("slots", [1, 56])
 def test_logits_evaluated_after_the_next_call_are_right(
     tiny: Tiny, open_model: Callable[..., Any], predictor: str, slots: int
 ) -> None:
@@ -327,6 +334,7 @@ def test_logits_evaluated_after_the_next_call_are_right(
     lazy = [model(mx.array([[token]])) for token in (5, 17, 80, 3)]
     model(mx.array([PROMPT]))
     assert_same([np.array(logits) for logits in lazy], expected, predictor)
+    assert model.flash.streamer.counters.misses > 2 * slots, "slots were written again"
 
     asynchronous = []
     for token in (5, 17, 80, 3):
@@ -356,15 +364,22 @@ def test_another_thread_may_generate(
     assert_same(results, expected, predictor)
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize(
+    ("predictor", "which"), [("none", (0, 12)), ("exact", (1, 3)), ("lowrank", (0, 3)), ("shadow", (1, 12))]
+)
 def test_a_read_error_ends_the_call_and_the_next_one_is_right(
-    tiny: Tiny, open_model: Callable[..., Any], resident_of: Any, monkeypatch: pytest.MonkeyPatch, predictor: str
+    tiny: Tiny,
+    open_model: Callable[..., Any],
+    resident_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    predictor: str,
+    which: tuple[int, ...],
 ) -> None:
     expected, _ = resident_of("float32", predictor)
     model = open_model(tiny.store, slots=5, predictor=predictor)
     reader = model.flash.streamer.reader
     real, errors = reader.wait, []
-    for failing in (0, 1, 3, 12):
+    for failing in which:
         waits = 0
 
         def wait(ticket: Any, failing: int = failing) -> Any:

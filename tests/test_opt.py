@@ -16,6 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.models.opt import Model, ModelArgs
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 VARIANTS = ["opt-pre", "opt-350m-like", "opt-nobias"]
 
 

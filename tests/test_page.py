@@ -9,7 +9,7 @@ import re
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
@@ -17,7 +17,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from page_browser import CHROMIUM, Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Request, Route
+    from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, ViewportSize
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 WAIT_MS = 600_000  # that no wait exceeds; none needs it
+VIEWPORT: ViewportSize = {"width": 1280, "height": 720}  # Playwright's own
 BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
 ANSWER = "#log article.assistant:last-child"
@@ -54,14 +55,23 @@ class Tab:
         self.complaints: list[str] = []
         self.requests: list[Request] = []
         page.set_default_timeout(WAIT_MS)
-        page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request))
+        self._listeners: dict[Any, Callable[[Any], None]] = {
+            "console": lambda said: self.complaints.append(said.text) if said.type != "log" else None,
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "request": lambda request: self.requests.append(request),
+        }
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
+
+    def leave(self) -> None:
+        """The page is another's from now on."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
 
     def open(self) -> Page:
         self.page.goto(self.server.url)
         self.page.wait_for_selector(READY)
-        self.page.wait_for_function("() => document.getElementById('model').textContent !== '–'")
+        self.shows("() => document.getElementById('model').textContent !== '–'")
         return self.page
 
     def set(self, **fields: str) -> None:
@@ -106,30 +116,56 @@ class Tab:
         return [request.post_data_json for request in self.requests if request.method == "POST"]
 
 
+@pytest.fixture(scope="module")
+def common_page(browser: Browser) -> Page:
+    """A window costs Chromium half a second of a processor, so most tests are one after another in this one."""
+    return browser.new_context().new_page()
+
+
 @pytest.fixture
 def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
-    """Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything."""
-    tabs: list[Tab] = []
+    """Each in a window and a profile of its own, where no page is given.
 
-    def open_tab(server: Server = server, **options: Any) -> Tab:
-        tabs.append(Tab(browser.new_context(**options).new_page(), server))
+    Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything.
+    """
+    tabs: list[Tab] = []
+    contexts: list[BrowserContext] = []
+
+    def open_tab(server: Server = server, page: Page | None = None) -> Tab:
+        if page is None:
+            contexts.append(browser.new_context())
+            page = contexts[-1].new_page()
+        tabs.append(Tab(page, server))
         return tabs[-1]
 
     yield open_tab
-    for tab in tabs:
-        tab.page.context.close()
+    for context in contexts:
+        context.close()
     server.hold(None)
     for tab in tabs:
+        tab.leave()
         assert tab.complaints == []
         elsewhere = [request.url for request in tab.requests if not request.url.startswith(f"{tab.server.url}/")]
         assert elsewhere == []
 
 
 @pytest.fixture
-def tab(open_tab: Callable[..., Tab]) -> Tab:
-    tab = open_tab()
-    tab.open()
-    return tab
+def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
+    """The common page, with nothing kept of what was there before. Not opened yet."""
+    tab = open_tab(page=common_page)
+    yield tab
+    common_page.unroute_all()
+    common_page.evaluate("Storage.prototype.setItem = () => {}; localStorage.clear()")  # as it closes it keeps more
+    common_page.mouse.move(0, 0)
+    common_page.goto("about:blank")
+    common_page.set_viewport_size(VIEWPORT)
+    common_page.emulate_media(color_scheme="light", reduced_motion="no-preference")
+
+
+@pytest.fixture
+def tab(empty_tab: Tab) -> Tab:
+    empty_tab.open()
+    return empty_tab
 
 
 def expect_failed_loads(tab: Tab, least: int = 1) -> None:
@@ -215,22 +251,37 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
     wait_for_colours(page, "reads", READING, GOOD)
 
 
-def test_experts_have_cells_of_their_own(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of_their_own(
+    open_tab: Callable[..., Tab], tmp_path: Path
+) -> None:
+    """Of one server: a mixture of experts behind a key."""
     size = {"num_hidden_layers": 8, "num_experts": 64, "moe_intermediate_size": 128}  # 50 MB of experts
     checkpoint = make_mixture(tmp_path / "a-mixture", "qwen3_moe", **size)
     write_tokenizer(checkpoint)
     options = ("--model", str(checkpoint))
-    with running(tmp_path / "log", *options, memory=f"{smallest_budget(*options) + 20}MB") as mixture:
-        tab = open_tab(mixture)
-        page = tab.open()
+    memory = f"{smallest_budget(*options) + 20}MB"
+    with running(tmp_path / "log", *options, "--api-key", KEY, memory=memory) as locked:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            locked.get("/stats")
+        tab = open_tab(locked)
+        page = tab.page
+        page.goto(locked.url)
+        for key in ("wrong", KEY):
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector(READY)
+        tab.open()  # the key is kept for the tab
         assert page.text_content("#model") == "a-mixture"
         assert page.is_hidden("#demo-note")
         assert page.text_content("#layers-note") == "8 × 64 experts, 0 % resident"
-        tab.set(max_tokens="200", temperature="2")
+        tab.set(max_tokens="100", temperature="2")
         tab.say("hello")
         tab.answered()
         tab.reads("#layers-note", r"^8 × 64 experts, [1-9][\d.]* % resident")
         wait_for_colours(page, "layers", GOOD, RESIDENT)  # of one expert each: it is there, and hit, or it is not
+        assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
+        expect_failed_loads(tab, 2)
         page.close()
 
 
@@ -246,7 +297,7 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     tab.page.click("#stop")
     text = tab.answered("stopped")
     assert text and tab.page.text_content(f"{ANSWER} .note") == "Stopped."
-    tab.page.wait_for_function("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
+    tab.shows("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
     last = tab.server.get("/stats")["last"]
     assert last["generated_tokens"] < 480
     assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after
@@ -256,23 +307,24 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     assert [message["role"] for message in tab.asked()[1]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_the_end_stays_in_sight_unless_one_reads_above(open_tab: Callable[..., Tab]) -> None:
-    for viewport in ({"width": 1280, "height": 500}, {"width": 400, "height": 500}):
-        tab = open_tab(viewport=viewport)
-        page = tab.open()
-        # Pixels between the end of the last answer and the composer above which it is to be seen.
-        room = """() => document.getElementById('composer').getBoundingClientRect().top
-            - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
-        show_answer(tab, "line\n" * 60)
-        tab.say(BEGINNING)
-        tab.answered()
-        page.wait_for_function(f"() => ({room})() >= 0")
-        page.click("#settings summary")
-        page.wait_for_function(f"() => ({room})() >= 0")
-        page.evaluate("document.querySelector('#log article').scrollIntoView()")
-        page.wait_for_function(f"() => ({room})() < -500")
-        page.click("#settings summary")
-        assert page.evaluate(room) < -500
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_end_stays_in_sight_unless_one_reads_above(empty_tab: Tab, width: int) -> None:
+    tab, page = empty_tab, empty_tab.page
+    page.set_viewport_size({"width": width, "height": 500})
+    tab.open()
+    # Pixels between the end of the last answer and the composer above which it is to be seen.
+    room = """() => document.getElementById('composer').getBoundingClientRect().top
+        - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
+    show_answer(tab, "line\n" * 60)
+    tab.say(BEGINNING)
+    tab.answered()
+    tab.shows(f"() => ({room})() >= 0")
+    page.click("#settings summary")
+    tab.shows(f"() => ({room})() >= 0")
+    page.evaluate("document.querySelector('#log article').scrollIntoView()")
+    tab.shows(f"() => ({room})() < -500")
+    page.click("#settings summary")
+    assert page.evaluate(room) < -500
 
 
 def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
@@ -280,7 +332,7 @@ def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
     tab.say(BEGINNING)
     tab.answered()
     tab.page.click(".retry")
-    tab.page.wait_for_function("() => document.querySelectorAll('#log article').length === 2")
+    tab.shows("() => document.querySelectorAll('#log article').length === 2")
     tab.answered()
     first, second = tab.asked()
     assert first["messages"] == second["messages"] == [{"role": "user", "content": BEGINNING}]
@@ -312,12 +364,17 @@ def test_a_reload_while_it_speaks_keeps_what_there_was(tab: Tab) -> None:
     assert tab.page.text_content(f"{ANSWER} .note") == "Interrupted: the page was reloaded."
 
 
-def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
+def test_what_is_kept_is_bounded(empty_tab: Tab) -> None:
     turns = [
-        {"role": role, "content": f"{i} " * 2000, "state": "done"} for i in range(120) for role in ("user", "assistant")
+        {"role": role, "content": f"{i} " * 1000, "state": "done"} for i in range(120) for role in ("user", "assistant")
     ]
-    tab = open_tab()
-    tab.page.add_init_script(f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(turns))})")
+    assert sum(len(message["content"]) for message in turns) > 500_000 and len(turns) > 200
+    tab = empty_tab
+    tab.open().evaluate(
+        """turns => { localStorage.setItem('mlx_flash.conversation', turns);
+            Storage.prototype.setItem = () => {}; }""",  # as it closes the page keeps its own
+        json.dumps(turns),
+    )
     tab.open()
     assert tab.page.locator("#log article").count() == len(turns)
     show_answer(tab, "the end")
@@ -328,13 +385,12 @@ def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
     assert kept[-1]["content"] == "the end"
 
 
-def test_two_pages_take_turns(open_tab: Callable[..., Tab]) -> None:
-    first, second = open_tab(), open_tab()
-    for tab in (first, second):
-        tab.open()
+def test_two_pages_take_turns(tab: Tab, open_tab: Callable[..., Tab]) -> None:
+    first, second = tab, open_tab()
+    second.open()
     first.speak()
     doing = "() => document.getElementById('doing').textContent"
-    second.page.wait_for_function(f"() => ({doing})() === 'Speaking, for another client'")
+    second.shows(f"() => ({doing})() === 'Speaking, for another client'")
     assert first.page.evaluate(doing) == "Speaking"
     second.set(max_tokens="4")
     second.say(BEGINNING)
@@ -373,8 +429,8 @@ def test_the_server_goes_away_and_comes_back(tab: Tab, server: Server) -> None:
     expect_failed_loads(tab)
 
 
-def test_a_model_that_loads_is_waited_for(open_tab: Callable[..., Tab], server: Server) -> None:
-    tab = open_tab()
+def test_a_model_that_loads_is_waited_for(empty_tab: Tab, server: Server) -> None:
+    tab = empty_tab
     tab.page.route("**/health", lambda route: route.fulfill(status=503, json={"status": "loading"}))
     tab.page.goto(server.url)
     tab.page.wait_for_selector('#banner[data-state="loading"]')
@@ -387,8 +443,8 @@ def test_a_model_that_loads_is_waited_for(open_tab: Callable[..., Tab], server: 
     expect_failed_loads(tab)
 
 
-def test_a_model_that_could_not_be_loaded_says_why(open_tab: Callable[..., Tab], server: Server) -> None:
-    tab = open_tab()
+def test_a_model_that_could_not_be_loaded_says_why(empty_tab: Tab, server: Server) -> None:
+    tab = empty_tab
     why = "this model needs at least 267MB; the memory budget is 0.100 GB."
     tab.page.route("**/health", lambda route: route.fulfill(status=500, json={"status": "failed", "error": why}))
     tab.page.goto(server.url)
@@ -432,28 +488,6 @@ def test_a_setting_out_of_its_range_is_not_sent(tab: Tab) -> None:
     assert tab.asked() == [] and tab.page.input_value("#prompt") == BEGINNING
     tab.page.click("#settings-reset")
     assert tab.page.input_value("input[name=temperature]") == "0.7"
-
-
-def test_a_key_is_asked_for_where_the_server_wants_one(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    with running(tmp_path / "log", "--api-key", KEY) as locked:
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            locked.get("/stats")
-        tab = open_tab(locked)
-        page = tab.page
-        page.goto(locked.url)
-        for key in ("wrong", KEY):
-            page.wait_for_selector("#key-dialog[open]")
-            page.fill("#key", key)
-            page.press("#key", "Enter")
-        page.wait_for_selector(READY)
-        page.reload()
-        page.wait_for_selector(READY)  # kept for the tab
-        tab.set(max_tokens="4")
-        tab.say(BEGINNING)
-        tab.answered()
-        assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
-        expect_failed_loads(tab, 2)
-        page.close()
 
 
 # Who it is for.
@@ -534,8 +568,9 @@ def test_it_says_itself_to_those_who_listen(tab: Tab) -> None:
     assert names == []
 
 
-def test_it_fits_400_pixels(open_tab: Callable[..., Tab]) -> None:
-    tab = open_tab(viewport={"width": 400, "height": 800})
+def test_it_fits_400_pixels(empty_tab: Tab) -> None:
+    tab = empty_tab
+    tab.page.set_viewport_size({"width": 400, "height": 800})
     page = tab.open()
     tab.set(max_tokens="30")
     tab.say(BEGINNING + " " + "x" * 300)
@@ -566,9 +601,9 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(("scheme", "toggled"), [("light", "dark"), ("dark", "light")])
-def test_dark_and_light_can_be_read(open_tab: Callable[..., Tab], scheme: str, toggled: str) -> None:
-    tab = open_tab(color_scheme=scheme)
-    page = tab.open()
+def test_dark_and_light_can_be_read(empty_tab: Tab, scheme: Literal["dark", "light"], toggled: str) -> None:
+    empty_tab.page.emulate_media(color_scheme=scheme)
+    page = empty_tab.open()
 
     def colour(name: str) -> str:
         return str(page.evaluate("name => getComputedStyle(document.documentElement).getPropertyValue(name)", name))
@@ -600,20 +635,17 @@ def test_dark_and_light_can_be_read(open_tab: Callable[..., Tab], scheme: str, t
     assert is_dark() == (toggled == "dark")
 
 
-def test_less_motion_is_honoured(open_tab: Callable[..., Tab]) -> None:
-    moving, still = open_tab(), open_tab(reduced_motion="reduce")
+@pytest.mark.parametrize(("motion", "animation"), [("no-preference", "waiting"), ("reduce", "none")])
+def test_less_motion_is_honoured(empty_tab: Tab, motion: Literal["no-preference", "reduce"], animation: str) -> None:
+    empty_tab.page.emulate_media(reduced_motion=motion)
+    page = empty_tab.open()
     held: list[Route] = []
-    for tab in (moving, still):
-        tab.open()
-        tab.page.route("**/v1/chat/completions", lambda route: held.append(route))  # nothing comes: the caret waits
-        tab.say(BEGINNING)
-        tab.page.wait_for_selector(f"{ANSWER}.waiting")
-    while len(held) < 2:
-        still.page.wait_for_timeout(10)  # the routes are called while this waits
+    page.route("**/v1/chat/completions", lambda route: held.append(route))  # nothing comes: the caret waits
+    empty_tab.say(BEGINNING)
+    page.wait_for_selector(f"{ANSWER}.waiting")
+    while not held:
+        page.wait_for_timeout(10)  # the route is called while this waits
     caret = f"getComputedStyle(document.querySelector('{ANSWER} .text'), '::after').animationName"
-    assert moving.page.evaluate(caret) == "waiting"
-    assert still.page.evaluate(caret) == "none"
-    for route in held:
-        route.abort("aborted")
-    for tab in (moving, still):
-        tab.answered("error")
+    assert page.evaluate(caret) == animation
+    held[0].abort("aborted")
+    empty_tab.answered("error")

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,6 +307,23 @@ def test_closing_the_reader_finishes_the_reads(file: UnitFile, contents: np.ndar
         reader.wait(ticket)
     with pytest.raises(ReadError, match="closed"):
         reader.submit(file, *columns((0, target.ctypes.data, 1)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_closing_the_reader_ends_its_threads_though_a_call_still_has_its_pool() -> None:
+    def threads() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    before = threads()
+    reader = Reader(3)
+    pool = reader._pool  # as a call in another thread has it: its end is not what ends the threads
+    own = threads() - before
+    assert len(own) == 3
+    reader.close()
+    end = time.monotonic() + 10
+    while own & threads() and time.monotonic() < end:  # joined, a thread is still listed for a moment
+        time.sleep(0.001)
+    assert pool is not None and not own & threads()
 
 
 def test_closing_a_file_waits_for_its_reads(reader: Reader, own_path: Path, contents: np.ndarray) -> None:

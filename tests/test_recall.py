@@ -29,6 +29,8 @@ from mlx_flash.flash.files import read_manifest
 from mlx_flash.layers.recall import Setting
 from mlx_flash.loading import load
 
+pytestmark = pytest.mark.usefixtures("one_processor")
+
 REPORT: dict[str, Any] = {
     "target": 0.9,
     "active": [0.1, 0.3],

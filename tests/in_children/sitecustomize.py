@@ -3,11 +3,12 @@
 MLX computes on the CPU there as well where MLX_FLASH_TEST_DEVICE=cpu. And transformers, which reads its 1,700 source
 files twice at each import to list what they define (half of the two seconds that a command takes to begin), takes the
 list that the tests' own process made: MLX_FLASH_TEST_IMPORTS names it. Neither library is imported here: `--help` would
-pay for it.
+pay for it. Garbage is collected less often until mlx-lm is imported.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pickle
@@ -47,19 +48,31 @@ def compute_on_the_cpu(mlx: Any) -> None:
 
 
 def remember_the_list(import_utils: Any) -> None:
-    look = import_utils.create_import_structure_from_path
+    look = import_utils.define_import_structure
 
-    def remembered(path: Any) -> Any:
+    def remembered(path: Any, prefix: str | None = None) -> Any:
         known = Path(os.environ["MLX_FLASH_TEST_IMPORTS"])
         folder = os.path.dirname(path) if os.path.isfile(path) else str(path)
         if folder.endswith(os.path.join("transformers", "models")) and known.is_file():
-            return pickle.loads(known.read_bytes())  # a new one each time: what is returned is changed
-        return look(path)
+            # A new one each time: what is returned is changed. It is pickled in the form that no prefix gives.
+            structure = pickle.loads(known.read_bytes())
+            if prefix is None:
+                return structure
+            return {needs: {f"{prefix}.{name}": of for name, of in found.items()} for needs, found in structure.items()}
+        return look(path, prefix)
 
-    import_utils.create_import_structure_from_path = remembered
+    import_utils.define_import_structure = remembered
+
+
+def collect_garbage_as_usual(_: ModuleType) -> None:
+    gc.set_threshold(*USUAL)
 
 
 if os.environ.get("MLX_FLASH_TEST_DEVICE") == "cpu":
     Afterwards("mlx.core", compute_on_the_cpu)
 if "MLX_FLASH_TEST_IMPORTS" in os.environ:
     Afterwards("transformers.utils.import_utils", remember_the_list)
+    # A fifth of the time that it takes to import mlx-lm is the collector's, which looks through modules for garbage.
+    USUAL = gc.get_threshold()
+    gc.set_threshold(50_000, *USUAL[1:])
+    Afterwards("mlx_lm.generate", collect_garbage_as_usual)

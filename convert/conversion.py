@@ -277,7 +277,6 @@ class _Conversion:
         if self.small_files.keys() & set(TOKENIZER_FILES):
             with compared_copies(folder, [*self.small_files], self._compare) as copies:
                 tokenizer = load_tokenizer(copies)
-            tokenizer.name_or_path = str(folder)
             ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False, verbose=False))
             prefix = [i for i in tokenizer.encode("", add_special_tokens=True) if i != tokenizer.eos_token_id][:1]
             prefix = prefix or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command's modules are still imported: it ends at once, without a traceback."""
+"""Ctrl-C, SIGTERM and SIGHUP while a command's modules are still imported: it ends at once, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 
 TERMINATED = {"server": 0}  # exit codes after SIGTERM; that of every other command is 143
+HUNG_UP = 129  # exit code after SIGHUP: the terminal was closed
 OWN_HANDLERS = ("app", "apps.menubar")
 
 _terminated = 143
@@ -20,13 +21,18 @@ def end_at_once_if_told() -> None:
     if command is None or command in OWN_HANDLERS:
         return
     _terminated = TERMINATED.get(command, 143)
-    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        if signal.getsignal(number) == default:  # a shell starts a job in the background with Ctrl-C ignored
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    for number, default in defaults.items():
+        if signal.getsignal(number) == default:  # a shell ignores Ctrl-C in a background job, `nohup` SIGHUP
             signal.signal(number, _end)
 
 
 def hand_over() -> None:
-    """Ctrl-C raises Interrupted from now on. `run_command` sets SIGTERM's handler itself."""
+    """Ctrl-C raises Interrupted from now on. `run_command` sets the other handlers itself."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, interrupt)
 
@@ -52,4 +58,4 @@ def _command() -> str | None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    os._exit(130 if number == signal.SIGINT else _terminated)
+    os._exit(130 if number == signal.SIGINT else HUNG_UP if number == signal.SIGHUP else _terminated)

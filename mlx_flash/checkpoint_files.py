@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .flash.plain_files import reading
 
 # Configuration, tokenizer, chat template and generation settings.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes")
 
 # Kind by kind, the better first: the index that lists the shards, the single file, the shards where no index is.
 WEIGHT_FILES = (
@@ -113,8 +113,9 @@ def files_in(folder: Path) -> list[str]:
         if path.is_symlink() and not path.name.startswith("."):
             _check_link(path, home)
     names = matching([path.name for path in entries if path.parent == folder], (*SMALL_FILES, *WEIGHT_PATTERNS))
-    small = set(matching(names, SMALL_FILES))
-    for name in names:
+    further = further_templates([str(path.relative_to(folder)) for path in entries])
+    small = {*matching(names, SMALL_FILES), *further}
+    for name in [*names, *further]:
         with reading(folder / name):
             status = (folder / name).stat()
         if not stat.S_ISREG(status.st_mode):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from . import stopping
-from .beginning import hand_over
+from .beginning import HUNG_UP, hand_over
 from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
@@ -56,11 +56,11 @@ def obey_lifeline(arguments: argparse.Namespace) -> None:
 def run_command(
     parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], terminated: int = 143
 ) -> None:
-    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, and `terminated`
-    after SIGTERM.
+    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, `terminated` after
+    SIGTERM, and 129 after SIGHUP, unless that is ignored, as under `nohup`.
 
     Where `main` is the program itself, not a function that a test calls, the process ends `stopping.GRACE_S` after
-    either signal, or after `main`, whatever it then waits for.
+    such a signal, or after `main`, whatever it then waits for.
     """
     arguments = parser.parse_args()
     # Closed by the caller, as `<&-` and `>&-` do. The lowest number first: MLX cannot read a file whose number is 0.
@@ -70,15 +70,17 @@ def run_command(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack what a model says
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(terminated)
-    )  # an exception, so that children and files are cleared up
+    codes = {signal.SIGTERM: terminated}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        codes[signal.SIGHUP] = HUNG_UP
+    for number in codes:  # an exception, so that children and files are cleared up
+        signal.signal(number, lambda number, _: sys.exit(codes[signal.Signals(number)]))
     owns_process = main.__module__ == "__main__"
     code = 1
     try:
         hand_over()
         if owns_process:
-            stopping.watch(parser.prog, {signal.SIGINT: 130, signal.SIGTERM: terminated})
+            stopping.watch(parser.prog, {signal.SIGINT: 130, **codes})
         code = main(arguments) or 0
         sys.stdout.flush()
     except FlashError as error:
@@ -103,7 +105,7 @@ def run_command(
         code = 1
     finally:
         if owns_process:
-            for number in (signal.SIGINT, signal.SIGTERM):  # it ends already: one more must not give a traceback
+            for number in (signal.SIGINT, *codes):  # it ends already: one more must not give a traceback
                 signal.signal(number, signal.SIG_IGN)
             stopping.ended(code)
     sys.exit(code)

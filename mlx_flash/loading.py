@@ -17,9 +17,9 @@ from typing import Any, get_args, get_type_hints
 import mlx.core as mx
 
 from . import building
-from .checkpoint_files import files_in, small_files, small_files_in
+from .checkpoint_files import MAX_SMALL_BYTES, files_in, small_files, small_files_in
 from .checkpoint_tensors import extent_of
-from .compared_copies import compared_copies
+from .compared_copies import compared_copies, name_themselves
 from .config_counts import count_problem
 from .convert.families import family_of
 from .defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
@@ -41,6 +41,7 @@ from .kinds import is_mixture, refuse_own_code, said
 from .layers.activations import Activation
 from .layers.recall import Setting
 from .memory_needs import Call, needs_of
+from .mixture import open_mixture
 from .mixture_loading import load_mixture
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan, parse_memory
 from .random_state import kept_random_state
@@ -225,6 +226,8 @@ def _load(
     copies: contextlib.ExitStack,
 ) -> tuple[Any, Any]:
     """`load` of a folder. name: what a user called it. copies: keeps those of small files until all is loaded."""
+    if problem := _unencodable(source):
+        raise UsageError(f"{source!s} cannot be used: {problem}. Rename it.")
     small = source
     if verify and not is_store(source):
         files_in(source)  # raises for what is not a file, or leads out of the folder
@@ -237,8 +240,10 @@ def _load(
         _check_compiler(say)
         config, defaults = _read_config(small), read_generation_config(small)
         tokenizer = load_tokenizer(small, config)  # first: the plan counts what the process has by then
-        tokenizer.name_or_path = str(source)
-        model = load_mixture(source, budget, window, threads, context, io, say, verify, small)
+        name_themselves(tokenizer, small, source)
+        mixture = open_mixture(source, small)
+        copies.close()  # the first time, all weights are read and compared now
+        model = load_mixture(source, mixture, budget, window, threads, context, io, say, verify)
         model.flash.defaults = defaults
         return model, tokenizer
     if not is_store(source):
@@ -269,7 +274,7 @@ def _load(
             f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
         ) from None
     tokenizer = load_tokenizer(small, config)
-    tokenizer.name_or_path = str(folder)
+    name_themselves(tokenizer, small, folder)
     _check_compiler(say)
     if len(model.layers) != manifest.layout.layers:
         raise CorruptStoreError(
@@ -286,9 +291,18 @@ def _load(
     return model, tokenizer
 
 
+def _unencodable(path: Path) -> str | None:
+    """Why MLX, which wants UTF-8, cannot open what lies at a path; None: it can."""
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        return "its name, or that of a folder above it, is not UTF-8 text"
+    return None
+
+
 def _copies_of_a_store(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
     """Of its configuration and tokenizer, compared with the manifest; a file that was put beside them is compared with
-    nothing. Raises CorruptStoreError or ReadError.
+    nothing, and passed over where it cannot be one of theirs. Raises CorruptStoreError or ReadError.
     """
 
     def compare(path: Path, _: os.stat_result, content: bytes) -> None:
@@ -296,7 +310,13 @@ def _copies_of_a_store(folder: Path, manifest: Manifest) -> contextlib.AbstractC
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise CorruptStoreError(f"{path} does not match its checksum. {AGAIN}")
 
-    return compared_copies(folder, small_files_in(folder), compare)
+    def counts(name: str) -> bool:
+        path = folder / name
+        return name in manifest.files or (not path.is_symlink() and path.stat().st_size <= MAX_SMALL_BYTES)
+
+    with reading(folder):
+        names = [name for name in small_files_in(folder) if counts(name)]
+    return compared_copies(folder, names, compare)
 
 
 def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> None:
@@ -339,6 +359,12 @@ def _import_mlx_lm() -> None:
 
 def _check_compiler(say: Callable[[str], None]) -> None:
     """`mx.compile` on the CPU backend runs g++; where there is none, compile is switched off."""
+    folder = os.environ.get("TMPDIR")
+    if mx.default_device() == mx.cpu and folder and not os.access(folder, os.W_OK | os.X_OK):
+        raise FlashError(
+            f"TMPDIR is {folder}, which is not a folder that can be written to; MLX compiles there. Set it to one, or "
+            "unset it."
+        )
     if mx.default_device() == mx.cpu and shutil.which("g++") is None:
         mx.disable_compile()
         say("note: there is no g++ here, so mx.compile is off (on Debian or Ubuntu: apt-get install g++)")

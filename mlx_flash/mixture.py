@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ import numpy as np
 
 from .checkpoint_files import files_in, read_config
 from .checkpoint_tensors import malformed, tensors_in
-from .errors import CheckpointError, ReadError, UnsupportedModelError
+from .compared_copies import no_room, temporary_folder
+from .errors import CheckpointError, FlashError, UnsupportedModelError
 from .flash.checksums import TensorEntry
 from .flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
 from .flash.plain_files import reading, unreadable
@@ -95,7 +95,7 @@ class Mixture:
     switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> where its E parts lie
     sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, where that is known
     entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors: number of the file, entry of its header
-    tensors: dict[str, mx.array]  # those of them that no expert consists of, lazily loaded
+    tensors: dict[str, mx.array]  # the same, lazily loaded
 
     @property
     def experts(self) -> int:
@@ -112,6 +112,12 @@ class Mixture:
         """All experts' small tensors (such as biases) of all layers, which are kept beside the slots."""
         tensors = [tensor for tensors in self.switches.values() for tensor in tensors.values()]
         return sum(tensor.nbytes * len(tensor.offsets) for tensor in tensors if tensor.is_table)
+
+    @property
+    def of_experts(self) -> set[str]:
+        """The checkpoint's tensors that experts consist of."""
+        prefixes = tuple(f"{path}." for path in self.switches)
+        return {name for key, names in self.sources.items() if key.startswith(prefixes) for name in names}
 
     def resident(self) -> Iterator[tuple[str, mx.array]]:
         """(path in the model, array) of every parameter that is not an expert's, not yet read."""
@@ -171,7 +177,7 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
     quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
     try:
         model, config = _load_by_mlx_lm(small, classes)
-    except (CheckpointError, ReadError):
+    except FlashError:
         raise
     except Exception as error:  # mlx-lm raises plain ones
         remedy = "Are all shards there, and config.json theirs?"
@@ -180,23 +186,20 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
         raise CheckpointError(f"mlx-lm cannot load {folder}: {said(error)}. {remedy}") from None
     switches = {}
     for path, module in switch_layers(model):
-        tensors = {}
+        parts = {}
         for projection, child in module.children().items():
             if not isinstance(child, nn.Module):
                 continue
             for name, array in child.items():
                 if isinstance(array, mx.array):
                     key = f"{path}.{projection}.{name}"
-                    tensors[f"{projection}.{name}"] = locate(folder, key, array, provenance, entries)
-        switches[path] = tensors
+                    parts[f"{projection}.{name}"] = locate(folder, key, array, provenance, entries)
+        switches[path] = parts
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
     provenance.arrays.clear()  # each keeps its file open
-    prefixes = tuple(f"{path}." for path in switches)
-    of_experts = {name for key, names in provenance.sources.items() if key.startswith(prefixes) for name in names}
-    others = {name: array for name, array in provenance.tensors.items() if name not in of_experts}
-    provenance.tensors.clear()
-    return Mixture(model, config, files, switches, provenance.sources, entries, others)
+    tensors, provenance.tensors = provenance.tensors, {}
+    return Mixture(model, config, files, switches, provenance.sources, entries, tensors)
 
 
 def locate(
@@ -261,13 +264,19 @@ def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tu
     """
     from mlx_lm.utils import load_model
 
-    with tempfile.TemporaryDirectory(prefix="mlx-flash-") as alone:
+    with temporary_folder() as alone:
         for name in CONFIGURATION.intersection(files_in(folder)):
             with reading(folder / name):
                 content = (folder / name).read_bytes()
-            (Path(alone) / name).write_bytes(content)
-        mx.save_safetensors(str(Path(alone) / "model.safetensors"), {})
-        return load_model(Path(alone), lazy=True, get_model_classes=classes, trust_remote_code=False)
+            try:
+                (alone / name).write_bytes(content)
+            except OSError as error:
+                raise no_room(error) from None
+        try:
+            mx.save_safetensors(str(alone / "model.safetensors"), {})
+        except RuntimeError as error:
+            raise no_room(error) from None
+        return load_model(alone, lazy=True, get_model_classes=classes, trust_remote_code=False)
 
 
 def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:

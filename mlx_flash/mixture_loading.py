@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .errors import CheckpointError, ReadError
+from .errors import CheckpointError, ReadError, UnsupportedModelError
 from .flash.checksums import crc32_of, read_header
 from .flash.experts import ExpertStreamer
 from .flash.plain_files import reading, unreadable
@@ -20,7 +20,7 @@ from .flash.unit_sums import Ranges
 from .host_arrays import to_bytes
 from .kinds import said
 from .memory_needs import StreamedNeed, needs_of
-from .mixture import Mixture, open_mixture, parent_of, primitives_of
+from .mixture import Mixture, parent_of, primitives_of
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -29,6 +29,7 @@ from .verification import attach_sums, differs
 
 def load_mixture(
     folder: Path,
+    mixture: Mixture,
     budget: int | None,
     window: int | None,
     threads: int,
@@ -36,12 +37,12 @@ def load_mixture(
     io: str,
     say: Callable[[str], None],
     verify: bool = False,
-    small: Path | None = None,
 ) -> Any:
     """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
 
     Args:
         folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`).
+        mixture: the checkpoint's, as `open_mixture` gives it.
         budget: bytes for the whole process; None for a share of what is free.
         window: evict by a sliding window of so many tokens; None for the least used lately.
         threads: of the reader.
@@ -50,11 +51,9 @@ def load_mixture(
         say: called with the plan, before anything large is allocated.
         verify: compare what is read with checksums, made now if this was not done before: all tensors that are loaded
             once, and every expert at every read.
-        small: where the configuration and the index are read; None: in `folder`.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
     """
-    mixture = open_mixture(folder, small)
     positions = number_of(mixture.config, "max_position_embeddings", context)
     context = min(context, positions)
     try:
@@ -85,7 +84,7 @@ def load_mixture(
         say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
     reader = Reader(threads)
     if verify:
-        attach_sums(files, ranges_in(mixture), reader, say)
+        attach_sums(files, ranges_in(mixture, files), reader, say)
         compare_headers(mixture, files)
     read_resident(mixture, files if verify else None)
     streamer = ExpertStreamer(files, reader)
@@ -116,40 +115,43 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
     return opened
 
 
-def ranges_in(mixture: Mixture) -> list[Ranges]:
-    """For each file of a mixture, what is read of it: its header, its parts of experts, its other tensors."""
+def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
+    """For each file of a mixture, what is read of it: its header, its parts of experts, its other tensors.
+
+    Raises ReadError, also for a header that says something else than when the model was built.
+    """
     tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
+    of_experts = mixture.of_experts
     found = []
-    for number in range(len(mixture.files)):
-        others = [
-            entry for name, (file, entry) in mixture.entries.items() if file == number and name in mixture.tensors
-        ]
+    for number, file in enumerate(files):
+        header = _header_of(mixture, number, file)
+        counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
+        others = [entry for name, entry in counted.items() if name not in of_experts]
         offsets = [tensor.offsets[tensor.file_of == number] for tensor in tensors]
         lengths = [np.full(len(here), tensor.nbytes) for here, tensor in zip(offsets, tensors, strict=True)]
         offsets.append(np.array([0, *(entry.begin for entry in others)]))
-        lengths.append(np.array([_header_bytes(mixture, number), *(entry.end - entry.begin for entry in others)]))
+        lengths.append(np.array([len(header), *(entry.end - entry.begin for entry in others)]))
         found.append(Ranges.of_units(np.concatenate(offsets), np.concatenate(lengths)))
     return found
 
 
-def _header_bytes(mixture: Mixture, number: int) -> int:
-    """Of the header of one of a mixture's files, its length field included: the first tensor begins behind it."""
-    return min(entry.begin for file, entry in mixture.entries.values() if file == number)
+def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
+    """The header of a mixture's file, read again; ReadError if it is not the one that the model was built by."""
+    counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
+    with reading(file.path, "its header"):
+        try:
+            header, entries = read_header(file.path)
+        except ValueError:
+            raise differs(file.path, "its header") from None
+    if not counted.items() <= entries.items():
+        raise differs(file.path, "its header")
+    return header
 
 
 def compare_headers(mixture: Mixture, files: Sequence[UnitFile]) -> None:
-    """Compares where the tensors lie, as it was read when the model was built, with the headers of files with sums.
-
-    Raises ReadError.
-    """
+    """Compares the headers, by which the model was built, with the sums of files. Raises ReadError."""
     for number, file in enumerate(files):
-        with reading(file.path, "its header"):
-            try:
-                header, entries = read_header(file.path)
-            except ValueError:
-                header, entries = b"", {}
-        counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
-        if not _matches(file, 0, header) or not counted.items() <= entries.items():
+        if not _matches(file, 0, _header_of(mixture, number, file)):
             raise differs(file.path, "its header")
 
 
@@ -175,8 +177,8 @@ def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> 
 
     if files is None:
         mixture.tensors.clear()  # each would stay in memory beside what is made of it
-    used_by_known = {source for names in mixture.sources.values() for source in names}
-    unknown = [name for name in mixture.tensors if name not in used_by_known]
+    known = {source for names in mixture.sources.values() for source in names}
+    unknown = [name for name in mixture.tensors if name not in known]
     arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
     total = sum(array.nbytes for _, array in arrays)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
@@ -189,7 +191,14 @@ def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> 
                 _compare_read(mixture, files, mixture.sources.get(name, unknown))
             bar.update(array.nbytes)
     if files is not None:
-        _compare_read(mixture, files, list(mixture.tensors))
+        of_experts = mixture.of_experts
+        _compare_read(mixture, files, [name for name in mixture.tensors if name not in of_experts])
+        for name, tensor in mixture.tensors.items():
+            if name in of_experts and not primitives_of(tensor):
+                raise UnsupportedModelError(
+                    f"{mixture.files[0].parent}: mlx-lm makes more than experts of {name}, and --verify cannot compare "
+                    "what it reads of it. Run it without."
+                )
     mixture.tensors.clear()
 
 
@@ -205,8 +214,7 @@ def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[s
 
 def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
     """What to say when a parameter could not be read: the tensor that it is, or the first one that cannot be read."""
-    prefixes = tuple(f"{path}." for path in mixture.switches)
-    of_experts = {name for key, names in mixture.sources.items() if key.startswith(prefixes) for name in names}
+    of_experts = mixture.of_experts
     wanted = mixture.sources.get(parameter)
     known: list[tuple[Path, str]] = []
     for path in mixture.files:

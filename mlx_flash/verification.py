@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import re
+import stat
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,7 +19,6 @@ from .cached import SUMS, SUMS_SUFFIX
 from .errors import CheckpointError, ReadError
 from .finding import cache_folder
 from .flash.reader import Reader, UnitFile, identity_of
-from .flash.system import sync_to_disk
 from .flash.unit_sums import Ranges, RangeSums, make_sums
 
 Identity = tuple[int, int, int, int]  # as `identity_of` gives it
@@ -66,6 +67,7 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
             file.sums = sums
             try:
                 _keep(file.path, file.identity, sums, digest.hexdigest())
+                _remove_stale(_place(file.path).parent)
             except OSError as error:
                 say(f"note: the checksums of {file.path.name} cannot be kept, the next run makes them again: {error}")
 
@@ -109,15 +111,20 @@ def known_sha256(path: Path) -> str | None:
 
 def _etag(path: Path) -> str | None:
     """The Hub's ETag of a file: its SHA-256 in large file storage, else its SHA-1 as a blob of git; None: not known."""
-    real = path.resolve()
-    if real.parent.name == "blobs":  # in huggingface_hub's cache a file's name is its ETag
-        return real.name
+    if (blob := _blob(path)) is not None:
+        return blob.name
     try:
         _, etag, noted_at = _note_of(path).read_text(encoding="utf-8")[:1000].split()
         float(noted_at)
     except (OSError, ValueError):
         return None
     return etag
+
+
+def _blob(path: Path) -> Path | None:
+    """The file in huggingface_hub's cache that a link there leads to: its name is its ETag."""
+    real = path.resolve()
+    return real if real.parent.name == "blobs" else None
 
 
 def _git_sha1(content: bytes) -> str:
@@ -128,9 +135,10 @@ def _git_sha1(content: bytes) -> str:
 def _not_the_hubs(path: Path, kind: str, found: str, expected: str) -> CheckpointError:
     note = _note_of(path)
     on_purpose = f" If you changed it on purpose, remove {note}." if note.exists() else ""
+    itself = "it" if (blob := _blob(path)) is None else f"{blob}, where it leads,"
     return CheckpointError(
         f"{path} is not the file that the Hub has: its {kind} is {found}, expected {expected}. "
-        f"Delete it and download it again.{on_purpose}"
+        f"Delete {itself} and download it again.{on_purpose}"
     )
 
 
@@ -152,39 +160,42 @@ def _place(path: Path) -> Path:
 
 def _kept(path: Path, identity: Identity) -> RangeSums | None:
     """The sums that were made of exactly this file."""
-    place = _place(path)
-    try:
-        if place.stat().st_size > MOST_BYTES:
-            return None
-        data = place.read_bytes()
-    except OSError:
-        return None
-    return RangeSums.from_bytes(data, _named(path, identity))
+    with contextlib.suppress(OSError), _regular(_place(path)) as file:
+        head, rest = file.readline(LONGEST_HEAD), file.read(MOST_BYTES)
+        return RangeSums.from_bytes(head + rest, _named(path, identity)) if head.endswith(b"\n") else None
+    return None
+
+
+def _regular(path: Path) -> BinaryIO:
+    """Opened for reading, without waiting for what is not a file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
-    """Written beside, flushed to the disk, renamed. Sums of files that are gone are removed."""
+    """Written beside and renamed; no sync, since they have a checksum of their own. Raises OSError."""
     place = _place(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(place.parent)
-    beside = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    beside = place.with_name(f"{place.name}.{os.getpid()}{threading.get_native_id()}.partial")
     try:
-        with beside.open("wb") as target:
-            target.write(sums.to_bytes(_named(path, identity), sha256))
-            target.flush()
-            sync_to_disk(target.fileno())
+        beside.write_bytes(sums.to_bytes(_named(path, identity), sha256))
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def _remove_stale(folder: Path) -> None:
+    """Removes the sums of files that are gone, and what is none; what cannot be looked at stays."""
     for path in folder.glob(f"*{SUMS_SUFFIX}"):
-        try:
-            with path.open("rb") as file:
-                head = json.loads(file.readline(LONGEST_HEAD))
-            gone = not Path(head["identity"]["path"]).exists()
-        except (ValueError, LookupError, TypeError):
-            gone = True  # damaged, or of another version
-        if gone:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            try:
+                with _regular(path) as file:
+                    head = json.loads(file.readline(LONGEST_HEAD))
+                gone = not Path(head["identity"]["path"]).exists()
+            except (ValueError, LookupError, TypeError, RecursionError):
+                gone = True  # damaged, or of another version
+            if gone:
+                path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +26,8 @@ from mlx_lm.utils import load_model
 
 import mlx_flash
 from mlx_flash import loading, runtime
-from mlx_flash.compared_copies import compared_copies
+from mlx_flash.checkpoint_files import MAX_SMALL_BYTES
+from mlx_flash.compared_copies import compared_copies, name_themselves
 from mlx_flash.errors import (
     BudgetError,
     CheckpointError,
@@ -33,6 +35,7 @@ from mlx_flash.errors import (
     FlashError,
     ReadError,
     UnsupportedModelError,
+    UsageError,
 )
 from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import Manifest, parse_manifest, read_manifest
@@ -236,6 +239,57 @@ def test_an_error_of_a_copy_names_the_file_itself(tmp_path: Path) -> None:
     ):
         opened(copy)
     assert not copy.exists()
+
+
+def test_what_lies_beside_a_store_s_files_is_passed_over(own_store: Path) -> None:
+    """It may be a log file larger than memory."""
+    (own_store / "notes.txt").symlink_to("/proc/self/mem")
+    with (own_store / "log.txt").open("wb") as log:
+        log.truncate(MAX_SMALL_BYTES + 1)
+    load(own_store, context=32)[0].flash.close()
+
+
+def test_a_template_that_is_larger_than_any(tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path / "mixtral", "mixtral")
+    write_tokenizer(folder, VOCABULARY)
+    path = folder / "additional_chat_templates" / "x.jinja"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(MAX_SMALL_BYTES + 1)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))} has 67 MB; a file of its kind has at most 64"):
+        load(folder, verify=True)
+    with (
+        pytest.raises(CheckpointError, match=r"x\.jinja has more than 64 MiB, which no file of its kind has"),
+        compared_copies(folder, ["additional_chat_templates/x.jinja"], lambda *_: None),
+    ):
+        pass
+
+
+def test_a_tokenizer_names_the_folder_and_not_the_copies(own_store: Path) -> None:
+    """Those of sentencepiece read their vocabulary again when they are pickled."""
+    model, tokenizer = load(own_store, context=32)
+    model.flash.close()
+    own = tokenizer._tokenizer
+    assert own.name_or_path == str(own_store) and "mlx-flash-" not in repr(vars(own) | own.init_kwargs)
+    other = SimpleNamespace(
+        vocab_file="/tmp/x  y/mlx-flash-1/tokenizer.model", init_kwargs={"a": "/tmp/x y/mlx-flash-1"}
+    )
+    name_themselves(other, Path("/tmp/x  y/mlx-flash-1"), own_store)
+    assert other.vocab_file == f"{own_store}/tokenizer.model" and other.init_kwargs == {"a": str(own_store)}
+
+
+def test_a_folder_for_temporary_files_that_is_none(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX compiles there."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    with pytest.raises(FlashError, match="TMPDIR is /nowhere, which is not a folder that can be written to"):
+        load(own_store)
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    make_mixture(tmp_path / "mixtral", "mixtral").rename(folder)
+    with pytest.raises(UsageError, match=r"cannot be used: its name.* is not UTF-8 text\. Rename it"):
+        load(folder)
 
 
 def test_no_room_for_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -516,7 +516,7 @@ def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path:
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": "many"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="max_position_embeddings is 'many'"):
-        load_mixture(folder, None, None, 4, 64, "direct", lambda _: None)
+        load_mixture(folder, open_mixture(folder), None, None, 4, 64, "direct", lambda _: None)
 
 
 def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 from mlx_flash.commands import run_command
 from mlx_flash.finding import place_of
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 # A command of this package, with less patience than it has for people: python -c COMMAND module arguments
 COMMAND = """
@@ -145,10 +146,10 @@ os.kill(os.getpid(), NUMBER)
 def test_a_stop_while_modules_are_imported() -> None:
     """Before `run_command`: no traceback, and the exit code that it would have later."""
     cases = [
-        (command, script, number, {INT: 130, TERM: 0 if command == "server" else 143}[number])
+        (command, script, number, {INT: 130, TERM: 0 if command == "server" else 143, HUP: 129}[number])
         for command in ("server", "generate")
         for script in (True, False)
-        for number in (INT, TERM)
+        for number in (INT, TERM, HUP)
     ]
     with contextlib.ExitStack() as stack:
         processes = [
@@ -164,14 +165,23 @@ def test_a_stop_while_modules_are_imported() -> None:
 def test_the_exit_codes_of_run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Until the server has handlers of its own, while it loads its libraries, its exit code is what it will be."""
     monkeypatch.setattr("sys.argv", ["program"])
-    before = signal.getsignal(TERM)
+    before = {number: signal.getsignal(number) for number in (TERM, HUP)}
+
+    def code_after(number: signal.Signals, **options: int) -> Any:
+        with pytest.raises(SystemExit) as exit:
+            run_command(argparse.ArgumentParser(), lambda _: os.kill(os.getpid(), number), **options)
+        assert capsys.readouterr().err == ""
+        return exit.value.code
+
     try:
-        for terminated, expected in (({}, 143), ({"terminated": 0}, 0)):
-            with pytest.raises(SystemExit) as exit:
-                run_command(argparse.ArgumentParser(), lambda _: os.kill(os.getpid(), TERM), **terminated)
-            assert exit.value.code == expected and capsys.readouterr().err == ""
+        assert code_after(TERM) == 143 and code_after(TERM, terminated=0) == 0
+        signal.signal(HUP, signal.SIG_DFL)
+        assert code_after(HUP) == 129
+        signal.signal(HUP, signal.SIG_IGN)  # as `nohup` does
+        assert code_after(HUP) == 0
     finally:
-        signal.signal(TERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
@@ -310,7 +320,8 @@ def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) 
         process.send_signal(TERM)
         errors = errors_of(process)
         assert process.returncode == 0 and "Traceback" not in errors, errors
-        assert not any(child.is_running() for child in children)
+        _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
+        assert not alive
 
 
 @pytest.mark.parametrize(("number", "code", "lock"), [(INT, 130, ".{}.lock"), (TERM, 143, "{}.lock")])

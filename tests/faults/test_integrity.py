@@ -28,7 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash import loading, mixture_loading, verification
 from mlx_flash.checkpoint_tensors import tensors_in
-from mlx_flash.errors import CheckpointError, ReadError
+from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
@@ -212,7 +212,9 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
             return replace(plan, slots=(slots,) * len(plan.slots))
 
         monkeypatch.setattr(mixture_loading, "share_budget", share)
-        opened.append(mixture_loading.load_mixture(folder, None, None, 4, 64, "direct", say, verify))
+        opened.append(
+            mixture_loading.load_mixture(folder, open_mixture_lazily(folder), None, None, 4, 64, "direct", say, verify)
+        )
         monkeypatch.setattr(mixture_loading, "share_budget", real)
         return opened[-1]
 
@@ -320,9 +322,12 @@ def test_files_are_compared_with_what_the_hub_has(open_mixture: Any, tmp_path: P
     status = real.stat()
     contents = bytearray(real.read_bytes())
     contents[-5] ^= 1
+    itself = f"{re.escape(str(real))}, where it leads, and" if how == "cache" else "it and"
     write(real, bytes(contents))
     os.utime(real, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(CheckpointError, match=rf"not the file that the Hub has: .* expected {sha256}\. Delete it"):
+    with pytest.raises(
+        CheckpointError, match=rf"not the file that the Hub has: .* expected {sha256}\. Delete {itself}"
+    ):
         open_mixture(folder)
 
 
@@ -377,8 +382,9 @@ def test_every_tensor_that_is_loaded_once(open_mixture: Any, tmp_path: Path) -> 
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits", shards=2)
     expected = logits(open_mixture(folder))
     found = open_mixture_lazily(folder)
-    assert len(found.tensors) > 40
-    for name in [*found.tensors][::7]:
+    names = sorted(found.tensors.keys() - found.of_experts)
+    assert len(names) > 40
+    for name in names[::7]:
         number, entry = found.entries[name]
         with damaged(found.files[number], entry.begin + (entry.end - entry.begin) // 2), pytest.raises(
             ReadError, match=rf"{re.escape(str(found.files[number]))}: tensor {re.escape(name)} does not match its"
@@ -455,6 +461,72 @@ def test_a_header_that_says_something_else(
         patch.setattr(UnitFile, "verify_unchanged", lambda _: None)
         open_mixture(folder)
     assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))
+
+
+def test_a_tensor_that_is_more_than_experts(open_mixture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are sums of the experts' parts, none of the tensor."""
+    from mlx_lm.models import qwen3_moe
+
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits")
+    scales = "model.layers.0.mlp.switch_mlp.up_proj.scales"
+    monkeypatch.setattr(
+        qwen3_moe.Model,
+        "sanitize",
+        lambda _, weights: weights | {"model.norm.weight": weights[scales].reshape(-1)[:64] * 1},
+    )
+    open_mixture(folder, verify=False)
+    with pytest.raises(UnsupportedModelError, match=rf"more than experts of {scales}, and --verify cannot .* without"):
+        open_mixture(folder)
+
+
+def test_a_file_that_begins_with_a_tensor_that_does_not_count(open_mixture: Any, tmp_path: Path) -> None:
+    folder = make_mixture(tmp_path / "mixture", "mixtral", shards=2)
+    weights = {name: path.name for name, (path, _) in tensors_in(folder).items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    first, second = sorted(folder.glob("*.safetensors"))
+    header = second.read_bytes()[8 : 8 + int.from_bytes(second.read_bytes()[:8], "little")]
+    body = second.read_bytes()[8 + len(header) :]
+    entries = json.loads(header)
+    for entry in entries.values():
+        if entry is not None and "data_offsets" in entry:
+            entry["data_offsets"] = [offset + 256 for offset in entry["data_offsets"]]
+    entries = {"model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}} | {
+        name: entry for name, entry in entries.items() if entry is not None
+    }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    second.write_bytes(len(text).to_bytes(8, "little") + text + bytes(256) + body)
+    assert weights["model.norm.weight"] == first.name
+    for _ in range(2):
+        logits(open_mixture(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 60_000,
+        b"",
+        b"\n",
+        json.dumps({"identity": {"path": "/" + "a" * 5000}}).encode(),
+        b"{" + b" " * 99_000,
+        None,
+    ],
+)
+def test_other_files_among_the_sums_hinder_nothing(
+    open_mixture: Any, tmp_path: Path, own_cache: Path, content: bytes | None
+) -> None:
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    (own_cache / "sums").mkdir(parents=True)
+    for name in (f"{'0' * 31}7.sums", verification._place(folder / "model.safetensors").name):
+        if content is None:
+            os.mkfifo(own_cache / "sums" / name)
+        else:
+            (own_cache / "sums" / name).write_bytes(content)
+    said: list[str] = []
+    open_mixture(folder, say=said.append)
+    assert not any("cannot be kept" in text for text in said)
+    kept = verification._kept(folder / "model.safetensors", UnitFile(folder / "model.safetensors").identity)
+    assert kept is not None
 
 
 @pytest.mark.usefixtures("same_times")

@@ -69,6 +69,11 @@ class PseudoTerminal:
         self._unread = shown[at:]
         return shown[:at]
 
+    def until_something(self) -> None:
+        """Until anything can be read that was not waited for before: what readline sends to end a line is none."""
+        while not ESCAPES.sub("", self._unread).strip():
+            self.read()
+
     def ended(self, seconds: float = 600) -> tuple[int, str]:
         """(exit code, what was still shown)"""
         end = time.monotonic() + seconds

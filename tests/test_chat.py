@@ -202,9 +202,7 @@ def test_ctrl_c_stops_a_long_prompt_and_a_long_answer(start: Callable[..., Pseud
 
     terminal.type("Once\n")
     terminal.until("Once\n")
-    pieces = len(terminal.pieces)
-    while len(terminal.pieces) == pieces:
-        terminal.read()
+    terminal.until_something()
     terminal.type(CTRL_C)
     assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
     statistics = ask(terminal, "/stats")

@@ -17,7 +17,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from page_browser import CHROMIUM, Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page, Request, Route
+    from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, ViewportSize
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 WAIT_MS = 600_000  # that no wait exceeds; none needs it
-POLL_MS = 50  # else it is looked at with every frame that is drawn, if one is
+VIEWPORT: ViewportSize = {"width": 1280, "height": 720}  # Playwright's own
 BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
 ANSWER = "#log article.assistant:last-child"
@@ -55,9 +55,18 @@ class Tab:
         self.complaints: list[str] = []
         self.requests: list[Request] = []
         page.set_default_timeout(WAIT_MS)
-        page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request))
+        self._listeners: dict[Any, Callable[[Any], None]] = {
+            "console": lambda said: self.complaints.append(said.text) if said.type != "log" else None,
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "request": lambda request: self.requests.append(request),
+        }
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
+
+    def leave(self) -> None:
+        """The page is another's from now on."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
 
     def open(self) -> Page:
         self.page.goto(self.server.url)
@@ -93,7 +102,7 @@ class Tab:
 
     def shows(self, condition: str, argument: Any = None) -> None:
         """Waits for what will come and stay."""
-        self.page.wait_for_function(condition, arg=argument, polling=POLL_MS)
+        self.page.wait_for_function(condition, arg=argument)
 
     def reads(self, selector: str, pattern: str) -> None:
         """Waits until the text of an element matches, which it does from then on."""
@@ -107,19 +116,26 @@ class Tab:
         return [request.post_data_json for request in self.requests if request.method == "POST"]
 
 
+@pytest.fixture(scope="module")
+def common_page(browser: Browser) -> Page:
+    """A window costs Chromium half a second of a processor, so most tests are one after another in this one."""
+    return browser.new_context().new_page()
+
+
 @pytest.fixture
 def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
-    """Each in a window and a profile of its own: in one that was another test's, Chromium may stop to draw, and a wait
-    for what it draws then has no end.
+    """Each in a window and a profile of its own, where no page is given.
 
     Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything.
     """
     tabs: list[Tab] = []
     contexts: list[BrowserContext] = []
 
-    def open_tab(server: Server = server) -> Tab:
-        contexts.append(browser.new_context())
-        tabs.append(Tab(contexts[-1].new_page(), server))
+    def open_tab(server: Server = server, page: Page | None = None) -> Tab:
+        if page is None:
+            contexts.append(browser.new_context())
+            page = contexts[-1].new_page()
+        tabs.append(Tab(page, server))
         return tabs[-1]
 
     yield open_tab
@@ -127,15 +143,23 @@ def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
         context.close()
     server.hold(None)
     for tab in tabs:
+        tab.leave()
         assert tab.complaints == []
         elsewhere = [request.url for request in tab.requests if not request.url.startswith(f"{tab.server.url}/")]
         assert elsewhere == []
 
 
 @pytest.fixture
-def empty_tab(open_tab: Callable[..., Tab]) -> Tab:
-    """Not opened yet."""
-    return open_tab()
+def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
+    """The common page, with nothing kept of what was there before. Not opened yet."""
+    tab = open_tab(page=common_page)
+    yield tab
+    common_page.unroute_all()
+    common_page.evaluate("Storage.prototype.setItem = () => {}; localStorage.clear()")  # as it closes it keeps more
+    common_page.mouse.move(0, 0)
+    common_page.goto("about:blank")
+    common_page.set_viewport_size(VIEWPORT)
+    common_page.emulate_media(color_scheme="light", reduced_motion="no-preference")
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +23,11 @@ from mlx_flash.generation import stream_generate
 from mlx_flash.live import MOST_BINS, Live, binned
 from mlx_flash.loading import load, load_tokenizer
 from mlx_flash.sampling import PENALTY_TOKENS, Sampling, make_processors
-from mlx_flash.server import answering
+from mlx_flash.server import answering, jobs
+from mlx_flash.server.answering import Waiting
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.errors import ApiError
+from mlx_flash.server.jobs import End
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
 from mlx_flash.server.prompts import encode_chat
 from mlx_flash.server.stops import StopWords
@@ -215,3 +219,22 @@ def test_experts_are_watched_as_neurons_are(tmp_path: Path) -> None:
         assert [len(base64.b64decode(kinds[0])) for kinds in live.layers()] == [12] * len(live.caches)
     finally:
         model.flash.close()
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_client_that_leaves_as_an_item_comes(turns: int) -> None:
+    """Whenever the cancellation comes after the item, it ends the wait: else nobody would tell the engine."""
+
+    async def leave() -> None:
+        engine: Any = SimpleNamespace(submit=lambda _: None)
+        waiting = Waiting(engine, ids=[], max_tokens=1, sampling=jobs.Sampling())
+        task = asyncio.ensure_future(waiting.next())
+        await asyncio.sleep(0.01)
+        waiting._items.put_nowait(End("length", 1, 0, 1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(leave())

@@ -39,7 +39,8 @@ class Waiting:
     async def next(self) -> Piece | End | None:
         """The next item, None if there was none for KEEP_ALIVE_S. Raises what ended the job."""
         try:
-            item = await asyncio.wait_for(self._items.get(), KEEP_ALIVE_S)
+            async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation
+                item = await self._items.get()
         except TimeoutError:
             return None
         if isinstance(item, Exception):

@@ -48,7 +48,8 @@ class EventHub:
             yield self._last_state
             while not self._closed:
                 try:
-                    text = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
+                    async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation
+                        text = await queue.get()
                 except TimeoutError:
                     text = ": still here\n\n"
                 if text is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 TERMINATED = {"server": 0}  # exit codes after SIGTERM; that of every other command is 143
+AGAIN_S = 0.01
 HUNG_UP = 129  # exit code after SIGHUP: the terminal was closed
 OWN_HANDLERS = ("app", "apps.menubar")
 
@@ -40,6 +42,31 @@ def hand_over() -> None:
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C. Python ends itself by SIGINT, not with our exit code, once its own class has left an `exec` of a text,
     even if it is caught: dataclasses are made that way, at many an import."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP. An exception, so that children and files are cleared up."""
+
+    def __init__(self, code: int, number: int) -> None:
+        super().__init__(code)
+        self.number = number
+
+
+def tell_again() -> None:
+    """From now on a stop is told again that came while Python ran a `__del__`, where no exception has an effect."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        lost = unraisable.exc_value
+        if isinstance(lost, KeyboardInterrupt | Terminated):
+            number = lost.number if isinstance(lost, Terminated) else signal.SIGINT
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))  # when the `__del__` has ended
+            again.daemon = True
+            again.start()
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from . import stopping
-from .beginning import HUNG_UP, hand_over
+from .beginning import HUNG_UP, Terminated, hand_over, tell_again
 from .errors import FlashError
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
@@ -73,13 +74,18 @@ def run_command(
     codes = {signal.SIGTERM: terminated}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         codes[signal.SIGHUP] = HUNG_UP
-    for number in codes:  # an exception, so that children and files are cleared up
-        signal.signal(number, lambda number, _: sys.exit(codes[signal.Signals(number)]))
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        raise Terminated(codes[signal.Signals(number)], number)
+
+    for number in codes:
+        signal.signal(number, terminate)
     owns_process = main.__module__ == "__main__"
     code = 1
     try:
         hand_over()
         if owns_process:
+            tell_again()
             stopping.watch(parser.prog, {signal.SIGINT: 130, **codes})
         code = main(arguments) or 0
         sys.stdout.flush()

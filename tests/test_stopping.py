@@ -193,6 +193,22 @@ def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
         assert "interrupted" in errors_of(process) and process.returncode == 130
 
 
+@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
+def test_a_stop_within_a_destructor_is_not_lost(number: signal.Signals, code: int) -> None:
+    """Python reports what is raised there, and goes on."""
+    work = f"""
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), {number:d})
+            for _ in range(1000):
+                pass
+    Dying()
+    forever()"""
+    with started("-c", PROGRAM.replace("0.3", "600").format(work=work)) as process:
+        errors = errors_of(process)
+        assert process.returncode == code and "Traceback" not in errors and "without waiting" not in errors, errors
+
+
 def test_a_command_that_has_ended_does_not_wait_for_its_threads() -> None:
     threads = ("threading.Thread(target=forever)", "concurrent.futures.ThreadPoolExecutor().submit(forever)")
     ends = {"return 3": 3, "raise OSError('broken')": 1}

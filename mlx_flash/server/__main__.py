@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import stopping
-from ..beginning import TERMINATED, Interrupted
+from ..beginning import TERMINATED, Interrupted, Terminated
 from ..commands import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..errors import UsageError
 from ..model_arguments import add_model_arguments, load_model
@@ -82,7 +81,7 @@ class Signals:
         elif number == signal.SIGINT:
             raise Interrupted
         else:
-            sys.exit(self.code)
+            raise Terminated(self.code, number)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -104,5 +104,5 @@ def _run(command: list[str], seconds: float | None, number: signal.Signals) -> i
         _, errors = child.communicate(timeout=240)
     ours = f"{Path(mlx_flash.__file__).parent}{os.sep}"  # before its first line a traceback is Python's own
     if ("Traceback" in errors and ours in errors) or (seconds is None and child.returncode):
-        raise RuntimeError(errors[-300:])
+        raise RuntimeError(f"exit code {child.returncode}: {errors[max(0, errors.find('Traceback') - 100) :][:900]}")
     return child.returncode

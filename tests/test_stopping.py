@@ -135,6 +135,7 @@ def test_a_stop_ends_a_command_that_waits_for_ever() -> None:
 
 EARLY = """
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN if IGNORED else signal.SIG_DFL)  # not as this suite was started
 sys.argv = ["/bin/mlxflash", COMMAND] if BY_SCRIPT else ["-m"]
 sys.orig_argv = ["python", "-m", f"mlx_flash.{COMMAND}"]
 import mlx_flash
@@ -146,17 +147,20 @@ os.kill(os.getpid(), NUMBER)
 def test_a_stop_while_modules_are_imported() -> None:
     """Before `run_command`: no traceback, and the exit code that it would have later."""
     cases = [
-        (command, script, number, {INT: 130, TERM: 0 if command == "server" else 143, HUP: 129}[number])
+        (command, script, number, False, {INT: 130, TERM: 0 if command == "server" else 143, HUP: 129}[number])
         for command in ("server", "generate")
         for script in (True, False)
         for number in (INT, TERM, HUP)
     ]
+    cases.append(("generate", True, HUP, True, 0))  # `nohup` ignores it: the program goes on to its end
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
-                started("-c", f"COMMAND, BY_SCRIPT, NUMBER = {command!r}, {script}, {number:d}\n{EARLY}")
+                started(
+                    "-c", f"COMMAND, BY_SCRIPT, NUMBER, IGNORED = {command!r}, {script}, {number:d}, {ignored}\n{EARLY}"
+                )
             )
-            for command, script, number, _ in cases
+            for command, script, number, ignored, _ in cases
         ]
         for process, case in zip(processes, cases, strict=True):
             assert (errors_of(process), process.returncode) == ("", case[-1]), case

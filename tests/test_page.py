@@ -254,10 +254,11 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
 def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of_their_own(
     open_tab: Callable[..., Tab], tmp_path: Path
 ) -> None:
-    """Of one server: a mixture of experts behind a key."""
+    """Of one server: a mixture of experts behind a key, whose authors recommend how it is sampled."""
     size = {"num_hidden_layers": 8, "num_experts": 64, "moe_intermediate_size": 128}  # 50 MB of experts
     checkpoint = make_mixture(tmp_path / "a-mixture", "qwen3_moe", **size)
     write_tokenizer(checkpoint)
+    (checkpoint / "generation_config.json").write_text('{"temperature": 2, "top_k": 50}')
     options = ("--model", str(checkpoint))
     memory = f"{smallest_budget(*options) + 20}MB"
     with running(tmp_path / "log", *options, "--api-key", KEY, memory=memory) as locked:
@@ -275,9 +276,12 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of
         assert page.text_content("#model") == "a-mixture"
         assert page.is_hidden("#demo-note")
         assert page.text_content("#layers-note") == "8 × 64 experts, 0 % resident"
-        tab.set(max_tokens="100", temperature="2")
+        tab.set(max_tokens="100")
+        tab.reads("#settings-summary", r"^temperature 2 · top-p 1 · 100 tokens$")
         tab.say("hello")
         tab.answered()
+        (asked,) = tab.asked()
+        assert asked["max_tokens"] == 100 and not {"temperature", "top_p", "top_k", "seed"} & set(asked)
         tab.reads("#layers-note", r"^8 × 64 experts, [1-9][\d.]* % resident")
         wait_for_colours(page, "layers", GOOD, RESIDENT)  # of one expert each: it is there, and hit, or it is not
         assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
@@ -487,7 +491,8 @@ def test_a_setting_out_of_its_range_is_not_sent(tab: Tab) -> None:
     assert tab.page.evaluate("document.activeElement.name") == "temperature"
     assert tab.asked() == [] and tab.page.input_value("#prompt") == BEGINNING
     tab.page.click("#settings-reset")
-    assert tab.page.input_value("input[name=temperature]") == "0.7"
+    assert tab.page.input_value("input[name=temperature]") == ""
+    assert tab.page.get_attribute("input[name=temperature]", "placeholder") == "auto: 0.7"
 
 
 # Who it is for.

@@ -57,6 +57,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
         (model["id"], model["kind"], model["layers"]) == ("demo", "neurons", 5)
         and model["unit_size"] == 3
         and model["parameters_bytes"] > 15e6
+        and model["sampling"] == {}
     )
     assert len(stats["resident"]["slots"]) == len(stats["resident"]["units"]) == 5
     assert 0 < stats["resident"]["share"] <= 1 and max(stats["resident"]["units"]) <= model["units_per_layer"]

@@ -196,6 +196,7 @@ async function stats() {
     const found = await get("/stats", AbortSignal.timeout(10000));
     context = found.plan.context ?? null;
     settings.context = context;
+    settings.recommended = found.model.sampling;
     const { id } = found.model;
     const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // of a folder, its own
     messages.model = name;

@@ -1,12 +1,15 @@
 // Sampling settings: kept, checked by the fields themselves, and as the API wants them.
 
 const KEY = "mlx_flash.sampling";
-const DEFAULTS = { temperature: 0.7, top_p: 0.95, max_tokens: null, seed: null };
+const DEFAULTS = { temperature: null, top_p: null, max_tokens: null, seed: null }; // null: see #automatic
+const WITHOUT_OWN = { temperature: 0.7, top_p: 0.95 }; // for a model whose authors recommend nothing
+const OPENAI = { temperature: 1, top_p: 1 }; // what the server takes where the authors leave one out
 const LONGEST_DEFAULT = 1024;
 
 export class Settings {
   #values = { ...DEFAULTS };
   #context = null; // tokens the server planned for
+  #recommended = {}; // by the model's authors
 
   constructor(form, summary, reset) {
     this.form = form;
@@ -29,10 +32,29 @@ export class Settings {
     });
   }
 
+  /** How the model is sampled by its authors, from /stats. */
+  set recommended(sampling) {
+    this.#recommended = sampling ?? {};
+    for (const [name, value] of Object.entries(this.#automatic())) {
+      this.form.elements[name].placeholder = `auto: ${value}`;
+    }
+    this.#describe();
+  }
+
   set context(tokens) {
     this.#context = tokens;
     this.form.elements.max_tokens.placeholder = `auto: ${this.#maxTokens()}`;
     this.#describe();
+  }
+
+  /** What holds for an empty field. */
+  #automatic() {
+    const { temperature, top_p } = { ...(this.#recommends() ? OPENAI : WITHOUT_OWN), ...this.#recommended };
+    return { temperature, top_p };
+  }
+
+  #recommends() {
+    return Object.keys(this.#recommended).length > 0;
   }
 
   /** A quarter of the planned context bounds an answer that nobody bounded. */
@@ -52,10 +74,14 @@ export class Settings {
 
   /** For the request, in a conversation of `used` tokens. Where our own bound might not fit, the server takes what is left. */
   sampling(used) {
-    const { temperature, top_p, max_tokens, seed } = this.#values;
     const most = this.#maxTokens();
-    const fits = max_tokens !== null || used + 1.5 * most < this.#context;
-    return { temperature, top_p, ...(fits ? { max_tokens: most } : {}), ...(seed === null ? {} : { seed }) };
+    const fits = this.#values.max_tokens !== null || used + 1.5 * most < this.#context;
+    const asked = {
+      ...(this.#recommends() ? {} : WITHOUT_OWN), // else the server adds what the authors recommend
+      ...Object.fromEntries(Object.entries(this.#values).filter(([, value]) => value !== null)),
+    };
+    delete asked.max_tokens;
+    return { ...asked, ...(fits ? { max_tokens: most } : {}) };
   }
 
   #take() {
@@ -81,7 +107,12 @@ export class Settings {
 
   #describe() {
     const { temperature, top_p, seed } = this.#values;
-    const parts = [`temperature ${temperature}`, `top-p ${top_p}`, `${this.#maxTokens()} tokens`];
+    const automatic = this.#automatic();
+    const parts = [
+      `temperature ${temperature ?? automatic.temperature}`,
+      `top-p ${top_p ?? automatic.top_p}`,
+      `${this.#maxTokens()} tokens`,
+    ];
     if (seed !== null) parts.push(`seed ${seed}`);
     this.summary.textContent = parts.join(" · ");
   }

@@ -289,9 +289,13 @@ class _Conversion:
             rng = np.random.default_rng(0)
             ids, prefix = rng.integers(size, size=self.outline.settings.calibration_tokens).tolist(), []
         if len(ids) < LEAST_CALIBRATION_TOKENS:
-            raise UsageError(
-                f"the text of --calibration has {len(ids)} tokens, expected at least {LEAST_CALIBRATION_TOKENS}."
-            )
+            found = f"has {len(ids)} tokens, expected at least {LEAST_CALIBRATION_TOKENS}."
+            if self.outline.settings.calibration_text is None:  # of which every sound tokenizer makes thousands
+                raise CheckpointError(
+                    f"the calibration text, by the tokenizer in {folder}, {found} Is its vocabulary empty? "
+                    "Download its files again."
+                )
+            raise UsageError(f"the text of --calibration {found}")
         if (largest := max(*prefix, *ids)) >= size:
             raise CheckpointError(
                 f"the tokenizer in {folder} gives token {largest}, the model has {size}. Do they belong together?"

@@ -53,7 +53,7 @@ from .streaming_needs import (
     reading_bytes,
     scratch_bytes,
 )
-from .tokenizer_files import fault_in
+from .tokenizer_files import WITHOUT_VOCABULARY, fault_in
 from .verification import compare_small_file
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -142,6 +142,11 @@ def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
             return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {fault}. {remedy}")
     if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):  # Rust's
         return unreadable(folder, error, f"one of {', '.join(present)}")
+    if set(present) <= WITHOUT_VOCABULARY:
+        return CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: no file there has a vocabulary (expected tokenizer.json, "
+            f"tokenizer.model, vocab.json or another; found {', '.join(present)}). {remedy}"
+        )
     problem = said(error) if isinstance(error, Exception) else first_line(error)
     return CheckpointError(
         f"the tokenizer in {folder} cannot be loaded: {problem}. Download its files ({', '.join(present)}) again."

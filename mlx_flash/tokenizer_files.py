@@ -14,6 +14,11 @@ OBJECTS = (
     *("chat_template.json", "config.json"),
 )
 TEXTS = ("chat_template.jinja", "merges.txt", "vocab.txt")
+# Beside which a tokenizer needs one with its vocabulary; the names of those differ.
+WITHOUT_VOCABULARY = {
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json", "generation_config.json"),
+    *("chat_template.json", "chat_template.jinja", "merges.txt"),
+}
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

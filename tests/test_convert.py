@@ -805,6 +805,16 @@ def test_other_bits_are_another_conversion(checkpoint: Path, tmp_path: Path) -> 
     assert len(packed["model.safetensors"]) < 0.5 * len(plain["model.safetensors"])
 
 
+def test_a_tokenizer_with_an_empty_vocabulary_is_not_calibrated_with(tiny: Any, tmp_path: Path) -> None:
+    """Nobody gave a text, so the error is not about one."""
+    checkpoint = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* has 0 tokens, .* Is its vocabulary empty\?"):
+        convert(checkpoint, tmp_path / "store", Settings())
+
+
 def test_calibration_text_must_have_tokens_of_this_model(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UsageError, match="expected at least 16"):

@@ -267,6 +267,14 @@ def test_a_broken_tokenizer(tmp_path: Path, name: str, content: bytes, fault: st
     assert re.fullmatch(message, str(caught.value)), caught.value
 
 
+def test_a_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    message = r"no file there has a vocabulary \(expected tokenizer\.json, .*; found tokenizer_config\.json\)\. .*again"
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_whose_fault_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tokenizer(tmp_path)
     monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: vars()["nothing"])

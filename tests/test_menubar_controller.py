@@ -19,6 +19,7 @@ from typing import Any
 import gated_server  # type: ignore[import-not-found]
 import psutil
 import pytest
+from processes import has_ended, runs  # type: ignore[import-not-found]  # beside this file
 
 from mlx_flash.apps.menubar import budgets, wording
 from mlx_flash.apps.menubar import controller as controllers
@@ -93,17 +94,6 @@ def engine_of(pid: int, program: str) -> psutil.Process:
     return found
 
 
-def runs(process: psutil.Process, module: str) -> bool:
-    try:
-        return module in process.cmdline()
-    except psutil.Error:  # it ended meanwhile
-        return False
-
-
-def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
 def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops(
     make: Callable[..., Controller], ask_the_plan: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +163,7 @@ def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops
     engine = engine_of(os.getpid(), gated_server.__file__)
     controller.stop()
     state = wait_for(controller, lambda state: state.phase == STOPPED)
-    assert is_gone(engine) and not state.endpoint and state.stats is None and not state.trouble
+    assert has_ended(engine) and not state.endpoint and state.stats is None and not state.trouble
     assert [phase for phase, _ in groupby(phases)][-4:] == [STARTING, RUNNING, STOPPING, STOPPED]
 
 
@@ -298,7 +288,7 @@ def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pyt
     finally:
         app.kill()
         app.communicate()
-    until(lambda: all(is_gone(process) for process in family), lambda: family)
+    until(lambda: all(has_ended(process) for process in family), lambda: family)
 
 
 def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +307,7 @@ def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch
     child = psutil.Process(int(state.progress.split()[1]))
     engine = psutil.Process(child.ppid())
     controller.close()
-    until(lambda: is_gone(engine) and is_gone(child))
+    until(lambda: has_ended(engine) and has_ended(child))
     controller.close()  # a second time does no harm
     controller.start()
     assert controller.state.phase == STOPPED

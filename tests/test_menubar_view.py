@@ -21,6 +21,7 @@ from typing import Any
 import gated_server  # type: ignore[import-not-found]
 import psutil
 import pytest
+from processes import runs  # type: ignore[import-not-found]  # beside this file
 
 from mlx_flash.apps.menubar.settings import settings_file
 
@@ -175,7 +176,7 @@ class Screen:
         return engine
 
     def engines(self) -> list[psutil.Process]:
-        return [child for child in psutil.Process(self.app.pid).children() if gated_server.__file__ in child.cmdline()]
+        return [child for child in psutil.Process(self.app.pid).children() if runs(child, gated_server.__file__)]
 
 
 def until(value: Callable[[], Any], otherwise: Callable[[], object] = lambda: "") -> Any:

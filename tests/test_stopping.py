@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import Tiny, change_manifest  # type: ignore[import-not-found]
 from hub_server import Hub, serve  # type: ignore[import-not-found]
+from processes import has_ended  # type: ignore[import-not-found]
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 
 from mlx_flash.commands import run_command
@@ -321,7 +322,7 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
     with parent_of(CHILD.format(handler=lifeline)) as (process, child):
         process.kill()
         process.wait(PATIENCE_S)
-        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: has_ended(child))
 
 
 # -- real commands --------------------------------------------------------------------------------------------

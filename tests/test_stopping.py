@@ -49,22 +49,24 @@ def ready():
     os.write(1, b"ready\\n")
 def forever():
     time.sleep(10**6)
-def stuck_in_c():  # no signal interrupts it
-    mutex = ctypes.create_string_buffer(256)
-    c.pthread_mutex_init(mutex, None)
-    while True:
-        c.pthread_mutex_lock(mutex)
+def ready_and_stuck_in_c():  # no signal interrupts it
+    mutex, gate = ctypes.create_string_buffer(256), threading.Lock()
+    gil.pthread_mutex_init(mutex, None)
+    gil.pthread_mutex_lock(mutex)
+    def tell():
+        with gate:
+            ready()
+    with gate:
+        threading.Thread(target=tell, daemon=True).start()
+        sys.setswitchinterval(10**6)  # until this thread is in C, the other one waits for the interpreter's lock
+    c.pthread_mutex_lock(mutex)
 def main(_):
     {work}
 run_command(argparse.ArgumentParser(prog="waits"), main)
 """
 
 WORK = {
-    "the main thread waits in C": """
-    ready()
-    while True:  # a stop that came before it waits
-        with contextlib.suppress(BaseException):
-            stuck_in_c()""",
+    "the main thread waits in C": "ready_and_stuck_in_c()",
     "a thread keeps the interpreter's lock": """
     def hold():
         gil.write(1, b"ready\\n", 6)

@@ -102,6 +102,10 @@ def convert(
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
     except Timeout:
+        if not Path(f"{output}.lock").exists():  # filelock tries again and again where no file can be made
+            raise ConversionError(
+                f"cannot write {output}: its folder takes no files. Choose an --output elsewhere."
+            ) from None
         raise ConversionError(f"another process is converting into {output}. Wait for it, or stop it.") from None
     except (StoreError, ReadError) as error:  # of the partial folder, or of a file of the checkpoint
         raise ConversionError(str(error)) from None
@@ -111,6 +115,8 @@ def convert(
                 f"the disk of {output} is full. What was written is kept in {output}.partial: make room and run the "
                 "same command again to go on, or remove that folder."
             ) from None
+        if not os.path.lexists(f"{output}.partial"):
+            raise ConversionError(f"cannot write {output}: {error}. Choose an --output elsewhere.") from None
         raise ConversionError(
             f"cannot write {output}: {error}. What was written is kept: once that is mended, run the same command "
             "again to go on."

@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog=program("cache"),
         description="Lists what lies in the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, conversions "
         "that were not finished, block sums of `--verify`, the history of `chat`, the latest error report, what an "
-        "interrupted removal or benchmark left. What is in use is never removed.",
+        "interrupted removal or benchmark left. What is in use is never removed: then the exit code is 1.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these, by their names in the list")

@@ -20,7 +20,7 @@ from .model_arguments import add_model_arguments, load_model
 from .plan import parse_memory
 from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 from .stats import Statistics
-from .terminal import Interrupts, PromptInterrupted, more_context, progress_line, say
+from .terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
 
 PROMPT = ">>> "
 HELP = """\
@@ -316,7 +316,7 @@ def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interacti
             elif not chat.command(line):
                 break
         except (UsageError, ChatTemplateError, TokenizerError) as error:
-            say(str(error))
+            say(f"{error} {WITHOUT_TEMPLATE}" if isinstance(error, ChatTemplateError) else str(error))
             unused = error.exit_code
         if interrupts.asked and not interactive:
             return 130

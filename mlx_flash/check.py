@@ -163,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("check"),
         description="Verifies every byte of a store against its checksums. Exit code 0: no damage; 1: damage, "
-        "each place named; 2: wrong usage.",
+        "each place named, or not a store; 2: wrong usage.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a store")
     return parser

@@ -95,7 +95,10 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: obje
             return WeightFiles(None, [single], {})
         if shards := matching(names, [pattern]):
             return WeightFiles(None, shards, {})
-    raise CheckpointError(f"{where} has no weights: expected {' or '.join(WEIGHT_PATTERNS[:2])}.")
+    raise CheckpointError(
+        f"{where} has no weights: expected {' or '.join(WEIGHT_PATTERNS[:2])}, or *.safetensors under other names. "
+        "Download the checkpoint again."
+    )
 
 
 def files_in(folder: Path) -> list[str]:

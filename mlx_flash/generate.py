@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 from .commands import program, run_command
-from .errors import UsageError
+from .errors import ChatTemplateError, UsageError
 from .model_arguments import add_model_arguments, load_model
 from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
-from .terminal import Interrupts, PromptInterrupted, more_context, progress_line, say
+from .terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -25,7 +25,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(parser)
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", "-p", default=DEFAULT_PROMPT, help="the prompt; - reads it from standard input")
+    text.add_argument(
+        "--prompt",
+        "-p",
+        default=DEFAULT_PROMPT,
+        help="the prompt (default: %(default)r); - reads stdin",
+    )
     add_sampling_arguments(text, max_tokens=100)
     text.add_argument("--system-prompt", help="system message for the chat template")
     text.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
@@ -58,8 +63,11 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -
     messages = [{"role": "user", "content": prompt}]
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
-    with contextlib.closing(TemplateProcess()) as process:
-        return prompt_ids(process, tokenizer, messages, most=arguments.context)
+    try:
+        with contextlib.closing(TemplateProcess()) as process:
+            return prompt_ids(process, tokenizer, messages, most=arguments.context)
+    except ChatTemplateError as error:
+        raise type(error)(f"{error} {WITHOUT_TEMPLATE}") from None
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=CONTEXT,
         metavar="N",
-        help="tokens the plan makes room for (default: %(default)s)",
+        help="tokens the plan makes room for, at most the model's positions (default: %(default)s)",
     )
     model.add_argument(
         "--predictor",

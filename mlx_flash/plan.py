@@ -199,20 +199,22 @@ def share_budget(
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
         budget = min(max(budget, smallest), everything)
-        found = f"{free / 1e9:.2f} GB are free. Close other programs,"
-        refused = smallest > demand.process + free
+        found = f"{free / 1e9:.2f} GB are free. Close other programs"
+        most = demand.process + free
     else:
         budget = min(budget, 2**62)  # as good as endless
-        found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB),"
-        refused = budget < smallest
-    if refused:
+        found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB)"
+        most = budget
+    if smallest > most:
+        if smallest - demand.kv_cache <= most:
+            found += ", or lower --context"
         # Rounded up, so that the figure can be typed back and is enough in another process too.
         smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
         raise BudgetError(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
-            f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)} or lower --context.",
+            f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
             everything + RUN_TO_RUN_BYTES,
             units_bytes,

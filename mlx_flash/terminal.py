@@ -14,6 +14,8 @@ from typing import Any
 from . import stopping
 from .beginning import Interrupted, interrupt
 
+WITHOUT_TEMPLATE = "With --ignore-chat-template it is not used."  # after an error of a chat template
+
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # notes that cannot be shown must not cost the text

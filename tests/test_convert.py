@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from children_setup import set_numpy_threads  # type: ignore[import-not-found]
+from filelock import FileLock, Timeout
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.check import check_store, unlisted_files
@@ -645,10 +646,26 @@ def test_foreign_files_are_never_replaced(checkpoint: Path, tmp_path: Path, over
     (tmp_path / "other.partial").write_text("x")
     with pytest.raises(UsageError, match="in the way"):
         convert(checkpoint, tmp_path / "other", QUICK, overwrite)
-    with pytest.raises(ConversionError, match="cannot write"):
+    with pytest.raises(ConversionError, match=r"cannot write .* Choose an --output elsewhere\.$"):  # nothing is kept
         convert(checkpoint, mine / "diary.txt" / "store", QUICK, overwrite)
     assert contents(mine) == contents(tmp_path / "store.partial") and len(contents(mine)) == 2
     assert (tmp_path / "other.partial").read_text() == "x"
+
+
+def test_a_folder_in_which_no_file_can_be_made(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /proc: the lock cannot be taken, and no other process has it."""
+
+    def acquire(lock: FileLock, **_: object) -> None:
+        raise Timeout(lock.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ConversionError, match="its folder takes no files"):
+        convert(checkpoint, tmp_path / "store", QUICK)
+    (tmp_path / "store.lock").touch()
+    with pytest.raises(ConversionError, match="another process"):
+        convert(checkpoint, tmp_path / "store", QUICK)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

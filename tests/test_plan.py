@@ -160,9 +160,9 @@ def test_without_a_budget_a_share_of_what_is_free() -> None:
 
 def test_a_refusal_says_what_needs_how_much() -> None:
     with pytest.raises(BudgetError) as caught:
-        plan(DEMAND, LAYOUT, 3 * 10**9)
+        plan(DEMAND, LAYOUT, 35 * 10**8)
     for part in (
-        "the memory budget is 3.000 GB",
+        "the memory budget is 3.500 GB",
         "400 MB process",
         "2000 MB resident",
         "500 MB predictors",
@@ -170,6 +170,16 @@ def test_a_refusal_says_what_needs_how_much() -> None:
     ):
         assert part in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "free", "helps"), [(3500, 0, True), (3000, 0, False), (None, 3000, True), (None, 2000, False)]
+)
+def test_a_shorter_context_is_named_where_it_would_do(budget: int | None, free: int, helps: bool) -> None:
+    """Without its KV cache of 1,000 MB this model needs 3,200 MB, and some for slots."""
+    with pytest.raises(BudgetError) as caught:
+        plan(DEMAND, LAYOUT, None if budget is None else budget * MB, free=free * MB)
+    assert ("lower --context" in str(caught.value)) is helps
 
 
 @settings(deadline=None)

@@ -71,7 +71,9 @@ def test_generate_ends_a_template_that_does_not_end(
     monkeypatch.setattr(template_process, "SECONDS", 0.1)
     code, output, error = generate(FOREVER)
     assert (code, output) == (1, "") and "Traceback" not in error
-    assert error.splitlines()[-1].endswith("the model's chat template did not end within 0.1 s.")
+    assert error.splitlines()[-1].endswith(
+        "the model's chat template did not end within 0.1 s. With --ignore-chat-template it is not used."
+    )
 
 
 # -- a template that is code, of which `tokenizer.chat_template` knows nothing -----------------------------------

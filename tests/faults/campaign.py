@@ -1,6 +1,6 @@
 """Injects faults into reading, loading, converting and serving, and counts what each came to.
 
-    python tests/faults/campaign.py                 # every job, 100 faults each: some minutes
+    python tests/faults/campaign.py                 # every job, 100 faults each: an hour or more
     python tests/faults/campaign.py --runs 1000 decode-silent convert-partial
     python tests/faults/campaign.py --seed 7        # other faults
 
@@ -96,7 +96,8 @@ def row_of(job: str, counts: Mapping[str, object]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS)} (default: all)")
-    parser.add_argument("--runs", type=int, default=100, metavar="N", help="faults per job (default: %(default)s)")
+    counted = "faults per job; those that no call meets are not counted (default: %(default)s)"
+    parser.add_argument("--runs", type=int, default=100, metavar="N", help=counted)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses other faults (default: %(default)s)")
     arguments = parser.parse_args()
     if unknown := [job for job in arguments.jobs if job not in JOBS]:

@@ -20,7 +20,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 
 def main() -> None:
-    import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    try:
+        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        sys.exit('this needs atheris: pip install -e ".[test,fuzz]"')
 
     with atheris.instrument_imports(include=["mlx_flash"]):
         from targets import TARGETS  # type: ignore[import-not-found]

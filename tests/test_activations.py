@@ -51,3 +51,8 @@ def test_the_type_is_kept() -> None:
 def test_wrong_ones_are_refused(wrong: tuple[str, float]) -> None:
     with pytest.raises(ValueError, match=r"expected one of relu, relu2, drelu"):
         Activation(*wrong)
+
+
+def test_a_threshold_may_be_an_integer_of_any_size() -> None:
+    """As JSON has them; MLX compares with none that an int64 cannot hold."""
+    assert Activation("relu", 10**30)(mx.array([1.0, -1.0])).tolist() == [0, 0]

@@ -53,6 +53,12 @@ def test_between_two_targets_by_the_straight_line() -> None:
     assert Setting.of("shadow", REPORT) == Setting.of("shadow", REPORT, 0.9)
 
 
+def test_thresholds_may_be_integers_of_any_size() -> None:
+    """As JSON has them; NumPy makes objects of what an int64 cannot hold (found by the fuzzer of stores)."""
+    table = {**REPORT["table"], "threshold": [[10**30] * 3, *REPORT["table"]["threshold"][1:]]}
+    assert Setting.of("shadow", {**REPORT, "table": table}).shifts[0] == 1e30
+
+
 def test_what_is_measured_is_of_all_layers_together() -> None:
     measured = Setting.of("shadow", REPORT).measured
     assert measured["recall"] == pytest.approx((0.8 * 0.1 + 0.9 * 0.3) / 0.4)

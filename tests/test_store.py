@@ -339,6 +339,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[StoreError], str]
     "piece": (lambda b: b["layout"].update(piece_neurons=1 << 33), CorruptStoreError, "a piece"),
     "field": (lambda b: b["layout"].update(more=1), CorruptStoreError, "more"),
     "far layer": (lambda b: b.update(all_neurons_layers=[99]), CorruptStoreError, "all_neurons_layers"),
+    "no share": (lambda b: b["predictors"]["lowrank"]["active"].__setitem__(0, 1.5), CorruptStoreError, "from 0 to 1"),
+    "no share in the table": (
+        lambda b: b["predictors"]["lowrank"]["table"]["caught"][0].__setitem__(0, 10**30), CorruptStoreError, "caught"
+    ),
     "short report": (lambda b: b["predictors"]["lowrank"].update(recall=[]), CorruptStoreError, "recall"),
 }  # fmt: skip
 

@@ -370,8 +370,8 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
         return f"a predictor is {kind!r}"
     for key in ("recall", "predicted", "active"):
         values = report.get(key)
-        if not isinstance(values, list) or len(values) != layers or not _are_numbers(values):
-            return f"{key} of predictor {kind} is not one number per layer"
+        if not isinstance(values, list) or len(values) != layers or not _are_shares(values):
+            return f"{key} of predictor {kind} is not one number from 0 to 1 per layer"
     if problem := _recall_problem(report, layers):
         return f"{problem} of predictor {kind}"
     for key in ("bytes", *(key for key in ("bits", "group_size") if key in report)):
@@ -398,7 +398,8 @@ def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
         rows = table.get(key)
         if not isinstance(rows, list) or len(rows) != layers:
             return f"{key} in the table"
-        if not all(_are_numbers(row) and len(row) == len(targets) for row in rows):
+        sound = _are_numbers if key == "threshold" else _are_shares
+        if not all(sound(row) and len(row) == len(targets) for row in rows):
             return f"{key} in the table"
     perplexity = report.get("perplexity", 0)
     if perplexity is not None:
@@ -412,6 +413,10 @@ def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(is_finite_number(value) for value in values)
+
+
+def _are_shares(values: Any) -> bool:
+    return _are_numbers(values) and all(0 <= value <= 1 for value in values)
 
 
 def is_finite_number(value: Any) -> bool:

@@ -36,6 +36,7 @@ class Activation:
                 f"activation {self.kind!r} with threshold {self.threshold!r:.80}: expected one of {', '.join(KINDS)} "
                 "and a threshold of at least 0"
             )
+        object.__setattr__(self, "threshold", float(self.threshold))  # JSON has integers of any size
 
     def __call__(self, *before: Any, xp: ModuleType = mx) -> Any:
         """before: (u,) or (g, u), each (..., F), of `xp` (mlx.core or numpy) -> (..., F), 0 where inactive."""

@@ -25,6 +25,7 @@ import pytest
 from children_setup import ON_CPU, prepare_children  # type: ignore[import-not-found]  # beside this file, first of all
 from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
 from hypothesis import settings
+from mlx_tasks import set_right  # type: ignore[import-not-found]
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -51,6 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ON_CPU and item.get_closest_marker("metal"):
             item.add_marker(pytest.mark.skip(reason="MLX_FLASH_TEST_DEVICE=cpu"))
+
+
+def pytest_runtest_logfinish() -> None:
+    set_right()
 
 
 # A shell starts a background job with Ctrl-C ignored, and children inherit that; tests of Ctrl-C need it.

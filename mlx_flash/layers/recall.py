@@ -41,7 +41,7 @@ class Setting:
                 f"(it was made for {made_for}). Choose one of these, or --predictor exact, which misses nothing."
             )
         shifts, caught, predicted = (
-            tuple(float(np.interp(target, targets, np.array(row, np.float64))) for row in table[name])
+            tuple(float(np.interp(target, targets, [float(value) for value in row])) for row in table[name])
             for name in ("threshold", "caught", "predicted")
         )
         return Setting(kind, target, shifts, caught, predicted, tuple(report["active"]), report["perplexity"], made_for)

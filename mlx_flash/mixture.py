@@ -8,6 +8,7 @@ keeps the identity and shows in the graph. No family is named here.
 from __future__ import annotations
 
 import io
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,11 @@ from .flash.plain_files import reading, unreadable
 from .kinds import said, switch_layers
 from .layers.experts import StreamedExperts
 from .layers.pace import Pace
-from .quantisation import foreign_quantisation
+from .quantisation import foreign_quantisation, group_problem
 from .stored_tensors import is_as_entered, lazily_loaded
 
-CONFIGURATION = frozenset({"config.json", "generation_config.json", "hf_quant_config.json"})  # what mlx-lm reads
+MODELOPT = "hf_quant_config.json"  # which mlx-lm takes for config.json's quantization_config
+CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # what mlx-lm reads
 UNQUANTISED = (
     "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
     "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
@@ -170,7 +172,9 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
         class Watched(model_class):  # type: ignore[misc, valid-type]
             def sanitize(self, _: dict[str, Any]) -> dict[str, Any]:
                 inherited = getattr(super(), "sanitize", lambda same: same)
-                return provenance.watch(inherited, _lazy_tensors(counted))
+                weights = provenance.watch(inherited, _lazy_tensors(counted))
+                _check_scales(folder, self, weights)
+                return weights
 
         return Watched, args_class
 
@@ -268,6 +272,8 @@ def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tu
         for name in CONFIGURATION.intersection(files_in(folder)):
             with reading(folder / name):
                 content = (folder / name).read_bytes()
+            if name == MODELOPT and (problem := group_problem({"quantization_config": json.loads(content)})):
+                raise CheckpointError(f"{folder / name}: {problem}. Download the checkpoint again.")
             try:
                 (alone / name).write_bytes(content)
             except OSError as error:
@@ -296,12 +302,26 @@ def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.
     return weights
 
 
+def _check_scales(folder: Path, model: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Raises CheckpointError for more scales than numbers: mlx-lm infers groups of none, and MLX divides by that."""
+    for path, module in model.named_modules():
+        scales, weight = weights.get(f"{path}.scales"), module.get("weight")
+        if scales is not None and isinstance(weight, mx.array) and scales.shape[-1:] > weight.shape[-1:]:
+            raise CheckpointError(
+                f"{folder}: {path}.scales has {scales.shape[-1]} columns; by config.json its matrix has no more than "
+                f"{weight.shape[-1]}. Download the checkpoint again."
+            )
+
+
 def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | None:
     """What packed the numbers in a way that is not MLX's own, for the case that mlx-lm cannot read it; or None.
 
     Raises UnsupportedModelError for a way whose experts mlx-lm unpacks or packs anew while it loads.
     """
-    kind = foreign_quantisation(read_config(small), files_in(small), dtype_of)
+    config = read_config(small)
+    if problem := group_problem(config):
+        raise CheckpointError(f"{folder / 'config.json'}: {problem}. Download the checkpoint again.")
+    kind = foreign_quantisation(config, files_in(small), dtype_of)
     if kind and any(name.endswith(".qweight") for name in dtype_of):
         raise UnsupportedModelError(
             f"{folder} is quantised ({kind}), and its experts cannot be computed with as they lie there. {UNQUANTISED}"

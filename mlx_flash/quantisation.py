@@ -58,6 +58,30 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def group_problem(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with a group of no numbers, in the settings or in those of one tensor; None if there is none.
+
+    MLX divides by it, and the process ends with SIGFPE.
+    """
+    for name in ("quantization", "quantization_config"):
+        for part in (config, config.get("text_config")):
+            if isinstance(part, Mapping) and (where := _group_of_none(part.get(name), name)):
+                return f"{where}.group_size is 0, expected a positive number"
+    return None
+
+
+def _group_of_none(settings: Any, where: str) -> str | None:
+    if isinstance(settings, list):
+        found = (_group_of_none(part, where) for part in settings)
+    elif isinstance(settings, Mapping):
+        if settings.get("group_size", 1) == 0:  # also false
+            return where
+        found = (_group_of_none(part, f"{where}.{name}") for name, part in settings.items())
+    else:
+        return None
+    return next((one for one in found if one), None)
+
+
 def mlx_settings(config: Mapping[str, Any], path: str) -> tuple[int, int] | None:
     """(group size, bits) of the matrix at `path` as mlx-lm's config.json has them; None where it is not affine.
 

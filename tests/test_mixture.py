@@ -488,6 +488,16 @@ def test_what_is_changed_after_sanitize_is_not_taken_for_the_checkpoints(tmp_pat
         ({"text_config": None}, "cannot load .*NoneType"),
         ({"quantization": {"bits": 4}}, "cannot load .*KeyError: 'group_size'"),
         ({"rope_theta": "a"}, "cannot run the model"),
+        # MLX would divide by it, which ends the process (found by the fuzzer).
+        ({"quantization": {"bits": 4, "group_size": 0}}, "config.json: quantization.group_size is 0"),
+        (
+            {"quantization": {"bits": 4, "group_size": 64, "lm_head": {"group_size": False, "bits": 4}}},
+            "lm_head.group_size",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 0}},
+            "quantization_config.group_size",
+        ),
     ],
 )
 def test_a_config_that_is_wrong(
@@ -499,6 +509,27 @@ def test_a_config_that_is_wrong(
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
+        loading.load(folder, context=64)
+
+
+def test_a_modelopt_file_with_groups_of_none(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixture_of("mixtral"), tmp_path / "copy"))
+    write_tokenizer(folder, VOCABULARY)
+    settings = {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4", "group_size": 0}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*quantization\.group_size is 0"):
+        loading.load(folder, context=64)
+
+
+def test_more_scales_than_numbers(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
+    """mlx-lm infers the size of a group from them: none, by which MLX would divide."""
+    folder = Path(shutil.copytree(mixture_of("qwen3_moe", quantisation="4 bits"), tmp_path / "copy"))
+    write_tokenizer(folder, VOCABULARY)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("q_proj.scales"))
+    weights |= {name: mx.zeros((weights[name].shape[0], 1000))}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(CheckpointError, match=r"q_proj\.scales has 1000 columns"):
         loading.load(folder, context=64)
 
 

@@ -89,29 +89,43 @@ def run_command(
             stopping.watch(parser.prog, {signal.SIGINT: 130, **codes})
         code = main(arguments) or 0
         sys.stdout.flush()
-    except FlashError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as error:  # a full disk behind standard output, an unreadable folder
-        with contextlib.suppress(OSError):
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as error:  # MLX's, or a mistake of ours
-        from .failures import sentence
-
-        print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
-        code = 1
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if owns_process:
+            _ignore(signal.SIGINT, *codes)  # it ends already: one more must not give a traceback
+        code = _say_why(parser.prog, error)
     finally:
         if owns_process:
-            for number in (signal.SIGINT, *codes):  # it ends already: one more must not give a traceback
-                signal.signal(number, signal.SIG_IGN)
+            _ignore(signal.SIGINT, *codes)
             stopping.ended(code)
     sys.exit(code)
+
+
+def _ignore(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _say_why(name: str, error: BaseException) -> int:
+    """What ended the command called `name`, in a line on standard error; the exit code."""
+    if isinstance(error, FlashError):
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, OSError):  # a full disk behind standard output, an unreadable folder
+        with contextlib.suppress(OSError):
+            print(f"{name}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, Exception):  # MLX's, or a mistake of ours
+        from .failures import sentence
+
+        print(f"{name}: {sentence(error)}", file=sys.stderr)
+    else:
+        raise error
+    return 1

@@ -200,6 +200,21 @@ def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
         assert "interrupted" in errors_of(process) and process.returncode == 130
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_stop_while_an_error_is_told_gives_no_traceback(number: signal.Signals) -> None:
+    work = f"""
+    from mlx_flash import failures
+    def sentence(error):
+        signal.raise_signal({number:d})
+        return "a sentence"
+    failures.sentence = sentence
+    raise ZeroDivisionError"""
+    with started(
+        "-c", PROGRAM.replace("{work}", work).replace("import argparse,", "import signal, argparse,")
+    ) as process:
+        assert errors_of(process) == "waits: a sentence\n" and process.returncode == 1
+
+
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
 def test_a_stop_within_a_destructor_is_not_lost(number: signal.Signals, code: int) -> None:
     """Python reports what is raised there, and goes on."""
@@ -236,8 +251,7 @@ def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:
         ready()
         sys.stdin.readline()
         interrupts.renew()
-        ready()
-        stuck_in_c()"""
+        ready_and_stuck_in_c()"""
     with started("-c", PROGRAM.replace("{work}", work), stdin=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "ready\n"
@@ -271,8 +285,7 @@ def test_a_server_that_hangs_ends_as_it_was_told() -> None:
         ready = True
         def stop(self): pass
     with Signals(Engine()):
-        ready()
-        stuck_in_c()"""
+        ready_and_stuck_in_c()"""
     for numbers, code in (((TERM,), 0), ((INT,), 130), ((TERM, TERM), 0)):
         with started("-c", PROGRAM.replace("{work}", work)) as process:
             assert process.stdout is not None

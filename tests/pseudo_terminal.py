@@ -31,7 +31,6 @@ class PseudoTerminal:
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
         os.close(other)
         self._unread = ""
-        self.pieces: list[str] = []  # as they arrived
 
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
@@ -97,6 +96,5 @@ class PseudoTerminal:
             piece = os.read(self._own, 65536).decode(errors="replace")
         except OSError:  # Linux says so when the command has ended
             return False
-        self.pieces.append(piece)
         self._unread += piece
         return bool(piece)

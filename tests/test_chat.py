@@ -85,15 +85,13 @@ def answers(speaker: Path) -> list[str]:
 # A command takes two seconds of a processor to begin: one terminal for what one conversation can show.
 
 
-def test_answers_stream_and_go_on_from_each_other_until_they_are_forgotten(
+def test_answers_go_on_from_each_other_until_they_are_forgotten(
     start: Callable[..., PseudoTerminal], answers: list[str]
 ) -> None:
     terminal = start("--max-tokens", "24", "--memory", "1GB")
-    before = len(terminal.pieces)
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
         note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # said once
         assert ask(terminal, question) == f"{answer}\n" + (note if number == 0 else "")
-    assert len(terminal.pieces) - before > 20  # not each answer at once
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
     assert "3 turns" in statistics
@@ -202,7 +200,7 @@ def test_ctrl_c_stops_a_long_prompt_and_a_long_answer(start: Callable[..., Pseud
 
     terminal.type("Once\n")
     terminal.until("Once\n")
-    terminal.until_something()
+    terminal.until_something()  # long before the answer's end: it streams
     terminal.type(CTRL_C)
     assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
     statistics = ask(terminal, "/stats")

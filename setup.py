@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: where the packages stand, and how the two C libraries are built.
 
-flash/*.c become `_reader.so` beside reader.py, stop.c `_stop.so` beside stopping.py: they load them with ctypes.
+flash/*.c become `_reader.so` beside reader.py, cli/stop.c `_stop.so` beside stopping.py: they load them with ctypes.
 They use nothing of Python's C interface, so one wheel per platform, tagged py3-none-<platform>, serves every Python
 version.
 """
@@ -35,7 +35,7 @@ LIBRARIES = [
     )
     for name, sources in (
         ("mlx_flash.flash._reader", [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32")]),
-        ("mlx_flash._stop", ["mlx_flash/stop.c"]),
+        ("mlx_flash.cli._stop", ["mlx_flash/cli/stop.c"]),
     )
 ]
 

@@ -6,42 +6,42 @@ import argparse
 import signal
 from importlib import import_module
 
-from mlx_flash.commands import program, run_command
+from mlx_flash.cli.run import program, run_command
 
-COMMANDS = (
-    "naive-vs-flash",
-    "steps",
-    "memory",
-    "prompts",
-    "soak",
-    "reads",
-    "expert-reads",
-    "blocks",
-    "checks",
-    "windows",
-    "predictors",
-    "quality",
-    "bits",
-    "plan",
-    "eviction",
-    "host",
-    "lookahead",
-    "ordering",
-    "density",
-    "peak-memory",
-    "convert-memory",
-    "synthetic",
-    "random-checkpoint",
-    "synthetic-mixture",
-    "memory-models",
-)
+COMMANDS = {  # and the module of each
+    "naive-vs-flash": "naive_vs_flash",
+    "steps": "steps",
+    "memory": "memory",
+    "prompts": "prompt_times",
+    "soak": "soak",
+    "reads": "reads",
+    "expert-reads": "expert_reads",
+    "blocks": "blocks",
+    "checks": "checks",
+    "windows": "window_sizes",
+    "predictors": "predictor_recall",
+    "quality": "quality",
+    "bits": "bits",
+    "plan": "plan_shape",
+    "eviction": "eviction",
+    "host": "host_time",
+    "lookahead": "lookahead",
+    "ordering": "ordering",
+    "density": "density",
+    "peak-memory": "peak_memory",
+    "convert-memory": "convert_memory",
+    "synthetic": "synthetic.neuron_store",
+    "random-checkpoint": "synthetic.opt_checkpoint",
+    "synthetic-mixture": "synthetic.mixture_checkpoint",
+    "memory-models": "memory_models",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program("bench"), description="Measurements.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = import_module(f".{name.replace('-', '_')}", __package__)
+    for name, where in COMMANDS.items():
+        module = import_module(f".{where}", __package__)
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         module.add_arguments(command)

@@ -14,17 +14,17 @@ from unittest.mock import patch
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_flash import loading, streaming_needs
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.defaults import BITS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
-from mlx_flash.finding import demo_folder, find_checkpoint
 from mlx_flash.flash.files import GROUP_SIZE, GROUP_SIZES
 from mlx_flash.flash.system import current_memory_bytes
+from mlx_flash.loading import load, streaming_needs
+from mlx_flash.source.resolve import demo_folder, find_checkpoint
 
-from .report import environment, spread
-from .score import score
+from .tools.report import environment, spread
+from .tools.score import score
 
 LEAST_TOKENS = 64
 
@@ -124,7 +124,7 @@ def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[
     """Perplexity with all neurons and, if asked, with those the predictor chooses. Returns ids and their prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, tokenizer = loading.load(row.store)
+    model, tokenizer = load.load(row.store)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[:tokens]
     if len(ids) < LEAST_TOKENS:
         raise UsageError(f"--text has {len(ids)} tokens, expected at least {LEAST_TOKENS}.")
@@ -175,11 +175,11 @@ def open_with(store: Path, share: float) -> Any:
     """
     process = current_memory_bytes()
     with patch.object(streaming_needs, "current_memory_bytes", lambda: process):
-        model, _ = loading.load(store)
+        model, _ = load.load(store)
         plan = model.flash.plan
         model.flash.close()
         budget = plan.demand.total + int(share * plan.units.layers * plan.units.per_layer * plan.slot_bytes)
-        model, _ = loading.load(store, memory=budget)
+        model, _ = load.load(store, memory=budget)
     return model
 
 

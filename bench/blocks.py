@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import BITS, THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import ALIGNMENT, LAYER_ALIGNMENT, NeuronLayout, round_up
@@ -19,7 +19,7 @@ from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, UnitFile
 
 from .reads import add_file_arguments, opened_file
-from .report import cached_share, environment, spread
+from .tools.report import cached_share, environment, spread
 
 MOST_PER_BLOCK = 8
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.unit_sums import read_block_sums
 
-from .report import environment
+from .tools.report import environment
 
 LAYERS_PER_TURN = 6
 BEGINNING = 32  # tokens before those that are measured: they fill the slots, and look-ahead is tried
@@ -95,7 +95,7 @@ def decode(arguments: argparse.Namespace) -> Times:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mlx_flash.loading import load
+    from mlx_flash.loading.load import load
 
     context = BEGINNING + arguments.tokens
     model, _ = load(arguments.store, memory=arguments.memory, context=context, threads=arguments.threads)

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.cached import MATRICES, in_use
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
+from mlx_flash.source.cached import MATRICES, in_use
 
-from . import sides
-from .cgroup import memory_group
-from .random_checkpoint import SHAPES
-from .report import add_output_argument, cached_share, environment, spread, writable_folder
-from .synthetic import is_synthetic
+from .baselines import contenders
+from .synthetic.neuron_store import is_synthetic
+from .synthetic.opt_checkpoint import SHAPES
+from .tools.cgroup import memory_group
+from .tools.report import add_output_argument, cached_share, environment, spread, writable_folder
 
 SHARE = 0.6
 KIND = "a model that is streamed neuron by neuron"
@@ -151,14 +151,16 @@ class Subject:
             "memory_limit": self.fence or "enforced by a memory cgroup",
         }
 
-    def run(self, side: sides.Side, tokens: int, limit: int | None, begin: int = 0, label: str = "") -> dict[str, Any]:
+    def run(
+        self, side: contenders.Side, tokens: int, limit: int | None, begin: int = 0, label: str = ""
+    ) -> dict[str, Any]:
         """Runs a side over the prompt and `tokens` tokens from ids[begin] on, in a cgroup of `limit` bytes."""
         ids = self.ids[begin : begin + self.prompt + tokens]
-        task = sides.Task(str(self.store), ids, self.prompt, str(self.matrices or ""), label)
+        task = contenders.Task(str(self.store), ids, self.prompt, str(self.matrices or ""), label)
         if limit is None or self.fence:
-            return sides.run(side, task)
+            return contenders.run(side, task)
         with memory_group(limit) as group:
-            result = sides.run(side, task, group)
+            result = contenders.run(side, task, group)
             return result | {"cgroup_peak_bytes": group.peak_bytes(), "kills": group.kills()}
 
 
@@ -169,7 +171,7 @@ def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = 
     ids: tokens needed of the text; span: those of one run. Raises UsageError, before anything long begins, for what
     cannot be used.
     """
-    from mlx_flash.finding import find_store
+    from mlx_flash.source.resolve import find_store
 
     store = find_store(arguments.model, print)
     manifest = read_manifest(store)
@@ -179,7 +181,7 @@ def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = 
     positions = config.get("max_position_embeddings", span)
     refuse_beyond(span, positions, "Lower --tokens or --prompt, or raise --rounds.")
     text = read_ids(arguments.text, store, ids, config["vocab_size"])
-    least = sides.run(sides.Side("plan"), sides.Task(str(store), text[:span], arguments.prompt))
+    least = contenders.run(contenders.Side("plan"), contenders.Task(str(store), text[:span], arguments.prompt))
     subject = Subject(store, manifest, text, arguments.prompt, least, None, fence_problem(arguments.no_cgroup))
     with with_matrices(subject, arguments.matrices) if matrices else nullcontext(subject) as ready:
         yield ready
@@ -200,7 +202,7 @@ def refuse_beyond(span: int, positions: int, remedy: str = "Lower --tokens or --
 
 def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> list[int]:
     """`count` tokens of a text, which is repeated if it is too short."""
-    from mlx_flash.loading import load_tokenizer
+    from mlx_flash.loading.load import load_tokenizer
 
     from .traces import read_text
 
@@ -233,7 +235,7 @@ def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
 
     The file's name has the checksum of the store's own checksums in it: another store's are not taken for them.
     """
-    from .baselines import write_matrices
+    from .baselines.matrices import write_matrices
 
     if problem := dense_problem(subject.manifest):
         raise UsageError(f"the baselines {problem}. Choose the store of another model.")
@@ -310,7 +312,7 @@ def steady(rounds: list[list[dict[str, Any]]]) -> float:
 
 def hybrid_title(share: float) -> str:
     """Hybrid keeps half, or less where the budget is less."""
-    return "hybrid: half resident" if share >= sides.HALF else f"hybrid: {share:.0%} resident"
+    return "hybrid: half resident" if share >= contenders.HALF else f"hybrid: {share:.0%} resident"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.children import child_environment
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.plan import parse_memory
+from mlx_flash.loading.plan import parse_memory
+from mlx_flash.source.children import child_environment
 
-from .cgroup import memory_group
-from .random_checkpoint import SHAPES, write_checkpoint
+from .synthetic.opt_checkpoint import SHAPES, write_checkpoint
+from .tools.cgroup import memory_group
 
 ALLOWANCE_BYTES = 10**9  # beside one layer
 LAYERS = 6  # of OPT-6.7B's shape: 2.8 GB in float16, twice what a conversion may use

@@ -11,11 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.commands import whole_number
-from mlx_flash.convert.neurons import write_neurons
+from mlx_flash.cli.run import whole_number
+from mlx_flash.convert.neuron_file import write_neurons
 from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.flash.neurons import LayerStream, Streamer
 from mlx_flash.flash.reader import Reader, UnitFile
-from mlx_flash.flash.stream import LayerStream, Streamer
 from mlx_flash.layers.activations import Activation
 from mlx_flash.layers.neurons import StreamedNeurons
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.flash.cache import HALF_LIFE, SlotCache
-from mlx_flash.plan import MIN_SLOTS, share_out
+from mlx_flash.flash.slot_cache import HALF_LIFE, SlotCache
+from mlx_flash.loading.plan import MIN_SLOTS, share_out
 
-from . import policies, routing, traces
-from .report import COLOURS, SERIES, finish, require_plots
+from . import routing, traces
+from .tools import policies
+from .tools.report import COLOURS, SERIES, finish, require_plots
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.24, 0.3, 0.4, 0.5)  # of all units that have a slot
 EXPERT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)

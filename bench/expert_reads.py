@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.cache import SlotCache
 from mlx_flash.flash.experts import ExpertStream, ExpertStreamer
 from mlx_flash.flash.reader import Reader
-from mlx_flash.mixture import open_mixture
-from mlx_flash.mixture_loading import open_files
+from mlx_flash.flash.slot_cache import SlotCache
+from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.mixture import open_files
 
-from . import compare, disk
-from .mixture import folder_of
-from .read_methods import find_fio, run_fio
-from .report import COLOURS, add_output_argument, environment, finish, require_plots
+from . import compare
+from .mixture_model import folder_of
+from .tools import disk
+from .tools.read_methods import find_fio, run_fio
+from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
 LAYERS = 6  # taken in turn, so that no read meets what the last one left behind
 

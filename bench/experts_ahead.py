@@ -12,7 +12,7 @@ from mlx_flash.errors import UsageError
 
 from . import routing, traces
 from .lookahead import STATES, Remember, draw, layer_rows, means, residents, show
-from .report import finish
+from .tools.report import finish
 
 EXPERT_SHARES = (0.25, 0.5)  # of a layer's experts that have a slot
 WIDTHS = (-3, -2, -1, 0, 2, 4)  # experts that are guessed, beyond those that a token uses

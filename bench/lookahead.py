@@ -10,11 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.cache import SlotCache
+from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.layers.predictors import ExactPredictor, Predictor
 
 from . import traces
-from .report import SERIES, finish, require_plots
+from .tools.report import SERIES, finish, require_plots
 
 SHARES = (0.25, 0.10)  # of a layer's neurons that have a slot
 SHIFTS = (-0.25, 0.0, 0.25, 0.5)  # of the guess's threshold, in standard deviations of the layer's score

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.flash.system import available_memory_bytes
-from mlx_flash.plan import MIN_SLOTS
+from mlx_flash.loading.plan import MIN_SLOTS
 
-from . import compare, disk, mixture, mixture_memory
+from . import compare, mixture_memory, mixture_model
+from .baselines.contenders import Side
 from .compare import mb, ms
-from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
-from .sides import Side
+from .tools import disk
+from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    if folder := mixture.folder_of(arguments.model):
-        compare.refuse(arguments, ("matrices",), mixture.KIND)
+    if folder := mixture_model.folder_of(arguments.model):
+        compare.refuse(arguments, ("matrices",), mixture_model.KIND)
         mixture_memory.main(arguments, folder)
         return
     span = arguments.prompt + arguments.tokens

@@ -17,14 +17,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_flash.convert.families import family_of
-from mlx_flash.convert.neurons import write_neurons
+from mlx_flash.convert.neuron_file import write_neurons
 from mlx_flash.convert.output import publish
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.flash.files import Manifest, NeuronLayout
 
-from .random_checkpoint import FFN_BIAS, copy_tokenizer, opt_config
-from .report import writable_folder
-from .synthetic import store_entry
+from .synthetic.neuron_store import store_entry
+from .synthetic.opt_checkpoint import FFN_BIAS, copy_tokenizer, opt_config
+from .tools.report import writable_folder
 
 FOUR_BITS = {"group_size": 64, "bits": 4}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
@@ -161,7 +161,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: int) -> None:
     """A store whose weights are random and whose shadow predictor is the deciding projection of each layer."""
-    from mlx_flash.loading import model_classes
+    from mlx_flash.loading.load import model_classes
 
     model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))  # its own random weights are never evaluated

@@ -11,10 +11,11 @@ import numpy as np
 
 from mlx_flash.flash.system import available_memory_bytes
 
-from . import compare, disk, mixture
+from . import compare, mixture_model
+from .baselines.mixture_contenders import Side
 from .compare import ms
-from .mixture_sides import Side
-from .report import COLOURS, SERIES, describe, finish
+from .tools import disk
+from .tools.report import COLOURS, SERIES, describe, finish
 
 OUTPUT = "memory-mixture"
 
@@ -36,7 +37,7 @@ WAYS = {
 
 
 def main(arguments: argparse.Namespace, folder: Path) -> None:
-    subject = mixture.opened(arguments, folder)
+    subject = mixture_model.opened(arguments, folder)
     about = subject.about
     fits = 2**62 if arguments.force else available_memory_bytes()
     counts = [count for count in range(1, about["experts"] + 1) if subject.budget_for(count) <= fits]
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     with_resident = arguments.force or about["weights_bytes"] <= available_memory_bytes()
     result: dict[str, Any] = {**subject.describe(), "disk_first": disk.prepare(subject.files), "points": []}
     if with_resident:
-        result["all_in_memory"] = subject.run(Side("resident"), arguments.tokens, None, mixture.NAMES["resident"])
+        result["all_in_memory"] = subject.run(Side("resident"), arguments.tokens, None, mixture_model.NAMES["resident"])
     bare = subject.budget_for(about["choices"])
     for slots in slot_counts(about["choices"], most, arguments.points):
         budget = subject.budget(f"{subject.budget_for(slots)}B", arguments.force)
@@ -75,12 +76,12 @@ def slot_counts(choices: int, most: int, points: int) -> list[int]:
 
 
 def show(result: dict[str, Any]) -> None:
-    mixture.show_head(result)
+    mixture_model.show_head(result)
     rows, names = list(result["points"]), [row["way"] for row in result["points"]]
     if "all_in_memory" in result:
         rows.append(result["all_in_memory"])
-        names.append(mixture.NAMES["resident"])
-    mixture.table(rows, names)
+        names.append(mixture_model.NAMES["resident"])
+    mixture_model.table(rows, names)
     print(f"direct, buffered: all of the budget is slots; page cache: read through it, a token's {result['choices']} "
           "experts have slots,\nand the rest of the budget is the operating system's.")  # fmt: skip
     print(describe(result["environment"]))
@@ -96,7 +97,7 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
         hits.plot(at, [100 * (row["hit_rate"] or 0) for row in rows], "o-", color=colour)
     if "all_in_memory" in result:
         value = result["all_in_memory"]["total_spread_s"]["median"] * 1e3
-        name = f"{mixture.NAMES['resident']}: {value:.0f} ms"
+        name = f"{mixture_model.NAMES['resident']}: {value:.0f} ms"
         times.axhline(value, color=COLOURS["ceiling"], lw=1, ls=":", label=name)
     times.set_ylabel("ms per token (median)")
     times.set_ylim(0)

@@ -10,11 +10,12 @@ from mlx_flash.defaults import IO_MODES
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.system import available_memory_bytes
 
-from . import compare, disk, mixture
+from . import compare, mixture_model
+from .baselines.mixture_contenders import Side
 from .compare import times
-from .mixture import NAMES
-from .mixture_sides import Side
-from .report import describe, finish, refuse_to_swap
+from .mixture_model import NAMES
+from .tools import disk
+from .tools.report import describe, finish, refuse_to_swap
 
 BASELINE_TOKENS = 4
 OUTPUT = "naive-vs-flash-mixture"
@@ -29,7 +30,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     wanted = arguments.sides.split(",") if arguments.sides else list(NAMES)
     if unknown := [side for side in wanted if side not in NAMES]:
         raise UsageError(f"--sides: {', '.join(unknown)} unknown, expected of {','.join(NAMES)}.")
-    subject = mixture.opened(arguments, folder)
+    subject = mixture_model.opened(arguments, folder)
     budget = subject.budget(arguments.memory, arguments.force)
     names, left_out = those_that_fit(subject, wanted, bool(arguments.sides), arguments.force)
     result: dict[str, Any] = {
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def those_that_fit(
-    subject: mixture.Subject, wanted: list[str], explicit: bool, force: bool
+    subject: mixture_model.Subject, wanted: list[str], explicit: bool, force: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The sides to run, and why others are not: nothing but a memory cgroup keeps mlx-lm from swapping.
 
@@ -86,9 +87,9 @@ def labels(result: dict[str, Any]) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    mixture.show_head(result)
+    mixture_model.show_head(result)
     rows = result["sides"]
-    mixture.table(list(rows.values()), labels(result))
+    mixture_model.table(list(rows.values()), labels(result))
     done = {name: row for name, row in rows.items() if not row["killed"]}
     if flash := done.get("flash"):
         ratios = [f"{NAMES[n]} {times(row['total_s'] / flash['total_s'])}" for n, row in done.items() if n != "flash"]
@@ -105,7 +106,7 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     share = result["budget_bytes"] / result["weights_bytes"]
     memory = f"{result['budget_bytes'] / 1e9:.2f} GB of memory, the weights being {1 / share:.1f} times that"
     compare.title(figure, finding(result), f"{result['model']}; {memory}")
-    mixture.stack(figure.subplots(), list(result["sides"].values()), labels(result))
+    mixture_model.stack(figure.subplots(), list(result["sides"].values()), labels(result))
 
 
 def finding(result: dict[str, Any]) -> str:

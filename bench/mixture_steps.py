@@ -9,10 +9,11 @@ from typing import Any
 
 from mlx_flash.defaults import THREADS
 
-from . import compare, disk, mixture
+from . import compare, mixture_model
+from .baselines.mixture_contenders import Side
 from .compare import times
-from .mixture_sides import Side
-from .report import describe, finish
+from .tools import disk
+from .tools.report import describe, finish
 
 OUTPUT = "steps-mixture"
 LEAST_RECENT = 1_000_000  # calls: a window longer than any text here
@@ -30,7 +31,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: argparse.Namespace, folder: Path) -> None:
-    subject = mixture.opened(arguments, folder)
+    subject = mixture_model.opened(arguments, folder)
     budget = subject.budget(arguments.memory, arguments.force)
     # Where nothing is kept, slots for one token do.
     bare = min(budget, subject.budget_for(subject.about["choices"]))
@@ -53,8 +54,8 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    mixture.show_head(result)
-    mixture.table(result["steps"], labels(result))
+    mixture_model.show_head(result)
+    mixture_model.table(result["steps"], labels(result))
     print(describe(result["environment"]))
 
 
@@ -73,4 +74,4 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     read, total = ({row["step"]: row[key] for row in (done[0], done[-1])} for key in ("bytes", "total_s"))
     finding = f"A token comes {times(ratio(total))} as fast as in the first row, with {times(ratio(read))} fewer bytes"
     compare.title(figure, finding, f"{result['model']}; {result['budget_bytes'] / 1e9:.2f} GB of memory")
-    mixture.stack(figure.subplots(), result["steps"], labels(result))
+    mixture_model.stack(figure.subplots(), result["steps"], labels(result))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.system import available_memory_bytes
 
-from . import compare, disk, mixture, mixture_naive_vs_flash
+from . import compare, mixture_model, mixture_naive_vs_flash
+from .baselines.contenders import HALF, Side
 from .compare import mb, ms, times
-from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
-from .sides import HALF, Side
+from .tools import disk
+from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
 
 NAMES = {
     "naive": "naive: all from flash",
@@ -38,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, 100),
         help=f"the tokens are split over so many rounds, in which the sides take turns (default: {ROUNDS})",
     )
-    group = mixture.add_arguments(parser)
+    group = mixture_model.add_arguments(parser)
     mixture_naive_vs_flash.add_arguments(group)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    if folder := mixture.folder_of(arguments.model):
-        compare.refuse(arguments, ("share", "matrices", "rounds"), mixture.KIND)
+    if folder := mixture_model.folder_of(arguments.model):
+        compare.refuse(arguments, ("share", "matrices", "rounds"), mixture_model.KIND)
         mixture_naive_vs_flash.main(arguments, folder)
         return
     compare.refuse(arguments, ("memory", "sides", "io"), compare.KIND)

@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.cache import SlotCache
-from mlx_flash.plan import MIN_SLOTS, share_out
+from mlx_flash.flash.slot_cache import SlotCache
+from mlx_flash.loading.plan import MIN_SLOTS, share_out
 
 from . import traces
 from .eviction import everyone_but
-from .report import COLOURS, finish, require_plots
+from .tools.report import COLOURS, finish, require_plots
 
 NEIGHBOURS = 32  # of every neuron, that an order by pairs considers
 LARGEST_SPECTRAL = 4096  # neurons; more would take minutes per layer

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_flash.children import child_environment
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import BudgetError, FlashError, UsageError
-from mlx_flash.finding import demo_folder
 from mlx_flash.flash.files import is_store
-from mlx_flash.loading import load, load_tokenizer
-from mlx_flash.plan import parse_memory
+from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.plan import parse_memory
+from mlx_flash.source.children import child_environment
+from mlx_flash.source.resolve import demo_folder
 
-from . import children
-from .cgroup import memory_group
+from .tools import subprocess_json
+from .tools.cgroup import memory_group
 
 CLOSE = 0.9  # of the plan, that the peak is to reach from 1 GB on
 NAMES = ("smallest", "+25%", "half", "all")
@@ -81,7 +81,7 @@ def _cells(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterat
             named = {}
             if set(names) & set(NAMES):
                 question = [str(model), predictor, arguments.context]
-                named = children.ask("mlx_flash.bench.peak_memory", question, model.name)
+                named = subprocess_json.ask("mlx_flash.bench.peak_memory", question, model.name)
                 named["+25%"] = min(named["all"], int(1.25 * max(least, named["smallest"])))
             taken = {row["budget"] for row in done}
             for name in names:
@@ -134,4 +134,4 @@ def prompt_of(tokens: int) -> str:
 
 
 if __name__ == "__main__":
-    children.answer(budgets_of)
+    subprocess_json.answer(budgets_of)

@@ -14,14 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import CONTEXT, PREDICTORS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.system import peak_memory_bytes
 
-from . import tasks
-from .report import environment, spread
-from .score import compare
+from .tools import tasks
+from .tools.report import environment, spread
+from .tools.score import compare
 from .traces import read_text
 
 LEAST_TOKENS = 16
@@ -69,8 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     text = None if arguments.text is None else read_text(arguments.text)
     # First: without them there is no need to load a model; and the plan counts the process with what they brought.
     found = [] if arguments.tasks is None else tasks.find(arguments.tasks)
-    from mlx_flash.finding import find_store
-    from mlx_flash.loading import load
+    from mlx_flash.loading.load import load
+    from mlx_flash.source.resolve import find_store
 
     store = find_store(arguments.model, say)
     model, tokenizer = load(

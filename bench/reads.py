@@ -15,14 +15,14 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.reader import Reader, UnitFile
-from mlx_flash.plan import parse_memory
+from mlx_flash.loading.plan import parse_memory
 
-from . import read_methods as methods
-from .read_methods import Pieces, Sample
-from .report import add_output_argument, cached_share, environment, finish, forget_cached, require_plots, spread
+from .tools import read_methods as methods
+from .tools.read_methods import Pieces, Sample
+from .tools.report import add_output_argument, cached_share, environment, finish, forget_cached, require_plots, spread
 
 PIECES_KIB = (4, 16, 32, 64, 256, 1024, 4096)
 THREADS = (1, 4, 8, 16, 32)
@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
             "environment": environment(path),
         }
     result["best_threads"] = best_threads(result["rows"])
-    from .reads_plot import draw
+    from .tools.reads_plot import draw
 
     typical = [row for row in neuron_sized(result["rows"]) if row["threads"] == result["best_threads"]]
     finish(

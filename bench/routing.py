@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.errors import UsageError
-from mlx_flash.host_arrays import to_numpy
+from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
-from mlx_flash.mixture import router_of
+from mlx_flash.loading.expert_files import router_of
 
 from .traces import LayerTrace, decode, packed
 

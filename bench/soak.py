@@ -21,11 +21,11 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from mlx_flash.children import child_environment
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.source.children import child_environment
 
 from . import compare
-from .report import COLOURS, add_output_argument, environment, finish, require_plots
+from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
 PATIENCE_S = 300.0  # that a request may take, the queue before it included
 SAMPLE_S = 5.0

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import Manifest
@@ -24,10 +24,11 @@ from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.layers.predictors import Predictor
 
-from . import compare, disk, mixture, mixture_steps, traces
+from . import compare, mixture_model, mixture_steps, traces
+from .baselines.contenders import HALF, Side, forget_look_ahead
 from .compare import mb, ms
-from .report import COLOURS, describe, finish, refuse_to_swap, require_plots
-from .sides import HALF, Side, forget_look_ahead
+from .tools import disk
+from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
 
 WINDOW = 4  # tokens, the paper's
 SLOT_NOTE = "the engine shares its slots out by need in all its rows"
@@ -42,13 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="tokens of naive and hybrid, and of a mixture's whole layers, which are slow (default: %(default)s)",
     )
-    mixture.add_arguments(parser)
+    mixture_model.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    if folder := mixture.folder_of(arguments.model):
-        compare.refuse(arguments, ("share", "matrices"), mixture.KIND)
+    if folder := mixture_model.folder_of(arguments.model):
+        compare.refuse(arguments, ("share", "matrices"), mixture_model.KIND)
         mixture_steps.main(arguments, folder)
         return
     compare.refuse(arguments, ("memory",), compare.KIND)
@@ -113,7 +114,7 @@ def record(subject: compare.Subject, tokens: int, budget: int) -> list[np.ndarra
     """Which neurons each layer uses for each token after the prompt: bool (tokens, F), layer by layer."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mlx_flash.loading import load
+    from mlx_flash.loading.load import load
 
     # This process is larger than a side's, and no memory cgroup holds it.
     model, _ = load(subject.store, memory=budget + current_memory_bytes(), context=subject.prompt + tokens)

@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import PREDICTORS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
-from mlx_flash.host_arrays import to_numpy
+from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
-from .report import add_output_argument, environment
-from .sides import forget_look_ahead
+from .baselines.contenders import forget_look_ahead
+from .tools.report import add_output_argument, environment
 
 LEAST_TOKENS = 16  # that a trace makes sense of
 
@@ -169,10 +169,10 @@ def head_of(subject: Subject, text: Path) -> dict[str, Any]:
 @contextmanager
 def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[Subject]:
     """The model and the texts that the arguments name; the text is read before the model is."""
-    from mlx_flash.finding import find_store
-    from mlx_flash.loading import load
+    from mlx_flash.loading.load import load
+    from mlx_flash.source.resolve import find_store
 
-    from .mixture import folder_of
+    from .mixture_model import folder_of
 
     text = read_text(arguments.text)
     store = folder_of(arguments.model) or find_store(arguments.model, say)

@@ -8,14 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_flash.commands import (
-    REVISION_HELP,
-    add_lifeline_argument,
-    obey_lifeline,
-    program,
-    run_command,
-    whole_number,
-)
+from mlx_flash.cli.run import REVISION_HELP, add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
@@ -68,9 +61,9 @@ def main(arguments: argparse.Namespace) -> None:
     obey_lifeline(arguments)
     import mlx.core as mx
 
-    from mlx_flash.finding import find_checkpoint
     from mlx_flash.layers.recall import Setting
-    from mlx_flash.plan import MLX_CACHE_BYTES, parse_memory
+    from mlx_flash.loading.plan import MLX_CACHE_BYTES, parse_memory
+    from mlx_flash.source.resolve import find_checkpoint
 
     from .conversion import Settings, convert
     from .imported import find_predictors

@@ -12,11 +12,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.errors import CheckpointError
+from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.system import return_freed_memory
-from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.activations import Activation
 
-from .host import HostLinear, HostMatrix, row_pieces
+from .numpy_matrix import HostLinear, HostMatrix, row_pieces
 
 SEQUENCE_TOKENS = 128
 BATCH_SEQUENCES = 8  # at once: a layer's weights are widened as often as there are batches

@@ -11,17 +11,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.checkpoint_files import WeightFiles, files_in, read_config, weights_in
-from mlx_flash.checkpoint_tensors import choose, malformed, tensors_in, two_of_a_name
-from mlx_flash.config_counts import count_problem
 from mlx_flash.defaults import DTYPES
 from mlx_flash.errors import CheckpointError
-from mlx_flash.flash.checksums import TensorEntry
 from mlx_flash.flash.plain_files import read_at, reading, reason_of, unreadable
-from mlx_flash.kinds import said
+from mlx_flash.flash.safetensors_file import TensorEntry
+from mlx_flash.flash.stored_tensors import lazily_loaded
 from mlx_flash.layers.quantised import companions
-from mlx_flash.quantisation import foreign_quantisation, mlx_settings
-from mlx_flash.stored_tensors import lazily_loaded
+from mlx_flash.source.checkpoint_files import WeightFiles, files_in, read_config, weights_in
+from mlx_flash.source.checkpoint_tensors import choose, malformed, tensors_in, two_of_a_name
+from mlx_flash.source.config_counts import count_problem
+from mlx_flash.source.model_kind import said
+from mlx_flash.source.quantisation import foreign_quantisation, mlx_settings
 
 # safetensors' names of types -> MLX's; others keep theirs.
 DTYPE_NAMES = {

@@ -24,33 +24,26 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlx_flash import __version__
-from mlx_flash.checkpoint_files import files_in, matching, small_files
-from mlx_flash.compared_copies import compared_copies
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
-from mlx_flash.flash.checksums import sha256_of, tensor_checksums
-from mlx_flash.flash.files import (
-    MANIFEST,
-    RECORD,
-    VERSION,
-    Manifest,
-    is_store,
-    read_manifest,
-)
+from mlx_flash.flash.files import MANIFEST, RECORD, VERSION, Manifest, is_store, read_manifest
+from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.plain_files import reading
+from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
+from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.flash.system import return_freed_memory
-from mlx_flash.generation_config import check_end_tokens, read_generation_config, vocabulary_of
-from mlx_flash.host_arrays import to_numpy
 from mlx_flash.layers.quantised import companions, matrices_of
-from mlx_flash.stored_tensors import StoredTensors
+from mlx_flash.source.checkpoint_files import files_in, matching, small_files
+from mlx_flash.source.compared_copies import compared_copies
+from mlx_flash.text.generation_config import check_end_tokens, read_generation_config, vocabulary_of
 
-from . import calibrate, imported, predictors
+from . import calibrate, fitting, imported
 from .checkpoint import Checkpoint
 from .families import family_of
-from .host import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
-from .neurons import quantised, write_neurons
-from .outline import Outline, Settings
+from .neuron_file import quantised, write_neurons
+from .numpy_matrix import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
 from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .store_plan import Outline, Settings
 from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
@@ -277,7 +270,7 @@ class _Conversion:
             raise UsageError(f"cannot read --calibration {self.outline.settings.calibration_text}: {error}") from None
 
     def _calibration_sequences(self) -> np.ndarray:
-        from mlx_flash.loading import TOKENIZER_FILES, load_tokenizer
+        from mlx_flash.loading.load import TOKENIZER_FILES, load_tokenizer
 
         folder, size = self.outline.checkpoint.folder, int(self.outline.checkpoint.config["vocab_size"])
         if self.small_files.keys() & set(TOKENIZER_FILES):
@@ -312,7 +305,7 @@ class _Conversion:
 
     def _predictor_bytes(self) -> int:
         """About what all kinds take for all layers."""
-        shadow = predictors.shadow_bytes(self.outline.layout, self.outline.settings.shadow_bits)
+        shadow = fitting.shadow_bytes(self.outline.layout, self.outline.settings.shadow_bits)
         return self.outline.lowrank_memory + shadow + sum(path.stat().st_size for path in self.outline.predictor_files)
 
     def _make_predictors(self, sequences: np.ndarray) -> dict[str, dict[str, float]]:
@@ -322,7 +315,7 @@ class _Conversion:
         """
         self._load_resident()
         norms = self.outline.model.ffn_norms
-        held_out = predictors.held_out_tokens(*sequences.shape)
+        held_out = fitting.held_out_tokens(*sequences.shape)
         measured = np.flatnonzero(held_out.reshape(sequences.shape).any(axis=1)).tolist()
         hidden = calibrate.embed(self.outline.model, sequences)
         followings = {
@@ -357,33 +350,33 @@ class _Conversion:
             for kind in self.outline.kinds
         }
 
-    def _layer_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> dict[str, Any]:
+    def _layer_predictor(self, layer: int, kind: str, sample: fitting.Sample, norm: Any) -> dict[str, Any]:
         """What was measured of it, from its file, which is made if it is not there."""
         path = self._layer_file(layer, kind)
         if not self._is_finished(path):
             return_freed_memory()
             began = time.perf_counter()
             made = self._make_predictor(layer, kind, sample, norm)
-            predictors.write_layer(path, made, partial(self.written.add, path.name))
+            fitting.write_layer(path, made, partial(self.written.add, path.name))
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
             del made
         stored = self._open(path)
         if kind == "lowrank":
             self.lowrank_left -= stored.arrays["a"].nbytes + stored.arrays["b"].nbytes
-        return predictors.measured_of(stored)
+        return fitting.measured_of(stored)
 
-    def _make_predictor(self, layer: int, kind: str, sample: predictors.Sample, norm: Any) -> predictors.LayerPredictor:
+    def _make_predictor(self, layer: int, kind: str, sample: fitting.Sample, norm: Any) -> fitting.LayerPredictor:
         dtype, recall = getattr(mx, self.outline.dtype), self.outline.settings.recall
         if kind == "lowrank":  # what earlier layers left of their shares is for the later ones, which are denser
             later = self.outline.layers - 1 - layer
             allowed = self.lowrank_left - later * (self.outline.lowrank_memory // self.outline.layers)
-            return predictors.make_lowrank(sample, recall, allowed, layer, dtype)
+            return fitting.make_lowrank(sample, recall, allowed, layer, dtype)
         if kind == "shadow":
-            return predictors.make_shadow(sample, recall, self.outline.settings.shadow_bits, dtype)
+            return fitting.make_shadow(sample, recall, self.outline.settings.shadow_bits, dtype)
         path = self.outline.predictor_files[layer]
         neurons, width = sample.up.shape
         arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
-        made = predictors.make_imported(arrays, sample, recall, dtype)
+        made = fitting.make_imported(arrays, sample, recall, dtype)
         if made.active > 0 and made.recall < recall / 2:  # scores that are all alike, or overflow: no threshold helps
             raise CheckpointError(
                 f"{path} catches {made.recall:.1%} of the active neurons, with a threshold set for {recall:.1%}. Was "
@@ -398,12 +391,12 @@ class _Conversion:
         """One file of all the layers' predictors; what was measured."""
         report: dict[str, Any] = {"recall": [], "predicted": [], "active": [], "bytes": 0}
         report["target"] = self.outline.settings.recall
-        report["table"] = {"recall": predictors.recalls(self.outline.settings.recall)}
+        report["table"] = {"recall": fitting.recalls(self.outline.settings.recall)}
         tensors = []
         for layer in range(self.outline.layers):
             path = self._layer_file(layer, kind)
             stored = self._open(path)
-            measured = predictors.measured_of(stored)
+            measured = fitting.measured_of(stored)
             for name in ("recall", "predicted", "active"):
                 report[name].append(round(measured[name], DIGITS))
             for name, values in measured["table"].items():
@@ -416,19 +409,19 @@ class _Conversion:
                 load = partial(self._read, path, name)
                 tensors.append((f"{layer}.{name}", array.shape, array.dtype, load))
         if kind == "shadow":
-            report |= {"bits": self.outline.settings.shadow_bits, "group_size": predictors.SHADOW_GROUP}
+            report |= {"bits": self.outline.settings.shadow_bits, "group_size": fitting.SHADOW_GROUP}
         path = self.partial / Manifest.predictor_file(kind)
         write_safetensors(path, tensors, written=partial(self.written.add, path.name))
         return report
 
     def _activations(
         self, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
-    ) -> Iterator[predictors.Sample]:
+    ) -> Iterator[fitting.Sample]:
         """Layer by layer."""
         for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, self._host_ffn):
             bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
             shifted = bias - np.float32(self.outline.activation.threshold)
-            sample = [predictors.Sample(x, score, ffn.matrices[0], shifted, held_out)]
+            sample = [fitting.Sample(x, score, ffn.matrices[0], shifted, held_out)]
             del x, score, ffn
             yield sample.pop()  # kept by who asked for it, and nobody else
 
@@ -567,7 +560,7 @@ class _Choice:
         if self._arrays is None:
             stored = self._open()
             self._arrays = {name: stored.take(name) for name in list(stored.arrays)}
-        return predictors.chosen(self._arrays, x)
+        return fitting.chosen(self._arrays, x)
 
 
 def _is_dense(predicted: float) -> bool:

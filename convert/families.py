@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_flash.errors import UnsupportedModelError
-from mlx_flash.kinds import SEE, is_mixture, mlx_lm_knows, refuse_own_code
 from mlx_flash.layers.activations import Activation
+from mlx_flash.source.model_kind import SEE, is_mixture, mlx_lm_knows, refuse_own_code
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.checkpoint_files import matching
 from mlx_flash.errors import CheckpointError, UsageError
-from mlx_flash.host_arrays import to_numpy
+from mlx_flash.flash.host_arrays import to_numpy
+from mlx_flash.source.checkpoint_files import matching
 
 NAME = "model_{}.pt"
 TENSORS = ("fc1.weight", "fc2.weight")
@@ -20,7 +20,7 @@ LEAST_WEIGHT = 1e-3  # of a norm, against its largest: what is smaller erases an
 
 
 def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) -> Path:
-    """A local folder, or a Hugging Face repository through huggingface_hub's cache (`mlx_flash.hub.download`).
+    """A local folder, or a Hugging Face repository through huggingface_hub's cache (`mlx_flash.source.hub.download`).
 
     Raises UsageError for what is neither, CheckpointError if the repository holds no predictors, ConversionError if
     it cannot be downloaded.
@@ -33,7 +33,7 @@ def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) ->
             f"--predictor-from {source} is no folder and no Hugging Face repository id (owner/name). Expected one "
             f"with {NAME.format(0)}, {NAME.format(1)} and so on, one for each layer."
         )
-    from mlx_flash.hub import download
+    from mlx_flash.source.hub import download
 
     return download(source, say=say, choose=_predictors_among)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .host import HostMatrix
+from .numpy_matrix import HostMatrix
 
 
 @dataclass(frozen=True)

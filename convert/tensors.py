@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.flash.host_arrays import to_bytes
+from mlx_flash.flash.stored_tensors import SAFETENSORS_NAMES
 from mlx_flash.flash.system import sync_to_disk
-from mlx_flash.host_arrays import to_bytes
-from mlx_flash.stored_tensors import SAFETENSORS_NAMES
 
 
 def write_safetensors(

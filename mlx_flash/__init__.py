@@ -26,14 +26,14 @@ _leave_working_directory()
 
 from typing import Any  # noqa: E402
 
-from .beginning import end_at_once_if_told  # noqa: E402
+from .cli.beginning import end_at_once_if_told  # noqa: E402
 
 end_at_once_if_told()
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "stream_generate"]
 
-_HOMES = {"generate": "generation", "load": "loading", "stream_generate": "generation"}
+_HOMES = {"generate": "text.generation", "load": "loading.load", "stream_generate": "text.generation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import program, run_command
+from .cli.run import program, run_command
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .cached import Entry
+    from .source.cached import Entry
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,9 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from .cached import entries, remove
-    from .finding import cache_folder
     from .flash.plain_files import reason_of
+    from .source.cached import entries, remove
+    from .source.resolve import cache_folder
 
     folder = cache_folder()
     if folder.exists() and not folder.is_dir():

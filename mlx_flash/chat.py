@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .cached import HISTORY
-from .commands import program, run_command
+from .cli.history import History
+from .cli.model_arguments import add_model_arguments, load_model
+from .cli.run import program, run_command
+from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
 from .errors import BudgetError, ChatTemplateError, TokenizerError, UsageError
-from .finding import cache_folder
-from .history import History
-from .model_arguments import add_model_arguments, load_model
-from .plan import parse_memory
-from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
-from .stats import Statistics
-from .terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
+from .flash.stats import Statistics
+from .loading.plan import parse_memory
+from .source.cached import HISTORY
+from .source.resolve import cache_folder
+from .text.sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 
 PROMPT = ">>> "
 HELP = """\
@@ -62,7 +62,7 @@ class Chat:
         self.answers = 0
         self._cut_before = False  # an answer, by --max-tokens
         self._load()
-        from .conversation import Conversation
+        from .text.conversation import Conversation
 
         self.conversation = Conversation(
             self.tokenizer, self.plan.context, arguments.system_prompt, not arguments.ignore_chat_template
@@ -85,7 +85,7 @@ class Chat:
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = load_model(self.arguments, say)
-        from .turns import Turns
+        from .text.prompt_cache import Turns
 
         self.turns: Any = Turns(self.model)
 

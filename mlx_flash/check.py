@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .checkpoint_files import matching
-from .commands import program, run_command
+from .cli.run import program, run_command
 from .errors import CorruptStoreError, UsageError
-from .flash.checksums import CHUNK_BYTES, crc32_of, read_header, sha256_of
 from .flash.files import MANIFEST, Manifest, NeuronLayout, parse_manifest
+from .flash.safetensors_file import CHUNK_BYTES, crc32_of, read_header, sha256_of
+from .source.checkpoint_files import matching
 
 SHOWN = 20  # findings printed before the rest is only counted
 

@@ -8,11 +8,11 @@ import json
 import sys
 from typing import Any
 
-from .commands import program, run_command
+from .cli.model_arguments import add_model_arguments, load_model
+from .cli.run import program, run_command
+from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
 from .errors import ChatTemplateError, UsageError
-from .model_arguments import add_model_arguments, load_model
-from .sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
-from .terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
+from .text.sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -53,8 +53,8 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str | list[int]:
     """The prompt as the model's chat template wants it, where it has one. Raises ChatTemplateError."""
-    from .chat_template import has_chat_template, prompt_ids
-    from .template_process import TemplateProcess
+    from .text.chat_template import has_chat_template, prompt_ids
+    from .text.template_process import TemplateProcess
 
     if not has_chat_template(tokenizer) or arguments.ignore_chat_template:
         if arguments.system_prompt is not None:
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     prompt_text = read_prompt(arguments)
     model, tokenizer = load_model(arguments, say)
-    from .generation import stream_generate, summary
+    from .text.generation import stream_generate, summary
 
     sampling = sampling_of(arguments, model.flash.defaults)
     if model.flash.defaults.sampling:

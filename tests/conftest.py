@@ -30,14 +30,14 @@ from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-n
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import mlx_flash
-from mlx_flash import loading
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
-from mlx_flash.finding import demo_folder
-from mlx_flash.flash.checksums import sha256_of, tensor_checksums
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
+from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.layers.quantised import companions
+from mlx_flash.loading import load as loading
+from mlx_flash.source.resolve import demo_folder
 
 prepare_children()
 

@@ -36,10 +36,10 @@ def held_after() -> int | None:
 
 def main(arguments: argparse.Namespace) -> int:
     import mlx_flash.server.engine
-    from mlx_flash import turns
     from mlx_flash.server.__main__ import main as serve
+    from mlx_flash.text import prompt_cache
 
-    real_engine, real_generate = mlx_flash.server.engine.Engine, turns.stream_generate
+    real_engine, real_generate = mlx_flash.server.engine.Engine, prompt_cache.stream_generate
     engines: list[Any] = []
 
     def engine(*arguments: Any) -> Any:
@@ -58,12 +58,12 @@ def main(arguments: argparse.Namespace) -> int:
                 time.sleep(0.01)
 
     mlx_flash.server.engine.Engine = engine  # type: ignore[misc, assignment]
-    turns.stream_generate = stream_generate
+    prompt_cache.stream_generate = stream_generate
     return serve(arguments)
 
 
 if __name__ == "__main__":
-    from mlx_flash.commands import run_command
+    from mlx_flash.cli.run import run_command
     from mlx_flash.server.__main__ import make_parser
 
     run_command(make_parser(), main, terminated=0)

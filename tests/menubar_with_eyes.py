@@ -20,7 +20,7 @@ from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButto
 
 from mlx_flash.apps.menubar import controller, view
 from mlx_flash.apps.menubar.controller import RUNNING, Controller
-from mlx_flash.apps.menubar.engine import server_command
+from mlx_flash.apps.menubar.server_process import server_command
 
 
 def gated_command(model: str | None, memory: int | None) -> list[str]:

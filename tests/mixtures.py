@@ -15,8 +15,8 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
-from mlx_flash.mixture import Mixture, open_mixture
-from mlx_flash.mixture_loading import open_files
+from mlx_flash.loading.expert_files import Mixture, open_mixture
+from mlx_flash.loading.mixture import open_files
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {

@@ -12,10 +12,11 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from mlx_flash import loading, turns
+from mlx_flash.loading import load as loading
 from mlx_flash.server.app import make_app
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.serving import HttpThread, bind, url_of
+from mlx_flash.text import prompt_cache
 
 PATIENCE_S = 600  # that no wait of a test exceeds; none of them needs it
 
@@ -96,7 +97,7 @@ class Gate:
         self.reached: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # ("prompt", done) or ("token", number)
         self._steps = threading.Semaphore(0)
         self._opened = False
-        self._real = turns.stream_generate
+        self._real = prompt_cache.stream_generate
 
     def stream_generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
         told = options.pop("prompt_progress_callback")
@@ -127,6 +128,6 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr(turns, "stream_generate", gate.stream_generate)
+    monkeypatch.setattr(prompt_cache, "stream_generate", gate.stream_generate)
     yield gate
     gate.open()

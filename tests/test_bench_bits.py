@@ -12,7 +12,7 @@ import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 
 from mlx_flash.bench import bits
-from mlx_flash.bench import plan as bench_plan
+from mlx_flash.bench import plan_shape as bench_plan
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.convert.conversion import Settings
 from mlx_flash.errors import BudgetError, UsageError

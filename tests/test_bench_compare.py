@@ -20,13 +20,16 @@ import numpy as np
 import psutil
 import pytest
 
-from mlx_flash import loading, streaming_needs
-from mlx_flash.bench import baselines, cgroup, compare, disk, report, sides, steps, synthetic, traces
+from mlx_flash.bench import compare, steps, traces
 from mlx_flash.bench.__main__ import make_parser
+from mlx_flash.bench.baselines import contenders, matrices
+from mlx_flash.bench.synthetic import neuron_store
+from mlx_flash.bench.tools import cgroup, disk, report
 from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader
+from mlx_flash.loading import load, streaming_needs
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -37,16 +40,16 @@ PROMPT = 3
 @pytest.fixture(scope="module")
 def tiny_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "store"
-    synthetic.write_store(folder, (256, 3, 4), vocabulary=512)
+    neuron_store.write_store(folder, (256, 3, 4), vocabulary=512)
     return folder
 
 
 @pytest.fixture(scope="module")
-def task_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], sides.Task]:
-    def make(store: Path) -> sides.Task:
+def task_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], contenders.Task]:
+    def make(store: Path) -> contenders.Task:
         path = tmp_path_factory.mktemp("matrices") / "matrices.bin"
-        baselines.write_matrices(store, read_manifest(store).layout, path)
-        return sides.Task(str(store), IDS, PROMPT, str(path))
+        matrices.write_matrices(store, read_manifest(store).layout, path)
+        return contenders.Task(str(store), IDS, PROMPT, str(path))
 
     return make
 
@@ -66,23 +69,23 @@ def test_baselines_give_the_engine_s_logits(
     name: str,
     tiny_synthetic: Path,
     tiny_of: Callable[[str], Any],
-    task_of: Callable[[Path], sides.Task],
+    task_of: Callable[[Path], contenders.Task],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = tiny_synthetic if name == "synthetic" else tiny_of(name).store
     # Before the matrices are written; so that one has several pieces.
-    monkeypatch.setattr(baselines, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10)
+    monkeypatch.setattr(matrices, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10)
     task = task_of(store)
     manifest = read_manifest(store)
     resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
     keep = (resident + 0.3 * streamed) / (resident + streamed)
-    model, _ = loading.load(store, predictor="none")
+    model, _ = load.load(store, predictor="none")
     expected = logits_of(model)
     model.flash.close()
     # Any budget gives these logits; the commands below load within the smallest, which has to be asked for first.
-    monkeypatch.setattr(sides, "_load_least", lambda task, options: (loading.load(task.store, **options)[0], 0))
-    for side in (sides.Side("naive"), sides.Side("hybrid", keep=keep), sides.Side("dense")):
-        model, _ = sides._load_baseline(side, task, {"context": 64})
+    monkeypatch.setattr(contenders, "_load_least", lambda task, options: (load.load(task.store, **options)[0], 0))
+    for side in (contenders.Side("naive"), contenders.Side("hybrid", keep=keep), contenders.Side("dense")):
+        model, _ = contenders._load_baseline(side, task, {"context": 64})
         pieces = [(len(layer.mlp.resident), len(layer.mlp.pieces)) for layer in model.layers]
         resident, total = (sum(counts) for counts in zip(*pieces, strict=True))
         if side.name == "hybrid":
@@ -93,9 +96,11 @@ def test_baselines_give_the_engine_s_logits(
         model.flash.close()
 
 
-def test_naive_reads_every_matrix_for_every_token(tiny_synthetic: Path, task_of: Callable[[Path], sides.Task]) -> None:
+def test_naive_reads_every_matrix_for_every_token(
+    tiny_synthetic: Path, task_of: Callable[[Path], contenders.Task]
+) -> None:
     manifest = read_manifest(tiny_synthetic)
-    result = sides._run_here(sides.Side("naive"), task_of(tiny_synthetic))
+    result = contenders._run_here(contenders.Side("naive"), task_of(tiny_synthetic))
     everything = manifest.files[Manifest.resident_file]["bytes"] + manifest.layout.file_bytes - result["weights_bytes"]
     for sample in result["samples"]:
         assert sample["bytes"] == pytest.approx(everything, rel=0.01)
@@ -104,19 +109,19 @@ def test_naive_reads_every_matrix_for_every_token(tiny_synthetic: Path, task_of:
 
 
 def test_a_side_runs_in_a_process_of_its_own(
-    tiny_synthetic: Path, task_of: Callable[[Path], sides.Task], capfd: pytest.CaptureFixture[str]
+    tiny_synthetic: Path, task_of: Callable[[Path], contenders.Task], capfd: pytest.CaptureFixture[str]
 ) -> None:
     task = task_of(tiny_synthetic)
-    result = sides.run(sides.Side("flash"), task)
+    result = contenders.run(contenders.Side("flash"), task)
     assert len(result["samples"]) == len(result["top"]) == task.tokens == len(IDS) - PROMPT
     assert {"hits", "misses", "bytes", "reads", "read_s", "wait_s", "manage_s", "total_s"} <= set(result["samples"][0])
     assert result["peak_memory_bytes"] >= result["memory_bytes"] > 0
     assert result["weights_bytes"] < result["plan"]["total"]
     with pytest.raises(UsageError, match="needs at least"):
-        sides.run(sides.Side("flash", memory=1), task)
+        contenders.run(contenders.Side("flash", memory=1), task)
     capfd.readouterr()
     with pytest.raises(FlashError, match="the side nonsense ended with exit code"):
-        sides.run(sides.Side("nonsense", options={"nonsense": 1}), task)
+        contenders.run(contenders.Side("nonsense", options={"nonsense": 1}), task)
     assert "nonsense" in capfd.readouterr().err
 
 
@@ -142,7 +147,7 @@ def test_a_window_keeps_what_its_tokens_used() -> None:
 
 
 def test_a_trace_has_a_row_for_every_token(tiny_synthetic: Path) -> None:
-    model, _ = loading.load(tiny_synthetic, context=64)
+    model, _ = load.load(tiny_synthetic, context=64)
     history = traces.record(model, IDS, [2], "recording")
     model.flash.close()
     assert [trace.layer for trace in history] == [0, 1, 2]
@@ -157,7 +162,7 @@ def command(
     tiny_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a command in this process, whose size is made not to matter; returns the last line."""
-    monkeypatch.setattr(sides, "run", lambda side, task, group=None: sides._run_here(side, task))
+    monkeypatch.setattr(contenders, "run", lambda side, task, group=None: contenders._run_here(side, task))
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
     monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
 
@@ -232,7 +237,7 @@ def test_kept_matrices_are_whole_and_this_store_s(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(baselines, "rows_of_piece", stop)
+        patch.setattr(matrices, "rows_of_piece", stop)
         kept(tiny_synthetic)
     assert not list((tmp_path / "kept").iterdir())
     path = kept(tiny_synthetic)
@@ -243,12 +248,12 @@ def test_kept_matrices_are_whole_and_this_store_s(
     with path.with_name("more.partial").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another run is writing"):
-            baselines.write_matrices(tiny_synthetic, layout, path.with_name("more"))
+            matrices.write_matrices(tiny_synthetic, layout, path.with_name("more"))
     cut = tmp_path / "cut"
     shutil.copytree(tiny_synthetic, cut)
     os.truncate(cut / Manifest.neurons_file, layout.layer_bytes + 4096)
     with pytest.raises(ReadError, match="within layer 1"):
-        baselines.write_matrices(cut, layout, tmp_path / "matrices")
+        matrices.write_matrices(cut, layout, tmp_path / "matrices")
     assert not list(tmp_path.glob("matrices*"))
 
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 import pytest
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash.bench import convert_memory, random_checkpoint
+from mlx_flash.bench import convert_memory
+from mlx_flash.bench.synthetic import opt_checkpoint
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.errors import FlashError, UsageError
 
@@ -25,12 +26,12 @@ def weights_of(folder: Path) -> dict[str, mx.array]:
 
 
 def test_shards_hold_what_a_single_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_checkpoint, "VOCABULARY", 512)
-    monkeypatch.setattr(random_checkpoint, "POSITIONS", 64)
-    monkeypatch.setitem(random_checkpoint.SHAPES, "125m", (32, 12, 4))
+    monkeypatch.setattr(opt_checkpoint, "VOCABULARY", 512)
+    monkeypatch.setattr(opt_checkpoint, "POSITIONS", 64)
+    monkeypatch.setitem(opt_checkpoint.SHAPES, "125m", (32, 12, 4))
     for shards in (1, 3):
         (tmp_path / str(shards)).mkdir()
-        random_checkpoint.write_checkpoint(tmp_path / str(shards), "125m", "float16", 0, 2, shards)
+        opt_checkpoint.write_checkpoint(tmp_path / str(shards), "125m", "float16", 0, 2, shards)
     one, three = (Checkpoint(tmp_path / name) for name in ("1", "3"))
     assert [path.name for path in three.shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert json.loads((tmp_path / "3" / "config.json").read_text())["num_hidden_layers"] == 2

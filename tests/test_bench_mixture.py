@@ -19,13 +19,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash import streaming_needs
 from mlx_flash.bench import __main__ as bench
-from mlx_flash.bench import children, compare, disk, mixture, mixture_memory, mixture_sides, mixture_steps
-from mlx_flash.bench.children import KilledError
-from mlx_flash.bench.synthetic_mixture import REPEATED, SHAPES, popularity, write_mixture
+from mlx_flash.bench import compare, mixture_memory, mixture_model, mixture_steps
+from mlx_flash.bench.baselines import mixture_contenders
+from mlx_flash.bench.synthetic.mixture_checkpoint import REPEATED, SHAPES, popularity, write_mixture
+from mlx_flash.bench.tools import disk, subprocess_json
+from mlx_flash.bench.tools.subprocess_json import KilledError
 from mlx_flash.errors import UsageError
 from mlx_flash.layers import experts as layer_module
+from mlx_flash.loading import streaming_needs
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -116,10 +118,10 @@ def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> Non
         asked = {key: second[key] for key in ("folder", "ids", "prompt")} if kind == "run" else second
         key = json.dumps((kind, first, asked))
         if key not in answers:
-            answers[key] = json.dumps(mixture_sides.respond(*question))
+            answers[key] = json.dumps(mixture_contenders.respond(*question))
         return json.loads(answers[key])
 
-    monkeypatch.setattr(children, "ask", ask)
+    monkeypatch.setattr(subprocess_json, "ask", ask)
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
     monkeypatch.setattr(disk, "PIECE_BYTES", 1 << 20)
     monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
@@ -187,10 +189,10 @@ def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatc
             raise KilledError("by the test")
         return inner(part, question, name, group)
 
-    inner = children.ask
-    monkeypatch.setattr(children, "ask", ask)
+    inner = subprocess_json.ask
+    monkeypatch.setattr(subprocess_json, "ask", ask)
     monkeypatch.setattr(compare, "fence_problem", lambda unwanted: None)
-    monkeypatch.setattr(mixture, "memory_group", group)
+    monkeypatch.setattr(mixture_model, "memory_group", group)
     result = command("naive-vs-flash", "--memory", "260MB")
     assert {name: row["killed"] for name, row in result["sides"].items()} == {
         **{"resident": False, "lazy": True},
@@ -251,7 +253,7 @@ def test_a_model_within_a_larger_one(tmp_path: Path, one_process: None) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), {f"language_model.{k}": v for k, v in weights.items()})
     write_tokenizer(folder)
     given = ["memory", "--model", str(folder), "--prompt", "3", "--tokens", "2", "--no-cgroup"]
-    subject = mixture.opened(bench.make_parser().parse_args(given), folder)
+    subject = mixture_model.opened(bench.make_parser().parse_args(given), folder)
     assert subject.about["vocabulary"] == config["vocab_size"] > max(subject.ids) and len(subject.ids) == 5
     assert subject.about["positions"] == config["max_position_embeddings"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mlx_flash import loading
 from mlx_flash.bench import memory_models, peak_memory
 from mlx_flash.errors import FlashError
 from mlx_flash.flash.files import read_manifest
+from mlx_flash.loading import load
 
 SMALL: dict[str, Any] = {
     "vocab_size": 5000,
@@ -34,7 +34,7 @@ def test_stores_can_be_made(name: str, tmp_path: Path) -> None:
     }
     memory_models.write_random_store(tmp_path, {**config, **small, "num_hidden_layers": 1}, dtype, bits)
     assert read_manifest(tmp_path).layout.bits == bits
-    model, _ = loading.load(tmp_path, context=32)
+    model, _ = load.load(tmp_path, context=32)
     model.flash.close()
 
 
@@ -45,7 +45,7 @@ def test_mixtures_can_be_made(name: str, tmp_path: Path) -> None:
     small = {**SMALL, "n_routed_experts": 8, "num_local_experts": 8, "kv_lora_rank": 64, "qk_nope_head_dim": 32}
     config |= {key: value for key, value in small.items() if key in config}
     memory_models.write_random_mixture(tmp_path, config, dtype, quantisation)
-    model, _ = loading.load(tmp_path, context=32)
+    model, _ = load.load(tmp_path, context=32)
     assert model.flash.plan.units.per_layer == 8
     model.flash.close()
 
@@ -61,7 +61,7 @@ def arguments(models: list[Path], **options: Any) -> argparse.Namespace:
 def asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak_memory, "is_store", lambda folder: "store" in folder.name)
     budgets = {"smallest": 400 * 10**6, "half": 800 * 10**6, "all": 1300 * 10**6}
-    monkeypatch.setattr(peak_memory.children, "ask", lambda *_: dict(budgets))
+    monkeypatch.setattr(peak_memory.subprocess_json, "ask", lambda *_: dict(budgets))
 
 
 @pytest.mark.usefixtures("asked")

@@ -17,11 +17,12 @@ from conftest import PREDICTORS, Tiny, write_tokenizer  # type: ignore[import-no
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_flash.bench import quality, score, tasks
+from mlx_flash.bench import quality
+from mlx_flash.bench.tools import score, tasks
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.finding import demo_folder
-from mlx_flash.loading import model_classes
+from mlx_flash.loading.load import model_classes
+from mlx_flash.source.resolve import demo_folder
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_flash.bench import read_methods, reads
+from mlx_flash.bench import reads
 from mlx_flash.bench.__main__ import make_parser
+from mlx_flash.bench.tools import read_methods
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.reader import Reader, UnitFile
 

@@ -16,10 +16,10 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, choices_seen, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import load_model
 
-from mlx_flash import loading
-from mlx_flash.bench import eviction, experts_ahead, lookahead, routing, traces, windows
+from mlx_flash.bench import eviction, experts_ahead, lookahead, routing, traces, window_sizes
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.experts import StreamedExperts
+from mlx_flash.loading import load
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -33,7 +33,7 @@ def open_mixture(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     def make(family: str, **options: Any) -> Any:
         folder = make_mixture(tmp_path / family, family)
         write_tokenizer(folder, VOCABULARY)
-        opened.append(loading.load(folder, **options)[0])
+        opened.append(load.load(folder, **options)[0])
         return opened[-1]
 
     yield make
@@ -173,7 +173,7 @@ def test_a_command_takes_a_mixture(
         assert {row["unit"] for row in result["by_layer"]} == {"expert"}
         assert all(row["perfect"] <= row["without"] for row in result["times"])
     with pytest.raises(UsageError, match="measures neurons"):
-        windows.main(_arguments(windows, arguments))
+        window_sizes.main(_arguments(window_sizes, arguments))
 
 
 def _arguments(module: Any, arguments: list[str]) -> argparse.Namespace:

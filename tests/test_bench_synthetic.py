@@ -9,8 +9,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from mlx_flash.bench import synthetic
-from mlx_flash.bench.synthetic import LayerStatistics, active_shares, is_synthetic, measure, write_store
+from mlx_flash.bench.synthetic import neuron_store
+from mlx_flash.bench.synthetic.neuron_store import LayerStatistics, active_shares, is_synthetic, measure, write_store
 from mlx_flash.check import check_store
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import read_manifest
@@ -29,13 +29,13 @@ def test_the_published_statistics_hold(store: Path) -> None:
     """Of a real forward pass. Tolerance: a tenth; a fifth for single layers, which have 2,048 neurons here."""
     found = measure(store, 160)
     published = (
-        synthetic.FIRST_ACTIVE,
-        synthetic.LAST_ACTIVE,
-        synthetic.MEAN_ACTIVE,
-        synthetic.PREDICTED_PER_ACTIVE,
-        synthetic.RECALL,
-        synthetic.IN_WINDOW,
-        synthetic.NEW_PER_TOKEN,
+        neuron_store.FIRST_ACTIVE,
+        neuron_store.LAST_ACTIVE,
+        neuron_store.MEAN_ACTIVE,
+        neuron_store.PREDICTED_PER_ACTIVE,
+        neuron_store.RECALL,
+        neuron_store.IN_WINDOW,
+        neuron_store.NEW_PER_TOKEN,
     )
     tolerances = (0.2, 0.2, 0.1, 0.1, 0.02, 0.1, 0.1)
     for (name, value), goal, tolerance in zip(found.items(), published, tolerances, strict=True):
@@ -66,8 +66,8 @@ def test_nothing_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [2, 24, 32])
 def test_active_shares_have_the_published_mean(layers: int) -> None:
     shares = active_shares(layers)
-    assert shares[0] == synthetic.FIRST_ACTIVE and math.isclose(shares[-1], synthetic.LAST_ACTIVE)
-    assert shares == sorted(shares) and math.isclose(np.mean(shares), synthetic.MEAN_ACTIVE, rel_tol=0.08)
+    assert shares[0] == neuron_store.FIRST_ACTIVE and math.isclose(shares[-1], neuron_store.LAST_ACTIVE)
+    assert shares == sorted(shares) and math.isclose(np.mean(shares), neuron_store.MEAN_ACTIVE, rel_tol=0.08)
 
 
 @pytest.mark.parametrize("active", [0.016, 0.033, 0.054])
@@ -80,7 +80,7 @@ def test_what_is_planted_against_draws(active: float) -> None:
     before = score + np.sqrt(1 - s.predictable) * noise
     chosen = score > s.threshold
     assert math.isclose((before > 0).mean(), active, rel_tol=0.03)
-    assert math.isclose(chosen.mean(), synthetic.PREDICTED_PER_ACTIVE * active, rel_tol=0.03)
-    assert math.isclose(chosen[before > 0].mean(), synthetic.RECALL, rel_tol=0.01)
+    assert math.isclose(chosen.mean(), neuron_store.PREDICTED_PER_ACTIVE * active, rel_tol=0.03)
+    assert math.isclose(chosen[before > 0].mean(), neuron_store.RECALL, rel_tol=0.01)
     assert math.isclose((np.maximum(before, 0) ** 2).mean(), s.mean_square, rel_tol=0.03)
     assert 0 < s.predictable < 1 and NormalDist().cdf(s.threshold) < 0.5

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mlx_flash.bench import eviction, lookahead, ordering, policies, traces, windows
+from mlx_flash.bench import eviction, lookahead, ordering, traces, window_sizes
+from mlx_flash.bench.tools import policies
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.cache import SlotCache
+from mlx_flash.flash.slot_cache import SlotCache
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -152,7 +153,7 @@ def test_the_clairvoyant_keeps_what_comes_back_first() -> None:
 @settings(max_examples=30, deadline=None)
 @given(arrays(bool, st.tuples(st.integers(6, 14), st.integers(1, 6))))
 def test_windows_count_what_they_say(mask: np.ndarray) -> None:
-    resident, new = windows.by_window(mask, [1, 2, 5])
+    resident, new = window_sizes.by_window(mask, [1, 2, 5])
     for at, k in enumerate((1, 2, 5)):
         held = [mask[t - k : t].any(axis=0) for t in range(5, len(mask))]
         assert resident[at] == pytest.approx(np.mean(held))
@@ -203,7 +204,7 @@ def test_what_is_read_through_is_counted() -> None:
     assert ordering.Disk("", 1000, 1e6).gap(400) == 2
 
 
-@pytest.mark.parametrize("module", [windows, eviction, lookahead, ordering])
+@pytest.mark.parametrize("module", [window_sizes, eviction, lookahead, ordering])
 def test_a_command_writes_its_table_its_json_and_its_plot(
     module: Any, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +216,7 @@ def test_a_command_writes_its_table_its_json_and_its_plot(
     module.add_arguments(parser)
     arguments = ["--model", str(tiny.store), "--text", str(text), "--tokens", "40", "--output", str(tmp_path)]
     module.main(parser.parse_args(arguments))
-    name = module.__name__.rpartition(".")[2]
+    name = module.__name__.rpartition(".")[2].removesuffix("_sizes")
     assert capsys.readouterr().out.splitlines()[-1].startswith(f'{{"command": "{name}"')
     assert (tmp_path / f"{name}.json").exists() and (tmp_path / f"{name}.png").exists()
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_flash.flash.cache import HALF_LIFE, SlotCache
+from mlx_flash.flash.slot_cache import HALF_LIFE, SlotCache
 
 
 def ids(*units: int) -> np.ndarray:

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_flash import cache, cached, chat, failures, finding, loading, verification
-from mlx_flash.cached import MATRICES, entries, in_use
-from mlx_flash.commands import run_command
+from mlx_flash import cache, chat
+from mlx_flash.cli.run import run_command
 from mlx_flash.errors import ConversionError
-from mlx_flash.finding import find_store, place_of
 from mlx_flash.flash.files import RECORD, is_store
 from mlx_flash.flash.reader import UnitFile
 from mlx_flash.flash.unit_sums import Ranges, RangeSums
+from mlx_flash.loading import load, verification
+from mlx_flash.source import cached, failures, resolve
+from mlx_flash.source.cached import MATRICES, entries, in_use
+from mlx_flash.source.resolve import find_store, place_of
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -34,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path) -> Path
         shutil.copytree(store, command[command.index("--output") + 1])
         return 0
 
-    monkeypatch.setattr(finding, "run_child", run)
+    monkeypatch.setattr(resolve, "run_child", run)
     return tmp_path / "cache"
 
 
@@ -266,4 +268,4 @@ def test_a_cache_that_cannot_be_written_to_still_runs(folder: Path, source: Path
     cached._note_of(store).unlink()
     monkeypatch.setattr(Path, "write_text", refuse)
     assert find_store(str(source)) == store and place_of(source, str(source))[0] == store
-    assert loading.is_store(store)
+    assert load.is_store(store)

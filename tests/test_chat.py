@@ -20,15 +20,15 @@ from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[i
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash import chat
-from mlx_flash.commands import run_command
-from mlx_flash.conversation import Conversation
+from mlx_flash.cli.run import run_command
+from mlx_flash.cli.terminal import Interrupts
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
-from mlx_flash.finding import find_store
-from mlx_flash.generation import encode_prompt, stream_generate
-from mlx_flash.loading import load, load_tokenizer
-from mlx_flash.terminal import Interrupts
-from mlx_flash.turns import Turns
+from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.source.resolve import find_store
+from mlx_flash.text.conversation import Conversation
+from mlx_flash.text.generation import encode_prompt, stream_generate
+from mlx_flash.text.prompt_cache import Turns
 
 PYTHON_M = ("-m", "mlx_flash.chat")
 READY = ">>> "

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from serving import until  # type: ignore[import-not-found]  # found beside this file
 from templates import CHATML, SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
 
-from mlx_flash import template_process
-from mlx_flash.chat_template import has_chat_template, prompt_ids, prompt_text, takes_tools, tokens_of
-from mlx_flash.encoding import TooManyTokens
 from mlx_flash.errors import ChatTemplateError, ChatTemplateFailure, CheckpointError, TokenizerError
-from mlx_flash.generation import encode_prompt
-from mlx_flash.loading import load_tokenizer
-from mlx_flash.template_process import WORKER, TemplateProcess
+from mlx_flash.loading.load import load_tokenizer
+from mlx_flash.text import template_process
+from mlx_flash.text.chat_template import has_chat_template, prompt_ids, prompt_text, takes_tools, tokens_of
+from mlx_flash.text.encoding import TooManyTokens
+from mlx_flash.text.generation import encode_prompt
+from mlx_flash.text.template_process import WORKER, TemplateProcess
 
 Message = dict[str, Any]
 HI: list[Message] = [{"role": "user", "content": "hi"}]
@@ -300,7 +300,9 @@ def test_the_worker_ends_with_its_input_and_imports_little() -> None:
     assert (done.returncode, done.stdout) == (0, "{}\n")
     packages = {name.split(".")[0] for name in modules}
     assert "jinja2" in packages and not packages & {"mlx", "numpy", "tokenizers", "transformers"}
-    assert {name for name in modules if name.startswith("mlx_flash")} == {"mlx_flash", "mlx_flash.beginning"}
+    assert {name for name in modules if name.startswith("mlx_flash")} == {
+        *("mlx_flash", "mlx_flash.cli", "mlx_flash.cli.beginning", "mlx_flash.text")
+    }
 
 
 def test_no_code_of_the_working_directory_runs(

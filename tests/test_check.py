@@ -12,11 +12,11 @@ import pytest
 
 from mlx_flash import check
 from mlx_flash.check import Damage, check_store, unlisted_files
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.errors import NewerFormatError
 from mlx_flash.flash import files
-from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import MANIFEST, Manifest, NeuronLayout, read_manifest
+from mlx_flash.flash.safetensors_file import read_header
 
 
 def flip(path: Path, *places: int) -> None:

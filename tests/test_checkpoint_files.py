@@ -18,16 +18,17 @@ from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash import checkpoint_files, loading
-from mlx_flash.checkpoint_files import files_in, weight_files, weights_in
-from mlx_flash.checkpoint_tensors import choose, extent_of, tensors_in
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
-from mlx_flash.convert.outline import Outline
+from mlx_flash.convert.store_plan import Outline
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
-from mlx_flash.flash.checksums import read_header
-from mlx_flash.mixture import open_mixture
+from mlx_flash.flash.safetensors_file import read_header
+from mlx_flash.loading import load
+from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.source import checkpoint_files
+from mlx_flash.source.checkpoint_files import files_in, weight_files, weights_in
+from mlx_flash.source.checkpoint_tensors import choose, extent_of, tensors_in
 
 QUICK = Settings(calibration_tokens=64)
 APPLE_DOUBLE = bytes.fromhex("0005160700020000") + b"Mac OS X        " + bytes(4072)
@@ -237,7 +238,7 @@ def test_torch_files_follow_the_same_rule(tmp_path: Path) -> None:
     assert extent_of(folder).tensors >= len(names)
     configure(folder, num_hidden_layers=10**9)
     with pytest.raises(CheckpointError, match=r"num_hidden_layers is 1000000000, and the checkpoint has \d+ tensors"):
-        loading.load(folder)
+        load.load(folder)
 
 
 @pytest.mark.parametrize("rename", ["index", "other name", "apple"])
@@ -399,7 +400,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
     with pytest.raises(CheckpointError, match=rf"{name} is a link to .*secret, which is outside of the checkpoint"):
         convert(folder, tmp_path / "store", QUICK)
     with pytest.raises(CheckpointError, match="which is outside"):
-        loading.load(folder)
+        load.load(folder)
     assert not (tmp_path / "store.partial").exists()
     (tmp_path / "secret").unlink()
     with pytest.raises(CheckpointError, match="is a link that leads nowhere"):
@@ -446,7 +447,7 @@ def test_what_is_not_a_file_or_no_small_one(tmp_path: Path, name: str, kind: str
     said = "has 68719 MB; a file of its kind has at most" if kind == "large" else f"is a {kind}; expected a file"
     with pytest.raises(CheckpointError, match=f"{name} {said}"):
         if entry == "load":
-            loading.load(folder)
+            load.load(folder)
         else:
             convert(folder, tmp_path / "store", QUICK)
 
@@ -476,7 +477,7 @@ def test_headers_that_mlx_reads_differently(tmp_path: Path, header: str) -> None
     write_header(folder / "model.safetensors", HEADERS[header])
     with pytest.raises(ValueError, match=r"UTF|utf|JSON|surrogate|malformed"):
         read_header(folder / "model.safetensors")
-    for entry in (Checkpoint, tensors_in, loading.load):
+    for entry in (Checkpoint, tensors_in, load.load):
         with pytest.raises(CheckpointError, match=r"model.safetensors is no readable safetensors file.*again\.$"):
             entry(folder)
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mixtures import FAMILIES, config_of, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import _get_classes
 
-from mlx_flash.checkpoint_tensors import extent_of
-from mlx_flash.config_counts import FEW, count_problem
+from mlx_flash.source.checkpoint_tensors import extent_of
+from mlx_flash.source.config_counts import FEW, count_problem
 
 BILLION = 10**9
 
@@ -26,7 +26,7 @@ BILLION = 10**9
 CHILD = """
 import json, resource, sys
 from pathlib import Path
-from mlx_flash import loading
+from mlx_flash.loading import load as loading
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import FlashError
 import mlx.core, mlx.nn, mlx_lm.utils, mlx_lm.models.qwen3_moe, mlx_lm.models.llama, transformers

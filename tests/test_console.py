@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 import mlx_flash
-from mlx_flash.console import COMMANDS
+from mlx_flash.cli.main import COMMANDS
 
 HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch", "toga"}
 ROOT = Path(__file__).parent.parent
 
 
 def mlxflash(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
-    code = f"{first}\nfrom mlx_flash.console import main; main()"
+    code = f"{first}\nfrom mlx_flash.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600)
 
 
 def test_it_is_the_one_script_of_the_distribution() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"mlxflash": "mlx_flash.console:main"}
+    assert project["scripts"] == {"mlxflash": "mlx_flash.cli.main:main"}
     assert mlx_flash.__version__ == project["version"]
 
 
@@ -74,7 +74,7 @@ def test_exit_codes_are_the_commands_own(tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported_before_a_command_is_found() -> None:
     for arguments in (["--help"], ["--version"], ["nonsense"], ["generate", "--help"], ["chat", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "mlx_flash.console", *arguments],
+            [sys.executable, "-X", "importtime", "-m", "mlx_flash.cli.main", *arguments],
             capture_output=True,
             text=True,
             timeout=600,
@@ -88,7 +88,7 @@ def test_what_is_not_installed_is_named() -> None:
     done = mlxflash("app", first="import sys; sys.modules['toga'] = None")
     assert (done.returncode, done.stdout) == (1, "")
     assert 'it needs the package toga: pip install "mlx-flash-runtime[app]"' in done.stderr
-    done = mlxflash("check", first="import mlx_flash.console as c; c.COMMANDS['check'] = ('mlx_flash.no.such', '')")
+    done = mlxflash("check", first="import mlx_flash.cli.main as c; c.COMMANDS['check'] = ('mlx_flash.no.such', '')")
     assert done.returncode == 1 and "this installation has no mlx_flash.no.such" in done.stderr
 
 

@@ -24,14 +24,14 @@ from filelock import FileLock, Timeout
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.check import check_store, unlisted_files
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert import __main__ as command
-from mlx_flash.convert import host
+from mlx_flash.convert import numpy_matrix
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, UsageError
-from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import MANIFEST, Manifest, read_manifest
+from mlx_flash.flash.safetensors_file import read_header
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -269,7 +269,7 @@ def test_memory_follows_the_largest_layer_not_the_model(tmp_path: Path) -> None:
 def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "PIECE_BYTES", 1 << 19)
+    monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 1 << 19)
     # 26 MB, and 0.1 MB a layer; all of it is read for every position that the perplexity is measured at.
     folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, vocab=100_000, positions=16)
     gc.collect()
@@ -292,7 +292,7 @@ def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
 def test_small_pieces_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", hidden=36, neurons=67, positions=16, dtype=getattr(mx, dtype))
     convert(folder, tmp_path / "store", QUICK)
-    monkeypatch.setattr(host, "PIECE_BYTES", 700)
+    monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 700)
     convert(folder, tmp_path / "pieces", QUICK)
     whole, pieces = (contents(tmp_path / name) for name in ("store", "pieces"))
     for name in (Manifest.neurons_file, Manifest.neurons_checksums_file, Manifest.resident_file):
@@ -330,9 +330,9 @@ def test_a_checkpoint_that_shrinks_while_it_is_read(own_checkpoint: Path) -> Non
 def test_matrices_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     weight, x, h = (rng.standard_normal(shape, np.float32) for shape in ((50, 7), (4, 7), (4, 50)))
-    monkeypatch.setattr(host, "PIECE_BYTES", 12 * 7 * 4)  # 12 rows
+    monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 12 * 7 * 4)  # 12 rows
     for stored in (mx.array(weight), mx.array(np.ascontiguousarray(weight.T)).T):
-        matrix = host.HostMatrix(stored)
+        matrix = numpy_matrix.HostMatrix(stored)
         assert [(begin, end) for begin, end, _ in matrix.pieces()] == [(0, 12), (12, 24), (24, 36), (36, 48), (48, 50)]
         assert (matrix.rows(5, 40) == weight[5:40]).all()
         assert np.allclose(matrix.rows_dot(x), x @ weight.T, atol=1e-5)
@@ -343,9 +343,9 @@ def test_a_tied_output_matrix_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     rng = np.random.default_rng(0)
     weight = mx.array(rng.standard_normal((50, 8), np.float32)).astype(mx.float16)
     mx.save_safetensors(str(tmp_path / "one.safetensors"), {"other": mx.zeros((3, 3)), "embedding": weight})
-    monkeypatch.setattr(host, "PIECE_BYTES", 12 * 8 * 4)  # 12 rows
+    monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 12 * 8 * 4)  # 12 rows
     entry = read_header(tmp_path / "one.safetensors")[1]["embedding"]
-    embedding = host.FileEmbedding(tmp_path / "one.safetensors", "embedding", entry, mx.float16)
+    embedding = numpy_matrix.FileEmbedding(tmp_path / "one.safetensors", "embedding", entry, mx.float16)
     x = mx.array(rng.standard_normal((2, 3, 8), np.float32))
     logits = embedding.as_linear(x)
     assert logits.shape == (2, 3, 50) and logits.dtype == mx.float32

@@ -17,7 +17,7 @@ from mlx_flash.check import check_store
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.sums import SUMS, WrittenSums
 from mlx_flash.errors import CheckpointError, ConversionError
-from mlx_flash.flash.checksums import read_header
+from mlx_flash.flash.safetensors_file import read_header
 
 Damage = Callable[[Path], None]
 

@@ -13,14 +13,14 @@ from unittest.mock import MagicMock
 import pytest
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash import turns as turns_module
-from mlx_flash.apps.menubar.engine import why_it_ended
-from mlx_flash.commands import run_command
+from mlx_flash.apps.menubar.server_process import why_it_ended
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert import __main__ as convert_command
-from mlx_flash.failures import REPORT
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import Job, Sampling
-from mlx_flash.turns import Turns
+from mlx_flash.source.failures import REPORT
+from mlx_flash.text import prompt_cache as turns_module
+from mlx_flash.text.prompt_cache import Turns
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackError)"
 MEMORY = "there is not enough memory: "

@@ -16,7 +16,7 @@ from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import FAMILIES, family_of
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.layers.activations import Activation
-from mlx_flash.loading import load_tokenizer, model_classes
+from mlx_flash.loading.load import load_tokenizer, model_classes
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

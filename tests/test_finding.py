@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 
-from mlx_flash import finding
 from mlx_flash.errors import ConversionError, UsageError
-from mlx_flash.finding import find_checkpoint, find_store
 from mlx_flash.flash.files import is_store
+from mlx_flash.source import resolve
+from mlx_flash.source.resolve import find_checkpoint, find_store
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: list[str]) -> int:
         raise AssertionError("a conversion was started")
 
-    monkeypatch.setattr(finding, "run_child", run)
+    monkeypatch.setattr(resolve, "run_child", run)
 
 
 def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0) -> list[list[str]]:
@@ -42,7 +42,7 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0)
             shutil.copytree(store, command[command.index("--output") + 1])
         return code
 
-    monkeypatch.setattr(finding, "run_child", run)
+    monkeypatch.setattr(resolve, "run_child", run)
     return commands
 
 
@@ -56,7 +56,7 @@ def test_a_store_is_taken_as_it_is(store: Path, cache: Path, monkeypatch: pytest
 
 def test_two_processes_convert_a_checkpoint_once(tiny: Tiny, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys; from mlx_flash.finding import find_store\n"
+        "import sys; from mlx_flash.source.resolve import find_store\n"
         "print(find_store(sys.argv[1], lambda text: print(text.split()[0])))"
     )
     command = [sys.executable, "-c", program, str(tiny.checkpoint)]
@@ -113,13 +113,13 @@ def test_a_cache_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path, monkeypa
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLX_FLASH_CACHE", "~/x")
-    assert finding.cache_folder() == Path.home() / "x"
+    assert resolve.cache_folder() == Path.home() / "x"
     monkeypatch.delenv("MLX_FLASH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert finding.cache_folder() == tmp_path / "mlx_flash"
+    assert resolve.cache_folder() == tmp_path / "mlx_flash"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert finding.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
+    assert resolve.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from conftest import Tiny  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.apps.menubar.budgets import planned_budgets
-from mlx_flash.apps.menubar.engine import Engine, server_command
-from mlx_flash.bench.children import ask
-from mlx_flash.children import child_environment
+from mlx_flash.apps.menubar.server_process import Engine, server_command
+from mlx_flash.bench.tools.subprocess_json import ask
 from mlx_flash.errors import CheckpointError, FlashError
-from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.source.children import child_environment
 
 ROOT = Path(mlx_flash.__file__).parent
 
@@ -78,7 +78,11 @@ def test_children_of_the_app_and_of_measurements(hostile: Path, monkeypatch: pyt
 
 def test_every_child_python_is_given_that_environment() -> None:
     """Wherever a process is started, its environment is `child_environment`, or it is no Python at all."""
-    others = {"bench/report.py": 2, "bench/read_methods.py": 1, "apps/menubar/native.py": 1}  # git, fio, pbcopy
+    others = {
+        "bench/tools/report.py": 2,
+        "bench/tools/read_methods.py": 1,
+        "apps/menubar/native.py": 1,
+    }  # git, fio, pbcopy
     found: dict[str, int] = {}
     top = ROOT.parent
     for file in sorted({*ROOT.rglob("*.py"), *(top / "bench").rglob("*.py"), *(top / "apps").rglob("*.py")}):

@@ -20,9 +20,9 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 import mlx_flash
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.loading import load
+from mlx_flash.loading.load import load
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -115,7 +115,8 @@ def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The command, which waits for Ctrl-C after its third token.
 WAITS = """
 import runpy, sys, time
-from mlx_flash import generation, terminal
+from mlx_flash.cli import terminal
+from mlx_flash.text import generation
 asked = []
 class Interrupts(terminal.Interrupts):
     def __enter__(self):

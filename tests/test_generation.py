@@ -17,9 +17,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_flash
 from mlx_flash.errors import ReadError, UsageError
-from mlx_flash.generation import FlashResponse, generate, stream_generate
-from mlx_flash.loading import load
-from mlx_flash.stats import Counters
+from mlx_flash.flash.stats import Counters
+from mlx_flash.loading.load import load
+from mlx_flash.text.generation import FlashResponse, generate, stream_generate
 
 CONTEXT = 64
 PROMPT = "Once upon a time there was"  # 27 tokens

@@ -13,7 +13,7 @@ import mlx_tasks  # type: ignore[import-not-found]  # beside this file
 import numpy as np
 import pytest
 
-from mlx_flash.host_arrays import to_bytes, to_numpy
+from mlx_flash.flash.host_arrays import to_bytes, to_numpy
 
 SOURCES = [
     path
@@ -172,7 +172,7 @@ def test_no_source_file_converts_arrays_in_another_way() -> None:
         if path.name != "host_arrays.py"
         for line, code in conversions(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    assert not found, "use mlx_flash.host_arrays.to_numpy:\n" + "\n".join(found)
+    assert not found, "use mlx_flash.flash.host_arrays.to_numpy:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(

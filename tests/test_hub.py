@@ -26,10 +26,10 @@ from huggingface_hub import close_session, constants
 from huggingface_hub import errors as hub_errors
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash import hub
-from mlx_flash.checkpoint_files import weight_files
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, ConversionError, FlashError, NoSpaceError, UsageError
+from mlx_flash.source import hub
+from mlx_flash.source.checkpoint_files import weight_files
 
 REPOSITORY = "owner/tiny"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -51,9 +51,9 @@ PIECE = 10 << 20  # what huggingface_hub writes at once
 
 FIND = """
 import argparse, sys, time
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert.imported import find_predictors
-from mlx_flash.finding import find_checkpoint
+from mlx_flash.source.resolve import find_checkpoint
 time.sleep = lambda _: None  # between tries
 parser = argparse.ArgumentParser(prog="find")
 parser.add_argument("model")
@@ -70,7 +70,7 @@ run_command(parser, main)
 """
 
 CONVERT = """
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 from mlx_flash.convert.__main__ import main, make_parser
 run_command(make_parser(), main)
 """

@@ -24,7 +24,7 @@ from mlx_flash.convert import imported
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, FlashError, UsageError
 from mlx_flash.layers.predictors import ImportedPredictor
-from mlx_flash.loading import load
+from mlx_flash.loading.load import load
 
 WIDTH, NEURONS, RANK = 32, 128, 8
 WHERE = Path("model_0.pt")

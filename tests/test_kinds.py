@@ -12,12 +12,12 @@ import pytest
 from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
-from mlx_flash import loading
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.families import family_of
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
-from mlx_flash.kinds import is_mixture
-from mlx_flash.mixture import open_mixture
+from mlx_flash.loading import load
+from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.source.model_kind import is_mixture
 
 OWN_CODE = "from pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch()\nModel = ModelArgs = None\n"
 
@@ -42,7 +42,7 @@ def configure(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path) -> None:
-    loading.load(folder, context=64)
+    load.load(folder, context=64)
 
 
 def run_converter(folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_nothing_is_begun_for_what_is_neither(tiny: Tiny, tmp_path: Path, change
     configure(folder, **changes)
     told: list[str] = []
     with pytest.raises(UnsupportedModelError, match="flash loading would gain nothing"):
-        loading.load(folder, say=told.append)
+        load.load(folder, say=told.append)
     assert told == []
 
 
@@ -92,7 +92,7 @@ def test_a_configuration_that_is_no_object(tiny: Tiny, tmp_path: Path, generatio
     (folder / "config.json").write_text("[]")
     (folder / "generation_config.json").write_text(generation_config)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be used: .*Download the checkpoint again"):
-        loading.load(folder)
+        load.load(folder)
 
 
 def test_the_section_that_is_pointed_to() -> None:
@@ -145,5 +145,5 @@ def test_code_that_a_tokenizer_names(checkpoint: Path, monkeypatch: pytest.Monke
     path = checkpoint / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=r'cannot be loaded: .* "own", expected the name of'):
-        loading.load_tokenizer(checkpoint)
+        load.load_tokenizer(checkpoint)
     assert not list(checkpoint.glob("*.ran"))

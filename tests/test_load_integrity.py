@@ -25,9 +25,6 @@ from mixtures import VOCABULARY, make_mixture, unstack  # type: ignore[import-no
 from mlx_lm.utils import load_model
 
 import mlx_flash
-from mlx_flash import loading, runtime
-from mlx_flash.checkpoint_files import MAX_SMALL_BYTES
-from mlx_flash.compared_copies import compared_copies, name_themselves
 from mlx_flash.errors import (
     BudgetError,
     CheckpointError,
@@ -37,12 +34,16 @@ from mlx_flash.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.files import Manifest, parse_manifest, read_manifest
-from mlx_flash.loading import load
-from mlx_flash.mixture import is_as_loaded, open_mixture
-from mlx_flash.mixture_loading import read_resident
-from mlx_flash.stored_tensors import StoredTensors
+from mlx_flash.flash.safetensors_file import read_header
+from mlx_flash.flash.stored_tensors import StoredTensors
+from mlx_flash.loading import load as loading
+from mlx_flash.loading import runtime
+from mlx_flash.loading.expert_files import is_as_loaded, open_mixture
+from mlx_flash.loading.load import load
+from mlx_flash.loading.mixture import read_resident
+from mlx_flash.source.checkpoint_files import MAX_SMALL_BYTES
+from mlx_flash.source.compared_copies import compared_copies, name_themselves
 
 TOKENS = mx.array([[5, 17, 80, 3]])
 

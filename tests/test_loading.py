@@ -18,7 +18,6 @@ import pytest
 from conftest import QUANTISED, Tiny, change_manifest, write_tokenizer  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 
-from mlx_flash import building, loading
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import (
     BudgetError,
@@ -33,7 +32,9 @@ from mlx_flash.errors import (
 )
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
-from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.loading import dense as building
+from mlx_flash.loading import load as loading
+from mlx_flash.loading.load import load, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

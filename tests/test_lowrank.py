@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash.convert import lowrank, predictors
+from mlx_flash.convert import fitting, lowrank
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.host import HostMatrix
+from mlx_flash.convert.numpy_matrix import HostMatrix
 from mlx_flash.convert.sample import Sample
 from mlx_flash.errors import UsageError
 
@@ -106,13 +106,13 @@ def test_scores_that_are_no_projection(inner: int) -> None:
     before = np.minimum(one.before, other.up.rows_dot(one.x) + other.up_bias + 1)
     sample = Sample(one.x, before, one.up, one.up_bias, one.held_out)
     assert lowrank.is_projection(one) and not lowrank.is_projection(sample)
-    made = predictors.make_lowrank(sample, 0.95, 32 * (64 + 256) * 4, 0, mx.float32)
+    made = fitting.make_lowrank(sample, 0.95, 32 * (64 + 256) * 4, 0, mx.float32)
     assert made.recall == pytest.approx(0.95, abs=0.02)
     assert made.active < made.predicted < 0.8
 
 
 def test_few_tokens_bound_the_rank() -> None:
-    made = predictors.make_lowrank(layer(64, tokens=16), 0.9, 10**9, 0, mx.float32)
+    made = fitting.make_lowrank(layer(64, tokens=16), 0.9, 10**9, 0, mx.float32)
     assert made.rank == 12  # of which three quarters are trained on
 
 

@@ -16,15 +16,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from mlx_flash import loading, memory_needs, streaming_needs
-from mlx_flash.finding import demo_folder
 from mlx_flash.flash.files import NeuronLayout, round_up
-from mlx_flash.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
-from mlx_flash.kinds import switch_layers
-from mlx_flash.memory_needs import Call, Needs, needs_of
-from mlx_flash.mixture import parent_of
-from mlx_flash.plan import KV_STEP_TOKENS
-from mlx_flash.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes
+from mlx_flash.loading import load, memory_needs, streaming_needs
+from mlx_flash.loading.expert_files import parent_of
+from mlx_flash.loading.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
+from mlx_flash.loading.memory_needs import Call, Needs, needs_of
+from mlx_flash.loading.plan import KV_STEP_TOKENS
+from mlx_flash.loading.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes
+from mlx_flash.source.model_kind import switch_layers
+from mlx_flash.source.resolve import demo_folder
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -174,16 +174,16 @@ def test_scores_grow_with_the_context_where_they_are_kept() -> None:
 
 def test_a_recurrence_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its graph is a loop over tokens; from 8 of them nearly the same comes out as from all."""
-    monkeypatch.setattr("mlx_flash.memory_needs.LOOPED_TOKENS", 16)
+    monkeypatch.setattr("mlx_flash.loading.memory_needs.LOOPED_TOKENS", 16)
     few = needs("qwen3_next", 64, num_hidden_layers=2, full_attention_interval=2)
-    monkeypatch.setattr("mlx_flash.memory_needs.LOOPED_TOKENS", 64)
+    monkeypatch.setattr("mlx_flash.loading.memory_needs.LOOPED_TOKENS", 64)
     whole = needs("qwen3_next", 64, num_hidden_layers=2, full_attention_interval=2)
     assert few.kv_cache == whole.kv_cache and whole.workspace <= few.workspace < 1.5 * whole.workspace
 
 
 def test_weights_may_be_planned_in_another_type() -> None:
     config = json.loads((demo_folder() / "config.json").read_text())
-    model_class, args_class = loading.model_classes(config)
+    model_class, args_class = load.model_classes(config)
     model = model_class(args_class.from_dict(config))
     before = dict(tree_flatten(model.parameters()))
     layers = [(layer, "mlp", lambda _: 0) for layer in model.layers]
@@ -243,6 +243,6 @@ def test_a_model_that_cannot_be_called_is_a_sentence(store: Path, monkeypatch: p
     def broken(*_: Any, **__: Any) -> Any:
         raise TypeError("unsupported operand")
 
-    monkeypatch.setattr(loading, "needs_of", broken)
+    monkeypatch.setattr(load, "needs_of", broken)
     with pytest.raises(CorruptStoreError, match=r"config\.json describes a model that cannot be called: unsupported"):
-        loading.load(store)
+        load.load(store)

@@ -25,7 +25,7 @@ from mlx_flash.apps.menubar import budgets, wording
 from mlx_flash.apps.menubar import controller as controllers
 from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budgets
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
-from mlx_flash.apps.menubar.engine import Engine, server_command, why_it_ended
+from mlx_flash.apps.menubar.server_process import Engine, server_command, why_it_ended
 from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
 from mlx_flash.errors import BudgetError
 
@@ -344,7 +344,7 @@ def test_a_packaged_app_is_its_own_interpreter() -> None:
 def test_the_lifeline_ends_a_process_that_ignores_it() -> None:
     program = (
         "import signal, time\n"
-        "from mlx_flash.stopping import end_with_stdin\n"
+        "from mlx_flash.cli.stopping import end_with_stdin\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "end_with_stdin(grace_seconds=0.2)\n"
         "print('ready', flush=True)\n"

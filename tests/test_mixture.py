@@ -35,17 +35,17 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
-from mlx_flash import loading
 from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
-from mlx_flash.flash.checksums import read_header
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.layers import experts as layer_module
 from mlx_flash.layers.expert_products import Widened
 from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
-from mlx_flash.memory_needs import needs_of
-from mlx_flash.mixture import Provenance, locate, open_mixture
-from mlx_flash.mixture_loading import load_mixture, streamed_layers
+from mlx_flash.loading import load
+from mlx_flash.loading.expert_files import Provenance, locate, open_mixture
+from mlx_flash.loading.memory_needs import needs_of
+from mlx_flash.loading.mixture import load_mixture, streamed_layers
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -404,7 +404,7 @@ def test_functions_of_mlx_lm(mixture_of: Callable[..., Path], stream: Callable[.
 
 
 def functions_of_mlx_lm(folder: Path, model: Any, draft: Any) -> dict[str, Any]:
-    tokenizer = loading.load_tokenizer(folder)
+    tokenizer = load.load_tokenizer(folder)
 
     def tokens(prompt: list[int] = PROMPT, **options: Any) -> Iterator[int]:
         return (r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=12, **options))
@@ -509,7 +509,7 @@ def test_a_config_that_is_wrong(
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
-        loading.load(folder, context=64)
+        load.load(folder, context=64)
 
 
 def test_a_modelopt_file_with_groups_of_none(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_a_modelopt_file_with_groups_of_none(mixture_of: Callable[..., Path], tm
     settings = {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4", "group_size": 0}}
     (folder / "hf_quant_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*quantization\.group_size is 0"):
-        loading.load(folder, context=64)
+        load.load(folder, context=64)
 
 
 def test_more_scales_than_numbers(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_more_scales_than_numbers(mixture_of: Callable[..., Path], tmp_path: Pat
     weights |= {name: mx.zeros((weights[name].shape[0], 1000))}
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     with pytest.raises(CheckpointError, match=r"q_proj\.scales has 1000 columns"):
-        loading.load(folder, context=64)
+        load.load(folder, context=64)
 
 
 def test_a_config_that_is_no_json(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -538,7 +538,7 @@ def test_a_config_that_is_no_json(mixture_of: Callable[..., Path], tmp_path: Pat
     shutil.copytree(mixture_of("mixtral"), folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="Download the checkpoint again"):
-        loading.load(folder)
+        load.load(folder)
 
 
 def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_a_missing_tokenizer_is_noticed_before_the_experts_are_read(
     shutil.copytree(mixture_of("gpt_oss"), folder, ignore=shutil.ignore_patterns("tokenizer*"))
     said: list[str] = []
     with pytest.raises(CheckpointError, match="has no tokenizer files"):
-        loading.load(folder, say=said.append)
+        load.load(folder, say=said.append)
     assert not any("total" in text for text in said)
 
 
@@ -613,7 +613,7 @@ def test_only_what_is_widened_is_planned_for(
         mx.save_safetensors(str(folder / "model.safetensors"), rounded)
         mixture = open_mixture(folder)
         planned = needs_of(mixture.model, streamed_layers(mixture), 64).workspace
-        monkeypatch.setattr("mlx_flash.streaming_needs.is_widened", lambda *_: False)
+        monkeypatch.setattr("mlx_flash.loading.streaming_needs.is_widened", lambda *_: False)
         without = needs_of(mixture.model, streamed_layers(mixture), 64).workspace
         monkeypatch.undo()
         assert (planned > without) == (name == "plain")
@@ -643,9 +643,9 @@ def test_widening_a_few_experts_at_a_time_changes_no_bit() -> None:
 
 def test_a_predictor_is_a_mistake(mixture_of: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="its router chooses"):
-        loading.load(mixture_of("mixtral"), predictor="shadow")
+        load.load(mixture_of("mixtral"), predictor="shadow")
     with pytest.raises(UsageError, match="its router misses nothing"):
-        loading.load(mixture_of("mixtral"), recall=0.9)
+        load.load(mixture_of("mixtral"), recall=0.9)
 
 
 def test_nothing_of_an_expert_is_a_parameter(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:

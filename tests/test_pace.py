@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_flash.layers.pace import TERM, TURN, TURNS, WARM_UP, Pace
+from mlx_flash.layers.lookahead_trial import TERM, TURN, TURNS, WARM_UP, Pace
 
 
 def run(pace: Pace, clock: list[float], tokens: int, seconds: dict[bool, float]) -> list[bool]:

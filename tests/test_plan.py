@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
-from mlx_flash.plan import (
+from mlx_flash.loading.plan import (
     FREE_SHARE,
     MIN_SLOTS,
     RUN_TO_RUN_BYTES,

@@ -13,9 +13,9 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]  # found 
 from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.errors import UsageError
-from mlx_flash.kinds import is_mixture
-from mlx_flash.loading import load
-from mlx_flash.random_state import kept_random_state
+from mlx_flash.loading.load import load
+from mlx_flash.loading.random_state import kept_random_state
+from mlx_flash.source.model_kind import is_mixture
 
 
 def state_graph() -> str:

@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_flash
-from mlx_flash.bench.score import score
-from mlx_flash.commands import run_command
-from mlx_flash.convert import calibrate, predictors
+from mlx_flash.bench.tools.score import score
+from mlx_flash.cli.run import run_command
+from mlx_flash.convert import calibrate, fitting
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.host import HostMatrix
+from mlx_flash.convert.numpy_matrix import HostMatrix
 from mlx_flash.errors import CorruptStoreError, UsageError
 from mlx_flash.flash.files import read_manifest
 from mlx_flash.layers.recall import Setting
-from mlx_flash.loading import load
+from mlx_flash.loading.load import load
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -82,17 +82,17 @@ def test_a_higher_recall_never_chooses_fewer(seed: int, target: float, one: floa
     rng = np.random.default_rng(seed)
     x, up = (rng.standard_normal(shape, dtype=np.float32) for shape in ((64, 8), (32, 8)))
     bias = rng.normal(-2, 2, 32).astype(np.float32)
-    sample = predictors.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(64) >= 24)
+    sample = fitting.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(64) >= 24)
     arrays = {"a": mx.array(up.T[:, :4]), "b": mx.eye(32)[:4], "c": mx.array(bias)}
-    made = predictors.with_thresholds(arrays, sample, target)
+    made = fitting.with_thresholds(arrays, sample, target)
     for name, sign in (("threshold", -1), ("caught", 1), ("predicted", 1)):
         assert (np.diff(made.table[name]) * sign >= 0).all()
-    table = {"recall": predictors.recalls(target), **{name: [row] for name, row in made.table.items()}}
+    table = {"recall": fitting.recalls(target), **{name: [row] for name, row in made.table.items()}}
     report = {"target": target, "active": [made.active], "perplexity": None, "table": table}
     low, high = (Setting.of("lowrank", report, recall) for recall in sorted((one, other)))
     assert low.shifts >= high.shifts and low.predicted <= high.predicted and low.caught <= high.caught
     assert Setting.of("lowrank", report).shifts == (0.0,)
-    scores = predictors.score(made.arrays, x)
+    scores = fitting.score(made.arrays, x)
     assert not ((scores > low.shifts[0]) & ~(scores > high.shifts[0])).any()
 
 
@@ -100,13 +100,13 @@ def test_a_shadow_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(0)
     x, up = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 32), (320, 32)))
     bias = rng.normal(-2, 1, 320).astype(np.float32)
-    sample = predictors.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(48) >= 24)
+    sample = fitting.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(48) >= 24)
     made = {}
     for groups in (2, 5):  # the last piece has one, and the whole
-        monkeypatch.setattr(predictors, "SHADOW_PIECE", groups * predictors.SHADOW_GROUP)
+        monkeypatch.setattr(fitting, "SHADOW_PIECE", groups * fitting.SHADOW_GROUP)
         for bits in (2, 3, 4):
-            shadow = predictors.make_shadow(sample, 0.95, bits, mx.float16)
-            made[groups, bits] = [*map(np.array, shadow.arrays.values()), predictors.score(shadow.arrays, x)]
+            shadow = fitting.make_shadow(sample, 0.95, bits, mx.float16)
+            made[groups, bits] = [*map(np.array, shadow.arrays.values()), fitting.score(shadow.arrays, x)]
     for bits in (2, 3, 4):
         *pieces, scores = made[2, bits]
         *whole, expected = made[5, bits]
@@ -157,7 +157,9 @@ def test_it_catches_what_it_says(tiny: Tiny, open_model: Callable[..., Any]) -> 
 
 def test_the_plan_follows(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer gets slots by what it chooses at the recall that is asked for."""
-    monkeypatch.setattr("mlx_flash.streaming_needs.current_memory_bytes", lambda: 10**8)  # two loads in one process
+    monkeypatch.setattr(
+        "mlx_flash.loading.streaming_needs.current_memory_bytes", lambda: 10**8
+    )  # two loads in one process
     kinds = read_manifest(own_store).predictors
     table = kinds["shadow"]["table"]
     table["predicted"] = [[0.01] + [0.4] * (len(table["recall"]) - 1), [0.2] + [0.4] * (len(table["recall"]) - 1)]
@@ -265,7 +267,7 @@ def test_who_catches_everything_changes_nothing(tiny: Tiny, tmp_path: Path, monk
     def chosen(_: dict[str, mx.array], x: np.ndarray) -> np.ndarray:
         return np.full((len(x), 512), everything)
 
-    monkeypatch.setattr(predictors, "chosen", chosen)
+    monkeypatch.setattr(fitting, "chosen", chosen)
     manifest = convert(tiny.checkpoint, tmp_path / "store", Settings(calibration_tokens=256))
     for report in manifest.predictors.values():
         change = report["perplexity"]["predicted"] / report["perplexity"]["dense"] - 1
@@ -275,7 +277,7 @@ def test_who_catches_everything_changes_nothing(tiny: Tiny, tmp_path: Path, monk
 def test_a_conversion_that_was_stopped_measures_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
     settings = Settings(calibration_tokens=256)
     whole = convert(tiny.checkpoint, tmp_path / "whole", settings)
-    real = predictors.make_shadow
+    real = fitting.make_shadow
 
     def stop(sample: Any, *rest: Any) -> Any:
         if stop.calls:  # type: ignore[attr-defined]
@@ -284,8 +286,8 @@ def test_a_conversion_that_was_stopped_measures_the_same(tiny: Tiny, tmp_path: P
         return real(sample, *rest)
 
     stop.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(predictors, "make_shadow", stop)
+    monkeypatch.setattr(fitting, "make_shadow", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(tiny.checkpoint, tmp_path / "store", settings)
-    monkeypatch.setattr(predictors, "make_shadow", real)
+    monkeypatch.setattr(fitting, "make_shadow", real)
     assert convert(tiny.checkpoint, tmp_path / "store", settings) == whole

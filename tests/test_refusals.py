@@ -13,11 +13,11 @@ import pytest
 from conftest import change_manifest, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]
 
-from mlx_flash.commands import whole_number
+from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, CorruptStoreError, UsageError
 from mlx_flash.flash.files import read_manifest
-from mlx_flash.generation import stream_generate
+from mlx_flash.text.generation import stream_generate
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[mx.array], mx.array]) -> None:

@@ -12,10 +12,10 @@ import pytest
 from mlx_lm.sample_utils import make_sampler as make_mlx_lm_sampler
 
 from mlx_flash.errors import CheckpointError, CorruptStoreError
-from mlx_flash.generation_config import MOST_BYTES, GenerationConfig, read_generation_config
-from mlx_flash.loading import load
-from mlx_flash.sampling import Sampling, add_sampling_arguments, check_sampling, make_sampler, sampling_of
+from mlx_flash.loading.load import load
 from mlx_flash.server.openai_api import ChatRequest, parse
+from mlx_flash.text.generation_config import MOST_BYTES, GenerationConfig, read_generation_config
+from mlx_flash.text.sampling import Sampling, add_sampling_arguments, check_sampling, make_sampler, sampling_of
 
 FILE: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": [2, 5]}
 

@@ -194,10 +194,10 @@ def test_a_read_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unforeseen_error_costs_one_request(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mlx_flash import turns
+    from mlx_flash.text import prompt_cache
 
     with monkeypatch.context() as patched:
-        patched.setattr(turns, "stream_generate", lambda *_, **__: 1 / 0)
+        patched.setattr(prompt_cache, "stream_generate", lambda *_, **__: 1 / 0)
         response = server.post("/v1/completions", PROMPT)
     assert response.status_code == 500 and "ZeroDivisionError" in response.json()["error"]["message"]
     assert "ZeroDivisionError" in caplog.text  # for whoever runs it

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from serving import serving, until  # type: ignore[import-not-found]  # found beside this file
 from templates import CHATML, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
-from mlx_flash import template_process
-from mlx_flash.generation_config import GenerationConfig
-from mlx_flash.loading import load_tokenizer
-from mlx_flash.sampling import Sampling
+from mlx_flash.loading.load import load_tokenizer
+from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.engine import Engine
-from mlx_flash.server.errors import ApiError
 from mlx_flash.server.openai_api import NOT_DONE, NOT_DONE_IN_CHAT, RESERVED, ChatRequest, CompletionRequest, parse
 from mlx_flash.server.prompts import encode_chat, encode_completion, room_for
-from mlx_flash.template_process import TemplateProcess
+from mlx_flash.text import template_process
+from mlx_flash.text.generation_config import GenerationConfig
+from mlx_flash.text.sampling import Sampling
+from mlx_flash.text.template_process import TemplateProcess
 
 HI = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}

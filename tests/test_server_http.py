@@ -15,14 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import PATIENCE_S, Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
 
-from mlx_flash.encoding import PART_CHARACTERS
 from mlx_flash.errors import BudgetError
 from mlx_flash.flash.system import peak_memory_bytes
-from mlx_flash.live import MOST_BINS
 from mlx_flash.server import app, bodies
+from mlx_flash.server.cache_watch import MOST_BINS
 from mlx_flash.server.engine import FAILED
 from mlx_flash.server.events import EventHub
 from mlx_flash.server.guard import Guard
+from mlx_flash.text.encoding import PART_CHARACTERS
 
 CHAT = "/v1/chat/completions"
 SHORT: dict[str, Any] = {"messages": [{"role": "user", "content": "He said"}], "max_tokens": 2}
@@ -382,7 +382,7 @@ def test_the_page(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_before_the_model_is_there(gate: Gate) -> None:  # noqa: F811
     import threading
 
-    from mlx_flash import loading
+    from mlx_flash.loading import load as loading
 
     may = threading.Event()
 

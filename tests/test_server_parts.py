@@ -18,19 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
 
-from mlx_flash.flash.cache import Record, SlotCache
-from mlx_flash.generation import stream_generate
-from mlx_flash.live import MOST_BINS, Live, binned
-from mlx_flash.loading import load, load_tokenizer
-from mlx_flash.sampling import PENALTY_TOKENS, Sampling, make_processors
+from mlx_flash.flash.slot_cache import Record, SlotCache
+from mlx_flash.loading.load import load, load_tokenizer
 from mlx_flash.server import answering, jobs
 from mlx_flash.server.answering import Waiting
+from mlx_flash.server.api_errors import ApiError
+from mlx_flash.server.cache_watch import MOST_BINS, Live, binned
 from mlx_flash.server.engine import Engine
-from mlx_flash.server.errors import ApiError
 from mlx_flash.server.jobs import End
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
 from mlx_flash.server.prompts import encode_chat
 from mlx_flash.server.stops import StopWords
+from mlx_flash.text.generation import stream_generate
+from mlx_flash.text.sampling import PENALTY_TOKENS, Sampling, make_processors
 
 TEXTS = st.text("ab ", max_size=30)
 WORDS = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=4)

@@ -16,12 +16,12 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import Server, serving  # type: ignore[import-not-found]
 
-from mlx_flash.detokenizer import Detokenizer
-from mlx_flash.loading import load
+from mlx_flash.loading.load import load
 from mlx_flash.server import engine
 from mlx_flash.server.jobs import TokenLogprob
 from mlx_flash.server.logprobs import LogprobReader
 from mlx_flash.server.openai_api import _by_text
+from mlx_flash.text.detokenizer import Detokenizer
 
 VOCABULARY = 512
 SMILE = "\U0001f600"

@@ -22,15 +22,16 @@ from hub_server import Hub, serve  # type: ignore[import-not-found]
 from processes import has_ended  # type: ignore[import-not-found]
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 
-from mlx_flash.commands import run_command
-from mlx_flash.finding import place_of
+from mlx_flash.cli.run import run_command
+from mlx_flash.source.resolve import place_of
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 # A command of this package, with less patience than it has for people: python -c COMMAND module arguments
 COMMAND = """
 import runpy, sys
-from mlx_flash import children, stopping
+from mlx_flash.cli import stopping
+from mlx_flash.source import children
 stopping.GRACE_S = children.TERMINATED_S = children.INTERRUPTED_S = 0.3
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -39,10 +40,10 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 # A command whose whole work is `work`, which says "ready" when it begins to wait.
 PROGRAM = """
 import argparse, concurrent.futures, contextlib, ctypes, os, sys, threading, time
-from mlx_flash import stopping
-from mlx_flash.commands import run_command
+from mlx_flash.cli import stopping
+from mlx_flash.cli.run import run_command
 from mlx_flash.server.__main__ import Signals
-from mlx_flash.terminal import Interrupts
+from mlx_flash.cli.terminal import Interrupts
 stopping.GRACE_S = 0.3
 c, gil = ctypes.CDLL(None), ctypes.PyDLL(None)
 def ready():
@@ -194,7 +195,8 @@ def test_the_exit_codes_of_run_command(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
     """As dataclasses are made: Python would end itself by the signal, though it was caught."""
     program = PROGRAM.replace("{work}", 'exec("import signal; signal.raise_signal(2)")').replace(
-        "run_command(", "import signal; from mlx_flash import beginning\nsignal.signal(2, beginning._end)\nrun_command("
+        "run_command(",
+        "import signal; from mlx_flash.cli import beginning\nsignal.signal(2, beginning._end)\nrun_command(",
     )
     with started("-c", program) as process:
         assert "interrupted" in errors_of(process) and process.returncode == 130
@@ -203,7 +205,7 @@ def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
 @pytest.mark.parametrize("number", [INT, TERM])
 def test_a_stop_while_an_error_is_told_gives_no_traceback(number: signal.Signals) -> None:
     work = f"""
-    from mlx_flash import failures
+    from mlx_flash.source import failures
     def sentence(error):
         signal.raise_signal({number:d})
         return "a sentence"
@@ -299,12 +301,12 @@ def test_a_server_that_hangs_ends_as_it_was_told() -> None:
 
 PARENT = """
 import sys
-from mlx_flash import children
+from mlx_flash.source import children
 children.TERMINATED_S = children.INTERRUPTED_S = 0.3
 def main(_):
     return children.run_child([sys.executable, "-c", sys.stdin.readline()])
 import argparse
-from mlx_flash.commands import run_command
+from mlx_flash.cli.run import run_command
 run_command(argparse.ArgumentParser(prog="parent"), main)
 """
 CHILD = "import signal,sys,time; {handler}; print('child', flush=True, file=sys.stderr); time.sleep(10**6)\n"
@@ -333,7 +335,7 @@ def test_a_stop_ends_the_child_first(handler: str, number: int, code: int) -> No
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:
-    lifeline = "from mlx_flash.stopping import end_with_stdin; end_with_stdin()"
+    lifeline = "from mlx_flash.cli.stopping import end_with_stdin; end_with_stdin()"
     with parent_of(CHILD.format(handler=lifeline)) as (process, child):
         process.kill()
         process.wait(PATIENCE_S)

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_flash import loading
-from mlx_flash.convert.neurons import bundle_layer, row_bytes, write_neurons
+from mlx_flash.convert.neuron_file import bundle_layer, row_bytes, write_neurons
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.defaults import BITS
 from mlx_flash.errors import (
@@ -33,7 +32,6 @@ from mlx_flash.errors import (
     TruncatedStoreError,
 )
 from mlx_flash.flash import files
-from mlx_flash.flash.checksums import read_header, tensor_checksums
 from mlx_flash.flash.files import (
     ALIGNMENT,
     BLOCK_ALIGNMENT,
@@ -45,6 +43,8 @@ from mlx_flash.flash.files import (
     is_store,
     read_manifest,
 )
+from mlx_flash.flash.safetensors_file import read_header, tensor_checksums
+from mlx_flash.loading import load
 
 # -- layout --------------------------------------------------------------------------------------------------
 
@@ -412,7 +412,7 @@ def test_loading_names_a_missing_tensor(
     body = read_body(own_store)
     body["files"][file] = {"bytes": (own_store / file).stat().st_size, "crc32": tensor_checksums(own_store / file)}
     write_body(own_store, body)
-    assert loading.PREDICTORS
+    assert load.PREDICTORS
     kind = file.removeprefix("predictor-").removesuffix(".safetensors")
     with pytest.raises(MissingTensorError, match=tensor):
         open_model(own_store, predictor=kind if kind in ("lowrank", "shadow") else "none")

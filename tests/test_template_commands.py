@@ -15,14 +15,14 @@ from conftest import change_manifest  # type: ignore[import-not-found]
 from serving import PATIENCE_S, serving  # type: ignore[import-not-found]  # found beside this file
 from templates import write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
-from mlx_flash import template_process
-from mlx_flash.conversation import Conversation
 from mlx_flash.errors import ChatTemplateError
-from mlx_flash.loading import load, load_tokenizer
+from mlx_flash.loading.load import load, load_tokenizer
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.openai_api import ChatRequest, parse
 from mlx_flash.server.prompts import encode_chat
-from mlx_flash.template_process import TemplateProcess
+from mlx_flash.text import template_process
+from mlx_flash.text.conversation import Conversation
+from mlx_flash.text.template_process import TemplateProcess
 
 SYSTEM, HI = {"role": "system", "content": "Be"}, {"role": "user", "content": "hi"}
 SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -15,9 +15,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flash.errors import UsageError
-from mlx_flash.generation import cached_tokens, stream_generate
-from mlx_flash.loading import load
-from mlx_flash.turns import Turns, common_prefix, make_room
+from mlx_flash.loading.load import load
+from mlx_flash.text.generation import cached_tokens, stream_generate
+from mlx_flash.text.prompt_cache import Turns, common_prefix, make_room
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31]
 

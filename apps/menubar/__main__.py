@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib.util import find_spec
 
-from mlx_flash.commands import program
+from mlx_flash.cli.run import program
 
 INSTALL = 'the menu bar app needs its own packages: pip install -e ".[app]"'
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from mlx_flash.children import child_environment
+from mlx_flash.source.children import child_environment
 
 if TYPE_CHECKING:
     from mlx_flash.errors import BudgetError
@@ -63,13 +63,13 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 def ask_plan(model: str | None) -> list[Budget]:
     """Nothing is downloaded, converted or loaded. Raises FlashError."""
     from mlx_flash.errors import BudgetError
-    from mlx_flash.finding import find_source, place_of
     from mlx_flash.flash.files import is_store
+    from mlx_flash.source.resolve import find_source, place_of
 
     source = find_source(model, None, lambda _: None)
     import mlx_flash.server.app
     import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
-    from mlx_flash.loading import holds_mixture, load
+    from mlx_flash.loading.load import holds_mixture, load
 
     mixture = holds_mixture(source)
     if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
@@ -96,7 +96,7 @@ def _rounded_up(size: int) -> int:
 
 
 def main() -> None:
-    from mlx_flash import stopping
+    from mlx_flash.cli import stopping
     from mlx_flash.errors import FlashError
 
     stopping.end_with_stdin()

@@ -17,7 +17,7 @@ from typing import Any
 
 from .budgets import Budget, fixed_budgets, planned_budgets
 from .client import Answer, Client, ServerError
-from .engine import Engine, server_command, why_it_ended
+from .server_process import Engine, server_command, why_it_ended
 from .settings import Settings, read_settings, write_settings
 
 POLL_SECONDS = 0.5

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from .cache import SlotCache
-from .flights import Flights
+from .inflight import Flights
 from .pool import AlignedPool
 from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
 from .self_test import check_expert_pools
+from .slot_cache import SlotCache
 from .system import READ_ALIGNMENT
 
 SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)

@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..defaults import BITS
-from ..errors import (
-    CorruptStoreError,
-    NewerFormatError,
-    NotAStoreError,
-    OlderFormatError,
-    TruncatedStoreError,
-)
-from .checksums import sha256_of
+from ..errors import CorruptStoreError, NewerFormatError, NotAStoreError, OlderFormatError, TruncatedStoreError
 from .plain_files import reading
+from .safetensors_file import sha256_of
 
 FORMAT = "mlx_flash store"
 VERSION = 2

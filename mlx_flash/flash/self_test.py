@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..host_arrays import to_numpy
 from .files import NeuronLayout
+from .host_arrays import to_numpy
 from .pool import AlignedPool
 from .rows import BlockRows, PackedRows
 

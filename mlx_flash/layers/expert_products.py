@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..host_arrays import to_numpy
+from ..flash.host_arrays import to_numpy
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 WIDENED_AT_ONCE = 16  # experts that are there in 32 bits beside their slots

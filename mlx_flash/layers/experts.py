@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.experts import ExpertStream
-from ..host_arrays import to_numpy
+from ..flash.host_arrays import to_numpy
 from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_vary
-from .pace import Pace
+from .lookahead_trial import Pace
 
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read

@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..flash.host_arrays import to_numpy
+from ..flash.neurons import LayerStream
 from ..flash.rows import PackedRows, StoredRows
-from ..flash.stream import LayerStream
-from ..host_arrays import to_numpy
 from .activations import Activation
-from .pace import Pace
+from .lookahead_trial import Pace
 from .predictors import ExactPredictor, Predictor
 
 PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/RESULTS.md)

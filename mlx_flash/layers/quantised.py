@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..host_arrays import to_numpy
+from ..flash.host_arrays import to_numpy
 
 PIECE_NUMBERS = 4 << 20  # dequantised at once
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import stopping
-from ..beginning import TERMINATED, Interrupted, Terminated
-from ..commands import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
+from ..cli import stopping
+from ..cli.beginning import TERMINATED, Interrupted, Terminated
+from ..cli.model_arguments import add_model_arguments, load_model
+from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
+from ..cli.terminal import say
 from ..errors import UsageError
-from ..model_arguments import add_model_arguments, load_model
-from ..plan import parse_memory
-from ..terminal import say
+from ..loading.plan import parse_memory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host} can be reached from other machines: an API key is needed, --api-key or "
             f"{KEY_VARIABLE}. Without one only 127.0.0.1 is served."
         )
-    from ..finding import demo_folder
+    from ..source.resolve import demo_folder
     from .app import make_app
     from .engine import Engine
 

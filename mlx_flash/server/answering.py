@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from .api_errors import ApiError
 from .engine import Engine
-from .errors import ApiError
 from .jobs import End, Item, Job, Piece, Sampling
 from .openai_api import Answer
 from .streams import EventStream, unless_gone

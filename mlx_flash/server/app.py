@@ -16,14 +16,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from .answering import answer
+from .api_errors import ApiError
 from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
-from .errors import ApiError
 from .guard import Guard
 from .metrics import exposition
 from .openai_api import ChatRequest, CompletionRequest, model_list, now, parse
 from .prompts import encode_chat, encode_completion, room_for
-from .statistics import statistics
+from .stats_report import statistics
 from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"

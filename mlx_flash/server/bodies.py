@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from .errors import ApiError
+from .api_errors import ApiError
 
 # Understood, a body takes up to thirty times its bytes, if somebody wants it to: the plan's process has little room.
 MOST_BYTES = 1 << 20  # of one body, or BYTES_PER_TOKEN for each token of the context if that is more

@@ -8,7 +8,7 @@ import json
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from .errors import ApiError
+from .api_errors import ApiError
 
 # macOS gives a process 256 descriptors, and the model's files need some of them.
 MOST = 128  # connections; one more makes room for itself if another waits for a request

@@ -18,10 +18,10 @@ from contextlib import closing
 from typing import Any
 
 from ..errors import FlashError
-from ..failures import foreseen
-from ..sampling import make_processors, make_sampler
-from ..template_process import TemplateProcess
-from .errors import ApiError
+from ..source.failures import foreseen
+from ..text.sampling import make_processors, make_sampler
+from ..text.template_process import TemplateProcess
+from .api_errors import ApiError
 from .events import EventHub
 from .jobs import End, Job, Piece, TokenLogprob
 from .monitor import Monitor
@@ -110,7 +110,7 @@ class Engine:
         """Loads, then serves until `stop`. Raises what `load` raises."""
         try:
             self.model, self.tokenizer = load()
-            from ..turns import Turns  # mlx-lm's import is a part of loading
+            from ..text.prompt_cache import Turns  # mlx-lm's import is a part of loading
 
             self._turns = Turns(self.model)
             self.monitor = Monitor(self.model, self.hub)
@@ -173,8 +173,8 @@ class Engine:
     def _generate(self, job: Job) -> End:
         import mlx.core as mx
 
-        from ..detokenizer import Detokenizer
-        from ..turns import common_prefix
+        from ..text.detokenizer import Detokenizer
+        from ..text.prompt_cache import common_prefix
         from .logprobs import LogprobReader
 
         monitor, turns = self.monitor, self._turns

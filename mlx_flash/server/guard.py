@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import connections
-from .errors import ApiError
+from .api_errors import ApiError
 
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..sampling import Sampling
+from ..text.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..detokenizer import Detokenizer
-from ..host_arrays import to_numpy
+from ..flash.host_arrays import to_numpy
+from ..text.detokenizer import Detokenizer
 from .jobs import TokenLogprob
 
 

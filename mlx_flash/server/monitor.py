@@ -6,13 +6,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from ..live import Live
-from ..stats import Counters, Statistics
+from ..flash.stats import Counters, Statistics
+from .cache_watch import Live
 from .events import EventHub
 from .jobs import Job
 
 if TYPE_CHECKING:
-    from ..generation import FlashResponse
+    from ..text.generation import FlashResponse
 
 SHORTEST_EVENT_GAP_S = 0.05
 SPEED_OVER_S = 2.0  # the speed shown is that of the last tokens

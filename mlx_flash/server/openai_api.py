@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..generation_config import GenerationConfig
-from .errors import ApiError
+from ..text.generation_config import GenerationConfig
+from .api_errors import ApiError
 from .jobs import End, Job, Piece, Sampling, TokenLogprob
 
 MOST_STOPS = 256

@@ -6,10 +6,10 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from ..encoding import TooManyTokens, too_long
 from ..errors import ChatTemplateError, FlashError
+from ..text.encoding import TooManyTokens, too_long
+from .api_errors import ApiError
 from .engine import Engine
-from .errors import ApiError
 from .openai_api import ChatRequest, CompletionRequest
 
 _encoding = threading.Lock()  # a tokenizer is not made for two threads that encode
@@ -20,8 +20,8 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
 
     Raises ApiError.
     """
-    from ..chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
-    from ..generation import encode_prompt
+    from ..text.chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
+    from ..text.generation import encode_prompt
 
     tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
     messages, tools = [message.plain() for message in request.messages], request.tools_for_template()
@@ -53,7 +53,7 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
 
 def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
     """Raises ApiError."""
-    from ..generation import encode_prompt
+    from ..text.generation import encode_prompt
 
     prompt = request.one_prompt()
     if not isinstance(prompt, str):

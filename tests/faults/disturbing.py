@@ -17,7 +17,7 @@ from reading import MODEL, PROMPT, TOKENS, answer, loaded, mixture, models  # ty
 
 import mlx_flash.flash
 from mlx_flash import stream_generate
-from mlx_flash.finding import find_store
+from mlx_flash.source.resolve import find_store
 
 ENGINE = str(Path(mlx_flash.flash.__file__).parent)
 

@@ -18,7 +18,7 @@ from outcomes import inject  # type: ignore[import-not-found]
 
 from mlx_flash import load, stream_generate
 from mlx_flash.errors import BudgetError, ReadError
-from mlx_flash.finding import find_store
+from mlx_flash.source.resolve import find_store
 
 PROMPT = "It was a dark night, and the wind went over the hills"
 TOKENS = 12

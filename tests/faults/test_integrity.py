@@ -26,15 +26,16 @@ from conftest import QUANTISED, Tiny, write_tokenizer  # type: ignore[import-not
 from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_flash import loading, mixture_loading, verification
-from mlx_flash.checkpoint_tensors import tensors_in
 from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.reader import Reader, UnitFile
 from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
-from mlx_flash.mixture import open_mixture as open_mixture_lazily
-from mlx_flash.mixture_loading import ranges_in
-from mlx_flash.verification import known_sha256
+from mlx_flash.loading import load as loading
+from mlx_flash.loading import mixture, verification
+from mlx_flash.loading.expert_files import open_mixture as open_mixture_lazily
+from mlx_flash.loading.mixture import ranges_in
+from mlx_flash.loading.verification import known_sha256
+from mlx_flash.source.checkpoint_tensors import tensors_in
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30]
 STORES = [("float32", "none"), ("float32", "exact"), ("4 bits", "shadow"), ("gated 8 bits", "exact")]
@@ -205,17 +206,17 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
     opened: list[Any] = []
 
     def load(folder: Path, slots: int = 2, verify: bool = True, say: Callable[[str], None] = lambda _: None) -> Any:
-        real = mixture_loading.share_budget
+        real = mixture.share_budget
 
         def share(*arguments: Any, **options: Any) -> Any:
             plan = real(*arguments, **options)
             return replace(plan, slots=(slots,) * len(plan.slots))
 
-        monkeypatch.setattr(mixture_loading, "share_budget", share)
+        monkeypatch.setattr(mixture, "share_budget", share)
         opened.append(
-            mixture_loading.load_mixture(folder, open_mixture_lazily(folder), None, None, 4, 64, "direct", say, verify)
+            mixture.load_mixture(folder, open_mixture_lazily(folder), None, None, 4, 64, "direct", say, verify)
         )
-        monkeypatch.setattr(mixture_loading, "share_budget", real)
+        monkeypatch.setattr(mixture, "share_budget", real)
         return opened[-1]
 
     yield load
@@ -265,7 +266,7 @@ def test_sums_are_made_once_and_again_for_other_files(
         made.append(file.path.name)
         return make_sums(file, *arguments)
 
-    monkeypatch.setattr("mlx_flash.verification.make_sums", noting)
+    monkeypatch.setattr("mlx_flash.loading.verification.make_sums", noting)
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", shards=2)
     said: list[str] = []
     expected = logits(open_mixture(folder, verify=False))
@@ -364,7 +365,9 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
         with pytest.raises(CheckpointError, match="not the file that the Hub has"):
             open_mixture(folder)
     note.write_text(f"{'0' * 40}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n9e9\n")
-    monkeypatch.setattr("mlx_flash.verification.make_sums", None)  # what the file had is kept: it is not read again
+    monkeypatch.setattr(
+        "mlx_flash.loading.verification.make_sums", None
+    )  # what the file had is kept: it is not read again
     open_mixture(folder)
 
 
@@ -457,7 +460,7 @@ def test_a_header_that_says_something_else(
         return ranges_in(*_)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ReadError, match=rf"{named}: its header does not match"):
-        patch.setattr(mixture_loading, "ranges_in", sound_again)
+        patch.setattr(mixture, "ranges_in", sound_again)
         patch.setattr(UnitFile, "verify_unchanged", lambda _: None)
         open_mixture(folder)
     assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import psutil
 from unittest.mock import patch
-from mlx_flash import loading
+from mlx_flash.loading import load as loading
 class Malloc(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]

@@ -16,20 +16,20 @@ from typing import Any
 import mlx.core as mx
 from mutate import Mutator, flipped, json_text, safetensors  # type: ignore[import-not-found]  # found beside this file
 
-from mlx_flash import loading
-from mlx_flash.checkpoint_files import weight_files
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.convert.families import family_of
-from mlx_flash.convert.outline import Outline, Settings
+from mlx_flash.convert.store_plan import Outline, Settings
 from mlx_flash.errors import FlashError
 from mlx_flash.flash import files
-from mlx_flash.flash.checksums import read_header
-from mlx_flash.generation import stream_generate
-from mlx_flash.generation_config import GenerationConfig
-from mlx_flash.mixture import open_mixture
-from mlx_flash.plan import parse_memory
-from mlx_flash.server.errors import ApiError
+from mlx_flash.flash.safetensors_file import read_header
+from mlx_flash.loading import load
+from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.plan import parse_memory
+from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
+from mlx_flash.source.checkpoint_files import weight_files
+from mlx_flash.text.generation import stream_generate
+from mlx_flash.text.generation_config import GenerationConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a file system in memory, where there is one
@@ -138,7 +138,7 @@ def _folder(data: bytes, source: Path, name: str) -> Path:
 def config(data: bytes) -> None:
     folder = _folder(data, GOLDEN / "opt-pre", "config.json")
     with contextlib.suppress(FlashError):
-        if loading.holds_mixture(folder):
+        if load.holds_mixture(folder):
             return
         checkpoint = Checkpoint(folder)
         family = family_of(checkpoint.config, folder)
@@ -156,7 +156,7 @@ def _mixture() -> Path:
 def mixture_config(data: bytes) -> None:
     folder = _folder(data, _mixture(), "config.json")
     with contextlib.suppress(FlashError):
-        if loading.holds_mixture(folder):
+        if load.holds_mixture(folder):
             open_mixture(folder)
 
 
@@ -172,8 +172,8 @@ def _tokenizer() -> Path:
 
 def _use_tokenizer(folder: Path) -> None:
     with contextlib.suppress(FlashError):
-        tokenizer = loading.load_tokenizer(folder)
-        from mlx_flash.generation import encode_prompt
+        tokenizer = load.load_tokenizer(folder)
+        from mlx_flash.text.generation import encode_prompt
 
         ids = encode_prompt(tokenizer, "It was a dark night 𐍈\n\t")
         detokenizer = tokenizer.detokenizer
@@ -208,7 +208,7 @@ def store(data: bytes) -> None:
             data = json.dumps(body).encode()
     folder = _folder(data, _store(), files.MANIFEST)
     with contextlib.suppress(FlashError):
-        model, words = loading.load(folder, memory="2GB", context=16, threads=2)
+        model, words = load.load(folder, memory="2GB", context=16, threads=2)
         try:
             for _ in stream_generate(model, words, [5, 6, 7], max_tokens=2):
                 pass

@@ -1,0 +1,137 @@
+"""The server in a process of its own: MLX aborts when memory runs out, and must not take the app along."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from mlx_flash.cli.stopping import LIFELINE_S
+from mlx_flash.source.children import child_environment
+
+ADDRESS = re.compile(r"\bhttp://\S+")  # in what the server prints once its port is open
+KEPT_LINES = 40  # of standard error
+KEY_VARIABLE = "MLX_FLASH_API_KEY"  # a key meant for another server would lock the app out of its own
+# On macOS and Linux alike: what the system, or MLX, sends when memory runs out.
+MEMORY_SIGNALS = {signal.SIGKILL, signal.SIGABRT}
+
+
+def server_command(model: str | None, memory: int | None) -> list[str]:
+    """model: a folder or an id, None for the demo model; memory: bytes, None for a share of what is free."""
+    command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
+    if model is not None:
+        command += ["--model", model]
+    if memory is not None:
+        command += ["--memory", f"{memory}B"]
+    return command
+
+
+class Engine:
+    """One run of the server."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Starts it; it ends when its standard input does (`mlx_flash.cli.stopping`). Raises OSError."""
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        # A group of its own, so that what it starts (a conversion) can be ended with it.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,  # with "\r" as an end of line, too: progress bars
+            errors="replace",
+            env={name: value for name, value in child_environment().items() if name != KEY_VARIABLE},
+            start_new_session=True,
+        )
+        self._threads: list[threading.Thread] = []
+
+    def watch(
+        self,
+        on_listening: Callable[[str], None],
+        on_line: Callable[[str], None],
+        on_end: Callable[[int], None],
+    ) -> None:
+        """Begins to call back, from threads of its own; to be called once.
+
+        Args:
+            on_listening: called with the address once the port is open.
+            on_line: called with every line of its standard error.
+            on_end: called last and once, with the exit code, or minus the signal that ended it.
+        """
+        out, err = self._process.stdout, self._process.stderr
+        assert out is not None and err is not None
+        readers = [
+            threading.Thread(target=_read_output, args=(out, on_listening), daemon=True),
+            threading.Thread(target=_read_errors, args=(err, self.lines, on_line), daemon=True),
+        ]
+        self._threads = [*readers, threading.Thread(target=self._wait, args=(readers, on_end), daemon=True)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self, grace_seconds: float = LIFELINE_S) -> None:
+        """Ends it and waits until it, and all that it started, is gone."""
+        self._process.terminate()
+        try:
+            self._process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            self._kill_group()
+        for thread in self._threads:
+            thread.join()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: the latter for a group of the dead
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _wait(self, readers: Sequence[threading.Thread], on_end: Callable[[int], None]) -> None:
+        code = self._process.wait()
+        self._kill_group()  # what it left behind would hold the pipes open, and outlive the app
+        for reader in readers:
+            reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None
+            stream.close()
+        on_end(code)
+
+
+def _read_output(stream: IO[str], on_listening: Callable[[str], None]) -> None:
+    for line in stream:
+        if found := ADDRESS.search(line):
+            on_listening(found[0].rstrip("/."))
+
+
+def _read_errors(stream: IO[str], lines: deque[str], on_line: Callable[[str], None]) -> None:
+    for line in stream:
+        if line := line.rstrip():
+            lines.append(line)
+            on_line(line)
+
+
+def why_it_ended(code: int, lines: Sequence[str]) -> str:
+    """A sentence for people. code: the exit code, or minus the signal; lines: the last of standard error."""
+    said = _last_sentence(lines)
+    if code >= 0:
+        return said or f"The engine ended by itself with exit code {code} and said nothing."
+    number = -code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number in MEMORY_SIGNALS:
+        return f"The engine was ended by {name}. Out of memory? Choose a smaller budget, or close other programs."
+    return f"The engine was ended by {name}." + (f" Its last words: {said}" if said else "")
+
+
+def _last_sentence(lines: Sequence[str]) -> str:
+    """The last line that says something, without the name of the command that said it."""
+    for line in reversed(lines):
+        if text := re.sub(r"^(usage:.*|python -m \S+: (error: )?)", "", line.strip()):
+            return text
+    return ""

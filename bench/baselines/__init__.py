@@ -1,0 +1,1 @@
+"""What flash loading is compared with, and how both are run."""

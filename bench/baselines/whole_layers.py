@@ -1,0 +1,93 @@
+"""The baseline of mixtures of experts: every layer's experts, all of them, come from the disk for every call."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_flash.defaults import THREADS
+from mlx_flash.flash.experts import ExpertStreamer, ExpertTensor
+from mlx_flash.flash.pool import AlignedPool
+from mlx_flash.flash.reader import Reader, Ticket
+from mlx_flash.loading.expert_files import open_mixture, parent_of
+from mlx_flash.loading.mixture import open_files, read_resident
+from mlx_flash.loading.plan import MLX_CACHE_BYTES
+
+
+class Conveyor:
+    """All experts of every layer in turn, over and over; one layer is always on its way, in long reads."""
+
+    def __init__(self, streamer: ExpertStreamer, layers: list[dict[str, ExpertTensor]]) -> None:
+        self.streamer, self.layers = streamer, layers
+        sizes = {name: t.nbytes * len(t.offsets) for name, t in layers[0].items()}
+        self.memory = [{name: AlignedPool(size) for name, size in sizes.items()} for _ in range(2)]
+        self.pools = [{name: self._typed(pools[name], layers[0][name]) for name in pools} for pools in self.memory]
+        mx.eval(self.pools)
+        self.turn = 0
+        self.tickets: list[Ticket] = []
+
+    @staticmethod
+    def _typed(pool: AlignedPool, tensor: ExpertTensor) -> mx.array:
+        return pool.array.view(tensor.dtype).reshape(len(tensor.offsets), *tensor.shape)
+
+    def start(self) -> None:
+        pools = self.memory[self.turn % 2]
+        for name, tensor in self.layers[self.turn % len(self.layers)].items():
+            length = tensor.nbytes
+            addresses = pools[name].address + np.arange(len(tensor.offsets), dtype=np.int64) * length
+            for number in np.unique(tensor.file_of):
+                here = tensor.file_of == number
+                reader, file = self.streamer.reader, self.streamer.files[number]
+                self.tickets.append(reader.submit(file, tensor.offsets[here], addresses[here], length))
+
+    def take(self) -> dict[str, mx.array]:
+        """The next layer's tensors. What was made of the layer before is evaluated: its memory is filled again."""
+        if not self.tickets:
+            self.start()
+        began, counters = time.perf_counter(), self.streamer.counters
+        for ticket in self.tickets:
+            self.streamer.wait(ticket)
+        counters.wait_s += time.perf_counter() - began
+        self.tickets = []
+        here = self.pools[self.turn % 2]
+        self.turn += 1
+        self.start()
+        return here
+
+
+class WholeLayer(nn.Module):
+    """A switch layer whose experts all come from the disk for every call."""
+
+    def __init__(self, inner: Any, conveyor: Conveyor) -> None:
+        super().__init__()
+        self._inner, self._conveyor = inner, conveyor
+
+    def settle(self) -> None:
+        """Nothing is left to evaluate."""
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        mx.eval(x, indices)  # and with them whatever was made of the layer before
+        for name, array in self._conveyor.take().items():
+            projection, tensor = name.rsplit(".", 1)
+            self._inner[projection][tensor] = array
+        y: mx.array = self._inner(x, indices)
+        mx.eval(y)
+        return y
+
+
+def load_whole_layers(folder: Path) -> tuple[Any, ExpertStreamer]:
+    """mlx-lm's model, all layers of experts on the conveyor; closing the streamer lets the layer on its way arrive."""
+    mx.set_cache_limit(MLX_CACHE_BYTES)  # as of flash loading
+    mixture = open_mixture(folder)
+    read_resident(mixture)
+    streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))
+    conveyor = Conveyor(streamer, list(mixture.switches.values()))
+    for path in mixture.switches:
+        parent, name = parent_of(mixture.model, path)
+        parent[name] = WholeLayer(parent[name], conveyor)
+    return mixture.model, streamer

@@ -1,0 +1,98 @@
+"""Where the host's time goes: milliseconds per token in each step of the decode loop, as the main thread sees it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.errors import UsageError
+from mlx_flash.flash.host_arrays import to_numpy
+from mlx_flash.flash.neurons import LayerStream
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.rows import BlockRows
+from mlx_flash.flash.slot_cache import SlotCache
+from mlx_flash.layers import neurons
+from mlx_flash.loading.load import load
+from mlx_flash.source.resolve import find_store
+
+# What is timed, and what of it is management: ids, maps, slots.
+STEPS: tuple[tuple[Any, str, str], ...] = (
+    (LayerStream, "begin", "the token's neurons: marked, missing ones asked for"),
+    (LayerStream, "read_ahead", "the guess: missing ones asked for"),
+    (SlotCache, "tick", "  slots: marks use"),
+    (SlotCache, "reserve", "  slots: finds victims"),
+    (SlotCache, "commit", "  slots: takes in what came"),
+    (Reader, "submit", "  hands reads over"),
+    (Reader, "wait", "waits for reads"),
+    (BlockRows, "take", "builds the gathers"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
+    parser.add_argument("--memory", help="budget, as of generate (default: a share of what is free)")
+    parser.add_argument("--tokens", type=whole_number(1), default=32, help="timed, after 32 (default: %(default)s)")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    seconds: dict[str, float] = defaultdict(float)
+    model, _ = load(find_store(arguments.model), memory=arguments.memory, context=64 + arguments.tokens)
+    most = getattr(model.args, "max_position_embeddings", 64 + arguments.tokens)
+    if 64 + arguments.tokens > most:
+        model.flash.close()
+        raise UsageError(f"a run has {64 + arguments.tokens} tokens and the model {most} positions. Lower --tokens.")
+    cache = make_prompt_cache(model)
+    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 64 + arguments.tokens)
+    mx.eval(model(mx.array(ids[None, :32]), cache=cache))
+    for token in ids[32:64]:
+        to_numpy(model(mx.array([[int(token)]]), cache=cache))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in STEPS]
+    evaluate = mx.eval
+    try:
+        for owner, name, function in originals:
+            setattr(owner, name, timed(function, seconds, name))
+        neurons.mx.eval = timed(evaluate, seconds, "eval")  # type: ignore[assignment]
+        counters = model.flash.streamer.counters.copy()
+        began = time.perf_counter()
+        for token in ids[64:]:
+            to_numpy(model(mx.array([[int(token)]]), cache=cache))
+        total = time.perf_counter() - began
+        used = model.flash.streamer.counters - counters
+    finally:
+        mx.eval = evaluate
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+    model.flash.close()
+    each = 1e3 / arguments.tokens
+    rows = {name: seconds[name] * each for _, name, _ in STEPS} | {"eval": seconds["eval"] * each}
+    for _, name, text in STEPS:
+        print(f"{text:<55}{rows[name]:>9.2f} ms")
+    print(f"{'waits for the device: ids, and memory to be written':<55}{rows['eval']:>9.2f} ms")
+    print(f"{'whole token':<55}{total * each:>9.2f} ms")
+    share = used.manage_s / total
+    print(f"management (ids, maps, slots): {used.manage_s * each:.2f} ms, {share:.1%} of a token")
+    result = {"command": "host", "ms_per_token": rows, "total_ms": total * each, "manage_share": share}
+    print(json.dumps(result))
+
+
+def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            seconds[name] += time.perf_counter() - began
+
+    return wrapper

@@ -1,0 +1,106 @@
+"""The memory plan of a model that is not here, from its shape alone, as it would be on Metal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.convert.conversion import DECODE_TOKENS
+from mlx_flash.convert.families import family_of
+from mlx_flash.convert.fitting import SHADOW_GROUP
+from mlx_flash.convert.resident import ResidentTensors
+from mlx_flash.convert.store_plan import RESIDENT_GROUP, Settings
+from mlx_flash.defaults import BITS, CONTEXT
+from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
+from mlx_flash.loading.load import model_classes
+from mlx_flash.loading.memory_needs import needs_of
+from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, Notes, make_plan, parse_memory
+from mlx_flash.loading.streaming_needs import neurons_need, process_bytes, scratch_bytes
+
+from .synthetic.opt_checkpoint import SHAPES, opt_config
+
+DTYPE = "float16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="6.7b", help="of OPT (default: %(default)s)")
+    for name, of in (("--bits", "the neurons"), ("--resident-bits", "the resident matrices")):
+        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"of {of} (default: %(default)s)")
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="budget, such as 5GB")
+    parser.add_argument(
+        "--context", type=whole_number(1), default=CONTEXT, metavar="N", help="tokens (default: %(default)s)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import_module("mlx_lm.utils")  # the process is measured with all that it will load
+    budget = parse_memory(arguments.memory)
+    hidden, layers, heads = SHAPES[arguments.shape]
+    config = opt_config(hidden, layers, heads)
+    layout = NeuronLayout.plan(DTYPE, layers, 4 * hidden, hidden, ("up", "down"), arguments.bits)
+    context = min(arguments.context, config["max_position_embeddings"])
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(config))  # its random weights are never evaluated
+    need = neurons_need(layout, DECODE_TOKENS)
+    layers_of = [(layer, "mlp", need) for layer in model.layers]
+    needs = needs_of(model, layers_of, context, getattr(mx, DTYPE), as_on_metal=True)
+    demand = Demand(
+        process=process_bytes(),
+        resident=resident_bytes(config, arguments.resident_bits),
+        predictors=shadow_bytes(layout, Settings().shadow_bits),
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + MLX_CACHE_BYTES + needs.workspace,
+    )
+    resident = f", {arguments.resident_bits} bits" if arguments.resident_bits < 16 else ""
+    slots = f", {layout.bits} bits" if layout.quantised else ""
+    notes = Notes(Notes().resident + resident, "shadow", slots)
+    slot_bytes = layout.block_bytes
+    plan = make_plan(demand, layout, slot_bytes, budget, budget, context, selects=True, notes=notes)
+    print(f"OPT-{arguments.shape}, shadow predictor: computed from the shape, not run. Weights, rows and KV cache in")
+    print(f"{DTYPE}, as Metal has them; the process has the size of this one; every layer gets the same slots.")
+    print(plan.describe())
+    store_bytes = layout.file_bytes + demand.resident + demand.predictors
+    print(f"bundle file and resident weights on disk: {store_bytes / 1e9:.2f} GB; one read: {slot_bytes} bytes")
+    keys = ("command", "shape", "bits", "resident_bits", "context")
+    print(
+        json.dumps(
+            {
+                **{key: getattr(arguments, key) for key in keys},
+                **plan.as_dict(),
+                "slot_share": plan.slot_share,
+                "slot_bytes": slot_bytes,
+                "store_bytes": store_bytes,
+            }
+        )
+    )
+
+
+def resident_bytes(config: dict[str, Any], bits: int) -> int:
+    """What a store of such a model has in `model.safetensors`, in DTYPE or quantised."""
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(config))  # its random weights are never evaluated
+    parameters: Any = tree_flatten(model.parameters())
+    family = family_of(config, config["model_type"])
+    streamed = {name for layer in range(config["num_hidden_layers"]) for name in family.weights(layer)}
+    tensors = {name: (name, value.shape) for name, value in parameters if name not in streamed}
+    group = RESIDENT_GROUP if bits < 16 else 0
+    resident = ResidentTensors(model, tensors, bits, group, getattr(mx, DTYPE), load=_nothing)
+    return sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in resident.entries())
+
+
+def _nothing(name: str) -> mx.array:
+    raise NotImplementedError(name)  # only shapes are asked for
+
+
+def shadow_bytes(layout: NeuronLayout, bits: int) -> int:
+    """Of the default predictor: packed numbers, a scale and a bias per group, a threshold in float32 per neuron."""
+    numbers = layout.width * layout.neurons
+    groups = numbers // SHADOW_GROUP * 2 * ITEM_BYTES[layout.dtype]
+    return layout.layers * (numbers * bits // 8 + groups + layout.neurons * 4)

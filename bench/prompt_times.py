@@ -1,0 +1,113 @@
+"""Time to the first token by length of the prompt, beside its bound: reading every neuron once, or the compute alone.
+
+Flash loading in a budget that holds a part of the model, against max(the streamed bytes at the disk's sequential rate,
+the same prompt with all in memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.defaults import PREFILL_TOKENS
+from mlx_flash.errors import UsageError
+
+from . import compare
+from .baselines.contenders import Side
+from .tools import disk
+from .tools.report import COLOURS, finish, require_plots
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    compare.add_model_arguments(parser)
+    compare.add_share_argument(parser)
+    parser.set_defaults(prompt=1, tokens=2)
+    parser.add_argument("--lengths", default="32,512", help="tokens of the prompts, by commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(1, 20), default=3, help="medians count (default: %(default)s)")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    require_plots()
+    try:
+        lengths = [int(length) for length in arguments.lengths.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths is {arguments.lengths!r}, expected numbers separated by commas.") from None
+    if not all(9 <= length <= PREFILL_TOKENS for length in lengths):
+        raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, which is what is read at once.")
+    rows = []
+    count = max(lengths) + 2
+    with compare.opened(arguments, count, count) as subject:
+        share, budget = subject.budget_for(arguments.share)
+        result: dict[str, Any] = {**subject.describe(), "share": share, "budget_bytes": budget}
+        result["disk_first"] = disk.prepare(subject.files)
+        for length in lengths:
+            row = measure(subject, length, budget, arguments.rounds)
+            rows.append(row)
+    result["rows"] = rows
+    finish(arguments.output, "prompts", result, lambda figure: draw(figure, result), show=lambda: show(result))
+
+
+def show(result: dict[str, Any]) -> None:
+    head = [
+        "prompt",
+        "first token s",
+        "prompt s",
+        "waited s",
+        "disk busy s",
+        "read once s",
+        "compute alone s",
+        "x bound",
+    ]
+    keys = ("first_token_s", "prompt_s", "wait_s", "read_s", "read_once_s", "compute_s", "ratio")
+    print(f"\n{result['model']}, {result['share']:.0%} of the weights' bytes in memory")
+    compare.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["rows"]])
+    print("x bound: prompt s / max(read once, compute alone)")
+
+
+def measure(subject: compare.Subject, length: int, budget: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds in which flash loading, reading and the dense model take turns."""
+    prompted = replace(subject, prompt=length)
+    samples: list[dict[str, float]] = []
+    for turn in range(rounds):
+        rate = disk.sequential_rate([subject.store / subject.manifest.neurons_file], disk.RATE_BYTES)
+        label = f"{length} tokens, round {turn + 1} of {rounds}"
+        flash = prompted.run(Side("flash", budget), 1, budget, 0, f"flash, {label}")
+        dense = prompted.run(Side("dense"), 1, None, 0, f"all in memory, {label}")
+        samples.append(
+            {
+                "prompt_s": flash["prompt_s"],
+                "first_token_s": flash["prompt_s"] + flash["samples"][0]["total_s"],
+                "wait_s": flash["prompt"]["wait_s"],
+                "read_s": flash["prompt"]["read_s"],
+                "read_once_s": subject.manifest.layout.file_bytes * rate["seconds"] / rate["bytes"],
+                "compute_s": dense["prompt_s"],
+            }
+        )
+    medians = {key: median(sample[key] for sample in samples) for key in samples[0]}
+    bound = max(medians["read_once_s"], medians["compute_s"])
+    return {"length": length, **medians, "ratio": medians["prompt_s"] / bound, "samples": samples}
+
+
+def draw(figure: Any, result: dict[str, Any]) -> None:
+    axes = figure.add_subplot()
+    rows = result["rows"]
+    bars = (
+        ("read_once_s", "reading once", "reading"),
+        ("compute_s", "compute alone", "compute"),
+        ("prompt_s", "flash loading", "good"),
+    )
+    for i, row in enumerate(rows):
+        for j, (key, name, colour) in enumerate(bars):
+            place = i + (j - 1) * 0.26
+            axes.barh(place, row[key], height=0.24, color=COLOURS[colour], label=name if i == 0 else None)
+            note = f" {row[key]:.2f} s" + (f", {row['ratio']:.2f}x the bound" if key == "prompt_s" else "")
+            axes.text(row[key], place, note, va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['length']} tokens" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.35 * max(max(row[key] for key, _, _ in bars) for row in rows))
+    axes.set_xlabel("seconds")
+    axes.legend(loc="upper right", fontsize=8)
+    compare.title(figure, "Reading a prompt, beside its two bounds", result["model"])

@@ -1,0 +1,1 @@
+"""Stores and checkpoints of published shapes with random weights."""

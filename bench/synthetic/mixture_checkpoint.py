@@ -1,0 +1,287 @@
+"""Writes a synthetic mixture-of-experts checkpoint in mlx-lm's format: real expert shapes, planted routing.
+
+What a router does is planted: each expert has a popularity, drawn so that as many of a token's experts are used by the
+next token, too, as was published for Qwen3-30B-A3B, and the rest depends on the token. Real routing follows the text;
+verdicts on eviction or guessing mean nothing on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.convert.tensors import write_safetensors
+from mlx_flash.errors import UsageError
+
+from .opt_checkpoint import copy_tokenizer
+
+# Of a token's experts, those that the next token uses, too: github.com/kekzl/imp, pull request 1359, three prompts.
+REPEATED = 0.45
+SHARED = 0.5  # of a token's embedding, the part that all tokens have in common, where popularity comes from
+SHARD_BYTES = 4e9
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+Load = Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a published model; `layers` is what the whole model has."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    neurons: int  # of an expert
+    experts: int
+    choices: int  # experts per token
+    heads: int
+    kv_heads: int
+    head_dim: int
+    quantisation: dict[str, Any]
+    all_quantised: bool  # not the experts alone; routers and norms never are
+
+
+SHAPES = {
+    # huggingface.co/Qwen/Qwen3-30B-A3B, config.json; quantised as huggingface.co/mlx-community/Qwen3-30B-A3B-4bit is
+    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 768, 128, 8, 32, 4, 128, {"group_size": 64, "bits": 4}, True),
+    # huggingface.co/openai/gpt-oss-20b, config.json
+    "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 32, 4, 64, 8, 64, MXFP4, False),
+    "tiny": Shape("qwen3_moe", 4, 128, 64, 32, 4, 4, 2, 32, {"group_size": 64, "bits": 4}, True),  # for the tests
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b", help="whose experts (default: %(default)s)")
+    parser.add_argument("--layers", type=whole_number(1, 1000), help="default: as many as the model has")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of what is not quantised, scales too; MLX's CPU backend is slow with 16 bits (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} is there already. Choose another --output.")
+    shape = SHAPES[arguments.shape]
+    layers = arguments.layers or shape.layers
+    size = write_mixture(output, shape, layers, getattr(mx, arguments.dtype), arguments.seed)
+    print(
+        json.dumps({"command": "synthetic-mixture", "shape": arguments.shape, "layers": layers, "bytes": size}),
+    )
+
+
+def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int) -> int:
+    """Returns the bytes of the checkpoint. Written beside and renamed, so that what is there is whole."""
+    from mlx_flash.loading.load import load_tokenizer
+
+    partial_folder = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    try:
+        copy_tokenizer(partial_folder)
+        vocabulary = len(load_tokenizer(partial_folder).vocab)
+        tensors = list(_tensors(shape, layers, vocabulary, dtype, seed))
+        size = sum(int(np.prod(dims, dtype=np.int64)) * kind.size for _, dims, kind, _ in tensors)
+        if (free := shutil.disk_usage(partial_folder).free) < 1.02 * size:
+            raise UsageError(
+                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free."
+            )
+        with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic experts", dynamic_ncols=True) as bar:
+            shards = _in_shards(tensors)
+            for number, shard in enumerate(shards):
+                name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+                write_safetensors(partial_folder / name, shard, bar.update)
+        config = _config(shape, layers, vocabulary, seed)
+        (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        partial_folder.rename(output)
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+    return size
+
+
+def popularity(experts: int, choices: int, repeated: float, rng: np.random.Generator) -> np.ndarray:
+    """A bias on each expert's logit (E,), beside a standard normal for every token, that repeats as many choices.
+
+    By halves on the spread of normal biases; the share of a token's `choices` that another token repeats grows with it.
+    """
+    shape = rng.standard_normal(experts)
+    noise = rng.standard_normal((400, experts))
+    low, high = 0.0, 20.0
+    for _ in range(30):
+        spread = (low + high) / 2
+        chosen = np.zeros(noise.shape, np.bool_)
+        np.put_along_axis(chosen, np.argpartition(-(noise + spread * shape), choices, axis=1)[:, :choices], True, 1)
+        share = (chosen[1:] & chosen[:-1]).sum() / (choices * (len(chosen) - 1))
+        low, high = (spread, high) if share < repeated else (low, spread)
+    return low * shape
+
+
+def _tensors(
+    shape: Shape, layers: int, vocabulary: int, dtype: mx.Dtype, seed: int
+) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
+    """(name, shape, dtype, how to make it) of all tensors, as mlx-lm names them."""
+    hidden = shape.hidden
+    common = _unit(np.random.default_rng([seed, 0]).standard_normal(hidden))
+
+    def plain(name: str, dims: tuple[int, ...], spread: float, mean: float = 0.0) -> Any:
+        return name, dims, dtype, partial(_normal, [seed, *name.encode()], dims, spread, mean, dtype)
+
+    def embedding() -> mx.array:
+        own = np.random.default_rng([seed, 1]).standard_normal((vocabulary, hidden)) / np.sqrt(hidden)
+        return mx.array((np.sqrt(1 - SHARED**2) * own + SHARED * common).astype(np.float32)).astype(dtype)
+
+    def router(layer: int) -> mx.array:
+        rng = np.random.default_rng([seed, 2, layer])
+        own = rng.standard_normal((shape.experts, hidden)) / np.sqrt(hidden)
+        own -= np.outer(own @ common, common)  # a token's own part says nothing of the common one
+        bias = popularity(shape.experts, shape.choices, REPEATED, rng) * np.sqrt(1 - SHARED**2)
+        return mx.array((own + np.outer(bias / (np.sqrt(hidden) * SHARED), common)).astype(np.float32)).astype(dtype)
+
+    def matrix(name: str, dims: tuple[int, int], spread: float) -> Iterator[Any]:
+        if shape.all_quantised:
+            yield from _packed(name, shape, dims, spread, dtype, [seed, *name.encode()])
+        else:
+            yield plain(f"{name}.weight", dims, spread)
+
+    if shape.all_quantised:
+        bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
+        quantised = cache(lambda: mx.quantize(embedding(), group, bits))
+        parts = (("weight", hidden * bits // 32, mx.uint32), ("scales", hidden // group, dtype))
+        for i, (part, columns, kind) in enumerate((*parts, ("biases", hidden // group, dtype))):
+            yield f"model.embed_tokens.{part}", (vocabulary, columns), kind, partial(lambda i: quantised()[i], i)
+    else:
+        yield "model.embed_tokens.weight", (vocabulary, hidden), dtype, embedding
+    yield from matrix("lm_head", (vocabulary, hidden), hidden**-0.5)
+    yield plain("model.norm.weight", (hidden,), 0.0, 1.0)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        gpt = shape.model_type == "gpt_oss"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield plain(f"{prefix}{norm}.weight", (hidden,), 0.0, 1.0)
+        width = shape.heads * shape.head_dim
+        sizes = {
+            "q_proj": (width, hidden),
+            "k_proj": (shape.kv_heads * shape.head_dim, hidden),
+            "v_proj": (shape.kv_heads * shape.head_dim, hidden),
+            "o_proj": (hidden, width),
+        }
+        for name, dims in sizes.items():
+            # Little of attention and experts comes back into the residual: what was planted must hold in every layer.
+            spread = dims[1] ** -0.5 * (0.01 if name == "o_proj" else 1.0)
+            yield from matrix(f"{prefix}self_attn.{name}", dims, spread)
+            if gpt:
+                yield plain(f"{prefix}self_attn.{name}.bias", dims[:1], 0.0)
+        if gpt:
+            yield plain(f"{prefix}self_attn.sinks", (shape.heads,), 0.1)
+        else:
+            for norm in ("q_norm", "k_norm"):
+                yield plain(f"{prefix}self_attn.{norm}.weight", (shape.head_dim,), 0.0, 1.0)
+        gate = "router" if gpt else "gate"
+        yield f"{prefix}mlp.{gate}.weight", (shape.experts, hidden), dtype, partial(router, layer)
+        if gpt:
+            yield plain(f"{prefix}mlp.router.bias", (shape.experts,), 0.0)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            rows, columns = (hidden, shape.neurons) if name == "down_proj" else (shape.neurons, hidden)
+            path = f"{prefix}mlp.{'experts' if gpt else 'switch_mlp'}.{name}"
+            spread = columns**-0.5 * (0.01 if name == "down_proj" else 1.0)
+            yield from _packed(path, shape, (shape.experts, rows, columns), spread, dtype, [seed, layer, len(name)])
+            if gpt:
+                yield plain(f"{path}.bias", (shape.experts, rows), 0.0)
+
+
+def _packed(
+    path: str, shape: Shape, dims: tuple[int, ...], spread: float, dtype: mx.Dtype, seed: list[int]
+) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
+    """A quantised matrix, or one per expert: random words of packed bits, with scales that give them that spread."""
+    bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
+    *rest, columns = dims
+    packed, scales = (*rest, columns * bits // 32), (*rest, columns // group)
+
+    def words() -> mx.array:
+        return mx.array(np.random.default_rng(seed).integers(0, 2**32, packed, np.uint32, endpoint=False))
+
+    yield f"{path}.weight", packed, mx.uint32, words
+    if shape.quantisation.get("mode") == "mxfp4":  # scales are exponents; the numbers' spread is about 2.9
+        yield f"{path}.scales", scales, mx.uint8, partial(mx.full, scales, 127 + round(np.log2(spread / 2.9)), mx.uint8)
+        return
+    step = spread / (2**bits / 12**0.5)  # of numbers spread evenly
+    yield f"{path}.scales", scales, dtype, partial(mx.full, scales, step, dtype)
+    yield f"{path}.biases", scales, dtype, partial(mx.full, scales, -step * (2**bits - 1) / 2, dtype)
+
+
+def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_type": shape.model_type,
+        "synthetic": {"repeated": REPEATED, "seed": seed},
+        "vocab_size": vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "num_experts_per_tok": shape.choices,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "quantization": shape.quantisation,
+    }
+    if shape.model_type == "gpt_oss":
+        kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
+        return config | {
+            "max_position_embeddings": 131072,  # 32 times 4096, the factor of its rotation
+            "intermediate_size": shape.neurons,
+            "num_local_experts": shape.experts,
+            "sliding_window": 128,
+            "layer_types": kinds,
+            "rope_theta": 150000,
+        }
+    return config | {
+        "intermediate_size": 3 * shape.hidden,
+        "moe_intermediate_size": shape.neurons,
+        "num_experts": shape.experts,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "rope_theta": 1000000.0,
+    }
+
+
+def _in_shards(tensors: list[Any]) -> list[list[Any]]:
+    shards: list[list[Any]] = [[]]
+    filled = 0.0
+    for tensor in tensors:
+        size = float(np.prod(tensor[1], dtype=np.int64)) * tensor[2].size
+        if filled and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0.0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _normal(seed: list[int], dims: tuple[int, ...], spread: float, mean: float, dtype: mx.Dtype) -> mx.array:
+    values = np.random.default_rng(seed).standard_normal(dims, dtype=np.float32)
+    return mx.array(values * np.float32(spread) + np.float32(mean)).astype(dtype)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)

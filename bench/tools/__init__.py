@@ -1,0 +1,1 @@
+"""What the measurements share: reports, plots, child processes, limits, scores."""

@@ -1,0 +1,66 @@
+"""The console script `mlxflash`: each of its words starts a module, as `python -m` would."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+
+from .. import __version__
+from . import run
+
+COMMANDS = {
+    "generate": ("mlx_flash.generate", "writes text that goes on from a prompt"),
+    "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
+    "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
+    "convert": ("mlx_flash.convert", "makes of a checkpoint a store that can be streamed"),
+    "check": ("mlx_flash.check", "verifies every byte of a store"),
+    "cache": ("mlx_flash.cache", "lists and removes stores that were made in the cache folder"),
+    "bench": ("mlx_flash.bench", "measures, in ways that anyone can run again"),
+    "app": ("mlx_flash.apps.menubar", "a menubar app: starts and stops the server, answers quick questions"),
+}
+NEEDS = {"app": ("toga", "app")}  # a package, and the extra that brings it
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"usage: mlxflash COMMAND ...\n\nRuns language models that are bigger than memory. Commands:\n\n{rows}\n\n"
+        "`mlxflash COMMAND --help` says what a command takes; `mlxflash --version` which version this is."
+    )
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(f"mlxflash {__version__}")
+    elif name not in COMMANDS:
+        what = f"there is no command {name!r}" if name else "a command is missing"
+        print(f"mlxflash: {what}; expected one of {', '.join(COMMANDS)}. See `mlxflash --help`.", file=sys.stderr)
+        sys.exit(2)
+    elif (lacking := _lacking(name)) is not None:
+        print(f"mlxflash {name}: {lacking}", file=sys.stderr)
+        sys.exit(1)
+    else:
+        run.started_as = f"mlxflash {name}"
+        del sys.argv[1]
+        runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+def _lacking(name: str) -> str | None:
+    """Why a command cannot be started, if something is not installed."""
+    module, _ = COMMANDS[name]
+    package, extra = NEEDS.get(name, (None, None))
+    if package and importlib.util.find_spec(package) is None:
+        return f'it needs the package {package}: pip install "mlx-flash-runtime[{extra}]"'
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        found = False
+    return None if found else f"this installation has no {module}; install mlx-flash-runtime again."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the command lines have in common: errors become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from ..errors import FlashError
+from . import stopping
+from .beginning import HUNG_UP, Terminated, hand_over, tell_again
+
+REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
+
+started_as: str | None = None  # "mlxflash generate", when the console script started it
+
+
+def program(module: str) -> str:
+    """What the usage line calls the command that is a module of this package."""
+    return started_as or f"python -m mlx_flash.{module}"
+
+
+def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    return parse
+
+
+def add_lifeline_argument(group: argparse._ActionsContainer) -> None:
+    """--exit-with-stdin; `obey_lifeline` does as it says."""
+    group.add_argument(
+        "--exit-with-stdin",
+        action="store_true",
+        help="exit when standard input closes, so that this process never outlives the one that started it",
+    )
+
+
+def obey_lifeline(arguments: argparse.Namespace) -> None:
+    if arguments.exit_with_stdin:
+        stopping.end_with_stdin()
+
+
+def run_command(
+    parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], terminated: int = 143
+) -> None:
+    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, `terminated` after
+    SIGTERM, and 129 after SIGHUP, unless that is ignored, as under `nohup`.
+
+    Where `main` is the program itself, not a function that a test calls, the process ends `stopping.GRACE_S` after
+    such a signal, or after `main`, whatever it then waits for.
+    """
+    arguments = parser.parse_args()
+    # Closed by the caller, as `<&-` and `>&-` do. The lowest number first: MLX cannot read a file whose number is 0.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal's encoding may lack what a model says
+    codes = {signal.SIGTERM: terminated}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        codes[signal.SIGHUP] = HUNG_UP
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        raise Terminated(codes[signal.Signals(number)], number)
+
+    for number in codes:
+        signal.signal(number, terminate)
+    owns_process = main.__module__ == "__main__"
+    code = 1
+    try:
+        hand_over()
+        if owns_process:
+            tell_again()
+            stopping.watch(parser.prog, {signal.SIGINT: 130, **codes})
+        code = main(arguments) or 0
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if owns_process:
+            _ignore(signal.SIGINT, *codes)  # it ends already: one more must not give a traceback
+        code = _say_why(parser.prog, error)
+    finally:
+        if owns_process:
+            _ignore(signal.SIGINT, *codes)
+            stopping.ended(code)
+    sys.exit(code)
+
+
+def _ignore(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _say_why(name: str, error: BaseException) -> int:
+    """What ended the command called `name`, in a line on standard error; the exit code."""
+    if isinstance(error, FlashError):
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, OSError):  # a full disk behind standard output, an unreadable folder
+        with contextlib.suppress(OSError):
+            print(f"{name}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, Exception):  # MLX's, or a mistake of ours
+        from ..source.failures import sentence
+
+        print(f"{name}: {sentence(error)}", file=sys.stderr)
+    else:
+        raise error
+    return 1

@@ -1,0 +1,278 @@
+"""What a model needs beside weights and slots: its KV cache and its work space, read off its own graph.
+
+The model is called without weights, and MLX hands out the graph of a prompt chunk at the end of the context;
+graph_memory.py says what that takes. So no family, kind of attention or kind of cache is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..defaults import PREFILL_TOKENS
+from ..flash.files import round_up
+from .graph_memory import Evaluation, peak_bytes, trace
+from .plan import KV_STEP_TOKENS
+
+LOGITS_COPIES = 8  # of a token's logits, in float32, while the next one is chosen: log-probabilities, sorted, a mask
+# A recurrence without a kernel of its own is a loop over tokens, and its graph is as long: what many tokens need is
+# then extrapolated from so few.
+LOOPED_TOKENS = 32
+# For these widths of a head MLX takes a kernel on Metal that keeps no scores of a prompt, where keys and values are
+# equally wide: scaled_dot_product_attention.cpp, has_fused_kernel and use_fallback, MLX 0.32.
+FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a streamed layer is called with."""
+
+    tokens: int
+    width: int  # numbers of a token
+    item_bytes: int  # of a number
+    choices: int  # units that each token names; 1 where the layer itself finds out
+
+
+StreamedNeed = Callable[[Call], int]
+"""Bytes that a streamed layer takes until it has an answer."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """In bytes, for the planned context."""
+
+    kv_cache: int
+    workspace: int  # of the largest step; a part of the cache that grows is there twice
+    vocabulary: int  # tokens that the model has logits for
+    choices: int  # units that a token names in a layer, at most; 1 where layers find out themselves
+
+
+def needs_of(
+    model: Any,
+    layers: Sequence[tuple[Any, Any, StreamedNeed]],
+    context: int,
+    dtype: mx.Dtype | None = None,
+    as_on_metal: bool = False,
+) -> Needs:
+    """Of a model that mlx-lm makes a prompt cache for; nothing is evaluated, and the model is left as it was.
+
+    Args:
+        model: its weights may be unread or random.
+        layers: those that are streamed: the module, or list, that holds one, its key there, and what it needs.
+        context: tokens that are planned for.
+        dtype: that the weights will have; None for those that they have.
+        as_on_metal: computes for Metal, wherever this runs.
+
+    Raises ValueError for a model that MLX cannot describe, and whatever the model raises.
+    """
+    from mlx.utils import tree_flatten
+
+    here = mx.default_device() != mx.cpu
+    drops_late = here or as_on_metal
+    tokens = min(PREFILL_TOKENS, context)
+    held = [parent[key] for parent, key, _ in layers]
+    calls = _Calls()
+    try:
+        for parent, key, need in layers:
+            parent[key] = _StandIn(calls, need)
+        weights: Any = tree_flatten(model.parameters())
+        try:
+            with _fused_as_on_metal(as_on_metal and not here):
+                token, few = (_Step(model, calls, weights, n, context, dtype) for n in (1, min(LOOPED_TOKENS, tokens)))
+                loops = len(few.graph.makes) > 2 * len(token.graph.makes)
+                prompt = few if loops or tokens == few.tokens else _Step(model, calls, weights, tokens, context, dtype)
+        finally:
+            model.load_weights(weights, strict=False)
+    finally:
+        for (parent, key, _), module in zip(layers, held, strict=True):
+            parent[key] = module
+    # All that grows with the tokens grows in proportion, and nothing faster.
+    work = -(-(prompt.peak_bytes(drops_late, logits=False) - prompt.kv_bytes) * tokens // prompt.tokens)
+    work = max(work, token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes)
+    return Needs(prompt.kv_bytes, work, prompt.vocabulary, prompt.choices)
+
+
+class _Calls:
+    """What the streamed layers are called with during a step, and what they return."""
+
+    def __init__(self) -> None:
+        self.begin([])
+
+    def begin(self, answers: Sequence[mx.array]) -> None:
+        """answers: for each call; beyond them an answer is made up."""
+        self.asked: list[tuple[mx.array, ...]] = []
+        self.besides: list[int] = []
+        self.answers = answers
+
+
+class _StandIn:
+    """In the place of a streamed layer: what it is called with will be evaluated, what it returns is new memory."""
+
+    def __init__(self, calls: _Calls, need: StreamedNeed) -> None:
+        self.calls, self.need = calls, need
+
+    def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
+        calls = self.calls
+        calls.asked.append((x,) if indices is None else (x, indices))
+        width = x.shape[-1]
+        choices = 1 if indices is None else indices.shape[-1]
+        calls.besides.append(self.need(Call(x.size // width, width, x.dtype.size, choices)))
+        if len(calls.asked) <= len(calls.answers):
+            return calls.answers[len(calls.asked) - 1]
+        return mx.zeros(_answer_shape(x, indices), x.dtype)
+
+
+class _Step:
+    """The call of `tokens` tokens that fills the context."""
+
+    def __init__(
+        self,
+        model: Any,
+        calls: _Calls,
+        weights: list[tuple[str, mx.array]],
+        tokens: int,
+        context: int,
+        dtype: mx.Dtype | None,
+    ) -> None:
+        self.tokens = tokens
+        stand_ins = [_like(array, dtype) for _, array in weights]
+        names = [name for name, _ in weights]
+        model.load_weights(list(zip(names, stand_ins, strict=True)), strict=False)
+        answers = _answers(model, calls, tokens)
+        cache = _filled_cache(model, calls, context - tokens)
+        before = [array for array, _ in _cache_arrays(cache)]
+
+        def call(*arrays: mx.array) -> list[mx.array]:
+            rest = iter(arrays)
+            model.load_weights([(name, next(rest)) for name in names], strict=False)
+            for _, put in _cache_arrays(cache):
+                put(next(rest))
+            calls.begin([next(rest) for _ in answers])
+            logits = model(next(rest), cache=cache)
+            asked = [array for arrays in calls.asked for array in arrays]
+            return [*asked, *(array for array, _ in _cache_arrays(cache)), logits[:, -1]]
+
+        self.graph = trace(call, *stand_ins, *before, *answers, mx.zeros((1, tokens), mx.int32))
+        self.besides = list(calls.besides)
+        self.choices = max((arrays[-1].shape[-1] for arrays in calls.asked if len(arrays) > 1), default=1)
+        inputs = self.graph.inputs[len(names) : -1]
+        self.before, self.answers = inputs[: len(before)], inputs[len(before) :]
+        outputs = iter(self.graph.outputs)
+        self.asked = [[next(outputs).name for _ in arrays] for arrays in calls.asked]
+        *self.after, self.logits = outputs
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(array.nbytes for array in self.after)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits.shape[-1]
+
+    def peak_bytes(self, drops_late: bool, logits: bool) -> int:
+        """The prompt cache included. logits: whether they are computed, as of the last token of a prompt."""
+        evaluations = [
+            Evaluation(asked, besides, [answer])
+            for asked, besides, answer in zip(self.asked, self.besides, self.answers, strict=True)
+        ]
+        last = [array.name for array in self.after]
+        if logits:
+            evaluations.append(Evaluation([*last, self.logits.name], LOGITS_COPIES * 4 * self.vocabulary))
+        else:
+            evaluations.append(Evaluation(last))
+        return peak_bytes(self.graph, evaluations, self.before, drops_late)
+
+
+def _like(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """An array of that shape, never evaluated. dtype: of floating numbers; None: as it is."""
+    same = dtype is None or not mx.issubdtype(array.dtype, mx.floating)
+    return mx.zeros(array.shape, array.dtype if same else dtype)
+
+
+def _answers(model: Any, calls: _Calls, tokens: int) -> list[mx.array]:
+    """Arrays like those that the streamed layers return when the model is called with so many tokens."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    calls.begin([])
+    model(mx.zeros((1, tokens), mx.int32), cache=make_prompt_cache(model))
+    return [mx.zeros(_answer_shape(*arrays), arrays[0].dtype) for arrays in calls.asked]
+
+
+def _answer_shape(x: mx.array, indices: mx.array | None = None) -> tuple[int, ...]:
+    return x.shape if indices is None else (*indices.shape, x.shape[-1])
+
+
+def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
+    """A prompt cache as it is after so many tokens; nothing in it is evaluated."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache: list[Any] = make_prompt_cache(model)
+    parts = _parts(cache)
+    # A cache with a window is as it will be once the window is full; one that keeps all grows in a simple way.
+    window = max((_window(part) or 1 for part in parts), default=1)
+    filled = 0
+    while filled < min(tokens, window):
+        calls.begin([])
+        piece = min(PREFILL_TOKENS, tokens - filled)
+        model(mx.zeros((1, piece), mx.int32), cache=cache)
+        filled += piece
+    for part in parts:
+        if _grows(part):
+            for name in ("keys", "values"):
+                array = getattr(part, name)
+                shape = (*array.shape[:2], round_up(tokens, KV_STEP_TOKENS), *array.shape[3:])
+                setattr(part, name, mx.zeros(shape, array.dtype))
+            part.offset = tokens
+    return cache
+
+
+def _parts(cache: list[Any]) -> list[Any]:
+    return [part for entry in cache for part in getattr(entry, "caches", [entry])]
+
+
+def _grows(part: Any) -> bool:
+    """Whether a part of a prompt cache keeps keys and values (B, heads, tokens, width) of every token."""
+    return isinstance(getattr(part, "keys", None), mx.array) and hasattr(part, "offset") and _window(part) is None
+
+
+def _window(part: Any) -> int | None:
+    """How many tokens a part of a prompt cache keeps; None: all."""
+    return getattr(part, "max_size", None) or getattr(part, "chunk_size", None)
+
+
+def _cache_arrays(cache: list[Any]) -> list[tuple[mx.array, Callable[[mx.array], None]]]:
+    """Every array in a prompt cache, and how to put another one there."""
+    found: list[tuple[mx.array, Callable[[mx.array], None]]] = []
+    for part in _parts(cache):
+        for name, value in vars(part).items():
+            if isinstance(value, mx.array):
+                found.append((value, partial(setattr, part, name)))
+            elif isinstance(value, list):
+                places = [place for place, item in enumerate(value) if isinstance(item, mx.array)]
+                found += [(value[place], partial(value.__setitem__, place)) for place in places]
+    return found
+
+
+@contextmanager
+def _fused_as_on_metal(wanted: bool) -> Iterator[None]:
+    """While it lasts, attention is one operation wherever MLX fuses it on Metal."""
+    real = mx.fast.scaled_dot_product_attention
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **options: Any) -> mx.array:
+        """q: (B, H, T, D) -> (B, H, T, D of v)"""
+        if q.shape[2] > 8 and not (q.shape[-1] == v.shape[-1] and q.shape[-1] in FUSED_HEAD_DIMS):
+            return real(q, k, v, *rest, **options)
+        column = q[..., :1] + k[:, :1, :1, :1] + v[:, :1, :1, :1]
+        return mx.concatenate([column] * v.shape[-1], axis=-1)
+
+    if wanted:
+        mx.fast.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = real  # type: ignore[assignment]

@@ -1,0 +1,250 @@
+"""A mixture-of-experts checkpoint -> a model whose experts are streamed from it, within a memory budget."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, ReadError, UnsupportedModelError
+from ..flash.experts import ExpertStreamer
+from ..flash.host_arrays import to_bytes
+from ..flash.plain_files import reading, unreadable
+from ..flash.reader import Reader, UnitFile
+from ..flash.safetensors_file import crc32_of, read_header
+from ..flash.system import usable_memory_bytes
+from ..flash.unit_sums import Ranges
+from ..source.model_kind import said
+from .expert_files import Mixture, parent_of, primitives_of
+from .memory_needs import StreamedNeed, needs_of
+from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
+from .runtime import Runtime, evaluate_constants
+from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
+from .verification import attach_sums, differs
+
+
+def load_mixture(
+    folder: Path,
+    mixture: Mixture,
+    budget: int | None,
+    window: int | None,
+    threads: int,
+    context: int,
+    io: str,
+    say: Callable[[str], None],
+    verify: bool = False,
+) -> Any:
+    """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
+
+    Args:
+        folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`).
+        mixture: the checkpoint's, as `open_mixture` gives it.
+        budget: bytes for the whole process; None for a share of what is free.
+        window: evict by a sliding window of so many tokens; None for the least used lately.
+        threads: of the reader.
+        context: tokens that the plan makes room for, at most the model's positions.
+        io: "direct" past the page cache, or "buffered".
+        say: called with the plan, before anything large is allocated.
+        verify: compare what is read with checksums, made now if this was not done before: all tensors that are loaded
+            once, and every expert at every read.
+
+    Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
+    """
+    positions = number_of(mixture.config, "max_position_embeddings", context)
+    context = min(context, positions)
+    try:
+        needs = needs_of(mixture.model, streamed_layers(mixture), context)
+    except Exception as error:  # mlx-lm's model and MLX raise plain ones
+        raise CheckpointError(
+            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {said(error)}. "
+            "Download the checkpoint again."
+        ) from None
+    layers = len(mixture.switches)
+    resident = [array.nbytes for _, array in mixture.resident()]
+    computing = needs.workspace + reading_bytes(threads, aligned=False)  # experts lie anywhere in their files
+    loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # before there are slots
+    demand = Demand(
+        process=process_bytes(),
+        resident=sum(resident) + mixture.table_bytes,
+        predictors=0,
+        kv_cache=needs.kv_cache,
+        workspace=MLX_CACHE_BYTES + max(computing, loading),
+    )
+    free = usable_memory_bytes()
+    units = Units(layers, mixture.experts, 1, "experts of each layer")
+    notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
+    plan = share_budget(demand, units, mixture.expert_bytes, budget, free, context, notes=notes)
+    say(plan.describe())
+    files = open_files(mixture.files, direct=io == "direct")
+    if io == "direct" and not all(file.direct for file in files):
+        say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
+    reader = Reader(threads)
+    if verify:
+        attach_sums(files, ranges_in(mixture, files), reader, say)
+        compare_headers(mixture, files)
+    read_resident(mixture, files if verify else None)
+    streamer = ExpertStreamer(files, reader)
+    mixture.stream(streamer, plan.slots, window)
+    evaluate_constants(mixture.model)
+    model = mixture.model
+    model.flash = Runtime(plan, streamer, mixture.layers(), "router", needs.vocabulary, positions)
+    return model
+
+
+def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
+    """Those of a mixture, as `needs_of` wants them."""
+    drops_late = mx.default_device() != mx.cpu
+    needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
+    return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
+
+
+def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
+    """Opens all of them or, if one cannot be opened, none. direct: past the page cache, where the disk allows it."""
+    opened: list[UnitFile] = []
+    try:
+        for file in files:
+            opened.append(UnitFile(file, direct))
+    except BaseException:
+        for unit in opened:
+            unit.close()
+        raise
+    return opened
+
+
+def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
+    """For each file of a mixture, what is read of it: its header, its parts of experts, its other tensors.
+
+    Raises ReadError, also for a header that says something else than when the model was built.
+    """
+    tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
+    of_experts = mixture.of_experts
+    found = []
+    for number, file in enumerate(files):
+        header = _header_of(mixture, number, file)
+        counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
+        others = [entry for name, entry in counted.items() if name not in of_experts]
+        offsets = [tensor.offsets[tensor.file_of == number] for tensor in tensors]
+        lengths = [np.full(len(here), tensor.nbytes) for here, tensor in zip(offsets, tensors, strict=True)]
+        offsets.append(np.array([0, *(entry.begin for entry in others)]))
+        lengths.append(np.array([len(header), *(entry.end - entry.begin for entry in others)]))
+        found.append(Ranges.of_units(np.concatenate(offsets), np.concatenate(lengths)))
+    return found
+
+
+def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
+    """The header of a mixture's file, read again; ReadError if it is not the one that the model was built by."""
+    counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
+    with reading(file.path, "its header"):
+        try:
+            header, entries = read_header(file.path)
+        except ValueError:
+            raise differs(file.path, "its header") from None
+    if not counted.items() <= entries.items():
+        raise differs(file.path, "its header")
+    return header
+
+
+def compare_headers(mixture: Mixture, files: Sequence[UnitFile]) -> None:
+    """Compares the headers, by which the model was built, with the sums of files. Raises ReadError."""
+    for number, file in enumerate(files):
+        if not _matches(file, 0, _header_of(mixture, number, file)):
+            raise differs(file.path, "its header")
+
+
+def _matches(file: UnitFile, offset: int, found: bytes | memoryview) -> bool:
+    """Whether bytes are those that a file with sums had at `offset`."""
+    assert file.sums is not None
+    if not len(found):
+        return True
+    try:
+        checks = file.sums.checks(np.array([offset]), len(found))
+    except ValueError:  # it has no sums of so many bytes there
+        return False
+    return all(zlib.crc32(found[at : at + count]) == expected for at, count, expected in checks.tolist())
+
+
+def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> None:
+    """Reads every parameter that is not an expert's, tensor by tensor, the largest first.
+
+    files: the mixture's, with sums of all tensors, which are compared; None: nothing is compared.
+    Raises ReadError.
+    """
+    from tqdm import tqdm
+
+    if files is None:
+        mixture.tensors.clear()  # each would stay in memory beside what is made of it
+    known = {source for names in mixture.sources.values() for source in names}
+    unknown = [name for name in mixture.tensors if name not in known]
+    arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
+    total = sum(array.nbytes for _, array in arrays)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
+        for name, array in arrays:
+            try:
+                mx.eval(array)
+            except RuntimeError as error:  # MLX names neither file nor tensor
+                raise _unreadable(mixture, name, error) from None
+            if files is not None:
+                _compare_read(mixture, files, mixture.sources.get(name, unknown))
+            bar.update(array.nbytes)
+    if files is not None:
+        of_experts = mixture.of_experts
+        _compare_read(mixture, files, [name for name in mixture.tensors if name not in of_experts])
+        for name, tensor in mixture.tensors.items():
+            if name in of_experts and not primitives_of(tensor):
+                raise UnsupportedModelError(
+                    f"{mixture.files[0].parent}: mlx-lm makes more than experts of {name}, and --verify cannot compare "
+                    "what it reads of it. Run it without."
+                )
+    mixture.tensors.clear()
+
+
+def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[str]) -> None:
+    """Compares those of the checkpoint's tensors that have been read with their sums, and lets go of them."""
+    for name in names:
+        if (tensor := mixture.tensors.get(name)) is not None and not primitives_of(tensor):
+            number, entry = mixture.entries[name]
+            if not _matches(files[number], entry.begin, to_bytes(tensor).data):
+                raise differs(files[number].path, f"tensor {name}")
+            del mixture.tensors[name], tensor
+
+
+def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
+    """What to say when a parameter could not be read: the tensor that it is, or the first one that cannot be read."""
+    of_experts = mixture.of_experts
+    wanted = mixture.sources.get(parameter)
+    known: list[tuple[Path, str]] = []
+    for path in mixture.files:
+        try:
+            with reading(path):
+                entries = read_header(path)[1]
+                names = [name for name in entries if name in (wanted or entries.keys() - of_experts)]
+                known += [(path, name) for name in names]
+            for name in names:
+                with reading(path, f"tensor {name}"), path.open("rb") as file:
+                    file.seek(entries[name].begin)
+                    crc32_of(file, entries[name].end - entries[name].begin)
+        except ReadError as found:
+            return found
+        except ValueError as changed:
+            return unreadable(path, EOFError(str(changed)))
+    if wanted and known:
+        return unreadable(known[0][0], error, f"tensor {known[0][1]}")
+    return unreadable(mixture.files[0].parent, error, f"what {parameter} is made of")
+
+
+def number_of(config: dict[str, Any], key: str, otherwise: int) -> int:
+    """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
+
+    Raises CheckpointError for what is no positive whole number.
+    """
+    text = config.get("text_config")
+    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
+    if value is None:
+        return otherwise
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
+    return value

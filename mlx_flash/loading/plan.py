@@ -1,0 +1,224 @@
+"""The memory plan: what goes where, computed before anything is allocated, printed, and kept to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from ..errors import BudgetError, UsageError
+from ..flash.files import NeuronLayout
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
+MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
+KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
+RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
+MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB", or of an int, which is bytes already. Raises UsageError."""
+    if isinstance(text, int):
+        if text < 0:
+            raise UsageError(f"memory is {text} bytes, expected a positive number.")
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    unit += "B" if unit in ("K", "M", "G") else ""
+    if match is None or unit not in UNITS:
+        raise UsageError(f"memory is {text!r}, expected a number with a unit, such as 6GB, 500MB or 6GiB.")
+    return int(Decimal(match[1]) * UNITS[unit])
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks for, apart from slots. All in bytes."""
+
+    process: int  # the process as it is now
+    resident: int
+    predictors: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.resident + self.predictors + self.kv_cache + self.workspace
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What is said beside the figures of a plan."""
+
+    resident: str = "attention, embeddings, norms"
+    predictors: str = ""
+    slots: str = ""  # after what is said anyway
+
+
+@dataclass(frozen=True)
+class Units:
+    """What slots are for."""
+
+    layers: int
+    per_layer: int
+    least: int  # slots that a layer must have
+    name: str  # "... of 64 <name>"
+
+
+@dataclass(frozen=True)
+class Plan:
+    budget: int
+    demand: Demand
+    units: Units
+    slots: tuple[int, ...]  # of each layer
+    slot_bytes: int
+    context: int  # tokens
+    notes: Notes
+    free: int  # bytes of the machine's memory, when the plan was made
+
+    @property
+    def slots_bytes(self) -> int:
+        return sum(self.slots) * self.slot_bytes
+
+    @property
+    def slot_share(self) -> float:
+        """Of all blocks, those that fit into slots."""
+        return sum(self.slots) / (self.units.layers * self.units.per_layer)
+
+    @property
+    def total(self) -> int:
+        return self.demand.total + self.slots_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        """Bytes by kind, as `--json` prints them."""
+        return {
+            "budget": self.budget,
+            "total": self.total,
+            "process": self.demand.process,
+            "resident_weights": self.demand.resident,
+            "predictors": self.demand.predictors,
+            "slots": self.slots_bytes,
+            "kv_cache": self.demand.kv_cache,
+            "workspace": self.demand.workspace,
+        }
+
+    def describe(self) -> str:
+        least, most = min(self.slots), max(self.slots)
+        each = f"{least}" if least == most else f"by need {least} to {most}"
+        slots = f"{each} of {self.units.per_layer} {self.units.name} ({self.slot_share:.0%}){self.notes.slots}"
+        rows = [
+            ("process", self.demand.process, "interpreter and libraries, measured"),
+            ("resident weights", self.demand.resident, self.notes.resident),
+            ("predictors", self.demand.predictors, self.notes.predictors),
+            ("slots", self.slots_bytes, slots),
+            ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
+            ("work space", self.demand.workspace, "pieces on their way, activations"),
+            ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
+        ]
+        lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
+        if (wanted := self.total - self.demand.process) > self.free:
+            lines.append(
+                f"note: {wanted / 1e9:.2f} GB of this are still to be taken, and {self.free / 1e9:.2f} GB are free: "
+                "the system will have to swap. Close other programs, or give less (--memory; without it, what is free "
+                "is shared out)."
+            )
+        return "\n".join(["memory plan", *lines])
+
+
+def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
+    """From the share of a layer's neurons that a token needs, that of its blocks: those with any such neuron."""
+    sound = [min(1.0, max(1e-3, share)) for share in shares]  # a manifest may hold any number
+    return [1 - (1 - share) ** layout.neurons_per_block for share in sound]
+
+
+def share_out(total: int, need: Sequence[float], least: int, most: int) -> tuple[int, ...]:
+    """Slots of each layer in proportion to `need`, each within [least, most], `total` in all or as many as fit.
+
+    So every layer keeps the blocks of about as many tokens.
+    """
+    total = min(total, most * len(need))
+    low, high = 0.0, most / min(need)
+    for _ in range(64):  # by halves: the scale at which the sum is `total`, or a little less
+        scale = (low + high) / 2
+        fits = sum(_bounded(scale * n, least, most) for n in need) <= total
+        low, high = (scale, high) if fits else (low, scale)
+    slots = [_bounded(low * n, least, most) for n in need]
+    while left := total - sum(slots):  # by rounding down, less than one for each layer
+        for layer in [i for i, count in enumerate(slots) if count < most][:left]:
+            slots[layer] += 1
+    return tuple(slots)
+
+
+def _bounded(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))
+
+
+def make_plan(
+    demand: Demand,
+    layout: NeuronLayout,
+    slot_bytes: int,
+    budget: int | None,
+    free: int,
+    context: int,
+    selects: bool,
+    need: Sequence[float] | None = None,
+    notes: Notes = Notes(),
+) -> Plan:
+    """The plan of a model whose neurons are streamed.
+
+    selects: False where every token uses all neurons, which works without slots.
+    need: share of each layer's blocks that a token needs; None: the same in every layer.
+    notes: what is to be said beside the figures.
+    Raises BudgetError.
+    """
+    least = min(MIN_SLOTS, layout.blocks) if selects else 0
+    units = Units(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
+    return share_budget(demand, units, slot_bytes, budget, free, context, need, notes)
+
+
+def share_budget(
+    demand: Demand,
+    units: Units,
+    slot_bytes: int,
+    budget: int | None,
+    free: int,
+    context: int,
+    need: Sequence[float] | None = None,
+    notes: Notes = Notes(),
+) -> Plan:
+    """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
+
+    need: what each layer's slots shall be in proportion to; None: the same in every layer.
+    notes: what is to be said beside the figures.
+    Raises BudgetError, which names the smallest budget that would do.
+    """
+    smallest = demand.total + units.layers * units.least * slot_bytes
+    units_bytes = units.layers * units.per_layer * slot_bytes
+    everything = demand.total + units_bytes
+    if budget is None:
+        budget = int(demand.process + FREE_SHARE * free)
+        budget = min(max(budget, smallest), everything)
+        found = f"{free / 1e9:.2f} GB are free. Close other programs"
+        most = demand.process + free
+    else:
+        budget = min(budget, 2**62)  # as good as endless
+        found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB)"
+        most = budget
+    if smallest > most:
+        if smallest - demand.kv_cache <= most:
+            found += ", or lower --context"
+        # Rounded up, so that the figure can be typed back and is enough in another process too.
+        smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
+        raise BudgetError(
+            f"this model needs at least {smallest_mb}MB "
+            f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
+            f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
+            f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
+            smallest_mb * 10**6,
+            everything + RUN_TO_RUN_BYTES,
+            units_bytes,
+        )
+    total = (budget - demand.total) // slot_bytes
+    slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)
+    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free)

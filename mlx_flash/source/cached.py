@@ -1,0 +1,212 @@
+"""What lies in the cache folder, and its removal: never of what is in use, or of what is not of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
+
+HISTORY = "chat-history"
+REPORT = "last-error.txt"  # the traceback of the latest error that should not happen
+REPORT_BEGINS = "mlx-flash-runtime "
+SUMS = "sums"  # a folder; `--verify` makes its files, of what is read in place from a checkpoint
+SUMS_SUFFIX = ".sums"
+MATRICES = "mlx_flash-matrices-"  # how the name of a benchmark's temporary folder beside a store begins
+_STORE = re.compile(r".+-[0-9a-f]{12}")  # as finding.place_of names them
+_PARTIAL, _REMOVED = ".partial", ".removed"
+_REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
+_ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in the cache folder that this package made."""
+
+    path: Path
+    kind: str  # what `_kind_of` says
+    nbytes: int
+    source: str | None  # folder of the checkpoint; None where that was not written down
+    used: float  # when it was last used, in seconds since 1970
+    superseded: bool  # a store of the same source was used later
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def remember(store: Path, source: Path) -> None:
+    """Notes beside a store in the cache folder what it was made of, and that it is used now."""
+    note = _note_of(store)
+    with contextlib.suppress(OSError):  # a cache folder that cannot be written to costs only the list
+        text = json.dumps({"source": str(source.resolve())})
+        if not note.is_file() or note.read_text(encoding="utf-8", errors="replace") != text:
+            note.write_text(text, encoding="utf-8")
+        os.utime(note)
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Everything in the cache folder that this package made, by name. Nothing is followed out of it."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in sorted(folder.iterdir()):
+            if not path.is_symlink() and (kind := _kind_of(path)) is not None:
+                note = _note_of(path.with_name(path.name.removesuffix(_PARTIAL)))
+                nbytes = sum(map(_size_of, _sums_in(path))) if kind == "block sums" else _size_of(path)
+                found.append(Entry(path, kind, nbytes, _source_in(note), _last_used(path, note), False))
+    latest: dict[str, float] = {}
+    for entry in found:
+        if entry.kind == "store" and entry.source is not None:
+            latest[entry.source] = max(entry.used, latest.get(entry.source, 0.0))
+    return [
+        Entry(
+            e.path, e.kind, e.nbytes, e.source, e.used, e.kind == "store" and e.used < latest.get(e.source or "", 0.0)
+        )
+        for e in found
+    ]
+
+
+def remove(entry: Entry) -> bool:
+    """Removes it; False if it is in use, and then nothing was touched. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        if entry.kind == "benchmark's matrices" and not stack.enter_context(_alone_with_folder(entry.path)):
+            return False
+        if entry.kind in ("store", "partial conversion", "remains") and not stack.enter_context(
+            _alone_with(entry.path)
+        ):
+            return False
+        if entry.kind == "block sums":
+            for path in _sums_in(entry.path):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: something else is in it
+                entry.path.rmdir()
+        elif entry.kind in ("store", "partial conversion"):
+            # Out of the way at once: a store that is removed in part must not be taken for one.
+            gone = entry.path.with_name(f".{entry.name}{_REMOVED}")
+            if gone.is_dir():  # a removal of the same name was interrupted
+                shutil.rmtree(gone)
+            entry.path.rename(gone)
+            shutil.rmtree(gone)
+        elif entry.path.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            entry.path.unlink()
+        if entry.kind == "store":
+            _note_of(entry.path).unlink(missing_ok=True)
+    return True
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Until the end, `remove` leaves a benchmark's folder alone."""
+    from ..flash.system import mark_in_use
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        mark_in_use(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_with_folder(folder: Path) -> Iterator[bool]:
+    """Whether no process is within `in_use` of the folder, which holds until the end."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_with(path: Path) -> Iterator[bool]:
+    """Whether no process converts into a store's folder or runs it, which holds until the end."""
+    from filelock import FileLock, Timeout
+
+    remains = _REMAINS.fullmatch(path.name)
+    name = path.name if remains is None else remains[1]
+    store = path.with_name(name.removesuffix(_PARTIAL))
+    with contextlib.ExitStack() as stack:
+        try:
+            for lock in (store.with_name(f".{store.name}.lock"), store.with_name(f"{store.name}.lock")):
+                stack.enter_context(FileLock(lock).acquire(timeout=0))
+                stack.callback(lock.unlink, missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                neurons = stack.enter_context((path / Manifest.neurons_file).open("rb"))
+                fcntl.flock(neurons, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who runs it holds a shared one
+        except (Timeout, BlockingIOError):
+            yield False
+            return
+        yield True
+
+
+def _kind_of(path: Path) -> str | None:
+    try:
+        if path.name == HISTORY and path.is_file():
+            return "chat history"
+        if path.name == REPORT and path.is_file():
+            with path.open("rb") as file:
+                return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
+        if path.name == SUMS and path.is_dir() and _sums_in(path):
+            return "block sums"
+        if path.name.startswith(MATRICES) and path.is_dir():
+            return "benchmark's matrices"
+        if _REMAINS.fullmatch(path.name) and path.is_dir():
+            return "remains"  # of a removal, or a replacement, that was interrupted
+        if _STORE.fullmatch(path.name) and FORMAT.encode() in (path / MANIFEST).read_bytes():
+            return "store"
+        name = path.name.removesuffix(_PARTIAL)
+        if name != path.name and _STORE.fullmatch(name) and b'"mlx_flash"' in (path / RECORD).read_bytes():
+            return "partial conversion"
+    except OSError:
+        pass
+    return None
+
+
+def _sums_in(folder: Path) -> list[Path]:
+    """The files in the folder of sums that this package made, those of an interrupted run included."""
+    return [
+        path
+        for path in folder.iterdir()
+        if _ONE_OF_THE_SUMS.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
+
+
+def _note_of(store: Path) -> Path:
+    return store.with_name(f".{store.name}.json")
+
+
+def _source_in(note: Path) -> str | None:
+    try:
+        source = json.loads(note.read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None
+
+
+def _last_used(path: Path, note: Path) -> float:
+    times = []
+    for each in (note, path / MANIFEST, path):
+        with contextlib.suppress(OSError):
+            times.append(each.stat().st_mtime)
+    return times[0] if times else 0.0
+
+
+def _size_of(path: Path) -> int:
+    """Bytes on the disk, as far as they can be seen."""
+    total = 0
+    for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+        with contextlib.suppress(OSError):
+            total += each.lstat().st_blocks * 512
+    return total

@@ -1,0 +1,77 @@
+"""Which kind of model a checkpoint's config.json describes; nothing of the checkpoint is read for that, or run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedModelError
+from ..loading.random_state import kept_random_state
+
+SEE = 'The README\'s section "Which models" has the details.'
+
+
+def refuse_own_code(config: Mapping[str, Any], where: object) -> None:
+    """Raises UnsupportedModelError for a model that only code out of its checkpoint could build.
+
+    mlx-lm has such code named under `model_file`, and runs it when it is told to trust it.
+    """
+    if (file := config.get("model_file")) is not None:
+        raise UnsupportedModelError(
+            f"{where} cannot be run: its config.json names {file!r} as code of the checkpoint's own that builds the "
+            f"model, and no code out of a checkpoint is ever run here. {SEE}"
+        )
+
+
+def is_mixture(config: dict[str, Any], where: object) -> bool:
+    """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
+
+    where: what holds the config.json, for messages.
+
+    Raises CheckpointError if mlx-lm has a family of models with such layers for it, and cannot build one.
+    """
+    if (classes := _mlx_lm_classes(config)) is None:
+        return False
+    model_class, args_class = classes
+    try:
+        with kept_random_state():
+            return any(True for _ in switch_layers(model_class(args_class.from_dict(config))))
+    except Exception as error:
+        family = sys.modules[model_class.__module__]
+        if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
+            return False
+        raise CheckpointError(
+            f"mlx-lm cannot build the model that the config.json of {where} describes ({config['model_type']}): "
+            f"{said(error)}. Download the checkpoint again."
+        ) from None
+
+
+def switch_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """(path in the model, module) of those of mlx-lm's modules that hold experts, in the order of the layers."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))]
+    yield from sorted(found, key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")])
+
+
+def mlx_lm_knows(config: dict[str, Any]) -> bool:
+    """Whether mlx-lm has a model of this configuration's type, of whatever kind."""
+    return _mlx_lm_classes(config) is not None
+
+
+def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
+    """mlx-lm's (Model, ModelArgs) for a configuration; None if it has none. Only modules of mlx-lm are imported."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        return _get_classes(config)  # type: ignore[no-any-return]
+    except Exception:  # whatever it lacks: then it is none that could be run
+        return None
+
+
+def said(error: Exception) -> str:
+    """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, (ValueError, RuntimeError)) and text
+    return (text if plain else f"{type(error).__name__}: {text}")[:300].rstrip(".")

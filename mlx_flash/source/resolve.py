@@ -1,0 +1,169 @@
+"""What --model names -> a folder: a store, a checkpoint that is converted first, or a repository to download."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConversionError, UsageError
+from ..flash.files import VERSION, is_store
+from ..flash.plain_files import reason_of
+from ..flash.safetensors_file import sha256_of
+from .cached import entries, remember
+from .checkpoint_files import SMALL_FILES, files_in, matching, weights_in
+from .children import run_child
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+
+def demo_folder() -> Path:
+    """The packaged demo model: an unconverted checkpoint."""
+    return Path(str(files("mlx_flash.demo").joinpath("model")))
+
+
+def find_checkpoint(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
+    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache.
+
+    Raises UsageError if there is no such folder, repository or revision, CheckpointError if the repository holds no
+    model, ConversionError if the Hub cannot be reached.
+    """
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of nobody, a zero byte
+        raise UsageError(f"{model:.80} cannot be a folder: {error}.") from None
+    if not model:
+        raise UsageError("--model is empty; leave it out for the demo model.")
+    if is_folder:
+        if revision is not None:
+            raise UsageError(f"{model} is a folder, and a revision belongs to a Hugging Face repository. Leave it out.")
+        return folder
+    if exists:
+        raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
+    from .hub import download
+
+    return download(model, revision, say)
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder.
+
+    Raises UsageError where the system knows no home folder that it would be in.
+    """
+    chosen = os.environ.get("MLX_FLASH_CACHE")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mlx_flash"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+    except RuntimeError:  # a user without a home, or "~name" of one who does not exist
+        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, and" if chosen else "there is no place for the cache folder:"
+        raise UsageError(
+            f"{where} this system knows no such home folder. Set MLX_FLASH_CACHE to the full path of a folder."
+        ) from None
+
+
+def find_source(model: str | None, revision: str | None, say: Callable[[str], None]) -> Path:
+    """The folder of the store or of the checkpoint that a folder or a repository id names; None is the demo model."""
+    if model is None and revision is not None:
+        raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
+    source = demo_folder() if model is None else find_checkpoint(model, revision, say)
+    if not is_store(source) and "config.json" not in files_in(source):
+        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
+    return source
+
+
+def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
+    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model."""
+    return store_of(find_source(model, revision, say), model, say)
+
+
+def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Path:
+    """`source` itself if it is a store, else what it is converted to. model: what it was called.
+
+    A checkpoint is converted into the cache folder, once, by a process of its own (so that its memory is not this
+    process's); a second process waits for the first.
+    """
+    if is_store(source):
+        return source
+    target, size = place_of(source, model)
+    if not is_store(target):
+        _convert_into_cache(source, target, size, say)
+        remember(target, source)
+        older = [
+            entry for entry in entries(target.parent) if entry.superseded and entry.source == str(source.resolve())
+        ]
+        if older:
+            size = sum(entry.nbytes for entry in older)
+            say(
+                f"note: {size / 1e9:.2f} GB of older stores of {source} remain; `mlxflash cache` lists and removes them"
+            )
+    else:
+        remember(target, source)
+    return target
+
+
+def place_of(source: Path, model: str | None) -> tuple[Path, int]:
+    """(where in the cache folder the store of a checkpoint belongs, bytes of the checkpoint)."""
+    # Small files by their content, which is in the store too: their times are set anew by many a copy. Weights by
+    # size and time, since their content would take minutes.
+    weights = {name: (source / name).stat() for name in weights_in(source).names}
+    state = [[name, status.st_size, status.st_mtime_ns] for name, status in weights.items()]
+    small = {name: sha256_of(source / name) for name in matching(files_in(source), SMALL_FILES)}
+    identity = hashlib.sha256(json.dumps([str(source.resolve()), small, state, VERSION]).encode()).hexdigest()[:12]
+    if model is None:
+        name = "demo"
+    else:
+        name = source.resolve().name if Path(model).expanduser().is_dir() else model.replace("/", "--")
+    return cache_folder() / f"{name}-{identity}", sum(status.st_size for status in weights.values())
+
+
+def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[str], None]) -> None:
+    waiting = f"waiting for another process that is converting {source}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquired(target.parent / f".{target.name}.lock", waiting, say)
+    except OSError as error:
+        raise ConversionError(
+            f"cannot write to the cache folder {target.parent}: {reason_of(error)}. Set MLX_FLASH_CACHE to another "
+            "folder."
+        ) from None
+    try:
+        # Of the conversion itself: held by one that was started by hand, or that ends because its parent was killed.
+        its_own = Path(f"{os.path.realpath(target)}.lock")
+        if not is_store(target) and its_own.exists():
+            _acquired(its_own, waiting, say).release()
+        if is_store(target):
+            return
+        say(f"converting {source} ({size / 1e6:.1f} MB), once, into {target}")
+        command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(source), "--output", str(target)]
+        if run_child(command):
+            raise ConversionError(
+                f"{source} could not be converted (see above). If the disk of {target.parent} is the reason, set "
+                "MLX_FLASH_CACHE to a folder on another one."
+            )
+    finally:
+        lock.release()  # `with lock` would acquire it a second time, and let go of one
+
+
+def _acquired(path: Path, waiting: str, say: Callable[[str], None]) -> FileLock:
+    """The lock, held; says `waiting` if it has to wait."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    return lock

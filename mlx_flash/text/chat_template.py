@@ -1,0 +1,182 @@
+"""Messages -> the prompt that the model's chat template makes of them. There is no other way to one in this package.
+
+A template that came with the model is rendered by transformers' own function, in a process that can be killed. A
+template that lives in mlx-lm's or transformers' code (DeepSeek V3.2) is called here, as mlx-lm calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import ChatTemplateFailure
+from ..source.model_kind import said
+from .encoding import encode
+from .template_process import TemplateProcess
+
+LEAST_CHARACTERS = 1 << 22  # that a prompt may have, or CHARACTERS_PER_TOKEN for each token if that is more
+CHARACTERS_PER_TOKEN = 32
+
+Message = dict[str, Any]
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether there is one, in the checkpoint or in code. tokenizer: mlx-lm's TokenizerWrapper."""
+    return tokenizer.chat_template is not None or tokenizer.has_chat_template
+
+
+def takes_tools(tokenizer: Any, tools: list[dict[str, Any]]) -> bool:
+    """Whether the template that is used with these tools mentions tools at all."""
+    return _in_code(tokenizer) or "tools" in _template_of(tokenizer, tools)
+
+
+def prompt_ids(process: TemplateProcess, tokenizer: Any, messages: Sequence[Message], *, most: int) -> list[int]:
+    """The token ids of `prompt_text`, at most `most`. Raises what that function raises, and what `tokens_of` does."""
+    return tokens_of(tokenizer, prompt_text(process, tokenizer, messages, most=most), most=most)
+
+
+def prompt_text(
+    process: TemplateProcess,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    most: int,
+    tools: list[dict[str, Any]] | None = None,
+    variables: dict[str, Any] | None = None,
+    generation_prompt: bool = True,
+    continues: bool = False,
+) -> str | list[int]:
+    """The prompt; token ids where the tokenizer has a method of its own that gives them. For any thread.
+
+    Args:
+        process: that renders templates.
+        tokenizer: mlx-lm's TokenizerWrapper; it has a chat template.
+        messages: OpenAI's, each content one text. Arguments of tool calls may be JSON texts or objects.
+        most: tokens that the prompt may have. It bounds the text, and is not exact.
+        tools: JSON schemas in OpenAI's form.
+        variables: more that the template may use, such as enable_thinking.
+        generation_prompt: whether the prompt ends with the beginning of an answer.
+        continues: whether the last message is the beginning of the answer; then there is no generation prompt.
+
+    Raises ChatTemplateFailure for what the template raises, ChatTemplateError for a template beyond its limits.
+    """
+
+    def make(messages: Sequence[Message]) -> str | list[int]:
+        options: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": generation_prompt and not continues}
+        if continues:
+            options["continue_final_message"] = True
+        if _in_code(tokenizer):
+            return _call(tokenizer, messages, options | (variables or {}))
+        return _render(process, tokenizer, messages, options, variables or {}, most)
+
+    try:
+        return make(_with_arguments(messages, _as_object))
+    except ChatTemplateFailure:
+        if any(message.get("tool_calls") for message in messages):
+            # Some templates put the JSON text of the arguments into the prompt. If this one does not, the first error
+            # is the one to tell of.
+            with contextlib.suppress(ChatTemplateFailure):
+                return make(_with_arguments(messages, _as_text))
+        raise
+
+
+def tokens_of(tokenizer: Any, prompt: str | list[int], *, most: int) -> list[int]:
+    """The token ids of what `prompt_text` gives; for one thread at a time. Raises TooManyTokens, TokenizerError."""
+    return prompt if isinstance(prompt, list) else encode(tokenizer, prompt, special_tokens=False, most=most)
+
+
+def _in_code(tokenizer: Any) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    own = type(tokenizer._tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    return own or tokenizer._chat_template is not None
+
+
+def _call(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) -> str | list[int]:
+    """A template in mlx-lm's code gives a text, a tokenizer's own method token ids."""
+    gives_text = tokenizer._chat_template is not None
+    try:
+        made = tokenizer.apply_chat_template(list(messages), tokenize=not gives_text, **options)
+    except Exception as error:
+        raise ChatTemplateFailure(f"the model's chat template cannot be applied: {said(error)}.") from None
+    return str(made) if gives_text else [int(token) for token in made]
+
+
+def _template_of(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
+    try:
+        template = tokenizer.get_chat_template(None, tools or None)
+    except ValueError:  # several, and none of them is the default
+        names = ", ".join(sorted(map(str, tokenizer.chat_template)))
+        raise ChatTemplateFailure(f"the model has several chat templates ({names:.200}) and no default one.") from None
+    if not isinstance(template, str):
+        raise ChatTemplateFailure(f"the model's chat template is {template!r:.80}, expected a text.")
+    return template
+
+
+def _render(
+    process: TemplateProcess,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    options: dict[str, Any],
+    variables: dict[str, Any],
+    most: int,
+) -> str:
+    template = _template_of(tokenizer, options["tools"])
+    if "developer" not in template:
+        messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
+    # A missing value is left out, as transformers does; mlx-lm says whether the model has tokens for thoughts.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    arguments = tokenizer.special_tokens_map | {"enable_thinking": tokenizer.has_thinking} | variables | options
+
+    def render(messages: Sequence[Message]) -> str:
+        characters = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * most)
+        return process.render(arguments | {"conversations": [messages], "chat_template": template}, characters)
+
+    text = render(messages)
+    if (asked := _last_question(messages)) in text:
+        return text
+    # Some templates know only contents that are lists of parts, and render nothing of a text.
+    try:
+        of_parts = render([m | {"content": [{"type": "text", "text": m.get("content", "")}]} for m in messages])
+    except ChatTemplateFailure:
+        return text
+    return of_parts if asked in of_parts else text
+
+
+def _last_question(messages: Sequence[Message]) -> str:
+    asked = [str(message.get("content", "")) for message in messages if message.get("role") == "user"]
+    return asked[-1].strip() if asked else ""
+
+
+def _with_arguments(messages: Sequence[Message], form: Callable[[Any], Any]) -> list[Message]:
+    """The messages, the arguments of their tool calls in another form."""
+
+    def changed(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        return call | {"function": function | {"arguments": form(function["arguments"])}}
+
+    return [
+        message | {"tool_calls": [changed(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _as_object(arguments: Any) -> Any:
+    """The object that a JSON text describes; anything else as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""What was said so far, as prompts within the planned context; with a chat template, or as one text that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .chat_template import has_chat_template, prompt_ids
+from .encoding import encode
+from .generation import encode_prompt
+from .template_process import TemplateProcess
+
+MOST_CONTEXTS = 4  # of tokens in a prompt whose turns are not dropped yet
+
+
+@dataclass
+class Turn:
+    question: str
+    answer: str
+    tokens: list[int]  # of both, where there is no template
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: list[int]
+    dropped: int  # turns, to make room
+    dropped_tokens: int
+
+
+class Conversation:
+    """The turns, and the prompt that the next question makes of them.
+
+    Without a template, questions and answers are one text, with a space before each question but the first. Its tokens
+    stay as they were read and made.
+    """
+
+    def __init__(self, tokenizer: Any, context: int, system_prompt: str | None = None, template: bool = True) -> None:
+        """context: tokens that prompt and answer may have together."""
+        self.tokenizer = tokenizer
+        self.context = context
+        self.has_template = template and has_chat_template(tokenizer)
+        self._process = TemplateProcess()
+        self.turns: list[Turn] = []
+        self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+    def ask(self, question: str, room: int) -> Prompt:
+        """The prompt. Where it would leave less than `room` tokens for the answer, the oldest turns are dropped until
+        half of the context is free, or none is left: each time, what remains must be read again from its beginning.
+
+        Raises UsageError, and drops none, if the question alone is too long; ChatTemplateError, TokenizerError.
+        """
+        size = len(self._tokens([], question))
+        if size > self.context:
+            raise UsageError(
+                f"that makes {size} tokens, the plan has room for {self.context} of question and answer together; "
+                "ask for less at once, or start with a larger --context."
+            )
+        before = len(tokens := self._tokens(self.turns, question))
+        dropped = 0
+        if before + room > self.context:
+            while len(tokens) > self.context // 2 and dropped < len(self.turns):
+                dropped += 1
+                tokens = self._tokens(self.turns[dropped:], question)
+        del self.turns[:dropped]
+        return Prompt(tokens, dropped, before - len(tokens))
+
+    def answered(self, question: str, answer: str, made: list[int]) -> None:
+        """Adds a turn. made: the answer's tokens."""
+        own = [] if self.has_template else self._text_tokens(question, first=not self.turns)
+        ends = self.tokenizer.eos_token_ids
+        self.turns.append(Turn(question, answer, own + [token for token in made if token not in ends]))
+
+    def forget(self) -> None:
+        self.turns = []
+
+    def close(self) -> None:
+        """Ends the process that applies the chat template."""
+        self._process.close()
+
+    def _tokens(self, turns: list[Turn], question: str) -> list[int]:
+        if not self.has_template:
+            kept = [token for turn in turns for token in turn.tokens]
+            return self._start() + kept + self._text_tokens(question, first=not turns)
+        messages = list(self._system)
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        messages.append({"role": "user", "content": question})
+        # The turns fit into the context, and so does the question alone, or its size is to be told.
+        return prompt_ids(self._process, self.tokenizer, messages, most=MOST_CONTEXTS * self.context)
+
+    def _start(self) -> list[int]:
+        """The token that every text begins with, where the tokenizer has one."""
+        begin = encode_prompt(self.tokenizer, "")[:1]
+        return begin if begin == [self.tokenizer.bos_token_id] else []
+
+    def _text_tokens(self, question: str, first: bool) -> list[int]:
+        if first:
+            tokens = encode_prompt(self.tokenizer, question)  # as `generate` does
+            start = self._start()
+            return tokens[len(start) :] if tokens[: len(start)] == start else tokens
+        text = question if question[:1].isspace() else f" {question}"
+        return encode(self.tokenizer, text, special_tokens=False)

@@ -1,0 +1,134 @@
+"""The process that renders chat templates, seen from this side: started when it is needed, limited, killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any
+
+from ..errors import ChatTemplateError, ChatTemplateFailure
+from ..source.children import child_environment
+
+SECONDS = 10.0  # that one rendering may take
+MEMORY_BYTES = 128 << 20  # that one rendering may take beyond its input; macOS does not enforce it
+WAIT_SECONDS = 60.0  # for the renderings of others
+WORKER = "mlx_flash.text.template_worker"
+
+_Worker = subprocess.Popen[bytes]
+
+
+class TemplateProcess:
+    """Renders a chat template outside this process; for any thread, one rendering at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        self._finalizer: Any = None
+        self._closed = threading.Event()
+
+    def render(self, arguments: dict[str, Any], characters: int) -> str:
+        """What transformers' `render_jinja_template(**arguments)` makes of one conversation; at most `characters`.
+
+        Raises ChatTemplateFailure for what the template raises, ChatTemplateError for one that exceeds a limit.
+        """
+        if not self._lock.acquire(timeout=WAIT_SECONDS):
+            raise ChatTemplateError(f"other prompts kept the model's chat template busy for {WAIT_SECONDS:g} s.")
+        try:
+            answer = self._ask({"characters": characters, "arguments": arguments})
+        finally:
+            self._lock.release()
+        if "text" in answer:
+            return str(answer["text"])
+        if "refused" in answer:
+            raise ChatTemplateFailure(f"the model's chat template refuses: {answer['refused']}.")
+        if "failed" in answer:
+            raise ChatTemplateFailure(f"the model's chat template cannot be applied: {answer['failed']}.")
+        raise ChatTemplateError(f"the model's chat template {answer['limit']}.")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        """Ends the process, also in the middle of a rendering, which raises ChatTemplateError; so do later ones."""
+        self._closed.set()
+        if (worker := self._worker) is not None:
+            worker.kill()
+            with self._lock:
+                self._end()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        line = json.dumps(request).encode() + b"\n"
+        if self._worker is not None and self._worker.poll() is not None:  # killed by somebody, while it was idle
+            self._end()
+        worker = self._worker or self._start()
+        assert worker.stdin is not None and worker.stdout is not None
+        answer = b""
+        try:
+            with contextlib.suppress(OSError):  # it is gone, then there is no answer either
+                worker.stdin.write(line)
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+        except BaseException:  # a signal: the answer would be taken for the next one's
+            self._end()
+            raise
+        if not answer.endswith(b"\n"):
+            code = self._end()
+            if code == -signal.SIGALRM:
+                raise ChatTemplateError(f"the model's chat template did not end within {SECONDS:g} s.")
+            raise ChatTemplateError(f"the process that applies the model's chat template ended with code {code}.")
+        return dict(json.loads(answer))
+
+    def _start(self) -> _Worker:
+        if self._closed.is_set():
+            raise ChatTemplateError("the chat template is not applied any more: this process is about to end.")
+        try:
+            # A group of its own: a Ctrl-C of the terminal is not for it.
+            worker = subprocess.Popen(
+                [sys.executable, "-m", WORKER, str(SECONDS), str(MEMORY_BYTES)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+                env=child_environment(),
+            )
+        except OSError as error:
+            raise ChatTemplateError(f"the process that applies the chat template cannot be started: {error}.") from None
+        self._worker, self._finalizer = worker, weakref.finalize(self, _end, worker)
+        if self._closed.is_set():  # meanwhile
+            worker.kill()
+        assert worker.stdout is not None
+        try:
+            ready = worker.stdout.readline()
+        except BaseException:
+            self._end()
+            raise
+        if not ready:
+            code = self._end()
+            raise ChatTemplateError(
+                f"the process that applies the chat template cannot be started: it ended with code {code}. "
+                "Install transformers and jinja2 again."
+            )
+        return worker
+
+    def _end(self) -> int | None:
+        """Kills the worker. Returns its exit code, where there is one."""
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return None
+        self._finalizer()
+        return worker.returncode
+
+
+def _end(worker: _Worker) -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):  # what is still buffered for it
+            if pipe is not None:
+                pipe.close()

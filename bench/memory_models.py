@@ -16,11 +16,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_flash.convert.families import family_of
 from mlx_flash.convert.neuron_file import write_neurons
 from mlx_flash.convert.output import publish
 from mlx_flash.convert.tensors import write_safetensors
 from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.loading.model_types import activation_of
 
 from .synthetic.neuron_store import store_entry
 from .synthetic.opt_checkpoint import FFN_BIAS, copy_tokenizer, opt_config
@@ -161,11 +161,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: int) -> None:
     """A store whose weights are random and whose shadow predictor is the deciding projection of each layer."""
-    from mlx_flash.loading.load import model_classes
+    from mlx_flash.loading.model_types import model_classes
 
     model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))  # its own random weights are never evaluated
-    family = family_of(config, folder)
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     neurons = config.get("ffn_dim") or config["intermediate_size"]
     parts = ("up", "down") if config["model_type"] == "opt" else ("gate", "up", "down")
@@ -217,7 +216,7 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
         model_type=config["model_type"],
         source={"synthetic": {}},
         layout=layout,
-        activation=asdict(family.activation(config, folder)),
+        activation=asdict(activation_of(config, folder)),
         resident_dtype=dtype,
         decode_tokens=8,
         all_neurons_layers=(),

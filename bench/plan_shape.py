@@ -13,14 +13,13 @@ from mlx.utils import tree_flatten
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import DECODE_TOKENS
-from mlx_flash.convert.families import family_of
 from mlx_flash.convert.fitting import SHADOW_GROUP
 from mlx_flash.convert.resident import ResidentTensors
 from mlx_flash.convert.store_plan import RESIDENT_GROUP, Settings
 from mlx_flash.defaults import BITS, CONTEXT
 from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
-from mlx_flash.loading.load import model_classes
 from mlx_flash.loading.memory_needs import needs_of
+from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, Notes, make_plan, parse_memory
 from mlx_flash.loading.streaming_needs import neurons_need, process_bytes, scratch_bytes
 

@@ -33,13 +33,13 @@ from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.quantised import companions, matrices_of
+from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.source.checkpoint_files import files_in, matching, small_files
 from mlx_flash.source.compared_copies import compared_copies
 from mlx_flash.text.generation_config import check_end_tokens, read_generation_config, vocabulary_of
 
 from . import calibrate, fitting, imported
 from .checkpoint import Checkpoint
-from .families import family_of
 from .neuron_file import quantised, write_neurons
 from .numpy_matrix import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
 from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
@@ -75,7 +75,7 @@ def convert(
         raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
-    activation = family.activation(checkpoint.config, source)
+    activation = activation_of(checkpoint.config, source)
     # What a store could not be run with is refused before the work.
     vocabulary = vocabulary_of(checkpoint.config)
     check_end_tokens(source / "config.json", checkpoint.config, vocabulary)

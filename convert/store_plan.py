@@ -15,10 +15,10 @@ from mlx_flash.defaults import CALIBRATION_TOKENS, DTYPES
 from mlx_flash.errors import CheckpointError, UnsupportedModelError, UsageError
 from mlx_flash.flash.files import GROUP_SIZE, NeuronLayout, group_problem
 from mlx_flash.layers.activations import Activation
+from mlx_flash.models.family import Family
 
 from . import fitting, imported
 from .checkpoint import Checkpoint, Tensor
-from .families import Family
 from .numpy_matrix import row_pieces
 from .resident import ResidentTensors
 
@@ -50,7 +50,7 @@ class Outline:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, activation: Activation, settings: Settings) -> None:
-        from mlx_flash.loading.load import CONFIG_ERRORS, first_line, model_arguments, model_classes
+        from mlx_flash.loading.model_types import CONFIG_ERRORS, first_line, model_arguments, model_classes
 
         self.checkpoint, self.family, self.activation = checkpoint, family, activation
         self.settings = settings
@@ -62,12 +62,12 @@ class Outline:
         model_class, args_class = model_classes(checkpoint.config)
         try:
             args = model_arguments(args_class, checkpoint.config)
-            self.layers = int(getattr(args, family.layers_key))
-            self.positions = int(getattr(args, family.positions_key))
+            self.layers = int(args.num_hidden_layers)
+            self.positions = int(args.max_position_embeddings)
             if not 0 < self.layers <= len(checkpoint.tensors):
-                raise ValueError(f"{family.layers_key} is {self.layers}, with {len(checkpoint.tensors)} tensors")
+                raise ValueError(f"num_hidden_layers is {self.layers}, with {len(checkpoint.tensors)} tensors")
             if self.positions < LEAST_POSITIONS:
-                raise ValueError(f"{family.positions_key} is {self.positions}, expected at least {LEAST_POSITIONS}")
+                raise ValueError(f"max_position_embeddings is {self.positions}, expected at least {LEAST_POSITIONS}")
             self.model = model_class(args)  # its random weights are never evaluated
             self.model(mx.zeros((1, 2), mx.int32))  # nor this: but heads and rotations must fit the shapes
             self.original = self._original_names()

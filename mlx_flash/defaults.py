@@ -12,3 +12,4 @@ PREFILL_TOKENS = 512  # prompt tokens computed at once by our own functions; the
 
 CALIBRATION_TOKENS = 2048
 LEAST_CALIBRATION_TOKENS = 16
+KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens

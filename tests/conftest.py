@@ -32,11 +32,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import mlx_flash
 from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.families import family_of
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.layers.quantised import companions
 from mlx_flash.loading import load as loading
+from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.source.resolve import demo_folder
 
 prepare_children()
@@ -119,7 +119,7 @@ class Tiny:
     def dense(self) -> Any:
         """The plain model in float32, with the numbers that the store has after quantisation."""
         config = json.loads((self.checkpoint / "config.json").read_text())
-        model_class, args_class = loading.model_classes(config)
+        model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(config))
         weights: Any = mx.load(str(self.checkpoint / "model.safetensors"))
         weights = model.sanitize({name: weight.astype(mx.float32) for name, weight in weights.items()})

@@ -21,7 +21,7 @@ from mlx_flash.bench import quality
 from mlx_flash.bench.tools import score, tasks
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.loading.load import model_classes
+from mlx_flash.loading.model_types import model_classes
 from mlx_flash.source.resolve import demo_folder
 
 pytestmark = pytest.mark.usefixtures("one_processor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import mlx.core as mx
 import pytest
 from conftest import GOLDEN, Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 from golden_models import VARIANTS, checkpoint_of, config_of  # type: ignore[import-not-found]
+from mlx.utils import tree_flatten
 
+from mlx_flash import models
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.families import FAMILIES, family_of
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.layers.activations import Activation
-from mlx_flash.loading.load import load_tokenizer, model_classes
+from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.model_types import activation_of, family_of, family_types, model_classes
+from mlx_flash.text.generation import stream_generate
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -33,7 +37,7 @@ KINDS = {
 def test_rows_name_the_ffn_of_their_models(variant: str) -> None:
     config = config_of(variant)
     family = family_of(config, variant)
-    assert family.activation(config, variant) == KINDS.get(variant, Activation())
+    assert activation_of(config, variant) == KINDS.get(variant, Activation())
     model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
     weights = model.sanitize(checkpoint_of(variant))
@@ -45,10 +49,56 @@ def test_rows_name_the_ffn_of_their_models(variant: str) -> None:
 
 
 def test_every_row_has_a_model_and_a_golden_checkpoint() -> None:
-    for model_type in FAMILIES:
+    for model_type in family_types():
         assert model_classes({"model_type": model_type})
     # A Mistral with ReLU computes as Bamboo's attention and Llama's FFN do.
-    assert {config_of(variant)["model_type"] for variant in VARIANTS} == set(FAMILIES) - {"mistral"}
+    assert {config_of(variant)["model_type"] for variant in VARIANTS} == set(family_types()) - {"mistral"}
+
+
+SQUIRREL = """
+from dataclasses import dataclass, replace
+
+from mlx_flash.models import llama
+
+FAMILY = replace(llama.FAMILY, matrices=("w1", "w3", "w2"), activations={"nutty": "relu2"}, default_activation="nutty")
+
+@dataclass
+class ModelArgs(llama.ModelArgs):
+    hidden_act: str = "nutty"
+
+class Model(llama.Model):
+    family = FAMILY
+"""
+
+
+def test_a_new_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted, loaded, and streamed with the tokens of the whole model: nothing else knows of it."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "squirrel.py").write_text(SQUIRREL)
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
+    monkeypatch.setattr(models, "squirrel", None, raising=False)  # and taken away at the end
+    monkeypatch.setitem(sys.modules, "mlx_flash.models.squirrel", None)
+    del sys.modules["mlx_flash.models.squirrel"]
+    assert "squirrel" in family_types()
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}
+    config = {"model_type": "squirrel", **sizes, "rms_norm_eps": 1e-5, "vocab_size": 64}
+    model_class, args_class = model_classes(config)
+    dense = model_class(args_class.from_dict(config))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(dense.parameters())))
+    write_tokenizer(folder, 64)
+    manifest = convert(folder, tmp_path / "store", Settings(calibration_tokens=64))
+    assert manifest.activation["kind"] == "relu2" and manifest.layout.parts == ("gate", "up", "down")
+    model, tokenizer = load(tmp_path / "store", predictor="exact")
+    streamed = [response.token for response in stream_generate(model, tokenizer, [5, 6, 7], max_tokens=12)]
+    model.flash.close()
+    tokens = [5, 6, 7]
+    for _ in streamed:
+        tokens.append(int(mx.argmax(dense(mx.array([tokens]))[0, -1])))
+    assert tokens[3:] == streamed
 
 
 @pytest.mark.parametrize(
@@ -79,13 +129,13 @@ def test_every_row_has_a_model_and_a_golden_checkpoint() -> None:
 )
 def test_what_is_refused_is_named_with_what_would_work(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        family_of(config, "X").activation(config, "X")
+        activation_of(config, "X")
     assert said in str(caught.value)
 
 
 def test_only_fatrelu_has_a_threshold() -> None:
     config = {"model_type": "sparsellama", "hidden_act_param": 0.5}
-    found = [family_of(config, "X").activation({**config, "hidden_act": name}, "X") for name in ("relu", "fatrelu")]
+    found = [activation_of({**config, "hidden_act": name}, "X") for name in ("relu", "fatrelu")]
     assert [activation.threshold for activation in found] == [0.0, 0.5]
 
 

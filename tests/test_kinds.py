@@ -13,10 +13,10 @@ from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # 
 from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.families import family_of
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.model_types import family_of
 from mlx_flash.source.model_kind import is_mixture
 
 OWN_CODE = "from pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch()\nModel = ModelArgs = None\n"

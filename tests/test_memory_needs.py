@@ -16,12 +16,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from mlx_flash.defaults import KV_STEP_TOKENS
 from mlx_flash.flash.files import NeuronLayout, round_up
 from mlx_flash.loading import load, memory_needs, streaming_needs
 from mlx_flash.loading.expert_files import parent_of
 from mlx_flash.loading.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
 from mlx_flash.loading.memory_needs import Call, Needs, needs_of
-from mlx_flash.loading.plan import KV_STEP_TOKENS
+from mlx_flash.loading.model_types import model_classes
 from mlx_flash.loading.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes
 from mlx_flash.source.model_kind import switch_layers
 from mlx_flash.source.resolve import demo_folder
@@ -183,7 +184,7 @@ def test_a_recurrence_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_may_be_planned_in_another_type() -> None:
     config = json.loads((demo_folder() / "config.json").read_text())
-    model_class, args_class = load.model_classes(config)
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
     before = dict(tree_flatten(model.parameters()))
     layers = [(layer, "mlp", lambda _: 0) for layer in model.layers]

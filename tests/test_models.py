@@ -20,7 +20,7 @@ from golden_models import (  # type: ignore[import-not-found]  # found beside th
 )
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from mlx_flash.loading.load import model_classes
+from mlx_flash.loading.model_types import model_classes
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

@@ -13,8 +13,8 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]  # found 
 from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.errors import UsageError
+from mlx_flash.flash.random_state import kept_random_state
 from mlx_flash.loading.load import load
-from mlx_flash.loading.random_state import kept_random_state
 from mlx_flash.source.model_kind import is_mixture
 
 

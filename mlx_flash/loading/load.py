@@ -10,17 +10,16 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import mlx.core as mx
 
-from ..convert.families import family_of
 from ..defaults import CONTEXT, IO_MODES, PREDICTORS, STORED_PREDICTORS, THREADS
-from ..errors import CheckpointError, CorruptStoreError, FlashError, ReadError, UnsupportedModelError, UsageError
+from ..errors import CheckpointError, CorruptStoreError, FlashError, ReadError, UsageError
 from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, is_store, read_manifest
 from ..flash.plain_files import reading, unreadable
+from ..flash.random_state import kept_random_state
 from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
 from ..layers.activations import Activation
 from ..layers.recall import Setting
@@ -37,49 +36,17 @@ from . import dense
 from .expert_files import open_mixture
 from .memory_needs import Call, needs_of
 from .mixture import load_mixture
+from .model_types import CONFIG_ERRORS, activation_of, first_line, model_arguments, model_classes
 from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan, parse_memory
-from .random_state import kept_random_state
 from .runtime import BUFFER_CACHE
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 from .verification import compare_small_file
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# What mlx-lm's models raise for a configuration that describes none.
-CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
 
 
 # -- the pieces of a model -----------------------------------------------------------------------------------
-
-
-def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """(Model, ModelArgs) for a configuration, in mlx-lm's form. Raises UnsupportedModelError."""
-    model_type = str(config.get("model_type"))
-    if not model_type.isidentifier() or find_spec(f"mlx_flash.models.{model_type}") is None:
-        raise UnsupportedModelError(f"no model of type {model_type!r} is known here.")
-    module = import_module(f"mlx_flash.models.{model_type}")
-    return module.Model, module.ModelArgs
-
-
-def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
-    """The model's arguments. Raises one of CONFIG_ERRORS, ValueError for a number of another type than its field's.
-
-    MLX says of 4.0 heads no more than "std::bad_cast", and that only when it computes.
-    """
-    args = args_class.from_dict(config)
-    for name, hint in get_type_hints(args_class).items():
-        kinds = {hint, *get_args(hint)} - {type(None)}
-        value = getattr(args, name, None)
-        if kinds == {int} and value is not None and type(value) is not int:
-            raise ValueError(f"{name} is {value!r:.80}, expected a whole number")
-        if kinds == {float} and value is not None and type(value) not in (int, float):
-            raise ValueError(f"{name} is {value!r:.80}, expected a number")
-    return args
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message; MLX's list every way to call a function."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
@@ -240,7 +207,7 @@ def _load(
         return model, tokenizer
     if not is_store(source):
         config = _read_config(source)
-        family_of(config, source).activation(config, source)  # refused here, before a conversion is begun
+        activation_of(config, source)  # refused here, before a conversion is begun
         read_generation_config(source)
     folder = store_of(source, name, say)
     manifest = read_manifest(folder)

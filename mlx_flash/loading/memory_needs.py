@@ -14,10 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..defaults import PREFILL_TOKENS
+from ..defaults import KV_STEP_TOKENS, PREFILL_TOKENS
 from ..flash.files import round_up
 from .graph_memory import Evaluation, peak_bytes, trace
-from .plan import KV_STEP_TOKENS
 
 LOGITS_COPIES = 8  # of a token's logits, in float32, while the next one is chosen: log-probabilities, sorted, a mask
 # A recurrence without a kernel of its own is a loop over tokens, and its graph is as long: what many tokens need is

@@ -13,7 +13,6 @@ from ..flash.files import NeuronLayout
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
-KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
 RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 

@@ -6,24 +6,22 @@ not part of the function that was trained, and is left out: predictors are made 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..layers.activations import Activation
-from . import mistral
-from .parts import activation_named
+from . import llama, mistral
+
+FAMILY = replace(llama.FAMILY, activations={"relu": "drelu"}, default_activation="relu")
 
 
 @dataclass
 class ModelArgs(mistral.ModelArgs):
     hidden_act: str = "relu"
 
-    @property
-    def activation(self) -> Activation:
-        return activation_named(self.hidden_act, {"relu": Activation("drelu")})
-
 
 class Model(mistral.Model):
+    family = FAMILY
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return super().sanitize({name: weight for name, weight in weights.items() if ".mlp.predictor." not in name})

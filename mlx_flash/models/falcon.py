@@ -12,13 +12,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.activations import Activation
 from ..layers.ffn import FFN
+from .family import Family
 from .fused import FusedAttention
-from .parts import InParts, activation_named
+from .parts import InParts
 from .rope import RopeArgs
 
-MATRICES = ("dense_h_to_4h", "dense_4h_to_h")
+FAMILY = Family(
+    ffn="transformer.h.{}.mlp",
+    matrices=("dense_h_to_4h", "dense_4h_to_h"),
+    activations={"relu": "relu"},
+    activation_key="activation",
+    default_activation="gelu",
+    instead="a relufied version (SparseLLM/ReluFalcon-40B)",
+)
 
 
 @dataclass
@@ -81,10 +88,10 @@ class DecoderLayer(nn.Module):
         width, heads = args.hidden_size, args.num_attention_heads
         rotated = 0 if args.alibi else width // heads
         self.self_attn = FusedAttention(width, heads, args.num_key_value_heads, args.bias, rotated, args.rope_theta)
-        activation = activation_named(args.activation, {"relu": Activation()}, "activation")
+        activation = FAMILY.activation_of(args)
         # Typed by what it is called with: a layer that streams its neurons takes this place.
         self.mlp: Callable[[mx.array], mx.array] = FFN(
-            MATRICES, width, args.ffn_hidden_size or 0, activation, args.bias
+            FAMILY.matrices, width, args.ffn_hidden_size or 0, activation, args.bias
         )
         names = ("ln_attn", "ln_mlp") if args.two_norms else ("input_layernorm",)
         if not args.parallel_attn:

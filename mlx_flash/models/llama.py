@@ -7,12 +7,19 @@ from dataclasses import dataclass
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from ..layers.activations import Activation
 from ..layers.ffn import FFN
-from .parts import InParts, activation_named
+from .family import Family
+from .parts import InParts
 from .rope import RopeArgs
 
-MATRICES = ("gate_proj", "up_proj", "down_proj")
+FAMILY = Family(
+    ffn="model.layers.{}.mlp",
+    matrices=("gate_proj", "up_proj", "down_proj"),
+    activations={"relu": "relu", "fatrelu": "relu"},
+    default_activation="silu",
+    threshold_keys={"fatrelu": "hidden_act_param"},
+    instead="a relufied version (SparseLLM/ReluLLaMA-7B, SparseLLM/prosparse-llama-2-7b)",
+)
 
 
 @dataclass
@@ -31,20 +38,17 @@ class ModelArgs(RopeArgs, llama.ModelArgs):
         if set(self.layer_types or []) - {"full_attention"}:
             raise ValueError("layer_types has other than full attention, which is not supported here")
 
-    @property
-    def activation(self) -> Activation:
-        known = {"relu": Activation(), "fatrelu": Activation("relu", self.hidden_act_param)}
-        return activation_named(self.hidden_act, known)
-
 
 class Model(InParts, llama.Model):
     """mlx-lm's, in parts."""
 
+    family = FAMILY
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        activation = args.activation
+        activation = self.family.activation_of(args)
         for layer in self.layers:
-            layer.mlp = FFN(MATRICES, args.hidden_size, args.intermediate_size, activation)
+            layer.mlp = FFN(self.family.matrices, args.hidden_size, args.intermediate_size, activation)
 
     @property
     def ffn_norms(self) -> list[nn.Module]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import llama
+
+FAMILY = replace(
+    llama.FAMILY,
+    activations={"relu": "relu"},
+    instead="a relufied version (PowerInfer/TurboSparse-Mistral-Instruct), its mixture-of-experts sibling Mixtral",
+)
 
 
 @dataclass
@@ -22,6 +28,8 @@ class ModelArgs(llama.ModelArgs):
 
 class Model(llama.Model):
     """Keys that fell out of the window stay in the cache, masked: so it is trimmed and batched as any other."""
+
+    family = FAMILY
 
     def window(self, cache: Any | None, length: int) -> int | None:
         size = self.args.sliding_window

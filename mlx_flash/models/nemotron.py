@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import mlx.nn as nn
 from mlx_lm.models import nemotron
 
-from ..layers.activations import Activation
 from ..layers.ffn import FFN
-from .parts import InParts, activation_named
+from .family import Family
+from .parts import InParts
 from .rope import RopeArgs
 
-MATRICES = ("up_proj", "down_proj")
+FAMILY = Family(
+    ffn="model.layers.{}.mlp",
+    matrices=("up_proj", "down_proj"),
+    activations={"relu2": "relu2"},
+    default_activation="relu2",
+)
 
 
 @dataclass
@@ -28,19 +33,15 @@ class ModelArgs(RopeArgs, nemotron.ModelArgs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
 
-    @property
-    def activation(self) -> Activation:
-        return activation_named(self.hidden_act, {"relu2": Activation("relu2")})
-
 
 class Model(InParts, nemotron.Model):
     """mlx-lm's, in parts."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        activation = args.activation
+        activation = FAMILY.activation_of(args)
         for layer in self.layers:
-            layer.mlp = FFN(MATRICES, args.hidden_size, args.intermediate_size, activation, args.mlp_bias)
+            layer.mlp = FFN(FAMILY.matrices, args.hidden_size, args.intermediate_size, activation, args.mlp_bias)
 
     @property
     def ffn_norms(self) -> list[nn.Module]:

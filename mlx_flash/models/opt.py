@@ -8,6 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 
+from .family import Family
+
+FAMILY = Family(
+    ffn="model.decoder.layers.{}.mlp",
+    matrices=("fc1", "fc2"),
+    activations={"relu": "relu"},
+    activation_key="activation_function",
+    default_activation="relu",
+)
+
 # Rows 0 and 1 of the position table are never used for text: position p is row p + 2.
 POSITION_ROWS_RESERVED = 2
 

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-
-from ..layers.activations import Activation
-
-
-def activation_named(name: str, known: Mapping[str, Activation], key: str = "hidden_act") -> Activation:
-    """The activation that a configuration's `key` names. Raises ValueError."""
-    if name not in known:
-        raise ValueError(f"{key} is {name!r}, expected {' or '.join(known)}")
-    return known[name]
 
 
 class InParts:

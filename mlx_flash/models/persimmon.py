@@ -9,13 +9,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.activations import Activation
 from ..layers.ffn import FFN
+from .family import Family
 from .fused import FusedAttention
-from .parts import InParts, activation_named
+from .parts import InParts
 from .rope import RopeArgs
 
-MATRICES = ("dense_h_to_4h", "dense_4h_to_h")
+FAMILY = Family(
+    ffn="model.layers.{}.mlp",
+    matrices=("dense_h_to_4h", "dense_4h_to_h"),
+    activations={"relu2": "relu2"},
+    default_activation="relu2",
+)
 
 
 @dataclass
@@ -64,9 +69,11 @@ class DecoderLayer(nn.Module):
         width, heads, eps = args.hidden_size, args.num_attention_heads, args.layer_norm_eps
         norm_eps = eps if args.qk_layernorm else None
         self.self_attn = FusedAttention(width, heads, heads, True, args.rotated, args.rope_theta, norm_eps)
-        activation = activation_named(args.hidden_act, {"relu2": Activation("relu2")})
+        activation = FAMILY.activation_of(args)
         # Typed by what it is called with: a layer that streams its neurons takes this place.
-        self.mlp: Callable[[mx.array], mx.array] = FFN(MATRICES, width, args.intermediate_size, activation, bias=True)
+        self.mlp: Callable[[mx.array], mx.array] = FFN(
+            FAMILY.matrices, width, args.intermediate_size, activation, bias=True
+        )
         self.input_layernorm = nn.LayerNorm(width, eps=eps)
         self.post_attention_layernorm = nn.LayerNorm(width, eps=eps)
 

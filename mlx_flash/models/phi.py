@@ -8,12 +8,17 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import phi
 
-from ..layers.activations import Activation
 from ..layers.ffn import FFN
-from .parts import InParts, activation_named
+from .family import Family
+from .parts import InParts
 from .rope import RopeArgs
 
-MATRICES = ("fc1", "fc2")
+FAMILY = Family(
+    ffn="model.layers.{}.mlp",
+    matrices=("fc1", "fc2"),
+    activations={"relu": "relu"},
+    default_activation="gelu_new",
+)
 
 
 @dataclass
@@ -34,19 +39,15 @@ class ModelArgs(RopeArgs, phi.ModelArgs):
             if getattr(self, key):
                 raise ValueError(f"{key} is true, which is not supported for Phi: expected false")
 
-    @property
-    def activation(self) -> Activation:
-        return activation_named(self.hidden_act, {"relu": Activation()})
-
 
 class Model(InParts, phi.Model):
     """mlx-lm's, in parts."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        activation = args.activation
+        activation = FAMILY.activation_of(args)
         for layer in self.layers:
-            layer.mlp = FFN(MATRICES, args.hidden_size, args.intermediate_size, activation, bias=True)
+            layer.mlp = FFN(FAMILY.matrices, args.hidden_size, args.intermediate_size, activation, bias=True)
 
     @property
     def final_norm(self) -> nn.Module:

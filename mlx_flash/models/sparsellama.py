@@ -1,5 +1,5 @@
 """ProSparse: Llama with FATReLU, under the model type of its published checkpoints."""
 
-from .llama import Model, ModelArgs
+from .llama import FAMILY, Model, ModelArgs
 
-__all__ = ["Model", "ModelArgs"]
+__all__ = ["FAMILY", "Model", "ModelArgs"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..loading.random_state import kept_random_state
+from ..flash.random_state import kept_random_state
 
 SEE = 'The README\'s section "Which models" has the details.'
 

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from ..defaults import KV_STEP_TOKENS
 from ..flash.files import round_up
-from ..loading.plan import KV_STEP_TOKENS
 from .generation import FlashResponse, stream_generate
 
 

@@ -17,13 +17,13 @@ import mlx.core as mx
 from mutate import Mutator, flipped, json_text, safetensors  # type: ignore[import-not-found]  # found beside this file
 
 from mlx_flash.convert.checkpoint import Checkpoint
-from mlx_flash.convert.families import family_of
 from mlx_flash.convert.store_plan import Outline, Settings
 from mlx_flash.errors import FlashError
 from mlx_flash.flash import files
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.loading.plan import parse_memory
 from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
@@ -142,7 +142,7 @@ def config(data: bytes) -> None:
             return
         checkpoint = Checkpoint(folder)
         family = family_of(checkpoint.config, folder)
-        Outline(checkpoint, family, family.activation(checkpoint.config, folder), Settings())
+        Outline(checkpoint, family, activation_of(checkpoint.config, folder), Settings())
 
 
 @functools.cache

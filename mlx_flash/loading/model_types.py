@@ -1,0 +1,107 @@
+"""config.json -> the classes of its model, its family and its activation; or why it cannot be run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+from .. import models
+from ..errors import UnsupportedModelError
+from ..layers.activations import Activation
+from ..models.family import Family
+from ..source.model_kind import SEE, is_mixture, mlx_lm_knows, refuse_own_code
+
+# What mlx-lm's models raise for a configuration that describes none.
+CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
+
+
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(Model, ModelArgs) for a configuration, in mlx-lm's form. Raises UnsupportedModelError."""
+    if (module := _module(config.get("model_type"))) is None:
+        raise UnsupportedModelError(f"no model of type {config.get('model_type')!r} is known here.")
+    return module.Model, module.ModelArgs
+
+
+def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
+    """The model's arguments. Raises one of CONFIG_ERRORS, ValueError for a number of another type than its field's.
+
+    MLX says of 4.0 heads no more than "std::bad_cast", and that only when it computes.
+    """
+    args = args_class.from_dict(config)
+    for name, hint in get_type_hints(args_class).items():
+        kinds = {hint, *get_args(hint)} - {type(None)}
+        value = getattr(args, name, None)
+        if kinds == {int} and value is not None and type(value) is not int:
+            raise ValueError(f"{name} is {value!r:.80}, expected a whole number")
+        if kinds == {float} and value is not None and type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r:.80}, expected a number")
+    return args
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; MLX's list every way to call a function."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def family_types() -> list[str]:
+    """The model types whose neurons can be streamed: those that have a file with a FAMILY in models/."""
+    return sorted(name for _, name, _ in iter_modules(models.__path__) if _module(name) is not None)
+
+
+def family_of(config: dict[str, Any], where: object) -> Family:
+    """The family of a checkpoint's configuration. Raises UnsupportedModelError, naming what was found."""
+    refuse_own_code(config, where)
+    model_type = config.get("model_type")
+    if (module := _module(model_type)) is not None:
+        return module.FAMILY  # type: ignore[no-any-return]
+    families = f"ReLU models ({', '.join(family_types())})"
+    if is_mixture(config, where):
+        raise UnsupportedModelError(
+            f"{where} is a mixture of experts ({model_type}), which needs no conversion: it is run as it is."
+        )
+    if mlx_lm_knows(config):
+        raise UnsupportedModelError(
+            f"{where} ({model_type}) is none of the {families}, nor a mixture of experts in mlx-lm's switch_layers: "
+            f"flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
+        )
+    raise UnsupportedModelError(
+        f"{where} is of model type {model_type!r}, which neither mlx_flash nor the installed mlx-lm knows. Two kinds "
+        f"are run: {families}, and mixtures of experts that mlx-lm knows. {SEE}"
+    )
+
+
+def activation_of(config: dict[str, Any], where: object) -> Activation:
+    """What the neurons of a configuration's model pass. Raises UnsupportedModelError, naming what was found."""
+    family = family_of(config, where)
+    found = config.get(family.activation_key)
+    unnamed = ""
+    if found is None:
+        found, key, wanted = family.default_activation, family.activation_key, next(iter(family.activations))
+        remedy = f'if its own code computes {wanted}, add "{key}": "{wanted}"'
+        unnamed = f" by default (its config.json has no {key}; {remedy})"
+    if not isinstance(found, str) or found not in family.activations:
+        # Of these types mlx-lm computes the default activation, whatever the configuration says.
+        own = found == family.default_activation and mlx_lm_knows(config)
+        runtime = "mlx-lm itself" if own else "a runtime that computes it and loads it whole"
+        raise UnsupportedModelError(
+            f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is neither a "
+            f"ReLU model ({' or '.join(family.activations)} there) nor a mixture of experts, so flash loading would "
+            f"gain nothing; {runtime} runs it, if it fits into memory. What would gain: {family.instead}."
+        )
+    threshold = config.get(family.threshold_keys[found], 0.0) if found in family.threshold_keys else 0.0
+    try:
+        return Activation(family.activations[found], threshold)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{where}: {error}.") from None
+
+
+def _module(model_type: object) -> ModuleType | None:
+    """The file of a model type; None if there is none."""
+    name = f"{models.__name__}.{model_type}"
+    if not str(model_type).isidentifier() or find_spec(name) is None:
+        return None
+    module = import_module(name)
+    return module if hasattr(module, "FAMILY") else None

@@ -204,7 +204,7 @@ def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> lis
     """`count` tokens of a text, which is repeated if it is too short."""
     from mlx_flash.loading.load import load_tokenizer
 
-    from .traces import read_text
+    from .tools.texts import read_text
 
     text = read_text(path) if path else files("mlx_flash.convert").joinpath("calibration.txt").read_text("utf-8")
     ids = [*load_tokenizer(store).encode(text, add_special_tokens=False, verbose=False)]

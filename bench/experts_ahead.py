@@ -11,7 +11,7 @@ import numpy as np
 from mlx_flash.errors import UsageError
 
 from . import routing, traces
-from .lookahead import STATES, Remember, draw, layer_rows, means, residents, show
+from .neurons_ahead import STATES, Remember, draw, layer_rows, means, residents, show
 from .tools.report import finish
 
 EXPERT_SHARES = (0.25, 0.5)  # of a layer's experts that have a slot

@@ -22,7 +22,7 @@ from mlx_flash.flash.system import peak_memory_bytes
 from .tools import tasks
 from .tools.report import environment, spread
 from .tools.score import compare
-from .traces import read_text
+from .tools.texts import read_text
 
 LEAST_TOKENS = 16
 

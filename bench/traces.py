@@ -21,7 +21,9 @@ from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
 from .baselines.contenders import forget_look_ahead
+from .mixture_model import folder_of
 from .tools.report import add_output_argument, environment
+from .tools.texts import read_text
 
 LEAST_TOKENS = 16  # that a trace makes sense of
 
@@ -172,8 +174,6 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
     from mlx_flash.loading.load import load
     from mlx_flash.source.resolve import find_store
 
-    from .mixture_model import folder_of
-
     text = read_text(arguments.text)
     store = folder_of(arguments.model) or find_store(arguments.model, say)
     model, tokenizer = load(store, predictor=arguments.predictor)
@@ -189,14 +189,3 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
         yield Subject(model, store, ids, calibration_ids, prefix)
     finally:
         model.flash.close()
-
-
-def read_text(path: Path) -> str:
-    """Raises UsageError if it cannot be read or is hardly a text."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --text {path}: {error}") from None
-    if len(text.split()) < 2:
-        raise UsageError(f"--text {path} has no text to speak of.")
-    return text

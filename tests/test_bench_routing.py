@@ -16,7 +16,7 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, choices_seen, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import load_model
 
-from mlx_flash.bench import eviction, experts_ahead, lookahead, routing, traces, window_sizes
+from mlx_flash.bench import eviction, experts_ahead, lookahead, neurons_ahead, routing, traces, window_sizes
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.loading import load
@@ -90,7 +90,7 @@ def test_a_guess_is_the_next_layers_router_on_this_layers_state(open_mixture: Ca
     taps = routing.record(model, IDS, [], "test", experts_ahead.router_states(model))
     experts_ahead.check_routers(taps)
     assert {*taps[0].states} == {experts_ahead.OWN, "own input"}
-    assert {*taps[1].states} == {experts_ahead.OWN, *lookahead.STATES, experts_ahead.ROUTED}
+    assert {*taps[1].states} == {experts_ahead.OWN, *neurons_ahead.STATES, experts_ahead.ROUTED}
     h = model.model.embed_tokens(mx.array([IDS]))
     middle = h + first.self_attn(first.input_layernorm(h), "causal", None)
     for state, norm in {"previous middle": norms[1], experts_ahead.ROUTED: norms[0]}.items():

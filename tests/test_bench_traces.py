@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mlx_flash.bench import eviction, lookahead, ordering, traces, window_sizes
+from mlx_flash.bench import eviction, lookahead, neurons_ahead, ordering, traces, window_sizes
 from mlx_flash.bench.tools import policies
+from mlx_flash.bench.tools.texts import read_text
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.slot_cache import SlotCache
 
@@ -76,7 +77,7 @@ def test_a_text_must_be_one(tmp_path: Path, content: str | bytes | None) -> None
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UsageError, match="--text"):
-        traces.read_text(path)
+        read_text(path)
 
 
 def test_a_text_must_have_tokens_enough(tiny: Tiny, tmp_path: Path) -> None:
@@ -161,10 +162,10 @@ def test_windows_count_what_they_say(mask: np.ndarray) -> None:
 
 
 def test_a_guess_from_the_layers_own_ffn_input_would_be_the_choice(model: Any) -> None:
-    guessers = lookahead.observe(model)
+    guessers = neurons_ahead.observe(model)
     history = traces.record(model, IDS, [0], "test")
-    assert {*guessers[0].rows} == {"own input"} and {*guessers[1].rows} == {*lookahead.STATES}
-    at = lookahead.SHIFTS.index(0.0)
+    assert {*guessers[0].rows} == {"own input"} and {*guessers[1].rows} == {*neurons_ahead.STATES}
+    at = neurons_ahead.SHIFTS.index(0.0)
     guess = traces.unpacked(guessers[1].rows["previous middle"][at], 512)
     # Once more by hand: layer 1's norm and predictor on what layer 0's FFN saw.
     seen = guessers[1].states["previous middle"].seen
@@ -172,8 +173,8 @@ def test_a_guess_from_the_layers_own_ffn_input_would_be_the_choice(model: Any) -
     expected = np.array(guessers[1].inner(model.layers[1].final_layer_norm.norm(seen)[0])[0])
     assert np.array_equal(guess[-len(expected) :], expected)
     wider = traces.unpacked(guessers[1].rows["previous middle"][0], 512)
-    assert lookahead.SHIFTS[0] < 0 and (wider | guess == wider).all()
-    counts = lookahead.compare(history[1].chosen, guess, np.zeros_like(guess))
+    assert neurons_ahead.SHIFTS[0] < 0 and (wider | guess == wider).all()
+    counts = neurons_ahead.compare(history[1].chosen, guess, np.zeros_like(guess))
     assert counts["caught"] == counts["both"] and counts["missed"] == counts["chosen"]
     assert counts["both"] + counts["in_vain"] == pytest.approx(counts["guessed"])
 

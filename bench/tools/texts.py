@@ -1,0 +1,18 @@
+"""Texts that measurements run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_flash.errors import UsageError
+
+
+def read_text(path: Path) -> str:
+    """Raises UsageError if it cannot be read or is hardly a text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --text {path}: {error}") from None
+    if len(text.split()) < 2:
+        raise UsageError(f"--text {path} has no text to speak of.")
+    return text

@@ -16,7 +16,8 @@ from mlx_flash.defaults import BITS, THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import ALIGNMENT, LAYER_ALIGNMENT, NeuronLayout, round_up
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 
 from .reads import add_file_arguments, opened_file
 from .tools.report import cached_share, environment, spread

@@ -19,7 +19,8 @@ from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import read_block_sums
 
 from .tools.report import environment

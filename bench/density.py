@@ -15,7 +15,8 @@ from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.neuron_file import write_neurons
 from mlx_flash.flash.files import Manifest, NeuronLayout
 from mlx_flash.flash.neurons import LayerStream, Streamer
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.activations import Activation
 from mlx_flash.layers.neurons import StreamedNeurons
 

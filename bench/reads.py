@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.loading.plan import parse_memory
 
 from .tools import read_methods as methods

@@ -20,8 +20,9 @@ from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.system import current_memory_bytes
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.predictors import Predictor
 
 from . import compare, mixture_model, mixture_steps, traces

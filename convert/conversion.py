@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -27,12 +26,10 @@ from mlx_flash import __version__
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
 from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
 from mlx_flash.flash.files import MANIFEST, RECORD, VERSION, Manifest, is_store, read_manifest
-from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.flash.system import return_freed_memory
-from mlx_flash.layers.quantised import companions, matrices_of
 from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.source.checkpoint_files import files_in, matching, small_files
 from mlx_flash.source.compared_copies import compared_copies
@@ -40,8 +37,8 @@ from mlx_flash.text.generation_config import check_end_tokens, read_generation_c
 
 from . import calibrate, fitting, imported
 from .checkpoint import Checkpoint
-from .neuron_file import quantised, write_neurons
-from .numpy_matrix import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
+from .filled_model import FilledModel
+from .neuron_file import write_neurons
 from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
 from .store_plan import Outline, Settings
 from .sums import SUMS, WrittenSums
@@ -51,7 +48,6 @@ DECODE_TOKENS = 8
 MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
 DIGITS = 5  # of the shares in the manifest
 SPARE_BYTES = 64 << 20
-HEAD = "lm_head."  # the output matrix of an untied model, a large one
 AGAIN = "The disk, or the memory, of this machine is not sound. Run the same command again: it writes the file anew."
 
 
@@ -123,9 +119,6 @@ class _Conversion:
         self.lowrank_left = outline.lowrank_memory  # for the layers whose turn is still to come
         self.written: WrittenSums  # of the partial folder, once it is claimed
         self.small_files: dict[str, str] = {}  # configuration, tokenizer: name -> SHA-256
-        self._stored_as: dict[str, str] = {}  # the model's names of what it does not have yet -> the store's
-        self._matrices: set[str] = set()  # among those
-        self._prefixes: dict[int, str] = {}  # id of a layer -> what the names of its weights begin with
 
     # -- the steps ------------------------------------------------------------------------------------------
 
@@ -313,7 +306,7 @@ class _Conversion:
 
         Returns what each kind does to the perplexity of the held-out sequences, with all layers before choosing, too.
         """
-        self._load_resident()
+        filled = FilledModel(self.outline, self.partial / Manifest.resident_file, self._open)
         norms = self.outline.model.ffn_norms
         held_out = fitting.held_out_tokens(*sequences.shape)
         measured = np.flatnonzero(held_out.reshape(sequences.shape).any(axis=1)).tolist()
@@ -322,7 +315,7 @@ class _Conversion:
             kind: calibrate.Following(calibrate.embed(self.outline.model, sequences[measured]))
             for kind in self.outline.kinds
         }
-        samples = self._activations(hidden, list(followings.values()), held_out)
+        samples = self._activations(filled, hidden, list(followings.values()), held_out)
         for layer in tqdm(range(self.outline.layers), desc="predictors", unit="layer", dynamic_ncols=True):
             sample = None  # the layer before goes first
             return_freed_memory()
@@ -337,7 +330,7 @@ class _Conversion:
                     following.choose = None
         sample = None
         next(samples, None)  # the last layer of those that follow
-        self._fill(self._stored_as)
+        filled.fill_rest()
         targets = sequences[measured]
         result = {
             "dense": calibrate.perplexity(self.outline.model, mx.concatenate(hidden)[mx.array(measured)], targets)
@@ -415,86 +408,15 @@ class _Conversion:
         return report
 
     def _activations(
-        self, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
+        self, filled: FilledModel, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
     ) -> Iterator[fitting.Sample]:
         """Layer by layer."""
-        for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, self._host_ffn):
+        for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, filled.host_ffn):
             bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
             shifted = bias - np.float32(self.outline.activation.threshold)
             sample = [fitting.Sample(x, score, ffn.matrices[0], shifted, held_out)]
             del x, score, ffn
             yield sample.pop()  # kept by who asked for it, and nobody else
-
-    def _load_resident(self) -> None:
-        """Prepares the model to be filled layer by layer: vectors, and matrices before the layers, are read here.
-
-        The rows of embeddings are read when they are asked for, after all of them were compared with their checksums
-        once; a layer's matrices at its turn, the output matrix when the layers are gone.
-        """
-        path = self.partial / Manifest.resident_file
-        stored = self._open(path)
-        group_size, bits = self.outline.resident.group_size, self.outline.resident.bits
-        self._stored_as = {name: stored for stored, (name, _) in self.outline.resident.tensors.items()}
-        for parent_name, parent in list(self.outline.model.named_modules()):
-            for key, child in list(parent.items()):
-                if isinstance(child, nn.Embedding):
-                    weight = self._stored_as.pop(".".join(filter(None, (parent_name, key, "weight"))))
-                    names = [weight, *companions(weight)] if weight in self.outline.resident.packed else [weight]
-                    stored.compare(names)
-                    dtypes = [stored.arrays[name].dtype for name in names]
-                    parts = [
-                        FileEmbedding(path, name, stored.entries[name], dtype)
-                        for name, dtype in zip(names, dtypes, strict=True)
-                    ]
-                    parent[key] = parts[0] if len(parts) == 1 else PackedFileEmbedding(parts, group_size, bits)
-        packed = {name for name, stored in self._stored_as.items() if stored in self.outline.resident.packed}
-        if packed:
-            nn.quantize(
-                self.outline.model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed
-            )
-        self._matrices = packed | (matrices_of(self.outline.model).keys() & self._stored_as.keys())
-        layers = {id(layer) for layer in self.outline.model.layers}
-        self._prefixes = {id(m): f"{name}." for name, m in self.outline.model.named_modules() if id(m) in layers}
-        later = (*self._prefixes.values(), HEAD)
-        self._fill(name for name in self._stored_as if name not in self._matrices or not name.startswith(later))
-
-    def _fill(self, names: Iterable[str]) -> None:
-        """Gives the model weights, read and compared with their checksums. names: the model's."""
-        stored = self._open(self.partial / Manifest.resident_file)
-        named = []
-        for name in list(names):
-            source = self._stored_as.pop(name)
-            weight = stored.take(source)
-            is_packed = source in self.outline.resident.packed
-            if is_packed:
-                named += [
-                    (own, stored.take(other)) for own, other in zip(*map(companions, (name, source)), strict=True)
-                ]
-            elif name not in self._matrices:  # a matrix is widened where it is used
-                weight = weight.astype(mx.float32)
-            named.append((name, weight))
-        self.outline.model.load_weights(named, strict=False)
-
-    def _host_ffn(self, layer: int) -> calibrate.HostFFN:
-        """That of the layer whose turn it is; the layer gets its other weights here. Nothing else refers to them."""
-        prefix = self._prefixes[id(self.outline.model.layers[layer])]
-        self._fill(name for name in self._stored_as if name.startswith(prefix))
-        *matrices, down = (self._host_matrix(rows) for rows in self.outline.layer_rows(layer))
-        up_bias, down_bias = (
-            to_numpy(self.outline.load(name), np.float32)
-            if name in self.outline.original
-            else np.zeros(size, np.float32)
-            for name, size in zip(self.outline.family.biases_of(layer), down.shape, strict=True)
-        )
-        return calibrate.HostFFN(self.outline.activation, tuple(matrices), up_bias, down, down_bias)
-
-    def _host_matrix(self, rows: mx.array) -> HostMatrix:
-        """With the numbers that a reader of the store multiplies with."""
-        if not self.outline.layout.quantised:
-            return HostMatrix(rows)
-        return PackedHostMatrix(
-            *quantised(self.outline.layout, rows), self.outline.layout.group_size, self.outline.layout.bits
-        )
 
     # -- the end --------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from mlx_flash.bench import reads
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.bench.tools import read_methods
 from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 
 KIB = 1 << 10
 

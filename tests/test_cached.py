@@ -17,7 +17,7 @@ from mlx_flash import cache, chat
 from mlx_flash.cli.run import run_command
 from mlx_flash.errors import ConversionError
 from mlx_flash.flash.files import RECORD, is_store
-from mlx_flash.flash.reader import UnitFile
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import Ranges, RangeSums
 from mlx_flash.loading import load, verification
 from mlx_flash.source import cached, failures, resolve

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import BudgetError, FlashError, ReadError, UsageError
 from mlx_flash.flash import reader as reader_module
-from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD, MERGE_BYTES, Reader, UnitFile, plan_requests
+from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD, Reader
+from mlx_flash.flash.requests import MERGE_BYTES, plan_requests
 from mlx_flash.flash.system import READ_ALIGNMENT
+from mlx_flash.flash.unit_file import UnitFile
 
 PAGE = READ_ALIGNMENT
 SIZE = 5 * MERGE_BYTES + 3 * PAGE + 1234  # not a multiple of a page: the last one can only be read in part
@@ -440,7 +442,8 @@ def test_forgotten_readers_do_not_hang(path: Path) -> None:
     """Exit with reads outstanding."""
     program = f"""
 import numpy as np
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 reader, file, target = Reader(4), UnitFile({str(path)!r}), np.zeros({MERGE_BYTES}, np.uint8)
 one = np.array([1])
 reader.submit(file, one, one * target.ctypes.data, one * {MERGE_BYTES})
@@ -455,7 +458,8 @@ def test_a_forked_child_is_told_so(path: Path) -> None:
     program = f"""
 import os, numpy as np
 from mlx_flash.errors import ReadError
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 reader, file, target = Reader(4), UnitFile({str(path)!r}), np.zeros({MERGE_BYTES}, np.uint8)
 one = np.array([1])
 segment = file, one, one * target.ctypes.data, one * {MERGE_BYTES}

@@ -23,8 +23,9 @@ from mlx_flash.flash import neurons as stream_module
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.neurons import LayerStream, Streamer
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Reader, ReadReport, Ticket, UnitFile
+from mlx_flash.flash.reader import Reader, ReadReport, Ticket
 from mlx_flash.flash.self_test import check_expert_pools, check_packed_products
+from mlx_flash.flash.unit_file import UnitFile
 
 LAYERS, NEURONS, WIDTH = 2, 50, 24
 PARTS = ("gate", "up", "down")

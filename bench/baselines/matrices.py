@@ -26,8 +26,10 @@ from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.neurons import Streamer
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import READ_ALIGNMENT, Ticket, UnitFile
+from mlx_flash.flash.reader import Ticket
 from mlx_flash.flash.safetensors_file import TensorEntry, read_header
+from mlx_flash.flash.system import READ_ALIGNMENT
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.neurons import StreamedNeurons
 
 PIECE_BYTES = 16 << 20

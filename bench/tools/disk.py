@@ -14,7 +14,8 @@ from tqdm import tqdm
 from mlx_flash.defaults import THREADS
 from mlx_flash.flash.files import ALIGNMENT, round_up
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Reader, Ticket, UnitFile
+from mlx_flash.flash.reader import Reader, Ticket
+from mlx_flash.flash.unit_file import UnitFile
 
 from .report import forget_cached
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash.pool import AlignedPool
-from mlx_flash.flash.reader import Int64Array, Reader, ReadReport, Ticket, UnitFile
+from mlx_flash.flash.reader import Reader, ReadReport, Ticket
+from mlx_flash.flash.unit_file import Int64Array, UnitFile
 
 BATCH_READS = 200  # about what a token misses in a layer
 BATCH_BYTES = 32 << 20  # at most, so that batches of large pieces stay small beside memory

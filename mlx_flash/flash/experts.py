@@ -16,10 +16,12 @@ import numpy as np
 
 from .inflight import Flights
 from .pool import AlignedPool
-from .reader import MERGE_BYTES, Reader, Ticket, UnitFile
+from .reader import Reader, Ticket
+from .requests import MERGE_BYTES
 from .self_test import check_expert_pools
 from .slot_cache import SlotCache
 from .system import READ_ALIGNMENT
+from .unit_file import UnitFile
 
 SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
 NOTHING = np.empty(0, np.int32)

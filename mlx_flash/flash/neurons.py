@@ -17,10 +17,11 @@ import numpy as np
 from .files import NeuronLayout
 from .inflight import Flights
 from .pool import AlignedPool
-from .reader import Reader, Ticket, UnitFile, crc32_of_each
+from .reader import Reader, Ticket, crc32_of_each
 from .rows import BlockRows, PackedRows, StoredRows
 from .self_test import check_neuron_pool, check_packed_products
 from .slot_cache import SlotCache
+from .unit_file import UnitFile
 from .unit_sums import BlockSums
 
 FADING = 0.9  # of what is remembered about guesses, per guess

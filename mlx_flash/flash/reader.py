@@ -7,32 +7,26 @@ checksums, the threads compare them with what they have read.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
 import itertools
 import os
-import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import FlashError, ReadError, UsageError
-from .system import READ_ALIGNMENT, open_for_reading
-
-MERGE_BYTES = 1 << 20
-"""What a request aims at: shorter adjacent segments are merged up to about this, longer ones cut into such pieces."""
+from .requests import MERGE_BYTES, plan_requests
+from .unit_file import Descriptor, Int64Array, UnitFile
 
 BOUNCE_BYTES_PER_THREAD = 2 << 20
 """What a thread allocates for reads that are not aligned, a huge page, for the memory plan; nothing if all are."""
 
-Int64Array = npt.NDArray[np.int64]
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
 
@@ -88,122 +82,6 @@ def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDA
     return sums
 
 
-class _Descriptor:
-    """An open file, which is closed when nothing has it any more: under a read its number cannot become another's."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # someone closed it by its number
-            os.close(self.number)
-
-
-class Sums(Protocol):
-    """The checksums of what is read of a file; unit_sums.py has them for every kind of unit."""
-
-    def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
-        """What the segments that `Reader.submit` is given are compared with: (m, 3) int64, ascending.
-
-        Where in the bytes of all segments, one segment behind the other; how many bytes; the CRC-32 (of zlib) that
-        they have. Raises ValueError if bytes of a segment have no sum.
-        """
-        ...
-
-
-class UnitFile:
-    """A file that units are read from, open for positional reads.
-
-    path: as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system may
-    refuse. alignment: bytes that a read is aligned to, 1 if it need not be. name_of: (offset, bytes) -> which units
-    lie there, for messages ("layer 3, neurons 24-31"); "" where that is not known. sums: of what every read is compared
-    with; None to compare nothing.
-    Raises ReadError if `path` is not a readable regular file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], direct: bool = True) -> None:
-        self.path = Path(path)
-        self.name_of: Callable[[int, int], str] = lambda offset, length: ""
-        self.sums: Sums | None = None
-        try:
-            fd, self.direct = open_for_reading(path, direct)
-            self._descriptor: _Descriptor | None = _Descriptor(fd)
-            status = os.fstat(fd)
-        except OSError as error:
-            raise ReadError(f"{self.path} cannot be opened for reading: {error.strerror}.") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise ReadError(f"{self.path} is not a regular file; the file of a store or a checkpoint was expected.")
-        self.size = status.st_size
-        self.alignment = READ_ALIGNMENT if self.direct else 1
-        self._opened = status
-
-    @property
-    def fd(self) -> int:
-        """The descriptor's number, -1 once the file is closed."""
-        descriptor = self._descriptor
-        return -1 if descriptor is None else descriptor.number
-
-    @property
-    def identity(self) -> tuple[int, int, int, int]:
-        """What changes with every change of the contents: inode, size, time of writing, time of any change (ns)."""
-        return identity_of(self._opened)
-
-    def verify_unchanged(self) -> None:
-        """Raises ReadError if someone may have written into the file since it was opened.
-
-        Size and time of writing can be put back, the time of the last change (ctime) cannot. It also moves when a link
-        is made or removed or when mode or owner are set, which is seen in them and leaves the bytes as they were. When
-        it moves alone, the file was written to and its time put back; or it was renamed, or its extended attributes
-        set: that cannot be told apart, and counts as a change.
-        """
-        descriptor = self._descriptor
-        if descriptor is None:
-            raise ReadError(f"{self.path} is closed.")
-        try:
-            now = os.fstat(descriptor.number)
-        except OSError as error:
-            raise ReadError(f"{self.path} cannot be examined: {error.strerror}.") from error
-        then = self._opened
-        if identity_of(now) == identity_of(then):
-            return
-        if now.st_size != then.st_size:
-            how = f"it has {now.st_size} bytes, and had {then.st_size}"
-        elif now.st_mtime_ns != then.st_mtime_ns:
-            how = "it was written to, or its time set"
-        elif _links_and_rights(now) != _links_and_rights(then):
-            self._opened = now
-            return
-        else:
-            how = "it was written to and its time put back, or it was renamed or given other attributes"
-        raise ReadError(
-            f"{self.path} was changed while it was in use ({how}). "
-            "Leave the files of a store or a checkpoint alone while a model runs; start again."
-        )
-
-    def close(self) -> None:
-        """Closes the file, at once or when the last outstanding read has been waited for. May be called again."""
-        self._descriptor = None
-
-    def __enter__(self) -> UnitFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:
-    """(inode, size, mtime, ctime) of a file: another tuple means that its bytes may be others."""
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _links_and_rights(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_nlink, status.st_mode, status.st_uid, status.st_gid
-
-
 @dataclass(frozen=True)
 class ReadReport:
     """What one batch of reads did.
@@ -223,12 +101,12 @@ class Ticket:
 
     __slots__ = ("_descriptor", "destination", "file", "number", "requests")
 
-    def __init__(self, file: UnitFile, descriptor: _Descriptor, requests: int, destination: object) -> None:
+    def __init__(self, file: UnitFile, descriptor: Descriptor, requests: int, destination: object) -> None:
         self.number = next(_numbers)
         self.file = file
         self.requests = requests
         self.destination = destination
-        self._descriptor: _Descriptor | None = descriptor
+        self._descriptor: Descriptor | None = descriptor
 
 
 _numbers = itertools.count(1)  # of tickets, of all readers
@@ -427,127 +305,3 @@ def _failure(file: UnitFile, result: _Result) -> ReadError:
     else:
         problem = f"{what} failed: {os.strerror(result.code)} (error {result.code}). Check the disk and the file"
     return ReadError(f"{where}{problem}.")
-
-
-def plan_requests(
-    file: UnitFile,
-    offsets: npt.NDArray[np.integer],
-    addresses: npt.NDArray[np.integer],
-    lengths: npt.NDArray[np.integer] | int,
-    request_bytes: int = MERGE_BYTES,
-) -> tuple[Int64Array, Int64Array]:
-    """Segments -> requests (r, 3) of (offset, first iovec, number of iovecs) and iovecs (m, 2) of (address, length).
-
-    No request is longer than 1.5 * request_bytes + READ_ALIGNMENT. Raises as `Reader.submit` does.
-    """
-    if not READ_ALIGNMENT <= request_bytes <= MERGE_BYTES or request_bytes % READ_ALIGNMENT:
-        raise ValueError(f"request_bytes is {request_bytes}, expected a multiple of {READ_ALIGNMENT} to {MERGE_BYTES}")
-    if isinstance(lengths, int):
-        tables = _plan_rows(file, offsets, addresses, lengths)
-        if tables is not None:
-            return tables
-        lengths = np.full(len(offsets), lengths, np.int64)
-    offsets, addresses, lengths = np.asarray(offsets), np.asarray(addresses), np.asarray(lengths)
-    if not (offsets.ndim == 1 and offsets.shape == addresses.shape == lengths.shape):
-        raise ValueError(
-            f"offsets, addresses and lengths must be (n,) alike but are {offsets.shape}, {addresses.shape} and "
-            f"{lengths.shape}"
-        )
-    if any(array.dtype.kind not in "iu" for array in (offsets, addresses, lengths) if array.size):
-        raise ValueError("offsets, addresses and lengths must be integers")
-    offsets, addresses, lengths = (array.astype(np.int64, copy=False) for array in (offsets, addresses, lengths))
-    outside = (offsets < 0) | (lengths < 0) | (offsets > file.size - lengths)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise ReadError(
-            f"{file.path} has {file.size} bytes; {lengths[at]} bytes at {offsets[at]} lie outside of it. "
-            "The file and its index disagree: run `python -m mlx_flash.check` on a store; download a checkpoint again."
-        )
-    if not lengths.all():
-        some = lengths > 0
-        offsets, addresses, lengths = offsets[some], addresses[some], lengths[some]
-    if len(lengths) == 0:
-        return np.empty((0, 3), np.int64), np.empty((0, 2), np.int64)
-    if lengths.max() >= request_bytes * 3 // 2:
-        offsets, addresses, lengths = _cut(offsets, addresses, lengths, request_bytes)
-    first = _first_segments(offsets, addresses, lengths, file.alignment, request_bytes)
-    requests = np.empty((len(first), 3), np.int64)
-    requests[:, 0] = offsets[first]
-    requests[:, 1] = first
-    requests[:-1, 2] = first[1:] - first[:-1]
-    requests[-1, 2] = len(lengths) - first[-1]
-    return requests, np.stack((addresses, lengths), axis=1)
-
-
-def _plan_rows(
-    file: UnitFile, offsets: npt.NDArray[np.integer], addresses: npt.NDArray[np.integer], length: int
-) -> tuple[Int64Array, Int64Array] | None:
-    """`plan_requests` for what a token needs: blocks of one length, which are all aligned or may all be bounced; None
-    for whatever else it is given.
-
-    Called for every layer of every token, so it does with a third of the array operations.
-    """
-    n = len(offsets)
-    if not (n and offsets.dtype == addresses.dtype == np.int64 and 0 < length < MERGE_BYTES // 2):
-        return None
-    if not offsets.shape == addresses.shape == (n,):
-        return None
-    steps = offsets[1:] - offsets[:-1]
-    if n > 1 and steps.min() < length:  # not ascending, or one over the other
-        return None
-    if not 0 <= offsets[0] <= offsets[-1] <= file.size - length:
-        return None
-    if length % file.alignment == 0:
-        used = int(np.bitwise_or.reduce(offsets)) | int(np.bitwise_or.reduce(addresses))
-        if used % file.alignment:
-            return None
-    starts = np.ones(n, np.bool_)
-    np.not_equal(steps, length, out=starts[1:])
-    first = np.flatnonzero(starts)  # (r,) the segment that each request begins with
-    requests = np.empty((len(first), 3), np.int64)
-    requests[:, 0] = offsets[first]
-    requests[:, 1] = first
-    requests[:-1, 2] = first[1:] - first[:-1]
-    requests[-1, 2] = n - first[-1]
-    if requests[:, 2].max() * length > MERGE_BYTES:
-        return None
-    iovecs = np.empty((n, 2), np.int64)
-    iovecs[:, 0] = addresses
-    iovecs[:, 1] = length
-    return requests, iovecs
-
-
-def _cut(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, request_bytes: int) -> tuple[Int64Array, ...]:
-    """Segments with the long ones in pieces, so that one segment keeps several threads busy and bounce buffers small.
-
-    Pieces are request_bytes long and end on multiples of READ_ALIGNMENT in the file, so that no block is read twice;
-    the last one is 0.5 to 1.5 times as long (and up to READ_ALIGNMENT more).
-    """
-    pieces = np.maximum((lengths + request_bytes // 2) // request_bytes, 1)  # (n,)
-    owner = np.repeat(np.arange(len(lengths)), pieces)  # (m,) the segment of each piece
-    rank = np.arange(len(owner)) - (np.cumsum(pieces) - pieces)[owner]
-    head = offsets[owner] % READ_ALIGNMENT
-    begin = np.where(rank == 0, 0, rank * request_bytes - head)
-    end = np.where(rank == pieces[owner] - 1, lengths[owner], (rank + 1) * request_bytes - head)
-    return offsets[owner] + begin, addresses[owner] + begin, end - begin
-
-
-def _first_segments(
-    offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, alignment: int, request_bytes: int
-) -> Int64Array:
-    """The index of the first segment of each request: (n,) three times -> (r,)."""
-    n = len(offsets)
-    starts = np.ones(n, np.bool_)
-    starts[1:] = offsets[1:] != offsets[:-1] + lengths[:-1]
-    long = lengths >= request_bytes // 2  # gain nothing by being merged
-    starts[1:] |= long[1:] | long[:-1]
-    if alignment > 1:
-        # A loose segment makes its whole request go through a bounce buffer; it shall not take aligned ones along.
-        loose = (offsets | addresses | lengths) % alignment != 0
-        starts[1:] |= loose[1:] != loose[:-1]
-    if starts.all():
-        return np.arange(n)
-    run = np.maximum.accumulate(np.where(starts, np.arange(n), 0))  # the first segment of each run of neighbours
-    window = (offsets - offsets[run]) // request_bytes
-    starts[1:] |= window[1:] != window[:-1]
-    return np.flatnonzero(starts)

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from ..errors import CorruptStoreError, ReadError
 from .files import AGAIN, Manifest, NeuronLayout
-from .reader import NO_CHECKS, Int64Array, Reader, UnitFile
+from .reader import NO_CHECKS, Reader
+from .unit_file import Int64Array, UnitFile
 
 UInt32Array = npt.NDArray[np.uint32]
 

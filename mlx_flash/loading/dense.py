@@ -15,9 +15,10 @@ from ..errors import CorruptStoreError, MissingTensorError
 from ..flash.files import Manifest
 from ..flash.host_arrays import to_numpy
 from ..flash.neurons import LayerStream, Streamer
-from ..flash.reader import Reader, UnitFile
+from ..flash.reader import Reader
 from ..flash.stored_tensors import StoredTensors
 from ..flash.system import mark_in_use
+from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import read_block_sums
 from ..layers.activations import Activation
 from ..layers.lookahead_trial import Pace

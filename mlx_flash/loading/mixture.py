@@ -14,9 +14,10 @@ from ..errors import CheckpointError, ReadError, UnsupportedModelError
 from ..flash.experts import ExpertStreamer
 from ..flash.host_arrays import to_bytes
 from ..flash.plain_files import reading, unreadable
-from ..flash.reader import Reader, UnitFile
+from ..flash.reader import Reader
 from ..flash.safetensors_file import crc32_of, read_header
 from ..flash.system import usable_memory_bytes
+from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges
 from ..source.model_kind import said
 from .expert_files import Mixture, parent_of, primitives_of

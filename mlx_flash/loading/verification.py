@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import CheckpointError, ReadError
-from ..flash.reader import Reader, UnitFile, identity_of
+from ..flash.reader import Reader
+from ..flash.unit_file import UnitFile, identity_of
 from ..flash.unit_sums import Ranges, RangeSums, make_sums
 from ..source.cached import SUMS, SUMS_SUFFIX
 from ..source.resolve import cache_folder

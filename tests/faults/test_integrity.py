@@ -28,7 +28,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError
 from mlx_flash.flash.files import Manifest
-from mlx_flash.flash.reader import Reader, UnitFile
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
 from mlx_flash.loading import load as loading
 from mlx_flash.loading import mixture, verification

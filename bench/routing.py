@@ -56,7 +56,7 @@ class Tap(nn.Module):
 
     def __init__(self, inner: Any, trace: LayerTrace, router: Any, states: dict[str, State]) -> None:
         super().__init__()
-        self._inner, self._router = inner, router
+        self.inner, self._router = inner, router
         self.trace, self.states = trace, states
         self.choices = 0  # experts per token
         self.rank_rows: dict[str, list[np.ndarray]] = {state: [] for state in states}
@@ -70,7 +70,7 @@ class Tap(nn.Module):
             scores = self._router(given()).reshape(mask.shape)
             ranks = mx.argsort(mx.argsort(-scores, axis=-1), axis=-1)
             self.rank_rows[state].append(to_numpy(ranks.astype(mx.int16)))
-        result: mx.array = self._inner(x, indices)
+        result: mx.array = self.inner(x, indices)
         return result
 
     def ranks(self, state: str) -> np.ndarray:
@@ -85,14 +85,14 @@ def record(
     taps = []
     for place in (found := list(places(model))):
         inner, of_layer = place.block[place.name], (states or {}).get(place.index, {})
-        trace = LayerTrace(place.index, inner._stream.experts, 1)
+        trace = LayerTrace(place.index, inner.units.experts, 1)
         taps.append(Tap(inner, trace, place.router() if of_layer else None, of_layer))
         place.block[place.name] = taps[-1]
     try:
         decode(model, ids, prefix, name)
     finally:
         for place, tap in zip(found, taps, strict=True):
-            place.block[place.name] = tap._inner
+            place.block[place.name] = tap.inner
     return taps
 
 

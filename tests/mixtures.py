@@ -219,7 +219,7 @@ def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[
     mixture: Mixture = open_mixture(folder)
     streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(4))
     mixture.stream(streamer, [slots] * len(mixture.switches), window)
-    for ahead in [layer._ahead for layer in mixture.layers() if layer._ahead is not None]:
+    for ahead in [layer.ahead for layer in mixture.layers() if layer.ahead is not None]:
         ahead.pace.guessing = True  # as if a trial had found that it pays
     return mixture.model, streamer
 

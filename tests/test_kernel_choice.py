@@ -148,7 +148,7 @@ def test_a_mixtures_products_do_not_depend_on_the_budget(
     for slots in budgets:
         model, streamer = open_streamed(mixture_of(kind), slots)
         for layer in model.layers:
-            layer.mlp.switch_mlp._ahead = None  # a guess, which the text does not depend on
+            layer.mlp.switch_mlp.ahead = None  # a guess, which the text does not depend on
         for length in LENGTHS if slots % 2 else LENGTHS[::-1]:
             # Cold or as the last prompt left it, and warm; the longer ones leave all that fits as the others do.
             for time in ("first", "again")[: 1 + (length < 100)]:
@@ -184,7 +184,7 @@ def test_neurons_products_do_not_depend_on_the_budget(
     for slots in (None, max(2, tiny.manifest.layout.blocks // 8)):
         model = open_model(tiny.store, slots, predictor)
         for layer in model.layers:
-            layer.mlp._ahead = None  # a guess, which the text does not depend on
+            layer.mlp.ahead = None  # a guess, which the text does not depend on
         with monkeypatch.context() as patched:  # not while it is loaded, when its graph is traced
             recorder = Recorder(patched)
             for time in ("first", "again"):

@@ -56,7 +56,7 @@ def test_what_load_gives(store: Path) -> None:
 
 def test_the_options_arrive(store: Path) -> None:
     model, _ = load(str(store), predictor="lowrank", window=3, threads=2, context=17, io="buffered")
-    streamer, stream = model.flash.streamer, model.layers[1].mlp._stream
+    streamer, stream = model.flash.streamer, model.layers[1].mlp.units
     assert (streamer.reader.threads, streamer.file.direct, stream.cache.window) == (2, False, 3)
     assert (model.flash.predictor, model.flash.plan.context, stream.layer) == ("lowrank", 17, 1)
     model.flash.close()

@@ -182,7 +182,7 @@ def test_what_still_reads_a_slot_is_evaluated_before_it_is_written(
     mixture_of: Callable[..., Path], stream: Callable[..., Any]
 ) -> None:
     model, _ = stream(mixture_of("qwen3_moe"), 1)
-    experts = model.layers[0].mlp.switch_mlp._stream
+    experts = model.layers[0].mlp.switch_mlp.units
     pool = next(iter(experts.pools.values()))
 
     def bring(expert: int) -> np.ndarray:
@@ -230,7 +230,7 @@ def chosen(mixture_of: Callable[..., Path]) -> list[np.ndarray]:
     found: list[np.ndarray] = []
 
     def noting(self: StreamedExperts, x: mx.array, indices: mx.array) -> mx.array:
-        if self._ahead is None and indices.size < SORTED_FROM:
+        if self.ahead is None and indices.size < SORTED_FROM:
             found.append(np.array(indices))
         return call(self, x, indices)
 
@@ -300,7 +300,7 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
 
     def failing(reader: Reader, ticket: Any) -> Any:
         report = wait(reader, ticket)
-        if first._stream.flight is None and ticket in second._stream.flight.tickets and not failed:
+        if first.units.flight is None and ticket in second.units.flight.tickets and not failed:
             failed.append(ticket)
             raise ReadError("injected")
         return report
@@ -310,13 +310,13 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
         patch.setattr(LookAhead, "begin", left)
         with pytest.raises(KeyboardInterrupt):
             everything(model)
-    assert second._stream.flight is not None  # still on its way: whatever is called next lands it
+    assert second.units.flight is not None  # still on its way: whatever is called next lands it
     assert_same(everything(model), reference(folder), "left behind")
     with monkeypatch.context() as patch:
         patch.setattr(LookAhead, "begin", lambda self, *_: begin(self, *_) or patch.setattr(Reader, "wait", failing))
         with pytest.raises(ReadError, match="injected"):
             everything(model)
-    assert not streamer.flying and not streamer.reader.outstanding and second._stream.flight is None
+    assert not streamer.flying and not streamer.reader.outstanding and second.units.flight is None
     assert_same(everything(model), reference(folder), "failed")
 
 
@@ -339,7 +339,7 @@ def test_an_interrupt_when_reads_have_just_landed(
 
 def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 4)
-    experts, counters = model.layers[1].mlp.switch_mlp._stream, streamer.counters
+    experts, counters = model.layers[1].mlp.switch_mlp.units, streamer.counters
     nobody = np.empty(0, np.int64)
 
     def has(ids: list[int]) -> bool:
@@ -371,7 +371,7 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
 def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str) -> None:
     """Those whose router is one product; the first layer that guesses tells when a token begins, and no other does."""
     layers = stream(mixture_of(family), 5)[0].modules()
-    ahead = [layer._ahead for layer in layers if isinstance(layer, StreamedExperts) and layer._ahead is not None]
+    ahead = [layer.ahead for layer in layers if isinstance(layer, StreamedExperts) and layer.ahead is not None]
     linear = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss"}
     assert bool(ahead) == (family in linear)
     assert sum(one.leads for one in ahead) == min(1, len(ahead)) and len({id(one.pace) for one in ahead}) <= 1
@@ -379,7 +379,7 @@ def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: C
 
 def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 5)
-    ahead = model.layers[0].mlp.switch_mlp._ahead
+    ahead = model.layers[0].mlp.switch_mlp.ahead
     tokens: list[None] = []
     ahead.pace.token = lambda: tokens.append(None)
     ahead.pace.guessing = False

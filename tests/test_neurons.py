@@ -198,13 +198,13 @@ def test_look_ahead_never_changes_the_text(
 
 def test_a_layer_that_guesses_badly_stops_and_tries_again(tiny: Tiny, open_model: Callable[..., Any]) -> None:
     model = open_model(tiny.store, slots=60, predictor="lowrank")
-    ahead = model.layers[0].mlp._ahead
+    ahead = model.layers[0].mlp.ahead
     x = mx.zeros((1, 64))
     assert ahead.guess(x) is not None
-    ahead.following._stream.vain_early = 5.0
+    ahead.following.units.vain_early = 5.0
     asked = [ahead.guess(x) is not None for _ in range(2 * GUESS_AGAIN)]
     assert [i for i, was in enumerate(asked) if was] == [GUESS_AGAIN - 1, 2 * GUESS_AGAIN - 1]
-    ahead.following._stream.used_early = 6.0
+    ahead.following.units.used_early = 6.0
     assert ahead.guess(x) is not None
 
 
@@ -286,10 +286,10 @@ def test_nothing_chosen_is_only_the_bias(tiny: Tiny, open_model: Callable[..., A
     mlp = open_model(tiny.store, predictor="lowrank").layers[0].mlp
     mlp.predictor.c = mx.full(mlp.predictor.c.shape, -1e9)
     x = mx.random.normal((2, 1, 64), key=mx.random.key(2))
-    before = mlp._stream.shared.counters.copy()
+    before = mlp.units.shared.counters.copy()
     y = mlp(x)
     assert mx.array_equal(y, mx.broadcast_to(mlp.down_bias, y.shape))
-    assert (mlp._stream.shared.counters - before).bytes == 0
+    assert (mlp.units.shared.counters - before).bytes == 0
 
 
 @pytest.mark.parametrize("predictor", ["lowrank", "shadow"])

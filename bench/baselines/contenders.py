@@ -104,8 +104,8 @@ def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, i
     if side.look_ahead == "never":
         forget_look_ahead(model)
     for layer in model.layers:
-        if side.look_ahead == "always" and layer.mlp._ahead is not None:
-            layer.mlp._ahead.pace = Pace(warm_up=2**62)
+        if side.look_ahead == "always" and layer.mlp.ahead is not None:
+            layer.mlp.ahead.pace = Pace(warm_up=2**62)
     plan = model.flash.plan
     return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
 
@@ -113,7 +113,7 @@ def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, i
 def forget_look_ahead(model: Any) -> None:
     """From now on no layer guesses what the next one will need."""
     for layer in model.layers:
-        layer.mlp._ahead = None
+        layer.mlp.ahead = None
 
 
 def _forget_peak() -> None:

@@ -130,7 +130,7 @@ class _Neurons:
     def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, conveyor: _Conveyor) -> None:
         # Not the layer itself: its slots are not used any more.
         self.biases = {name: mlp[name] for name in ("up_bias", "down_bias") if name in mlp}
-        self.conveyor, self.layout = conveyor, mlp._stream.layout
+        self.conveyor, self.layout = conveyor, mlp.units.layout
         rows, neurons = rows_of_piece(self.layout), self.layout.neurons
         self.pieces = [
             (part, start, min(rows, neurons - start)) for part in range(2) for start in range(0, neurons, rows)

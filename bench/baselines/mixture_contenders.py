@@ -99,8 +99,8 @@ class Forgetful(SlotCache):
 
 def wait_for_all(layer: StreamedExperts) -> None:
     """Lets a layer read what it lacks before it multiplies anything, where its slots allow that."""
-    rounds, cache = layer._rounds, layer._stream.cache
-    layer._rounds = (  # type: ignore[method-assign]
+    rounds, cache = layer.rounds, layer.units.cache
+    layer.rounds = (  # type: ignore[method-assign]
         lambda experts, pairs: [experts] if len(experts) <= cache.slots else rounds(experts, pairs)
     )
 
@@ -114,13 +114,13 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStream
         model, _ = load(folder, memory=side.memory, context=context, **options)
         if not side.keep:
             for layer in model.flash.layers:
-                cache = layer._stream.cache
-                layer._stream.cache = Forgetful(len(cache.slot_of), cache.slots, side.window)
+                cache = layer.units.cache
+                layer.units.cache = Forgetful(len(cache.slot_of), cache.slots, side.window)
         for layer in model.flash.layers:
             if not side.overlap:
                 wait_for_all(layer)
-            if layer._ahead is not None and side.look_ahead != "tried":
-                layer._ahead.pace = Pace(warm_up=2**62, guessing=side.look_ahead == "always")
+            if layer.ahead is not None and side.look_ahead != "tried":
+                layer.ahead.pace = Pace(warm_up=2**62, guessing=side.look_ahead == "always")
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

@@ -339,7 +339,7 @@ class _Recorder:
         flat = x.reshape(-1, x.shape[-1])
         self.predicted = to_numpy(self.mlp.predictor(flat)[0])
         parts = []
-        for start, stop, (up, _) in self.mlp._stream.whole_bundles():
+        for start, stop, (up, _) in self.mlp.units.whole_bundles():
             parts.append(to_numpy(flat @ up.T + self.mlp.up_bias[start:stop] > 0))
         self.active = np.concatenate(parts, axis=1)
         return self.mlp(x)  # type: ignore[no-any-return]

@@ -31,8 +31,8 @@ class Pinned(SlotCache):
         self.hot = np.zeros(units, bool)
         self.hot[hot] = True
 
-    def _worth(self) -> np.ndarray:
-        worth = super()._worth()
+    def worth(self) -> np.ndarray:
+        worth = super().worth()
         worth[self.hot[self.unit_of]] += 2.0**50
         return worth
 

@@ -114,14 +114,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @contextmanager
 def all_neurons(model: Any) -> Iterator[None]:
     """Within it the streamed model is the dense one: every call goes the prompt way, however short it is."""
-    limits = [layer.mlp._decode_tokens for layer in model.layers]
+    limits = [layer.mlp.decode_tokens for layer in model.layers]
     for layer in model.layers:
-        layer.mlp._decode_tokens = 0
+        layer.mlp.decode_tokens = 0
     try:
         yield
     finally:
         for layer, limit in zip(model.layers, limits, strict=True):
-            layer.mlp._decode_tokens = limit
+            layer.mlp.decode_tokens = limit
 
 
 class Tapped:

@@ -104,14 +104,14 @@ class SlotCache:
         """The slots to fill next: empty ones, then the least worth keeping; ascending. None of `keep`."""
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
-        worth = self._worth()
+        worth = self.worth()
         if self.resident < self.slots:
             empty = np.flatnonzero(self.unit_of < 0)
             worth[empty] = empty - self.slots  # below zero, in order
         worth[keep] = np.inf
         return np.sort(np.argpartition(worth, count - 1)[:count]).astype(np.int32)
 
-    def _worth(self) -> np.ndarray:
+    def worth(self) -> np.ndarray:
         """What each slot is worth keeping, (slots,): at least 0. Whatever for an empty one."""
         if self.window is None:
             return self.score[self.unit_of]

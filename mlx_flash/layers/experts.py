@@ -31,9 +31,9 @@ class StreamedExperts(nn.Module):
         """inner: the layer whose place this takes. stream: its tensors are named `projection.tensor`, as inner's."""
         super().__init__()
         self._inner = inner
-        self._stream = stream
+        self.units = stream
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
-        self._ahead: LookAhead | None = None
+        self.ahead: LookAhead | None = None
         for name, pool in stream.pools.items():
             projection, tensor = name.rsplit(".", 1)
             inner[projection][tensor] = pool
@@ -46,19 +46,19 @@ class StreamedExperts(nn.Module):
         router: of the next layer, x (..., D) -> scores (..., E). pace: the model's. leads: whether this layer tells it
         when a token begins.
         """
-        self._ahead = LookAhead(following._stream, router, pace, leads)
+        self.ahead = LookAhead(following.units, router, pace, leads)
 
     @property
     def experts(self) -> int:
-        return self._stream.experts
+        return self.units.experts
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's slots."""
-        self._stream.settle()
+        self.units.settle()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         many = indices.size >= SORTED_FROM
-        stream, ahead = self._stream, None if many else self._ahead
+        stream, ahead = self.units, None if many else self.ahead
         expert_by_expert = many and kernels_vary()
         if ahead is not None and ahead.leads:
             ahead.pace.token()
@@ -75,7 +75,7 @@ class StreamedExperts(nn.Module):
         stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
         experts = np.unique(needed)
         stream.use(experts)
-        rounds = self._rounds(experts, needed.size)
+        rounds = self.rounds(experts, needed.size)
 
         def guess() -> None:
             if ahead is not None and scores is not None:
@@ -90,10 +90,10 @@ class StreamedExperts(nn.Module):
         stream.hold(y)
         return y
 
-    def _rounds(self, experts: np.ndarray, pairs: int) -> list[np.ndarray]:
+    def rounds(self, experts: np.ndarray, pairs: int) -> list[np.ndarray]:
         """`experts` in groups that are multiplied one after the other, each while the next one is read: those that are
         here first. A group and the next one fit into the slots, if there is more than one of them."""
-        cache = self._stream.cache
+        cache = self.units.cache
         here = cache.slot_of[experts] >= 0
         present, missing = experts[here], experts[~here]
         half = max(1, cache.slots // 2)
@@ -113,7 +113,7 @@ class StreamedExperts(nn.Module):
         expert_by_expert: bool,
     ) -> mx.array:
         """Group by group, the next one read meanwhile. guess: called when the last one is on its way."""
-        stream, cache = self._stream, self._stream.cache
+        stream, cache = self.units, self.units.cache
         pairs, choices = needed.reshape(-1), needed.shape[-1]
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         turn_of = np.zeros(cache.slot_of.shape, np.int64)

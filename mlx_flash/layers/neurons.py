@@ -35,11 +35,11 @@ class StreamedNeurons(nn.Module):
         if bias:
             self.up_bias = mx.zeros((layout.neurons,))
             self.down_bias = mx.zeros((layout.width,))
-        self._stream = stream
+        self.units = stream
         self._activation = activation
-        self._decode_tokens = decode_tokens
+        self.decode_tokens = decode_tokens
         self.predictor: Predictor | None = None
-        self._ahead: LookAhead | None = None
+        self.ahead: LookAhead | None = None
 
     def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
@@ -48,26 +48,26 @@ class StreamedNeurons(nn.Module):
         guesses tells it when a token begins.
         """
         if self.predictor is not None:
-            self._ahead = LookAhead.of(following, norm, following_norm, pace)
+            self.ahead = LookAhead.of(following, norm, following_norm, pace)
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
-        self._stream.settle()
+        self.units.settle()
 
     def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
         """One that knows which neurons can be active: it has the first projection, which is read here."""
         rows = []
-        for _, _, (first, *_) in self._stream.whole_bundles():
+        for _, _, (first, *_) in self.units.whole_bundles():
             rows.append(first.astype(dtype))
             mx.eval(rows)
         matrix = mx.concatenate(rows)
         mx.eval(matrix)  # here: another thread, as a server has, could not
-        gated = len(self._stream.layout.parts) == 3
+        gated = len(self.units.layout.parts) == 3
         return ExactPredictor(matrix, self.up_bias if "up_bias" in self and not gated else None, self._activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        if self.predictor is None or x.shape[1] > self._decode_tokens:
+        if self.predictor is None or x.shape[1] > self.decode_tokens:
             y = self._all(flat)
         else:
             y = self._selected(flat, self.predictor)
@@ -78,7 +78,7 @@ class StreamedNeurons(nn.Module):
     def _all(self, x: mx.array) -> mx.array:
         y = mx.zeros_like(x)
         # Closed here: after an exception a traceback would keep the generator, and its read would stay in flight.
-        with closing(self._stream.pieces()) as pieces:
+        with closing(self.units.pieces()) as pieces:
             for start, stop, rows in pieces:
                 known = []
                 if isinstance(self.predictor, ExactPredictor):
@@ -96,32 +96,32 @@ class StreamedNeurons(nn.Module):
         return products
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
-        if self._ahead is not None and self._ahead.leads:
-            self._ahead.pace.token()
+        if self.ahead is not None and self.ahead.leads:
+            self.ahead.pace.token()
         mask, activations = predictor(x)
-        guess = self._ahead.guess(x) if self._ahead is not None else None
+        guess = self.ahead.guess(x) if self.ahead is not None else None
         if guess is not None:
             mx.eval(mask, guess)
         chosen = to_numpy(mask, copy=False)  # the layer's one read-back
         ids = _union(chosen)
         if len(ids):
-            self._stream.begin(ids)
-        if self._ahead is not None and guess is not None:
-            self._ahead.following._stream.read_ahead(_union(to_numpy(guess, copy=False)))
+            self.units.begin(ids)
+        if self.ahead is not None and guess is not None:
+            self.ahead.following.units.read_ahead(_union(to_numpy(guess, copy=False)))
         packed = len(x) <= PACKED_TOKENS
         y = mx.zeros_like(x)
-        for begin in range(0, len(ids), self._stream.layout.piece_neurons):
-            piece = ids[begin : begin + self._stream.layout.piece_neurons]
+        for begin in range(0, len(ids), self.units.layout.piece_neurons):
+            piece = ids[begin : begin + self.units.layout.piece_neurons]
             index = mx.array(piece.astype(np.int32))
             known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
-            rows = self._stream.gather_stored(piece) if packed else self._stream.gather(piece)
+            rows = self.units.gather_stored(piece) if packed else self.units.gather(piece)
             h = self._activation(*known, *self._products(x, rows, index))
             if len(chosen) > 1:
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
             y = y + _combine(h, rows[-1])
-            self._stream.hold(y)
+            self.units.hold(y)
             if begin + len(piece) < len(ids):
-                self._stream.settle()  # else the rows of several pieces are in memory at once
+                self.units.settle()  # else the rows of several pieces are in memory at once
         return y
 
 
@@ -171,7 +171,7 @@ class LookAhead:
 
     def guess(self, x: mx.array) -> mx.array | None:
         """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
-        predictor, stream = self.following.predictor, self.following._stream
+        predictor, stream = self.following.predictor, self.following.units
         if predictor is None or stream.all_resident or not self.pace.guessing:
             return None
         # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.

@@ -76,8 +76,8 @@ def build(
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
             layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
-        for layer in [layer for layer in model.layers if layer.mlp._ahead is not None][:1]:
-            layer.mlp._ahead.leads = True
+        for layer in [layer for layer in model.layers if layer.mlp.ahead is not None][:1]:
+            layer.mlp.ahead.leads = True
     evaluate_constants(model)
     model.flash = Runtime(
         plan,

@@ -19,7 +19,7 @@ class Live:
     """
 
     def __init__(self, model: Any) -> None:
-        self.caches: list[SlotCache] = [layer._stream.cache for layer in model.flash.layers]
+        self.caches: list[SlotCache] = [layer.units.cache for layer in model.flash.layers]
         self.watching = False
 
     @property

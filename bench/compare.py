@@ -202,7 +202,7 @@ def refuse_beyond(span: int, positions: int, remedy: str = "Lower --tokens or --
 
 def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> list[int]:
     """`count` tokens of a text, which is repeated if it is too short."""
-    from mlx_flash.loading.load import load_tokenizer
+    from mlx_flash.text.tokenizer import load_tokenizer
 
     from .tools.texts import read_text
 

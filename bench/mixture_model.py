@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.errors import UsageError
-from mlx_flash.loading.load import holds_mixture
+from mlx_flash.loading.config import holds_mixture
 from mlx_flash.loading.plan import parse_memory
 from mlx_flash.source.resolve import find_source
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.cli.run import whole_number
-from mlx_flash.errors import BudgetError, FlashError, UsageError
+from mlx_flash.errors import FlashError
 from mlx_flash.flash.files import is_store
-from mlx_flash.loading.load import load, load_tokenizer
-from mlx_flash.loading.plan import parse_memory
+from mlx_flash.loading.load import plan
+from mlx_flash.loading.plan import ENDLESS, parse_memory
 from mlx_flash.source.children import child_environment
 from mlx_flash.source.resolve import demo_folder
+from mlx_flash.text.tokenizer import load_tokenizer
 
 from .tools import subprocess_json
 from .tools.cgroup import memory_group
@@ -95,13 +96,10 @@ def budgets_of(model: str, predictor: str, context: int) -> dict[str, int]:
     """Budgets by name, in bytes, asked in a process like the one that will generate."""
     import mlx_flash.generate  # noqa: F401  # the plan counts what the process is
 
-    try:
-        load(model, memory=1, predictor=predictor, context=context)
-    except BudgetError as refused:
-        smallest = int(1.01 * refused.smallest_bytes)  # processes differ a little
-        values = {"smallest": smallest, "half": refused.bytes_for(0.5), "all": refused.full_bytes}
-        return {name: max(smallest, value) for name, value in values.items()}
-    raise UsageError("a budget of one byte was not refused.")
+    planned = plan(model, memory=ENDLESS, predictor=predictor, context=context)
+    smallest = int(1.01 * planned.smallest)  # processes differ a little
+    values = {"smallest": smallest, "half": planned.bytes_for(0.5), "all": planned.everything}
+    return {name: max(smallest, value) for name, value in values.items()}
 
 
 def _run(arguments: argparse.Namespace, model: Path, predictor: str, budget: int) -> dict[str, Any]:

@@ -263,7 +263,7 @@ class _Conversion:
             raise UsageError(f"cannot read --calibration {self.outline.settings.calibration_text}: {error}") from None
 
     def _calibration_sequences(self) -> np.ndarray:
-        from mlx_flash.loading.load import TOKENIZER_FILES, load_tokenizer
+        from mlx_flash.text.tokenizer import TOKENIZER_FILES, load_tokenizer
 
         folder, size = self.outline.checkpoint.folder, int(self.outline.checkpoint.config["vocab_size"])
         if self.small_files.keys() & set(TOKENIZER_FILES):

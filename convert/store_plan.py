@@ -50,7 +50,8 @@ class Outline:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, activation: Activation, settings: Settings) -> None:
-        from mlx_flash.loading.model_types import CONFIG_ERRORS, first_line, model_arguments, model_classes
+        from mlx_flash.loading.model_types import CONFIG_ERRORS, model_arguments, model_classes
+        from mlx_flash.source.model_kind import first_line
 
         self.checkpoint, self.family, self.activation = checkpoint, family, activation
         self.settings = settings

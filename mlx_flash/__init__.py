@@ -24,6 +24,7 @@ def _leave_working_directory() -> None:
 
 _leave_working_directory()
 
+from types import ModuleType  # noqa: E402
 from typing import Any  # noqa: E402
 
 from .cli.beginning import end_at_once_if_told  # noqa: E402
@@ -31,9 +32,26 @@ from .cli.beginning import end_at_once_if_told  # noqa: E402
 end_at_once_if_told()
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load", "stream_generate"]
+__all__ = ["LoadOptions", "generate", "load", "plan", "stream_generate"]
 
-_HOMES = {"generate": "text.generation", "load": "loading.load", "stream_generate": "text.generation"}
+_HOMES = {
+    "LoadOptions": "loading.options",
+    "generate": "text.generation",
+    "load": "loading.load",
+    "plan": "loading.load",
+    "stream_generate": "text.generation",
+}
+
+
+class _Package(ModuleType):
+    """`import mlx_flash.generate` (a command's module) leaves the function of that name in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -20,24 +20,15 @@ class UsageError(FlashError):
 
 
 class BudgetError(UsageError):
-    """The memory budget is too small; `smallest_bytes` is the smallest one that would do.
+    """The memory budget is too small; `smallest_bytes` is the smallest one that would do."""
 
-    `full_bytes` is the budget with which all units are resident, `units_bytes` what they take of it.
-    """
-
-    def __init__(self, message: str, smallest_bytes: int, full_bytes: int, units_bytes: int) -> None:
+    def __init__(self, message: str, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
-        self.full_bytes = full_bytes
-        self.units_bytes = units_bytes
 
-    def bytes_for(self, share: float) -> int:
-        """The budget with which this share of the units is resident, or the smallest if that is more."""
-        return max(self.smallest_bytes, self.full_bytes - int((1 - share) * self.units_bytes))
-
-    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int, int]]:
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int]]:
         # Exception's own pickling would call the class with the message alone.
-        return type(self), (str(self), self.smallest_bytes, self.full_bytes, self.units_bytes)
+        return type(self), (str(self), self.smallest_bytes)
 
 
 class StoreError(FlashError):

@@ -36,8 +36,10 @@ from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, p
 from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.layers.quantised import companions
 from mlx_flash.loading import load as loading
+from mlx_flash.loading import store as store_module
 from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.source.resolve import demo_folder
+from mlx_flash.text.tokenizer import load_tokenizer
 
 prepare_children()
 
@@ -290,7 +292,7 @@ def own_store(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(store: Path) -> Any:
-    return loading.load_tokenizer(store)
+    return load_tokenizer(store)
 
 
 @pytest.fixture(scope="session")
@@ -305,7 +307,7 @@ def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
     opened: list[Any] = []
 
     def open_store(store: Path, slots: int | None = None, predictor: str = "auto", **options: Any) -> Any:
-        real = loading.make_plan
+        real = store_module.make_plan
 
         def plan(*arguments: Any, **keywords: Any) -> Any:
             made = real(*arguments, **keywords)
@@ -318,11 +320,11 @@ def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
                 needs[key] = real_needs_of(model, layers, context, *rest)
             return needs[key]
 
-        real_needs_of = loading.needs_of
+        real_needs_of = store_module.needs_of
         with (
-            patch.object(loading, "make_plan", plan),
-            patch.object(loading, "needs_of", needs_of),
-            patch.object(loading, "load_tokenizer"),
+            patch.object(store_module, "make_plan", plan),
+            patch.object(store_module, "needs_of", needs_of),
+            patch.object(store_module, "load_tokenizer"),
         ):
             model, _ = loading.load(store, predictor=predictor, **options)
         opened.append(model)

@@ -24,11 +24,12 @@ from mlx_flash.cli.run import run_command
 from mlx_flash.cli.terminal import Interrupts
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import ChatTemplateError, UsageError
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.load import load
 from mlx_flash.source.resolve import find_store
 from mlx_flash.text.conversation import Conversation
 from mlx_flash.text.generation import encode_prompt, stream_generate
 from mlx_flash.text.prompt_cache import Turns
+from mlx_flash.text.tokenizer import load_tokenizer
 
 PYTHON_M = ("-m", "mlx_flash.chat")
 READY = ">>> "

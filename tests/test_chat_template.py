@@ -18,12 +18,12 @@ from serving import until  # type: ignore[import-not-found]  # found beside this
 from templates import CHATML, SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
 
 from mlx_flash.errors import ChatTemplateError, ChatTemplateFailure, CheckpointError, TokenizerError
-from mlx_flash.loading.load import load_tokenizer
 from mlx_flash.text import template_process
 from mlx_flash.text.chat_template import has_chat_template, prompt_ids, prompt_text, takes_tools, tokens_of
 from mlx_flash.text.encoding import TooManyTokens
 from mlx_flash.text.generation import encode_prompt
 from mlx_flash.text.template_process import WORKER, TemplateProcess
+from mlx_flash.text.tokenizer import load_tokenizer
 
 Message = dict[str, Any]
 HI: list[Message] = [{"role": "user", "content": "hi"}]

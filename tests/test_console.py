@@ -34,7 +34,11 @@ def test_help_lists_every_command() -> None:
         done = mlxflash(option)
         assert done.returncode == 0 and done.stderr == ""
         listed = re.findall(r"^  (\w+) +\w.*$", done.stdout, re.MULTILINE)
-        assert listed == list(COMMANDS) == ["generate", "chat", "server", "convert", "check", "cache", "bench", "app"]
+        assert (
+            listed
+            == list(COMMANDS)
+            == [*("generate", "chat", "server", "plan", "convert", "check", "cache", "bench", "app")]
+        )
 
 
 def test_version() -> None:

@@ -15,8 +15,8 @@ from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import decoders, pre_tokenizers
 
-from mlx_flash.loading.load import load_tokenizer
 from mlx_flash.text.detokenizer import WINDOW_TOKENS, Detokenizer
+from mlx_flash.text.tokenizer import load_tokenizer
 
 EXAMPLES = settings(max_examples=10, derandomize=True, database=None, deadline=None)
 SPACES = ["    ", "\t", "\n", "\r\n", "\n\n", "\xa0", "\u2028", "\u3000", "\v\f", " \n", " .", " ' ", " n't", " 's"]

@@ -18,9 +18,10 @@ from mlx_flash import models
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.layers.activations import Activation
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.load import load
 from mlx_flash.loading.model_types import activation_of, family_of, family_types, model_classes
 from mlx_flash.text.generation import stream_generate
+from mlx_flash.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

@@ -19,8 +19,9 @@ from mlx_flash.apps.menubar.budgets import planned_budgets
 from mlx_flash.apps.menubar.server_process import Engine, server_command
 from mlx_flash.bench.tools.subprocess_json import ask
 from mlx_flash.errors import CheckpointError, FlashError
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.load import load
 from mlx_flash.source.children import child_environment
+from mlx_flash.text.tokenizer import load_tokenizer
 
 ROOT = Path(mlx_flash.__file__).parent
 

@@ -14,7 +14,7 @@ from conftest import Tiny  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.loading.load import load_tokenizer
+from mlx_flash.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 

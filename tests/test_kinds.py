@@ -18,6 +18,7 @@ from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.model_types import family_of
 from mlx_flash.source.model_kind import is_mixture
+from mlx_flash.text.tokenizer import load_tokenizer
 
 OWN_CODE = "from pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch()\nModel = ModelArgs = None\n"
 
@@ -145,5 +146,5 @@ def test_code_that_a_tokenizer_names(checkpoint: Path, monkeypatch: pytest.Monke
     path = checkpoint / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=r'cannot be loaded: .* "own", expected the name of'):
-        load.load_tokenizer(checkpoint)
+        load_tokenizer(checkpoint)
     assert not list(checkpoint.glob("*.ran"))

@@ -39,6 +39,7 @@ from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.loading import load as loading
 from mlx_flash.loading import runtime
+from mlx_flash.loading import store as store_module
 from mlx_flash.loading.expert_files import is_as_loaded, open_mixture
 from mlx_flash.loading.load import load
 from mlx_flash.loading.mixture import read_resident
@@ -224,7 +225,7 @@ def test_libraries_read_what_was_compared(own_store: Path, monkeypatch: pytest.M
         path.write_bytes(path.read_bytes() + b" ")
         return manifest
 
-    monkeypatch.setattr(loading, "read_manifest", damaged_afterwards)
+    monkeypatch.setattr(store_module, "read_manifest", damaged_afterwards)
     with pytest.raises(CorruptStoreError, match=rf"^{re.escape(str(path))} does not match its checksum"):
         load(own_store)
 

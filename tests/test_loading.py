@@ -33,8 +33,9 @@ from mlx_flash.errors import (
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD
 from mlx_flash.loading import dense as building
-from mlx_flash.loading import load as loading
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.config import read_config
+from mlx_flash.loading.load import load
+from mlx_flash.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -319,7 +320,7 @@ def test_a_stop_token_of_0_counts(tiny: Tiny, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert loading._read_config(folder)["eos_token_id"] == 0  # mlx-lm takes it for none
+    assert read_config(folder)["eos_token_id"] == 0  # mlx-lm takes it for none
 
 
 def test_a_long_text_is_encoded_without_a_warning(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

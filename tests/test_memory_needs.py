@@ -19,6 +19,7 @@ from mlx_lm.utils import _get_classes
 from mlx_flash.defaults import KV_STEP_TOKENS
 from mlx_flash.flash.files import NeuronLayout, round_up
 from mlx_flash.loading import load, memory_needs, streaming_needs
+from mlx_flash.loading import store as store_module
 from mlx_flash.loading.expert_files import parent_of
 from mlx_flash.loading.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
 from mlx_flash.loading.memory_needs import Call, Needs, needs_of
@@ -244,6 +245,6 @@ def test_a_model_that_cannot_be_called_is_a_sentence(store: Path, monkeypatch: p
     def broken(*_: Any, **__: Any) -> Any:
         raise TypeError("unsupported operand")
 
-    monkeypatch.setattr(load, "needs_of", broken)
+    monkeypatch.setattr(store_module, "needs_of", broken)
     with pytest.raises(CorruptStoreError, match=r"config\.json describes a model that cannot be called: unsupported"):
         load.load(store)

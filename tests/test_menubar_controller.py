@@ -27,7 +27,7 @@ from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budget
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
 from mlx_flash.apps.menubar.server_process import Engine, server_command, why_it_ended
 from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
-from mlx_flash.errors import BudgetError
+from mlx_flash.loading.plan import ENDLESS, Demand, Notes, Plan, Units
 
 SECONDS = 600.0  # until a test gives up waiting for something that comes at once on a quiet machine
 QUESTION = "It was a dark night, and"
@@ -246,18 +246,23 @@ def test_a_plan_that_cannot_be_asked_gives_no_budgets(tmp_path: Path) -> None:
     assert planned_budgets("nobody/has-this-model") is None
 
 
+def plan_with(smallest: int, everything: int, units_bytes: int) -> Plan:
+    units = Units(1, units_bytes, 0, "units")
+    return Plan(ENDLESS, Demand(0, 0, 0, 0, 0), units, (0,), 1, 64, Notes(), 0, smallest, everything)
+
+
 def test_the_points_of_a_plan_grow_and_leave_out_what_is_no_more() -> None:
-    refused = BudgetError("", 1_000 * 10**6, 5_000 * 10**6, 4_100 * 10**6)
-    found = budgets.points(refused, "experts")
+    ample = plan_with(1_000 * 10**6, 5_000 * 10**6, 4_100 * 10**6)
+    found = budgets.points(ample, "experts")
     assert [point.note for point in found] == [
         *("the smallest", "a quarter of the experts in memory"),
         *("half of the experts in memory", "all experts in memory"),
     ]
     assert [point.size for point in found] == sorted(point.size for point in found)
-    assert found[-1].size >= refused.full_bytes
-    tiny = budgets.points(BudgetError("", 253 * 10**6, 261 * 10**6, 8 * 10**6), "neurons")
+    assert found[-1].size >= ample.everything
+    tiny = budgets.points(plan_with(253 * 10**6, 261 * 10**6, 8 * 10**6), "neurons")
     assert [point.note for point in tiny] == ["the smallest", "all neurons in memory"]
-    assert len(budgets.points(BudgetError("", 1_000 * 10**6, 1_001 * 10**6, 900_000), "neurons")) == 1
+    assert len(budgets.points(plan_with(1_000 * 10**6, 1_001 * 10**6, 900_000), "neurons")) == 1
 
 
 APP = """

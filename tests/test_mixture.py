@@ -45,7 +45,9 @@ from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
 from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import Provenance, locate, open_mixture
 from mlx_flash.loading.memory_needs import needs_of
-from mlx_flash.loading.mixture import load_mixture, streamed_layers
+from mlx_flash.loading.mixture import plan_mixture, streamed_layers
+from mlx_flash.loading.options import LoadOptions
+from mlx_flash.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -404,7 +406,7 @@ def test_functions_of_mlx_lm(mixture_of: Callable[..., Path], stream: Callable[.
 
 
 def functions_of_mlx_lm(folder: Path, model: Any, draft: Any) -> dict[str, Any]:
-    tokenizer = load.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
 
     def tokens(prompt: list[int] = PROMPT, **options: Any) -> Iterator[int]:
         return (r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=12, **options))
@@ -547,7 +549,7 @@ def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path:
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": "many"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="max_position_embeddings is 'many'"):
-        load_mixture(folder, open_mixture(folder), None, None, 4, 64, "direct", lambda _: None)
+        plan_mixture(folder, open_mixture(folder), LoadOptions(context=64))
 
 
 def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
 from mlx_flash.loading.plan import (
+    ENDLESS,
     FREE_SHARE,
     MIN_SLOTS,
     RUN_TO_RUN_BYTES,
@@ -88,24 +89,25 @@ def plan(
     return make_plan(demand, layout, layout.block_bytes, budget, free, context=2048, selects=selects, need=need)
 
 
-def check_shares(error: BudgetError, demand: Demand, layout: NeuronLayout, selects: bool) -> None:
+def check_shares(demand: Demand, layout: NeuronLayout, selects: bool) -> None:
     """A quarter of the blocks in slots, or what the smallest budget brings. In whole numbers: sums of shares round."""
+    ample = plan(demand, layout, ENDLESS, 0, selects)
     for share in (0.25, 0.5, 1.0):
-        made = plan(demand, layout, error.bytes_for(share), 0, selects)
+        made = plan(demand, layout, ample.bytes_for(share), 0, selects)
         wanted = int(share * layout.layers * layout.blocks)
         assert sum(made.slots) >= wanted
         more_bytes = (sum(made.slots) - wanted) * layout.block_bytes
         # Room for differences between runs comes on top, and a block that the share ends within.
-        assert made.budget == error.smallest_bytes or more_bytes <= RUN_TO_RUN_BYTES + layout.block_bytes
+        assert made.budget == ample.smallest or more_bytes <= RUN_TO_RUN_BYTES + layout.block_bytes
 
 
 def test_the_room_between_runs_may_be_whole_slots() -> None:
     layout = NeuronLayout.plan("float32", 8, 809, 233, ("up", "down"))
     demand = Demand(0, 0, 0, 0, 1)
     assert RUN_TO_RUN_BYTES % layout.block_bytes == 0
-    with pytest.raises(BudgetError) as caught:
+    with pytest.raises(BudgetError):
         plan(demand, layout, None, 0)
-    check_shares(caught.value, demand, layout, selects=True)
+    check_shares(demand, layout, selects=True)
 
 
 @settings(max_examples=300, deadline=None)
@@ -127,7 +129,7 @@ def test_the_total_keeps_to_the_budget(
         for process in (demand.process, demand.process + RUN_TO_RUN_BYTES):
             made = plan(replace(demand, process=process), layout, parse_memory(f"{smallest // MB}MB"), 0, selects)
             assert min(made.slots) >= minimum and made.total <= made.budget == smallest
-        check_shares(error, demand, layout, selects)
+        check_shares(demand, layout, selects)
         lower = smallest - RUN_TO_RUN_BYTES - 2 * MB
         with pytest.raises(BudgetError):
             plan(demand, layout, max(0, lower), free, selects)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from serving import serving, until  # type: ignore[import-not-found]  # found beside this file
 from templates import CHATML, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
-from mlx_flash.loading.load import load_tokenizer
 from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.openai_api import NOT_DONE, NOT_DONE_IN_CHAT, RESERVED, ChatRequest, CompletionRequest, parse
@@ -23,6 +22,7 @@ from mlx_flash.text import template_process
 from mlx_flash.text.generation_config import GenerationConfig
 from mlx_flash.text.sampling import Sampling
 from mlx_flash.text.template_process import TemplateProcess
+from mlx_flash.text.tokenizer import load_tokenizer
 
 HI = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}

@@ -403,7 +403,7 @@ def test_before_the_model_is_there(gate: Gate) -> None:  # noqa: F811
 
 def test_when_the_model_cannot_be_loaded() -> None:
     def load() -> Any:
-        raise BudgetError("the memory budget is too small.", 5, 9, 4)
+        raise BudgetError("the memory budget is too small.", 5)
 
     with serving(load, wait=False) as server:
         until(lambda: server.engine.state == FAILED)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.flash.slot_cache import Record, SlotCache
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.load import load
 from mlx_flash.server import answering, jobs
 from mlx_flash.server.answering import Waiting
 from mlx_flash.server.api_errors import ApiError
@@ -31,6 +31,7 @@ from mlx_flash.server.prompts import encode_chat
 from mlx_flash.server.stops import StopWords
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.sampling import PENALTY_TOKENS, Sampling, make_processors
+from mlx_flash.text.tokenizer import load_tokenizer
 
 TEXTS = st.text("ab ", max_size=30)
 WORDS = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=4)

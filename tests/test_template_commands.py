@@ -16,13 +16,14 @@ from serving import PATIENCE_S, serving  # type: ignore[import-not-found]  # fou
 from templates import write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
 from mlx_flash.errors import ChatTemplateError
-from mlx_flash.loading.load import load, load_tokenizer
+from mlx_flash.loading.load import load
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.openai_api import ChatRequest, parse
 from mlx_flash.server.prompts import encode_chat
 from mlx_flash.text import template_process
 from mlx_flash.text.conversation import Conversation
 from mlx_flash.text.template_process import TemplateProcess
+from mlx_flash.text.tokenizer import load_tokenizer
 
 SYSTEM, HI = {"role": "system", "content": "Be"}, {"role": "user", "content": "hi"}
 SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -14,8 +14,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_flash.loading.load import load_tokenizer
 from mlx_flash.text.detokenizer import use_byte_level_decoder
+from mlx_flash.text.tokenizer import load_tokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_end|>"]
 LINES = [

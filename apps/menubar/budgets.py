@@ -16,7 +16,7 @@ import psutil
 from mlx_flash.source.children import child_environment
 
 if TYPE_CHECKING:
-    from mlx_flash.errors import BudgetError
+    from mlx_flash.loading.plan import Plan
 
 GB = 10**9
 FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose plan cannot be asked yet
@@ -62,30 +62,27 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 
 def ask_plan(model: str | None) -> list[Budget]:
     """Nothing is downloaded, converted or loaded. Raises FlashError."""
-    from mlx_flash.errors import BudgetError
     from mlx_flash.flash.files import is_store
     from mlx_flash.source.resolve import find_source, place_of
 
     source = find_source(model, None, lambda _: None)
     import mlx_flash.server.app
     import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
-    from mlx_flash.loading.load import holds_mixture, load
+    from mlx_flash.loading.config import holds_mixture
+    from mlx_flash.loading.load import plan
+    from mlx_flash.loading.plan import ENDLESS
 
     mixture = holds_mixture(source)
     if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
         return []
-    try:
-        load(model, memory=1)
-    except BudgetError as refused:
-        return points(refused, "experts" if mixture else "neurons")
-    raise AssertionError("a budget of one byte was not refused")
+    return points(plan(model, memory=ENDLESS), "experts" if mixture else "neurons")
 
 
-def points(refused: BudgetError, units: str) -> list[Budget]:
+def points(plan: Plan, units: str) -> list[Budget]:
     """The smallest budget and those with some shares of the units resident; of two alike, the later note below."""
-    notes = {_rounded_up(refused.bytes_for(share)): note.format(units=units) for share, note in SHARES}
-    notes[_rounded_up(refused.smallest_bytes)] = "the smallest"
-    notes[_rounded_up(refused.full_bytes)] = ALL.format(units=units)
+    notes = {_rounded_up(plan.bytes_for(share)): note.format(units=units) for share, note in SHARES}
+    notes[_rounded_up(plan.smallest)] = "the smallest"
+    notes[_rounded_up(plan.everything)] = ALL.format(units=units)
     return [Budget(size, note) for size, note in sorted(notes.items())]
 
 

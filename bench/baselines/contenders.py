@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_flash.errors import BudgetError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.system import current_memory_bytes, peak_memory_bytes
@@ -68,12 +67,10 @@ def run(side: Side, task: Task, group: Any = None) -> dict[str, Any]:
 
 def _load_least(task: Task, options: dict[str, Any]) -> tuple[Any, int]:
     """The model within the smallest budget, and that budget."""
-    from mlx_flash.loading.load import load
+    from mlx_flash.loading.load import load, plan
+    from mlx_flash.loading.plan import ENDLESS
 
-    try:
-        load(task.store, memory=1, **options)
-    except BudgetError as error:
-        least = error.smallest_bytes
+    least = plan(task.store, memory=ENDLESS, **options).smallest
     return load(task.store, memory=least + SPARE_BYTES, **options)[0], least
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.defaults import IO_MODES, THREADS
-from mlx_flash.errors import BudgetError
 from mlx_flash.flash.experts import ExpertStreamer
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.slot_cache import SlotCache
@@ -63,12 +62,10 @@ class Task:
 
 def examine(folder: str, context: int) -> dict[str, Any]:
     """What a checkpoint holds and the smallest budget for it, asked in a process like those that will run it."""
-    from mlx_flash.loading.load import load
+    from mlx_flash.loading.load import plan
+    from mlx_flash.loading.plan import ENDLESS
 
-    try:
-        load(folder, memory=1, context=context)
-    except BudgetError as error:
-        smallest = error.smallest_bytes
+    smallest = plan(folder, memory=ENDLESS, context=context).smallest
     mixture = open_mixture(Path(folder))
     needs = needs_of(mixture.model, streamed_layers(mixture), context)
     layers = len(mixture.switches)
@@ -107,7 +104,8 @@ def wait_for_all(layer: StreamedExperts) -> None:
 
 def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStreamer | None]:
     """The model, and what reads its experts, if anything of ours does."""
-    from mlx_flash.loading.load import load, load_tokenizer
+    from mlx_flash.loading.load import load
+    from mlx_flash.text.tokenizer import load_tokenizer
 
     if side.name == "flash":
         options: dict[str, Any] = {"window": side.window, "threads": side.threads, "io": side.io}

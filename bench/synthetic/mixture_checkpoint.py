@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int) -> int:
     """Returns the bytes of the checkpoint. Written beside and renamed, so that what is there is whole."""
-    from mlx_flash.loading.load import load_tokenizer
+    from mlx_flash.text.tokenizer import load_tokenizer
 
     partial_folder = output.with_name(output.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)

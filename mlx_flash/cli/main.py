@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("mlx_flash.generate", "writes text that goes on from a prompt"),
     "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
     "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
+    "plan": ("mlx_flash.cli.show_plan", "prints what a model takes of memory, and the budgets that make sense"),
     "convert": ("mlx_flash.convert", "makes of a checkpoint a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
     "cache": ("mlx_flash.cache", "lists and removes stores that were made in the cache folder"),

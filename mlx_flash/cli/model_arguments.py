@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
 from .run import REVISION_HELP
+
+if TYPE_CHECKING:
+    from ..loading.options import LoadOptions
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,16 +77,10 @@ def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tup
     """(model, tokenizer) as the arguments want them; `say` gets the plan and notes. Raises what `load` raises."""
     from ..loading.load import load
 
-    return load(
-        arguments.model,
-        revision=arguments.revision,
-        memory=arguments.memory,
-        predictor=arguments.predictor,
-        recall=arguments.recall,
-        window=arguments.window,
-        threads=arguments.threads,
-        context=arguments.context,
-        io=arguments.io,
-        verify=arguments.verify,
-        say=say,
-    )
+    return load(arguments.model, options_of(arguments), say=say)
+
+
+def options_of(arguments: argparse.Namespace) -> LoadOptions:
+    from ..loading.options import LoadOptions
+
+    return LoadOptions(**{field.name: getattr(arguments, field.name) for field in fields(LoadOptions)})

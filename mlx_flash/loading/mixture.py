@@ -22,41 +22,26 @@ from ..flash.unit_sums import Ranges
 from ..source.model_kind import said
 from .expert_files import Mixture, parent_of, primitives_of
 from .memory_needs import StreamedNeed, needs_of
-from .plan import MLX_CACHE_BYTES, Demand, Notes, Units, share_budget
+from .options import LoadOptions
+from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, Units, share_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums, differs
 
 
-def load_mixture(
-    folder: Path,
-    mixture: Mixture,
-    budget: int | None,
-    window: int | None,
-    threads: int,
-    context: int,
-    io: str,
-    say: Callable[[str], None],
-    verify: bool = False,
-) -> Any:
-    """The model of the checkpoint in `folder`, its experts streamed; its `flash` is the Runtime.
+def plan_mixture(
+    folder: Path, mixture: Mixture, options: LoadOptions
+) -> tuple[Plan, Callable[[Callable[[str], None]], Any]]:
+    """The plan for the checkpoint in `folder`, and what loads its model; the model's `flash` is the Runtime.
 
-    Args:
-        folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`).
-        mixture: the checkpoint's, as `open_mixture` gives it.
-        budget: bytes for the whole process; None for a share of what is free.
-        window: evict by a sliding window of so many tokens; None for the least used lately.
-        threads: of the reader.
-        context: tokens that the plan makes room for, at most the model's positions.
-        io: "direct" past the page cache, or "buffered".
-        say: called with the plan, before anything large is allocated.
-        verify: compare what is read with checksums, made now if this was not done before: all tensors that are loaded
-            once, and every expert at every read.
+    folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`). mixture: the checkpoint's, as
+    `open_mixture` gives it. With `options.verify`, what is read is compared with checksums, made now if this was not
+    done before: all tensors that are loaded once, and every expert at every read.
 
-    Raises BudgetError, CheckpointError, UnsupportedModelError or ReadError.
+    Raises BudgetError, CheckpointError or UnsupportedModelError; loading it, ReadError.
     """
-    positions = number_of(mixture.config, "max_position_embeddings", context)
-    context = min(context, positions)
+    positions = number_of(mixture.config, "max_position_embeddings", options.context)
+    context = min(options.context, positions)
     try:
         needs = needs_of(mixture.model, streamed_layers(mixture), context)
     except Exception as error:  # mlx-lm's model and MLX raise plain ones
@@ -66,7 +51,7 @@ def load_mixture(
         ) from None
     layers = len(mixture.switches)
     resident = [array.nbytes for _, array in mixture.resident()]
-    computing = needs.workspace + reading_bytes(threads, aligned=False)  # experts lie anywhere in their files
+    computing = needs.workspace + reading_bytes(options.threads, aligned=False)  # experts lie anywhere in their files
     loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # before there are slots
     demand = Demand(
         process=process_bytes(),
@@ -78,22 +63,25 @@ def load_mixture(
     free = usable_memory_bytes()
     units = Units(layers, mixture.experts, 1, "experts of each layer")
     notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
-    plan = share_budget(demand, units, mixture.expert_bytes, budget, free, context, notes=notes)
-    say(plan.describe())
-    files = open_files(mixture.files, direct=io == "direct")
-    if io == "direct" and not all(file.direct for file in files):
-        say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
-    reader = Reader(threads)
-    if verify:
-        attach_sums(files, ranges_in(mixture, files), reader, say)
-        compare_headers(mixture, files)
-    read_resident(mixture, files if verify else None)
-    streamer = ExpertStreamer(files, reader)
-    mixture.stream(streamer, plan.slots, window)
-    evaluate_constants(mixture.model)
-    model = mixture.model
-    model.flash = Runtime(plan, streamer, mixture.layers(), "router", needs.vocabulary, positions)
-    return model
+    plan = share_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
+
+    def build(say: Callable[[str], None]) -> Any:
+        files = open_files(mixture.files, direct=options.io == "direct")
+        if options.io == "direct" and not all(file.direct for file in files):
+            say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
+        reader = Reader(options.threads)
+        if options.verify:
+            attach_sums(files, ranges_in(mixture, files), reader, say)
+            compare_headers(mixture, files)
+        read_resident(mixture, files if options.verify else None)
+        streamer = ExpertStreamer(files, reader)
+        mixture.stream(streamer, plan.slots, options.window)
+        evaluate_constants(mixture.model)
+        model = mixture.model
+        model.flash = Runtime(plan, streamer, mixture.layers(), "router", needs.vocabulary, positions)
+        return model
+
+    return plan, build
 
 
 def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:

@@ -41,11 +41,6 @@ def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
     return args
 
 
-def first_line(error: BaseException) -> str:
-    """Of its message; MLX's list every way to call a function."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def family_types() -> list[str]:
     """The model types whose neurons can be streamed: those that have a file with a FAMILY in models/."""
     return sorted(name for _, name, _ in iter_modules(models.__path__) if _module(name) is not None)

@@ -14,6 +14,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
+ENDLESS = 2**62  # bytes: as good as no bound
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 
 
@@ -75,6 +76,8 @@ class Plan:
     context: int  # tokens
     notes: Notes
     free: int  # bytes of the machine's memory, when the plan was made
+    smallest: int  # budget that would do
+    everything: int  # budget with which all units are resident
 
     @property
     def slots_bytes(self) -> int:
@@ -88,6 +91,11 @@ class Plan:
     @property
     def total(self) -> int:
         return self.demand.total + self.slots_bytes
+
+    def bytes_for(self, share: float) -> int:
+        """The budget with which this share of the units is resident, or the smallest if that is more."""
+        units = self.units.layers * self.units.per_layer * self.slot_bytes
+        return max(self.smallest, self.everything - int((1 - share) * units))
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by kind, as `--json` prints them."""
@@ -193,31 +201,29 @@ def share_budget(
     Raises BudgetError, which names the smallest budget that would do.
     """
     smallest = demand.total + units.layers * units.least * slot_bytes
-    units_bytes = units.layers * units.per_layer * slot_bytes
-    everything = demand.total + units_bytes
+    everything = demand.total + units.layers * units.per_layer * slot_bytes
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
         budget = min(max(budget, smallest), everything)
         found = f"{free / 1e9:.2f} GB are free. Close other programs"
         most = demand.process + free
     else:
-        budget = min(budget, 2**62)  # as good as endless
+        budget = min(budget, ENDLESS)
         found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB)"
         most = budget
+    # Rounded up, so that the figure can be typed back and is enough in another process too.
+    smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
     if smallest > most:
         if smallest - demand.kv_cache <= most:
             found += ", or lower --context"
-        # Rounded up, so that the figure can be typed back and is enough in another process too.
-        smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
         raise BudgetError(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
             f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
-            everything + RUN_TO_RUN_BYTES,
-            units_bytes,
         )
     total = (budget - demand.total) // slot_bytes
     slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free)
+    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
+    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)

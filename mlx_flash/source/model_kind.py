@@ -70,6 +70,11 @@ def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
         return None
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message; MLX's list every way to call a function."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def said(error: Exception) -> str:
     """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
     text = " ".join(str(error).split())

@@ -35,6 +35,7 @@ from mlx_flash.loading import load as loading
 from mlx_flash.loading import mixture, verification
 from mlx_flash.loading.expert_files import open_mixture as open_mixture_lazily
 from mlx_flash.loading.mixture import ranges_in
+from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.verification import known_sha256
 from mlx_flash.source.checkpoint_tensors import tensors_in
 
@@ -214,9 +215,9 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
             return replace(plan, slots=(slots,) * len(plan.slots))
 
         monkeypatch.setattr(mixture, "share_budget", share)
-        opened.append(
-            mixture.load_mixture(folder, open_mixture_lazily(folder), None, None, 4, 64, "direct", say, verify)
-        )
+        options = LoadOptions(threads=4, context=64, verify=verify)
+        _, build = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
+        opened.append(build(say))
         monkeypatch.setattr(mixture, "share_budget", real)
         return opened[-1]
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import psutil
 from unittest.mock import patch
-from mlx_flash.loading import load as loading
+from mlx_flash.loading import load as loading, store
 class Malloc(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
@@ -32,7 +32,8 @@ def allocated_bytes():  # all that is allocated and not freed, but Python's own 
     return malloc_says().uordblks + malloc_says().hblkhd if malloc_says else 0
 times, *folders = sys.argv[1:]
 process, counts = psutil.Process(), []
-with patch.object(loading, "load_tokenizer", lambda *_: SimpleNamespace()):  # a Mock would keep what it is called with
+none = lambda *_: SimpleNamespace()  # a Mock would keep what it is called with
+with patch.object(store, "load_tokenizer", none), patch.object(loading, "load_tokenizer", none):
     for folder in folders:
         counts.append([])
         for turn in range(int(times) + 5):

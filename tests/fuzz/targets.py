@@ -22,6 +22,7 @@ from mlx_flash.errors import FlashError
 from mlx_flash.flash import files
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
+from mlx_flash.loading.config import holds_mixture
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.loading.plan import parse_memory
@@ -30,6 +31,7 @@ from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
 from mlx_flash.source.checkpoint_files import weight_files
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.generation_config import GenerationConfig
+from mlx_flash.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a file system in memory, where there is one
@@ -138,7 +140,7 @@ def _folder(data: bytes, source: Path, name: str) -> Path:
 def config(data: bytes) -> None:
     folder = _folder(data, GOLDEN / "opt-pre", "config.json")
     with contextlib.suppress(FlashError):
-        if load.holds_mixture(folder):
+        if holds_mixture(folder):
             return
         checkpoint = Checkpoint(folder)
         family = family_of(checkpoint.config, folder)
@@ -156,7 +158,7 @@ def _mixture() -> Path:
 def mixture_config(data: bytes) -> None:
     folder = _folder(data, _mixture(), "config.json")
     with contextlib.suppress(FlashError):
-        if load.holds_mixture(folder):
+        if holds_mixture(folder):
             open_mixture(folder)
 
 
@@ -172,7 +174,7 @@ def _tokenizer() -> Path:
 
 def _use_tokenizer(folder: Path) -> None:
     with contextlib.suppress(FlashError):
-        tokenizer = load.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         from mlx_flash.text.generation import encode_prompt
 
         ids = encode_prompt(tokenizer, "It was a dark night 𐍈\n\t")

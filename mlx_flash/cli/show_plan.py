@@ -1,0 +1,43 @@
+"""mlxflash plan: what a model takes of memory, and which budgets make sense for it. No weights are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .model_arguments import add_model_arguments, options_of
+from .run import program, run_command
+from .terminal import say
+
+SHARES = (0.25, 0.5)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program("plan"),
+        description="Prints the memory plan that the other commands would keep to, and the budgets that make sense. No "
+        "weights are read. A checkpoint that has to be converted must have been.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from ..loading.load import plan
+
+    made = plan(arguments.model, options_of(arguments), say=say)
+    points = {"smallest": made.smallest} | {f"{share:.0%}": made.bytes_for(share) for share in SHARES}
+    points["100%"] = made.everything
+    if arguments.json:
+        print(json.dumps({**made.as_dict(), "context": made.context, "slot_share": made.slot_share, "budgets": points}))
+        return
+    print(made.describe())
+    print("budgets (--memory)")
+    for name, size in points.items():
+        what = "that will do" if name == "smallest" else f"of the {made.units.name.split()[0]} in memory"
+        print(f"  {-(-size // 10**6):>8} MB  {name} {what}")
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

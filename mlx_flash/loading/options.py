@@ -1,0 +1,55 @@
+"""How a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from ..errors import UsageError
+from .plan import parse_memory
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The options of `load` and `plan`.
+
+    revision: of the Hugging Face repository: a branch, a tag or a commit; None for its main branch.
+    memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
+    predictor: "auto" (the store's default), "none", "exact", "lowrank", "shadow" or "imported".
+    recall: share of the active neurons that a stored predictor is to catch; None for what the store was made for.
+    window: evict by a sliding window of so many tokens; None for the least used lately.
+    threads: reader threads.
+    context: tokens the plan makes room for (at most the model's positions).
+    io: "direct" past the page cache, or "buffered".
+    verify: compare what is read of a mixture's checkpoint with checksums, every expert at every read; the first such
+        load makes them: it reads the whole checkpoint.
+    """
+
+    revision: str | None = None
+    memory: str | int | None = None
+    predictor: str = "auto"
+    recall: float | None = None
+    window: int | None = None
+    threads: int = THREADS
+    context: int = CONTEXT
+    io: str = "direct"
+    verify: bool = False
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes. Raises UsageError for a text that is no size."""
+        return None if self.memory is None else parse_memory(self.memory)
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no model can be loaded with."""
+        if self.predictor not in PREDICTORS:
+            raise UsageError(f"predictor is {self.predictor!r}, expected one of {', '.join(PREDICTORS)}.")
+        if self.window is not None and not 1 <= self.window <= 10**6:
+            raise UsageError(f"window is {self.window}, expected 1 to 1000000 tokens.")
+        if not 1 <= self.threads <= 256:
+            raise UsageError(f"threads is {self.threads}, expected 1 to 256.")
+        if self.context < 1:
+            raise UsageError(f"context is {self.context}, expected at least 1 token.")
+        if self.io not in IO_MODES:
+            raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
+        _ = self.budget

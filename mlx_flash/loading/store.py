@@ -1,0 +1,197 @@
+"""A store -> its model without weights, and the plan for it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..defaults import STORED_PREDICTORS
+from ..errors import CorruptStoreError, UsageError
+from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, read_manifest
+from ..flash.plain_files import reading
+from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
+from ..layers.activations import Activation
+from ..layers.recall import Setting
+from ..source.checkpoint_files import MAX_SMALL_BYTES, small_files_in
+from ..source.compared_copies import compared_copies, name_themselves
+from ..source.config_counts import count_problem
+from ..source.model_kind import first_line
+from ..text.generation_config import read_generation_config
+from ..text.tokenizer import load_tokenizer
+from . import dense
+from .config import read_config
+from .memory_needs import Call, needs_of
+from .model_types import CONFIG_ERRORS, model_arguments, model_classes
+from .options import LoadOptions
+from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan
+from .planned import Planned
+from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
+
+
+def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack) -> Planned:
+    """copies: keeps those of small files until all is loaded. Raises StoreError and its kinds, BudgetError."""
+    manifest = read_manifest(folder)
+    small = copies.enter_context(_small_files_of(folder, manifest))
+    config = read_config(small)
+    kind = manifest.default_predictor if options.predictor == "auto" else options.predictor
+    if kind in STORED_PREDICTORS and kind not in manifest.predictors:
+        have = ", ".join(["none", "exact", *manifest.predictors])
+        raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
+    setting = None
+    if kind in STORED_PREDICTORS:
+        setting = Setting.of(kind, manifest.predictors[kind], options.recall)
+    elif options.recall is not None:
+        raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
+    _check_counts(config, manifest, folder)
+    model_class, args_class = model_classes(config)
+    try:
+        args = model_arguments(args_class, config)
+        model = model_class(args)  # its random weights are never evaluated
+        context = min(options.context, getattr(args, "max_position_embeddings", options.context))
+    except CONFIG_ERRORS as error:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
+        ) from None
+    tokenizer = load_tokenizer(small, config)
+    name_themselves(tokenizer, small, folder)
+    if len(model.layers) != manifest.layout.layers:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
+            f"{manifest.layout.layers}. Convert the checkpoint again."
+        )
+    _check_ffn(model.layers[0].mlp, manifest, folder)
+    plan = _plan(model, manifest, kind, setting, folder, options.budget, context, options.threads)
+
+    def build(say: Callable[[str], None]) -> Any:
+        if setting is not None:
+            say(setting.describe())
+        return dense.build(
+            model, manifest, plan, kind, setting, folder, options.window, options.threads, options.io, say
+        )
+
+    return Planned(plan, tokenizer, read_generation_config(small), build)
+
+
+def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
+    """Of its configuration and tokenizer, compared with the manifest; a file that was put beside them is compared with
+    nothing, and passed over where it cannot be one of theirs. Raises CorruptStoreError or ReadError.
+    """
+
+    def compare(path: Path, _: os.stat_result, content: bytes) -> None:
+        expected = manifest.files.get(str(path.relative_to(folder)), {}).get("sha256")
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise CorruptStoreError(f"{path} does not match its checksum. {AGAIN}")
+
+    def counts(name: str) -> bool:
+        path = folder / name
+        return name in manifest.files or (not path.is_symlink() and path.stat().st_size <= MAX_SMALL_BYTES)
+
+    with reading(folder):
+        names = [name for name in small_files_in(folder) if counts(name)]
+    return compared_copies(folder, names, compare)
+
+
+def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> None:
+    """Before a model is built from them. Raises CorruptStoreError."""
+    layout = manifest.layout
+    tensors = len(manifest.files[Manifest.resident_file]["crc32"]) + layout.layers * len(layout.parts)
+    longest = max(layout.neurons, layout.width)
+    if problem := count_problem(config, tensors, longest):
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} does not describe this store: {problem}. Convert the checkpoint again."
+        )
+
+
+def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
+    """Neurons of another shape or activation than the model's give wrong text. Raises CorruptStoreError."""
+    from mlx.utils import tree_flatten
+
+    parameters: Any = tree_flatten(ffn.parameters())
+    layout = manifest.layout
+    expected = [(layout.neurons, layout.width)] * (len(layout.parts) - 1) + [(layout.width, layout.neurons)]
+    found = [value.shape for _, value in parameters if value.ndim == 2]
+    try:
+        activation = Activation(**manifest.activation)
+    except ValueError as error:
+        raise CorruptStoreError(f"{folder}: {error}. Convert the checkpoint again.") from None
+    own = getattr(ffn, "_activation", Activation())
+    if sorted(found) != sorted(expected) or activation != own:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} speaks of an FFN {sorted(found)} with {own}, the manifest of {sorted(expected)} "
+            f"with {activation}. Convert the checkpoint again."
+        )
+
+
+def _plan(
+    model: Any,
+    manifest: Manifest,
+    kind: str,
+    setting: Setting | None,
+    folder: Path,
+    budget: int | None,
+    context: int,
+    threads: int,
+) -> Plan:
+    layout = manifest.layout
+    dtype = dense.compute_dtype(manifest.resident_dtype)
+    sizes = dense.resident_sizes(folder, manifest, dtype.size)
+    parts = dense.slot_parts(manifest, kind)
+    selects_up_to = 0 if kind == "none" else manifest.decode_tokens
+    need = neurons_need(layout, selects_up_to)
+    try:
+        needs = needs_of(model, [(layer, "mlp", need) for layer in model.layers], context, dtype)
+    except CONFIG_ERRORS as error:
+        raise CorruptStoreError(
+            f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
+            "Convert the checkpoint again."
+        ) from None
+    offset, slot_bytes = layout.part_range(parts)
+    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
+    if kind == "exact":
+        matrix = layout.neurons * layout.width * dtype.size
+        predictor_bytes = layout.layers * matrix
+        # The last matrix is put together of its pieces.
+        computing = max(computing, matrix + need(Call(0, layout.width, dtype.size, 1)) - needs.kv_cache)
+    else:
+        tensors = dense.predictor_tensors(folder, manifest, kind)
+        stored = {} if tensors is None else tensors.arrays
+        predictor_bytes = sum(dense.as_used(name, tensor, dtype).nbytes for name, tensor in stored.items())
+    loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
+    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # of blocks, and of what slots hold of them
+    demand = Demand(
+        process=process_bytes(),
+        resident=sum(sizes),
+        predictors=predictor_bytes,
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
+    )
+    free = usable_memory_bytes()
+    shares = _need(manifest, kind, setting)
+    notes = _notes(manifest, kind)
+    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
+
+
+def _notes(manifest: Manifest, kind: str) -> Notes:
+    resident = Notes().resident
+    if manifest.resident_bits < 16:
+        resident += f", {manifest.resident_bits} bits" + ("" if dense.keeps_packed() else " widened")
+    predictors = kind
+    if kind == "exact" and len(manifest.layout.parts) == 3:
+        predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
+    elif kind == "exact":
+        predictors += ": all up projections, half of the FFN; the other half is streamed"
+    return Notes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
+
+
+def _need(manifest: Manifest, kind: str, setting: Setting | None) -> list[float]:
+    """Share of each layer's blocks that a token is expected to need, measured on calibration text."""
+    report = manifest.predictors[manifest.default_predictor]
+    shares = report["active" if kind == "exact" else "predicted"] if setting is None else setting.predicted
+    every = range(manifest.layout.layers) if kind == "none" else manifest.all_neurons_layers
+    if kind != "exact":
+        shares = [1.0 if layer in every else share for layer, share in enumerate(shares)]
+    return blocks_needed(shares, manifest.layout)

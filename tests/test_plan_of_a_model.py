@@ -1,0 +1,106 @@
+"""`mlx_flash.plan` and `mlxflash plan`: what `load` would keep to, and nothing is read, converted or downloaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
+from mixtures import make_mixture  # type: ignore[import-not-found]
+
+import mlx_flash
+from mlx_flash.errors import BudgetError, UsageError
+from mlx_flash.loading import dense, mixture
+from mlx_flash.loading.load import load, plan
+from mlx_flash.loading.options import LoadOptions
+from mlx_flash.loading.plan import ENDLESS, Plan
+
+pytestmark = pytest.mark.usefixtures("one_processor")
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(dense, "build", read)
+    monkeypatch.setattr(mixture, "read_resident", read)
+    yield
+    monkeypatch.undo()
+
+
+def same(made: Plan, loaded: Plan) -> None:
+    """The process may have grown between the two; a budget that is not reached is not shown."""
+    assert (made.demand.resident, made.demand.predictors) == (loaded.demand.resident, loaded.demand.predictors)
+    assert (made.demand.kv_cache, made.context) == (loaded.demand.kv_cache, loaded.context)
+    assert (made.units, made.slots, made.slot_bytes) == (loaded.units, loaded.slots, loaded.slot_bytes)
+
+
+@pytest.mark.parametrize("predictor", ["auto", "none", "exact"])
+def test_a_store(store: Path, nothing_is_read: None, request: pytest.FixtureRequest, predictor: str) -> None:
+    options = LoadOptions(memory=ENDLESS, predictor=predictor, context=64)
+    made = plan(store, options)
+    request.getfixturevalue("monkeypatch").undo()
+    model, _ = load(store, options)
+    same(made, model.flash.plan)
+    model.flash.close()
+    assert made.smallest <= made.bytes_for(0.5) <= made.everything and made.bytes_for(1) == made.everything
+    assert plan(store, memory=made.smallest, predictor=predictor, context=64).total <= made.smallest
+    with pytest.raises(BudgetError) as refused:
+        plan(store, memory=1, predictor=predictor, context=64)
+    assert abs(refused.value.smallest_bytes - made.smallest) < 50 * 10**6  # the process may have grown
+
+
+def test_a_mixture(tmp_path: Path, nothing_is_read: None, request: pytest.FixtureRequest) -> None:
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe")
+    write_tokenizer(folder)
+    made = plan(folder, memory=ENDLESS, context=64)
+    request.getfixturevalue("monkeypatch").undo()
+    model, _ = load(folder, memory=ENDLESS, context=64)
+    same(made, model.flash.plan)
+    model.flash.close()
+
+
+def test_a_checkpoint_that_was_not_converted(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"was not converted yet.*mlxflash convert"):
+        plan(tiny.checkpoint)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_options_or_fields() -> None:
+    with pytest.raises(TypeError, match="either"):
+        load(None, LoadOptions(), context=64)
+    with pytest.raises(TypeError, match="memry"):
+        load(None, memry="6GB")
+    for wrong in ({"window": 0}, {"threads": 0}, {"context": 0}, {"io": "x"}, {"predictor": "x"}, {"memory": "much"}):
+        with pytest.raises(UsageError):
+            plan(None, **wrong)
+
+
+def test_the_command(store: Path) -> None:
+    command = [sys.executable, "-c", "from mlx_flash.cli.main import main; main()", "plan", "--model", str(store)]
+    done = subprocess.run([*command, "--context", "64"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("memory plan\n"), done.stderr
+    assert "smallest that will do" in done.stdout and "25% of the blocks in memory" in done.stdout
+    done = subprocess.run([*command, "--json", "--memory", "2GB"], capture_output=True, text=True)
+    printed = json.loads(done.stdout)
+    assert list(printed["budgets"]) == ["smallest", "25%", "50%", "100%"] and printed["budget"] <= 2 * 10**9
+    done = subprocess.run([*command, "--memory", "1MB"], capture_output=True, text=True)
+    assert done.returncode == 2 and "needs at least" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_functions_stay_where_modules_have_their_names() -> None:
+    import importlib
+
+    assert isinstance(mlx_flash.generate, FunctionType)
+    assert importlib.import_module("mlx_flash.generate").main
+    assert isinstance(mlx_flash.generate, FunctionType) and isinstance(mlx_flash.plan, FunctionType)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("mlx_flash.plan")

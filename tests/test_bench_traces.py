@@ -217,7 +217,7 @@ def test_a_command_writes_its_table_its_json_and_its_plot(
     module.add_arguments(parser)
     arguments = ["--model", str(tiny.store), "--text", str(text), "--tokens", "40", "--output", str(tmp_path)]
     module.main(parser.parse_args(arguments))
-    name = module.__name__.rpartition(".")[2].removesuffix("_sizes")
+    name = module.__name__.rpartition(".")[2].replace("window_sizes", "windows")
     assert capsys.readouterr().out.splitlines()[-1].startswith(f'{{"command": "{name}"')
     assert (tmp_path / f"{name}.json").exists() and (tmp_path / f"{name}.png").exists()
 

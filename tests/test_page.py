@@ -375,8 +375,8 @@ def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
     assert sum(len(message["content"]) for message in turns) > 500_000 and len(turns) > 200
     tab = open_tab()
     # There before the page's own scripts begin: what another page left may come a moment after them.
-    kept = "localStorage.getItem('mlx_flash.text.conversation')"
-    tab.page.add_init_script(f"localStorage.setItem('mlx_flash.text.conversation', {json.dumps(json.dumps(turns))});")
+    kept = "localStorage.getItem('mlx_flash.conversation')"
+    tab.page.add_init_script(f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(turns))});")
     tab.open()
     assert tab.page.locator("#log article").count() == len(turns)
     show_answer(tab, "the end")

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 from mixtures import make_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
-from mlx_flash.errors import BudgetError, UsageError
+from mlx_flash.errors import BudgetError, ConversionError, UsageError
 from mlx_flash.loading import dense, mixture
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.options import LoadOptions
@@ -77,11 +78,45 @@ def test_a_checkpoint_that_was_not_converted(tiny: Tiny, tmp_path: Path, monkeyp
 def test_options_or_fields() -> None:
     with pytest.raises(TypeError, match="either"):
         load(None, LoadOptions(), context=64)
+    with pytest.raises(TypeError, match="expected either a LoadOptions"):
+        load(None, "6GB")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="memry"):
         load(None, memry="6GB")
-    for wrong in ({"window": 0}, {"threads": 0}, {"context": 0}, {"io": "x"}, {"predictor": "x"}, {"memory": "much"}):
-        with pytest.raises(UsageError):
-            plan(None, **wrong)
+    wrong: tuple[dict[str, Any], ...] = (
+        *({"window": 0}, {"window": 1.5}, {"threads": 0}, {"threads": "4"}, {"context": 0}, {"context": None}),
+        *({"io": "x"}, {"predictor": "x"}, {"memory": "much"}, {"memory": 6.0}, {"memory": True}, {"verify": "x"}),
+        *({"recall": "x"}, {"io": []}),
+    )
+    for fields in wrong:
+        with pytest.raises(UsageError, match=f"{next(iter(fields))} is "):
+            plan(None, **fields)
+
+
+def test_nothing_stays_changed(store: Path) -> None:
+    before = mx.set_cache_limit(123 << 20)
+    try:
+        plan(store, context=64)
+        assert mx.set_cache_limit(123 << 20) == 123 << 20
+        model, _ = load(store, context=64)
+        plan(store, context=64)
+        model.flash.close()
+        assert mx.set_cache_limit(123 << 20) == 123 << 20
+    finally:
+        mx.set_cache_limit(before)
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(ConversionError, match="was not downloaded before, and nothing is downloaded for this"):
+        plan("nobody/has-this-model")
+
+
+def test_no_sums_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe")
+    write_tokenizer(folder)
+    assert plan(folder, context=64, verify=True).units.per_layer == 12
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_command(store: Path) -> None:

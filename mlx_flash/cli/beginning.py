@@ -17,7 +17,7 @@ _terminated = 143
 
 
 def end_at_once_if_told() -> None:
-    """From now on, where this process is one of this package's commands; until `commands.run_command` takes over."""
+    """From now on, where this process is one of this package's commands; until `run.run_command` takes over."""
     global _terminated
     command = _command()
     if command is None or command in OWN_HANDLERS:

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from .model_arguments import add_model_arguments, options_of
-from .run import program, run_command
+from .run import run_command
 from .terminal import say
 
 SHARES = (0.25, 0.5)
@@ -14,9 +14,9 @@ SHARES = (0.25, 0.5)
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program("plan"),
+        prog="mlxflash plan",
         description="Prints the memory plan that the other commands would keep to, and the budgets that make sense. No "
-        "weights are read. A checkpoint that has to be converted must have been.",
+        "weights are read, and nothing is downloaded. A checkpoint that has to be converted must have been.",
     )
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -1,6 +1,6 @@
 """The experts of one layer, read from the checkpoint's own files into slots.
 
-The rule of stream.py holds here too: before a slot is written, every graph that reads it has been evaluated.
+The rule of neurons.py holds here too: before a slot is written, every graph that reads it has been evaluated.
 """
 
 from __future__ import annotations

@@ -62,6 +62,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = load_config(folder)
         if ends == 0:  # of generation_config.json: mlx-lm takes it for none
             config["eos_token_id"] = 0
-    except (OSError, TypeError, ValueError, RecursionError) as error:  # now, and not a moment ago
+    except RecursionError:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILES[0]} is nested too deep. Download the checkpoint again."
+        ) from None
+    except (OSError, TypeError, ValueError) as error:  # now, and not a moment ago
         raise unreadable(folder, error, " or ".join(CONFIG_FILES)) from None
     return config

@@ -272,7 +272,7 @@ def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tu
         for name in CONFIGURATION.intersection(files_in(folder)):
             with reading(folder / name):
                 content = (folder / name).read_bytes()
-            if name == MODELOPT and (problem := group_problem({"quantization_config": json.loads(content)})):
+            if name == MODELOPT and (problem := _modelopt_problem(content)):
                 raise CheckpointError(f"{folder / name}: {problem}. Download the checkpoint again.")
             try:
                 (alone / name).write_bytes(content)
@@ -283,6 +283,13 @@ def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tu
         except RuntimeError as error:
             raise no_room(error) from None
         return load_model(alone, lazy=True, get_model_classes=classes, trust_remote_code=False)
+
+
+def _modelopt_problem(content: bytes) -> str | None:
+    try:
+        return group_problem({"quantization_config": json.loads(content)})
+    except (ValueError, RecursionError) as error:
+        return said(error)
 
 
 def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,32 +78,36 @@ def plan(
 ) -> Plan:
     """The memory plan that `load` would keep to, of a process such as this one. No weights are read.
 
-    Arguments are those of `load`. A checkpoint that would be converted first must have been: the plan counts what its
-    predictors take. (A memory of `loading.plan.ENDLESS` is never refused; `Plan.smallest` is then of interest.)
+    Arguments are those of `load`; `verify` does not change it. Nothing is downloaded, and nothing but the demo model
+    converted: the plan of a checkpoint that has to be converted counts what its predictors take, so it must have been.
+    A memory of `loading.plan.ENDLESS` is never refused; `Plan.smallest` is then of interest.
 
     Raises what `load` raises, UsageError for a checkpoint that was not converted yet.
     """
-    with _planned(path, _options(options, fields), say, convert=False) as planned:
+    given = _options(options, fields)
+    given.check()
+    with _planned(path, replace(given, verify=False), say, prepare=False) as planned:
+        BUFFER_CACHE.release()  # no model will be closed
         return planned.plan
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
-    if options is not None and fields:
-        raise TypeError("give either options or its fields")
+    if options is not None and (fields or not isinstance(options, LoadOptions)):
+        raise TypeError("expected either a LoadOptions or its fields, by name")
     return LoadOptions(**fields) if options is None else options
 
 
 @contextlib.contextmanager
 def _planned(
-    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], convert: bool = True
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], prepare: bool = True
 ) -> Iterator[Planned]:
-    """What `path` names, ready to be loaded while this is open. convert: a checkpoint, where that is needed."""
+    """What `path` names, ready to be loaded while this is open. prepare: download and convert it, if it must be."""
     options.check()
     name = None if path is None else os.fspath(path)
-    source = find_source(name, options.revision, say)
+    source = find_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # a second, which a name that is refused does not take
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
-        yield _plan(source, name, options, say, convert, copies)
+        yield _plan(source, name, options, say, prepare or name is None, copies)
 
 
 def _plan(
@@ -110,7 +115,7 @@ def _plan(
     name: str | None,
     options: LoadOptions,
     say: Callable[[str], None],
-    convert: bool,
+    prepare: bool,
     copies: contextlib.ExitStack,
 ) -> Planned:
     """name: what a user called the folder `source`. copies: keeps those of small files until all is loaded."""
@@ -125,12 +130,12 @@ def _plan(
     if not is_store(source):
         activation_of(read_config(source), source)  # refused here, before a conversion is begun
         read_generation_config(source)
-        if not convert and not is_store(place_of(source, name)[0]):
+        if not prepare and not is_store(place_of(source, name)[0]):
             raise UsageError(
                 f"{source} was not converted yet, and its plan depends on its predictors. Convert it (`mlxflash "
                 "convert`), or run it once, which converts it into the cache folder."
             )
-    folder = store_of(source, name, say)
+    folder = store_of(source, name, say) if prepare or is_store(source) else place_of(source, name)[0]
     _check_compiler(say)
     return plan_store(folder, options, copies)
 

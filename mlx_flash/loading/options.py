@@ -42,6 +42,15 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raises UsageError for a value that no model can be loaded with."""
+        for name, value in (("window", self.window), ("threads", self.threads), ("context", self.context)):
+            if type(value) is not int and not (name == "window" and value is None):
+                raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
+        if self.memory is not None and type(self.memory) not in (int, str):
+            raise UsageError(f"memory is {self.memory!r:.80}, expected a size such as '6GB', or bytes.")
+        if self.recall is not None and type(self.recall) not in (int, float):
+            raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
+        if type(self.verify) is not bool:
+            raise UsageError(f"verify is {self.verify!r:.80}, expected True or False.")
         if self.predictor not in PREDICTORS:
             raise UsageError(f"predictor is {self.predictor!r}, expected one of {', '.join(PREDICTORS)}.")
         if self.window is not None and not 1 <= self.window <= 10**6:

@@ -54,11 +54,13 @@ def download(
     revision: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     choose: Choose = wanted_files,
+    fetch: bool = True,
 ) -> Path:
     """The folder of a snapshot with the files that a checkpoint, or a store, consists of; or that `choose` names.
 
-    Without the Hub in reach it is the snapshot downloaded before. Raises UsageError (no such repository or revision,
-    gated), CheckpointError (no checkpoint), NoSpaceError, or ConversionError if the Hub cannot be reached.
+    Without the Hub in reach, or without `fetch`, it is the snapshot downloaded before. Raises UsageError (no such
+    repository or revision, gated), CheckpointError (no checkpoint), NoSpaceError, or ConversionError if the Hub cannot
+    be reached.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -69,6 +71,8 @@ def download(
     )
 
     try:
+        if not fetch:
+            return _downloaded_before(repository, revision, None, say, choose)
         return _download(repository, revision, say, choose)
     except GatedRepoError:
         raise UsageError(
@@ -140,9 +144,9 @@ def _download(repository: str, revision: str | None, say: Callable[[str], None],
 
 
 def _downloaded_before(
-    repository: str, revision: str | None, reason: Exception, say: Callable[[str], None], choose: Choose
+    repository: str, revision: str | None, reason: Exception | None, say: Callable[[str], None], choose: Choose
 ) -> Path:
-    """The snapshot in the cache, if it is whole."""
+    """The snapshot in the cache, if it is whole. reason: why nothing is downloaded; None if nothing is to be."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -151,6 +155,8 @@ def _downloaded_before(
     why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({text or type(reason).__name__})"
     at = repository if revision is None else f"{repository} at {revision}"
     remedy = "Unset it to download." if offline else "Are you online?"
+    if reason is None:
+        why, remedy = "nothing is downloaded for this", f"Download it: `hf download {repository}`, or run it once."
     try:
         # Of no file: which are lacking is looked at here.
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))
@@ -166,7 +172,7 @@ def _downloaded_before(
         missing = [Path(error.filename).name]  # the index
     if missing:
         raise ConversionError(f"{at} was downloaded in part (missing: {', '.join(missing[:3])}), and {why}. {remedy}")
-    if not offline:
+    if reason is not None and not offline:
         say(f"note: {why}; using {at} as it was downloaded before")
     return folder
 

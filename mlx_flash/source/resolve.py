@@ -28,8 +28,10 @@ def demo_folder() -> Path:
     return Path(str(files("mlx_flash.demo").joinpath("model")))
 
 
-def find_checkpoint(model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
-    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache.
+def find_checkpoint(
+    model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None, fetch: bool = True
+) -> Path:
+    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache. fetch: or from the Hub.
 
     Raises UsageError if there is no such folder, repository or revision, CheckpointError if the repository holds no
     model, ConversionError if the Hub cannot be reached.
@@ -51,7 +53,7 @@ def find_checkpoint(model: str, revision: str | None = None, say: Callable[[str]
         raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
     from .hub import download
 
-    return download(model, revision, say)
+    return download(model, revision, say, fetch=fetch)
 
 
 def cache_folder() -> Path:
@@ -73,11 +75,11 @@ def cache_folder() -> Path:
         ) from None
 
 
-def find_source(model: str | None, revision: str | None, say: Callable[[str], None]) -> Path:
+def find_source(model: str | None, revision: str | None, say: Callable[[str], None], fetch: bool = True) -> Path:
     """The folder of the store or of the checkpoint that a folder or a repository id names; None is the demo model."""
     if model is None and revision is not None:
         raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
-    source = demo_folder() if model is None else find_checkpoint(model, revision, say)
+    source = demo_folder() if model is None else find_checkpoint(model, revision, say, fetch)
     if not is_store(source) and "config.json" not in files_in(source):
         raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
     return source

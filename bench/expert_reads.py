@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
     require_plots()
     fio = None if arguments.no_fio else find_fio()
     if folder_of(str(arguments.model)) is None:
-        raise UsageError(f"{arguments.model} holds no mixture of experts; of a store's neurons `bench reads` tells.")
+        raise UsageError(f"{arguments.model} is not a mixture of experts; `bench reads` measures a store's neurons.")
     mixture = open_mixture(arguments.model)
     slots = min(arguments.slots, mixture.experts)
     shared = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))

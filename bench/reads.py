@@ -256,7 +256,7 @@ def _file(arguments: argparse.Namespace) -> Iterator[Path]:
     except UsageError:
         raise UsageError(f"--size is {arguments.size!r}, expected a number with a unit, such as 2GB.") from None
     if not folder.is_dir():
-        raise UsageError(f"--folder {folder} is no folder.")
+        raise UsageError(f"--folder {folder} is not a folder.")
     free = psutil.disk_usage(str(folder)).free
     if nbytes + SPARE_BYTES > free:
         raise UsageError(
@@ -302,7 +302,7 @@ def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0.001 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text} is not between 0.001 and 3600 seconds")
     return value

@@ -26,7 +26,7 @@ Choose = Callable[[np.ndarray], np.ndarray]  # x (N, D) -> bool (N, F)
 
 @dataclass
 class Following:
-    """Some of the sequences once more, behind the others, each FFN computing with the neurons that are chosen."""
+    """A second pass over some sequences, in which each FFN uses only its predicted neurons."""
 
     hidden: list[mx.array]  # (B, T, D) each; changed in place
     choose: Choose | None = None  # for the layer whose turn it is, then dropped; None: all neurons

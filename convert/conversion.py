@@ -304,7 +304,7 @@ class _Conversion:
     def _make_predictors(self, sequences: np.ndarray) -> dict[str, dict[str, float]]:
         """A file per layer and kind; what is found finished in the partial folder is not made again.
 
-        Returns what each kind does to the perplexity of the held-out sequences, with all layers before choosing, too.
+        Returns the held-out perplexity per predictor kind, with that kind active in all layers.
         """
         filled = FilledModel(self.outline, self.partial / Manifest.resident_file, self._open)
         norms = self.outline.model.ffn_norms

@@ -30,8 +30,8 @@ def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) ->
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise UsageError(
-            f"--predictor-from {source} is no folder and no Hugging Face repository id (owner/name). Expected one "
-            f"with {NAME.format(0)}, {NAME.format(1)} and so on, one for each layer."
+            f"--predictor-from {source} is neither a folder nor a Hugging Face repository id (owner/name). Expected "
+            f"one with {NAME.format(0)}, {NAME.format(1)} and so on, one for each layer."
         )
     from mlx_flash.source.hub import download
 

@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling_arguments(text, max_tokens=256)
     text.add_argument("--system-prompt", help="system message for the chat template")
     text.add_argument(
-        "--ignore-chat-template", action="store_true", help="questions and answers are one text that goes on"
+        "--ignore-chat-template", action="store_true", help="questions and answers form one continuous text"
     )
     return parser
 
@@ -75,7 +75,7 @@ class Chat:
             if arguments.system_prompt is not None:
                 say("note: --system-prompt is not used without a chat template")
             if not arguments.ignore_chat_template:
-                say("note: this model has no chat template: your lines and its answers are one text that goes on")
+                say("note: this model has no chat template: your messages and its replies form one continuous text")
 
     @property
     def plan(self) -> Any:
@@ -130,7 +130,7 @@ class Chat:
                 if interrupts.asked:
                     break
         if response is None:
-            say("stopped while the question was read; it is forgotten")
+            say("stopped while reading the prompt; your question was dropped")
             return
         print(flush=True)
         self.conversation.answered(question, "".join(pieces), made)
@@ -175,7 +175,9 @@ class Chat:
         elif name == "/quit":
             return False
         else:
-            raise UsageError(f"there is no command {name}; /help lists them. Begin with a space to say it as a text.")
+            raise UsageError(
+                f"there is no command {name}; /help lists them. To send it as a message, start the line with a space."
+            )
         return True
 
     def say_statistics(self) -> None:

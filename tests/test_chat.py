@@ -193,7 +193,7 @@ def test_ctrl_c_stops_a_long_prompt_and_a_long_answer(start: Callable[..., Pseud
     terminal.type(f"{question}\n")
     terminal.until("\n")
     terminal.press(CTRL_C)
-    assert "stopped while the question was read; it is forgotten" in terminal.until(READY)
+    assert "stopped while reading the prompt; your question was dropped" in terminal.until(READY)
     now = ask(terminal, "/memory")
     assert "0 turns" in now
     read = re.search(r"(\d+) of 8192 tokens", now)
@@ -257,7 +257,7 @@ def piped(model: Path, text: bytes, *arguments: str, redirect: str = "") -> subp
 def test_lines_from_a_pipe(speaker: Path, answers: list[str]) -> None:
     done = piped(speaker, "\n\n".join(QUESTIONS).encode())
     assert done.returncode == 0 and done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
-    assert b"memory plan" in done.stderr and b"one text that goes on" in done.stderr
+    assert b"memory plan" in done.stderr and b"form one continuous text" in done.stderr
 
 
 @pytest.fixture

@@ -786,7 +786,7 @@ def test_wrong_usage(checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
     usual = ("--model", checkpoint, "--output", tmp_path / "store")
     for arguments, words in (
         ((), "required"),
-        (("--model", tmp_path / "nowhere", "--output", tmp_path / "store"), "there is no folder"),
+        (("--model", tmp_path / "nowhere", "--output", tmp_path / "store"), "is neither a folder"),
         ((*usual, "--calibration", tmp_path / "nowhere.txt"), "cannot read --calibration"),
         ((*usual, "--calibration", tmp_path / "binary.txt"), "cannot read --calibration"),
         ((*usual, "--calibration-tokens", "3"), "3 is not between 16 and"),

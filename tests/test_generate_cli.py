@@ -228,7 +228,7 @@ def test_a_chat_template_is_applied(
         (["--io", "mmap"], "invalid choice: 'mmap'"),
         (["--prompt", ""], "the prompt is empty"),
         (["--nonsense"], "unrecognized arguments"),
-        (["--model", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (["--model", "/no/such/folder"], "/no/such/folder is neither a folder nor"),
         (
             ["--prompt", "x" * 70],
             "the prompt has 71 tokens, and the plan makes room for 64. Shorten it: this model takes no more.",

@@ -451,7 +451,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
-        (hub_error(hub_errors.HFValidationError), UsageError, "no Hugging Face repository id"),
+        (hub_error(hub_errors.HFValidationError), UsageError, "neither a folder nor a Hugging Face repository id"),
         (hub_error(hub_errors.HfHubHTTPError), ConversionError, "downloading some/model failed.*same command again"),
         (OSError(28, "No space left on device"), NoSpaceError, "is full.*make room"),
         (RuntimeError("some HTTP\nlibrary's own"), ConversionError, "failed: some HTTP library's own. Run"),

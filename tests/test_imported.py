@@ -112,7 +112,7 @@ def test_a_file_for_each_layer_and_no_more(files: Path) -> None:
 def test_neither_a_folder_nor_a_repository(files: Path) -> None:
     assert imported.find_predictors(str(files)) == files
     for source in (str(files / "model_0.pt"), "nowhere", "../a/b", "a/b/c", ""):
-        with pytest.raises(UsageError, match="no folder and no Hugging Face repository id"):
+        with pytest.raises(UsageError, match="neither a folder nor a Hugging Face repository id"):
             imported.find_predictors(source)
 
 

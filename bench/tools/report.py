@@ -63,7 +63,7 @@ def writable_folder(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({error.strerror}): choose another folder") from None
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is no folder: choose another one")
+        raise argparse.ArgumentTypeError(f"{there} is not a folder: choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{there} cannot be written to: choose another folder")
     return folder

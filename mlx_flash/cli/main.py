@@ -10,11 +10,11 @@ from .. import __version__
 from . import run
 
 COMMANDS = {
-    "generate": ("mlx_flash.generate", "writes text that goes on from a prompt"),
+    "generate": ("mlx_flash.generate", "continues a prompt"),
     "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
     "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
     "plan": ("mlx_flash.cli.show_plan", "prints what a model takes of memory, and the budgets that make sense"),
-    "convert": ("mlx_flash.convert", "makes of a checkpoint a store that can be streamed"),
+    "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
     "cache": ("mlx_flash.cache", "lists and removes stores that were made in the cache folder"),
     "bench": ("mlx_flash.bench", "measures, in ways that anyone can run again"),

@@ -38,22 +38,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictor",
         default="auto",
         choices=PREDICTORS,
-        help="who says which neurons a token needs: the store's default, nobody (all of them: naive loading), the "
-        "resident up projection, or one of the stored predictors; a mixture of experts has its router instead "
-        "(default: %(default)s)",
+        help="how active neurons are found: auto (the store's default), none (use all), exact (the resident first "
+        "projection), or a stored predictor; a mixture of experts has its router instead (default: %(default)s)",
     )
     model.add_argument(
         "--recall",
         type=float,
         metavar="R",
-        help="share of the active neurons that a stored predictor is to catch: nearer to 1, more is read and less is "
-        "lost (default: what the store was made for)",
+        help="share of the active neurons that a stored predictor is to catch; higher finds more and reads more "
+        "(default: the store's own target)",
     )
     model.add_argument(
         "--window",
         type=int,
         metavar="K",
-        help="evict by a sliding window of K tokens (default: the least used go)",
+        help="evict by a sliding window of K tokens (default: evict the least used)",
     )
     model.add_argument(
         "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"

@@ -59,7 +59,7 @@ class ExpertStreamer(Flights):
         self.held: list[mx.array] = []  # outputs of graphs that read slots, of any layer
 
     def settle(self) -> None:
-        """Evaluates what is held, of all layers, and lets go of it: a layer's output may be large."""
+        """Evaluates the pending outputs of all layers and drops them: a layer's output may be large."""
         held, self.held = self.held, []  # first: what cannot be evaluated is not tried for ever
         if held:
             mx.eval(held)
@@ -143,7 +143,7 @@ class ExpertStream:
         self.shared.held += outputs
 
     def settle(self) -> None:
-        """Evaluates what is held, here and in the other layers: another thread could not."""
+        """Evaluates pending outputs, of all layers, now: MLX cannot evaluate them in another thread."""
         self.shared.settle()
 
     def use(self, experts: np.ndarray) -> None:

@@ -296,7 +296,7 @@ def parse_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise NotAStoreError(
-            f"{folder} has no {MANIFEST}: it is no store. Make one with `python -m mlx_flash.convert`; "
+            f"{folder} is not a store (no {MANIFEST}). Make one with `python -m mlx_flash.convert`; "
             "a mixture of experts is run without one."
         )
     with reading(path), path.open("rb") as file:

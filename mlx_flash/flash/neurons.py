@@ -133,7 +133,7 @@ class LayerStream:
         self._held += outputs
 
     def settle(self) -> None:
-        """Evaluates what is held: another thread could not."""
+        """Evaluates pending outputs now, because MLX cannot evaluate them in another thread."""
         held, self._held = self._held, ()  # first: what cannot be evaluated is not tried for ever
         if held:
             mx.eval(held)

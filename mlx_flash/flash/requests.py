@@ -126,7 +126,7 @@ def _first_segments(
     long = lengths >= request_bytes // 2  # gain nothing by being merged
     starts[1:] |= long[1:] | long[:-1]
     if alignment > 1:
-        # A loose segment makes its whole request go through a bounce buffer; it shall not take aligned ones along.
+        # An unaligned segment sends its whole request through the bounce buffer, so no aligned one joins it.
         loose = (offsets | addresses | lengths) % alignment != 0
         starts[1:] |= loose[1:] != loose[:-1]
     if starts.all():

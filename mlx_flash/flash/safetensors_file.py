@@ -49,7 +49,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not valid JSON ({error})") from None
     if len(text) < length or not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     if any("\ud800" <= character <= "\udfff" for character in "".join(header)):
         raise ValueError("its header names a tensor with half of a surrogate pair, which is not text")
     start = 8 + length

@@ -112,7 +112,7 @@ class SlotCache:
         return np.sort(np.argpartition(worth, count - 1)[:count]).astype(np.int32)
 
     def worth(self) -> np.ndarray:
-        """What each slot is worth keeping, (slots,): at least 0. Whatever for an empty one."""
+        """Eviction score per slot, (slots,), >= 0: the lowest goes first; undefined for empty slots."""
         if self.window is None:
             return self.score[self.unit_of]
         used = np.maximum(self.last_used, self.clock - self.window)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from .api_errors import ApiError
 
-# Understood, a body takes up to thirty times its bytes, if somebody wants it to: the plan's process has little room.
+# A hostile body can take thirty times its size once it is parsed, and the plan's process has little room.
 MOST_BYTES = 1 << 20  # of one body, or BYTES_PER_TOKEN for each token of the context if that is more
 BYTES_PER_TOKEN = 16
 MOST_BODIES = 4  # of that size, at the same time

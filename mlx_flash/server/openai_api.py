@@ -332,7 +332,7 @@ class CompletionRequest(_Request):
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """Raises ApiError for what is no JSON, or names the first parameter that is wrong."""
+    """Raises ApiError for what is not JSON, or names the first parameter that is wrong."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

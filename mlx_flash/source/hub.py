@@ -88,9 +88,7 @@ def download(
             f"{repository} has no revision {revision}: expected the name of a branch or a tag, or a whole commit hash."
         ) from None
     except HFValidationError:
-        raise UsageError(
-            f"there is no folder {repository}, and it is no Hugging Face repository id (owner/name) either."
-        ) from None
+        raise UsageError(f"{repository} is neither a folder nor a Hugging Face repository id (owner/name).") from None
     except (CheckpointError, ConversionError, UsageError):
         raise
     except Exception as error:  # its own, its HTTP library's, the disk's: a dozen unrelated kinds

@@ -50,7 +50,7 @@ def find_checkpoint(
     if exists:
         raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UsageError(f"there is no folder {model}, and it is no Hugging Face repository id (owner/name) either.")
+        raise UsageError(f"{model} is neither a folder nor a Hugging Face repository id (owner/name).")
     from .hub import download
 
     return download(model, revision, say, fetch=fetch)

@@ -1,4 +1,4 @@
-"""What was said so far, as prompts within the planned context; with a chat template, or as one text that goes on."""
+"""What was said so far, as prompts within the planned context; with a chat template, or as one continuous text."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_its_own_file_is_removed(
     assert size == 100_000 and made.parent == tmp_path and not made.exists()
     with pytest.raises(UsageError, match="do not fit"):
         run("--size", "1000000GB", "--folder", tmp_path)
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         run("--folder", tmp_path / "missing")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 from mixtures import make_mixture  # type: ignore[import-not-found]
@@ -21,6 +20,7 @@ from mlx_flash.loading import dense, mixture
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS, Plan
+from mlx_flash.loading.runtime import BUFFER_CACHE
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -93,16 +93,12 @@ def test_options_or_fields() -> None:
 
 
 def test_nothing_stays_changed(store: Path) -> None:
-    before = mx.set_cache_limit(123 << 20)
-    try:
-        plan(store, context=64)
-        assert mx.set_cache_limit(123 << 20) == 123 << 20
-        model, _ = load(store, context=64)
-        plan(store, context=64)
-        model.flash.close()
-        assert mx.set_cache_limit(123 << 20) == 123 << 20
-    finally:
-        mx.set_cache_limit(before)
+    """Else MLX would keep fewer buffers for good: no model is closed that would give that back."""
+    opened = BUFFER_CACHE._models
+    plan(store, context=64)
+    with pytest.raises(BudgetError):
+        plan(store, context=64, memory=1)
+    assert BUFFER_CACHE._models == opened
 
 
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

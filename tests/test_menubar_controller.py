@@ -172,7 +172,7 @@ def test_a_folder_that_is_missing_or_holds_no_model(make: Callable[..., Controll
     controller.choose_model(str(tmp_path / "gone"))
     controller.start()
     state = wait_for(controller, lambda state: state.phase == FAILED)
-    assert str(tmp_path / "gone") in state.trouble and "no folder" in state.trouble
+    assert str(tmp_path / "gone") in state.trouble and "is neither a folder" in state.trouble
     empty = tmp_path / "empty"
     empty.mkdir()
     controller.choose_model(str(empty))

@@ -372,7 +372,7 @@ def test_broken_manifests(own_store: Path) -> None:
     with pytest.raises(CorruptStoreError, match="more than"):
         read_manifest(own_store)
     path.unlink()
-    with pytest.raises(NotAStoreError, match="no store"):
+    with pytest.raises(NotAStoreError, match="is not a store"):
         read_manifest(own_store)
     assert not is_store(own_store)
 

@@ -27,10 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
     parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's own)")
     for name, of, default in (
-        ("--bits", "the neurons on the SSD", "16: as they are in the type stored"),
-        ("--resident-bits", "the attention's matrices, the embeddings and the output matrix", "16"),
+        ("--bits", "FFN weight on the SSD", "16, not quantised"),
+        ("--resident-bits", "weight of the attention, the embeddings and the output matrix", "16, not quantised"),
     ):
-        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"per number of {of} (default: {default})")
+        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"bits per {of} (default: {default})")
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
     )

@@ -101,3 +101,12 @@ def test_every_command_that_is_here_can_be_started() -> None:
         folder = {"app": ROOT / "apps" / "menubar", "server": ROOT / "mlx_flash" / "server"}.get(name)
         if folder is None or folder.is_dir():
             assert importlib.util.find_spec(module) is not None, name
+
+
+def test_the_page_of_flags_is_that_of_the_parsers() -> None:
+    """Else: `python tests/flag_tables.py`."""
+    import flag_tables  # type: ignore[import-not-found]  # found beside this file
+
+    assert flag_tables.PAGE.read_text(encoding="utf-8") == flag_tables.page()
+    assert not [line for line in flag_tables.page().splitlines() if line.startswith("| `") and line.count("|") != 3]
+    assert {*flag_tables.MODULES} == {*COMMANDS} - {"bench", "app"}

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.neuron_file import write_neurons
 from mlx_flash.flash.files import Manifest, NeuronLayout
-from mlx_flash.flash.neurons import LayerStream, Streamer
+from mlx_flash.flash.neurons import NeuronFile, NeuronSlots
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.activations import Activation
@@ -64,9 +64,9 @@ def measure(folder: Path, layout: NeuronLayout, repeat: int) -> list[dict[str, f
     dtype = getattr(mx, layout.dtype)
     matrices = tuple(mx.random.normal((layout.neurons, layout.width)).astype(dtype) for _ in layout.parts)
     write_neurons(folder, layout, lambda _: matrices, lambda _: None)
-    streamer = Streamer(UnitFile(folder / Manifest.neurons_file), Reader(16), layout)
+    streamer = NeuronFile(UnitFile(folder / Manifest.neurons_file), Reader(16), layout)
     layer = StreamedNeurons(
-        LayerStream(streamer, 0, layout.blocks, layout.parts), Activation(), decode_tokens=8, bias=False
+        NeuronSlots(streamer, 0, layout.blocks, layout.parts), Activation(), decode_tokens=8, bias=False
     )
     x = mx.random.normal((1, 1, layout.width))
     choices = {"all": None, **{str(share): _Fixed(layout.neurons, share) for share in DENSITIES}}

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.flash.slot_cache import HALF_LIFE, SlotCache
-from mlx_flash.loading.plan import MIN_SLOTS, share_out
+from mlx_flash.loading.plan import MIN_SLOTS, distribute_slots
 
 from . import routing, traces
 from .tools import policies
@@ -116,7 +116,7 @@ def even_rules(units: int, known: list[np.ndarray]) -> dict[str, Make]:
 def uneven(sets: list[list[np.ndarray]], known: list[np.ndarray], units: int, slots: int) -> list[float]:
     """As many slots as `slots` in each layer would be, shared out by what each layer needs on calibration text."""
     need = [max(1e-3, float(mask.mean())) for mask in known]
-    by_need = share_out(slots * len(sets), need, min(MIN_SLOTS, slots), units)
+    by_need = distribute_slots(slots * len(sets), need, min(MIN_SLOTS, slots), units)
     return per_token([policies.run(SlotCache(units, n), each) for n, each in zip(by_need, sets, strict=True)])
 
 

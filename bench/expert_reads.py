@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.experts import ExpertStream, ExpertStreamer
+from mlx_flash.flash.experts import ExpertFiles, ExpertSlots
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.loading.expert_files import open_mixture
@@ -45,11 +45,11 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.model} is not a mixture of experts; `bench reads` measures a store's neurons.")
     mixture = open_mixture(arguments.model)
     slots = min(arguments.slots, mixture.experts)
-    shared = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))
+    shared = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     if not all(file.direct for file in shared.files):
         raise UsageError(f"the file system of {arguments.model} refuses reads past the page cache: nothing to measure.")
     prepared = disk.prepare(mixture.files)
-    streams = [ExpertStream(shared, tensors, slots) for tensors in list(mixture.switches.values())[:LAYERS]]
+    streams = [ExpertSlots(shared, tensors, slots) for tensors in list(mixture.switches.values())[:LAYERS]]
     counts = sorted({min(count, slots) for count in (1, 2, 4, 8, 16, 32)})
     rows: list[dict[str, Any]] = [{"missing": count, "ours": [], "fio": []} for count in counts]
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def fetches(
-    streams: list[ExpertStream], missing: int, rng: np.random.Generator, seconds: float = 0.5
+    streams: list[ExpertSlots], missing: int, rng: np.random.Generator, seconds: float = 0.5
 ) -> dict[str, float]:
     """For `seconds`, layer after layer, `missing` experts at once, and nothing until they are there."""
     counters = streams[0].shared.counters

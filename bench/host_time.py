@@ -16,7 +16,7 @@ import numpy as np
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
-from mlx_flash.flash.neurons import LayerStream
+from mlx_flash.flash.neurons import NeuronSlots
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.rows import BlockRows
 from mlx_flash.flash.slot_cache import SlotCache
@@ -26,8 +26,8 @@ from mlx_flash.source.resolve import find_store
 
 # What is timed, and what of it is management: ids, maps, slots.
 STEPS: tuple[tuple[Any, str, str], ...] = (
-    (LayerStream, "begin", "the token's neurons: marked, missing ones asked for"),
-    (LayerStream, "read_ahead", "the guess: missing ones asked for"),
+    (NeuronSlots, "begin", "the token's neurons: marked, missing ones asked for"),
+    (NeuronSlots, "read_ahead", "the guess: missing ones asked for"),
     (SlotCache, "tick", "  slots: marks use"),
     (SlotCache, "reserve", "  slots: finds victims"),
     (SlotCache, "commit", "  slots: takes in what came"),

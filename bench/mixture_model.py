@@ -12,7 +12,7 @@ from typing import Any
 from mlx_flash.errors import UsageError
 from mlx_flash.loading.config import holds_mixture
 from mlx_flash.loading.plan import parse_memory
-from mlx_flash.source.resolve import find_source
+from mlx_flash.source.resolve import resolve_source
 
 from . import compare
 from .baselines.mixture_contenders import PART, Side, Task
@@ -42,7 +42,7 @@ def folder_of(model: str | None) -> Path | None:
     """The checkpoint that --model names if it is a mixture of experts, else None."""
     if model is None:
         return None
-    folder = find_source(model, None, print)
+    folder = resolve_source(model, None, print)
     return folder if holds_mixture(folder) else None
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.slot_cache import SlotCache
-from mlx_flash.loading.plan import MIN_SLOTS, share_out
+from mlx_flash.loading.plan import MIN_SLOTS, distribute_slots
 
 from . import traces
 from .eviction import everyone_but
@@ -89,7 +89,7 @@ def compare(
     """
     need = [max(1e-3, float(trace.chosen.mean())) for trace in calibration]
     neurons = held_out[0].neurons
-    slots = share_out(round(share * neurons * len(need)), need, min(MIN_SLOTS, round(share * neurons)), neurons)
+    slots = distribute_slots(round(share * neurons * len(need)), need, min(MIN_SLOTS, round(share * neurons)), neurons)
     sums: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (reads, bundles) per token, of each layer
     jobs = list(zip(held_out, calibration, slots, strict=True))
     for trace, known, count in tqdm(jobs, desc="orders", unit="layer", dynamic_ncols=True):

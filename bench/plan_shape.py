@@ -20,7 +20,7 @@ from mlx_flash.defaults import BITS, CONTEXT
 from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.model_types import family_of, model_classes
-from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, Notes, make_plan, parse_memory
+from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, PlanNotes, make_plan, parse_memory
 from mlx_flash.loading.streaming_needs import neurons_need, process_bytes, scratch_bytes
 
 from .synthetic.opt_checkpoint import SHAPES, opt_config
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     resident = f", {arguments.resident_bits} bits" if arguments.resident_bits < 16 else ""
     slots = f", {layout.bits} bits" if layout.quantised else ""
-    notes = Notes(Notes().resident + resident, "shadow", slots)
+    notes = PlanNotes(PlanNotes().resident + resident, "shadow", slots)
     slot_bytes = layout.block_bytes
     plan = make_plan(demand, layout, slot_bytes, budget, budget, context, selects=True, notes=notes)
     print(f"OPT-{arguments.shape}, shadow predictor: computed from the shape, not run. Weights, rows and KV cache in")

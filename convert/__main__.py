@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
     obey_lifeline(arguments)
     import mlx.core as mx
 
-    from mlx_flash.layers.recall import Setting
+    from mlx_flash.layers.recall import PredictorSetting
     from mlx_flash.loading.plan import MLX_CACHE_BYTES, parse_memory
     from mlx_flash.source.resolve import find_checkpoint
 
@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace) -> None:
         mark = "; the default" if kind == manifest.default_predictor else ""
         ranks = ", ".join(map(str, sorted(set(report.get("rank", [])))))
         size = f"{report['bytes'] / 1e6:.1f} MB" + (f", rank {ranks}" if ranks else "")
-        print(f"  {Setting.of(kind, report).describe()}; {size}{mark}", file=sys.stderr)
+        print(f"  {PredictorSetting.of(kind, report).describe()}; {size}{mark}", file=sys.stderr)
     if manifest.all_neurons_layers:
         print(f"  layers {list(manifest.all_neurons_layers)} are too dense: they use all neurons", file=sys.stderr)
 

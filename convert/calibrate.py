@@ -16,7 +16,7 @@ from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.layers.activations import Activation
 
-from .numpy_matrix import HostLinear, HostMatrix, row_pieces
+from .numpy_matrix import HostLinear, NumpyMatrix, row_pieces
 
 SEQUENCE_TOKENS = 128
 BATCH_SEQUENCES = 8  # at once: a layer's weights are widened as often as there are batches
@@ -25,7 +25,7 @@ Choose = Callable[[np.ndarray], np.ndarray]  # x (N, D) -> bool (N, F)
 
 
 @dataclass
-class Following:
+class PredictedPass:
     """A second pass over some sequences, in which each FFN uses only its predicted neurons."""
 
     hidden: list[mx.array]  # (B, T, D) each; changed in place
@@ -47,13 +47,13 @@ def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, 
 
 
 @dataclass(frozen=True)
-class HostFFN:
+class NumpyFFN:
     """One layer's FFN for the host."""
 
     activation: Activation
-    matrices: tuple[HostMatrix, ...]  # (F, D) each: up, or gate and up
+    matrices: tuple[NumpyMatrix, ...]  # (F, D) each: up, or gate and up
     up_bias: np.ndarray  # (F,), float32
-    down: HostMatrix  # (F, D)
+    down: NumpyMatrix  # (F, D)
     down_bias: np.ndarray  # (D,), float32
 
     def before(self, x: np.ndarray) -> list[np.ndarray]:
@@ -66,7 +66,7 @@ class HostFFN:
 class _Recorder:
     """Stands where the FFN stood: keeps its input, computes it on the host."""
 
-    def __init__(self, ffn: HostFFN) -> None:
+    def __init__(self, ffn: NumpyFFN) -> None:
         self.ffn = ffn
         self.inputs: list[np.ndarray] = []
         self.scores: list[np.ndarray] = []
@@ -109,9 +109,9 @@ def embed(model: Any, sequences: np.ndarray) -> list[mx.array]:
 def layer_activations(
     model: Any,
     hidden: list[mx.array],
-    followings: list[Following],
-    load_ffn: Callable[[int], HostFFN],
-) -> Iterator[tuple[np.ndarray, np.ndarray, HostFFN]]:
+    followings: list[PredictedPass],
+    load_ffn: Callable[[int], NumpyFFN],
+) -> Iterator[tuple[np.ndarray, np.ndarray, NumpyFFN]]:
     """For each layer in turn: (FFN inputs (N, D), scores (N, F) which are above 0 where a neuron is active, the FFN).
 
     float32; N = sequences x length, in order. hidden: what enters the first layer (`embed`), changed in place.

@@ -40,7 +40,7 @@ from .checkpoint import Checkpoint
 from .filled_model import FilledModel
 from .neuron_file import write_neurons
 from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
-from .store_plan import Outline, Settings
+from .store_plan import Settings, StorePlan
 from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
@@ -86,7 +86,7 @@ def convert(
                 recover(output)
                 refuse_to_replace(output, source, overwrite)
                 told = {} if seconds is None else seconds
-                return _Conversion(Outline(checkpoint, family, activation, settings), output, told).run()
+                return _Conversion(StorePlan(checkpoint, family, activation, settings), output, told).run()
             finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
@@ -113,7 +113,7 @@ def convert(
 
 
 class _Conversion:
-    def __init__(self, outline: Outline, output: Path, seconds: dict[str, float]) -> None:
+    def __init__(self, outline: StorePlan, output: Path, seconds: dict[str, float]) -> None:
         self.outline, self.output, self.seconds = outline, output, seconds
         self.partial = output.with_name(output.name + ".partial")
         self.lowrank_left = outline.lowrank_memory  # for the layers whose turn is still to come
@@ -312,7 +312,7 @@ class _Conversion:
         measured = np.flatnonzero(held_out.reshape(sequences.shape).any(axis=1)).tolist()
         hidden = calibrate.embed(self.outline.model, sequences)
         followings = {
-            kind: calibrate.Following(calibrate.embed(self.outline.model, sequences[measured]))
+            kind: calibrate.PredictedPass(calibrate.embed(self.outline.model, sequences[measured]))
             for kind in self.outline.kinds
         }
         samples = self._activations(filled, hidden, list(followings.values()), held_out)
@@ -408,7 +408,11 @@ class _Conversion:
         return report
 
     def _activations(
-        self, filled: FilledModel, hidden: list[mx.array], followings: list[calibrate.Following], held_out: np.ndarray
+        self,
+        filled: FilledModel,
+        hidden: list[mx.array],
+        followings: list[calibrate.PredictedPass],
+        held_out: np.ndarray,
     ) -> Iterator[fitting.Sample]:
         """Layer by layer."""
         for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, filled.host_ffn):

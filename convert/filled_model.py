@@ -16,8 +16,8 @@ from mlx_flash.layers.quantised import companions, matrices_of
 
 from . import calibrate
 from .neuron_file import quantised
-from .numpy_matrix import FileEmbedding, HostMatrix, PackedFileEmbedding, PackedHostMatrix
-from .store_plan import Outline
+from .numpy_matrix import FileEmbedding, NumpyMatrix, PackedFileEmbedding, PackedNumpyMatrix
+from .store_plan import StorePlan
 
 HEAD = "lm_head."  # the output matrix of an untied model, a large one
 
@@ -29,7 +29,7 @@ class FilledModel:
     once; a layer's matrices at its turn, the output matrix when the layers are gone.
     """
 
-    def __init__(self, outline: Outline, path: Path, open_file: Callable[[Path], StoredTensors]) -> None:
+    def __init__(self, outline: StorePlan, path: Path, open_file: Callable[[Path], StoredTensors]) -> None:
         """path: of the store's resident weights, and what opens it, with the checksums of what was written."""
         self.outline = outline
         self._open = partial(open_file, path)
@@ -82,7 +82,7 @@ class FilledModel:
             named.append((name, weight))
         self.outline.model.load_weights(named, strict=False)
 
-    def host_ffn(self, layer: int) -> calibrate.HostFFN:
+    def host_ffn(self, layer: int) -> calibrate.NumpyFFN:
         """That of the layer whose turn it is; the layer gets its other weights here. Nothing else refers to them."""
         prefix = self._prefixes[id(self.outline.model.layers[layer])]
         self._fill(name for name in self._stored_as if name.startswith(prefix))
@@ -93,12 +93,12 @@ class FilledModel:
             else np.zeros(size, np.float32)
             for name, size in zip(self.outline.family.biases_of(layer), down.shape, strict=True)
         )
-        return calibrate.HostFFN(self.outline.activation, tuple(matrices), up_bias, down, down_bias)
+        return calibrate.NumpyFFN(self.outline.activation, tuple(matrices), up_bias, down, down_bias)
 
-    def _host_matrix(self, rows: mx.array) -> HostMatrix:
+    def _host_matrix(self, rows: mx.array) -> NumpyMatrix:
         """With the numbers that a reader of the store multiplies with."""
         if not self.outline.layout.quantised:
-            return HostMatrix(rows)
-        return PackedHostMatrix(
+            return NumpyMatrix(rows)
+        return PackedNumpyMatrix(
             *quantised(self.outline.layout, rows), self.outline.layout.group_size, self.outline.layout.bits
         )

@@ -29,7 +29,7 @@ def row_pieces(shape: tuple[int, ...], item_bytes: int) -> Iterator[tuple[int, i
         yield begin, min(begin + step, shape[0])
 
 
-class HostMatrix:
+class NumpyMatrix:
     """A matrix W (R, C), in the type it is stored in."""
 
     def __init__(self, weight: mx.array) -> None:
@@ -60,7 +60,7 @@ class HostMatrix:
         return result
 
 
-class PackedHostMatrix(HostMatrix):
+class PackedNumpyMatrix(NumpyMatrix):
     """One that is quantised, along the rows: packed numbers, scales and biases of `mx.quantize`."""
 
     def __init__(self, packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> None:
@@ -81,9 +81,9 @@ class HostLinear:
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear) -> None:
         if isinstance(linear, nn.QuantizedLinear):
             scales, biases = linear["scales"], linear["biases"]
-            self.matrix: HostMatrix = PackedHostMatrix(linear.weight, scales, biases, linear.group_size, linear.bits)
+            self.matrix: NumpyMatrix = PackedNumpyMatrix(linear.weight, scales, biases, linear.group_size, linear.bits)
         else:
-            self.matrix = HostMatrix(linear.weight)
+            self.matrix = NumpyMatrix(linear.weight)
         self.bias = to_numpy(linear.bias, np.float32) if "bias" in linear else np.float32(0)
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -42,7 +42,7 @@ class Settings:
     group_size: int = GROUP_SIZE  # numbers that share a scale and a bias, where they are quantised
 
 
-class Outline:
+class StorePlan:
     """The model, the layout of its neurons, the other tensors, the kinds of predictors; and every tensor as stored.
 
     Raises CheckpointError if the checkpoint does not hold what its configuration describes, UsageError for settings

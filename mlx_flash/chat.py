@@ -14,7 +14,7 @@ from typing import Any
 from .cli.history import History
 from .cli.model_arguments import add_model_arguments, load_model
 from .cli.run import program, run_command
-from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
+from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, context_hint, progress_line, say
 from .errors import BudgetError, ChatTemplateError, TokenizerError, UsageError
 from .flash.stats import Statistics
 from .loading.plan import parse_memory
@@ -85,9 +85,9 @@ class Chat:
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = load_model(self.arguments, say)
-        from .text.prompt_cache import Turns
+        from .text.prompt_cache import ReusedPromptCache
 
-        self.turns: Any = Turns(self.model)
+        self.turns: Any = ReusedPromptCache(self.model)
 
     def close(self) -> None:
         self.conversation.close()
@@ -149,7 +149,7 @@ class Chat:
         if made < self.arguments.max_tokens:
             say(
                 f"note: the context of {self.plan.context} tokens is full, so the answer ends here; the next question "
-                f"drops the oldest turns, /reset all of them. {more_context(self.model)}"
+                f"drops the oldest turns, /reset all of them. {context_hint(self.model)}"
             )
         elif not self._cut_before:
             self._cut_before = True

@@ -10,7 +10,7 @@ from typing import Any
 
 from .cli.model_arguments import add_model_arguments, load_model
 from .cli.run import program, run_command
-from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, more_context, progress_line, say
+from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, context_hint, progress_line, say
 from .errors import ChatTemplateError, UsageError
 from .text.sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 
@@ -110,7 +110,7 @@ def main(arguments: argparse.Namespace) -> int:
         if interrupts.asked:
             say("interrupted")
         elif response.finish_reason == "length" and len(tokens) < arguments.max_tokens:
-            say(f"note: the context of {model.flash.plan.context} tokens is full. {more_context(model)}")
+            say(f"note: the context of {model.flash.plan.context} tokens is full. {context_hint(model)}")
         for line in summary(response, model):
             say(line)
         result = as_json(response, model, "".join(pieces), tokens)

@@ -22,7 +22,7 @@ from mlx_flash.flash.unit_sums import Ranges, RangeSums
 from mlx_flash.loading import load, verification
 from mlx_flash.source import cached, failures, resolve
 from mlx_flash.source.cached import MATRICES, entries, in_use
-from mlx_flash.source.resolve import find_store, place_of
+from mlx_flash.source.resolve import cached_store_path, find_store
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -267,5 +267,5 @@ def test_a_cache_that_cannot_be_written_to_still_runs(folder: Path, source: Path
     monkeypatch.setattr(os, "utime", refuse)
     cached._note_of(store).unlink()
     monkeypatch.setattr(Path, "write_text", refuse)
-    assert find_store(str(source)) == store and place_of(source, str(source))[0] == store
+    assert find_store(str(source)) == store and cached_store_path(source, str(source))[0] == store
     assert load.is_store(store)

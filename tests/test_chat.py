@@ -28,7 +28,7 @@ from mlx_flash.loading.load import load
 from mlx_flash.source.resolve import find_store
 from mlx_flash.text.conversation import Conversation
 from mlx_flash.text.generation import encode_prompt, stream_generate
-from mlx_flash.text.prompt_cache import Turns
+from mlx_flash.text.prompt_cache import ReusedPromptCache
 from mlx_flash.text.tokenizer import load_tokenizer
 
 PYTHON_M = ("-m", "mlx_flash.chat")
@@ -67,7 +67,7 @@ def ask(terminal: PseudoTerminal, line: str) -> str:
 def answers(speaker: Path) -> list[str]:
     """To QUESTIONS, one after another, of 24 tokens each."""
     model, tokenizer = load(speaker)
-    turns, ids, texts = Turns(model), list[int](), []
+    turns, ids, texts = ReusedPromptCache(model), list[int](), []
     for question in QUESTIONS:
         ids += tokenizer.encode(f" {question}", add_special_tokens=False) if ids else encode_prompt(tokenizer, question)
         made = list(turns.stream_generate(tokenizer, ids, 24))

@@ -20,7 +20,7 @@ from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-n
 
 from mlx_flash.convert.checkpoint import Checkpoint
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.store_plan import Outline
+from mlx_flash.convert.store_plan import StorePlan
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
@@ -63,7 +63,7 @@ def as_converted(folder: Path) -> dict[str, mx.array]:
     """Every tensor that a store of the checkpoint would be made of, by its name in the model."""
     checkpoint = Checkpoint(folder)
     family = family_of(checkpoint.config, folder)
-    outline = Outline(checkpoint, family, activation_of(checkpoint.config, folder), QUICK)
+    outline = StorePlan(checkpoint, family, activation_of(checkpoint.config, folder), QUICK)
     return {name: outline.load(name) for name in outline.original}
 
 

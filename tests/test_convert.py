@@ -332,7 +332,7 @@ def test_matrices_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, h = (rng.standard_normal(shape, np.float32) for shape in ((50, 7), (4, 7), (4, 50)))
     monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 12 * 7 * 4)  # 12 rows
     for stored in (mx.array(weight), mx.array(np.ascontiguousarray(weight.T)).T):
-        matrix = numpy_matrix.HostMatrix(stored)
+        matrix = numpy_matrix.NumpyMatrix(stored)
         assert [(begin, end) for begin, end, _ in matrix.pieces()] == [(0, 12), (12, 24), (24, 36), (36, 48), (48, 50)]
         assert (matrix.rows(5, 40) == weight[5:40]).all()
         assert np.allclose(matrix.rows_dot(x), x @ weight.T, atol=1e-5)

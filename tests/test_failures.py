@@ -20,7 +20,7 @@ from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import Job, Sampling
 from mlx_flash.source.failures import REPORT
 from mlx_flash.text import prompt_cache as turns_module
-from mlx_flash.text.prompt_cache import Turns
+from mlx_flash.text.prompt_cache import ReusedPromptCache
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackError)"
 MEMORY = "there is not enough memory: "
@@ -140,7 +140,7 @@ def test_a_conversation_whose_cache_could_not_grow_begins_anew(monkeypatch: pyte
     model.flash.plan.context = 64
     monkeypatch.setattr(turns_module, "make_prompt_cache", lambda _: [])
     monkeypatch.setattr(turns_module, "make_room", MagicMock(side_effect=RuntimeError(METAL)))
-    conversation = Turns(model)
+    conversation = ReusedPromptCache(model)
     conversation.tokens = [1, 2, 3]
     tokenizer: Any = None
     with pytest.raises(RuntimeError, match="METAL"):

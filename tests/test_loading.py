@@ -352,7 +352,7 @@ def test_resident_matrices_stay_packed_where_products_with_them_are_quick(
     tiny = tiny_of(name)
     tokens = mx.array([[5, 17, 80, 3, 44, 61, 9, 30, 72, 1]])
     widened = open_model(tiny.store, predictor="exact")
-    monkeypatch.setattr(building, "keeps_packed", lambda: True)
+    monkeypatch.setattr(building, "backend_multiplies_packed", lambda: True)
     packed = open_model(tiny.store, predictor="exact")
     modules = [m for _, m in packed.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     assert len(modules) == sum(isinstance(m, (nn.Linear, nn.Embedding)) for _, m in widened.named_modules()) > 8
@@ -379,7 +379,7 @@ def test_damaged_quantised_matrices(
     tiny_of: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, packed: bool
 ) -> None:
     folder = Path(shutil.copytree(tiny_of("4 bits").store, tmp_path / "store"))
-    monkeypatch.setattr(building, "keeps_packed", lambda: packed)
+    monkeypatch.setattr(building, "backend_multiplies_packed", lambda: packed)
     tensors: Any = mx.load(str(folder / Manifest.resident_file))
     name = "model.decoder.layers.1.self_attn.q_proj"
     expected: type[StoreError]

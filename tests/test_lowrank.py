@@ -15,7 +15,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.convert import fitting, lowrank
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.numpy_matrix import HostMatrix
+from mlx_flash.convert.numpy_matrix import NumpyMatrix
 from mlx_flash.convert.sample import Sample
 from mlx_flash.errors import UsageError
 
@@ -29,7 +29,7 @@ def layer(inner: int, seed: int = 0, tokens: int = 1024, bias: float = -1.0) -> 
     up = rng.standard_normal((neurons, inner)) @ rng.standard_normal((inner, width)) / np.sqrt(inner * width)
     up, up_bias = up.astype(np.float32), rng.normal(bias, 0.1, neurons).astype(np.float32)
     x = rng.standard_normal((tokens, width)).astype(np.float32) + 0.5
-    return Sample(x, x @ up.T + up_bias, HostMatrix(mx.array(up)), up_bias, np.arange(tokens) % 4 == 3)
+    return Sample(x, x @ up.T + up_bias, NumpyMatrix(mx.array(up)), up_bias, np.arange(tokens) % 4 == 3)
 
 
 @given(st.integers(1, 512).map(lambda n: 8 * n))

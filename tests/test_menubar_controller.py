@@ -27,7 +27,7 @@ from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budget
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
 from mlx_flash.apps.menubar.server_process import Engine, server_command, why_it_ended
 from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
-from mlx_flash.loading.plan import ENDLESS, Demand, Notes, Plan, Units
+from mlx_flash.loading.plan import ENDLESS, Demand, Plan, PlanNotes, Units
 
 SECONDS = 600.0  # until a test gives up waiting for something that comes at once on a quiet machine
 QUESTION = "It was a dark night, and"
@@ -248,7 +248,7 @@ def test_a_plan_that_cannot_be_asked_gives_no_budgets(tmp_path: Path) -> None:
 
 def plan_with(smallest: int, everything: int, units_bytes: int) -> Plan:
     units = Units(1, units_bytes, 0, "units")
-    return Plan(ENDLESS, Demand(0, 0, 0, 0, 0), units, (0,), 1, 64, Notes(), 0, smallest, everything)
+    return Plan(ENDLESS, Demand(0, 0, 0, 0, 0), units, (0,), 1, 64, PlanNotes(), 0, smallest, everything)
 
 
 def test_the_points_of_a_plan_grow_and_leave_out_what_is_no_more() -> None:

@@ -36,7 +36,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
-from mlx_flash.flash.experts import ExpertStreamer
+from mlx_flash.flash.experts import ExpertFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.layers import experts as layer_module
@@ -64,11 +64,11 @@ def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def stream() -> Iterator[Callable[..., tuple[Any, ExpertStreamer]]]:
+def stream() -> Iterator[Callable[..., tuple[Any, ExpertFiles]]]:
     """(model, streamer) of a checkpoint with so many slots for each layer."""
-    streamers: list[ExpertStreamer] = []
+    streamers: list[ExpertFiles] = []
 
-    def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertStreamer]:
+    def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertFiles]:
         model, streamer = open_streamed(folder, slots, **options)
         streamers.append(streamer)
         return model, streamer
@@ -376,19 +376,19 @@ def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: C
     ahead = [layer.ahead for layer in layers if isinstance(layer, StreamedExperts) and layer.ahead is not None]
     linear = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss"}
     assert bool(ahead) == (family in linear)
-    assert sum(one.leads for one in ahead) == min(1, len(ahead)) and len({id(one.pace) for one in ahead}) <= 1
+    assert sum(one.leads for one in ahead) == min(1, len(ahead)) and len({id(one.trial) for one in ahead}) <= 1
 
 
 def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 5)
     ahead = model.layers[0].mlp.switch_mlp.ahead
     tokens: list[None] = []
-    ahead.pace.token = lambda: tokens.append(None)
-    ahead.pace.guessing = False
+    ahead.trial.token = lambda: tokens.append(None)
+    ahead.trial.guessing = False
     everything(model)
     assert streamer.counters.early == streamer.counters.vain == 0
     assert len(tokens) == 6  # not for the prompt, nor for the batch of 18 tokens
-    ahead.pace.guessing = True
+    ahead.trial.guessing = True
     everything(model)
     assert streamer.counters.early > 0
 

@@ -20,9 +20,9 @@ from mlx_flash.loading.plan import (
     Demand,
     Plan,
     blocks_needed,
+    distribute_slots,
     make_plan,
     parse_memory,
-    share_out,
 )
 
 MB = 10**6
@@ -194,16 +194,16 @@ def test_a_shorter_context_is_named_where_it_would_do(budget: int | None, free: 
 def test_slots_go_where_the_need_is(need: list[float], least: int, most: int, total: int) -> None:
     least = min(least, most)
     total = max(total, least * len(need))
-    slots = share_out(total, need, least, most)
+    slots = distribute_slots(total, need, least, most)
     assert sum(slots) == min(total, most * len(need)) and all(least <= count <= most for count in slots)
     ordered = [count for _, count in sorted(zip(need, slots, strict=True))]
     assert all(a <= b + 1 for a, b in pairwise(ordered))  # 1: what rounding left over
 
 
 def test_a_layer_of_twice_the_need_gets_twice_the_slots() -> None:
-    assert share_out(700, [0.1, 0.2, 0.4], 16, 1000) == (100, 200, 400)
-    assert share_out(700, [0.1, 0.2, 0.4], 16, 250) == (200, 250, 250)
-    assert share_out(100, [0.01, 0.2, 0.4], 16, 250) == (16, 28, 56)
+    assert distribute_slots(700, [0.1, 0.2, 0.4], 16, 1000) == (100, 200, 400)
+    assert distribute_slots(700, [0.1, 0.2, 0.4], 16, 250) == (200, 250, 250)
+    assert distribute_slots(100, [0.01, 0.2, 0.4], 16, 250) == (16, 28, 56)
     made = plan(DEMAND, LAYOUT, 6 * 10**9, need=[0.01] * 16 + [0.03] * 16)
     assert made.slots[31] // made.slots[0] in (2, 3) and "by need" in made.describe()
 

@@ -23,10 +23,10 @@ from mlx_flash.bench.tools.score import score
 from mlx_flash.cli.run import run_command
 from mlx_flash.convert import calibrate, fitting
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.convert.numpy_matrix import HostMatrix
+from mlx_flash.convert.numpy_matrix import NumpyMatrix
 from mlx_flash.errors import CorruptStoreError, UsageError
 from mlx_flash.flash.files import read_manifest
-from mlx_flash.layers.recall import Setting
+from mlx_flash.layers.recall import PredictorSetting
 from mlx_flash.loading.load import load
 
 pytestmark = pytest.mark.usefixtures("one_processor")
@@ -45,35 +45,35 @@ REPORT: dict[str, Any] = {
 
 
 def test_between_two_targets_by_the_straight_line() -> None:
-    setting = Setting.of("shadow", REPORT, 0.95)
+    setting = PredictorSetting.of("shadow", REPORT, 0.95)
     assert setting.shifts == pytest.approx((-0.5, -1.5))
     assert setting.predicted == pytest.approx((0.55, 0.45))
     assert setting.caught == pytest.approx((0.9, 0.95))
-    assert Setting.of("shadow", REPORT).shifts == (0.0, 0.0)
-    assert Setting.of("shadow", REPORT) == Setting.of("shadow", REPORT, 0.9)
+    assert PredictorSetting.of("shadow", REPORT).shifts == (0.0, 0.0)
+    assert PredictorSetting.of("shadow", REPORT) == PredictorSetting.of("shadow", REPORT, 0.9)
 
 
 def test_thresholds_may_be_integers_of_any_size() -> None:
     """As JSON has them; NumPy makes objects of what an int64 cannot hold (found by the fuzzer of stores)."""
     table = {**REPORT["table"], "threshold": [[10**30] * 3, *REPORT["table"]["threshold"][1:]]}
-    assert Setting.of("shadow", {**REPORT, "table": table}).shifts[0] == 1e30
+    assert PredictorSetting.of("shadow", {**REPORT, "table": table}).shifts[0] == 1e30
 
 
 def test_what_is_measured_is_of_all_layers_together() -> None:
-    measured = Setting.of("shadow", REPORT).measured
+    measured = PredictorSetting.of("shadow", REPORT).measured
     assert measured["recall"] == pytest.approx((0.8 * 0.1 + 0.9 * 0.3) / 0.4)
     assert measured["predicted_per_active"] == pytest.approx(1.5)
     assert measured["perplexity_change"] == pytest.approx(0.05) and measured["perplexity_tokens"] == 127
-    assert "perplexity +5.00% (on 127 held-out tokens)" in Setting.of("shadow", REPORT).describe()
-    assert "perplexity +5.00% at 0.9 (on" in Setting.of("shadow", REPORT, 0.8).describe()
-    unmeasured = Setting.of("shadow", {**REPORT, "perplexity": None})
+    assert "perplexity +5.00% (on 127 held-out tokens)" in PredictorSetting.of("shadow", REPORT).describe()
+    assert "perplexity +5.00% at 0.9 (on" in PredictorSetting.of("shadow", REPORT, 0.8).describe()
+    unmeasured = PredictorSetting.of("shadow", {**REPORT, "perplexity": None})
     assert unmeasured.measured["perplexity_change"] is None and "perplexity" not in unmeasured.describe()
 
 
 @pytest.mark.parametrize("recall", [0.79, 1.01, float("nan"), -1.0, float("inf")])
 def test_outside_the_table(recall: float) -> None:
     with pytest.raises(UsageError, match=r"can be set from 0\.8 to 1\.0 \(it was made for 0\.9\)"):
-        Setting.of("shadow", REPORT, recall)
+        PredictorSetting.of("shadow", REPORT, recall)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.93, 0.99]), st.floats(0.8, 0.999), st.floats(0.8, 0.999))
@@ -82,16 +82,16 @@ def test_a_higher_recall_never_chooses_fewer(seed: int, target: float, one: floa
     rng = np.random.default_rng(seed)
     x, up = (rng.standard_normal(shape, dtype=np.float32) for shape in ((64, 8), (32, 8)))
     bias = rng.normal(-2, 2, 32).astype(np.float32)
-    sample = fitting.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(64) >= 24)
+    sample = fitting.Sample(x, x @ up.T + bias, NumpyMatrix(mx.array(up)), bias, np.arange(64) >= 24)
     arrays = {"a": mx.array(up.T[:, :4]), "b": mx.eye(32)[:4], "c": mx.array(bias)}
     made = fitting.with_thresholds(arrays, sample, target)
     for name, sign in (("threshold", -1), ("caught", 1), ("predicted", 1)):
         assert (np.diff(made.table[name]) * sign >= 0).all()
     table = {"recall": fitting.recalls(target), **{name: [row] for name, row in made.table.items()}}
     report = {"target": target, "active": [made.active], "perplexity": None, "table": table}
-    low, high = (Setting.of("lowrank", report, recall) for recall in sorted((one, other)))
+    low, high = (PredictorSetting.of("lowrank", report, recall) for recall in sorted((one, other)))
     assert low.shifts >= high.shifts and low.predicted <= high.predicted and low.caught <= high.caught
-    assert Setting.of("lowrank", report).shifts == (0.0,)
+    assert PredictorSetting.of("lowrank", report).shifts == (0.0,)
     scores = fitting.score(made.arrays, x)
     assert not ((scores > low.shifts[0]) & ~(scores > high.shifts[0])).any()
 
@@ -100,7 +100,7 @@ def test_a_shadow_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(0)
     x, up = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 32), (320, 32)))
     bias = rng.normal(-2, 1, 320).astype(np.float32)
-    sample = fitting.Sample(x, x @ up.T + bias, HostMatrix(mx.array(up)), bias, np.arange(48) >= 24)
+    sample = fitting.Sample(x, x @ up.T + bias, NumpyMatrix(mx.array(up)), bias, np.arange(48) >= 24)
     made = {}
     for groups in (2, 5):  # the last piece has one, and the whole
         monkeypatch.setattr(fitting, "SHADOW_PIECE", groups * fitting.SHADOW_GROUP)

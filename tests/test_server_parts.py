@@ -23,7 +23,7 @@ from mlx_flash.loading.load import load
 from mlx_flash.server import answering, jobs
 from mlx_flash.server.answering import Waiting
 from mlx_flash.server.api_errors import ApiError
-from mlx_flash.server.cache_watch import MOST_BINS, Live, binned
+from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import End
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
@@ -136,7 +136,7 @@ def test_bins(units: int) -> None:
 def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer: Any) -> None:
     """Against the counters of the engine, and the difference of its slots."""
     model = open_model(store, slots=30, predictor="shadow")
-    live = Live(model)
+    live = CacheWatch(model)
     counters = model.flash.streamer.counters
     responses = stream_generate(model, tokenizer, "so it goes", 6)
     next(responses)
@@ -209,7 +209,7 @@ def test_experts_are_watched_as_neurons_are(tmp_path: Path) -> None:
     write_tokenizer(folder)
     model, tokenizer = load(folder, memory="2GB")
     try:
-        live = Live(model)
+        live = CacheWatch(model)
         live.watch(True)
         responses = stream_generate(model, tokenizer, [5, 17], 3)
         next(responses)

@@ -23,7 +23,7 @@ from processes import has_ended  # type: ignore[import-not-found]
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 
 from mlx_flash.cli.run import run_command
-from mlx_flash.source.resolve import place_of
+from mlx_flash.source.resolve import cached_store_path
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -370,7 +370,7 @@ def test_a_stop_ends_the_wait_for_another_process(
     from filelock import FileLock
 
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
-    target, _ = place_of(tiny.checkpoint, str(tiny.checkpoint))
+    target, _ = cached_store_path(tiny.checkpoint, str(tiny.checkpoint))
     with FileLock(tmp_path / lock.format(target.name)):
         with started("-c", COMMAND, "mlx_flash.generate", "--model", tiny.checkpoint) as process:
             assert process.stderr is not None

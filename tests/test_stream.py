@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash import neurons as stream_module
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
-from mlx_flash.flash.neurons import LayerStream, Streamer
+from mlx_flash.flash.neurons import NeuronFile, NeuronSlots
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, ReadReport, Ticket
 from mlx_flash.flash.self_test import check_expert_pools, check_packed_products
@@ -82,18 +82,18 @@ class Bench:
         path.write_bytes(contents.tobytes())
         self.reader = FaultyReader(4)
         self.file = UnitFile(path)
-        self.streamer = Streamer(self.file, self.reader, self.layout)
+        self.streamer = NeuronFile(self.file, self.reader, self.layout)
 
-    def stream(self, slots: int, parts: tuple[str, ...] = PARTS, window: int | None = None) -> LayerStream:
+    def stream(self, slots: int, parts: tuple[str, ...] = PARTS, window: int | None = None) -> NeuronSlots:
         self.reader.faults = frozenset()
-        return LayerStream(self.streamer, 1, slots, parts, window)
+        return NeuronSlots(self.streamer, 1, slots, parts, window)
 
     def check(self, rows: tuple[mx.array, ...], ids: Any, parts: tuple[str, ...] = PARTS) -> None:
         assert len(rows) == len(parts)
         for part, found in zip(parts, rows, strict=True):
             assert np.array_equal(np.array(found), self.rows[1, PARTS.index(part), ids]), part
 
-    def check_pieces(self, stream: LayerStream, parts: tuple[str, ...] = PARTS) -> None:
+    def check_pieces(self, stream: NeuronSlots, parts: tuple[str, ...] = PARTS) -> None:
         expected = 0
         for start, stop, rows in stream.pieces():
             assert start == expected and 0 < stop - start <= self.layout.piece_neurons
@@ -384,16 +384,16 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
             self.address = self.elsewhere.address
 
     message = r"self-test failed: the device does not see what the host writes.*please report"
-    streamer = Streamer(bench.file, bench.reader, bench.layout)
+    streamer = NeuronFile(bench.file, bench.reader, bench.layout)
     for parts in SUBSETS:
-        LayerStream(streamer, 0, 3, parts)
+        NeuronSlots(streamer, 0, 3, parts)
     monkeypatch.setattr(stream_module, "AlignedPool", Copying)
     with pytest.raises(FlashError, match=message):
-        Streamer(bench.file, bench.reader, bench.layout)
+        NeuronFile(bench.file, bench.reader, bench.layout)
     for parts in SUBSETS:  # each with views of its own over a layer's slots
         for slots in (1, 3):
             with pytest.raises(FlashError, match=message):
-                LayerStream(streamer, 0, slots, parts)
+                NeuronSlots(streamer, 0, slots, parts)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 700), (2, 3000)])
@@ -420,7 +420,7 @@ def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ctypes, "memmove", only_once)
     with pytest.raises(FlashError, match="self-test failed"):
-        Streamer(bench.file, bench.reader, bench.layout)
+        NeuronFile(bench.file, bench.reader, bench.layout)
     assert len(calls) == 4
 
 
@@ -487,10 +487,10 @@ def test_a_converted_store_streams(tiny_of: Callable[[str], Any], dtype: str, di
     tiny = tiny_of(dtype)
     layout = replace(tiny.manifest.layout)
     with UnitFile(tiny.store / Manifest.neurons_file, direct) as file, Reader(3) as reader:
-        streamer = Streamer(file, reader, layout)
+        streamer = NeuronFile(file, reader, layout)
         ids = np.arange(1, layout.neurons, 3)
         for layer in range(layout.layers):
-            stream = LayerStream(streamer, layer, 7, layout.parts)
+            stream = NeuronSlots(streamer, layer, 7, layout.parts)
             for part, rows in enumerate(stream.gather(ids)):
                 expected = tiny.rows[layer, part, ids]
                 if layout.quantised:

@@ -63,9 +63,9 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 def ask_plan(model: str | None) -> list[Budget]:
     """Nothing is downloaded, converted or loaded. Raises FlashError."""
     from mlx_flash.flash.files import is_store
-    from mlx_flash.source.resolve import find_source, place_of
+    from mlx_flash.source.resolve import cached_store_path, resolve_source
 
-    source = find_source(model, None, lambda _: None)
+    source = resolve_source(model, None, lambda _: None)
     import mlx_flash.server.app
     import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
     from mlx_flash.loading.config import holds_mixture
@@ -73,7 +73,7 @@ def ask_plan(model: str | None) -> list[Budget]:
     from mlx_flash.loading.plan import ENDLESS
 
     mixture = holds_mixture(source)
-    if not mixture and not is_store(source) and not is_store(place_of(source, model)[0]):
+    if not mixture and not is_store(source) and not is_store(cached_store_path(source, model)[0]):
         return []
     return points(plan(model, memory=ENDLESS), "experts" if mixture else "neurons")
 

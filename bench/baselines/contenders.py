@@ -94,7 +94,7 @@ def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any
 
 
 def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
-    from mlx_flash.layers.lookahead_trial import Pace
+    from mlx_flash.layers.lookahead_trial import LookAheadTrial
     from mlx_flash.loading.load import load
 
     model, _ = load(task.store, memory=side.memory, **options)
@@ -102,7 +102,7 @@ def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, i
         forget_look_ahead(model)
     for layer in model.layers:
         if side.look_ahead == "always" and layer.mlp.ahead is not None:
-            layer.mlp.ahead.pace = Pace(warm_up=2**62)
+            layer.mlp.ahead.trial = LookAheadTrial(warm_up=2**62)
     plan = model.flash.plan
     return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
 

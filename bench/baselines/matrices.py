@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.host_arrays import to_numpy
-from mlx_flash.flash.neurons import Streamer
+from mlx_flash.flash.neurons import NeuronFile
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Ticket
 from mlx_flash.flash.safetensors_file import TensorEntry, read_header
@@ -36,7 +36,7 @@ PIECE_BYTES = 16 << 20
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # by safetensors' names
 
 
-def wait(streamer: Streamer, ticket: Ticket) -> None:
+def wait(streamer: NeuronFile, ticket: Ticket) -> None:
     """Waits for a read and counts it."""
     began = time.perf_counter()
     streamer.wait(ticket)
@@ -98,7 +98,7 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
 class _Conveyor:
     """The pieces that are read for every token, of all layers in order, over and over; one is always on its way."""
 
-    def __init__(self, streamer: Streamer, matrices: UnitFile, piece_bytes: int) -> None:
+    def __init__(self, streamer: NeuronFile, matrices: UnitFile, piece_bytes: int) -> None:
         self.streamer, self.matrices = streamer, matrices
         self.places: list[tuple[int, int]] = []  # offset in the file, bytes
         self.scratch = [AlignedPool(piece_bytes) for _ in range(2)]
@@ -194,7 +194,7 @@ def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
 class _Weights:
     """model.safetensors, read range by range with the engine's reader and counted in its counters."""
 
-    def __init__(self, folder: Path, streamer: Streamer, dtype: mx.Dtype) -> None:
+    def __init__(self, folder: Path, streamer: NeuronFile, dtype: mx.Dtype) -> None:
         self.dtype = dtype
         self.path = folder / Manifest.resident_file
         self.entries: dict[str, TensorEntry] = read_header(self.path)[1]

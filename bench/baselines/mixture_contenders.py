@@ -12,13 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.defaults import IO_MODES, THREADS
-from mlx_flash.flash.experts import ExpertStreamer
+from mlx_flash.flash.experts import ExpertFiles
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.flash.stats import Counters
 from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.layers.experts import StreamedExperts
-from mlx_flash.layers.lookahead_trial import Pace
+from mlx_flash.layers.lookahead_trial import LookAheadTrial
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.mixture import number_of, streamed_layers
@@ -102,7 +102,7 @@ def wait_for_all(layer: StreamedExperts) -> None:
     )
 
 
-def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStreamer | None]:
+def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertFiles | None]:
     """The model, and what reads its experts, if anything of ours does."""
     from mlx_flash.loading.load import load
     from mlx_flash.text.tokenizer import load_tokenizer
@@ -118,7 +118,7 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertStream
             if not side.overlap:
                 wait_for_all(layer)
             if layer.ahead is not None and side.look_ahead != "tried":
-                layer.ahead.pace = Pace(warm_up=2**62, guessing=side.look_ahead == "always")
+                layer.ahead.trial = LookAheadTrial(warm_up=2**62, guessing=side.look_ahead == "always")
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

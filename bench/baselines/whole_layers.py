@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.defaults import THREADS
-from mlx_flash.flash.experts import ExpertStreamer, ExpertTensor
+from mlx_flash.flash.experts import ExpertFiles, ExpertTensor
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket
 from mlx_flash.loading.expert_files import open_mixture, parent_of
@@ -22,7 +22,7 @@ from mlx_flash.loading.plan import MLX_CACHE_BYTES
 class Conveyor:
     """All experts of every layer in turn, over and over; one layer is always on its way, in long reads."""
 
-    def __init__(self, streamer: ExpertStreamer, layers: list[dict[str, ExpertTensor]]) -> None:
+    def __init__(self, streamer: ExpertFiles, layers: list[dict[str, ExpertTensor]]) -> None:
         self.streamer, self.layers = streamer, layers
         sizes = {name: t.nbytes * len(t.offsets) for name, t in layers[0].items()}
         self.memory = [{name: AlignedPool(size) for name, size in sizes.items()} for _ in range(2)]
@@ -80,12 +80,12 @@ class WholeLayer(nn.Module):
         return y
 
 
-def load_whole_layers(folder: Path) -> tuple[Any, ExpertStreamer]:
+def load_whole_layers(folder: Path) -> tuple[Any, ExpertFiles]:
     """mlx-lm's model, all layers of experts on the conveyor; closing the streamer lets the layer on its way arrive."""
     mx.set_cache_limit(MLX_CACHE_BYTES)  # as of flash loading
     mixture = open_mixture(folder)
     read_resident(mixture)
-    streamer = ExpertStreamer(open_files(mixture.files, direct=True), Reader(THREADS))
+    streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     conveyor = Conveyor(streamer, list(mixture.switches.values()))
     for path in mixture.switches:
         parent, name = parent_of(mixture.model, path)

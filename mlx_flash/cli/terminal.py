@@ -87,7 +87,7 @@ def progress_line(interrupts: Interrupts) -> Callable[[int, int], None]:
     return show
 
 
-def more_context(model: Any) -> str:
+def context_hint(model: Any) -> str:
     """A sentence: what to do about a full context, if anything can be done."""
     if model.flash.plan.context < model.flash.positions:
         return f"A larger --context makes more room, up to {model.flash.positions} tokens."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from .inflight import Flights
+from .inflight import InFlightReads
 from .pool import AlignedPool
 from .reader import Reader, Ticket
 from .requests import MERGE_BYTES
@@ -47,7 +47,7 @@ class ExpertTensor:
         return len(self.shape) < 2
 
 
-class ExpertStreamer(Flights):
+class ExpertFiles(InFlightReads):
     """What the layers of one model share: the checkpoint's files, the reader's threads, counters."""
 
     def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
@@ -96,7 +96,7 @@ class _Flight:
     guess: bool  # nobody has asked for them yet
 
 
-class ExpertStream:
+class ExpertSlots:
     """One layer's experts behind a cache of `slots` of them.
 
     pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
@@ -105,7 +105,7 @@ class ExpertStream:
 
     def __init__(
         self,
-        shared: ExpertStreamer,
+        shared: ExpertFiles,
         tensors: dict[str, ExpertTensor],
         slots: int,
         window: int | None = None,

@@ -10,13 +10,13 @@ from .reader import Reader, Ticket
 from .stats import Counters
 
 
-class Flier(Protocol):
+class HasReads(Protocol):
     """A layer with slots. flight: what is on its way into them, None if nothing is."""
 
     flight: Any
 
 
-class Flights:
+class InFlightReads:
     """What the layers of one model share for their reads.
 
     flying: the layers that have something on its way.
@@ -25,7 +25,7 @@ class Flights:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.counters = Counters()
-        self.flying: list[Flier] = []
+        self.flying: list[HasReads] = []
 
     def wait(self, ticket: Ticket) -> None:
         """Until the ticket's bytes are in place; counts them. Raises ReadError."""

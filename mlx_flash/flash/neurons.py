@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .files import NeuronLayout
-from .inflight import Flights
+from .inflight import InFlightReads
 from .pool import AlignedPool
 from .reader import Reader, Ticket, crc32_of_each
 from .rows import BlockRows, PackedRows, StoredRows
@@ -27,7 +27,7 @@ from .unit_sums import BlockSums
 FADING = 0.9  # of what is remembered about guesses, per guess
 
 
-class Streamer(Flights):
+class NeuronFile(InFlightReads):
     """What the layers of one model share: the file, the reader's threads, scratch memory, counters.
 
     Raises FlashError if this machine's device does not see what the host writes into MLX memory.
@@ -95,7 +95,7 @@ class _Flight:
     slots: np.ndarray
 
 
-class LayerStream:
+class NeuronSlots:
     """One layer of the bundle file behind a cache of `slots` blocks.
 
     parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere).
@@ -103,7 +103,7 @@ class LayerStream:
     """
 
     def __init__(
-        self, shared: Streamer, layer: int, slots: int, parts: tuple[str, ...], window: int | None = None
+        self, shared: NeuronFile, layer: int, slots: int, parts: tuple[str, ...], window: int | None = None
     ) -> None:
         layout = shared.layout
         self.shared = shared
@@ -298,7 +298,7 @@ class LayerStream:
         have just been compared.
         """
         learnt = []
-        for start, stop, rows in LayerStream(self.shared, self.layer, 0, self.layout.parts).pieces():
+        for start, stop, rows in NeuronSlots(self.shared, self.layer, 0, self.layout.parts).pieces():
             learnt.append(self._sums_in_scratch(start, stop))
             yield start, stop, rows
         if isinstance(sums := self.shared.file.sums, BlockSums):

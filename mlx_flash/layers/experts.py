@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..flash.experts import ExpertStream
+from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
 from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_vary
-from .lookahead_trial import Pace
+from .lookahead_trial import LookAheadTrial
 
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
@@ -27,7 +27,7 @@ class StreamedExperts(nn.Module):
     on MLX's CPU backend; on Metal a prompt's products go expert by expert (expert_products.py).
     """
 
-    def __init__(self, inner: nn.Module, stream: ExpertStream) -> None:
+    def __init__(self, inner: nn.Module, stream: ExpertSlots) -> None:
         """inner: the layer whose place this takes. stream: its tensors are named `projection.tensor`, as inner's."""
         super().__init__()
         self._inner = inner
@@ -40,13 +40,13 @@ class StreamedExperts(nn.Module):
             if is_widened(tensor, pool.dtype):
                 inner[projection] = Widened(inner[projection])
 
-    def look_ahead(self, following: StreamedExperts, router: nn.Module, pace: Pace, leads: bool) -> None:
+    def look_ahead(self, following: StreamedExperts, router: nn.Module, trial: LookAheadTrial, leads: bool) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
-        router: of the next layer, x (..., D) -> scores (..., E). pace: the model's. leads: whether this layer tells it
+        router: of the next layer, x (..., D) -> scores (..., E). trial: the model's. leads: whether this layer tells it
         when a token begins.
         """
-        self.ahead = LookAhead(following.units, router, pace, leads)
+        self.ahead = LookAhead(following.units, router, trial, leads)
 
     @property
     def experts(self) -> int:
@@ -61,7 +61,7 @@ class StreamedExperts(nn.Module):
         stream, ahead = self.units, None if many else self.ahead
         expert_by_expert = many and kernels_vary()
         if ahead is not None and ahead.leads:
-            ahead.pace.token()
+            ahead.trial.token()
         if stream.all_resident and not expert_by_expert:  # then nothing moves any more, and nobody needs to know
             if self._slot_of is None:
                 self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
@@ -158,14 +158,14 @@ class LookAhead:
     This layer's experts and the next attention add little to the residual in between; the norms are taken as equal.
     """
 
-    stream: ExpertStream  # of the next layer
+    stream: ExpertSlots  # of the next layer
     router: nn.Module
-    pace: Pace
-    leads: bool  # tells `pace` when a token begins
+    trial: LookAheadTrial
+    leads: bool  # tells `trial` when a token begins
 
     def scores(self, x: mx.array) -> mx.array | None:
         """x: (..., D), this layer's input -> float32 (..., E) of the next; None where there is no use for them."""
-        if self.stream.all_resident or not self.pace.guessing:
+        if self.stream.all_resident or not self.trial.guessing:
             return None
         scores: mx.array = self.router(x).astype(mx.float32)
         return scores

@@ -12,7 +12,7 @@ TURNS = 4  # with, without, with, without: what drifts hits both
 TERM = 400  # tokens until the next trial
 
 
-class Pace:
+class LookAheadTrial:
     """Guessing costs a second call of every predictor and some reads in vain, and hides what would be waited for.
 
     Which weighs more depends on the disk, the cores and the budget; the text does not depend on it.

@@ -10,10 +10,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..flash.host_arrays import to_numpy
-from ..flash.neurons import LayerStream
+from ..flash.neurons import NeuronSlots
 from ..flash.rows import PackedRows, StoredRows
 from .activations import Activation
-from .lookahead_trial import Pace
+from .lookahead_trial import LookAheadTrial
 from .predictors import ExactPredictor, Predictor
 
 PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/RESULTS.md)
@@ -29,7 +29,7 @@ class StreamedNeurons(nn.Module):
     result does not depend on what the cache holds.
     """
 
-    def __init__(self, stream: LayerStream, activation: Activation, decode_tokens: int, bias: bool) -> None:
+    def __init__(self, stream: NeuronSlots, activation: Activation, decode_tokens: int, bias: bool) -> None:
         super().__init__()
         layout = stream.layout
         if bias:
@@ -41,14 +41,16 @@ class StreamedNeurons(nn.Module):
         self.predictor: Predictor | None = None
         self.ahead: LookAhead | None = None
 
-    def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> None:
+    def look_ahead(
+        self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial
+    ) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
-        norm, following_norm: the norms whose outputs the two layers take. pace: the model's; the first layer that
+        norm, following_norm: the norms whose outputs the two layers take. trial: the model's; the first layer that
         guesses tells it when a token begins.
         """
         if self.predictor is not None:
-            self.ahead = LookAhead.of(following, norm, following_norm, pace)
+            self.ahead = LookAhead.of(following, norm, following_norm, trial)
 
     def settle(self) -> None:
         """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
@@ -97,7 +99,7 @@ class StreamedNeurons(nn.Module):
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
         if self.ahead is not None and self.ahead.leads:
-            self.ahead.pace.token()
+            self.ahead.trial.token()
         mask, activations = predictor(x)
         guess = self.ahead.guess(x) if self.ahead is not None else None
         if guess is not None:
@@ -151,12 +153,14 @@ class LookAhead:
     following: StreamedNeurons
     scale: mx.array  # (D,)
     shift: mx.array  # (D,)
-    pace: Pace
-    leads: bool = False  # tells `pace` when a token begins
+    trial: LookAheadTrial
+    leads: bool = False  # tells `trial` when a token begins
     skipped: int = 0  # calls without a guess, since the last one
 
     @staticmethod
-    def of(following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, pace: Pace) -> LookAhead | None:
+    def of(
+        following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial
+    ) -> LookAhead | None:
         """None where this norm erases what the next one would need."""
         weight = norm.weight.astype(mx.float32)
         if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():
@@ -167,12 +171,12 @@ class LookAhead:
             shift = following_norm.bias - norm.bias * scale
         scale, shift = scale.astype(norm.weight.dtype), shift.astype(norm.weight.dtype)
         mx.eval(scale, shift)
-        return LookAhead(following, scale, shift, pace)
+        return LookAhead(following, scale, shift, trial)
 
     def guess(self, x: mx.array) -> mx.array | None:
         """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
         predictor, stream = self.following.predictor, self.following.units
-        if predictor is None or stream.all_resident or not self.pace.guessing:
+        if predictor is None or stream.all_resident or not self.trial.guessing:
             return None
         # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.
         self.skipped += 1

@@ -11,7 +11,7 @@ from ..errors import UsageError
 
 
 @dataclass(frozen=True)
-class Setting:
+class PredictorSetting:
     """A stored predictor with its threshold set for `target`, the share of the active neurons that it is to catch.
 
     Measured on calibration text that it was not trained on; one number per layer, in order.
@@ -27,7 +27,7 @@ class Setting:
     made_for: float
 
     @staticmethod
-    def of(kind: str, report: dict[str, Any], recall: float | None = None) -> Setting:
+    def of(kind: str, report: dict[str, Any], recall: float | None = None) -> PredictorSetting:
         """What the manifest reports of `kind`, between two targets of its table by the straight line.
 
         Raises UsageError for a recall outside the table.
@@ -44,7 +44,9 @@ class Setting:
             tuple(float(np.interp(target, targets, [float(value) for value in row])) for row in table[name])
             for name in ("threshold", "caught", "predicted")
         )
-        return Setting(kind, target, shifts, caught, predicted, tuple(report["active"]), report["perplexity"], made_for)
+        return PredictorSetting(
+            kind, target, shifts, caught, predicted, tuple(report["active"]), report["perplexity"], made_for
+        )
 
     @property
     def measured(self) -> dict[str, Any]:

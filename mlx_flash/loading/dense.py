@@ -14,18 +14,18 @@ from ..defaults import STORED_PREDICTORS
 from ..errors import CorruptStoreError, MissingTensorError
 from ..flash.files import Manifest
 from ..flash.host_arrays import to_numpy
-from ..flash.neurons import LayerStream, Streamer
+from ..flash.neurons import NeuronFile, NeuronSlots
 from ..flash.reader import Reader
 from ..flash.stored_tensors import StoredTensors
 from ..flash.system import mark_in_use
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import read_block_sums
 from ..layers.activations import Activation
-from ..layers.lookahead_trial import Pace
+from ..layers.lookahead_trial import LookAheadTrial
 from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
-from ..layers.recall import Setting
+from ..layers.recall import PredictorSetting
 from .plan import Plan
 from .runtime import Runtime, evaluate_constants
 
@@ -38,7 +38,7 @@ def build(
     manifest: Manifest,
     plan: Plan,
     kind: str,
-    setting: Setting | None,
+    setting: PredictorSetting | None,
     folder: Path,
     window: int | None,
     threads: int,
@@ -62,20 +62,20 @@ def build(
         )
     activation = Activation(**manifest.activation)
     file.sums = read_block_sums(folder, manifest)
-    streamer = Streamer(file, Reader(threads), layout)
+    streamer = NeuronFile(file, Reader(threads), layout)
     bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
     for index, layer in enumerate(model.layers):
-        stream = LayerStream(streamer, index, plan.slots[index], slot_parts(manifest, kind), window)
+        stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), window)
         layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
     _load_resident(model, folder, manifest, dtype)
     tensors = predictor_tensors(folder, manifest, kind)
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
-    pace = Pace()
+    trial = LookAheadTrial()
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm, pace)
+            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial)
         for layer in [layer for layer in model.layers if layer.mlp.ahead is not None][:1]:
             layer.mlp.ahead.leads = True
     evaluate_constants(model)
@@ -108,8 +108,8 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
     packed = {name for name in matrices_of(model) if name in stored and stored[name].dtype == mx.uint32}
     if packed and bits == 16:
         raise CorruptStoreError(f"{path} is quantised, the manifest says it is not. Convert the checkpoint again.")
-    turned = _multiplied(model) if mx.default_device() == mx.cpu else set()
-    if keeps_packed() and packed:
+    turned = _matmul_weights(model) if mx.default_device() == mx.cpu else set()
+    if backend_multiplies_packed() and packed:
         turned -= packed
         nn.quantize(model, group_size, bits, class_predicate=lambda name, _: f"{name}.weight" in packed)
     wanted = dict(tree_flatten(model.parameters()))
@@ -118,7 +118,7 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
         if lacking := [own for own in needed if own not in stored]:
             raise MissingTensorError(f"{path} lacks the tensor {lacking[0]}. Convert the checkpoint again.")
         shapes = [stored[own].shape for own in needed]
-        if name in packed and not keeps_packed():
+        if name in packed and not backend_multiplies_packed():
             rows, columns = parameter.shape
             expected = [(rows, columns * bits // 32), *[(rows, columns // group_size)] * 2]
         else:
@@ -135,22 +135,22 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
             tensor = tensors.take(name)
             if name not in packed:
                 tensor = tensor.astype(dtype)
-            elif not keeps_packed():
+            elif not backend_multiplies_packed():
                 scales, biases = (tensors.take(own) for own in companions(name))
                 tensor = widen(tensor, scales, biases, group_size, bits).astype(dtype)
             if name in turned:
-                tensor = _turned(tensor)
+                tensor = _column_major(tensor)
             mx.eval(tensor)
             model.load_weights([(name, tensor)], strict=False)
             bar.update(tensor.nbytes)
 
 
-def keeps_packed() -> bool:
+def backend_multiplies_packed() -> bool:
     """Whether quantised matrices stay so in memory: not on MLX's CPU backend, whose products with them are slow."""
     return bool(mx.default_device() != mx.cpu)
 
 
-def _turned(matrix: mx.array) -> mx.array:
+def _column_major(matrix: mx.array) -> mx.array:
     """The same float32 matrix (n, m), laid out column by column; four times as fast as MLX's own copy does it."""
     mx.eval(matrix)  # first: what it is made from must be gone before there is a second one
     result = mx.zeros(matrix.shape[::-1])
@@ -161,7 +161,7 @@ def _turned(matrix: mx.array) -> mx.array:
     return result.T
 
 
-def _multiplied(model: Any) -> set[str]:
+def _matmul_weights(model: Any) -> set[str]:
     """Names of the matrices that every token is multiplied with."""
     tied = getattr(model.args, "tie_word_embeddings", False)
     return {
@@ -175,7 +175,7 @@ def _make_predictor(
     kind: str,
     layer: int,
     manifest: Manifest,
-    setting: Setting | None,
+    setting: PredictorSetting | None,
     tensors: StoredTensors | None,
     mlp: StreamedNeurons,
     dtype: mx.Dtype,
@@ -184,7 +184,7 @@ def _make_predictor(
         return mlp.exact_predictor(dtype)
     prefix = f"{layer}."
     names = [name for name in tensors.arrays if name.startswith(prefix)]
-    own = {name.removeprefix(prefix): as_used(name, tensors.take(name), dtype) for name in names}
+    own = {name.removeprefix(prefix): in_compute_dtype(name, tensors.take(name), dtype) for name in names}
     if setting is not None and "c" in own:
         own["c"] = own["c"] - setting.shifts[layer]
     mx.eval(own)
@@ -244,7 +244,7 @@ def predictor_tensors(folder: Path, manifest: Manifest, kind: str) -> StoredTens
     return stored_tensors(folder, manifest, Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else None
 
 
-def as_used(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
+def in_compute_dtype(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
     """A predictor's tensor in the type it is computed with, not yet read: packed bits and thresholds stay."""
     packed = not mx.issubdtype(tensor.dtype, mx.floating)
     return tensor if packed or name.endswith(".c") else tensor.astype(dtype)
@@ -254,7 +254,7 @@ def resident_sizes(folder: Path, manifest: Manifest, item_bytes: int) -> list[in
     """Bytes of every resident weight, as it will lie in memory; a packed one's scales and biases are listed apart."""
     tensors = stored_tensors(folder, manifest, Manifest.resident_file).arrays
     packed = {name for name, tensor in tensors.items() if tensor.dtype == mx.uint32}
-    if keeps_packed():
+    if backend_multiplies_packed():
         return [tensor.nbytes if name in packed else tensor.size * item_bytes for name, tensor in tensors.items()]
     merged = {own for name in packed for own in companions(name)}
     per_word = 32 // manifest.resident_bits

@@ -22,12 +22,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointError, FlashError, UnsupportedModelError
-from ..flash.experts import ExpertStream, ExpertStreamer, ExpertTensor
+from ..flash.experts import ExpertFiles, ExpertSlots, ExpertTensor
 from ..flash.plain_files import reading, unreadable
 from ..flash.safetensors_file import TensorEntry
 from ..flash.stored_tensors import is_as_entered, lazily_loaded
 from ..layers.experts import StreamedExperts
-from ..layers.lookahead_trial import Pace
+from ..layers.lookahead_trial import LookAheadTrial
 from ..source.checkpoint_files import files_in, read_config
 from ..source.checkpoint_tensors import malformed, tensors_in
 from ..source.compared_copies import no_room, temporary_folder
@@ -131,7 +131,7 @@ class Mixture:
             if not name.startswith(prefixes):
                 yield name, array
 
-    def stream(self, shared: ExpertStreamer, slots: Sequence[int], window: int | None) -> None:
+    def stream(self, shared: ExpertFiles, slots: Sequence[int], window: int | None) -> None:
         """Puts a streamed layer in every switch layer's place.
 
         slots: experts that each layer holds in memory, in the order of `switches`. window: of the eviction, in
@@ -139,12 +139,12 @@ class Mixture:
         """
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
-            parent[name] = StreamedExperts(parent[name], ExpertStream(shared, tensors, count, window, path))
-        pace, leads = Pace(guessing=False), True  # short texts must not pay for a guess that does not
+            parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
+        trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for a guess that does not
         for path, following in pairwise(self.switches):
             (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)
             if (router := router_of(beside, next_name)) is not None:
-                parent[name].look_ahead(beside[next_name], router, pace, leads)
+                parent[name].look_ahead(beside[next_name], router, trial, leads)
                 leads = False
 
     def layers(self) -> list[StreamedExperts]:

@@ -18,7 +18,7 @@ from ..flash.files import is_store
 from ..flash.random_state import kept_random_state
 from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
-from ..source.resolve import find_source, place_of, store_of
+from ..source.resolve import cached_store_path, ensure_store, resolve_source
 from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer
 from .config import holds_mixture, read_config
@@ -104,7 +104,7 @@ def _planned(
     """What `path` names, ready to be loaded while this is open. prepare: download and convert it, if it must be."""
     options.check()
     name = None if path is None else os.fspath(path)
-    source = find_source(name, options.revision, say, fetch=prepare)
+    source = resolve_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # a second, which a name that is refused does not take
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         yield _plan(source, name, options, say, prepare or name is None, copies)
@@ -130,12 +130,12 @@ def _plan(
     if not is_store(source):
         activation_of(read_config(source), source)  # refused here, before a conversion is begun
         read_generation_config(source)
-        if not prepare and not is_store(place_of(source, name)[0]):
+        if not prepare and not is_store(cached_store_path(source, name)[0]):
             raise UsageError(
                 f"{source} was not converted yet, and its plan depends on its predictors. Convert it (`mlxflash "
                 "convert`), or run it once, which converts it into the cache folder."
             )
-    folder = store_of(source, name, say) if prepare or is_store(source) else place_of(source, name)[0]
+    folder = ensure_store(source, name, say) if prepare or is_store(source) else cached_store_path(source, name)[0]
     _check_compiler(say)
     return plan_store(folder, options, copies)
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ReadError, UnsupportedModelError
-from ..flash.experts import ExpertStreamer
+from ..flash.experts import ExpertFiles
 from ..flash.host_arrays import to_bytes
 from ..flash.plain_files import reading, unreadable
 from ..flash.reader import Reader
@@ -23,7 +23,7 @@ from ..source.model_kind import said
 from .expert_files import Mixture, parent_of, primitives_of
 from .memory_needs import StreamedNeed, needs_of
 from .options import LoadOptions
-from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, Units, share_budget
+from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, Units, plan_for_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums, differs
@@ -62,8 +62,8 @@ def plan_mixture(
     )
     free = usable_memory_bytes()
     units = Units(layers, mixture.experts, 1, "experts of each layer")
-    notes = Notes("attention, routers, shared experts, embeddings", "none: the router chooses")
-    plan = share_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
+    notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses")
+    plan = plan_for_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")
@@ -74,7 +74,7 @@ def plan_mixture(
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
         read_resident(mixture, files if options.verify else None)
-        streamer = ExpertStreamer(files, reader)
+        streamer = ExpertFiles(files, reader)
         mixture.stream(streamer, plan.slots, options.window)
         evaluate_constants(mixture.model)
         model = mixture.model

@@ -48,7 +48,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Notes:
+class PlanNotes:
     """What is said beside the figures of a plan."""
 
     resident: str = "attention, embeddings, norms"
@@ -74,7 +74,7 @@ class Plan:
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
-    notes: Notes
+    notes: PlanNotes
     free: int  # bytes of the machine's memory, when the plan was made
     smallest: int  # budget that would do
     everything: int  # budget with which all units are resident
@@ -139,7 +139,7 @@ def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
     return [1 - (1 - share) ** layout.neurons_per_block for share in sound]
 
 
-def share_out(total: int, need: Sequence[float], least: int, most: int) -> tuple[int, ...]:
+def distribute_slots(total: int, need: Sequence[float], least: int, most: int) -> tuple[int, ...]:
     """Slots of each layer in proportion to `need`, each within [least, most], `total` in all or as many as fit.
 
     So every layer keeps the blocks of about as many tokens.
@@ -170,7 +170,7 @@ def make_plan(
     context: int,
     selects: bool,
     need: Sequence[float] | None = None,
-    notes: Notes = Notes(),
+    notes: PlanNotes = PlanNotes(),
 ) -> Plan:
     """The plan of a model whose neurons are streamed.
 
@@ -181,10 +181,10 @@ def make_plan(
     """
     least = min(MIN_SLOTS, layout.blocks) if selects else 0
     units = Units(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
-    return share_budget(demand, units, slot_bytes, budget, free, context, need, notes)
+    return plan_for_budget(demand, units, slot_bytes, budget, free, context, need, notes)
 
 
-def share_budget(
+def plan_for_budget(
     demand: Demand,
     units: Units,
     slot_bytes: int,
@@ -192,7 +192,7 @@ def share_budget(
     free: int,
     context: int,
     need: Sequence[float] | None = None,
-    notes: Notes = Notes(),
+    notes: PlanNotes = PlanNotes(),
 ) -> Plan:
     """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
 
@@ -224,6 +224,6 @@ def share_budget(
             smallest_mb * 10**6,
         )
     total = (budget - demand.total) // slot_bytes
-    slots = share_out(total, need or [1.0] * units.layers, units.least, units.per_layer)
+    slots = distribute_slots(total, need or [1.0] * units.layers, units.least, units.per_layer)
     at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
     return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)

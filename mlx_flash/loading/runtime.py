@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..flash.files import Manifest
 from ..flash.stats import Counters
-from ..layers.recall import Setting
+from ..layers.recall import PredictorSetting
 from ..text.generation_config import GenerationConfig
 from .plan import MLX_CACHE_BYTES, Plan
 
@@ -73,7 +73,7 @@ class Runtime:
     vocabulary: int  # tokens that the model knows
     positions: int  # tokens that it can look back on, whatever is planned
     manifest: Manifest | None = None  # of the store; None where the checkpoint itself is read
-    setting: Setting | None = None  # of a stored predictor: its recall, and what it was measured to do
+    setting: PredictorSetting | None = None  # of a stored predictor: its recall, and what it was measured to do
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # how the model is sampled by its authors
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False

@@ -15,7 +15,7 @@ from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, read_manifest
 from ..flash.plain_files import reading
 from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
 from ..layers.activations import Activation
-from ..layers.recall import Setting
+from ..layers.recall import PredictorSetting
 from ..source.checkpoint_files import MAX_SMALL_BYTES, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.config_counts import count_problem
@@ -27,7 +27,7 @@ from .config import read_config
 from .memory_needs import Call, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
-from .plan import MLX_CACHE_BYTES, Demand, Notes, Plan, blocks_needed, make_plan
+from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
 from .planned import Planned
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 
@@ -43,7 +43,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
         raise UsageError(f"{folder} has no {kind} predictor; it has: {have}.")
     setting = None
     if kind in STORED_PREDICTORS:
-        setting = Setting.of(kind, manifest.predictors[kind], options.recall)
+        setting = PredictorSetting.of(kind, manifest.predictors[kind], options.recall)
     elif options.recall is not None:
         raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
     _check_counts(config, manifest, folder)
@@ -130,7 +130,7 @@ def _plan(
     model: Any,
     manifest: Manifest,
     kind: str,
-    setting: Setting | None,
+    setting: PredictorSetting | None,
     folder: Path,
     budget: int | None,
     context: int,
@@ -159,7 +159,7 @@ def _plan(
     else:
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
-        predictor_bytes = sum(dense.as_used(name, tensor, dtype).nbytes for name, tensor in stored.items())
+        predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
     loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
     sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # of blocks, and of what slots hold of them
     demand = Demand(
@@ -175,19 +175,19 @@ def _plan(
     return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
 
 
-def _notes(manifest: Manifest, kind: str) -> Notes:
-    resident = Notes().resident
+def _notes(manifest: Manifest, kind: str) -> PlanNotes:
+    resident = PlanNotes().resident
     if manifest.resident_bits < 16:
-        resident += f", {manifest.resident_bits} bits" + ("" if dense.keeps_packed() else " widened")
+        resident += f", {manifest.resident_bits} bits" + ("" if dense.backend_multiplies_packed() else " widened")
     predictors = kind
     if kind == "exact" and len(manifest.layout.parts) == 3:
         predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
     elif kind == "exact":
         predictors += ": all up projections, half of the FFN; the other half is streamed"
-    return Notes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
+    return PlanNotes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
 
 
-def _need(manifest: Manifest, kind: str, setting: Setting | None) -> list[float]:
+def _need(manifest: Manifest, kind: str, setting: PredictorSetting | None) -> list[float]:
     """Share of each layer's blocks that a token is expected to need, measured on calibration text."""
     report = manifest.predictors[manifest.default_predictor]
     shares = report["active" if kind == "exact" else "predicted"] if setting is None else setting.predicted

@@ -12,7 +12,7 @@ from ..flash.slot_cache import Record, SlotCache
 MOST_BINS = 64  # of a layer; neighbouring units share one
 
 
-class Live:
+class CacheWatch:
     """Watches the caches of a loaded model. All but `resident` belongs to the thread that runs the model.
 
     Nothing is recorded, and nothing is spent, until `watch(True)`.

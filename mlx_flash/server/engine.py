@@ -110,9 +110,9 @@ class Engine:
         """Loads, then serves until `stop`. Raises what `load` raises."""
         try:
             self.model, self.tokenizer = load()
-            from ..text.prompt_cache import Turns  # mlx-lm's import is a part of loading
+            from ..text.prompt_cache import ReusedPromptCache  # mlx-lm's import is a part of loading
 
-            self._turns = Turns(self.model)
+            self._turns = ReusedPromptCache(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except Exception as error:
             self.failure, self.state = foreseen(error) or str(error) or type(error).__name__, FAILED

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..flash.stats import Counters, Statistics
-from .cache_watch import Live
+from .cache_watch import CacheWatch
 from .events import EventHub
 from .jobs import Job
 
@@ -22,7 +22,7 @@ class Monitor:
     """Told by the engine's thread what happens; read by any thread (whole values replace each other)."""
 
     def __init__(self, model: Any, hub: EventHub) -> None:
-        self.live = Live(model)
+        self.live = CacheWatch(model)
         self.hub = hub
         self.totals: dict[str, float] = {
             **dict.fromkeys(("requests", "failed", "prompt_tokens", "generated_tokens", "bytes_read"), 0),

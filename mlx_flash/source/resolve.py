@@ -75,7 +75,7 @@ def cache_folder() -> Path:
         ) from None
 
 
-def find_source(model: str | None, revision: str | None, say: Callable[[str], None], fetch: bool = True) -> Path:
+def resolve_source(model: str | None, revision: str | None, say: Callable[[str], None], fetch: bool = True) -> Path:
     """The folder of the store or of the checkpoint that a folder or a repository id names; None is the demo model."""
     if model is None and revision is not None:
         raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
@@ -87,10 +87,10 @@ def find_source(model: str | None, revision: str | None, say: Callable[[str], No
 
 def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
     """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model."""
-    return store_of(find_source(model, revision, say), model, say)
+    return ensure_store(resolve_source(model, revision, say), model, say)
 
 
-def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Path:
+def ensure_store(source: Path, model: str | None, say: Callable[[str], None]) -> Path:
     """`source` itself if it is a store, else what it is converted to. model: what it was called.
 
     A checkpoint is converted into the cache folder, once, by a process of its own (so that its memory is not this
@@ -98,7 +98,7 @@ def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Pat
     """
     if is_store(source):
         return source
-    target, size = place_of(source, model)
+    target, size = cached_store_path(source, model)
     if not is_store(target):
         _convert_into_cache(source, target, size, say)
         remember(target, source)
@@ -115,7 +115,7 @@ def store_of(source: Path, model: str | None, say: Callable[[str], None]) -> Pat
     return target
 
 
-def place_of(source: Path, model: str | None) -> tuple[Path, int]:
+def cached_store_path(source: Path, model: str | None) -> tuple[Path, int]:
     """(where in the cache folder the store of a checkpoint belongs, bytes of the checkpoint)."""
     # Small files by their content, which is in the store too: their times are set anew by many a copy. Weights by
     # size and time, since their content would take minutes.

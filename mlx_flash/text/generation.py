@@ -145,7 +145,7 @@ def cached_tokens(cache: list[Any]) -> int:
     return max((int(part.offset) for part in parts if hasattr(part, "offset")), default=0)
 
 
-class _Steps:
+class _TokenLoop:
     """The model, called and timed; prompt and decoded tokens are counted apart, and those of other generations not."""
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
@@ -221,7 +221,7 @@ def _stream(
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         return sampler(logprobs), logprobs.squeeze(0)
 
-    steps = _Steps(model, cache)
+    steps = _TokenLoop(model, cache)
     steps.prefill(ids, prefill_step_size, progress)
     prompt_s = generation_s = 0.0
     token = ids[-1]

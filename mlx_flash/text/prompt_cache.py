@@ -13,7 +13,7 @@ from ..flash.files import round_up
 from .generation import FlashResponse, stream_generate
 
 
-class Turns:
+class ReusedPromptCache:
     """`stream_generate` for whole prompts, of which what the cache holds from the last call is not read again.
 
     The cache is trimmed to where it and a prompt part, if its kind allows that (mlx-lm's can_trim_prompt_cache); else

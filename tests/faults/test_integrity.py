@@ -208,17 +208,17 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
     opened: list[Any] = []
 
     def load(folder: Path, slots: int = 2, verify: bool = True, say: Callable[[str], None] = lambda _: None) -> Any:
-        real = mixture.share_budget
+        real = mixture.plan_for_budget
 
         def share(*arguments: Any, **options: Any) -> Any:
             plan = real(*arguments, **options)
             return replace(plan, slots=(slots,) * len(plan.slots))
 
-        monkeypatch.setattr(mixture, "share_budget", share)
+        monkeypatch.setattr(mixture, "plan_for_budget", share)
         options = LoadOptions(threads=4, context=64, verify=verify)
         _, build = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
         opened.append(build(say))
-        monkeypatch.setattr(mixture, "share_budget", real)
+        monkeypatch.setattr(mixture, "plan_for_budget", real)
         return opened[-1]
 
     yield load

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mutate import Mutator, flipped, json_text, safetensors  # type: ignore[import-not-found]  # found beside this file
 
 from mlx_flash.convert.checkpoint import Checkpoint
-from mlx_flash.convert.store_plan import Outline, Settings
+from mlx_flash.convert.store_plan import Settings, StorePlan
 from mlx_flash.errors import FlashError
 from mlx_flash.flash import files
 from mlx_flash.flash.safetensors_file import read_header
@@ -144,7 +144,7 @@ def config(data: bytes) -> None:
             return
         checkpoint = Checkpoint(folder)
         family = family_of(checkpoint.config, folder)
-        Outline(checkpoint, family, activation_of(checkpoint.config, folder), Settings())
+        StorePlan(checkpoint, family, activation_of(checkpoint.config, folder), Settings())
 
 
 @functools.cache

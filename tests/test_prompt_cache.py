@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_flash.errors import UsageError
 from mlx_flash.loading.load import load
 from mlx_flash.text.generation import cached_tokens, stream_generate
-from mlx_flash.text.prompt_cache import Turns, common_prefix, make_room
+from mlx_flash.text.prompt_cache import ReusedPromptCache, common_prefix, make_room
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31]
 
@@ -34,18 +34,18 @@ def endless(tokenizer: Any) -> Any:
     return wrapper
 
 
-def whole(turns: Turns) -> bool:
+def whole(turns: ReusedPromptCache) -> bool:
     return cached_tokens(turns._cache) == len(turns.tokens)
 
 
-def run(turns: Turns, endless: Any, prompt: list[int], count: int = 6) -> list[int]:
+def run(turns: ReusedPromptCache, endless: Any, prompt: list[int], count: int = 6) -> list[int]:
     made = [r.token for r in turns.stream_generate(endless, prompt, count)]
     assert turns.tokens == prompt + made[:-1] and whole(turns)
     return made
 
 
 def test_a_prompt_that_goes_on_is_read_from_there(model: Any, endless: Any) -> None:
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     first = run(turns, endless, PROMPT)
     assert first == [r.token for r in stream_generate(model, endless, PROMPT, 6)] and turns.reused == 0
     longer = [*PROMPT, *first, 12, 40, 33]
@@ -55,7 +55,7 @@ def test_a_prompt_that_goes_on_is_read_from_there(model: Any, endless: Any) -> N
 
 
 def test_a_prompt_that_parts_is_trimmed_to_there(model: Any, endless: Any) -> None:
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     run(turns, endless, PROMPT)
     for prompt, reused in (
         ([*PROMPT[:10], 4, 4, 4], 10),
@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_trimmed_serves_what_goes_on_only(
     model: Any, endless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(KVCache, "is_trimmable", lambda _: False)
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     first = run(turns, endless, PROMPT)
     run(turns, endless, [*PROMPT, *first, 2])
     assert turns.reused == len(PROMPT) + 5
@@ -88,7 +88,7 @@ def test_a_window_that_has_moved_on_begins_anew(endless: Any, tmp_path: Any) -> 
     write_tokenizer(folder)
     model, tokenizer = load(folder, memory="4GB")
     tokenizer._eos_token_ids = {-1}
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     window = min(c.max_size for c in turns._cache if isinstance(c, RotatingKVCache))
     prompt = (PROMPT * window)[: window + 3]
     run(turns, tokenizer, prompt)
@@ -106,7 +106,7 @@ def test_what_was_read_by_an_interruption_is_kept(model: Any, endless: Any) -> N
         if done >= 8:
             raise Stop
 
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     with pytest.raises(Stop):
         list(turns.stream_generate(endless, PROMPT, 6, prefill_step_size=4, prompt_progress_callback=stop))
     assert turns.tokens == PROMPT[:8] and whole(turns)
@@ -123,7 +123,7 @@ def test_what_was_read_by_an_interruption_is_kept(model: Any, endless: Any) -> N
 def test_after_an_error_amid_the_model_the_cache_is_empty(
     model: Any, endless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     expected = run(turns, endless, PROMPT)
     with monkeypatch.context() as patch:
         patch.setattr(model.flash.streamer, "verify_unchanged", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -134,7 +134,7 @@ def test_after_an_error_amid_the_model_the_cache_is_empty(
 
 
 def test_what_cannot_be_used_is_refused_before_anything_is_read(model: Any, endless: Any) -> None:
-    turns = Turns(model)
+    turns = ReusedPromptCache(model)
     expected = run(turns, endless, PROMPT)
     for prompt, message in (
         ([], "the prompt is empty"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,11 +10,10 @@ import numpy as np
 
 from mlx_flash.errors import UsageError
 
-from . import routing, traces
-from .neurons_ahead import STATES, Remember, draw, layer_rows, means, residents, show
-from .tools.report import finish
+from . import neurons_ahead, routing, traces
+from .neurons_ahead import STATES, Remember, layer_rows, means, residents
 
-EXPERT_SHARES = (0.25, 0.5)  # of a layer's experts that have a slot
+SHARES = (0.25, 0.5)  # of a layer's experts that have a slot
 WIDTHS = (-3, -2, -1, 0, 2, 4)  # experts that are guessed, beyond those that a token uses
 ROUTED = "previous router's"  # what the layer before gave its own router, so with its own norm
 OWN = "own router's"
@@ -23,27 +22,20 @@ PRODUCTS = 0.5  # of a layer's compute is the products of its experts, the rest 
 WINDOWS = {"own input": 1 - PRODUCTS, "previous middle": 1.0}  # of a layer's compute, from guess to router
 
 
-def measure(subject: traces.Subject, arguments: argparse.Namespace) -> None:
-    """Writes and shows what `lookahead` finds of a mixture of experts."""
+def measure(subject: traces.Subject, text: Path) -> dict[str, Any]:
+    """What `lookahead` finds of a mixture of experts."""
     taps = routing.record(subject.model, subject.ids, subject.prefix, "decoding", router_states(subject.model))
     check_routers(taps)
     states = {state: text.replace("FFN", "experts") for state, text in STATES.items()}
-    result: dict[str, Any] = {**traces.head_of(subject, arguments.text), "states": states}
+    result: dict[str, Any] = {**traces.head_of(subject, text), "states": states}
     result["by_layer"] = []
-    for share in EXPERT_SHARES:
+    for share in SHARES:
         for tap in taps:
             guesses = {state: guesses_of(tap, state) for state in tap.states if state != OWN}
             result["by_layer"] += layer_rows(tap.trace, guesses, share, {"expert": 1}, WIDTHS)
     result["mean"] = means(result["by_layer"])
-    result["times"] = [row for share in EXPERT_SHARES for row in times(taps, share)]
-    finish(
-        arguments.output,
-        "lookahead",
-        result,
-        lambda figure: draw(figure, result["mean"], EXPERT_SHARES),
-        size=(8, 4),
-        show=lambda: show_experts(result),
-    )
+    result["times"] = [row for share in SHARES for row in times(taps, share)]
+    return result
 
 
 def router_states(model: Any) -> dict[int, dict[str, routing.State]]:
@@ -142,9 +134,9 @@ def first(ranks: np.ndarray, absent: np.ndarray, count: int, width: int) -> np.n
     return result
 
 
-def show_experts(result: dict[str, Any]) -> None:
-    show(result["mean"])
-    at = [row for row in result["by_layer"] if row["slots"] == EXPERT_SHARES[0] and row["state"] != "own input"]
+def show(result: dict[str, Any]) -> None:
+    neurons_ahead.show(result)
+    at = [row for row in result["by_layer"] if row["slots"] == SHARES[0] and row["state"] != "own input"]
     print("\nby layer, recall of a guess as wide as the choice, and with 2 and 4 more")
     for layer in sorted({row["layer"] for row in at}):
         cells = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from . import experts_ahead, neurons_ahead, traces
-from .tools.report import require_plots
+from .tools.report import finish, require_plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     with traces.opened(arguments, print) as subject:
-        kind = experts_ahead if traces.is_mixture(subject.model) else neurons_ahead
-        kind.measure(subject, arguments)
+        kind: Any = experts_ahead if traces.is_mixture(subject.model) else neurons_ahead
+        result = kind.measure(subject, arguments.text)
+    finish(
+        arguments.output,
+        "lookahead",
+        result,
+        lambda figure: neurons_ahead.draw(figure, result["mean"], kind.SHARES),
+        size=(8, 4),
+        show=lambda: kind.show(result),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.layers.predictors import ExactPredictor, Predictor
 
 from . import traces
-from .tools.report import SERIES, finish
+from .tools.report import SERIES
 
 SHARES = (0.25, 0.10)  # of a layer's neurons that have a slot
 SHIFTS = (-0.25, 0.0, 0.25, 0.5)  # of the guess's threshold, in standard deviations of the layer's score
@@ -25,11 +25,11 @@ STATES = {
 }
 
 
-def measure(subject: traces.Subject, arguments: argparse.Namespace) -> None:
-    """Writes and shows what `lookahead` finds of a store."""
+def measure(subject: traces.Subject, text: Path) -> dict[str, Any]:
+    """What `lookahead` finds of a store."""
     layout, guesses = subject.model.flash.manifest.layout, observe(subject.model)
     history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
-    result: dict[str, Any] = {**traces.head_of(subject, arguments.text), "states": STATES}
+    result: dict[str, Any] = {**traces.head_of(subject, text), "states": STATES}
     jobs = [
         (trace, {state: each for state, each in guesses[trace.layer].rows.items() if each}, share)
         for trace in history
@@ -40,14 +40,7 @@ def measure(subject: traces.Subject, arguments: argparse.Namespace) -> None:
     for trace, rows, share in tqdm(jobs, desc="caches", dynamic_ncols=True):
         result["by_layer"] += layer_rows(trace, rows, share, units, SHIFTS)
     result["mean"] = means(result["by_layer"])
-    finish(
-        arguments.output,
-        "lookahead",
-        result,
-        lambda figure: draw(figure, result["mean"], SHARES),
-        size=(8, 4),
-        show=lambda: show(result["mean"]),
-    )
+    return result
 
 
 # -- guessing ------------------------------------------------------------------------------------------------
@@ -187,11 +180,11 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # -- showing -------------------------------------------------------------------------------------------------
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(result: dict[str, Any]) -> None:
     print("shares: recall, size, missed of what is chosen; caught, in vain of what is missed")
     print(f"{'unit':<8}{'slots':>6}  {'guess from':<24}{'shift':>6}", end="")
     print("".join(f"{head:>9}" for head in ("recall", "size", "missed", "caught", "in vain")))
-    for row in rows:
+    for row in result["mean"]:
         cells = (f"{row[key]:.1%}" for key in ("recall", "size", "missed_share", "caught", "in_vain"))
         print(f"{row['unit']:<8}{row['slots']:>6.0%}  {row['state']:<24}{row['shift']:>6}", end="")
         print("".join(f"{cell:>9}" for cell in cells))

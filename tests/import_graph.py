@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -85,34 +86,16 @@ def floor_of(room: str) -> int:
 
 
 def circles(known: dict[str, Path]) -> list[list[str]]:
-    """Modules that import each other, directly or by way of others (strongly connected, by Kosaraju's algorithm)."""
+    """Modules that import each other, directly or by way of others: a circle of them, if there is any."""
     onwards: dict[str, set[str]] = {module: set() for module in known}
-    back: dict[str, set[str]] = {module: set() for module in known}
     for each in imports(known):
         if each.of in known and each.of != each.module:
             onwards[each.module].add(each.of)
-            back[each.of].add(each.module)
-
-    def reach(start: str, edges: dict[str, set[str]], seen: set[str]) -> list[str]:
-        """What is reached from `start` and was not seen, in the order in which it was finished."""
-        order, stack = [], [(start, iter(sorted(edges[start])))]
-        seen.add(start)
-        while stack:
-            module, following = stack[-1]
-            step = next((each for each in following if each not in seen), None)
-            if step is None:
-                order.append(module)
-                stack.pop()
-            else:
-                seen.add(step)
-                stack.append((step, iter(sorted(edges[step]))))
-        return order
-
-    seen: set[str] = set()
-    finished = [module for start in sorted(known) if start not in seen for module in reach(start, onwards, seen)]
-    seen = set()
-    groups = [reach(start, back, seen) for start in reversed(finished) if start not in seen]
-    return [sorted(group) for group in groups if len(group) > 1]
+    try:
+        TopologicalSorter(onwards).prepare()
+    except CycleError as error:
+        return [sorted({*error.args[1]})]
+    return []
 
 
 def draw(path: Path) -> None:

@@ -89,9 +89,7 @@ def run_command(
             stopping.watch(parser.prog, {signal.SIGINT: 130, **codes})
         code = main(arguments) or 0
         sys.stdout.flush()
-    except SystemExit:
-        raise
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         if owns_process:
             _ignore(signal.SIGINT, *codes)  # it ends already: one more must not give a traceback
         code = _say_why(parser.prog, error)
@@ -107,7 +105,7 @@ def _ignore(*numbers: signal.Signals) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _say_why(name: str, error: BaseException) -> int:
+def _say_why(name: str, error: Exception | KeyboardInterrupt) -> int:
     """What ended the command called `name`, in a line on standard error; the exit code."""
     if isinstance(error, FlashError):
         print(f"{name}: {error}", file=sys.stderr)
@@ -122,10 +120,8 @@ def _say_why(name: str, error: BaseException) -> int:
             print(f"{name}: {error}", file=sys.stderr)
         with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, Exception):  # MLX's, or a mistake of ours
+    else:  # MLX's, or a mistake of ours
         from ..source.failures import sentence
 
         print(f"{name}: {sentence(error)}", file=sys.stderr)
-    else:
-        raise error
     return 1

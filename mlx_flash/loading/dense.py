@@ -26,6 +26,7 @@ from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
 from ..layers.recall import PredictorSetting
+from .options import LoadOptions
 from .plan import Plan
 from .runtime import Runtime, evaluate_constants
 
@@ -40,32 +41,30 @@ def build(
     kind: str,
     setting: PredictorSetting | None,
     folder: Path,
-    window: int | None,
-    threads: int,
-    io: str,
+    options: LoadOptions,
     say: Callable[[str], None],
 ) -> Any:
     """Makes of a model with random weights, never evaluated, the one that runs; its `flash` is the Runtime.
 
-    kind: of the predictor, with its `setting` if it is a stored one; the other arguments are `load`'s.
+    kind: of the predictor, with its `setting` if it is a stored one.
 
     Raises CorruptStoreError or MissingTensorError if what the store in `folder` holds does not fit the model or its
     checksums, ReadError if it cannot be read.
     """
     layout = manifest.layout
     dtype = compute_dtype(manifest.resident_dtype)
-    file = UnitFile(folder / Manifest.neurons_file, direct=io == "direct")
+    file = UnitFile(folder / Manifest.neurons_file, direct=options.io == "direct")
     mark_in_use(file.fd)
-    if io == "direct" and not file.direct:
+    if options.io == "direct" and not file.direct:
         say(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
         )
     activation = Activation(**manifest.activation)
     file.sums = read_block_sums(folder, manifest)
-    streamer = NeuronFile(file, Reader(threads), layout)
+    streamer = NeuronFile(file, Reader(options.threads), layout)
     bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
     for index, layer in enumerate(model.layers):
-        stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), window)
+        stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), options.window)
         layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
     _load_resident(model, folder, manifest, dtype)
     tensors = predictor_tensors(folder, manifest, kind)

@@ -84,17 +84,19 @@ def plan(
 
     Raises what `load` raises, UsageError for a checkpoint that was not converted yet.
     """
-    given = _options(options, fields)
-    given.check()
-    with _planned(path, replace(given, verify=False), say, prepare=False) as planned:
+    given = replace(_options(options, fields), verify=False)  # which would make checksums
+    with _planned(path, given, say, prepare=False) as planned:
         BUFFER_CACHE.release()  # no model will be closed
         return planned.plan
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
+    """Raises TypeError or UsageError."""
     if options is not None and (fields or not isinstance(options, LoadOptions)):
         raise TypeError("expected either a LoadOptions or its fields, by name")
-    return LoadOptions(**fields) if options is None else options
+    given = LoadOptions(**fields) if options is None else options
+    given.check()
+    return given
 
 
 @contextlib.contextmanager
@@ -102,7 +104,6 @@ def _planned(
     path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], prepare: bool = True
 ) -> Iterator[Planned]:
     """What `path` names, ready to be loaded while this is open. prepare: download and convert it, if it must be."""
-    options.check()
     name = None if path is None else os.fspath(path)
     source = resolve_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # a second, which a name that is refused does not take
@@ -130,14 +131,19 @@ def _plan(
     if not is_store(source):
         activation_of(read_config(source), source)  # refused here, before a conversion is begun
         read_generation_config(source)
-        if not prepare and not is_store(cached_store_path(source, name)[0]):
-            raise UsageError(
-                f"{source} was not converted yet, and its plan depends on its predictors. Convert it (`mlxflash "
-                "convert`), or run it once, which converts it into the cache folder."
-            )
-    folder = ensure_store(source, name, say) if prepare or is_store(source) else cached_store_path(source, name)[0]
+    folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
     return plan_store(folder, options, copies)
+
+
+def _converted_before(source: Path, name: str | None) -> Path:
+    folder = source if is_store(source) else cached_store_path(source, name)[0]
+    if not is_store(folder):
+        raise UsageError(
+            f"{source} was not converted yet, and its plan depends on its predictors. Convert it (`mlxflash convert`), "
+            "or run it once, which converts it into the cache folder."
+        )
+    return folder
 
 
 def _plan_mixture(

@@ -86,9 +86,8 @@ def activation_of(config: dict[str, Any], where: object) -> Activation:
             f"ReLU model ({' or '.join(family.activations)} there) nor a mixture of experts, so flash loading would "
             f"gain nothing; {runtime} runs it, if it fits into memory. What would gain: {family.instead}."
         )
-    threshold = config.get(family.threshold_keys[found], 0.0) if found in family.threshold_keys else 0.0
     try:
-        return Activation(family.activations[found], threshold)
+        return family.activation_named(found, config)
     except ValueError as error:
         raise UnsupportedModelError(f"{where}: {error}.") from None
 

@@ -69,9 +69,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
             say(setting.describe())
-        return dense.build(
-            model, manifest, plan, kind, setting, folder, options.window, options.threads, options.io, say
-        )
+        return dense.build(model, manifest, plan, kind, setting, folder, options, say)
 
     return Planned(plan, tokenizer, read_generation_config(small), build)
 

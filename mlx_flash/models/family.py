@@ -43,5 +43,9 @@ class Family:
         name = getattr(args, self.activation_key)
         if name not in self.activations:
             raise ValueError(f"{self.activation_key} is {name!r}, expected {' or '.join(self.activations)}")
-        threshold = getattr(args, self.threshold_keys[name]) if name in self.threshold_keys else 0.0
+        return self.activation_named(name, vars(args))
+
+    def activation_named(self, name: str, settings: Mapping[str, Any]) -> Activation:
+        """One of `activations`, with the threshold that a configuration has for it. Raises ValueError."""
+        threshold = settings.get(self.threshold_keys[name], 0.0) if name in self.threshold_keys else 0.0
         return Activation(self.activations[name], threshold)

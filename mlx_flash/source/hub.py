@@ -149,12 +149,14 @@ def _downloaded_before(
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     offline = isinstance(reason, OfflineModeIsEnabled)
-    text = " ".join(str(reason).split())
-    why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({text or type(reason).__name__})"
     at = repository if revision is None else f"{repository} at {revision}"
-    remedy = "Unset it to download." if offline else "Are you online?"
     if reason is None:
         why, remedy = "nothing is downloaded for this", f"Download it: `hf download {repository}`, or run it once."
+    elif offline:
+        why, remedy = "HF_HUB_OFFLINE is set", "Unset it to download."
+    else:
+        text = " ".join(str(reason).split())
+        why, remedy = f"the Hub cannot be reached ({text or type(reason).__name__})", "Are you online?"
     try:
         # Of no file: which are lacking is looked at here.
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))

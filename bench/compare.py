@@ -1,33 +1,32 @@
-"""What the comparisons share: a store, a text, the state of the disk, a memory limit, and figures per token."""
+"""What the comparisons share: their arguments, the model and the text that these name, and which contenders fit."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mlx_flash.cli.run import whole_number
-from mlx_flash.errors import FlashError, UsageError
-from mlx_flash.flash.files import Manifest, read_manifest
-from mlx_flash.source.cached import MATRICES, in_use
+from mlx_flash.errors import UsageError
+from mlx_flash.flash.files import read_manifest
+from mlx_flash.flash.system import available_memory_bytes
+from mlx_flash.loading.config import holds_mixture
+from mlx_flash.source.resolve import find_store, resolve_source
 
 from .baselines import contenders
-from .synthetic.neuron_store import is_synthetic
-from .synthetic.opt_checkpoint import SHAPES
+from .bench_model import EXPERT_SHARE, NEURON_SHARE, BenchModel, ExpertModel, NeuronModel
 from .tools.cgroup import memory_group
-from .tools.report import add_output_argument, cached_share, environment, spread, writable_folder
+from .tools.report import add_output_argument, refuse_to_swap, writable_folder
+from .tools.texts import read_text
 
-SHARE = 0.6
-KIND = "a model that is streamed neuron by neuron"
+Kind = Literal["neurons", "experts"]
+KINDS: dict[Kind, str] = {"neurons": "a model that is streamed neuron by neuron", "experts": "a mixture of experts"}
+SUFFIXES: dict[Kind, str] = {"neurons": "", "experts": "-mixture"}  # of the outputs' names
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -63,8 +62,19 @@ def add_share_argument(parser: argparse.ArgumentParser) -> None:
         "--share",
         type=share_of_one,
         help="of the weights' bytes, for flash loading, beside what the process itself needs "
-        f"(default: {SHARE}, or the least that the model goes with)",
+        f"(default: {NEURON_SHARE}, or the least that the model goes with)",
     )
+
+
+def add_expert_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Adds and returns the group of options that are for mixtures of experts alone."""
+    group = parser.add_argument_group("mixtures of experts", "read from the checkpoint as it is, without a conversion")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help=f"budget of the whole process, as 4GB (default: what gives {EXPERT_SHARE:.0%}% of the experts a slot)",
+    )
+    return group
 
 
 def share_of_one(text: str) -> float:
@@ -78,141 +88,71 @@ def share_of_one(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured. ids: as many tokens as are needed. least: what `sides.run` tells of the side "plan"."""
+# -- the model and the text ----------------------------------------------------------------------------------
 
-    store: Path
-    manifest: Manifest
-    ids: list[int]
-    prompt: int
-    least: dict[str, Any]
-    matrices: Path | None
-    fence: str | None  # why no memory cgroup limits the sides; None if one does
 
-    @property
-    def label(self) -> str:
-        """What the outputs call the model."""
-        if not is_synthetic(self.manifest):
-            return self.store.resolve().name
-        shape = tuple(self.manifest.source["synthetic"]["shape"])
-        names = [f"OPT-{name.upper()}" for name, dims in SHAPES.items() if dims == shape]
-        return f"synthetic weights of {names[0] if names else ' x '.join(map(str, shape))} shape"
+def mixture_folder(model: str | None) -> Path | None:
+    """The checkpoint that --model names if it is a mixture of experts, else None."""
+    if model is None:
+        return None
+    folder = resolve_source(model, None, print)
+    return folder if holds_mixture(folder) else None
 
-    @property
-    def resident_bytes(self) -> int:
-        """What always stays in memory, as it is held there."""
-        return int(self.least["plan"]["resident_weights"])
 
-    @property
-    def weights_bytes(self) -> int:
-        return self.resident_bytes + self.manifest.layout.file_bytes
+def find_model(arguments: argparse.Namespace, refused: Mapping[Kind, Sequence[str]]) -> tuple[Kind, Path | None]:
+    """The kind of the model that --model names, and a mixture's folder. A store is made later, by `opened`.
 
-    @property
-    def base_bytes(self) -> int:
-        """The process itself, interpreter and libraries, as measured; KV cache and work space come out of the share."""
-        return int(self.least["plan"]["process"])
-
-    @property
-    def streamed(self) -> list[Path]:
-        """The large files, the largest first."""
-        return ([self.matrices] if self.matrices else []) + [self.store / Manifest.neurons_file]
-
-    @property
-    def files(self) -> list[Path]:
-        """All that the sides read."""
-        names = [Manifest.resident_file, *map(Manifest.predictor_file, self.manifest.predictors)]
-        return self.streamed + [self.store / name for name in names]
-
-    def budget_for(self, share: float | None) -> tuple[float, int]:
-        """The share, and the budget for the whole process. Raises UsageError where flash loading needs more."""
-        budget, least = int((share or SHARE) * self.weights_bytes) + self.base_bytes, self.least["smallest_bytes"]
-        if budget >= least:
-            return share or SHARE, budget
-        needed = (least - self.base_bytes) / self.weights_bytes
-        if share is None:
-            return needed, least
-        remedy = f"pass --share {needed + 0.01:.2f} or more, or leave it out" if needed < 0.99 else "leave it out"
+    refused: options that have no meaning for a kind; they are None unless given. Raises UsageError if one is given.
+    """
+    folder = mixture_folder(arguments.model)
+    kind: Kind = "neurons" if folder is None else "experts"
+    given = [f"--{name.replace('_', '-')}" for name in refused.get(kind, ()) if getattr(arguments, name) is not None]
+    if given:
         raise UsageError(
-            f"--share {share} gives {budget / 1e6:.0f} MB, the model needs {least / 1e6:.0f} MB: {remedy}."
+            f"{' and '.join(given)} cannot be used here: this is {KINDS[kind]}. Leave that out (see --help)."
         )
-
-    def describe(self) -> dict[str, Any]:
-        """What every result begins with."""
-        return {
-            "environment": environment(self.store),
-            "model": self.label,
-            "synthetic": is_synthetic(self.manifest),
-            "store": self.store.name,
-            "weights_bytes": self.weights_bytes,
-            "base_bytes": self.base_bytes,
-            "prompt": self.prompt,
-            "predictor": self.least["predictor"],
-            "memory_limit": self.fence or "enforced by a memory cgroup",
-        }
-
-    def run(
-        self, side: contenders.Side, tokens: int, limit: int | None, begin: int = 0, label: str = ""
-    ) -> dict[str, Any]:
-        """Runs a side over the prompt and `tokens` tokens from ids[begin] on, in a cgroup of `limit` bytes."""
-        ids = self.ids[begin : begin + self.prompt + tokens]
-        task = contenders.Task(str(self.store), ids, self.prompt, str(self.matrices or ""), label)
-        if limit is None or self.fence:
-            return contenders.run(side, task)
-        with memory_group(limit) as group:
-            result = contenders.run(side, task, group)
-            return result | {"cgroup_peak_bytes": group.peak_bytes(), "kills": group.kills()}
+    return kind, folder
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace, ids: int, span: int, matrices: bool = True) -> Iterator[Subject]:
-    """The store and the text that the arguments name, with the baselines' matrices unless told otherwise.
+def opened(
+    arguments: argparse.Namespace, mixture: Path | None = None, rounds: int = 1, matrices: bool = True
+) -> Iterator[BenchModel]:
+    """The model and the text that the arguments name, with all files that the baselines read unless told otherwise.
 
-    ids: tokens needed of the text; span: those of one run. Raises UsageError, before anything long begins, for what
-    cannot be used.
+    mixture: as `find_model` tells. rounds: --tokens are split over so many runs. Raises UsageError, before anything
+    long begins, for what cannot be used.
     """
-    from mlx_flash.source.resolve import find_store
-
-    store = find_store(arguments.model, print)
-    manifest = read_manifest(store)
-    config = json.loads((store / "config.json").read_text())
-    if manifest.layout.quantised or manifest.resident_bits < 16:
-        raise UsageError(f"{store} is quantised, which the baselines do not read. Convert with --bits 16.")
-    positions = config.get("max_position_embeddings", span)
-    refuse_beyond(span, positions, "Lower --tokens or --prompt, or raise --rounds.")
-    text = read_ids(arguments.text, store, ids, config["vocab_size"])
-    least = contenders.run(contenders.Side("plan"), contenders.Task(str(store), text[:span], arguments.prompt))
-    subject = Subject(store, manifest, text, arguments.prompt, least, None, fence_problem(arguments.no_cgroup))
-    with with_matrices(subject, arguments.matrices) if matrices else nullcontext(subject) as ready:
-        yield ready
-
-
-def refuse(arguments: argparse.Namespace, options: Sequence[str], kind: str) -> None:
-    """Raises UsageError if options were given that have no meaning for this kind of model; not given is None."""
-    given = [f"--{option.replace('_', '-')}" for option in options if getattr(arguments, option) is not None]
-    if given:
-        raise UsageError(f"{' and '.join(given)} cannot be used here: this is {kind}. Leave that out (see --help).")
+    folder = mixture or find_store(arguments.model, print)
+    if not mixture and ((manifest := read_manifest(folder)).layout.quantised or manifest.resident_bits < 16):
+        raise UsageError(f"{folder} is quantised, which the baselines do not read. Convert with --bits 16.")
+    span = arguments.prompt + -(-arguments.tokens // rounds)
+    about = contenders.ask_about(folder, span)
+    if span > about["positions"]:
+        remedy = "Lower --tokens or --prompt." if mixture else "Lower --tokens or --prompt, or raise --rounds."
+        raise UsageError(f"a run has {span} tokens and the model {about['positions']} positions. {remedy}")
+    ids = read_ids(arguments.text, folder, rounds * span, about["vocabulary"])
+    kind = ExpertModel if mixture else NeuronModel
+    model = kind(folder, about, ids, arguments.prompt, fence_problem(arguments.no_cgroup))
+    if matrices:
+        with model.ready_for_baselines(arguments.matrices) as ready:
+            yield ready
+    else:
+        yield model
 
 
-def refuse_beyond(span: int, positions: int, remedy: str = "Lower --tokens or --prompt.") -> None:
-    """Raises UsageError where a run has more tokens than the model positions."""
-    if span > positions:
-        raise UsageError(f"a run has {span} tokens and the model {positions} positions. {remedy}")
-
-
-def read_ids(path: Path | None, store: Path, count: int, vocabulary: int) -> list[int]:
+def read_ids(path: Path | None, folder: Path, count: int, vocabulary: int) -> list[int]:
     """`count` tokens of a text, which is repeated if it is too short."""
     from mlx_flash.text.tokenizer import load_tokenizer
 
-    from .tools.texts import read_text
-
     text = read_text(path) if path else files("mlx_flash.convert").joinpath("calibration.txt").read_text("utf-8")
-    ids = [*load_tokenizer(store).encode(text, add_special_tokens=False, verbose=False)]
+    ids = [*load_tokenizer(folder).encode(text, add_special_tokens=False, verbose=False)]
     repeated = np.resize(ids, count) % vocabulary  # a synthetic store's tokenizer is not its own
     return [int(i) for i in repeated]
 
 
 def fence_problem(unwanted: bool) -> str | None:
+    """Why no memory cgroup can limit a process here, or None."""
     if unwanted:
         return "not enforced (--no-cgroup)"
     try:
@@ -222,122 +162,25 @@ def fence_problem(unwanted: bool) -> str | None:
         return f"not enforced: {error}"
 
 
-def dense_problem(manifest: Manifest) -> str | None:
-    """Why `baselines` cannot run a model, or None: they know OPT's tensors and an FFN without a gate."""
-    return (
-        None if manifest.model_type == "opt" else f"are written for OPT, and this model's type is {manifest.model_type}"
-    )
+# -- the contenders ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def with_matrices(subject: Subject, folder: Path | None) -> Iterator[Subject]:
-    """With the up and down matrices as a checkpoint has them; in a folder that stays if one is given.
+def those_left_out(model: BenchModel, names: Sequence[str], wanted: bool, force: bool) -> dict[str, str]:
+    """Which of the contenders do not fit in memory, and why. Only a memory cgroup keeps the lazy one from swapping.
 
-    The file's name has the checksum of the store's own checksums in it: another store's are not taken for them.
+    wanted: whether the user named them. Raises UsageError then instead of leaving one out.
     """
-    from .baselines.matrices import write_matrices
-
-    if problem := dense_problem(subject.manifest):
-        raise UsageError(f"the baselines {problem}. Choose the store of another model.")
-    store, layout = subject.store, subject.manifest.layout
-    digest = subject.manifest.files[Manifest.neurons_checksums_file]["sha256"]
-    temporary = None
-    stack = ExitStack()
-    try:
-        if folder is None:
-            try:
-                temporary = folder = Path(tempfile.mkdtemp(prefix=MATRICES, dir=store.resolve().parent))
-            except OSError as error:
-                raise UsageError(f"nothing can be written beside the store ({error}): pass --matrices.") from None
-            stack.enter_context(in_use(temporary))
-        path = folder / f"matrices-{digest[:12]}.bin"
-        if not path.is_file():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_matrices(store, layout, path)
-            except OSError as error:
-                raise FlashError(
-                    f"the baselines' matrices cannot be written into {folder} ({error.strerror}): "
-                    "free some room there, or pass another folder as --matrices."
-                ) from None
-        yield replace(subject, matrices=path)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        stack.close()
-
-
-def cached_shares(subject: Subject) -> dict[str, float | None]:
-    """Of the files that are streamed, what the operating system holds in its page cache now."""
-    return {path.name: cached_share(path) for path in subject.streamed}
-
-
-def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per token: bytes, reads, and in seconds what it was made of; means, and spreads of the total and of reading.
-
-    samples: Counters of every token as dictionaries; a replay of reads has no `total_s`.
-    """
-
-    def mean(key: str) -> float:
-        return float(np.mean([sample.get(key, 0.0) for sample in samples]))
-
-    busy = sum(sample["read_s"] for sample in samples)
-    needed = sum(sample.get("hits", 0) + sample.get("misses", 0) for sample in samples)
-    row: dict[str, Any] = {
-        "tokens": len(samples),
-        "bytes": mean("bytes"),
-        "reads": mean("reads"),
-        "bytes_per_second": sum(sample["bytes"] for sample in samples) / busy if busy else None,
-        "read_s": mean("read_s"),
-        "wait_s": mean("wait_s"),
-        "hidden_s": max(0.0, mean("read_s") - mean("wait_s")),
-        "manage_s": mean("manage_s"),
-        "read_spread_s": spread(sample["read_s"] for sample in samples),
-        "hit_rate": sum(sample["hits"] for sample in samples) / needed if needed else None,
-        "early": mean("early"),
-        "vain": mean("vain"),
-    }
-    if "total_s" in samples[0]:
-        row["total_s"] = mean("total_s")
-        row["compute_s"] = max(0.0, row["total_s"] - row["wait_s"] - row["manage_s"])
-        row["total_spread_s"] = spread(sample["total_s"] for sample in samples)
-        row["total_each_s"] = [round(sample["total_s"], 5) for sample in samples]
-    return row
-
-
-def steady(rounds: list[list[dict[str, Any]]]) -> float:
-    """Median seconds of a token in the second half of every round: the cache is warm by then."""
-    return spread(sample["total_s"] for samples in rounds for sample in samples[len(samples) // 2 :])["median"]
+    unbounded = [name for name in names if name == model.whole or (name == "lazy" and model.fence)]
+    needed = model.weights_bytes + model.base_bytes
+    if wanted:
+        for name in unbounded:
+            refuse_to_swap(needed, name, force)
+    if wanted or force or needed <= available_memory_bytes():
+        return {}
+    reason = f"needs {needed / 1e9:.1f} GB, and nothing else keeps the machine from swapping"
+    return dict.fromkeys(unbounded, reason)
 
 
 def hybrid_title(share: float) -> str:
     """Hybrid keeps half, or less where the budget is less."""
     return "hybrid: half resident" if share >= contenders.HALF else f"hybrid: {share:.0%} resident"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns as wide as they need: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
-
-
-def ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
-
-
-def times(ratio: float | None) -> str:
-    return (
-        "-" if ratio is None else f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"
-    )
-
-
-def mb(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2f}"
-
-
-def title(figure: Any, finding: str, subject: str) -> None:
-    """What was found, in bold over the whole figure; what was measured, below."""
-    figure.suptitle(f"{finding}\n", x=0.012, ha="left", fontsize=11, fontweight="bold")
-    figure.text(0.012, 1 - 0.36 / figure.get_figheight(), subject, fontsize=9, va="top", color="#555555")

@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    with traces.opened(arguments, print) as subject:
-        experts = traces.is_mixture(subject.model)
-        count = 1 if experts else subject.model.flash.manifest.layout.neurons_per_block
-        held_out = history(subject.model, subject.ids, subject.prefix, "held-out text")
-        calibration = history(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
+    with traces.opened(arguments, print) as traced:
+        experts = traces.is_mixture(traced.model)
+        count = 1 if experts else traced.model.flash.manifest.layout.neurons_per_block
+        held_out = history(traced.model, traced.ids, traced.prefix, "held-out text")
+        calibration = history(traced.model, traced.calibration_ids, traced.prefix, "calibration text")
         result: dict[str, Any] = {
-            **traces.head_of(subject, arguments.text),
+            **traces.head_of(traced, arguments.text),
             "neurons_per_block": count,
         }
     result["units"] = {}

@@ -19,9 +19,8 @@ from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.mixture import open_files
 
-from . import compare
-from .mixture_model import folder_of
-from .tools import disk
+from .compare import mixture_folder
+from .tools import disk, figures
 from .tools.read_methods import find_fio, run_fio
 from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     fio = None if arguments.no_fio else find_fio()
-    if folder_of(str(arguments.model)) is None:
+    if mixture_folder(str(arguments.model)) is None:
         raise UsageError(f"{arguments.model} is not a mixture of experts; `bench reads` measures a store's neurons.")
     mixture = open_mixture(arguments.model)
     slots = min(arguments.slots, mixture.experts)
@@ -118,7 +117,7 @@ def show(result: dict[str, Any]) -> None:
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    compare.table(head, rows)
+    figures.table(head, rows)
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
@@ -134,4 +133,4 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel(f"experts that a layer lacks, of {result['expert_bytes'] / 1e6:.2f} MB")
     axes.set_ylabel("GB/s")
     axes.legend()
-    compare.title(figure, "Reading the experts that a layer lacks", result["model"])
+    figures.title(figure, "Reading the experts that a layer lacks", result["model"])

@@ -22,12 +22,12 @@ PRODUCTS = 0.5  # of a layer's compute is the products of its experts, the rest 
 WINDOWS = {"own input": 1 - PRODUCTS, "previous middle": 1.0}  # of a layer's compute, from guess to router
 
 
-def measure(subject: traces.Subject, text: Path) -> dict[str, Any]:
+def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
     """What `lookahead` finds of a mixture of experts."""
-    taps = routing.record(subject.model, subject.ids, subject.prefix, "decoding", router_states(subject.model))
+    taps = routing.record(traced.model, traced.ids, traced.prefix, "decoding", router_states(traced.model))
     check_routers(taps)
     states = {state: text.replace("FFN", "experts") for state, text in STATES.items()}
-    result: dict[str, Any] = {**traces.head_of(subject, text), "states": states}
+    result: dict[str, Any] = {**traces.head_of(traced, text), "states": states}
     result["by_layer"] = []
     for share in SHARES:
         for tap in taps:
@@ -70,7 +70,7 @@ def through(norm: Any, remembered: Remember) -> routing.State:
     return state
 
 
-def check_routers(taps: list[routing.Tap]) -> None:
+def check_routers(taps: list[routing.RouterTap]) -> None:
     """Raises UsageError if the routers do not choose what their input, as it is taken here, says."""
     for tap in taps:
         same = (tap.ranks(OWN) < tap.choices) & tap.trace.chosen
@@ -81,13 +81,13 @@ def check_routers(taps: list[routing.Tap]) -> None:
             )
 
 
-def guesses_of(tap: routing.Tap, state: str) -> list[list[np.ndarray]]:
+def guesses_of(tap: routing.RouterTap, state: str) -> list[list[np.ndarray]]:
     """For every width, the mask of what is guessed, as `traces.packed` packs it."""
     ranks = tap.ranks(state)
     return [[np.packbits(ranks < max(1, tap.choices + width), axis=1)] for width in WIDTHS]
 
 
-def times(taps: list[routing.Tap], share: float) -> list[dict[str, Any]]:
+def times(taps: list[routing.RouterTap], share: float) -> list[dict[str, Any]]:
     """A token's modelled time without a guess, with one, and with one that is always right, in layers' compute.
 
     A layer computes for 1: attention, then the products of its experts. As in the engine, those that are here are

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    with traces.opened(arguments, print) as subject:
-        kind: Any = experts_ahead if traces.is_mixture(subject.model) else neurons_ahead
-        result = kind.measure(subject, arguments.text)
+    with traces.opened(arguments, print) as traced:
+        kind: Any = experts_ahead if traces.is_mixture(traced.model) else neurons_ahead
+        result = kind.measure(traced, arguments.text)
     finish(
         arguments.output,
         "lookahead",

@@ -1,4 +1,7 @@
-"""The price list of memory: latency per token at budgets from the smallest that does to the whole model."""
+"""The price list of memory: latency per token at budgets from the smallest that does to the whole model.
+
+A mixture of experts is read past the page cache and through it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,17 @@ from mlx_flash.cli.run import whole_number
 from mlx_flash.flash.system import available_memory_bytes
 from mlx_flash.loading.plan import MIN_SLOTS
 
-from . import compare, mixture_memory, mixture_model
-from .baselines.contenders import Side
-from .compare import mb, ms
-from .tools import disk
-from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
+from . import compare
+from .baselines.contenders import Contender
+from .bench_model import BenchModel
+from .compare import Kind
+from .tools import figures
+from .tools.figures import Column, mb, ms, two_digits
+from .tools.report import COLOURS, SERIES, describe, finish, refuse_to_swap, require_plots
+
+REFUSED: dict[Kind, tuple[str, ...]] = {"experts": ("matrices",)}
+FLASH = "flash loading"
+ALL = {"neurons": "dense, all in memory", "experts": "mlx-lm, all in memory"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,119 +36,139 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    if folder := mixture_model.folder_of(arguments.model):
-        compare.refuse(arguments, ("matrices",), mixture_model.KIND)
-        mixture_memory.main(arguments, folder)
-        return
-    span = arguments.prompt + arguments.tokens
-    with compare.opened(arguments, span, span, matrices=False) as subject:
-        points = budgets(subject.least, subject.manifest.layout.layers, arguments.points)
-        refuse_to_swap(points[-1], "the whole model", arguments.force)
-        everything = subject.weights_bytes + subject.base_bytes
-        problem = compare.dense_problem(subject.manifest)
-        with_dense = not problem and (arguments.force or everything <= available_memory_bytes())
-        first = disk.prepare(subject.files)
-        rates = [disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES)]
-        result: dict[str, Any] = {
-            **subject.describe(),
-            "disk_first": first,
-            "smallest_bytes": points[0],
-            "dense": "measured" if with_dense else f"left out: {problem or f'needs {everything / 1e9:.1f} GB'}",
-        }
-        if with_dense:  # first: it needs room on the disk, which may be lacking
-            with compare.with_matrices(subject, arguments.matrices) as full:
-                result["all_in_memory"] = row_of(full.run(Side("dense"), arguments.tokens, None))
-        result["points"] = []
-        for number, budget in enumerate(points):
-            label = f"{budget / 1e6:,.0f} MB, {number + 1} of {len(points)}"
-            run = subject.run(Side("flash", budget), arguments.tokens, budget, label=label)
-            result["points"].append(row_of(run) | {"budget_bytes": budget, "slot_share": run["slot_share"]})
-        rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
-        result["disk"] = rates
-        result["cached_share_after"] = compare.cached_shares(subject)
-    finish(
-        arguments.output,
-        "memory",
-        result,
-        lambda figure: draw(figure, result),
-        size=(8, 4.8),
-        show=lambda: show(result),
-    )
-
-
-def budgets(least: dict[str, Any], layers: int, points: int) -> list[int]:
-    """From the smallest to where every block has a slot, by equal factors in slots; fewer where slots are few."""
-    fewest = layers * min(MIN_SLOTS, least["blocks"] // layers)
-    slots = np.unique(np.geomspace(fewest, least["blocks"], points).round().astype(np.int64)).tolist()
-    return [least["smallest_bytes"] + (count - fewest) * least["slot_bytes"] for count in slots]
+    kind, mixture = compare.find_model(arguments, REFUSED)
+    with compare.opened(arguments, mixture, matrices=False) as model:
+        points = budgets(model, arguments.points, arguments.force)
+        refuse_to_swap(points[-1], "the largest budget", arguments.force)
+        left_out = {model.whole: problem} if (problem := model.whole_problem()) else {}
+        left_out = left_out or compare.those_left_out(model, [model.whole], False, arguments.force)
+        result: dict[str, Any] = {**model.describe(), "smallest_bytes": points[0], "left_out": left_out, "points": []}
+        result |= model.prepare_disk()
+        if not left_out:  # first: its files need room on the disk, which may be lacking
+            with model.ready_for_baselines(arguments.matrices) as ready:
+                result["all_in_memory"] = row_of(ready.run(Contender(model.whole), arguments.tokens, None, ALL[kind]))
+        for budget in points:
+            for way, contender in ways(model, budget).items():
+                run = model.run(contender, arguments.tokens, budget, f"{way}, {budget / 1e6:,.0f} MB")
+                result["points"].append(row_of(run) | {"way": way, "budget_bytes": budget})
+        result["cached_share_after"] = model.cached_shares()
+    name = f"memory{compare.SUFFIXES[kind]}"
+    finish(arguments.output, name, result, lambda figure: draw(figure, result), (8, 4.8), lambda: show(result))
 
 
 def row_of(run: dict[str, Any]) -> dict[str, Any]:
-    row = compare.figures(run["samples"])
-    row |= {key: run.get(key) for key in ("peak_memory_bytes", "weights_bytes", "kills", "prompt_s")}
-    return row | {"steady_s": compare.steady([run["samples"]]), "tokens_per_second": 1 / row["total_s"]}
+    row = figures.row_of([run])
+    return row | {"tokens_per_second": None if row["killed"] else 1 / row["total_s"]}
+
+
+# -- what differs by kind ------------------------------------------------------------------------------------
+
+
+def budgets(model: BenchModel, points: int, force: bool) -> list[int]:
+    """From the smallest to where every unit has a slot, by equal factors in slots; fewer where slots are few.
+
+    Of a mixture of experts: a slot in each layer, then from a token's experts to as many as fit in memory.
+    """
+    layers, units = model.about["layers"], model.about["units"]
+    if model.kind == "neurons":
+        slots = geometric(layers * min(MIN_SLOTS, units), layers * units, points)
+    else:
+        fits = 2**62 if force else available_memory_bytes()
+        counts = [count for count in range(1, units + 1) if model.budget_for(layers * count) <= fits]
+        slots = [layers * count for count in slot_counts(model.about["choices"], counts[-1] if counts else 1, points)]
+    return [model.budget_for(count) for count in slots]
+
+
+def slot_counts(choices: int, most: int, points: int) -> list[int]:
+    """Slots of a layer: one, then from a token's experts to `most` by equal factors; fewer where there are few."""
+    return sorted({1, *geometric(min(choices, most), most, points - 1)})
+
+
+def geometric(first: int, last: int, points: int) -> list[int]:
+    """Up to `points` whole numbers by equal factors; `last` is always one of them."""
+    return [int(count) for count in np.unique(np.geomspace(last, first, points).round().astype(np.int64))]
+
+
+def ways(model: BenchModel, budget: int) -> dict[str, Contender]:
+    """How a budget is used. "page cache": a token's experts have slots, the rest is left to the operating system."""
+    if model.kind == "neurons":
+        return {FLASH: Contender("flash", budget)}
+    found = {io: Contender("flash", budget, options={"io": io}) for io in ("direct", "buffered")}
+    bare = model.budget_for(model.about["layers"] * model.about["choices"])
+    if not model.fence and budget > bare:  # without a fence nothing bounds the page cache
+        found["page cache"] = Contender("flash", bare, options={"io": "buffered"})
+    return found
 
 
 # -- showing -------------------------------------------------------------------------------------------------
 
+NEURON_COLUMNS: list[Column] = [figures.PEAK, figures.SLOTS, figures.HITS, ("MB/token", "bytes", mb), figures.CEILING]
+NEURON_COLUMNS += [("read ms", "read_s", ms), ("wait ms", "wait_s", ms), ("mean ms", "total_s", ms), figures.MEDIAN]
+NEURON_COLUMNS += [figures.P90, figures.STEADY, ("tokens/s", "tokens_per_second", two_digits)]
+NEURON_NOTE = (
+    "mean ms and tokens/s count the first tokens; steady: median of the second half. in sequence: GB/s of the disk "
+    "just before."
+)
+
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['model']}: {result['weights_bytes'] / 1e9:.3f} GB of weights; memory {result['memory_limit']}")
-    print(f"disk: {result['disk_first']['state']}")
-    print(f"ceiling, before and after: {disk.rates(result['disk_first'], result['disk'])}\n")
-    head = ["budget", "peak MB", "slots", "hits", "MB/token", "read ms", "wait ms", "mean ms", "median", "p90"]
-    head += ["steady", "tokens/s"]
-    lines = []
-    for row in [*result["points"], *([result["all_in_memory"]] if "all_in_memory" in result else [])]:
-        dense = "budget_bytes" not in row
-        share = "-" if dense else f"{row['slot_share']:.0%}"
-        hits = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
-        cells = ["dense, all in memory" if dense else f"{mb(row['budget_bytes'])} MB", mb(row["peak_memory_bytes"])]
-        cells += [share, hits, mb(row["bytes"]), ms(row["read_s"]), ms(row["wait_s"]), ms(row["total_s"])]
-        cells += [ms(row["total_spread_s"]["median"]), ms(row["total_spread_s"]["p90"]), ms(row["steady_s"])]
-        lines.append([*cells, f"{row['tokens_per_second']:.2f}"])
-    compare.table(head, lines)
-    print("mean ms and tokens/s count the first tokens; steady: median of the second half.")
-    if "all_in_memory" not in result:
-        print(f"dense, all in memory: {result['dense']}")
+    kind, rows = result["kind"], list(result["points"])
+    figures.show_head(result)
+    names = [f"{mb(row['budget_bytes'])} MB" if kind == "neurons" else row["way"] for row in rows]
+    if "all_in_memory" in result:
+        rows.append(result["all_in_memory"])
+        names.append(ALL[kind])
+    if kind == "neurons":
+        figures.columns_table("budget", NEURON_COLUMNS, rows, names)
+        print(NEURON_NOTE)
+    else:
+        figures.columns_table("per token", figures.EXPERT_COLUMNS, rows, names)
+        print(figures.EXPERT_NOTE)
+        print(
+            f"direct, buffered: all of the budget is slots; page cache: read through it, a token's {result['choices']} "
+            "experts have slots,\nand the rest of the budget is the operating system's."
+        )
+    for reason in result["left_out"].values():
+        print(f"{ALL[kind]}: left out: {reason}")
     print(describe(result["environment"]))
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Median and 90th percentile of a token's time at every budget; the dense model as a line."""
-    points, dense = result["points"], result.get("all_in_memory")
-    at = list(range(len(points)))  # equal factors in slots
-    median, p90 = ([row["total_spread_s"][key] * 1e3 for row in points] for key in ("median", "p90"))
-    compare.title(
-        figure, finding(result), f"{result['model']}; median of flash loading, shaded up to the 90th percentile"
-    )
+    """Draws the median time of a token at every budget, for the first way up to the 90th percentile."""
     axes = figure.subplots()
-    axes.fill_between(at, median, p90, color=COLOURS["ours"], alpha=0.15, lw=0)
-    axes.plot(at, median, "o-", color=COLOURS["ours"], lw=2)
+    done = [row for row in result["points"] if not row["killed"]]
+    at = {budget: x for x, budget in enumerate(sorted({row["budget_bytes"] for row in done}))}  # equal factors in slots
+    by_way = {way: [row for row in done if row["way"] == way] for way in dict.fromkeys(row["way"] for row in done)}
     small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
-    for x, value in zip(at, median, strict=True):
-        axes.annotate(f"{value:.0f} ms", (x, value), xytext=(5, 6), fontweight="bold", **small | {"fontsize": 9})
-    lines = {f"floor, all in slots: {median[-1]:.0f} ms": (median[-1], COLOURS["ours"])}
-    if dense is not None:
-        value = dense["total_spread_s"]["median"] * 1e3
-        lines[f"dense, all in memory: {value:.0f} ms"] = (value, COLOURS["ceiling"])
-    ordered = sorted(lines.items(), key=lambda item: item[1][0])
-    for rank, (name, (value, colour)) in enumerate(ordered):  # the lower one is named below, the upper one above
-        below = rank == 0 and len(ordered) > 1
-        axes.axhline(value, color=colour, lw=1, ls=":")
-        axes.annotate(name, (-0.55, value), xytext=(2, -11 if below else 3), color=colour, **small)
-    highest, lowest = max(p90), min(value for value, _ in lines.values())
+    highest = 0.0
+    for (way, rows), colour in zip(by_way.items(), SERIES, strict=False):
+        x = [at[row["budget_bytes"]] for row in rows]
+        median, p90 = ([row["total_spread_s"][key] * 1e3 for row in rows] for key in ("median", "p90"))
+        axes.plot(x, median, "o-", color=colour, lw=2, label=way)
+        highest = max(highest, *p90)
+        if rows is done or way == done[0]["way"]:
+            axes.fill_between(x, median, p90, color=colour, alpha=0.15, lw=0)
+            for place, value in zip(x, median, strict=True):
+                axes.annotate(f"{value:.0f} ms", (place, value), xytext=(5, 6), fontweight="bold", **small)
+            axes.set_xticks(x, [tick(row) for row in rows])
+    lowest = min(row["total_spread_s"]["median"] for row in done) * 1e3
+    if "all_in_memory" in result:
+        value = result["all_in_memory"]["total_spread_s"]["median"] * 1e3
+        name = f"{ALL[result['kind']]}: {value:.0f} ms"
+        axes.axhline(value, color=COLOURS["ceiling"], lw=1, ls=":", label=name)
+        lowest, highest = min(lowest, value), max(highest, value)
     if highest > 8 * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(0.6 * lowest, 2.5 * highest)
     else:
         axes.set_ylim(0, 1.15 * highest)
-    axes.set_xticks(at, [tick(row) for row in points])
     axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.6, len(points) - 0.5)
-    axes.set_xlabel("memory budget of the whole process, share of the neurons that have a slot, bytes read per token")
-    axes.set_ylabel("ms per token")
+    axes.set_xlim(-0.6, len(at) - 0.5)
+    axes.set_xlabel("memory budget of the whole process, share of the units that have a slot, bytes read per token")
+    axes.set_ylabel("ms per token (median, shaded up to the 90th percentile)")
+    axes.legend(fontsize=8)
+    figures.title(figure, finding(result), result["model"])
 
 
 def tick(row: dict[str, Any]) -> str:
@@ -151,9 +180,13 @@ def tick(row: dict[str, Any]) -> str:
 
 def finding(result: dict[str, Any]) -> str:
     """The plot's title."""
-    least, most = result["points"][0], result["points"][-1]
+    done = [row for row in result["points"] if not row["killed"]]
+    same = [row for row in done if row["way"] == done[0]["way"]]
+    least, most = same[0], same[-1]
     slow, fast = (row["total_spread_s"]["median"] for row in (least, most))
-    return (
+    found = (
         f"In {least['budget_bytes'] / most['budget_bytes']:.0%} of the memory a token takes {slow / fast:.1f} times "
         f"as long: {ms(slow)} ms instead of {ms(fast)} ms"
     )
+    best = min(done, key=lambda row: row["total_spread_s"]["median"])
+    return found if same == done else f"{found}; the quickest is {best['way']}"

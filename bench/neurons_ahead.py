@@ -25,11 +25,11 @@ STATES = {
 }
 
 
-def measure(subject: traces.Subject, text: Path) -> dict[str, Any]:
+def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
     """What `lookahead` finds of a store."""
-    layout, guesses = subject.model.flash.manifest.layout, observe(subject.model)
-    history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
-    result: dict[str, Any] = {**traces.head_of(subject, text), "states": STATES}
+    layout, guesses = traced.model.flash.manifest.layout, observe(traced.model)
+    history = traces.record(traced.model, traced.ids, traced.prefix, "decoding")
+    result: dict[str, Any] = {**traces.head_of(traced, text), "states": STATES}
     jobs = [
         (trace, {state: each for state, each in guesses[trace.layer].rows.items() if each}, share)
         for trace in history

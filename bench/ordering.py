@@ -56,11 +56,11 @@ def main(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.slots <= 1 or not all(math.isfinite(n) and n > 0 for n in numbers):
         raise UsageError("--slots must be in (0, 1]; --bundle, --reads-per-s and --bytes-per-s above 0.")
     disks = (Disk("this disk", arguments.reads_per_s, arguments.bytes_per_s), M5_PRO)
-    with traces.opened(arguments, print) as subject:
-        held_out = traces.record(subject.model, subject.ids, subject.prefix, "held-out text")
-        calibration = traces.record(subject.model, subject.calibration_ids, subject.prefix, "calibration text")
+    with traces.opened(arguments, print) as traced:
+        held_out = traces.record(traced.model, traced.ids, traced.prefix, "held-out text")
+        calibration = traces.record(traced.model, traced.calibration_ids, traced.prefix, "calibration text")
         result: dict[str, Any] = {
-            **traces.head_of(subject, arguments.text),
+            **traces.head_of(traced, arguments.text),
             "slots": arguments.slots,
             "bundle_bytes": arguments.bundle,
             "disks": [vars(disk) for disk in disks],

@@ -16,15 +16,15 @@ from mlx_flash.defaults import PREFILL_TOKENS
 from mlx_flash.errors import UsageError
 
 from . import compare
-from .baselines.contenders import Side
-from .tools import disk
+from .baselines.contenders import Contender
+from .bench_model import BenchModel
+from .tools import disk, figures
 from .tools.report import COLOURS, finish, require_plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_model_arguments(parser)
     compare.add_share_argument(parser)
-    parser.set_defaults(prompt=1, tokens=2)
     parser.add_argument("--lengths", default="32,512", help="tokens of the prompts, by commas (default: %(default)s)")
     parser.add_argument("--rounds", type=whole_number(1, 20), default=3, help="medians count (default: %(default)s)")
 
@@ -38,13 +38,12 @@ def main(arguments: argparse.Namespace) -> None:
     if not all(9 <= length <= PREFILL_TOKENS for length in lengths):
         raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, which is what is read at once.")
     rows = []
-    count = max(lengths) + 2
-    with compare.opened(arguments, count, count) as subject:
-        share, budget = subject.budget_for(arguments.share)
-        result: dict[str, Any] = {**subject.describe(), "share": share, "budget_bytes": budget}
-        result["disk_first"] = disk.prepare(subject.files)
+    arguments.prompt, arguments.tokens = max(lengths), 1
+    with compare.opened(arguments) as model:
+        result: dict[str, Any] = {**model.describe(), **model.budget(arguments)}
+        result |= model.prepare_disk()
         for length in lengths:
-            row = measure(subject, length, budget, arguments.rounds)
+            row = measure(model, length, result["budget_bytes"], arguments.rounds)
             rows.append(row)
     result["rows"] = rows
     finish(arguments.output, "prompts", result, lambda figure: draw(figure, result), show=lambda: show(result))
@@ -63,27 +62,27 @@ def show(result: dict[str, Any]) -> None:
     ]
     keys = ("first_token_s", "prompt_s", "wait_s", "read_s", "read_once_s", "compute_s", "ratio")
     print(f"\n{result['model']}, {result['share']:.0%} of the weights' bytes in memory")
-    compare.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["rows"]])
+    figures.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["rows"]])
     print("x bound: prompt s / max(read once, compute alone)")
 
 
-def measure(subject: compare.Subject, length: int, budget: int, rounds: int) -> dict[str, Any]:
+def measure(model: BenchModel, length: int, budget: int, rounds: int) -> dict[str, Any]:
     """Medians over rounds in which flash loading, reading and the dense model take turns."""
-    prompted = replace(subject, prompt=length)
+    prompted = replace(model, prompt=length)
     samples: list[dict[str, float]] = []
     for turn in range(rounds):
-        rate = disk.sequential_rate([subject.store / subject.manifest.neurons_file], disk.RATE_BYTES)
+        rate = disk.sequential_rate(model.streamed[-1:], disk.RATE_BYTES)
         label = f"{length} tokens, round {turn + 1} of {rounds}"
-        flash = prompted.run(Side("flash", budget), 1, budget, 0, f"flash, {label}")
-        dense = prompted.run(Side("dense"), 1, None, 0, f"all in memory, {label}")
+        flash = prompted.run(Contender("flash", budget), 1, budget, f"flash, {label}")
+        dense = prompted.run(Contender("dense"), 1, None, f"all in memory, {label}")
         samples.append(
             {
-                "prompt_s": flash["prompt_s"],
-                "first_token_s": flash["prompt_s"] + flash["samples"][0]["total_s"],
+                "prompt_s": flash["prompt"]["total_s"],
+                "first_token_s": flash["prompt"]["total_s"] + flash["samples"][0]["total_s"],
                 "wait_s": flash["prompt"]["wait_s"],
                 "read_s": flash["prompt"]["read_s"],
-                "read_once_s": subject.manifest.layout.file_bytes * rate["seconds"] / rate["bytes"],
-                "compute_s": dense["prompt_s"],
+                "read_once_s": model.about["streamed_bytes"] * rate["seconds"] / rate["bytes"],
+                "compute_s": dense["prompt"]["total_s"],
             }
         )
     medians = {key: median(sample[key] for sample in samples) for key in samples[0]}
@@ -110,4 +109,4 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.set_xlim(0, 1.35 * max(max(row[key] for key, _, _ in bars) for row in rows))
     axes.set_xlabel("seconds")
     axes.legend(loc="upper right", fontsize=8)
-    compare.title(figure, "Reading a prompt, beside its two bounds", result["model"])
+    figures.title(figure, "Reading a prompt, beside its two bounds", result["model"])

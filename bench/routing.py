@@ -48,7 +48,7 @@ def places(model: Any) -> Iterator[Place]:
                     yield Place(index, layer, block, name)
 
 
-class Tap(nn.Module):
+class RouterTap(nn.Module):
     """Stands in front of a layer's experts and writes down which are used, and how its router ranks them from `states`.
 
     rank_rows: by state, int16 (N, E) of every call: 0 for the expert that would be chosen first.
@@ -80,13 +80,13 @@ class Tap(nn.Module):
 
 def record(
     model: Any, ids: list[int], prefix: list[int], name: str, states: dict[int, dict[str, State]] | None = None
-) -> list[Tap]:
-    """Decodes `ids`; a Tap of every layer that has experts. states: by layer and name, none by default."""
+) -> list[RouterTap]:
+    """Decodes `ids`; a RouterTap of every layer that has experts. states: by layer and name, none by default."""
     taps = []
     for place in (found := list(places(model))):
         inner, of_layer = place.block[place.name], (states or {}).get(place.index, {})
         trace = LayerTrace(place.index, inner.units.experts, 1)
-        taps.append(Tap(inner, trace, place.router() if of_layer else None, of_layer))
+        taps.append(RouterTap(inner, trace, place.router() if of_layer else None, of_layer))
         place.block[place.name] = taps[-1]
     try:
         decode(model, ids, prefix, name)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.source.children import child_environment
 
-from . import compare
+from .tools import figures
 from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
 PATIENCE_S = 300.0  # that a request may take, the queue before it included
@@ -237,7 +237,7 @@ def thirds(values: list[float]) -> list[float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    compare.table(["clients", "done"], [[name, f"{count:,}"] for name, count in sorted(result["done"].items())])
+    figures.table(["clients", "done"], [[name, f"{count:,}"] for name, count in sorted(result["done"].items())])
     print(f"failed: {len(result['failures'])}")
     for failure in result["failures"][:10]:
         print(f"  {failure}")
@@ -259,7 +259,7 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel("minutes")
     axes.set_ylabel("the server's resident memory, MB")
     total = sum(result["done"].values())
-    compare.title(
+    figures.title(
         figure,
         f"{total:,} requests and conversations, {len(result['failures'])} failed",
         f"{result['clients']} mixed clients at a time, {result['model']}",

@@ -9,30 +9,32 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
-from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.flash.unit_file import UnitFile
-from mlx_flash.layers.predictors import Predictor
 
-from . import compare, mixture_model, mixture_steps, traces
-from .baselines.contenders import HALF, Side, forget_look_ahead
-from .compare import mb, ms
-from .tools import disk
-from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
+from . import compare, traces
+from .baselines.contenders import HALF, Contender
+from .bench_model import BenchModel, NeuronModel
+from .compare import Kind
+from .tools import figures
+from .tools.figures import Column, mb, ms, times
+from .tools.report import COLOURS, describe, finish, require_plots
 
 WINDOW = 4  # tokens, the paper's
+LEAST_RECENT = 1_000_000  # calls: a window longer than any text here
 SLOT_NOTE = "the engine shares its slots out by need in all its rows"
+REFUSED: dict[Kind, tuple[str, ...]] = {"neurons": ("memory",), "experts": ("share", "matrices")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,106 +46,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="tokens of naive and hybrid, and of a mixture's whole layers, which are slow (default: %(default)s)",
     )
-    mixture_model.add_arguments(parser)
+    compare.add_expert_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    if folder := mixture_model.folder_of(arguments.model):
-        compare.refuse(arguments, ("share", "matrices"), mixture_model.KIND)
-        mixture_steps.main(arguments, folder)
-        return
-    compare.refuse(arguments, ("memory",), compare.KIND)
-    span = arguments.prompt + arguments.tokens
-    with compare.opened(arguments, span, span) as subject:
-        share, budget = subject.budget_for(arguments.share)
-        refuse_to_swap(budget, f"{share:.0%} of the model", arguments.force)
-        first = disk.prepare(subject.files)
-        rates = [disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES)]
-        result: dict[str, Any] = {
-            **subject.describe(),
-            "share": share,
-            "budget_bytes": budget,
-            "window": WINDOW,
-            "disk_first": first,
-            "note": SLOT_NOTE,
-        }
-        tokens = min(arguments.baseline_tokens, arguments.tokens)
-        result["steps"] = [
-            engine(subject, "naive: all from flash", Side("naive"), tokens, budget),
-            engine(subject, compare.hybrid_title(share), Side("hybrid", keep=min(HALF, share)), tokens, budget),
-            *replays(subject, record(subject, arguments.tokens, budget)),
-        ]
-        rates.append(disk.sequential_rate([subject.streamed[0]], disk.RATE_BYTES))
-        flash = {
-            f"engine, window of {WINDOW}": Side("flash", budget, look_ahead="never", options={"window": WINDOW}),
-            "+ eviction by fading use": Side("flash", budget, look_ahead="never"),
-            "+ look-ahead": Side("flash", budget, look_ahead="always"),
-        }
-        result["steps"] += [engine(subject, name, side, arguments.tokens, budget) for name, side in flash.items()]
-        result["disk"] = rates
-        result["cached_share_after"] = compare.cached_shares(subject)
-    finish(
-        arguments.output, "steps", result, lambda figure: draw(figure, result), size=(9, 4.8), show=lambda: show(result)
-    )
+    kind, mixture = compare.find_model(arguments, REFUSED)
+    with compare.opened(arguments, mixture) as model:
+        result: dict[str, Any] = {**model.describe(), **model.budget(arguments)}
+        budget = result["budget_bytes"]
+        result |= model.prepare_disk()
+        few = min(arguments.baseline_tokens, arguments.tokens)
+        slow = expert_baselines() if kind == "experts" else neuron_baselines(result["share"])
+        result["steps"] = [step(model, name, each, few, budget) for name, each in slow.items()]
+        if isinstance(model, NeuronModel):
+            result |= {"window": WINDOW, "note": SLOT_NOTE}
+            result["steps"] += replays(model, record(model, arguments.tokens, budget))
+        quick = expert_steps(model, budget) if kind == "experts" else neuron_steps(budget)
+        result["steps"] += [step(model, name, each, arguments.tokens, budget) for name, each in quick.items()]
+        result["cached_share_after"] = model.cached_shares()
+    name = f"steps{compare.SUFFIXES[kind]}"
+    draw = draw_experts if kind == "experts" else draw_neurons
+    finish(arguments.output, name, result, lambda figure: draw(figure, result), (9, 4.8), lambda: show(result))
 
 
-def engine(subject: compare.Subject, name: str, side: Side, tokens: int, limit: int) -> dict[str, Any]:
+def step(model: BenchModel, name: str, contender: Contender, tokens: int, budget: int) -> dict[str, Any]:
     """A row of a whole run."""
-    run = subject.run(side, tokens, limit, label=name)
-    row = {"step": name, "kind": "engine", "dram_bytes": run["weights_bytes"], "kills": run.get("kills")}
-    return row | compare.figures(run["samples"])
+    run = model.run(contender, tokens, model.limit_of(contender.name, budget), name)
+    return {"step": name, "kind": "engine", "dram_bytes": run.get("weights_bytes")} | figures.row_of([run])
+
+
+# -- the steps, by kind of model -----------------------------------------------------------------------------
+
+
+def neuron_baselines(share: float) -> dict[str, Contender]:
+    return {
+        "naive: all from flash": Contender("naive"),
+        compare.hybrid_title(share): Contender("hybrid", held=min(HALF, share)),
+    }
+
+
+def neuron_steps(budget: int) -> dict[str, Contender]:
+    fading = Contender("flash", budget, look_ahead="never")
+    return {
+        f"engine, window of {WINDOW}": replace(fading, options={"window": WINDOW}),
+        "+ eviction by fading use": fading,
+        "+ look-ahead": replace(fading, look_ahead="always"),
+    }
+
+
+def expert_baselines() -> dict[str, Contender]:
+    return {"every layer whole": Contender("naive")}
+
+
+def expert_steps(model: BenchModel, budget: int) -> dict[str, Contender]:
+    """From the chosen experts alone to the whole method. Where nothing is kept, slots for one token do."""
+    bare = min(budget, model.budget_for(model.about["layers"] * model.about["choices"]))
+    single = Contender("flash", bare, look_ahead="never", keep=False, overlap=False)
+    pieces = replace(single, options={"threads": THREADS, "window": LEAST_RECENT})
+    kept = replace(pieces, memory=budget, keep=True)
+    fading = replace(kept, options={"threads": THREADS})
+    overlapped = replace(fading, overlap=True)
+    return {
+        "only the chosen experts, 1 thread": replace(single, options={"threads": 1, "window": LEAST_RECENT}),
+        f"+ {THREADS} threads, experts in pieces": pieces,
+        "+ slots, least-recent use": kept,
+        "+ eviction by fading use": fading,
+        "+ products while others are read": overlapped,
+        "+ look-ahead, always": replace(overlapped, look_ahead="always"),
+    }
 
 
 # -- replaying reads -----------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Stands in a predictor's place and writes down what it chose."""
-
-    def __init__(self, inner: Predictor) -> None:
-        self.inner = inner
-        self.rows: list[np.ndarray] = []
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        mask, activations = self.inner(x)
-        self.rows.append(traces.packed(mask))
-        return mask, activations
-
-
-def record(subject: compare.Subject, tokens: int, budget: int) -> list[np.ndarray]:
+def record(model: NeuronModel, tokens: int, budget: int) -> list[np.ndarray]:
     """Which neurons each layer uses for each token after the prompt: bool (tokens, F), layer by layer."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     from mlx_flash.loading.load import load
 
-    # This process is larger than a side's, and no memory cgroup holds it.
-    model, _ = load(subject.store, memory=budget + current_memory_bytes(), context=subject.prompt + tokens)
-    forget_look_ahead(model)  # it would ask the predictors as well
-    recorders: dict[int, Recorder] = {}
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([subject.ids[: subject.prompt]]), cache=cache))
-    for index, layer in enumerate(model.layers):
-        if layer.mlp.predictor is not None:
-            recorders[index] = layer.mlp.predictor = Recorder(layer.mlp.predictor)
-    if not recorders:
-        model.flash.close()
-        raise UsageError(f"the store uses all neurons of every layer ({subject.store}): there is no step to show.")
-    ids = subject.ids[subject.prompt : subject.prompt + tokens]
-    for token in tqdm(ids, desc="recording", unit="token", dynamic_ncols=True):
-        mx.eval(model(mx.array([[token]]), cache=cache))
-    model.flash.close()
-    neurons = subject.manifest.layout.neurons
-    everyone = np.ones((tokens, neurons), np.bool_)
-    layers = range(len(model.layers))
-    return [traces.unpacked(recorders[i].rows, neurons) if i in recorders else everyone for i in layers]
+    # This process is larger than a contender's, and no memory cgroup holds it.
+    loaded, _ = load(model.folder, memory=budget + current_memory_bytes(), context=model.prompt + tokens)
+    ids = model.ids[model.prompt : model.prompt + tokens]
+    try:
+        found = traces.record(loaded, ids, model.ids[: model.prompt], "recording", active=False)
+    finally:
+        loaded.flash.close()
+    chosen = {trace.layer: trace.chosen[-tokens:] for trace in found}
+    everyone = np.ones((tokens, model.manifest.layout.neurons), np.bool_)
+    return [chosen.get(layer, everyone) for layer in range(model.about["layers"])]
 
 
-def replays(subject: compare.Subject, chosen: list[np.ndarray]) -> list[dict[str, Any]]:
+def replays(model: NeuronModel, chosen: list[np.ndarray]) -> list[dict[str, Any]]:
     """The rows of predictor, windowing and bundling."""
-    layout = subject.manifest.layout
-    assert subject.matrices is not None
-    resident = subject.resident_bytes + subject.least["plan"]["predictors"]
+    layout = model.manifest.layout
+    assert model.matrices is not None
+    resident = model.about["resident_bytes"] + model.about["predictor_bytes"]
     blocks = [traces.by_block(mask, layout.neurons_per_block) for mask in chosen]
     up_and_down = 2 * layout.row_bytes
 
@@ -154,8 +151,8 @@ def replays(subject: compare.Subject, chosen: list[np.ndarray]) -> list[dict[str
     def bundles(layer: int, ids: np.ndarray) -> np.ndarray:
         return layer * layout.layer_bytes + ids * layout.block_bytes
 
-    neurons_file = subject.store / Manifest.neurons_file
-    with UnitFile(subject.matrices) as matrices, UnitFile(neurons_file) as neurons, Reader(THREADS) as reader:
+    neurons_file = model.folder / Manifest.neurons_file
+    with UnitFile(model.matrices) as matrices, UnitFile(neurons_file) as neurons, Reader(THREADS) as reader:
         plans = [
             ("+ predictor", matrices, rows, layout.row_bytes, up_and_down, chosen, 0),
             ("+ windowing", matrices, rows, layout.row_bytes, up_and_down, chosen, WINDOW),
@@ -166,7 +163,7 @@ def replays(subject: compare.Subject, chosen: list[np.ndarray]) -> list[dict[str
             samples = replay(reader, file, offsets, length, [missing(mask, window) for mask in masks], name)
             kept = sum(touched(mask, window).sum(axis=1).mean() for mask in masks) * unit_bytes if window else 0
             row = {"step": name, "kind": "replay", "dram_bytes": int(resident + kept)}
-            found.append(row | compare.figures(samples))
+            found.append(row | figures.figures(samples))
     return found
 
 
@@ -191,7 +188,7 @@ def replay(
     needed: list[np.ndarray],
     name: str,
 ) -> list[dict[str, Any]]:
-    """Reads each token's units, layer after layer; returns what `compare.figures` takes.
+    """Reads each token's units, layer after layer; returns what `figures.figures` takes.
 
     offsets_of: (layer, units) -> where their `length` bytes each lie in the file, ascending.
     """
@@ -215,34 +212,57 @@ def replay(
 
 # -- showing -------------------------------------------------------------------------------------------------
 
+NEURON_COLUMNS: list[Column] = [("kind", "kind", str), figures.TOKENS, ("DRAM MB", "dram_bytes", mb)]
+NEURON_COLUMNS += [
+    ("MB/token", "bytes", mb),
+    figures.READS,
+    figures.RATE,
+    figures.CEILING,
+    ("I/O busy ms", "read_s", ms),
+]
+NEURON_COLUMNS += [
+    ("median", "read_spread_s.median", ms),
+    ("p90", "read_spread_s.p90", ms),
+    ("waited ms", "wait_s", ms),
+]
+NEURON_COLUMNS += [("total ms", "total_s", ms), figures.MEDIAN, figures.P90]
+
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['model']}: {result['weights_bytes'] / 1e9:.3f} GB of weights; memory {result['memory_limit']}")
-    print(f"disk: {result['disk_first']['state']}")
-    print(f"ceiling, before and midway: {disk.rates(result['disk_first'], result['disk'])}\n")
-    head = ["step", "kind", "tokens", "DRAM MB", "MB/token", "reads", "GB/s", "I/O busy ms", "median", "p90"]
-    head += ["waited ms", "total ms", "median", "p90"]
-    lines = []
-    for row in result["steps"]:
-        quick, total = row["bytes_per_second"], row.get("total_spread_s", {})
-        cells = [row["step"], row["kind"], str(row["tokens"]), mb(row["dram_bytes"]), mb(row["bytes"])]
-        cells += [f"{row['reads']:,.0f}", "-" if quick is None else f"{quick / 1e9:.2f}", ms(row["read_s"])]
-        cells += [ms(row["read_spread_s"]["median"]), ms(row["read_spread_s"]["p90"]), ms(row["wait_s"])]
-        lines.append([*cells, ms(row.get("total_s")), ms(total.get("median")), ms(total.get("p90"))])
-    compare.table(head, lines)
-    print(
-        "DRAM: of the weights. replay: the reads of a recorded run alone, waited for one layer after the other;\n"
-        f"engine: whole runs, where reads hide behind compute. {result['note']}, and bundles in those after hybrid."
-    )
+    figures.show_head(result)
+    steps = result["steps"]
+    names = [row["step"] for row in steps]
+    if result["kind"] == "experts":
+        figures.columns_table("per token", figures.EXPERT_COLUMNS, steps, names)
+        print(figures.EXPERT_NOTE)
+    else:
+        figures.columns_table("step", NEURON_COLUMNS, steps, names)
+        print(
+            "DRAM: of the weights. replay: the reads of a recorded run alone, waited for one layer after the other;\n"
+            f"engine: whole runs, where reads hide behind compute. {result['note']}, and bundles in those after hybrid."
+        )
     print(describe(result["environment"]))
 
 
-def draw(figure: Any, result: dict[str, Any]) -> None:
-    """A bar for every step: how long the disk was busy for a token and, within, what the token waited for it."""
+def draw_experts(figure: Any, result: dict[str, Any]) -> None:
+    """Draws a bar for every step: what a token's time is made of."""
+    done = [row for row in result["steps"] if not row["killed"]]
+    first, last = done[0], done[-1]
+    total, read = (first[key] / last[key] if last[key] else None for key in ("total_s", "bytes"))
+    finding = f"A token comes {times(total)} as fast as in the first row, with {times(read)} fewer bytes"
+    figures.title(figure, finding, figures.measured(result))
+    axes = figure.subplots()
+    figures.stack(axes, done, [row["step"] for row in done])
+    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel("ms per token (mean, first tokens counted)")
+
+
+def draw_neurons(figure: Any, result: dict[str, Any]) -> None:
+    """Draws a bar for every step: how long the disk was busy for a token and, within, what the token waited for it."""
     steps = result["steps"]
     axes = figure.subplots()
     first, last = steps[0], steps[-1]
-    compare.title(
+    figures.title(
         figure,
         f"Reading per token: from {amount(first['bytes'])} in {ms(first['read_s'])} ms to {amount(last['bytes'])} "
         f"in {ms(last['read_s'])} ms, {ms(last['wait_s'])} ms of it waited for",

@@ -20,8 +20,8 @@ from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
-from .baselines.contenders import forget_look_ahead
-from .mixture_model import folder_of
+from .baselines.engine_switches import set_look_ahead
+from .compare import mixture_folder
 from .tools.report import add_output_argument, environment
 from .tools.texts import read_text
 
@@ -49,18 +49,17 @@ class LayerTrace:
         return unpacked(self.active_rows, self.neurons)
 
 
-class Tap:
-    """Stands in a predictor's place and writes down what it chose and what it should have chosen."""
+class PredictorTap:
+    """Stands in a predictor's place and writes down what it chose, and if there is a truth, what that chooses."""
 
-    def __init__(self, inner: Predictor, truth: Predictor, trace: LayerTrace) -> None:
+    def __init__(self, inner: Predictor, truth: Predictor | None, trace: LayerTrace) -> None:
         self.inner, self.truth, self.trace = inner, truth, trace
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         chosen, activations = self.inner(x)
-        active, _ = self.truth(x)
-        mx.eval(chosen, active)
         self.trace.chosen_rows.append(packed(chosen))
-        self.trace.active_rows.append(packed(active))
+        if self.truth is not None:
+            self.trace.active_rows.append(packed(self.truth(x)[0]))
         return chosen, activations
 
 
@@ -81,19 +80,22 @@ def by_block(mask: np.ndarray, neurons_per_block: int) -> np.ndarray:
     return np.logical_or.reduceat(mask, np.arange(0, mask.shape[1], neurons_per_block), axis=1)
 
 
-def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[LayerTrace]:
-    """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more."""
+def record(model: Any, ids: list[int], prefix: list[int], name: str, active: bool = True) -> list[LayerTrace]:
+    """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more.
+
+    active: whether the truly active neurons are recorded, which takes every layer's first projection into memory.
+    """
     if is_mixture(model):
         raise UsageError("this measures neurons; of a mixture of experts, `eviction` and `lookahead` take the experts.")
-    forget_look_ahead(model)  # a guess asks the next layer's predictor too, and would be taken for its choice
+    set_look_ahead(model, "never")  # a guess asks the next layer's predictor too, and would be taken for its choice
     layout = model.flash.manifest.layout
     taps = {}
     for index, layer in enumerate(model.layers):
         mlp = layer.mlp
         if mlp.predictor is None:
             continue
-        truth = mlp.exact_predictor(mx.float32)
-        taps[index] = Tap(mlp.predictor, truth, LayerTrace(index, layout.neurons, layout.neurons_per_block))
+        truth = mlp.exact_predictor(mx.float32) if active else None
+        taps[index] = PredictorTap(mlp.predictor, truth, LayerTrace(index, layout.neurons, layout.neurons_per_block))
         mlp.predictor = taps[index]
     if not taps:
         raise UsageError("no layer of this model has a predictor, so there is nothing to trace.")
@@ -148,8 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: a model, the tokens of the text and of the calibration text."""
+class TracedModel:
+    """A loaded model, the tokens of the text and of the calibration text."""
 
     model: Any
     store: Path
@@ -158,24 +160,24 @@ class Subject:
     prefix: list[int]
 
 
-def head_of(subject: Subject, text: Path) -> dict[str, Any]:
+def head_of(traced: TracedModel, text: Path) -> dict[str, Any]:
     """What the result of every command on traces begins with."""
     return {
-        "environment": environment(subject.store),
+        "environment": environment(traced.store),
         "text": text.name,
-        "tokens": len(subject.ids),
-        "predictor": subject.model.flash.predictor,
+        "tokens": len(traced.ids),
+        "predictor": traced.model.flash.predictor,
     }
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[Subject]:
+def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[TracedModel]:
     """The model and the texts that the arguments name; the text is read before the model is."""
     from mlx_flash.loading.load import load
     from mlx_flash.source.resolve import find_store
 
     text = read_text(arguments.text)
-    store = folder_of(arguments.model) or find_store(arguments.model, say)
+    store = mixture_folder(arguments.model) or find_store(arguments.model, say)
     model, tokenizer = load(store, predictor=arguments.predictor)
     try:
         calibration = files("mlx_flash.convert").joinpath("calibration.txt").read_text(encoding="utf-8")
@@ -186,6 +188,6 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
         if len(ids) < LEAST_TOKENS:
             raise UsageError(f"--text {arguments.text} has {len(ids)} tokens, expected {LEAST_TOKENS} or more.")
         prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        yield Subject(model, store, ids, calibration_ids, prefix)
+        yield TracedModel(model, store, ids, calibration_ids, prefix)
     finally:
         model.flash.close()

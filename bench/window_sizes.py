@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
-    with traces.opened(arguments, print) as subject:
-        history = traces.record(subject.model, subject.ids, subject.prefix, "decoding")
+    with traces.opened(arguments, print) as traced:
+        history = traces.record(traced.model, traced.ids, traced.prefix, "decoding")
         result: dict[str, Any] = {
-            **traces.head_of(subject, arguments.text),
+            **traces.head_of(traced, arguments.text),
         }
-    windows = list(range(1, min(arguments.largest, len(subject.ids) // 4) + 1))
+    windows = list(range(1, min(arguments.largest, len(traced.ids) // 4) + 1))
     result |= {"windows": windows, "layers": [trace.layer for trace in history]}
     for kind in KINDS:
         sizes = [

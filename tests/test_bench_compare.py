@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
-from mlx_flash.bench import compare, steps, traces
+from mlx_flash.bench import steps, traces
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.bench.baselines import contenders, matrices
 from mlx_flash.bench.synthetic import neuron_store
-from mlx_flash.bench.tools import cgroup, disk, report
+from mlx_flash.bench.tools import cgroup, disk, figures, report, subprocess_json
 from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.pool import AlignedPool
@@ -78,20 +78,26 @@ def test_baselines_give_the_engine_s_logits(
     task = task_of(store)
     manifest = read_manifest(store)
     resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
-    keep = (resident + 0.3 * streamed) / (resident + streamed)
+    held = (resident + 0.3 * streamed) / (resident + streamed)
     model, _ = load.load(store, predictor="none")
     expected = logits_of(model)
     model.flash.close()
     # Any budget gives these logits; the commands below load within the smallest, which has to be asked for first.
-    monkeypatch.setattr(contenders, "_load_least", lambda task, options: (load.load(task.store, **options)[0], 0))
-    for side in (contenders.Side("naive"), contenders.Side("hybrid", keep=keep), contenders.Side("dense")):
-        model, _ = contenders._load_baseline(side, task, {"context": 64})
+    monkeypatch.setattr(
+        contenders, "_load_least", lambda folder, *_: load.load(folder, predictor="none", context=64)[0]
+    )
+    for contender in (
+        contenders.Contender("naive"),
+        contenders.Contender("hybrid", held=held),
+        contenders.Contender("dense"),
+    ):
+        model = contenders._load_other_neurons(contender, task).model
         pieces = [(len(layer.mlp.resident), len(layer.mlp.pieces)) for layer in model.layers]
         resident, total = (sum(counts) for counts in zip(*pieces, strict=True))
-        if side.name == "hybrid":
+        if contender.name == "hybrid":
             assert 0 < resident < total
         else:
-            assert resident == (total if side.name == "dense" else 0)
+            assert resident == (total if contender.name == "dense" else 0)
         np.testing.assert_allclose(logits_of(model), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
         model.flash.close()
 
@@ -100,7 +106,7 @@ def test_naive_reads_every_matrix_for_every_token(
     tiny_synthetic: Path, task_of: Callable[[Path], contenders.Task]
 ) -> None:
     manifest = read_manifest(tiny_synthetic)
-    result = contenders._run_here(contenders.Side("naive"), task_of(tiny_synthetic))
+    result = contenders.run_here(contenders.Contender("naive"), task_of(tiny_synthetic))
     everything = manifest.files[Manifest.resident_file]["bytes"] + manifest.layout.file_bytes - result["weights_bytes"]
     for sample in result["samples"]:
         assert sample["bytes"] == pytest.approx(everything, rel=0.01)
@@ -108,20 +114,20 @@ def test_naive_reads_every_matrix_for_every_token(
     assert positions < result["weights_bytes"] < 1.1 * positions  # which, with norms and biases, is what stays
 
 
-def test_a_side_runs_in_a_process_of_its_own(
+def test_a_contender_runs_in_a_process_of_its_own(
     tiny_synthetic: Path, task_of: Callable[[Path], contenders.Task], capfd: pytest.CaptureFixture[str]
 ) -> None:
     task = task_of(tiny_synthetic)
-    result = contenders.run(contenders.Side("flash"), task)
-    assert len(result["samples"]) == len(result["top"]) == task.tokens == len(IDS) - PROMPT
+    result = contenders.run(contenders.Contender("flash"), task)
+    assert len(result["samples"]) == len(result["likeliest"]) == len(IDS) - PROMPT
     assert {"hits", "misses", "bytes", "reads", "read_s", "wait_s", "manage_s", "total_s"} <= set(result["samples"][0])
-    assert result["peak_memory_bytes"] >= result["memory_bytes"] > 0
+    assert result["peak_memory_bytes"] > result["weights_bytes"] > 0
     assert result["weights_bytes"] < result["plan"]["total"]
     with pytest.raises(UsageError, match="needs at least"):
-        contenders.run(contenders.Side("flash", memory=1), task)
+        contenders.run(contenders.Contender("flash", memory=1), task)
     capfd.readouterr()
-    with pytest.raises(FlashError, match="the side nonsense ended with exit code"):
-        contenders.run(contenders.Side("nonsense", options={"nonsense": 1}), task)
+    with pytest.raises(FlashError, match="the contender nonsense ended with exit code"):
+        contenders.run(contenders.Contender("nonsense", options={"nonsense": 1}), task)
     assert "nonsense" in capfd.readouterr().err
 
 
@@ -130,11 +136,11 @@ def test_a_side_runs_in_a_process_of_its_own(
 
 def test_figures_add_up() -> None:
     sample = {"hits": 3, "misses": 1, "bytes": 4000, "reads": 2, "read_s": 2e-3, "wait_s": 5e-4, "manage_s": 1e-4}
-    row = compare.figures([sample | {"total_s": 1e-3}, sample | {"total_s": 3e-3}])
+    row = figures.figures([sample | {"total_s": 1e-3}, sample | {"total_s": 3e-3}])
     assert row["bytes_per_second"] == pytest.approx(2e6)
     assert (row["hidden_s"], row["hit_rate"]) == (pytest.approx(1.5e-3), 0.75)
     assert row["wait_s"] + row["manage_s"] + row["compute_s"] == pytest.approx(row["total_s"]) == 2e-3
-    assert "total_s" not in compare.figures([sample])
+    assert "total_s" not in figures.figures([sample])
 
 
 def test_a_window_keeps_what_its_tokens_used() -> None:
@@ -162,7 +168,7 @@ def command(
     tiny_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a command in this process, whose size is made not to matter; returns the last line."""
-    monkeypatch.setattr(contenders, "run", lambda side, task, group=None: contenders._run_here(side, task))
+    monkeypatch.setattr(subprocess_json, "ask", lambda part, question, *_: contenders.respond(*question))
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
     monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
 
@@ -190,7 +196,7 @@ def test_naive_vs_flash(command: Callable[..., dict[str, Any]], tmp_path: Path) 
     assert [rows[name]["tokens"] for name in rows] == [3, 3, 6, 6]
     assert rows["naive"]["bytes"] > rows["hybrid"]["bytes"] > rows["flash"]["bytes"] > 0 == rows["dense"]["bytes"]
     assert rows["hybrid"]["agreement"] == rows["dense"]["agreement"] == 1 and rows["flash"]["agreement_tokens"] == 3
-    assert len(result["disk"]) == 2
+    assert all(row["sequential_bytes_per_second"] > 0 and not row["killed"] for row in rows.values())
     [kept] = (tmp_path / "kept").iterdir()
     assert kept.stat().st_size == 3 * 2 * 1024 * 256 * 4  # layers, matrices, neurons, width, bytes
 
@@ -228,10 +234,8 @@ def test_kept_matrices_are_whole_and_this_store_s(
     tiny_synthetic: Path, tiny_of: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept(store: Path) -> Path:
-        subject = compare.Subject(store, read_manifest(store), [], 0, {}, None, None)
-        with compare.with_matrices(subject, tmp_path / "kept") as ready:
-            assert ready.matrices is not None
-            return ready.matrices
+        with matrices.kept_matrices(store, read_manifest(store), tmp_path / "kept") as path:
+            return path
 
     def stop(layout: Any) -> int:
         raise KeyboardInterrupt
@@ -259,8 +263,8 @@ def test_kept_matrices_are_whole_and_this_store_s(
 
 def test_baselines_are_for_opt_alone(tiny_synthetic: Path, tmp_path: Path) -> None:
     manifest = replace(read_manifest(tiny_synthetic), model_type="llama")
-    subject = compare.Subject(tiny_synthetic, manifest, [], 0, {}, None, None)
-    with pytest.raises(UsageError, match="written for OPT"), compare.with_matrices(subject, tmp_path):
+    opened = matrices.kept_matrices(tiny_synthetic, manifest, tmp_path)
+    with pytest.raises(UsageError, match="written for OPT"), opened:
         pass
 
 

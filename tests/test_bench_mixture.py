@@ -20,11 +20,12 @@ from mlx_lm.utils import load_model
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.bench import __main__ as bench
-from mlx_flash.bench import compare, mixture_memory, mixture_model, mixture_steps
-from mlx_flash.bench.baselines import mixture_contenders
+from mlx_flash.bench import bench_model, compare, memory
+from mlx_flash.bench.baselines import contenders
 from mlx_flash.bench.synthetic.mixture_checkpoint import REPEATED, SHAPES, popularity, write_mixture
 from mlx_flash.bench.tools import disk, subprocess_json
 from mlx_flash.bench.tools.subprocess_json import KilledError
+from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.layers import experts as layer_module
 from mlx_flash.loading import streaming_needs
@@ -74,6 +75,15 @@ def test_the_products_are_mlx_lms() -> None:
 
 # -- commands ------------------------------------------------------------------------------------------------
 
+STEPS = [
+    "every layer whole",
+    "only the chosen experts, 1 thread",
+    f"+ {THREADS} threads, experts in pieces",
+    "+ slots, least-recent use",
+    "+ eviction by fading use",
+    "+ products while others are read",
+    "+ look-ahead, always",
+]
 Command = Callable[..., dict[str, Any]]
 
 
@@ -111,14 +121,14 @@ def answers() -> dict[str, str]:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
-    """The sides run in this process, whose size is made not to matter."""
+    """The contenders run in this process, whose size is made not to matter."""
 
     def ask(part: str, question: Any, name: str, group: Any = None) -> Any:
         kind, first, second = question
         asked = {key: second[key] for key in ("folder", "ids", "prompt")} if kind == "run" else second
         key = json.dumps((kind, first, asked))
         if key not in answers:
-            answers[key] = json.dumps(mixture_contenders.respond(*question))
+            answers[key] = json.dumps(contenders.respond(*question))
         return json.loads(answers[key])
 
     monkeypatch.setattr(subprocess_json, "ask", ask)
@@ -128,7 +138,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> Non
 
 
 def test_naive_vs_flash(command: Command) -> None:
-    """Each side in a process of its own, as users have it."""
+    """Each contender in a process of its own, as users have it."""
     result = command("naive-vs-flash", "--baseline-tokens", "2", "--no-cgroup", "--force")
     rows = result["sides"]
     assert list(rows) == ["resident", "lazy", "naive", "flash"] and not result["left_out"]
@@ -147,7 +157,7 @@ def test_naive_vs_flash(command: Command) -> None:
 def test_steps(command: Command, one_process: None) -> None:
     result = command("steps", "--baseline-tokens", "2", "--no-cgroup")
     whole, single, pieces, kept, *rest = result["steps"]
-    assert [row["step"] for row in result["steps"]] == [mixture_steps.BASELINE, *mixture_steps.STEPS]
+    assert [row["step"] for row in result["steps"]] == STEPS
     assert whole["bytes"] >= result["experts_bytes"] > single["bytes"] > kept["bytes"] > 0
     chosen = result["layers"] * result["choices"] * result["expert_bytes"]
     for row in (single, pieces):
@@ -179,6 +189,9 @@ def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatc
         def peak_bytes(self) -> int:
             return 1
 
+        def kills(self) -> int:
+            return 0
+
     @contextmanager
     def group(limit: int) -> Iterator[Group]:
         limits.append(limit)
@@ -192,7 +205,7 @@ def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatc
     inner = subprocess_json.ask
     monkeypatch.setattr(subprocess_json, "ask", ask)
     monkeypatch.setattr(compare, "fence_problem", lambda unwanted: None)
-    monkeypatch.setattr(mixture_model, "memory_group", group)
+    monkeypatch.setattr(bench_model, "memory_group", group)
     result = command("naive-vs-flash", "--memory", "260MB")
     assert {name: row["killed"] for name, row in result["sides"].items()} == {
         **{"resident": False, "lazy": True},
@@ -210,9 +223,9 @@ def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatc
 
 
 def test_slot_counts() -> None:
-    assert mixture_memory.slot_counts(8, 128, 6) == [1, 8, 16, 32, 64, 128]
-    assert mixture_memory.slot_counts(8, 128, 2) == [1, 128]
-    assert mixture_memory.slot_counts(8, 3, 4) == [1, 3]
+    assert memory.slot_counts(8, 128, 6) == [1, 8, 16, 32, 64, 128]
+    assert memory.slot_counts(8, 128, 2) == [1, 128]
+    assert memory.slot_counts(8, 3, 4) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +266,9 @@ def test_a_model_within_a_larger_one(tmp_path: Path, one_process: None) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), {f"language_model.{k}": v for k, v in weights.items()})
     write_tokenizer(folder)
     given = ["memory", "--model", str(folder), "--prompt", "3", "--tokens", "2", "--no-cgroup"]
-    subject = mixture_model.opened(bench.make_parser().parse_args(given), folder)
-    assert subject.about["vocabulary"] == config["vocab_size"] > max(subject.ids) and len(subject.ids) == 5
-    assert subject.about["positions"] == config["max_position_embeddings"]
+    with compare.opened(bench.make_parser().parse_args(given), folder) as model:
+        assert model.about["vocabulary"] == config["vocab_size"] > max(model.ids) and len(model.ids) == 5
+        assert model.about["positions"] == config["max_position_embeddings"]
 
 
 def test_expert_reads_need_experts(tmp_path: Path) -> None:

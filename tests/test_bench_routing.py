@@ -41,10 +41,10 @@ def open_mixture(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         model.flash.close()
 
 
-def tap_of(chosen: np.ndarray, ranks: np.ndarray) -> routing.Tap:
+def tap_of(chosen: np.ndarray, ranks: np.ndarray) -> routing.RouterTap:
     """What a layer's tap has after such choices, bool (T, E), and such ranks of all states, int (T, E)."""
     trace = traces.LayerTrace(0, chosen.shape[1], 1, [np.packbits(chosen, axis=1)])
-    tap = routing.Tap(None, trace, None, {state: lambda: mx.array(0) for state in experts_ahead.WINDOWS})
+    tap = routing.RouterTap(None, trace, None, {state: lambda: mx.array(0) for state in experts_ahead.WINDOWS})
     tap.choices = int(chosen[0].sum())
     tap.rank_rows = {state: [ranks.astype(np.int16)] for state in tap.states}
     return tap

@@ -1,21 +1,29 @@
-"""One side of a comparison, in a process of its own: loads a store in one way, feeds it given tokens, counts.
+"""One contender of a comparison, in a process of its own: it loads a model in one way, takes given tokens and counts.
 
-The tokens are given, not sampled, so that every side does the same work; the logits tell whether it did.
+The tokens are given, not sampled. Every contender therefore does the same work, and its likeliest tokens show that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mlx_flash.flash.files import Manifest
+import mlx.core as mx
+
+from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.host_arrays import to_numpy
-from mlx_flash.flash.system import current_memory_bytes, peak_memory_bytes
+from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.system import peak_memory_bytes
+from mlx_flash.loading.config import holds_mixture
 
+from ..synthetic.neuron_store import is_synthetic, shape_label
 from ..tools import subprocess_json
+from .engine_switches import LookAheadMode, keep_nothing_between_calls, read_before_products, set_look_ahead
 
 PART = "mlx_flash.bench.baselines.contenders"
 SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it needs
@@ -23,94 +31,210 @@ HALF = 0.5
 
 
 @dataclass(frozen=True)
-class Side:
-    """How to run: "naive", "hybrid", "dense" or "flash"; "plan" loads what is least and stops there.
+class Contender:
+    """How to run a model.
 
-    memory: bytes for the whole process, of flash only; None as in mlx_flash.load. keep: share of the model's bytes that
-    hybrid has in memory. look_ahead: as the engine has it, which tries out whether it pays, or all the time, or never.
+    name: of a model whose neurons are streamed, "naive", "hybrid", "dense" or "flash". Of a mixture of experts,
+    "resident" or "lazy", which are mlx-lm's loading, "naive", which reads every layer whole, or "flash".
+    held: share of the model's bytes that "hybrid" has in memory. The rest is for "flash" alone.
+    memory: bytes for the whole process, as in `mlx_flash.load`. options: further ones of it.
+    keep: False: experts leave their slots after each call.
+    overlap: False: experts are multiplied once all of them are read.
     """
 
     name: str
     memory: int | None = None
-    keep: float = HALF
-    look_ahead: Literal["tried", "always", "never"] = "tried"
-    options: dict[str, Any] = field(default_factory=dict)  # of mlx_flash.load
+    held: float = HALF
+    look_ahead: LookAheadMode = "tried"
+    keep: bool = True
+    overlap: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: `prompt` tokens at once, then `tokens` one by one, out of `ids`.
+    """What to run: the first `prompt` of `ids` at once, then the others one by one.
 
-    matrices: file of `baselines.write_matrices`, for the baselines. label: for the progress line.
+    matrices: file of `matrices.write_matrices`, for the baselines. label: for the progress line. began: when the
+    question was asked, by time.time().
     """
 
-    store: str
+    folder: str
     ids: list[int]
     prompt: int
     matrices: str = ""
     label: str = ""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids) - self.prompt
+    began: float = 0.0
 
 
-def run(side: Side, task: Task, group: Any = None) -> dict[str, Any]:
-    """Runs a side in a child process, in a memory cgroup if one is given. Raises FlashError if it fails.
+@dataclass
+class Loaded:
+    """A model that is ready to run. told: what loading adds to the answer."""
 
-    Returns "samples": Counters and `total_s` of every token; "top": the most likely token after each; "prompt": the
-    prompt's Counters; "plan"; in bytes "weights_bytes", planned to stay in memory, and "peak_memory_bytes",
-    of the process (on Linux without what a baseline had while it was loaded).
+    model: Any
+    counters: Counters = field(default_factory=Counters)
+    close: Callable[[], None] = lambda: None
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def run(contender: Contender, task: Task, group: Any = None) -> dict[str, Any]:
+    """Runs a contender in a child process, in a memory cgroup if one is given. Raises FlashError if it fails.
+
+    Returns "samples": Counters and `total_s` of every token; "prompt": the same of the prompt; "likeliest": the most
+    likely token after each call; in bytes "written_bytes" and "peak_memory_bytes" of the process. A model whose neurons
+    are streamed adds "weights_bytes", which are planned to stay in memory. "flash" adds its plan and its slots.
     """
-    return subprocess_json.ask(PART, [asdict(side), asdict(task)], side.name, group)
+    return subprocess_json.ask(PART, ("run", asdict(contender), asdict(task)), contender.name, group)
 
 
-def _load_least(task: Task, options: dict[str, Any]) -> tuple[Any, int]:
-    """The model within the smallest budget, and that budget."""
+def ask_about(folder: Path, context: int) -> dict[str, Any]:
+    """What `examine` tells of a model, from a process like those that will run it."""
+    return subprocess_json.ask(PART, ("examine", str(folder), context), "examine")
+
+
+def respond(question: str, first: Any, second: Any) -> dict[str, Any]:
+    """The child's work."""
+    if question == "examine":
+        return examine(Path(first), second)
+    return run_here(Contender(**first), Task(**second))
+
+
+# -- what a model holds --------------------------------------------------------------------------------------
+
+
+def examine(folder: Path, context: int) -> dict[str, Any]:
+    """What a model holds, and the smallest budget for it; "told" goes into every result. No weights are read."""
+    from mlx_flash.loading.load import plan
+    from mlx_flash.loading.plan import ENDLESS
+
+    planned = plan(folder, memory=ENDLESS, context=context)
+    units = planned.units
+    about = {
+        "smallest_bytes": planned.smallest,
+        "layers": units.layers,
+        "units": units.per_layer,
+        "least_units": units.least,
+        "unit_bytes": planned.slot_bytes,
+        "process_bytes": planned.demand.process,
+        "resident_bytes": planned.demand.resident,
+        "predictor_bytes": planned.demand.predictors,
+    }
+    return about | (_about_experts if holds_mixture(folder) else _about_neurons)(folder, context)
+
+
+def _about_neurons(folder: Path, context: int) -> dict[str, Any]:
+    manifest, config = read_manifest(folder), json.loads((folder / "config.json").read_text())
+    names = [Manifest.resident_file, *map(Manifest.predictor_file, manifest.predictors)]
+    return {
+        "streamed_bytes": manifest.layout.file_bytes,
+        "streamed": [str(folder / Manifest.neurons_file)],
+        "other_files": [str(folder / name) for name in names],
+        "vocabulary": config["vocab_size"],
+        "positions": config.get("max_position_embeddings", context),
+        "told": {
+            "model": shape_label(manifest) or folder.resolve().name,
+            "synthetic": is_synthetic(manifest),
+            "store": folder.name,
+            "predictor": manifest.default_predictor,
+        },
+    }
+
+
+def _about_experts(folder: Path, context: int) -> dict[str, Any]:
+    from mlx_flash.loading.expert_files import open_mixture
+    from mlx_flash.loading.memory_needs import needs_of
+    from mlx_flash.loading.mixture import number_of, streamed_layers
+
+    mixture = open_mixture(folder)
+    needs = needs_of(mixture.model, streamed_layers(mixture), context)
+    layers, synthetic = len(mixture.switches), "synthetic" in mixture.config
+    experts_bytes = layers * mixture.experts * mixture.expert_bytes
+    return {
+        "streamed_bytes": experts_bytes,
+        "streamed": [str(file) for file in sorted(mixture.files, key=lambda path: -path.stat().st_size)],
+        "other_files": [],
+        "choices": needs.choices,
+        "vocabulary": needs.vocabulary,
+        "positions": number_of(mixture.config, "max_position_embeddings", context),
+        "told": {
+            "model": folder.resolve().name + (" (synthetic weights and routing)" if synthetic else ""),
+            "synthetic": synthetic,
+            "layers": layers,
+            "experts": mixture.experts,
+            "experts_bytes": experts_bytes,
+            "expert_bytes": mixture.expert_bytes,
+            "choices": needs.choices,
+        },
+    }
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load_contender(contender: Contender, task: Task, experts: bool) -> Loaded:
+    """The model as the contender has it. experts: whether they are what it streams."""
+    if contender.name == "flash":
+        return _load_flash(contender, task)
+    return _load_other_experts(contender, Path(task.folder)) if experts else _load_other_neurons(contender, task)
+
+
+def _load_flash(contender: Contender, task: Task) -> Loaded:
+    from mlx_flash.loading.load import load
+
+    model, _ = load(task.folder, memory=contender.memory, context=len(task.ids), **contender.options)
+    if not contender.keep:
+        keep_nothing_between_calls(model, contender.options.get("window"))
+    if not contender.overlap:
+        read_before_products(model)
+    set_look_ahead(model, contender.look_ahead)
+    plan = model.flash.plan
+    told = {"plan": plan.as_dict(), "slots": list(plan.slots), "slot_share": plan.slot_share}
+    told["weights_bytes"] = plan.demand.resident + plan.demand.predictors + plan.slots_bytes
+    return Loaded(model, model.flash.streamer.counters, model.flash.close, told)
+
+
+def _load_least(folder: str, context: int, options: dict[str, Any]) -> Any:
+    """The model within the smallest budget."""
     from mlx_flash.loading.load import load, plan
     from mlx_flash.loading.plan import ENDLESS
 
-    least = plan(task.store, memory=ENDLESS, **options).smallest
-    return load(task.store, memory=least + SPARE_BYTES, **options)[0], least
+    options = {**options, "context": context, "predictor": "none"}
+    least = plan(folder, memory=ENDLESS, **options).smallest
+    return load(folder, memory=least + SPARE_BYTES, **options)[0]
 
 
-def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
-    """The model and the bytes of its weights in memory.
-
-    "naive" keeps nothing; "hybrid" a share of the model's bytes, what the engine has resident counted in.
-    """
+def _load_other_neurons(contender: Contender, task: Task) -> Loaded:
+    """The contender "hybrid" keeps a share of the model's bytes, in which all that is always resident counts."""
     from mlx_flash.loading.dense import compute_dtype
 
     from .matrices import keep_nothing, keep_some
 
-    model, _ = _load_least(task, {**options, "predictor": "none"})
+    model = _load_least(task.folder, len(task.ids), contender.options)
     manifest, matrices = model.flash.manifest, Path(task.matrices)
-    if side.name == "naive":
-        return model, keep_nothing(model, Path(task.store), matrices, compute_dtype(manifest.resident_dtype))
-    resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
-    wanted = streamed if side.name == "dense" else max(0, int(side.keep * (resident + streamed)) - resident)
-    kept = keep_some(model, matrices, wanted)
-    return model, model.flash.plan.demand.resident + kept
+    if contender.name == "naive":
+        dtype = compute_dtype(manifest.resident_dtype)
+        weights_bytes = keep_nothing(model, Path(task.folder), matrices, dtype)
+    else:
+        resident, streamed = manifest.files[Manifest.resident_file]["bytes"], manifest.layout.file_bytes
+        wanted = max(0, int(contender.held * (resident + streamed)) - resident)
+        kept = keep_some(model, matrices, streamed if contender.name == "dense" else wanted)
+        weights_bytes = model.flash.plan.demand.resident + kept
+    _forget_peak()
+    return Loaded(model, model.flash.streamer.counters, model.flash.close, {"weights_bytes": weights_bytes})
 
 
-def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
-    from mlx_flash.layers.lookahead_trial import LookAheadTrial
-    from mlx_flash.loading.load import load
+def _load_other_experts(contender: Contender, folder: Path) -> Loaded:
+    from mlx_flash.text.tokenizer import load_tokenizer
 
-    model, _ = load(task.store, memory=side.memory, **options)
-    if side.look_ahead == "never":
-        forget_look_ahead(model)
-    for layer in model.layers:
-        if side.look_ahead == "always" and layer.mlp.ahead is not None:
-            layer.mlp.ahead.trial = LookAheadTrial(warm_up=2**62)
-    plan = model.flash.plan
-    return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
+    load_tokenizer(folder)  # flash loads it as well
+    if contender.name == "naive":
+        from .whole_layers import load_whole_layers
 
+        model, streamer = load_whole_layers(folder)
+        return Loaded(model, streamer.counters, streamer.close)
+    from mlx_lm.utils import load_model
 
-def forget_look_ahead(model: Any) -> None:
-    """From now on no layer guesses what the next one will need."""
-    for layer in model.layers:
-        layer.mlp.ahead = None
+    return Loaded(load_model(folder, lazy=contender.name == "lazy")[0])
 
 
 def _forget_peak() -> None:
@@ -119,69 +243,61 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _run_here(side: Side, task: Task) -> dict[str, Any]:
-    """The child's work."""
-    options = {**side.options, "context": len(task.ids)}
+# -- running -------------------------------------------------------------------------------------------------
+
+
+def run_here(contender: Contender, task: Task) -> dict[str, Any]:
+    """The child's work, see `run`."""
+    experts = holds_mixture(Path(task.folder))
     began = time.perf_counter()
-    if side.name == "plan":
-        model, least = _load_least(task, options)
-        plan = model.flash.plan
-        return {
-            "smallest_bytes": least,
-            "slots": sum(plan.slots),
-            "blocks": plan.units.layers * plan.units.per_layer,
-            "slot_bytes": plan.slot_bytes,
-            "plan": plan.as_dict(),
-            "predictor": model.flash.predictor,
-        }
-    if side.name == "flash":
-        model, weights = _load_flash(side, task, options)
-    else:
-        model, weights = _load_baseline(side, task, options)
-        _forget_peak()
-    load_s = time.perf_counter() - began
-    result = {"side": side.name, "predictor": model.flash.predictor, "load_s": load_s, "weights_bytes": weights}
-    result |= _decode(model, task, side.name)
-    plan = model.flash.plan
-    result |= {
-        "memory_bytes": current_memory_bytes(),
-        "peak_memory_bytes": peak_memory_bytes(),  # last: asking takes memory, too
-        "plan": plan.as_dict(),
-        "slot_share": plan.slot_share,
-    }
-    model.flash.close()
+    loaded = load_contender(contender, task, experts)
+    result: dict[str, Any] = {"load_s": time.perf_counter() - began, **loaded.told}
+    result |= decode(loaded, task, answers_prompt=experts)
+    loaded.close()
+    result["written_bytes"] = written_bytes()
+    result["peak_memory_bytes"] = peak_memory_bytes()  # last: asking takes memory as well
     return result
 
 
-def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
-    import mlx.core as mx
+def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
+    """Takes the prompt at once and the other tokens one by one: figures and the likeliest token after each.
+
+    answers_prompt: whether the logits after the prompt are asked for. Generation asks for them once, after the last
+    chunk of a prompt.
+    """
     from mlx_lm.models.cache import make_prompt_cache
     from tqdm import tqdm
 
-    from mlx_flash.layers.neurons import StreamedNeurons
+    cache = make_prompt_cache(loaded.model)
+    samples, likeliest = [], []
+    first_token_s = None
+    calls = [task.ids[: task.prompt], *([token] for token in task.ids[task.prompt :])]
+    for turn, call in enumerate(tqdm(calls, desc=task.label, unit="call", dynamic_ncols=True)):
+        before, began = loaded.counters.copy(), time.perf_counter()
+        logits = loaded.model(mx.array([call]), cache=cache)
+        if turn or answers_prompt:
+            best = mx.argmax(logits[0, -1])
+            mx.eval(best, [c.state for c in cache])
+            likeliest.append(int(to_numpy(best).item()))
+            first_token_s = first_token_s or time.time() - task.began
+        else:
+            mx.eval([c.state for c in cache])
+            loaded.model.flash.settle()
+        samples.append(asdict(loaded.counters - before) | {"total_s": time.perf_counter() - began})
+    return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
 
-    cache = make_prompt_cache(model)
-    counters = model.flash.streamer.counters
-    top, samples = [], []
-    began, before = time.perf_counter(), counters.copy()
-    if task.prompt:
-        model(mx.array([task.ids[: task.prompt]]), cache=cache)
-        mx.eval([c.state for c in cache])  # as generation does: nobody asks for the logits inside a prompt
-        for layer in model.layers:
-            if isinstance(layer.mlp, StreamedNeurons):
-                layer.mlp.settle()
-    prompt_s = time.perf_counter() - began
-    prompt = asdict(counters - before)
-    for token in tqdm(task.ids[task.prompt :], desc=task.label or name, unit="token", dynamic_ncols=True):
-        before = counters.copy()
-        began = time.perf_counter()
-        logits = to_numpy(model(mx.array([[token]]), cache=cache)[0, -1])
-        sample = asdict(counters - before)
-        sample["total_s"] = time.perf_counter() - began
-        samples.append(sample)
-        top.append(int(logits.argmax()))
-    return {"prompt_s": prompt_s, "prompt": prompt, "samples": samples, "top": top}
+
+def written_bytes() -> int | None:
+    """What this process has caused to be written to a disk; None where the system does not say (macOS).
+
+    Standard error counts where it goes to a file.
+    """
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), None)
 
 
 if __name__ == "__main__":
-    subprocess_json.answer(lambda side, task: _run_here(Side(**side), Task(**task)))
+    subprocess_json.answer(respond)

@@ -11,7 +11,10 @@ import fcntl
 import math
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.errors import ReadError, UsageError
+from mlx_flash.errors import FlashError, ReadError, UsageError
 from mlx_flash.flash.files import Manifest, NeuronLayout, round_up
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.neurons import NeuronFile
@@ -31,6 +34,7 @@ from mlx_flash.flash.safetensors_file import TensorEntry, read_header
 from mlx_flash.flash.system import READ_ALIGNMENT
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.neurons import StreamedNeurons
+from mlx_flash.source.cached import MATRICES, in_use
 
 PIECE_BYTES = 16 << 20
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # by safetensors' names
@@ -68,6 +72,52 @@ def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def matrices_problem(manifest: Manifest) -> str | None:
+    """Why the baselines cannot run a model, or None: they know OPT's tensors and an FFN without a gate."""
+    if manifest.model_type == "opt":
+        return None
+    return f"the baselines are written for OPT, and this model's type is {manifest.model_type}"
+
+
+@contextmanager
+def kept_matrices(store: Path, manifest: Manifest, folder: Path | None) -> Iterator[Path]:
+    """The file of a store's matrices, in a folder that stays; None: in a temporary one beside the store.
+
+    The file's name holds the checksum of the store's own checksums. The file of another store therefore has another
+    name.
+    """
+    if problem := matrices_problem(manifest):
+        raise UsageError(f"{problem}. Choose the store of another model.")
+    digest = manifest.files[Manifest.neurons_checksums_file]["sha256"]
+    with ExitStack() as stack:
+        if folder is None:
+            folder = stack.enter_context(_temporary_folder(store))
+        path = folder / f"matrices-{digest[:12]}.bin"
+        if not path.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_matrices(store, manifest.layout, path)
+            except OSError as error:
+                raise FlashError(
+                    f"the baselines' matrices cannot be written into {folder} ({error.strerror}): "
+                    "free some room there, or pass another folder as --matrices."
+                ) from None
+        yield path
+
+
+@contextmanager
+def _temporary_folder(store: Path) -> Iterator[Path]:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=MATRICES, dir=store.resolve().parent))
+    except OSError as error:
+        raise UsageError(f"nothing can be written beside the store ({error}): pass --matrices.") from None
+    with in_use(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, total: int) -> None:

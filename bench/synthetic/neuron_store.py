@@ -149,6 +149,15 @@ def is_synthetic(manifest: Manifest) -> bool:
     return "synthetic" in manifest.source
 
 
+def shape_label(manifest: Manifest) -> str | None:
+    """What the outputs call a synthetic store; None for a real one."""
+    if not is_synthetic(manifest):
+        return None
+    shape = tuple(manifest.source["synthetic"]["shape"])
+    names = [f"OPT-{name.upper()}" for name, dims in SHAPES.items() if dims == shape]
+    return f"synthetic weights of {names[0] if names else ' x '.join(map(str, shape))} shape"
+
+
 # -- writing -------------------------------------------------------------------------------------------------
 
 

@@ -66,9 +66,3 @@ def prepare(paths: Sequence[Path]) -> dict[str, Any]:
     first = sequential_rate(paths)
     state = DISK_STATE if platform.system() == "Linux" else DISK_STATE.replace("O_DIRECT", "F_NOCACHE")
     return {**first, "state": state if first["direct"] else DISK_STATE_BUFFERED}
-
-
-def rates(first: dict[str, Any], measured: Sequence[dict[str, Any]]) -> str:
-    """The ceiling, for a table: the first pass, and `sequential_rate` read again later."""
-    each = [f"{one['bytes'] / one['seconds'] / 1e9:.2f}" for one in (first, *measured)]
-    return f"in sequence {' / '.join(each[1:])} GB/s ({each[0]} when every byte was read for the first time)"

@@ -31,7 +31,7 @@ def ask(part: str, question: Sequence[Any], name: str, group: MemoryGroup | None
         raise (UsageError if done.returncode == UsageError.exit_code else FlashError)(result["error"])
     if done.returncode == 0:
         return result
-    ended = f"the side {name} ended with exit code {done.returncode}"
+    ended = f"the contender {name} ended with exit code {done.returncode}"
     if group is not None and (kills := group.kills()):
         raise KilledError(f"{ended}, killed by the kernel {kills} times (see above).")
     raise FlashError(f"{ended} (see above).")

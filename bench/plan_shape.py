@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import DECODE_TOKENS
-from mlx_flash.convert.fitting import SHADOW_GROUP
+from mlx_flash.convert.fitting import shadow_bytes
 from mlx_flash.convert.resident import ResidentTensors
 from mlx_flash.convert.store_plan import RESIDENT_GROUP, Settings
 from mlx_flash.defaults import BITS, CONTEXT
-from mlx_flash.flash.files import ITEM_BYTES, NeuronLayout
+from mlx_flash.flash.files import NeuronLayout
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, PlanNotes, make_plan, parse_memory
@@ -96,10 +96,3 @@ def resident_bytes(config: dict[str, Any], bits: int) -> int:
 
 def _nothing(name: str) -> mx.array:
     raise NotImplementedError(name)  # only shapes are asked for
-
-
-def shadow_bytes(layout: NeuronLayout, bits: int) -> int:
-    """Of the default predictor: packed numbers, a scale and a bias per group, a threshold in float32 per neuron."""
-    numbers = layout.width * layout.neurons
-    groups = numbers // SHADOW_GROUP * 2 * ITEM_BYTES[layout.dtype]
-    return layout.layers * (numbers * bits // 8 + groups + layout.neurons * 4)

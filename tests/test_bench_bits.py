@@ -15,6 +15,7 @@ from mlx_flash.bench import bits
 from mlx_flash.bench import plan_shape as bench_plan
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.convert.conversion import Settings
+from mlx_flash.convert.fitting import shadow_bytes
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
 
@@ -79,7 +80,7 @@ def test_the_plan_counts_what_a_conversion_stores(tiny_of: Any) -> None:
         )
         assert bench_plan.resident_bytes(config, manifest.resident_bits) == header - 8
         layout = manifest.layout
-        assert bench_plan.shadow_bytes(layout, 3) == manifest.predictors["shadow"]["bytes"]
+        assert shadow_bytes(layout, 3) == manifest.predictors["shadow"]["bytes"]
 
 
 def test_layouts_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

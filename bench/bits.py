@@ -30,7 +30,7 @@ LEAST_TOKENS = 64
 
 
 @dataclass
-class Row:
+class StoreRow:
     """One store and what was measured of it."""
 
     bits: int
@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], groups: list[int]) -> list[Row]:
+def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], groups: list[int]) -> list[StoreRow]:
     rows = []
     for bits, resident in stores:
         for group in groups if bits < 16 else groups[:1]:
@@ -116,11 +116,11 @@ def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], group
                 "neurons_per_block": manifest.layout.neurons_per_block,
                 "block_bytes": manifest.layout.block_bytes,
             }
-            rows.append(Row(bits, resident, group, store, result))
+            rows.append(StoreRow(bits, resident, group, store, result))
     return rows
 
 
-def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[list[int], list[int]]:
+def measure_quality(row: StoreRow, text: str, tokens: int, predicted: bool) -> tuple[list[int], list[int]]:
     """Perplexity with all neurons and, if asked, with those the predictor chooses. Returns ids and their prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -139,7 +139,7 @@ def measure_quality(row: Row, text: str, tokens: int, predicted: bool) -> tuple[
     return ids, prefix
 
 
-def measure_speed(rows: list[Row], ids: list[int], timed: int, share: float) -> None:
+def measure_speed(rows: list[StoreRow], ids: list[int], timed: int, share: float) -> None:
     """Given tokens one by one, `share` of the neurons in slots; the stores take turns, twice."""
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -183,7 +183,7 @@ def open_with(store: Path, share: float) -> Any:
     return model
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[StoreRow]) -> None:
     sizes = ("group", "bits/number", "store MB", "neurons MB")
     heads = (*sizes, "perplexity", "change", "predicted", "slots", "tokens/s", "MB/token")
     print(f"{'bits':<8}" + "".join(f"{head:>12}" for head in heads))

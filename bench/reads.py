@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 @dataclass
-class Row:
+class ReadRow:
     """What all rounds gave at one piece size and number of threads."""
 
     piece_bytes: int
@@ -135,9 +135,9 @@ class Row:
         }
 
 
-def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> list[Row]:
+def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> list[ReadRow]:
     """Every method at every size and depth, then all of it again: what drifts, drifts through all alike."""
-    rows = [Row(kib << 10, threads) for threads in arguments.threads for kib in arguments.pieces_kib]
+    rows = [ReadRow(kib << 10, threads) for threads in arguments.threads for kib in arguments.pieces_kib]
     seconds = arguments.seconds
     with contextlib.ExitStack() as stack:
         readers = {threads: stack.enter_context(Reader(threads)) for threads in arguments.threads}
@@ -162,7 +162,7 @@ def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> l
     return rows
 
 
-def _ours(reader: Reader, file: UnitFile, row: Row, seed: int, seconds: float) -> dict[str, Sample]:
+def _ours(reader: Reader, file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, Sample]:
     pieces = Pieces(file, row.piece_bytes, seed)
     slots = methods.keep_full(reader, pieces, seconds)
     drained = methods.drain_batches(reader, pieces, seconds)
@@ -177,7 +177,7 @@ def _ours(reader: Reader, file: UnitFile, row: Row, seed: int, seconds: float) -
     }
 
 
-def _python(file: UnitFile, row: Row, seed: int, seconds: float) -> dict[str, Sample]:
+def _python(file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, Sample]:
     pieces = Pieces(file, row.piece_bytes, seed)
     pieces.use_slots(row.threads)
     return {
@@ -186,7 +186,7 @@ def _python(file: UnitFile, row: Row, seed: int, seconds: float) -> dict[str, Sa
     }
 
 
-def _fio(fio: str | None, file: UnitFile, row: Row, seconds: float) -> dict[str, Sample]:
+def _fio(fio: str | None, file: UnitFile, row: ReadRow, seconds: float) -> dict[str, Sample]:
     if fio is None:
         return {}
     return {"fio": methods.run_fio(fio, file.path, file.direct, row.piece_bytes, row.threads, seconds)}

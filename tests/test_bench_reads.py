@@ -64,9 +64,9 @@ def test_its_own_file_is_removed(
     pytest.importorskip("matplotlib")
     seen = []
 
-    def measure(file: UnitFile, fio: str | None, arguments: object) -> list[reads.Row]:
+    def measure(file: UnitFile, fio: str | None, arguments: object) -> list[reads.ReadRow]:
         seen.append((file.path, file.size))
-        row = reads.Row(4 * KIB, 1)
+        row = reads.ReadRow(4 * KIB, 1)
         row.samples = {name: [read_methods.Sample(8, 1.0, 1)] for name in reads.METHODS}
         return [row]
 

@@ -145,7 +145,7 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
         os.fsync(file.fileno())
 
 
-class _Conveyor:
+class _PieceConveyor:
     """The pieces that are read for every token, of all layers in order, over and over; one is always on its way."""
 
     def __init__(self, streamer: NeuronFile, matrices: UnitFile, piece_bytes: int) -> None:
@@ -177,7 +177,7 @@ class _Conveyor:
 class _Neurons:
     """A layer's whole FFN, piece by piece: the first `resident` pieces stay in memory, the others are read."""
 
-    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, conveyor: _Conveyor) -> None:
+    def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, conveyor: _PieceConveyor) -> None:
         # Not the layer itself: its slots are not used any more.
         self.biases = {name: mlp[name] for name in ("up_bias", "down_bias") if name in mlp}
         self.conveyor, self.layout = conveyor, mlp.units.layout
@@ -235,7 +235,7 @@ def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
     rows = rows_of_piece(layout)
     per_layer = 2 * -(-layout.neurons // rows)
     pieces = min(resident_bytes // (rows * layout.row_bytes), per_layer * layout.layers)
-    conveyor = _Conveyor(model.flash.streamer, UnitFile(matrices), rows * layout.row_bytes)
+    conveyor = _PieceConveyor(model.flash.streamer, UnitFile(matrices), rows * layout.row_bytes)
     for i, (layer, kept) in enumerate(zip(model.layers, spread_pieces(pieces, layout.layers), strict=True)):
         layer.mlp = _Neurons(layer.mlp, i, kept, conveyor)
     return sum(pool.nbytes for layer in model.layers for pool in layer.mlp.resident)

@@ -19,7 +19,7 @@ from mlx_flash.loading.mixture import open_files, read_resident
 from mlx_flash.loading.plan import MLX_CACHE_BYTES
 
 
-class Conveyor:
+class LayerConveyor:
     """All experts of every layer in turn, over and over; one layer is always on its way, in long reads."""
 
     def __init__(self, streamer: ExpertFiles, layers: list[dict[str, ExpertTensor]]) -> None:
@@ -63,7 +63,7 @@ class Conveyor:
 class WholeLayer(nn.Module):
     """A switch layer whose experts all come from the disk for every call."""
 
-    def __init__(self, inner: Any, conveyor: Conveyor) -> None:
+    def __init__(self, inner: Any, conveyor: LayerConveyor) -> None:
         super().__init__()
         self._inner, self._conveyor = inner, conveyor
 
@@ -86,7 +86,7 @@ def load_whole_layers(folder: Path) -> tuple[Any, ExpertFiles]:
     mixture = open_mixture(folder)
     read_resident(mixture)
     streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
-    conveyor = Conveyor(streamer, list(mixture.switches.values()))
+    conveyor = LayerConveyor(streamer, list(mixture.switches.values()))
     for path in mixture.switches:
         parent, name = parent_of(mixture.model, path)
         parent[name] = WholeLayer(parent[name], conveyor)

@@ -15,10 +15,10 @@ from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.experts import ExpertFiles, ExpertSlots
 from mlx_flash.flash.reader import Reader
-from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.mixture import open_files
 
+from .baselines.engine_switches import empty_slots
 from .compare import mixture_folder
 from .tools import disk, figures
 from .tools.read_methods import find_fio, run_fio
@@ -80,7 +80,7 @@ def fetches(
     before, began, calls = counters.copy(), time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         for stream in streams:
-            stream.cache = SlotCache(stream.experts, stream.cache.slots)
+            empty_slots(stream)
             stream.begin(np.sort(rng.choice(stream.experts, missing, replace=False)))
             stream.land()
             calls += 1

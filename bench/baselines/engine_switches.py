@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_flash.flash.experts import ExpertSlots
 from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.lookahead_trial import LookAheadTrial
@@ -28,6 +29,11 @@ def keep_nothing_between_calls(model: Any, window: int | None) -> None:
     for layer in model.flash.layers:
         cache = layer.units.cache
         layer.units.cache = EmptiedCache(len(cache.slot_of), cache.slots, window)
+
+
+def empty_slots(slots: ExpertSlots) -> None:
+    """Lets the slots of a layer of experts begin anew."""
+    slots.cache = SlotCache(slots.experts, slots.cache.slots)
 
 
 class EmptiedCache(SlotCache):

@@ -89,7 +89,7 @@ class BenchModel:
         """What every result begins with."""
         return {
             "environment": environment(self.folder),
-            "kind": self.kind,
+            "streams": self.kind,
             "weights_bytes": self.weights_bytes,
             "base_bytes": self.base_bytes,
             "prompt": self.prompt,

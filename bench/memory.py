@@ -112,7 +112,7 @@ NEURON_NOTE = (
 
 
 def show(result: dict[str, Any]) -> None:
-    kind, rows = result["kind"], list(result["points"])
+    kind, rows = result["streams"], list(result["points"])
     figures.show_head(result)
     names = [f"{mb(row['budget_bytes'])} MB" if kind == "neurons" else row["way"] for row in rows]
     if "all_in_memory" in result:
@@ -154,7 +154,7 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     lowest = min(row["total_spread_s"]["median"] for row in done) * 1e3
     if "all_in_memory" in result:
         value = result["all_in_memory"]["total_spread_s"]["median"] * 1e3
-        name = f"{ALL[result['kind']]}: {value:.0f} ms"
+        name = f"{ALL[result['streams']]}: {value:.0f} ms"
         axes.axhline(value, color=COLOURS["ceiling"], lw=1, ls=":", label=name)
         lowest, highest = min(lowest, value), max(highest, value)
     if highest > 8 * lowest:
@@ -166,9 +166,10 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(at) - 0.5)
     axes.set_xlabel("memory budget of the whole process, share of the units that have a slot, bytes read per token")
-    axes.set_ylabel("ms per token (median, shaded up to the 90th percentile)")
+    axes.set_ylabel("ms per token")
     axes.legend(fontsize=8)
-    figures.title(figure, finding(result), result["model"])
+    shaded = f"median, {done[0]['way']} shaded up to the 90th percentile"
+    figures.title(figure, finding(result), f"{result['model']}; {shaded}")
 
 
 def tick(row: dict[str, Any]) -> str:
@@ -184,9 +185,7 @@ def finding(result: dict[str, Any]) -> str:
     same = [row for row in done if row["way"] == done[0]["way"]]
     least, most = same[0], same[-1]
     slow, fast = (row["total_spread_s"]["median"] for row in (least, most))
-    found = (
-        f"In {least['budget_bytes'] / most['budget_bytes']:.0%} of the memory a token takes {slow / fast:.1f} times "
-        f"as long: {ms(slow)} ms instead of {ms(fast)} ms"
-    )
+    share = least["budget_bytes"] / most["budget_bytes"]
+    found = f"In {share:.0%} of the memory a token takes {slow / fast:.1f} times as long"
     best = min(done, key=lambda row: row["total_spread_s"]["median"])
-    return found if same == done else f"{found}; the quickest is {best['way']}"
+    return found + (f": {ms(slow)} ms instead of {ms(fast)} ms" if same == done else f"; {best['way']} is quickest")

@@ -27,8 +27,8 @@ class Contest:
     """Which contenders there are for a kind of model.
 
     titles: what the outputs call them, in the order in which they run. slow: those that run over `--baseline-tokens`.
-    slow_tokens: the default of that; None: `--tokens`. rounds: the default of `--rounds`. alone: those that the plot
-    does not show beside the slow ones, whose scale is another.
+    slow_tokens: the default of that; None: `--tokens`. rounds: the default of `--rounds`. alone: those that are too
+    quick for the plot's scale of the slow ones.
     """
 
     titles: dict[str, str]
@@ -198,14 +198,14 @@ NEURON_NOTE = (
 def show(result: dict[str, Any]) -> None:
     rows, names, found = result["sides"], result["titles"], result["ratios"]
     figures.show_head(result)
-    if result["kind"] == "neurons":
+    if result["streams"] == "neurons":
         columns, note = NEURON_COLUMNS, NEURON_NOTE
     else:
         columns, note = figures.EXPERT_COLUMNS, figures.EXPERT_NOTE
     each = [row | {"ratios": found.get(name)} for name, row in rows.items()]
     figures.columns_table("per token", columns, each, [names[name] for name in rows])
     print(note)
-    if result["kind"] == "neurons":
+    if result["streams"] == "neurons":
         show_ratios(result)
     elif found:
         slower = [f"{names[name]} {times(row['total'])}" for name, row in found.items() if name != "flash"]
@@ -240,24 +240,26 @@ def show_ratios(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Draws all contenders, or where a model all in memory would be too small to see, the quick ones once more."""
+    """Draws a bar for every contender. Where one is too quick to be seen, the quick ones have a panel of their own."""
     rows = {name: row for name, row in result["sides"].items() if not row["killed"]}
-    contest = CONTESTS[result["kind"]]
+    contest = CONTESTS[result["streams"]]
     groups = [[name for name in rows if name not in contest.alone]]
     if contest.alone:
         groups.append([name for name in rows if name not in contest.slow])
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(names) + 0.6 for names in groups])[:, 0]
     for axes, names in zip(panels, groups, strict=True):
-        ratio = [result["ratios"][name]["total"] if name in result["ratios"] else None for name in names]
-        beside = [
-            "" if name == "flash" or each is None else times(each) for name, each in zip(names, ratio, strict=True)
-        ]
-        figures.stack(axes, [rows[name] for name in names], [result["titles"][name] for name in names], beside)
+        labels = [result["titles"][name] for name in names]
+        if result["streams"] == "neurons":
+            labels = [
+                f"{label}\n{mb(rows[name]['weights_bytes'])} MB in DRAM"
+                for label, name in zip(labels, names, strict=True)
+            ]
+        ratio = {name: times(row["total"]) for name, row in result["ratios"].items() if name != "flash"}
+        figures.stack(axes, [rows[name] for name in names], labels, [ratio.get(name, "") for name in names])
     figures.title(figure, finding(result), figures.measured(result))
-    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, borderaxespad=0.2)
     if len(groups) > 1:
         panels[1].set_title("on a scale of its own", fontweight="normal", fontsize=8, loc="right")
-    panels[-1].set_xlabel("ms per token (mean, first tokens counted)")
+    figures.stack_legend(panels[0], panels[-1])
 
 
 def finding(result: dict[str, Any]) -> str:
@@ -272,4 +274,4 @@ def finding(result: dict[str, Any]) -> str:
         found.append(f"{times(total['hybrid'])} as fast as with {result['titles']['hybrid'].removeprefix('hybrid: ')}")
     if "resident" in total:
         found.append(f"takes {times(1 / total['resident'])} as long as all in memory")
-    return f"A token {', '.join(found)}" if found else "What a token's time is made of"
+    return f"A token {' and '.join(found)}" if found else "What a token's time is made of"

@@ -1,7 +1,7 @@
 """What each step of the method brings, one after another: the paper's table 2, and what this engine adds.
 
-Two kinds of rows. "replay": the reads that the step would make for the neurons a real run chose, made by the real
-reader on the real file, and nothing else, so that there is no compute to hide them behind. "engine": a whole run.
+There are two kinds of rows. A "replay" makes a step's reads, for the neurons that a real run chose, with the real
+reader on the real file. It computes nothing, so no compute hides the reads. An "engine" row is a whole run.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def record(model: NeuronModel, tokens: int, budget: int) -> list[np.ndarray]:
 
 
 def replays(model: NeuronModel, chosen: list[np.ndarray]) -> list[dict[str, Any]]:
-    """The rows of predictor, windowing and bundling."""
+    """Makes the rows of predictor, windowing and bundling."""
     layout = model.manifest.layout
     assert model.matrices is not None
     resident = model.about["resident_bytes"] + model.about["predictor_bytes"]
@@ -232,7 +232,7 @@ def show(result: dict[str, Any]) -> None:
     figures.show_head(result)
     steps = result["steps"]
     names = [row["step"] for row in steps]
-    if result["kind"] == "experts":
+    if result["streams"] == "experts":
         figures.columns_table("per token", figures.EXPERT_COLUMNS, steps, names)
         print(figures.EXPERT_NOTE)
     else:
@@ -253,8 +253,7 @@ def draw_experts(figure: Any, result: dict[str, Any]) -> None:
     figures.title(figure, finding, figures.measured(result))
     axes = figure.subplots()
     figures.stack(axes, done, [row["step"] for row in done])
-    axes.legend(loc="lower right", fontsize=8)
-    axes.set_xlabel("ms per token (mean, first tokens counted)")
+    figures.stack_legend(axes, axes)
 
 
 def draw_neurons(figure: Any, result: dict[str, Any]) -> None:

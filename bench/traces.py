@@ -145,7 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
         help="decode only the first N tokens (default: %(default)s)",
     )
     kinds = [kind for kind in PREDICTORS if kind != "none"]
-    parser.add_argument("--predictor", choices=kinds, default="auto", help="who chooses (default: the store's own)")
+    parser.add_argument(
+        "--predictor", choices=kinds, default="auto", help="which predictor chooses (default: the store's own)"
+    )
     add_output_argument(parser)
 
 

@@ -248,8 +248,8 @@ def _forget_peak() -> None:
 
 def run_here(contender: Contender, task: Task) -> dict[str, Any]:
     """The child's work, see `run`."""
-    experts = holds_mixture(Path(task.folder))
     began = time.perf_counter()
+    experts = holds_mixture(Path(task.folder))
     loaded = load_contender(contender, task, experts)
     result: dict[str, Any] = {"load_s": time.perf_counter() - began, **loaded.told}
     result |= decode(loaded, task, answers_prompt=experts)

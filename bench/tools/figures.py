@@ -117,7 +117,7 @@ def whole(count: float) -> str:
 def show_head(result: dict[str, Any]) -> None:
     """Prints what was measured: the model, its memory, the disk."""
     experts = ""
-    if result["kind"] == "experts":
+    if result["streams"] == "experts":
         experts = (
             f", {result['layers']} layers of {result['experts']} experts of {result['expert_bytes'] / 1e6:.2f} MB, "
             f"{result['choices']} for a token"
@@ -132,7 +132,7 @@ def show_head(result: dict[str, Any]) -> None:
             if "share" in result
             else ""
         )
-        print(f"budget: {result['budget_bytes'] / 1e6:,.0f} MB{share}")
+        print(f"memory: {result['budget_bytes'] / 1e6:,.0f} MB{share}")
     first = result["disk_first"]
     print(f"disk: {first['state']}")
     print(f"in sequence {first['bytes'] / first['seconds'] / 1e9:.2f} GB/s when every byte was read for the first time")
@@ -234,3 +234,9 @@ def stack(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], ratio
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * longest)
     axes.tick_params(axis="y", length=0)
+
+
+def stack_legend(top: Any, bottom: Any) -> None:
+    """Names the parts above the first panel of bars, and the unit below the last one."""
+    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, borderaxespad=0.2)
+    bottom.set_xlabel("ms per token (mean, first tokens counted)")

@@ -104,7 +104,9 @@ def main(arguments: argparse.Namespace) -> None:
     with compare.opened(arguments, mixture, rounds) as model:
         result: dict[str, Any] = {**model.describe(), **model.budget(arguments), "rounds": rounds}
         result["left_out"] = compare.those_left_out(model, names, bool(arguments.sides), arguments.force)
-        result["titles"] = titles(contest, result)
+        result["titles"] = dict(contest.titles)
+        if kind == "neurons":
+            result["titles"]["hybrid"] = compare.hybrid_title(result["share"])
         result |= model.prepare_disk()
         counts = {name: count for name, count in counts.items() if name not in result["left_out"]}
         runs = take_turns(model, counts, result, arguments.io)
@@ -118,11 +120,6 @@ def main(arguments: argparse.Namespace) -> None:
             result["ratios"][name] |= {"no_overlap_s": each, "no_overlap": each / result["sides"]["flash"]["total_s"]}
     name = f"naive-vs-flash{compare.SUFFIXES[kind]}"
     finish(arguments.output, name, result, lambda figure: draw(figure, result), size=(9, 5), show=lambda: show(result))
-
-
-def titles(contest: Contest, result: dict[str, Any]) -> dict[str, str]:
-    """What the outputs call the contenders."""
-    return contest.titles | ({"hybrid": compare.hybrid_title(result["share"])} if "hybrid" in contest.titles else {})
 
 
 def take_turns(
@@ -232,7 +229,7 @@ def show_ratios(result: dict[str, Any]) -> None:
     print(f"last column: (read + compute of the baseline) / flash; compute: {result['compute_of_baselines']}")
     print(
         f"flash loading: {flash['slot_share']:.0%} of the neurons have a slot, "
-        f"{'no' if flash['hit_rate'] is None else format(flash['hit_rate'], '.1%')} hits; "
+        f"{figures.fine_percent(flash['hit_rate'])} hits; "
         f"per token {flash['early']:.0f} blocks read early, {flash['vain']:.0f} in vain"
     )
     kills = "none" if result["memory_limit"].startswith("enforced") else "unknown"

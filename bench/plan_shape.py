@@ -45,8 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = opt_config(hidden, layers, heads)
     layout = NeuronLayout.plan(DTYPE, layers, 4 * hidden, hidden, ("up", "down"), arguments.bits)
     context = min(arguments.context, config["max_position_embeddings"])
-    model_class, args_class = model_classes(config)
-    model = model_class(args_class.from_dict(config))  # its random weights are never evaluated
+    model = _empty_model(config)
     need = neurons_need(layout, DECODE_TOKENS)
     layers_of = [(layer, "mlp", need) for layer in model.layers]
     needs = needs_of(model, layers_of, context, getattr(mx, DTYPE), as_on_metal=True)
@@ -83,8 +82,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def resident_bytes(config: dict[str, Any], bits: int) -> int:
     """What a store of such a model has in `model.safetensors`, in DTYPE or quantised."""
-    model_class, args_class = model_classes(config)
-    model = model_class(args_class.from_dict(config))  # its random weights are never evaluated
+    model = _empty_model(config)
     parameters: Any = tree_flatten(model.parameters())
     family = family_of(config, config["model_type"])
     streamed = {name for layer in range(config["num_hidden_layers"]) for name in family.weights(layer)}
@@ -92,6 +90,11 @@ def resident_bytes(config: dict[str, Any], bits: int) -> int:
     group = RESIDENT_GROUP if bits < 16 else 0
     resident = ResidentTensors(model, tensors, bits, group, getattr(mx, DTYPE), load=_nothing)
     return sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in resident.entries())
+
+
+def _empty_model(config: dict[str, Any]) -> Any:
+    model_class, args_class = model_classes(config)
+    return model_class(args_class.from_dict(config))  # its random weights are never evaluated
 
 
 def _nothing(name: str) -> mx.array:

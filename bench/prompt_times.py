@@ -37,32 +37,23 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--lengths is {arguments.lengths!r}, expected numbers separated by commas.") from None
     if not all(9 <= length <= PREFILL_TOKENS for length in lengths):
         raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, which is what is read at once.")
-    rows = []
     arguments.prompt, arguments.tokens = max(lengths), 1
     with compare.opened(arguments) as model:
         result: dict[str, Any] = {**model.describe(), **model.budget(arguments)}
         result |= model.prepare_disk()
-        for length in lengths:
-            row = measure(model, length, result["budget_bytes"], arguments.rounds)
-            rows.append(row)
-    result["rows"] = rows
+        result["rows"] = [measure(model, length, result["budget_bytes"], arguments.rounds) for length in lengths]
     finish(arguments.output, "prompts", result, lambda figure: draw(figure, result), show=lambda: show(result))
 
 
+KEYS = {"first token s": "first_token_s", "prompt s": "prompt_s", "waited s": "wait_s", "disk busy s": "read_s"}
+KEYS |= {"read once s": "read_once_s", "compute alone s": "compute_s", "x bound": "ratio"}
+
+
 def show(result: dict[str, Any]) -> None:
-    head = [
-        "prompt",
-        "first token s",
-        "prompt s",
-        "waited s",
-        "disk busy s",
-        "read once s",
-        "compute alone s",
-        "x bound",
-    ]
-    keys = ("first_token_s", "prompt_s", "wait_s", "read_s", "read_once_s", "compute_s", "ratio")
+    rows = result["rows"]
     print(f"\n{result['model']}, {result['share']:.0%} of the weights' bytes in memory")
-    figures.table(head, [[str(row["length"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["rows"]])
+    columns = [(heading, key, figures.two_digits) for heading, key in KEYS.items()]
+    figures.columns_table("prompt", columns, rows, [str(row["length"]) for row in rows])
     print("x bound: prompt s / max(read once, compute alone)")
 
 

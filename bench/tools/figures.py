@@ -89,29 +89,18 @@ def mb(count: float | None) -> str:
     return "-" if count is None else f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2f}"
 
 
-def gb(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e9:.2f}"
+def shown(template: str, factor: float = 1) -> Callable[[float | None], str]:
+    """A format of numbers, of which None is "-"."""
+    return lambda value: "-" if value is None else template.format(value * factor)
 
 
-def two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def fine_percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+gb, whole, two_digits = shown("{:.2f}", 1e-9), shown("{:,.0f}"), shown("{:.2f}")
+percent, fine_percent = shown("{:.0%}"), shown("{:.1%}")
 
 
 def largest_share(shares: dict[str, float | None]) -> str:
     known = [share for share in shares.values() if share is not None]
     return percent(max(known) if known else None)
-
-
-def whole(count: float) -> str:
-    return f"{count:,.0f}"
 
 
 def show_head(result: dict[str, Any]) -> None:

@@ -82,8 +82,7 @@ def fetches(
     while time.perf_counter() - began < seconds:
         for stream in streams:
             stream.cache = SlotCache(stream.experts, stream.cache.slots)
-            stream.begin(np.sort(rng.choice(stream.experts, missing, replace=False)))
-            stream.land()
+            list(stream.use(np.sort(rng.choice(stream.experts, missing, replace=False))))
             calls += 1
     did = counters - before
     return {

@@ -23,7 +23,7 @@ from conftest import (  # type: ignore[import-not-found]
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_flash.errors import ReadError
-from mlx_flash.layers.neurons import GUESS_AGAIN, LookAhead
+from mlx_flash.layers.lookahead import GUESS_AGAIN, LookAhead
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -201,10 +201,10 @@ def test_a_layer_that_guesses_badly_stops_and_tries_again(tiny: Tiny, open_model
     ahead = model.layers[0].mlp.ahead
     x = mx.zeros((1, 64))
     assert ahead.guess(x) is not None
-    ahead.following.units.vain_early = 5.0
+    ahead.units.prefetched.unused = 5.0
     asked = [ahead.guess(x) is not None for _ in range(2 * GUESS_AGAIN)]
     assert [i for i, was in enumerate(asked) if was] == [GUESS_AGAIN - 1, 2 * GUESS_AGAIN - 1]
-    ahead.following.units.used_early = 6.0
+    ahead.units.prefetched.used = 6.0
     assert ahead.guess(x) is not None
 
 

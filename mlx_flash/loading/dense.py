@@ -71,12 +71,11 @@ def build(
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
-    trial = LookAheadTrial()
+    trial, leads = LookAheadTrial(), True
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial)
-        for layer in [layer for layer in model.layers if layer.mlp.ahead is not None][:1]:
-            layer.mlp.ahead.leads = True
+            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial, leads)
+            leads = leads and layer.mlp.ahead is None
     evaluate_constants(model)
     model.flash = Runtime(
         plan,

@@ -26,7 +26,7 @@ from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.layers.predictors import Predictor
 
 from . import compare, mixture_model, mixture_steps, traces
-from .baselines.contenders import HALF, Side, forget_look_ahead
+from .baselines.contenders import HALF, Side
 from .compare import mb, ms
 from .tools import disk
 from .tools.report import COLOURS, describe, finish, refuse_to_swap, require_plots
@@ -119,7 +119,7 @@ def record(subject: compare.Subject, tokens: int, budget: int) -> list[np.ndarra
 
     # This process is larger than a side's, and no memory cgroup holds it.
     model, _ = load(subject.store, memory=budget + current_memory_bytes(), context=subject.prompt + tokens)
-    forget_look_ahead(model)  # it would ask the predictors as well
+    model.flash.fix_look_ahead(False)  # A guess would be taken for the next layer's choice.
     recorders: dict[int, Recorder] = {}
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([subject.ids[: subject.prompt]]), cache=cache))

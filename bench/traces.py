@@ -20,7 +20,6 @@ from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
-from .baselines.contenders import forget_look_ahead
 from .mixture_model import folder_of
 from .tools.report import add_output_argument, environment
 from .tools.texts import read_text
@@ -85,7 +84,7 @@ def record(model: Any, ids: list[int], prefix: list[int], name: str) -> list[Lay
     """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more."""
     if is_mixture(model):
         raise UsageError("this measures neurons; of a mixture of experts, `eviction` and `lookahead` take the experts.")
-    forget_look_ahead(model)  # a guess asks the next layer's predictor too, and would be taken for its choice
+    model.flash.fix_look_ahead(False)  # A guess would be taken for the next layer's choice.
     layout = model.flash.manifest.layout
     taps = {}
     for index, layer in enumerate(model.layers):

@@ -94,23 +94,13 @@ def _load_baseline(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any
 
 
 def _load_flash(side: Side, task: Task, options: dict[str, Any]) -> tuple[Any, int]:
-    from mlx_flash.layers.lookahead_trial import LookAheadTrial
     from mlx_flash.loading.load import load
 
     model, _ = load(task.store, memory=side.memory, **options)
-    if side.look_ahead == "never":
-        forget_look_ahead(model)
-    for layer in model.layers:
-        if side.look_ahead == "always" and layer.mlp.ahead is not None:
-            layer.mlp.ahead.trial = LookAheadTrial(warm_up=2**62)
+    if side.look_ahead != "tried":
+        model.flash.fix_look_ahead(side.look_ahead == "always")
     plan = model.flash.plan
     return model, plan.demand.resident + plan.demand.predictors + plan.slots_bytes
-
-
-def forget_look_ahead(model: Any) -> None:
-    """From now on no layer guesses what the next one will need."""
-    for layer in model.layers:
-        layer.mlp.ahead = None
 
 
 def _forget_peak() -> None:
@@ -158,8 +148,6 @@ def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
     from mlx_lm.models.cache import make_prompt_cache
     from tqdm import tqdm
 
-    from mlx_flash.layers.neurons import StreamedNeurons
-
     cache = make_prompt_cache(model)
     counters = model.flash.streamer.counters
     top, samples = [], []
@@ -167,9 +155,7 @@ def _decode(model: Any, task: Task, name: str) -> dict[str, Any]:
     if task.prompt:
         model(mx.array([task.ids[: task.prompt]]), cache=cache)
         mx.eval([c.state for c in cache])  # as generation does: nobody asks for the logits inside a prompt
-        for layer in model.layers:
-            if isinstance(layer.mlp, StreamedNeurons):
-                layer.mlp.settle()
+        model.flash.evaluate_guarded()
     prompt_s = time.perf_counter() - began
     prompt = asdict(counters - before)
     for token in tqdm(task.ids[task.prompt :], desc=task.label or name, unit="token", dynamic_ncols=True):

@@ -18,7 +18,6 @@ from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.flash.stats import Counters
 from mlx_flash.flash.system import peak_memory_bytes
 from mlx_flash.layers.experts import StreamedExperts
-from mlx_flash.layers.lookahead_trial import LookAheadTrial
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.mixture import number_of, streamed_layers
@@ -96,9 +95,9 @@ class Forgetful(SlotCache):
 
 def wait_for_all(layer: StreamedExperts) -> None:
     """Lets a layer read what it lacks before it multiplies anything, where its slots allow that."""
-    rounds, cache = layer.rounds, layer.units.cache
-    layer.rounds = (  # type: ignore[method-assign]
-        lambda experts, pairs: [experts] if len(experts) <= cache.slots else rounds(experts, pairs)
+    units, groups = layer.units, layer.units.groups
+    units.groups = (  # type: ignore[method-assign]
+        lambda experts, at_once: [experts] if len(experts) <= units.cache.slots else groups(experts, at_once)
     )
 
 
@@ -117,8 +116,8 @@ def load_side(side: Side, folder: Path, context: int) -> tuple[Any, ExpertFiles 
         for layer in model.flash.layers:
             if not side.overlap:
                 wait_for_all(layer)
-            if layer.ahead is not None and side.look_ahead != "tried":
-                layer.ahead.trial = LookAheadTrial(warm_up=2**62, guessing=side.look_ahead == "always")
+        if side.look_ahead != "tried":
+            model.flash.fix_look_ahead(side.look_ahead == "always")
         return model, model.flash.streamer
     load_tokenizer(folder)  # as above
     if side.name == "naive":

@@ -22,7 +22,9 @@ from .system import READ_ALIGNMENT
 from .unit_file import UnitFile
 from .units import Units
 
-SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
+SHORTEST_REQUEST = (
+    128 << 10
+)  # bytes; a layer's few missing experts are read in pieces no shorter (bench/results/expert-reads.md)
 NOTHING = np.empty(0, np.int32)
 
 

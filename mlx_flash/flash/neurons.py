@@ -138,9 +138,7 @@ class NeuronSlots(Units):
             meanwhile()
         for begin in range(0, len(ids), self.layout.piece_neurons):
             piece = ids[begin : begin + self.layout.piece_neurons]
-            clock.start()
             rows = self._take(piece) if at_once else self._take_in_rounds(piece)
-            clock.managed()
             yield piece, rows if packed else self.rows.widened(rows)
             if begin + len(piece) < len(ids):
                 self.shared.evaluate_guarded()  # else the rows of several pieces are in memory at once
@@ -152,9 +150,12 @@ class NeuronSlots(Units):
     def _take(self, ids: np.ndarray) -> StoredRows:
         """Rows of neurons whose blocks are in slots or on their way."""
         assert self.rows is not None
+        self.shared.clock.start()
         blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
         self._finish(blocks)
-        return self.rows.take_stored(self.cache.slot_of[blocks], lanes, self.parts)
+        slots = self.cache.slot_of[blocks]
+        self.shared.clock.managed()
+        return self.rows.take_stored(slots, lanes, self.parts)
 
     def _take_in_rounds(self, ids: np.ndarray) -> StoredRows:
         """Rows of neurons whose blocks may be more than the slots: as many blocks as fit are read at a time."""
@@ -163,7 +164,9 @@ class NeuronSlots(Units):
         rounds = []
         for begin in range(0, len(blocks), slots):
             here = blocks[begin : begin + slots]
+            self.shared.clock.start()
             self._start(here)
+            self.shared.clock.managed()
             rounds.append(self._take(ids[np.searchsorted(of_id, here[0]) : np.searchsorted(of_id, here[-1], "right")]))
             if len(blocks) > slots:  # The next round writes over these slots.
                 mx.eval([each.components if isinstance(each, PackedRows) else each for each in rounds[-1]])

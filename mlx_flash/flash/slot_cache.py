@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
+HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/results/activations.md)
 LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
 NO_SLOTS = np.empty(0, np.int32)
 

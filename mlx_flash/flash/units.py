@@ -52,12 +52,12 @@ class PrefetchRecord:
 class Units(ABC):
     """One layer's units behind a cache of slots.
 
-    shared: the files, the reader and the counters of the model's layers. cache: which unit is in which slot.
-    Units are numbered from 0 in every array here: int (n,), each id at most once.
+    shared: the files, the reader and the counters of the model's layers. count: how many units the layer has. cache:
+    which unit is in which slot. In every array of units here, int (n,), an id from 0 to count - 1 stands at most once.
     """
 
     def __init__(self, shared: InFlightReads, units: int, slots: int, window: int | None) -> None:
-        self.shared = shared
+        self.shared, self.count = shared, units
         self.cache = SlotCache(units, slots, window)
         self.pending: PendingReads | None = None
         self.prefetched = PrefetchRecord()
@@ -65,7 +65,7 @@ class Units(ABC):
     @property
     def all_resident(self) -> bool:
         """Whether every unit is in its slot, so that nothing will be read any more."""
-        return self.cache.resident == len(self.cache.slot_of)
+        return self.cache.resident == self.count
 
     @property
     def slot_of(self) -> np.ndarray:

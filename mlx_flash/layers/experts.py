@@ -14,7 +14,7 @@ from .lookahead_trial import LookAheadTrial
 
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
-AHEAD = 0.25  # of the experts that a token uses, as many are read on a guess; at least one (bench/RESULTS.md)
+AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
 
 
 class StreamedExperts(nn.Module):

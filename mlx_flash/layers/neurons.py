@@ -16,7 +16,7 @@ from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 from .predictors import ExactPredictor, Predictor
 
-PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/RESULTS.md)
+PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/results/bits.md)
 
 
 class StreamedNeurons(nn.Module):

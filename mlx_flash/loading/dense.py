@@ -95,7 +95,7 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
 
     Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
     is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
-    (bench/RESULTS.md).
+    (bench/results/host.md).
     """
     from mlx.utils import tree_flatten
     from tqdm import tqdm

@@ -27,7 +27,7 @@ from mlx_flash.source.resolve import find_store
 # What is timed, and what of it is management: ids, maps, slots.
 STEPS: tuple[tuple[Any, str, str], ...] = (
     (NeuronSlots, "prefetch", "the guess: missing ones asked for"),
-    (SlotCache, "tick", "  slots: marks use"),
+    (SlotCache, "mark_used", "  slots: marks use"),
     (SlotCache, "reserve", "  slots: finds victims"),
     (SlotCache, "commit", "  slots: takes in what came"),
     (Reader, "submit", "  hands reads over"),

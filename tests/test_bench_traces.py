@@ -99,7 +99,7 @@ def test_simulated_misses_are_the_engines(mask: np.ndarray, slots: int, window: 
     cache = SlotCache(mask.shape[1], slots, window)
     misses = []
     for units in sets_of(mask):
-        cache.tick(units)
+        cache.mark_used(units)
         read: list[tuple[np.ndarray, np.ndarray]] = []
         for begin in range(0, len(units), cache.slots):
             read.append(cache.reserve(units[begin : begin + cache.slots]))

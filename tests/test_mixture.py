@@ -282,11 +282,11 @@ def test_a_guess_never_changes_the_text(
     for _ in range(2):
         assert_same(everything(model), reference(folder), guess)
     counters = streamer.counters
-    assert (counters.early + counters.vain > 0) == (guess != "nothing")
-    assert counters.early > 0 or guess != "right"
-    assert counters.vain == 0 or guess != "right"
-    assert counters.vain > 0 or guess != "wrong"
-    assert counters.early <= counters.misses and not streamer.loading
+    assert (counters.prefetched_used + counters.prefetched_unused > 0) == (guess != "nothing")
+    assert counters.prefetched_used > 0 or guess != "right"
+    assert counters.prefetched_unused == 0 or guess != "right"
+    assert counters.prefetched_unused > 0 or guess != "wrong"
+    assert counters.prefetched_used <= counters.misses and not streamer.loading
 
 
 def test_a_guess_that_cannot_be_read_or_is_left_behind(
@@ -361,11 +361,11 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
     assert experts.pending is not None, "nothing waits for what is here"
     assert sorted(experts.pending.units) == [7, 8, 9] and len({*experts.pending.slots}) == 3
     assert next(call).tolist() == [7, 9]
-    assert has([0, 7, 8, 9]) and (counters.early, counters.vain) == (1, 1)
+    assert has([0, 7, 8, 9]) and (counters.prefetched_used, counters.prefetched_unused) == (1, 1)
     assert (counters.hits, counters.misses) == (1, 4)
     experts.prefetch(np.array([2, 3]))  # there is no room for what is not needed beside the next four
     list(experts.use(np.array([4, 5, 6, 7])))
-    assert (counters.early, counters.vain) == (1, 3)
+    assert (counters.prefetched_used, counters.prefetched_unused) == (1, 3)
     assert has([4, 5, 6, 7]) and not streamer.loading
 
 
@@ -386,11 +386,11 @@ def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], str
     ahead.trial.token_started = lambda: tokens.append(None)
     ahead.trial.guessing = False
     everything(model)
-    assert streamer.counters.early == streamer.counters.vain == 0
+    assert streamer.counters.prefetched_used == streamer.counters.prefetched_unused == 0
     assert len(tokens) == 6  # not for the prompt, nor for the batch of 18 tokens
     ahead.trial.guessing = True
     everything(model)
-    assert streamer.counters.early > 0
+    assert streamer.counters.prefetched_used > 0
 
 
 @pytest.mark.parametrize("slots", [1, 4, 7])

@@ -191,9 +191,9 @@ def test_look_ahead_never_changes_the_text(
     assert_same(everything(model), expected, guess)
     counters = model.flash.streamer.counters
     if slots == 60:  # with fewer, guesses of these small blocks do not fit
-        assert counters.early > 0 or guess not in ("good", "raises")
-        assert counters.early == counters.vain == 0 or guess not in ("nothing", "everything")
-    assert counters.early <= counters.misses
+        assert counters.prefetched_used > 0 or guess not in ("good", "raises")
+        assert counters.prefetched_used == counters.prefetched_unused == 0 or guess not in ("nothing", "everything")
+    assert counters.prefetched_used <= counters.misses
 
 
 def test_a_layer_that_guesses_badly_stops_and_tries_again(tiny: Tiny, open_model: Callable[..., Any]) -> None:

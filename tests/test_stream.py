@@ -316,7 +316,7 @@ def test_a_guess_is_counted_as_what_it_turned_out_to_be(bench_of: Callable[..., 
     ids = np.array([0, 6, 12, 13, 30])
     bench.check(gathered(stream, ids), ids)
     used = counters - before
-    assert (used.hits, used.misses, used.early, used.vain) == (2, 3, 2, 8)
+    assert (used.hits, used.misses, used.prefetched_used, used.prefetched_unused) == (2, 3, 2, 8)
     assert used.bytes == 11 * bench.layout.block_bytes and (stream.prefetched.used, stream.prefetched.unused) == (2, 8)
     stream.prefetch(np.arange(NEURONS))  # more than there are slots for
     assert stream.pending is None and bench.idle

@@ -87,10 +87,10 @@ def examine(folder: str, context: int) -> dict[str, Any]:
 class Forgetful(SlotCache):
     """Slots that keep nothing from one call to the next: whatever a call needs is read for it."""
 
-    def tick(self, units: np.ndarray) -> int:
+    def mark_used(self, units: np.ndarray) -> int:
         self.slot_of[:] = self.unit_of[:] = -1
         self.resident = 0
-        return super().tick(units)
+        return super().mark_used(units)
 
 
 def wait_for_all(layer: StreamedExperts) -> None:

@@ -12,8 +12,8 @@ class Counters:
 
     hits: int = 0  # blocks needed and found in a slot
     misses: int = 0  # blocks needed and read
-    early: int = 0  # of the misses: read ahead, on a guess
-    vain: int = 0  # blocks read ahead that were not needed
+    prefetched_used: int = 0  # units read on a guess that the next call needed; they count as misses
+    prefetched_unused: int = 0  # units read on a guess that the next call did not need
     reads: int = 0  # requests to the operating system, neighbours merged
     bytes: int = 0
     read_s: float = 0.0  # the device was busy

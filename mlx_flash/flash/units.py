@@ -102,13 +102,13 @@ class Units(ABC):
             used = int(np.count_nonzero(self._among(pending.units, units)))
             unused = len(pending.units) - used
             if pending.guess:
-                self.shared.counters.early += used
-                self.shared.counters.vain += unused
+                self.shared.counters.prefetched_used += used
+                self.shared.counters.prefetched_unused += unused
                 self.prefetched.count(used, unused)
                 self.pending = replace(pending, guess=False)
             if len(units) + unused > self.cache.slots:  # The units that no call needs must make room.
                 self._finish()
-        self.cache.tick(units)
+        self.cache.mark_used(units)
 
     def _start(self, units: np.ndarray, keep: np.ndarray = NO_SLOTS, guess: bool = False) -> None:
         """Starts to read those of `units` that are missing and not on their way yet; they fit into the slots together.

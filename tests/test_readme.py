@@ -1,12 +1,36 @@
-"""The README stays short, and its map names every room."""
+"""The README stays short, its map names every room, and every link of README and docs/ leads somewhere."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = sorted([README, *ROOT.glob("docs/*.md"), *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY"))])
+FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
+
+
+def links(page: Path) -> list[str]:
+    """Where the links of a page lead that stay within the repository."""
+    found = [inline or reference for inline, reference in LINK.findall(FENCE.sub("", page.read_text()))]
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub names the headings of a page."""
+    seen: Counter[str] = Counter()
+    names = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+        names.add(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
 
 
 def rooms() -> list[Path]:
@@ -25,6 +49,23 @@ def test_the_readme_is_short() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
+def test_lines_of_pages_are_short() -> None:
+    """Tables and links may be longer; docs/commands.md and docs/defects.md are tables."""
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text())
+        long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+        assert page.name == "commands.md" or not long, f"{page.name}: {long}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
 def test_the_map_names_every_room() -> None:
     named = {path.resolve() for path in rooms()}
     assert [path for path in named if not path.is_dir()] == []
@@ -36,3 +77,8 @@ def test_the_map_names_the_commands() -> None:
     described = README.read_text().split("```text\n")[1].splitlines()[0]
     for name in re.findall(r"\w+\.py", described):
         assert (ROOT / "mlx_flash" / name).is_file(), name
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
+    assert {page for page in ROOT.glob("docs/*.md") if page.name != "README.md"} - index == set()

@@ -1,4 +1,4 @@
-"""The README stays short, its map names every room, and every link of README and docs/ leads somewhere."""
+"""The README stays short, its map names every room, and links and names in README and docs/ lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([README, *ROOT.glob("docs/*.md"), *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY"))])
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+NAMED_FILE = re.compile(r"`((?:apps|bench|convert|mlx_flash|tests|flash|layers|loading|\.ci|\.github)/[\w./-]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
 
 
@@ -82,3 +83,21 @@ def test_the_map_names_the_commands() -> None:
 def test_every_page_is_in_the_index() -> None:
     index = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
     assert {page for page in ROOT.glob("docs/*.md") if page.name != "README.md"} - index == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_tests_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in NAMED_FILE.findall(text):
+        assert (ROOT / name).exists() or (ROOT / "mlx_flash" / name).exists() or name.endswith("/TARGET"), name
+    for name, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / name).read_text(), f"{name}::{test}"
+
+
+def test_functions_that_how_it_works_names_exist() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    engine = "".join(path.read_text() for path in sorted((ROOT / "mlx_flash").rglob("*.py")))
+    for name in re.findall(r"`([A-Z]\w+)`", page):
+        assert f"class {name}" in engine, name
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", page):
+        assert f"class {owner}" in engine and f"def {name}(" in engine, f"{owner}.{name}"

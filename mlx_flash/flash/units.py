@@ -4,7 +4,8 @@ A layer names the units that a call needs (`use`), those that the next call may 
 from their slots (`guard`).
 
 MLX does not see what the host writes into its buffers, so one rule holds: before a slot is written, every graph that
-reads it has been evaluated. Only `_start` lets bytes arrive in slots, and it evaluates what is guarded first.
+reads it has been evaluated. Bytes arrive in slots through `_start` and, in a prompt, through `NeuronSlots.pieces`. Both
+evaluate the guarded outputs first.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ COMMANDS = {  # and the module of each
     "plan": "plan_shape",
     "eviction": "eviction",
     "host": "host_time",
-    "lookahead": "lookahead",
+    "lookahead": "guesses",
     "ordering": "ordering",
     "density": "density",
     "peak-memory": "peak_memory",

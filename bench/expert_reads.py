@@ -81,8 +81,7 @@ def fetches(
     while time.perf_counter() - began < seconds:
         for stream in streams:
             empty_slots(stream)
-            stream.begin(np.sort(rng.choice(stream.experts, missing, replace=False)))
-            stream.land()
+            list(stream.use(np.sort(rng.choice(stream.experts, missing, replace=False))))
             calls += 1
     did = counters - before
     return {

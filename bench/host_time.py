@@ -26,14 +26,13 @@ from mlx_flash.source.resolve import find_store
 
 # What is timed, and what of it is management: ids, maps, slots.
 STEPS: tuple[tuple[Any, str, str], ...] = (
-    (NeuronSlots, "begin", "the token's neurons: marked, missing ones asked for"),
-    (NeuronSlots, "read_ahead", "the guess: missing ones asked for"),
-    (SlotCache, "tick", "  slots: marks use"),
+    (NeuronSlots, "prefetch", "the guess: missing ones asked for"),
+    (SlotCache, "mark_used", "  slots: marks use"),
     (SlotCache, "reserve", "  slots: finds victims"),
     (SlotCache, "commit", "  slots: takes in what came"),
     (Reader, "submit", "  hands reads over"),
     (Reader, "wait", "waits for reads"),
-    (BlockRows, "take", "builds the gathers"),
+    (BlockRows, "take_stored", "builds the gathers"),
 )
 
 

@@ -136,7 +136,7 @@ def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
     for token, mask in enumerate(chosen):
         held[token] = cache.slot_of >= 0
         units = np.flatnonzero(mask)
-        cache.tick(units)
+        cache.mark_used(units)
         for begin in range(0, len(units), slots):
             cache.commit(*cache.reserve(units[begin : begin + slots]))
     return held

@@ -120,7 +120,7 @@ def missed(chosen: np.ndarray, slots: int) -> np.ndarray:
     missing = np.zeros_like(chosen)
     for token, mask in enumerate(chosen):
         units = np.flatnonzero(mask)
-        cache.tick(units)
+        cache.mark_used(units)
         for begin in range(0, len(units), slots):
             absent, targets = cache.reserve(units[begin : begin + slots])
             cache.commit(absent, targets)

@@ -20,7 +20,6 @@ from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
 
-from .baselines.engine_switches import set_look_ahead
 from .compare import mixture_folder
 from .tools.report import add_output_argument, environment
 from .tools.texts import read_text
@@ -87,7 +86,7 @@ def record(model: Any, ids: list[int], prefix: list[int], name: str, active: boo
     """
     if is_mixture(model):
         raise UsageError("this measures neurons; of a mixture of experts, `eviction` and `lookahead` take the experts.")
-    set_look_ahead(model, "never")  # a guess asks the next layer's predictor too, and would be taken for its choice
+    model.flash.fix_look_ahead(False)  # A guess would be taken for the next layer's choice.
     layout = model.flash.manifest.layout
     taps = {}
     for index, layer in enumerate(model.layers):

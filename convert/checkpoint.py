@@ -20,7 +20,7 @@ from mlx_flash.layers.quantised import companions
 from mlx_flash.source.checkpoint_files import WeightFiles, files_in, read_config, weights_in
 from mlx_flash.source.checkpoint_tensors import choose, malformed, tensors_in, two_of_a_name
 from mlx_flash.source.config_counts import count_problem
-from mlx_flash.source.model_kind import said
+from mlx_flash.source.model_kind import error_line
 from mlx_flash.source.quantisation import foreign_quantisation, mlx_settings
 
 # safetensors' names of types -> MLX's; others keep theirs.
@@ -134,7 +134,7 @@ class Checkpoint:
             matrix = mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
             mx.eval(matrix)
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: {name} cannot be unpacked ({said(error)}).") from None
+            raise CheckpointError(f"{self.folder}: {name} cannot be unpacked ({error_line(error)}).") from None
         return matrix
 
     def _load_stored(self, name: str, begin: int, end: int | None) -> mx.array:

@@ -45,7 +45,7 @@ from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
-MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/RESULTS.md)
+MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/results/density.md)
 DIGITS = 5  # of the shares in the manifest
 SPARE_BYTES = 64 << 20
 AGAIN = "The disk, or the memory, of this machine is not sound. Run the same command again: it writes the file anew."

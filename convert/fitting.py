@@ -23,7 +23,7 @@ from .tensors import write_safetensors
 HELD_OUT = 4  # every 4th sequence is not trained on: thresholds and reports come from it
 SHADOW_GROUP = 64
 SHADOW_PIECE = 32 * SHADOW_GROUP  # neurons that are made coarse at once
-LOWRANK_SHARE = 0.1  # about what the shadow takes (bench/RESULTS.md)
+LOWRANK_SHARE = 0.1  # about what the shadow takes (bench/results/predictors.md)
 RECALLS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)  # that every table has
 
 

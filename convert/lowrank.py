@@ -6,7 +6,9 @@ import numpy as np
 
 from .sample import Sample
 
-CHOSEN_PER_ACTIVE = 2.0  # a rank that chooses no more at the recall that is aimed at is enough (bench/RESULTS.md)
+CHOSEN_PER_ACTIVE = (
+    2.0  # a rank that chooses no more at the recall that is aimed at is enough (bench/results/predictors.md)
+)
 LEAST_RANK = 8
 RIDGE = 1e-3  # of the inputs' mean square
 EPOCHS = 8

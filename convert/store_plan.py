@@ -33,8 +33,8 @@ class Settings:
     dtype: str | None = None  # None: the checkpoint's own
     calibration_text: Path | None = None  # None: the packaged text
     calibration_tokens: int = CALIBRATION_TOKENS
-    recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/RESULTS.md)
-    shadow_bits: int = 3  # bench/RESULTS.md
+    recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/results/predictors.md)
+    shadow_bits: int = 3  # bench/results/predictors.md
     predictor_memory: int | None = None  # bytes for the low-rank predictors of all layers; None: a share of the FFN's
     predictor_from: Path | None = None  # a folder of PowerInfer's predictor files to import
     bits: int = 16  # of the neurons; 16: as the dtype has them
@@ -94,7 +94,7 @@ class StorePlan:
             self.predictor_files = imported.find_files(settings.predictor_from, self.layers)
             imported.check_files(self.predictor_files, self.layout.neurons, self.layout.width)
             self.kinds.append("imported")
-        self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/RESULTS.md)
+        self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/results/predictors.md)
         self.lowrank_memory = fitting.lowrank_memory(self.layout, settings.predictor_memory)
 
     def _original_names(self) -> dict[str, str]:

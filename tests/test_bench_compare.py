@@ -334,7 +334,7 @@ def test_host(tiny_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="2048 positions"):
         arguments.run(arguments)
     assert 0 < result["manage_share"] < 1
-    assert 0 < result["ms_per_token"]["tick"] < result["ms_per_token"]["begin"] < result["total_ms"]
+    assert 0 < result["ms_per_token"]["mark_used"] < result["ms_per_token"]["take_stored"] < result["total_ms"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, choices_seen, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import load_model
 
-from mlx_flash.bench import eviction, experts_ahead, lookahead, neurons_ahead, routing, traces, window_sizes
+from mlx_flash.bench import eviction, experts_ahead, guesses, neurons_ahead, routing, traces, window_sizes
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.loading import load
@@ -148,7 +148,7 @@ def test_modelled_times() -> None:
     assert late["perfect"] == pytest.approx(2) and late["fitting"] == pytest.approx(2.25)
 
 
-@pytest.mark.parametrize("module", [eviction, lookahead])
+@pytest.mark.parametrize("module", [eviction, guesses])
 def test_a_command_takes_a_mixture(
     module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_command_takes_a_mixture(
     arguments = ["--model", str(folder), "--text", str(text), "--tokens", "40", "--output", str(tmp_path)]
     module.main(parser.parse_args(arguments))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    name = module.__name__.rpartition(".")[2]
+    name = "eviction" if module is eviction else "lookahead"
     assert result["command"] == name and (tmp_path / f"{name}.png").stat().st_size > 10_000
     if module is eviction:
         part = result["units"]["expert"]

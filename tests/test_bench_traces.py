@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mlx_flash.bench import eviction, lookahead, neurons_ahead, ordering, traces, window_sizes
+from mlx_flash.bench import eviction, guesses, neurons_ahead, ordering, traces, window_sizes
 from mlx_flash.bench.tools import policies
 from mlx_flash.bench.tools.texts import read_text
 from mlx_flash.errors import UsageError
@@ -99,7 +99,7 @@ def test_simulated_misses_are_the_engines(mask: np.ndarray, slots: int, window: 
     cache = SlotCache(mask.shape[1], slots, window)
     misses = []
     for units in sets_of(mask):
-        cache.tick(units)
+        cache.mark_used(units)
         read: list[tuple[np.ndarray, np.ndarray]] = []
         for begin in range(0, len(units), cache.slots):
             read.append(cache.reserve(units[begin : begin + cache.slots]))
@@ -205,7 +205,7 @@ def test_what_is_read_through_is_counted() -> None:
     assert ordering.Disk("", 1000, 1e6).gap(400) == 2
 
 
-@pytest.mark.parametrize("module", [window_sizes, eviction, lookahead, ordering])
+@pytest.mark.parametrize("module", [window_sizes, eviction, guesses, ordering])
 def test_a_command_writes_its_table_its_json_and_its_plot(
     module: Any, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +217,7 @@ def test_a_command_writes_its_table_its_json_and_its_plot(
     module.add_arguments(parser)
     arguments = ["--model", str(tiny.store), "--text", str(text), "--tokens", "40", "--output", str(tmp_path)]
     module.main(parser.parse_args(arguments))
-    name = module.__name__.rpartition(".")[2].replace("window_sizes", "windows")
+    name = {window_sizes: "windows", eviction: "eviction", guesses: "lookahead", ordering: "ordering"}[module]
     assert capsys.readouterr().out.splitlines()[-1].startswith(f'{{"command": "{name}"')
     assert (tmp_path / f"{name}.json").exists() and (tmp_path / f"{name}.png").exists()
 

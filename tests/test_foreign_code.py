@@ -16,7 +16,7 @@ from conftest import Tiny  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.apps.menubar.budgets import planned_budgets
-from mlx_flash.apps.menubar.server_process import Engine, server_command
+from mlx_flash.apps.menubar.server_process import EngineProcess, server_command
 from mlx_flash.bench.tools.subprocess_json import ask
 from mlx_flash.errors import CheckpointError, FlashError
 from mlx_flash.loading.load import load
@@ -69,7 +69,7 @@ def test_commands_started_in_a_checkpoint_s_folder(hostile: Path, tmp_path: Path
 def test_children_of_the_app_and_of_measurements(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hostile)
     planned_budgets(".")
-    engine = Engine([*server_command(None, None), "--help"])
+    engine = EngineProcess([*server_command(None, None), "--help"])
     engine.watch(lambda _: None, lambda _: None, lambda _: None)
     engine.stop()
     with contextlib.suppress(FlashError):

@@ -11,7 +11,7 @@ def run(trial: LookAheadTrial, clock: list[float], tokens: int, seconds: dict[bo
     """Lets tokens pass that take so long with and without guesses; whether each was guessed at."""
     modes = []
     for _ in range(tokens):
-        trial.token()
+        trial.token_started()
         modes.append(trial.guessing)
         clock[0] += seconds[trial.guessing]
     return modes

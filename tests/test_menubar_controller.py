@@ -25,9 +25,9 @@ from mlx_flash.apps.menubar import budgets, wording
 from mlx_flash.apps.menubar import controller as controllers
 from mlx_flash.apps.menubar.budgets import Budget, fixed_budgets, planned_budgets
 from mlx_flash.apps.menubar.controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, Controller, State
-from mlx_flash.apps.menubar.server_process import Engine, server_command, why_it_ended
-from mlx_flash.apps.menubar.settings import RECENT_MODELS, Settings, read_settings, write_settings
-from mlx_flash.loading.plan import ENDLESS, Demand, Plan, PlanNotes, Units
+from mlx_flash.apps.menubar.server_process import EngineProcess, server_command, why_it_ended
+from mlx_flash.apps.menubar.settings import RECENT_MODELS, AppSettings, read_settings, write_settings
+from mlx_flash.loading.plan import ENDLESS, Demand, Plan, PlanNotes, UnitCounts
 
 SECONDS = 600.0  # until a test gives up waiting for something that comes at once on a quiet machine
 QUESTION = "It was a dark night, and"
@@ -247,7 +247,7 @@ def test_a_plan_that_cannot_be_asked_gives_no_budgets(tmp_path: Path) -> None:
 
 
 def plan_with(smallest: int, everything: int, units_bytes: int) -> Plan:
-    units = Units(1, units_bytes, 0, "units")
+    units = UnitCounts(1, units_bytes, 0, "units")
     return Plan(ENDLESS, Demand(0, 0, 0, 0, 0), units, (0,), 1, 64, PlanNotes(), 0, smallest, everything)
 
 
@@ -298,7 +298,7 @@ def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pyt
 
 def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that does not listen to SIGTERM, and its child."""
-    monkeypatch.setattr(Engine.stop, "__defaults__", (0.3,))  # less patience than it has for people
+    monkeypatch.setattr(EngineProcess.stop, "__defaults__", (0.3,))  # less patience than it has for people
     program = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -381,8 +381,8 @@ def test_why_it_ended(code: int, lines: list[str], expected: str) -> None:
 
 def test_settings_come_back_and_damaged_ones_are_left(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "menubar.json"
-    assert read_settings(file) == Settings()
-    settings = Settings().with_budget(5).with_model("a/b").with_budget(7).with_model("/c")
+    assert read_settings(file) == AppSettings()
+    settings = AppSettings().with_budget(5).with_model("a/b").with_budget(7).with_model("/c")
     assert (settings.model, settings.recent, settings.budget) == ("/c", ("/c", "a/b"), None)
     write_settings(file, settings)
     assert read_settings(file) == settings and [path.name for path in file.parent.iterdir()] == ["menubar.json"]
@@ -398,9 +398,9 @@ def test_settings_come_back_and_damaged_ones_are_left(tmp_path: Path) -> None:
         b'{"memory": {"": -1, "a": "b"}}',
     ):
         file.write_bytes(damaged)
-        assert read_settings(file) == Settings()
+        assert read_settings(file) == AppSettings()
     file.write_text(json.dumps({"model": "a/b", "recent": ["a/b", 3], "memory": {"a/b": 9, "c": True}}))
-    assert read_settings(file) == Settings("a/b", ("a/b",), {"a/b": 9})
+    assert read_settings(file) == AppSettings("a/b", ("a/b",), {"a/b": 9})
 
 
 def test_the_command_names_model_and_memory() -> None:
@@ -409,7 +409,7 @@ def test_the_command_names_model_and_memory() -> None:
 
 
 def test_what_the_menu_says() -> None:
-    settings = Settings().with_model("/models/opt").with_model("a/b").with_budget(10**9)
+    settings = AppSettings().with_model("/models/opt").with_model("a/b").with_budget(10**9)
     state = State(settings, budgets=(Budget(10**9, "the smallest"), Budget(25 * 10**8, "")))
     assert wording.headline(state) == "Stopped" and wording.icon_text(state) == "off"
     assert wording.model_label("a/b", state) == "✓ a/b" and wording.model_label("/models/opt", state).strip() == "opt"

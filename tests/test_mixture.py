@@ -39,9 +39,11 @@ from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, 
 from mlx_flash.flash.experts import ExpertFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.safetensors_file import read_header
+from mlx_flash.flash.units import PrefetchRecord
 from mlx_flash.layers import experts as layer_module
 from mlx_flash.layers.expert_products import Widened
-from mlx_flash.layers.experts import SORTED_FROM, LookAhead, StreamedExperts
+from mlx_flash.layers.experts import SORTED_FROM, StreamedExperts
+from mlx_flash.layers.lookahead import LookAhead
 from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import Provenance, locate, open_mixture
 from mlx_flash.loading.memory_needs import needs_of
@@ -188,14 +190,12 @@ def test_what_still_reads_a_slot_is_evaluated_before_it_is_written(
     pool = next(iter(experts.pools.values()))
 
     def bring(expert: int) -> np.ndarray:
-        experts.use(np.array([expert]))
-        experts.begin(np.array([expert]))
-        experts.land()
+        assert [group.tolist() for group in experts.use(np.array([expert]))] == [[expert]]
         return np.array(pool[0] * 1)
 
     second, first = bring(1), bring(0)
     lazy = pool[0] * 1
-    experts.hold(lazy)
+    experts.guard(lazy)
     assert np.array_equal(bring(1), second) and not np.array_equal(first, second)
     assert np.array_equal(np.array(lazy), first)
 
@@ -220,7 +220,7 @@ def test_a_failed_read_is_an_error_and_the_next_call_is_right(
         with pytest.raises(ReadError, match="injected"):
             everything(model)
         monkeypatch.undo()
-        assert not streamer.flying and not streamer.reader.outstanding
+        assert not streamer.loading and not streamer.reader.outstanding
         assert_same(everything(model), reference(folder), number)
 
 
@@ -262,63 +262,68 @@ def test_a_guess_never_changes_the_text(
     ahead: float,
 ) -> None:
     folder = mixture_of("qwen3_moe", "4 bits")
-    router, rng = LookAhead.scores, np.random.default_rng(0)
+    router, rng = LookAhead.guess, np.random.default_rng(0)
     following = itertools.cycle(chosen)
 
-    def scores(self: LookAhead, x: mx.array) -> mx.array | None:
-        found = router(self, x)
-        assert found is not None and found.shape == (*x.shape[:-1], 12)
-        needed = (np.arange(12) == next(following)[..., None]).any(-2).astype(np.float32)
+    def guessed(self: LookAhead, x: mx.array) -> mx.array | None:
+        ids = next(following)
+        if (found := router(self, x)) is None:
+            assert self.units.prefetched.mostly_unused
+            return None
+        assert found.shape == (*x.shape[:-1], 12)
+        needed = (np.arange(12) == ids[..., None]).any(-2).astype(np.float32)
         noise = rng.random(found.shape, np.float32)
         made = {"right": needed, "wrong": -needed, "random": noise}
         return None if guess == "nothing" else mx.array(made[guess]) if guess in made else found
 
-    monkeypatch.setattr(LookAhead, "scores", scores)
+    monkeypatch.setattr(LookAhead, "guess", guessed)
     monkeypatch.setattr(layer_module, "AHEAD", ahead)
     model, streamer = stream(folder, slots)
     for _ in range(2):
         assert_same(everything(model), reference(folder), guess)
     counters = streamer.counters
-    assert (counters.early + counters.vain > 0) == (guess != "nothing")
-    assert counters.early > 0 or guess != "right"
-    assert counters.vain == 0 or guess != "right"
-    assert counters.vain > 0 or guess != "wrong"
-    assert counters.early <= counters.misses and not streamer.flying
+    assert (counters.prefetched_used + counters.prefetched_unused > 0) == (guess != "nothing")
+    assert counters.prefetched_used > 0 or guess != "right"
+    assert counters.prefetched_unused == 0 or guess != "right"
+    assert counters.prefetched_unused > 0 or guess != "wrong"
+    assert counters.prefetched_used <= counters.misses and not streamer.loading
 
 
 def test_a_guess_that_cannot_be_read_or_is_left_behind(
     mixture_of: Callable[..., Path], stream: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = mixture_of("qwen3_moe", "4 bits")
+    monkeypatch.setattr(PrefetchRecord, "mostly_unused", False)  # however wrong the guesses are
     model, streamer = stream(folder, 5)
     first, second = model_layers = [layer.mlp.switch_mlp for layer in model.layers]
-    begin, wait = LookAhead.begin, Reader.wait
+    prefetch, wait = LookAhead.prefetch, Reader.wait
     failed: list[Any] = []
 
-    def left(self: LookAhead, scores: np.ndarray, choices: int) -> None:
-        begin(self, scores, choices)
-        if self.stream.flight is not None:
+    def left(self: LookAhead, guess: mx.array, needed: np.ndarray) -> None:
+        prefetch(self, guess, needed)
+        if self.units.pending is not None:
             raise KeyboardInterrupt
 
     def failing(reader: Reader, ticket: Any) -> Any:
         report = wait(reader, ticket)
-        if first.units.flight is None and ticket in second.units.flight.tickets and not failed:
+        if first.units.pending is None and ticket in second.units.pending.tickets and not failed:
             failed.append(ticket)
             raise ReadError("injected")
         return report
 
     assert all(isinstance(layer, StreamedExperts) for layer in model_layers)
     with monkeypatch.context() as patch:
-        patch.setattr(LookAhead, "begin", left)
+        patch.setattr(LookAhead, "prefetch", left)
         with pytest.raises(KeyboardInterrupt):
             everything(model)
-    assert second.units.flight is not None  # still on its way: whatever is called next lands it
+    assert second.units.pending is not None  # still on its way: whatever is called next lands it
     assert_same(everything(model), reference(folder), "left behind")
     with monkeypatch.context() as patch:
-        patch.setattr(LookAhead, "begin", lambda self, *_: begin(self, *_) or patch.setattr(Reader, "wait", failing))
+        then_fails = lambda self, *_: prefetch(self, *_) or patch.setattr(Reader, "wait", failing)  # noqa: E731
+        patch.setattr(LookAhead, "prefetch", then_fails)
         with pytest.raises(ReadError, match="injected"):
             everything(model)
-    assert not streamer.flying and not streamer.reader.outstanding and second.units.flight is None
+    assert not streamer.loading and not streamer.reader.outstanding and second.units.pending is None
     assert_same(everything(model), reference(folder), "failed")
 
 
@@ -333,7 +338,7 @@ def test_an_interrupt_when_reads_have_just_landed(
     folder = mixture_of("qwen3_moe", "4 bits")
     model, streamer = stream(folder, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(streamer, "flying", Interrupted())
+        patch.setattr(streamer, "loading", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             everything(model)
     assert_same(everything(model), reference(folder), "interrupted")
@@ -342,7 +347,6 @@ def test_an_interrupt_when_reads_have_just_landed(
 def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 4)
     experts, counters = model.layers[1].mlp.switch_mlp.units, streamer.counters
-    nobody = np.empty(0, np.int64)
 
     def has(ids: list[int]) -> bool:
         slots = experts.cache.slot_of[ids]
@@ -350,23 +354,19 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
         weights: Any = load_model(mixture_of("qwen3_moe", "4 bits"))[0].layers[1].mlp.switch_mlp.up_proj.weight
         return len(found) == len(ids) and all(np.array_equal(a, weights[i]) for a, i in zip(found, ids, strict=True))
 
-    experts.use(np.array([0, 1]))
-    experts.begin(np.array([0, 1]))
-    experts.land()
-    experts.read_ahead(np.array([7, 8]), keep=np.array([0]))
-    experts.use(np.array([0, 7, 9]))
-    experts.begin(np.array([0, 7, 9]))
-    assert len(experts.flight.experts) == 3 and len({*experts.flight.slots}) == 3 and not counters.hits - 1
-    experts.land(np.array([0]))
-    assert experts.flight is not None, "nobody waits for what is here"
-    experts.land(np.array([7]))
-    assert has([0, 7, 8, 9]) and (counters.early, counters.vain, counters.misses) == (1, 1, 4)
-    experts.read_ahead(np.array([2, 3]), keep=nobody)  # there is no room for what is in vain beside the next four
-    experts.use(np.array([4, 5, 6, 7]))
-    assert experts.flight is None and (counters.early, counters.vain) == (1, 3)
-    experts.begin(np.array([4, 5, 6, 7]))
-    experts.land()
-    assert has([4, 5, 6, 7]) and not streamer.flying
+    list(experts.use(np.array([0, 1])))
+    experts.prefetch(np.array([0, 7, 8]))  # 0 is there and stays
+    call = experts.use(np.array([0, 7, 9]))
+    assert next(call).tolist() == [0]
+    assert experts.pending is not None, "nothing waits for what is here"
+    assert sorted(experts.pending.units) == [7, 8, 9] and len({*experts.pending.slots}) == 3
+    assert next(call).tolist() == [7, 9]
+    assert has([0, 7, 8, 9]) and (counters.prefetched_used, counters.prefetched_unused) == (1, 1)
+    assert (counters.hits, counters.misses) == (1, 4)
+    experts.prefetch(np.array([2, 3]))  # there is no room for what is not needed beside the next four
+    list(experts.use(np.array([4, 5, 6, 7])))
+    assert (counters.prefetched_used, counters.prefetched_unused) == (1, 3)
+    assert has([4, 5, 6, 7]) and not streamer.loading
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,14 +383,14 @@ def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], str
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 5)
     ahead = model.layers[0].mlp.switch_mlp.ahead
     tokens: list[None] = []
-    ahead.trial.token = lambda: tokens.append(None)
+    ahead.trial.token_started = lambda: tokens.append(None)
     ahead.trial.guessing = False
     everything(model)
-    assert streamer.counters.early == streamer.counters.vain == 0
+    assert streamer.counters.prefetched_used == streamer.counters.prefetched_unused == 0
     assert len(tokens) == 6  # not for the prompt, nor for the batch of 18 tokens
     ahead.trial.guessing = True
     everything(model)
-    assert streamer.counters.early > 0
+    assert streamer.counters.prefetched_used > 0
 
 
 @pytest.mark.parametrize("slots", [1, 4, 7])
@@ -432,7 +432,7 @@ def test_no_more_than_one_layers_output_is_kept(mixture_of: Callable[..., Path],
     model, streamer = stream(mixture_of("qwen3_moe"), 11)
     for call in (PROMPT, *([token] for token in PROMPT)):
         mx.eval(model(mx.array([call])))
-        assert len(streamer.held) <= 1
+        assert len(streamer.guarded) <= 1
 
 
 def test_a_file_cut_short_while_it_is_in_use(stream: Callable[..., Any], tmp_path: Path) -> None:

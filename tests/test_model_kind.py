@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
+from golden_models import GOLDEN  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
@@ -50,7 +51,8 @@ def run_converter(folder: Path) -> None:
     convert(folder, folder.with_name("store"), Settings(calibration_tokens=64))
 
 
-KNOWN = "ReLU models (bamboo, falcon, llama, mistral, nemotron, opt, persimmon, phi, sparsellama)"
+TYPES = {json.loads(file.read_text())["model_type"] for file in GOLDEN.glob("*/config.json")} | {"mistral"}
+KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
 
 
 @pytest.mark.parametrize(

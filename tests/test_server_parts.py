@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import make_mixture  # type: ignore[import-not-found]
 
-from mlx_flash.flash.slot_cache import Record, SlotCache
+from mlx_flash.flash.slot_cache import EventLog, SlotCache
 from mlx_flash.loading.load import load
 from mlx_flash.server import answering, jobs
 from mlx_flash.server.answering import Waiting
@@ -140,7 +140,7 @@ def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer
     counters = model.flash.streamer.counters
     responses = stream_generate(model, tokenizer, "so it goes", 6)
     next(responses)
-    assert all(cache.record is None for cache in live.caches)  # nobody looks on
+    assert all(cache.event_log is None for cache in live.caches)  # nobody looks on
     live.watch(True)
     for _ in range(4):
         before = [cache.slot_of >= 0 for cache in live.caches]
@@ -149,7 +149,7 @@ def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer
         token = counters - counted
         masks = [live._masks(cache) for cache in live.caches]
         assert sum(int(hit.sum()) for _, hit, _ in masks) == token.hits
-        assert sum(int(read.sum()) for _, _, read in masks) == token.misses + token.vain
+        assert sum(int(read.sum()) for _, _, read in masks) == token.misses + token.prefetched_unused
         for (resident, hit, read), had in zip(masks, before, strict=True):
             assert not (hit & ~had).any() and (resident <= (had | read)).all()
     next(responses)
@@ -160,19 +160,19 @@ def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer
         assert resident.tolist() == binned(cache.slot_of >= 0).tolist() and hit.any() and len(read) == MOST_BINS
     assert live.resident == [cache.resident for cache in live.caches] and live.slots == [30] * len(layers)
     live.watch(False)
-    assert all(cache.record is None for cache in live.caches)
+    assert all(cache.event_log is None for cache in live.caches)
 
 
 def test_recording_changes_nothing() -> None:
     rng = np.random.default_rng(1)
     plain, watched = SlotCache(50, 20), SlotCache(50, 20)
-    watched.record = Record()
+    watched.event_log = EventLog()
     for _ in range(100):
         units = np.sort(rng.choice(50, 12, replace=False))
         for cache in (plain, watched):
-            cache.tick(units)
+            cache.mark_used(units)
             cache.commit(*cache.reserve(units))
-    assert (plain.slot_of == watched.slot_of).all() and len(watched.record.used) == 100
+    assert (plain.slot_of == watched.slot_of).all() and len(watched.event_log.used) == 100
 
 
 # -- prompts -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def ids(*units: int) -> np.ndarray:
 
 def put(cache: SlotCache, *units: int) -> tuple[list[int], list[int]]:
     """One token that needs `units`, all of whose reads succeed. Returns what was read, and where to."""
-    cache.tick(ids(*units))
+    cache.mark_used(ids(*units))
     missing, slots = cache.reserve(ids(*units))
     cache.commit(missing, slots)
     return missing.tolist(), slots.tolist()
@@ -51,7 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.used |= dict.fromkeys(here, self.clock)
         for unit in wanted.tolist():
             self.uses.setdefault(unit, []).append(self.clock)
-        assert self.cache.tick(wanted) == len(here)
+        assert self.cache.mark_used(wanted) == len(here)
 
     def score(self, unit: int) -> float:
         return sum(2 ** ((use - self.clock) / HALF_LIFE) for use in self.uses.get(unit, []))
@@ -147,7 +147,7 @@ def test_scores_do_not_overflow() -> None:
     cache = SlotCache(4, 2)
     put(cache, 0, 1)
     for _ in range(200 * HALF_LIFE):  # 2 ** 200 is no float32
-        cache.tick(ids(1))
+        cache.mark_used(ids(1))
     assert np.isfinite(cache.score).all() and cache.score[1] > cache.score[0] >= 0
     assert put(cache, 3) == ([3], [0])
 
@@ -201,7 +201,7 @@ def test_an_interrupted_commit_claims_nothing() -> None:
         setattr(cache, field, kept)
         assert (cache.slot_of == -1).all() and cache.resident == 0, field
         units = np.array([0, 1, 5])
-        cache.tick(units)
+        cache.mark_used(units)
         cache.commit(*cache.reserve(units))
         assert (cache.unit_of[cache.slot_of[units]] == units).all()
 

@@ -32,7 +32,7 @@ class Client:
         """Plan, residency, totals and the request that is running. Raises ServerError."""
         return self._get("/stats", allowed=(200,))
 
-    def ask(self, question: str, max_tokens: int) -> Answer:
+    def ask(self, question: str, max_tokens: int) -> ServerAnswer:
         """Begins to answer; the pieces come by iterating. Raises ServerError."""
         body = {
             "model": "default",
@@ -40,7 +40,7 @@ class Client:
             "max_tokens": max_tokens,
             "stream": True,
         }
-        return Answer(self._host, self._port, body)
+        return ServerAnswer(self._host, self._port, body)
 
     def _get(self, path: str, allowed: tuple[int, ...]) -> dict[str, Any]:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_SECONDS)
@@ -53,7 +53,7 @@ class Client:
             return content
 
 
-class Answer:
+class ServerAnswer:
     """The pieces of an answer as they arrive. `cancel`, from any thread, ends the iteration and the generation."""
 
     def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .budgets import Budget, fixed_budgets, planned_budgets
-from .client import Answer, Client, ServerError
-from .server_process import Engine, server_command, why_it_ended
-from .settings import Settings, read_settings, write_settings
+from .client import Client, ServerAnswer, ServerError
+from .server_process import EngineProcess, server_command, why_it_ended
+from .settings import AppSettings, read_settings, write_settings
 
 POLL_SECONDS = 0.5
 LOST_POLLS = 20  # without an answer, while the process is alive
@@ -31,7 +31,7 @@ STOPPED, STARTING, RUNNING, STOPPING, FAILED = "stopped", "starting", "running",
 class State:
     """What there is to show. A new one for every change."""
 
-    settings: Settings
+    settings: AppSettings
     phase: str = STOPPED
     address: str = ""  # of the page, while the engine runs
     progress: str = ""  # what the engine said last while it starts
@@ -75,8 +75,8 @@ class Controller:
         self._command = command
         self._lock = threading.RLock()
         self._state = State(read_settings(settings_file), budgets=fixed_budgets())
-        self._engine: Engine | None = None
-        self._answer: Answer | None = None
+        self._engine: EngineProcess | None = None
+        self._answer: ServerAnswer | None = None
         self._turn = 0  # of the question that is being answered
         self._operations = ThreadPoolExecutor(1, "engine")
         self._closed = False
@@ -166,7 +166,7 @@ class Controller:
                 self._change(progress=line)
 
         try:
-            engine = Engine(self._command(settings.model, settings.budget))
+            engine = EngineProcess(self._command(settings.model, settings.budget))
         except OSError as error:
             self._change(phase=FAILED, trouble=f"The engine cannot be started: {error}")
             return
@@ -190,7 +190,7 @@ class Controller:
         engine.stop()
         self._change(phase=STOPPED, stats=None, trouble="", last_lines=(), progress="")
 
-    def _ended(self, engine: Engine, code: int) -> None:
+    def _ended(self, engine: EngineProcess, code: int) -> None:
         with self._lock:
             if self._engine is not engine:
                 return  # it was stopped
@@ -200,7 +200,7 @@ class Controller:
                 phase=FAILED, trouble=why_it_ended(code, lines), last_lines=lines, address="", stats=None, progress=""
             )
 
-    def _give_up(self, engine: Engine, trouble: str) -> None:
+    def _give_up(self, engine: EngineProcess, trouble: str) -> None:
         """The process is alive and of no use."""
         with self._lock:
             if self._engine is not engine:
@@ -210,7 +210,7 @@ class Controller:
         lines = tuple(engine.lines)
         self._change(phase=FAILED, trouble=trouble, last_lines=lines, address="", stats=None, progress="")
 
-    def _follow(self, engine: Engine, listening: threading.Event, addresses: list[str]) -> None:
+    def _follow(self, engine: EngineProcess, listening: threading.Event, addresses: list[str]) -> None:
         """Waits until the model is loaded, then keeps `state.stats` fresh, for as long as the engine is the one."""
         listening.wait()
         if not addresses:
@@ -232,7 +232,7 @@ class Controller:
                     return self._later(partial(self._give_up, engine, f"The engine was ended because {error}"))
             pause.wait(POLL_SECONDS)
 
-    def _look_whether_ready(self, engine: Engine, client: Client, address: str) -> None:
+    def _look_whether_ready(self, engine: EngineProcess, client: Client, address: str) -> None:
         health = client.health()
         if health.get("status") == "ok":
             engine.lines.clear()  # what it said of loading explains no later end
@@ -245,7 +245,7 @@ class Controller:
 
     # -- choices ---------------------------------------------------------------------------------------------
 
-    def _settle(self, settings: Settings) -> None:
+    def _settle(self, settings: AppSettings) -> None:
         with self._lock:
             changed = settings != self._state.settings
             self._change(settings=settings)
@@ -297,7 +297,7 @@ class Controller:
         if changed:
             self._on_change()
 
-    def _change_if(self, engine: Engine, **changes: Any) -> None:
+    def _change_if(self, engine: EngineProcess, **changes: Any) -> None:
         """Not after another thread has let go of this engine."""
         with self._lock:
             if self._engine is engine:

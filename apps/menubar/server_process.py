@@ -33,7 +33,7 @@ def server_command(model: str | None, memory: int | None) -> list[str]:
     return command
 
 
-class Engine:
+class EngineProcess:
     """One run of the server."""
 
     def __init__(self, command: Sequence[str]) -> None:

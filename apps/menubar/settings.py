@@ -13,7 +13,7 @@ DEMO = ""  # the name of the demo model where a string is needed
 
 
 @dataclass(frozen=True)
-class Settings:
+class AppSettings:
     model: str | None = None  # a folder or a Hugging Face id; None: the demo model
     recent: tuple[str, ...] = ()  # the latest first
     memory: dict[str, int] = field(default_factory=dict)  # by model: the budget in bytes; none: automatic
@@ -23,11 +23,11 @@ class Settings:
         """Of the chosen model, in bytes."""
         return self.memory.get(self.model or DEMO)
 
-    def with_model(self, model: str | None) -> Settings:
+    def with_model(self, model: str | None) -> AppSettings:
         recent = self.recent if model is None else (model, *(name for name in self.recent if name != model))
         return replace(self, model=model, recent=recent[:RECENT_MODELS])
 
-    def with_budget(self, budget: int | None) -> Settings:
+    def with_budget(self, budget: int | None) -> AppSettings:
         others = {name: size for name, size in self.memory.items() if name != (self.model or DEMO)}
         return replace(self, memory=others if budget is None else {**others, self.model or DEMO: budget})
 
@@ -38,7 +38,7 @@ def settings_file() -> Path:
     return user_config_path("mlx_flash", appauthor=False) / "menubar.json"
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Path) -> AppSettings:
     """What is damaged or of another type is as if it were not there."""
     try:
         found: Any = json.loads(file.read_bytes())
@@ -46,7 +46,7 @@ def read_settings(file: Path) -> Settings:
         found = None
     found = found if isinstance(found, dict) else {}
     model, recent, memory = found.get("model"), found.get("recent"), found.get("memory")
-    return Settings(
+    return AppSettings(
         model if isinstance(model, str) and model else None,
         tuple(name for name in recent if isinstance(name, str))[:RECENT_MODELS] if isinstance(recent, list) else (),
         {name: size for name, size in memory.items() if type(size) is int and size > 0}
@@ -55,7 +55,7 @@ def read_settings(file: Path) -> Settings:
     )
 
 
-def write_settings(file: Path, settings: Settings) -> None:
+def write_settings(file: Path, settings: AppSettings) -> None:
     """Beside it first, so that a crash leaves the old ones. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")

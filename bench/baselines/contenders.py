@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -23,7 +23,7 @@ from mlx_flash.loading.config import holds_mixture
 
 from ..synthetic.neuron_store import is_synthetic, shape_label
 from ..tools import subprocess_json
-from .engine_switches import LookAheadMode, keep_nothing_between_calls, read_before_products, set_look_ahead
+from .engine_switches import keep_nothing_between_calls, read_before_products
 
 PART = "mlx_flash.bench.baselines.contenders"
 SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it needs
@@ -38,6 +38,7 @@ class Contender:
     "resident" or "lazy", which are mlx-lm's loading, "naive", which reads every layer whole, or "flash".
     held: share of the model's bytes that "hybrid" has in memory. The rest is for "flash" alone.
     memory: bytes for the whole process, as in `mlx_flash.load`. options: further ones of it.
+    look_ahead: "tried": the engine finds out whether guessing pays.
     keep: False: experts leave their slots after each call.
     overlap: False: experts are multiplied once all of them are read.
     """
@@ -45,7 +46,7 @@ class Contender:
     name: str
     memory: int | None = None
     held: float = HALF
-    look_ahead: LookAheadMode = "tried"
+    look_ahead: Literal["tried", "always", "never"] = "tried"
     keep: bool = True
     overlap: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +187,8 @@ def _load_flash(contender: Contender, task: Task) -> Loaded:
         keep_nothing_between_calls(model, contender.options.get("window"))
     if not contender.overlap:
         read_before_products(model)
-    set_look_ahead(model, contender.look_ahead)
+    if contender.look_ahead != "tried":
+        model.flash.fix_look_ahead(contender.look_ahead == "always")
     plan = model.flash.plan
     told = {"plan": plan.as_dict(), "slots": list(plan.slots), "slot_share": plan.slot_share}
     told["weights_bytes"] = plan.demand.resident + plan.demand.predictors + plan.slots_bytes
@@ -282,7 +284,7 @@ def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
             first_token_s = first_token_s or time.time() - task.began
         else:
             mx.eval([c.state for c in cache])
-            loaded.model.flash.settle()
+            loaded.model.flash.evaluate_guarded()
         samples.append(asdict(loaded.counters - before) | {"total_s": time.perf_counter() - began})
     return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
 

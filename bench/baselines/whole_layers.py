@@ -67,9 +67,6 @@ class WholeLayer(nn.Module):
         super().__init__()
         self._inner, self._conveyor = inner, conveyor
 
-    def settle(self) -> None:
-        """Nothing is left to evaluate."""
-
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         mx.eval(x, indices)  # and with them whatever was made of the layer before
         for name, array in self._conveyor.take().items():

@@ -37,8 +37,8 @@ def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "manage_s": mean("manage_s"),
         "read_spread_s": spread(sample["read_s"] for sample in samples),
         "hit_rate": sum(sample["hits"] for sample in samples) / needed if needed else None,
-        "early": mean("early"),
-        "vain": mean("vain"),
+        "early": mean("prefetched_used"),
+        "vain": mean("prefetched_unused"),
     }
     if "total_s" in samples[0]:
         row["total_s"] = mean("total_s")

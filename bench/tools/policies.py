@@ -19,7 +19,7 @@ def least_recent(units: int, slots: int) -> SlotCache:
 def fading(units: int, slots: int, half_life: float) -> SlotCache:
     """Frequency of use that fades by half in so many tokens; the engine's rule with another half-life."""
     cache = SlotCache(units, slots)
-    cache.growth = 2 ** (1 / half_life)
+    cache.use_weight_growth = 2 ** (1 / half_life)
     return cache
 
 
@@ -31,10 +31,10 @@ class Pinned(SlotCache):
         self.hot = np.zeros(units, bool)
         self.hot[hot] = True
 
-    def worth(self) -> np.ndarray:
-        worth = super().worth()
-        worth[self.hot[self.unit_of]] += 2.0**50
-        return worth
+    def eviction_scores(self) -> np.ndarray:
+        scores = super().eviction_scores()
+        scores[self.hot[self.unit_of]] += 2.0**50
+        return scores
 
 
 def hottest(calibration: np.ndarray, count: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def run(cache: SlotCache, sets: Iterable[np.ndarray]) -> np.ndarray:
 
 def step(cache: SlotCache, units: np.ndarray) -> int:
     """One token as the engine does it. Returns its misses."""
-    cache.tick(units)
+    cache.mark_used(units)
     misses = 0
     for begin in range(0, len(units), max(1, cache.slots)):
         missing, slots = cache.reserve(units[begin : begin + cache.slots])

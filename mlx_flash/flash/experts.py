@@ -1,15 +1,14 @@
 """The experts of one layer, read from the checkpoint's own files into slots.
 
-The rule of neurons.py holds here too: before a slot is written, every graph that reads it has been evaluated.
+How reads get into slots, and why that is safe, stands in units.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -19,11 +18,13 @@ from .pool import AlignedPool
 from .reader import Reader, Ticket
 from .requests import MERGE_BYTES
 from .self_test import check_expert_pools
-from .slot_cache import SlotCache
 from .system import READ_ALIGNMENT
 from .unit_file import UnitFile
+from .units import Units
 
-SHORTEST_REQUEST = 128 << 10  # bytes; a layer's few missing experts are read in pieces no shorter (bench/RESULTS.md)
+SHORTEST_REQUEST = (
+    128 << 10
+)  # bytes; a layer's few missing experts are read in pieces no shorter (bench/results/expert-reads.md)
 NOTHING = np.empty(0, np.int32)
 
 
@@ -56,13 +57,6 @@ class ExpertFiles(InFlightReads):
         self.layers: dict[str, dict[str, ExpertTensor]] = {}  # every stream's tensors, by its name
         for number, file in enumerate(files):
             file.name_of = functools.partial(name_experts, self.layers, number)
-        self.held: list[mx.array] = []  # outputs of graphs that read slots, of any layer
-
-    def settle(self) -> None:
-        """Evaluates the pending outputs of all layers and drops them: a layer's output may be large."""
-        held, self.held = self.held, []  # first: what cannot be evaluated is not tried for ever
-        if held:
-            mx.eval(held)
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if someone has written into one of the files."""
@@ -86,22 +80,14 @@ def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset
     return ""
 
 
-@dataclass(frozen=True)
-class _Flight:
-    """Experts on their way into a layer's slots."""
-
-    tickets: list[Ticket]
-    experts: np.ndarray
-    slots: np.ndarray
-    guess: bool  # nobody has asked for them yet
-
-
-class ExpertSlots:
+class ExpertSlots(Units):
     """One layer's experts behind a cache of `slots` of them.
 
     pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
     Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
+
+    shared: ExpertFiles
 
     def __init__(
         self,
@@ -112,11 +98,10 @@ class ExpertSlots:
         name: str = "",
     ) -> None:
         """name: of the layer, for messages."""
-        self.shared = shared
+        self.experts = len(next(iter(tensors.values())).offsets)
+        super().__init__(shared, self.experts, slots, window)
         shared.layers[name] = tensors
         self.tensors = tensors
-        self.experts = len(next(iter(tensors.values())).offsets)
-        self.cache = SlotCache(self.experts, slots, window)
         self._memory = {
             name: AlignedPool(self.cache.slots * t.nbytes, row_bytes=t.nbytes) for name, t in tensors.items()
         }
@@ -130,88 +115,65 @@ class ExpertSlots:
         self._offsets = np.array([t.offsets for t, _ in streamed])  # (P, E)
         self._addresses = np.array([[address] for _, address in streamed], np.int64)  # (P, 1)
         self._lengths = np.array([[t.nbytes] for t, _ in streamed], np.int64)  # (P, 1)
-        self.flight: _Flight | None = None
         check_expert_pools(self._memory, self.pools)
 
-    @property
-    def all_resident(self) -> bool:
-        """Whether every expert is in its slot, so that nothing will be read any more."""
-        return self.cache.resident == self.experts
+    def use(
+        self, experts: np.ndarray, *, meanwhile: Callable[[], None] | None = None, at_once: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """A call of the model needs `experts`, unique ids. Yields them in groups; a group is in its slots (`slot_of`)
+        until the next one is asked for.
 
-    def hold(self, *outputs: mx.array) -> None:
-        """Names graphs that read the slots: they are evaluated before those are written again."""
-        self.shared.held += outputs
-
-    def settle(self) -> None:
-        """Evaluates pending outputs, of all layers, now: MLX cannot evaluate them in another thread."""
-        self.shared.settle()
-
-    def use(self, experts: np.ndarray) -> None:
-        """A call of the model needs `experts` (unique ids): they are the last to be evicted."""
-        if (flight := self.flight) is not None:
-            used = int(np.isin(flight.experts, experts).sum())
-            if flight.guess:
-                self.shared.counters.early += used
-                self.shared.counters.vain += len(flight.experts) - used
-                self.flight = replace(flight, guess=False)
-            if len(experts) + len(flight.experts) - used > self.cache.slots:  # what is in vain must make room
-                self.land()
-        began = time.perf_counter()
-        here = self.cache.tick(experts)
-        self.shared.counters.hits += here
-        self.shared.counters.misses += len(experts) - here
-        self.shared.counters.manage_s += time.perf_counter() - began
-
-    def read_ahead(self, experts: np.ndarray, keep: np.ndarray) -> None:
-        """Starts to read `experts`, which are missing, as far as they fit: the token under way may need them here.
-
-        None of `keep`, which are here, makes room for them. What was read in vain costs time, never changes a result.
+        While the caller works on a group, the next one is read, where the slots hold both. meanwhile: as of
+        `Units.use`. at_once: how many of the missing experts a group has at most; None: no limit.
         """
-        self.land()  # what was in vain for the token before
-        self.begin(experts[: self.cache.slots - len(keep)], keep, guess=True)
+        clock, slots = self.shared.clock, self.cache.slots
+        self.shared.evaluate_guarded()  # As a rule they are by now; kept, all layers' outputs of a chunk would add up.
+        clock.start()
+        self._need(experts)
+        groups = self.groups(experts, at_once)
+        self._start(groups[0])
+        clock.managed()
+        if meanwhile is not None and len(groups) == 1:
+            meanwhile()
+        for turn, group in enumerate(groups):
+            clock.start()
+            self._finish(group)
+            following = groups[turn + 1] if turn + 1 < len(groups) else NOTHING
+            overlaps = 0 < len(following) <= slots - len(group)
+            if overlaps:
+                self._start(following, keep=group)
+            clock.managed()
+            if meanwhile is not None and overlaps and turn + 2 == len(groups):
+                meanwhile()
+            yield group
+            if len(groups) > 1:
+                self.shared.evaluate_guarded()
+            if len(following) and not overlaps:
+                clock.start()
+                self._start(following)
+                clock.managed()
 
-    def begin(self, experts: np.ndarray, keep: np.ndarray | None = None, guess: bool = False) -> None:
-        """Starts to read those of `experts` (unique ids, at most as many as slots) that are missing and not on their
-        way. None of `keep`, which are here, makes room for them."""
-        began = time.perf_counter()
-        before = self.flight or _Flight([], NOTHING, NOTHING, guess)
-        wanted = experts if keep is None else np.concatenate((keep, experts))
-        if len(before.experts):
-            wanted = wanted[~np.isin(wanted, before.experts)]
-        missing, slots = self.cache.reserve(wanted, taken=before.slots)
-        if len(missing):
-            settling = time.perf_counter()
-            self.settle()
-            began += time.perf_counter() - settling  # what the device still did is compute
-            with self.shared.draining():
-                if self.flight is None:
-                    self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
-                tickets = list(before.tickets)
-                both = np.concatenate((before.experts, missing)), np.concatenate((before.slots, slots))
-                self.flight = _Flight(tickets, *both, guess)
-                self._submit(missing, slots, tickets)
-        self.shared.counters.manage_s += time.perf_counter() - began
+    def groups(self, experts: np.ndarray, at_once: int | None) -> list[np.ndarray]:
+        """`experts` in the groups of `use`: those in slots come first. If there are several groups, each fits into the
+        slots together with the next one."""
+        here = self.cache.slot_of[experts] >= 0
+        present, missing = experts[here], experts[~here]
+        half = max(1, self.cache.slots // 2)
+        if len(experts) > self.cache.slots:
+            by_turn = np.concatenate((present, missing))
+            return [by_turn[i : i + half] for i in range(0, len(by_turn), half)]
+        size = max(1, len(missing) if at_once is None else min(half, at_once))
+        groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+        return [present, *groups] if len(present) or not groups else groups
 
-    def land(self, experts: np.ndarray | None = None) -> None:
-        """Waits for what is on its way, which is then here; not if `experts` are here without it."""
-        flight = self.flight
-        if flight is None or (experts is not None and (self.cache.slot_of[experts] >= 0).all()):
-            return
-        began = time.perf_counter()
-        with self.shared.draining():
-            for ticket in flight.tickets:
-                self.shared.wait(ticket)
-            self.flight = None  # first: interrupted here, nobody waits for these tickets once more
-            self.shared.flying.remove(self)
+    def _arrived(self, units: np.ndarray, slots: np.ndarray) -> None:
         for name, table in self._tables.items():
-            self._rows_of(name)[flight.slots] = table[flight.experts]
-        self.cache.commit(flight.experts, flight.slots)
-        self.shared.counters.wait_s += time.perf_counter() - began
+            self._rows_of(name)[slots] = table[units]
 
-    def _submit(self, experts: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
-        lengths = np.repeat(self._lengths, len(experts))  # (P * n,), as all of these
+    def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
+        lengths = np.repeat(self._lengths, len(units))  # (P * n,), as all of these
         addresses = (self._addresses + self._lengths * slots).ravel()
-        offsets, file_of = self._offsets[:, experts].ravel(), self._file_of[:, experts].ravel()
+        offsets, file_of = self._offsets[:, units].ravel(), self._file_of[:, units].ravel()
         share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
         request_bytes = min(MERGE_BYTES, max(SHORTEST_REQUEST, share))
         for number in np.unique(file_of):

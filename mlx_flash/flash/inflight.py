@@ -6,29 +6,39 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import mlx.core as mx
+
 from .reader import Reader, Ticket
-from .stats import Counters
+from .stats import Clock, Counters
 
 
 class HasReads(Protocol):
-    """A layer with slots. flight: what is on its way into them, None if nothing is."""
+    """A layer's units. pending: the reads on their way into its slots, None if there are none."""
 
-    flight: Any
+    pending: Any
 
 
 class InFlightReads:
     """What the layers of one model share for their reads.
 
-    flying: the layers that have something on its way.
+    guarded: outputs of graphs that read slots, of any layer. loading: the layers that have reads on their way.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.counters = Counters()
-        self.flying: list[HasReads] = []
+        self.clock = Clock(self.counters)
+        self.guarded: list[mx.array] = []
+        self.loading: list[HasReads] = []
+
+    def evaluate_guarded(self) -> None:
+        """Evaluates the guarded outputs and drops them: a layer's output may be large."""
+        guarded, self.guarded = self.guarded, []  # First: what cannot be evaluated is not tried for ever.
+        if guarded:
+            mx.eval(guarded)
 
     def wait(self, ticket: Ticket) -> None:
-        """Until the ticket's bytes are in place; counts them. Raises ReadError."""
+        """Waits until the ticket's bytes are in place, and counts them. Raises ReadError."""
         report = self.reader.wait(ticket)
         self.counters.read_s += report.seconds
         self.counters.reads += report.requests
@@ -37,9 +47,9 @@ class InFlightReads:
     def drain(self) -> None:
         """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
         self.reader.drain()
-        for stream in self.flying:
-            stream.flight = None
-        self.flying.clear()
+        for units in self.loading:
+            units.pending = None
+        self.loading.clear()
 
     @contextlib.contextmanager
     def draining(self) -> Iterator[None]:

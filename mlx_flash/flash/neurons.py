@@ -1,14 +1,12 @@
 """One layer's units, brought from the bundle file into MLX memory: by selection or all in turn.
 
-Host writes into an MLX buffer are invisible to MLX, so one rule holds everywhere here: before a slot or a
-scratch buffer is written, every graph that reads it has been evaluated (`hold`, `settle`).
+The rule of units.py holds for scratch memory, too: before it is written, every graph that reads it has been evaluated.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,11 +18,9 @@ from .pool import AlignedPool
 from .reader import Reader, Ticket, crc32_of_each
 from .rows import BlockRows, PackedRows, StoredRows
 from .self_test import check_neuron_pool, check_packed_products
-from .slot_cache import SlotCache
 from .unit_file import UnitFile
 from .unit_sums import BlockSums
-
-FADING = 0.9  # of what is remembered about guesses, per guess
+from .units import Units
 
 
 class NeuronFile(InFlightReads):
@@ -86,31 +82,23 @@ class _Piece:
     targets: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class _Flight:
-    """Blocks on their way into a layer's slots."""
-
-    ticket: Ticket
-    blocks: np.ndarray
-    slots: np.ndarray
-
-
-class NeuronSlots:
+class NeuronSlots(Units):
     """One layer of the bundle file behind a cache of `slots` blocks.
 
     parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere).
     Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
+    shared: NeuronFile
+
     def __init__(
         self, shared: NeuronFile, layer: int, slots: int, parts: tuple[str, ...], window: int | None = None
     ) -> None:
         layout = shared.layout
-        self.shared = shared
+        super().__init__(shared, layout.blocks, slots, window)
         self.layout = layout
         self.layer = layer
         self.parts = parts
-        self.cache = SlotCache(layout.blocks, slots, window)
         self.part_offset, self.slot_bytes = layout.part_range(parts)
         self.pool = (
             AlignedPool(self.cache.slots * self.slot_bytes, row_bytes=self.slot_bytes) if self.cache.slots else None
@@ -118,25 +106,6 @@ class NeuronSlots:
         self.rows = BlockRows(self.pool, layout, parts, shared.side) if self.pool else None
         if self.pool is not None and self.rows is not None:
             check_neuron_pool(self.pool, self.rows)
-        self._held: tuple[mx.array, ...] = ()
-        self.flight: _Flight | None = None
-        self._begun = False  # all that the current token needs was asked for at once
-        self.used_early = self.vain_early = 0.0  # blocks read ahead that were needed and that were not, lately
-
-    @property
-    def all_resident(self) -> bool:
-        """Whether every block is in its slot, so that nothing will be read any more."""
-        return self.cache.resident == self.layout.blocks
-
-    def hold(self, *outputs: mx.array) -> None:
-        """Names graphs that read this layer's memory: they are evaluated before that is written again."""
-        self._held += outputs
-
-    def settle(self) -> None:
-        """Evaluates pending outputs now, because MLX cannot evaluate them in another thread."""
-        held, self._held = self._held, ()  # first: what cannot be evaluated is not tried for ever
-        if held:
-            mx.eval(held)
 
     def _verify_file(self) -> None:
         """Once per call of the model: nobody has written into the file."""
@@ -145,129 +114,72 @@ class NeuronSlots:
 
     # -- decoding: the selected neurons ---------------------------------------------------------------------
 
-    def read_ahead(self, ids: np.ndarray) -> None:
-        """Starts to read what is missing of neurons `ids` (ascending), which the token under way may need here.
+    def use(
+        self, ids: np.ndarray, *, meanwhile: Callable[[], None] | None = None, packed: bool = True
+    ) -> Iterator[tuple[np.ndarray, StoredRows]]:
+        """A token (or a few) needs neurons `ids`, ascending. Yields them in pieces of a fixed size: (ids, rows of each
+        part), read where they are missing.
 
-        A guess: what was read in vain costs time, never changes a result. Nothing is done where it would not fit.
-        """
-        if self.flight is not None or self.all_resident:
-            return
-        began = time.perf_counter()
-        blocks = self._blocks_of(ids)
-        if len(blocks) <= self.cache.slots:
-            with self.shared.draining():
-                self._start(blocks)
-        self.shared.counters.manage_s += time.perf_counter() - began
-
-    def begin(self, ids: np.ndarray) -> None:
-        """A token (or a few) needs neurons `ids`, ascending: they are the last to be evicted.
-
-        Starts to read those that are missing, so that the caller can do something else before `gather`.
-        """
-        self._verify_file()
-        self.settle()  # the last token's are by now, unless nobody asked for its logits
-        early = self._land()
-        began = time.perf_counter()
-        blocks = self._blocks_of(ids)
-        here = self.cache.tick(blocks)
-        self._begun = len(blocks) <= self.cache.slots
-        if early is not None and self._begun:  # else they may have gone again before they are used
-            wanted = np.zeros(self.layout.blocks, np.bool_)
-            wanted[blocks] = True
-            used = int(np.count_nonzero(wanted[early]))
-            vain = len(early) - used
-            self.used_early = FADING * self.used_early + used
-            self.vain_early = FADING * self.vain_early + vain
-            counters = self.shared.counters
-            counters.early += used
-            counters.vain += vain
-            counters.misses += used
-            counters.hits -= used  # they are here, and are counted as such below
-        if self._begun:
-            self._count(len(blocks), here)
-            if here < len(blocks):
-                with self.shared.draining():
-                    self._start(blocks)
-        self.shared.counters.manage_s += time.perf_counter() - began
-
-    def gather(self, ids: np.ndarray) -> tuple[mx.array, ...]:
-        """Rows of neurons `ids` (ascending, at least one), read if they are missing: one (n, width) array per part."""
-        stored = self.gather_stored(ids)
-        assert self.rows is not None
-        return self.rows.widened(stored)
-
-    def gather_stored(self, ids: np.ndarray) -> StoredRows:
-        """The same without dequantising.
-
-        Where the slots are fewer than the blocks needed it goes in rounds; the result is the same.
+        meanwhile: as of `Units.use`. packed: whether quantised rows stay so; else they come as numbers, (n, width).
+        Where the slots are fewer than the blocks needed, a piece is read in rounds; the rows are the same.
         """
         assert self.rows is not None, "a layer without slots cannot select"
-        self._land()
-        lanes = ids % self.layout.neurons_per_block
-        of_id = ids // self.layout.neurons_per_block
+        clock = self.shared.clock
+        self._verify_file()
+        self.shared.evaluate_guarded()  # The last layer's are by now, unless no call asked for its output.
+        clock.start()
         blocks = self._blocks_of(ids)
+        self._need(blocks)
+        at_once = len(blocks) <= self.cache.slots
+        if at_once:
+            self._start(blocks)
+        clock.managed()
+        if meanwhile is not None:
+            meanwhile()
+        for begin in range(0, len(ids), self.layout.piece_neurons):
+            piece = ids[begin : begin + self.layout.piece_neurons]
+            rows = self._take(piece) if at_once else self._take_in_rounds(piece)
+            yield piece, rows if packed else self.rows.widened(rows)
+            if begin + len(piece) < len(ids):
+                self.shared.evaluate_guarded()  # else the rows of several pieces are in memory at once
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """As `Units.prefetch`, for neurons `ids`, ascending."""
+        super().prefetch(self._blocks_of(ids))
+
+    def _take(self, ids: np.ndarray) -> StoredRows:
+        """Rows of neurons whose blocks are in slots or on their way."""
+        assert self.rows is not None
+        self.shared.clock.start()
+        blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
+        self._finish(blocks)
+        slots = self.cache.slot_of[blocks]
+        self.shared.clock.managed()
+        return self.rows.take_stored(slots, lanes, self.parts)
+
+    def _take_in_rounds(self, ids: np.ndarray) -> StoredRows:
+        """Rows of neurons whose blocks may be more than the slots: as many blocks as fit are read at a time."""
+        blocks, slots = self._blocks_of(ids), self.cache.slots
+        of_id = ids // self.layout.neurons_per_block
         rounds = []
-        for begin in range(0, len(blocks), self.cache.slots):
-            here = blocks[begin : begin + self.cache.slots]
-            self._fetch(here)
-            chosen = slice(np.searchsorted(of_id, here[0]), np.searchsorted(of_id, here[-1], side="right"))
-            rounds.append(self.rows.take_stored(self.cache.slot_of[of_id[chosen]], lanes[chosen], self.parts))
-            if len(blocks) > self.cache.slots:  # the next round writes over these slots
+        for begin in range(0, len(blocks), slots):
+            here = blocks[begin : begin + slots]
+            self.shared.clock.start()
+            self._start(here)
+            self.shared.clock.managed()
+            rounds.append(self._take(ids[np.searchsorted(of_id, here[0]) : np.searchsorted(of_id, here[-1], "right")]))
+            if len(blocks) > slots:  # The next round writes over these slots.
                 mx.eval([each.components if isinstance(each, PackedRows) else each for each in rounds[-1]])
         if len(rounds) == 1:
             return rounds[0]
         return tuple(_joined(pieces) for pieces in zip(*rounds, strict=True))
 
     def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
+        """The blocks of neurons `ids` (ascending), each once, ascending."""
         if self.layout.neurons_per_block == 1:
             return ids
         blocks = ids // self.layout.neurons_per_block
         return blocks[np.diff(blocks, prepend=-1) > 0]
-
-    def _fetch(self, blocks: np.ndarray) -> None:
-        """Brings in what `begin` did not ask for already."""
-        began = time.perf_counter()
-        here = int(np.count_nonzero(self.cache.slot_of[blocks] >= 0))
-        if not self._begun:
-            self._count(len(blocks), here)
-        if here < len(blocks):
-            with self.shared.draining():
-                self._start(blocks)
-        self.shared.counters.manage_s += time.perf_counter() - began
-        self._land()
-
-    def _count(self, needed: int, here: int) -> None:
-        self.shared.counters.hits += here
-        self.shared.counters.misses += needed - here
-
-    def _start(self, blocks: np.ndarray) -> None:
-        """Makes room for `blocks` and submits the reads of those that are missing."""
-        missing, targets = self.cache.reserve(blocks)
-        if len(missing):
-            began = time.perf_counter()
-            self.settle()
-            settled = time.perf_counter()  # what the device still did is compute
-            self.shared.flying.append(self)  # first: whatever interrupts this, `drain` finds the flight
-            self.flight = _Flight(self._submit_blocks(missing, targets), missing, targets)
-            submitted = time.perf_counter()
-            self.shared.counters.wait_s += submitted - settled
-            self.shared.counters.manage_s -= submitted - began  # which the caller measures around this
-
-    def _land(self) -> np.ndarray | None:
-        """Waits for what is on its way, which is then here. Returns its blocks; None if there was nothing."""
-        if self.flight is None:
-            return None
-        began = time.perf_counter()
-        flight = self.flight
-        with self.shared.draining():
-            self.shared.wait(flight.ticket)
-            self.flight = None  # first: interrupted here, nobody waits for these tickets once more
-            self.shared.flying.remove(self)
-        waited = time.perf_counter()
-        self.cache.commit(flight.blocks, flight.slots)
-        self.shared.counters.wait_s += waited - began
-        self.shared.counters.manage_s += time.perf_counter() - waited
-        return flight.blocks
 
     # -- prompts: every neuron in turn ----------------------------------------------------------------------
 
@@ -278,7 +190,8 @@ class NeuronSlots:
         made of a piece before it asks for the next.
         """
         self._verify_file()
-        self._land()
+        self.shared.clock.start()
+        self._finish()
         with self.shared.draining():
             ready = self._start_piece(0)
             for start in range(0, self.layout.neurons, self.layout.piece_neurons):
@@ -311,50 +224,53 @@ class NeuronSlots:
         return crc32_of_each(address, self.layout.block_bytes, self.slot_bytes, end - first)
 
     def _start_piece(self, start: int) -> _Piece:
-        began = time.perf_counter()
-        layout, counters = self.layout, self.shared.counters
-        handing_over = 0.0
+        clock, counters, layout = self.shared.clock, self.shared.counters, self.layout
+        clock.start()
         stop = min(start + layout.piece_neurons, layout.neurons)
         first = start // layout.neurons_per_block
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
         if absent <= self.cache.free and self.rows is not None:
-            self.settle()
-            began = time.perf_counter()  # what the device still had to do is compute, not management
+            clock.managed()
+            self.shared.evaluate_guarded()
+            clock.computed()
             missing, targets = self.cache.reserve(blocks)
-            handing_over -= time.perf_counter()
-            ticket = self._submit_blocks(missing, targets) if len(missing) else None
-            handing_over += time.perf_counter()
             places = self.cache.slot_of[blocks].copy()
             places[places < 0] = targets
-            piece = _Piece(start, stop, self.rows, places, ticket, missing, targets)
             counters.hits += len(blocks) - absent
             counters.misses += absent
+            clock.managed()
+            ticket = self._submit_blocks(missing, targets) if len(missing) else None
+            piece = _Piece(start, stop, self.rows, places, ticket, missing, targets)
         else:
             which = first // layout.piece_blocks % 2
             pool = self.shared.scratch[which]
             offset = self.layer * layout.layer_bytes + first * layout.block_bytes
             segment = (np.array([value]) for value in (offset, pool.address, len(blocks) * layout.block_bytes))
-            handing_over -= time.perf_counter()
-            ticket = self.shared.reader.submit(self.shared.file, *segment, destination=pool)
-            handing_over += time.perf_counter()
-            piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
             counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
-        counters.wait_s += handing_over
-        counters.manage_s += time.perf_counter() - began - handing_over
+            clock.managed()
+            ticket = self.shared.reader.submit(self.shared.file, *segment, destination=pool)
+            piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
+        clock.waited()
         return piece
 
     def _finish_piece(self, piece: _Piece) -> None:
         if piece.ticket is None:
             return
-        began = time.perf_counter()
+        self.shared.clock.start()
         ticket, piece.ticket = piece.ticket, None
         self.shared.wait(ticket)
         if piece.missing is not None and piece.targets is not None:
             self.cache.commit(piece.missing, piece.targets)
-        self.shared.counters.wait_s += time.perf_counter() - began
+        self.shared.clock.waited()
 
     # -- reading --------------------------------------------------------------------------------------------
+
+    def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
+        tickets.append(self._submit_blocks(units, slots))
+
+    def _arrived(self, units: np.ndarray, slots: np.ndarray) -> None:
+        """A block is read whole."""
 
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
         assert self.pool is not None

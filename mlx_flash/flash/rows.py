@@ -79,7 +79,7 @@ class BlockRows:
             self.views.append(mx.as_strided(typed, (rows, elements), strides, begin // dtype.size))
             begin += elements * dtype.size
         mx.eval(self.views)
-        # On the CPU backend numbers of 16 bits are dequantised five times slower than those of 32 (bench/RESULTS.md).
+        # The CPU backend takes five times as long to dequantise to 16 bits as to 32 (bench/results/bits.md).
         self.dtype = mx.float32 if layout.quantised and side is not None else getattr(mx, layout.dtype)
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:

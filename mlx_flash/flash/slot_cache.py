@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/RESULTS.md)
-LARGEST_GAIN = 1e30  # scores are brought down before a float32 could overflow
+HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/results/activations.md)
+LARGEST_USE_WEIGHT = 1e30  # scores are brought down before a float32 could overflow
 NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass
-class Record:
+class EventLog:
     """What happened in a cache, for somebody who looks on: ids of the units used and read, call by call."""
 
     used: list[np.ndarray] = field(default_factory=list)
@@ -43,33 +43,33 @@ class SlotCache:
         self.slots = min(slots, units)
         self.slot_of = np.full(units, -1, np.int32)
         self.unit_of = np.full(self.slots, -1, np.int32)
-        self.score = np.zeros(units, np.float32)  # times `gain`
-        self.gain = 1.0  # what a use adds now
-        self.growth = 2 ** (1 / HALF_LIFE)
+        self.score = np.zeros(units, np.float32)  # times `use_weight`
+        self.use_weight = 1.0  # what a use adds now
+        self.use_weight_growth = 2 ** (1 / HALF_LIFE)
         self.last_used = np.full(self.slots, -1, np.int64)  # call; kept for a window only
         self.clock = 0
         self.resident = 0  # how many slots are taken
-        self.record: Record | None = None  # None: nobody looks on
+        self.event_log: EventLog | None = None  # None: nobody looks on
 
     @property
     def free(self) -> int:
         return self.slots - self.resident
 
-    def tick(self, units: np.ndarray) -> int:
+    def mark_used(self, units: np.ndarray) -> int:
         """Begins a token that needs `units` (unique ids): marks their use. Returns how many are here."""
         self.clock += 1
-        if self.record is not None:
-            self.record.used.append(units)
+        if self.event_log is not None:
+            self.event_log.used.append(units)
         slots = self.slot_of[units]
         here = slots[slots >= 0]
         if self.window is not None:
             self.last_used[here] = self.clock
             return len(here)
-        self.gain *= self.growth
-        if self.gain > LARGEST_GAIN:
-            self.score /= self.gain
-            self.gain = 1.0
-        self.score[units] += self.gain
+        self.use_weight *= self.use_weight_growth
+        if self.use_weight > LARGEST_USE_WEIGHT:
+            self.score /= self.use_weight
+            self.use_weight = 1.0
+        self.score[units] += self.use_weight
         return len(here)
 
     def reserve(self, units: np.ndarray, taken: np.ndarray = NO_SLOTS) -> tuple[np.ndarray, np.ndarray]:
@@ -97,21 +97,21 @@ class SlotCache:
         self.last_used[slots] = self.clock
         self.slot_of[units] = slots
         self.resident += len(units)
-        if self.record is not None:
-            self.record.read.append(units)
+        if self.event_log is not None:
+            self.event_log.read.append(units)
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
         """The slots to fill next: empty ones, then the least worth keeping; ascending. None of `keep`."""
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
-        worth = self.worth()
+        scores = self.eviction_scores()
         if self.resident < self.slots:
             empty = np.flatnonzero(self.unit_of < 0)
-            worth[empty] = empty - self.slots  # below zero, in order
-        worth[keep] = np.inf
-        return np.sort(np.argpartition(worth, count - 1)[:count]).astype(np.int32)
+            scores[empty] = empty - self.slots  # below zero, in order
+        scores[keep] = np.inf
+        return np.sort(np.argpartition(scores, count - 1)[:count]).astype(np.int32)
 
-    def worth(self) -> np.ndarray:
+    def eviction_scores(self) -> np.ndarray:
         """Eviction score per slot, (slots,), >= 0: the lowest goes first; undefined for empty slots."""
         if self.window is None:
             return self.score[self.unit_of]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, fields
 
 
@@ -11,8 +12,8 @@ class Counters:
 
     hits: int = 0  # blocks needed and found in a slot
     misses: int = 0  # blocks needed and read
-    early: int = 0  # of the misses: read ahead, on a guess
-    vain: int = 0  # blocks read ahead that were not needed
+    prefetched_used: int = 0  # units read on a guess that the next call needed; they count as misses
+    prefetched_unused: int = 0  # units read on a guess that the next call did not need
     reads: int = 0  # requests to the operating system, neighbours merged
     bytes: int = 0
     read_s: float = 0.0  # the device was busy
@@ -28,6 +29,35 @@ class Counters:
 
     def copy(self) -> Counters:
         return Counters(**asdict(self))
+
+
+class Clock:
+    """Shares the time of one thread out among the timers: each span from one mark to the next counts once.
+
+    A callee may charge its own spans; its caller then charges only what came after them.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._mark = 0.0
+
+    def start(self) -> None:
+        """A span begins; the time since the last mark is not counted here."""
+        self._mark = time.perf_counter()
+
+    computed = start  # The model's own work is what is left of the whole.
+
+    def managed(self) -> None:
+        """The span since the last mark went into ids, maps and slots."""
+        self._counters.manage_s += self._span()
+
+    def waited(self) -> None:
+        """The span since the last mark went into waiting for reads."""
+        self._counters.wait_s += self._span()
+
+    def _span(self) -> float:
+        mark, self._mark = self._mark, time.perf_counter()
+        return self._mark - mark
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -12,11 +9,12 @@ import numpy as np
 from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
 from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_vary
+from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 
 SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
 EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
-AHEAD = 0.25  # of the experts that a token uses, as many are read on a guess; at least one (bench/RESULTS.md)
+AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
 
 
 class StreamedExperts(nn.Module):
@@ -27,14 +25,14 @@ class StreamedExperts(nn.Module):
     on MLX's CPU backend; on Metal a prompt's products go expert by expert (expert_products.py).
     """
 
-    def __init__(self, inner: nn.Module, stream: ExpertSlots) -> None:
-        """inner: the layer whose place this takes. stream: its tensors are named `projection.tensor`, as inner's."""
+    def __init__(self, inner: nn.Module, units: ExpertSlots) -> None:
+        """inner: the layer whose place this takes. units: their tensors are named `projection.tensor`, as inner's."""
         super().__init__()
         self._inner = inner
-        self.units = stream
+        self.units = units
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
         self.ahead: LookAhead | None = None
-        for name, pool in stream.pools.items():
+        for name, pool in units.pools.items():
             projection, tensor = name.rsplit(".", 1)
             inner[projection][tensor] = pool
             if is_widened(tensor, pool.dtype):
@@ -43,138 +41,83 @@ class StreamedExperts(nn.Module):
     def look_ahead(self, following: StreamedExperts, router: nn.Module, trial: LookAheadTrial, leads: bool) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
+        The guess is what the next layer's router says of this layer's input: this layer's experts and the next
+        attention add little to the residual in between, and the norms are taken as equal.
+
         router: of the next layer, x (..., D) -> scores (..., E). trial: the model's. leads: whether this layer tells it
         when a token begins.
         """
-        self.ahead = LookAhead(following.units, router, trial, leads)
+        units = following.units
+        self.ahead = LookAhead(
+            units,
+            lambda x: router(x).astype(mx.float32),
+            lambda scores, needed: likeliest(scores, units, needed.shape[-1]),
+            trial,
+            leads,
+        )
 
     @property
     def experts(self) -> int:
         return self.units.experts
 
-    def settle(self) -> None:
-        """Evaluates what still reads this layer's slots."""
-        self.units.settle()
-
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         many = indices.size >= SORTED_FROM
-        stream, ahead = self.units, None if many else self.ahead
+        units, ahead = self.units, None if many else self.ahead
         expert_by_expert = many and kernels_vary()
-        if ahead is not None and ahead.leads:
-            ahead.trial.token()
-        if stream.all_resident and not expert_by_expert:  # then nothing moves any more, and nobody needs to know
+        if ahead is not None:
+            ahead.token_begins()
+        if units.all_resident and not expert_by_expert:  # Then no expert moves any more, and no id is read back.
             if self._slot_of is None:
-                self._slot_of = mx.array(stream.cache.slot_of.astype(np.uint32))
+                self._slot_of = mx.array(units.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
-                stream.settle()
+                units.shared.evaluate_guarded()
             return self._inner(x, self._slot_of[indices])
-        scores = ahead.scores(x) if ahead is not None else None
-        if scores is not None:
-            mx.eval(indices, scores)
+        guess = ahead.guess(x) if ahead is not None else None
+        if guess is not None:
+            mx.eval(indices, guess)
         needed = to_numpy(indices)  # the layer's one read-back
-        stream.settle()  # as a rule evaluated by that already; kept, every layer's output of a chunk would add up
+
+        def prefetch() -> None:
+            if ahead is not None and guess is not None:
+                ahead.prefetch(guess, needed)
+
         experts = np.unique(needed)
-        stream.use(experts)
-        rounds = self.rounds(experts, needed.size)
-
-        def guess() -> None:
-            if ahead is not None and scores is not None:
-                ahead.begin(to_numpy(scores), needed.shape[-1])
-
-        if len(rounds) > 1 or expert_by_expert:
-            return self._in_rounds(x, needed, rounds, guess, expert_by_expert)
-        stream.begin(experts)
-        guess()
-        stream.land(experts)
-        y = self._inner(x, mx.array(stream.cache.slot_of[needed].astype(np.uint32)))
-        stream.hold(y)
-        return y
-
-    def rounds(self, experts: np.ndarray, pairs: int) -> list[np.ndarray]:
-        """`experts` in groups that are multiplied one after the other, each while the next one is read: those that are
-        here first. A group and the next one fit into the slots, if there is more than one of them."""
-        cache = self.units.cache
-        here = cache.slot_of[experts] >= 0
-        present, missing = experts[here], experts[~here]
-        half = max(1, cache.slots // 2)
-        if len(experts) > cache.slots:
-            by_turn = np.concatenate((present, missing))
-            return [by_turn[i : i + half] for i in range(0, len(by_turn), half)]
-        at_once = len(missing) if pairs < SORTED_FROM else min(half, EXPERTS_AT_ONCE)
-        groups = [missing[i : i + at_once] for i in range(0, len(missing), max(1, at_once))]
-        return [present, *groups] if len(present) else groups
-
-    def _in_rounds(
-        self,
-        x: mx.array,
-        needed: np.ndarray,
-        rounds: list[np.ndarray],
-        guess: Callable[[], None],
-        expert_by_expert: bool,
-    ) -> mx.array:
-        """Group by group, the next one read meanwhile. guess: called when the last one is on its way."""
-        stream, cache = self.units, self.units.cache
-        pairs, choices = needed.reshape(-1), needed.shape[-1]
-        rows = x.reshape(-1, x.shape[-1])  # (N, D)
-        turn_of = np.zeros(cache.slot_of.shape, np.int64)
-        for turn, group in enumerate(rounds):
-            turn_of[group] = turn
-        turns = turn_of[pairs]
         outputs, order = [], []
-        stream.begin(rounds[0])
-        for turn, group in enumerate(rounds):
-            stream.land(group)
-            following = rounds[turn + 1] if turn + 1 < len(rounds) else np.empty(0, group.dtype)
-            overlaps = 0 < len(following) <= cache.slots - len(group)
-            if overlaps:
-                stream.begin(following, keep=group)
-                if turn + 2 == len(rounds):
-                    guess()
-            members = np.flatnonzero(turns == turn)
-            slots = cache.slot_of[pairs[members]]
-            by_slot = np.argsort(slots, kind="stable")
-            members, slots = members[by_slot], slots[by_slot]
-            tokens = rows[mx.array((members // choices).astype(np.int32))]  # (n, D)
-            if expert_by_expert:
-                y = by_expert(self._inner, tokens, slots)
-            else:
-                y = by_pair(self._inner, tokens, slots, sorted_indices=pairs.size >= SORTED_FROM)
-            if len(rounds) > 1:
-                mx.eval(y)
-            else:
-                stream.hold(y)
+        for group in units.use(experts, at_once=EXPERTS_AT_ONCE if many else None, meanwhile=prefetch):
+            if len(group) == len(experts) and not expert_by_expert:
+                y = self._inner(x, mx.array(units.slot_of[needed].astype(np.uint32)))
+                units.guard(y)
+                return y
+            members, y = self._of_group(x, needed, group, expert_by_expert)
+            units.guard(y)
             outputs.append(y)
             order.append(members)
-            if len(following) and not overlaps:
-                stream.begin(following)
         back = np.argsort(np.concatenate(order)).astype(np.int32)
         return mx.concatenate(outputs)[mx.array(back)].reshape(*needed.shape, -1)
 
+    def _of_group(
+        self, x: mx.array, needed: np.ndarray, group: np.ndarray, expert_by_expert: bool
+    ) -> tuple[np.ndarray, mx.array]:
+        """The (token, expert) pairs of the experts of `group`: their numbers (n,), and their outputs (n, D)."""
+        pairs, choices = needed.reshape(-1), needed.shape[-1]
+        in_group = np.zeros(self.experts, np.bool_)
+        in_group[group] = True
+        members = np.flatnonzero(in_group[pairs])
+        slots = self.units.slot_of[pairs[members]]
+        by_slot = np.argsort(slots, kind="stable")
+        members, slots = members[by_slot], slots[by_slot]
+        tokens = x.reshape(-1, x.shape[-1])[mx.array((members // choices).astype(np.int32))]  # (n, D)
+        if expert_by_expert:
+            return members, by_expert(self._inner, tokens, slots)
+        return members, by_pair(self._inner, tokens, slots, sorted_indices=pairs.size >= SORTED_FROM)
 
-@dataclass
-class LookAhead:
-    """A guess of what the next layer's router will choose, by that router on this layer's input.
 
-    This layer's experts and the next attention add little to the residual in between; the norms are taken as equal.
-    """
-
-    stream: ExpertSlots  # of the next layer
-    router: nn.Module
-    trial: LookAheadTrial
-    leads: bool  # tells `trial` when a token begins
-
-    def scores(self, x: mx.array) -> mx.array | None:
-        """x: (..., D), this layer's input -> float32 (..., E) of the next; None where there is no use for them."""
-        if self.stream.all_resident or not self.trial.guessing:
-            return None
-        scores: mx.array = self.router(x).astype(mx.float32)
-        return scores
-
-    def begin(self, scores: np.ndarray, choices: int) -> None:
-        """Starts to read the likeliest of what is missing among the `choices` likeliest of each token."""
-        tokens = scores.reshape(-1, scores.shape[-1])  # (N, E)
-        by_rank = np.argsort(-tokens, axis=1)[:, :choices].T.ravel()
-        likeliest = by_rank[np.sort(np.unique(by_rank, return_index=True)[1])] if len(tokens) > 1 else by_rank
-        here = self.stream.cache.slot_of[likeliest] >= 0
-        count = max(1, int(AHEAD * choices))
-        self.stream.read_ahead(likeliest[~here][:count], keep=likeliest[here])
+def likeliest(scores: np.ndarray, units: ExpertSlots, choices: int) -> np.ndarray:
+    """The experts that a guess is about: of the `choices` likeliest of each token those in slots, which must stay, and
+    the likeliest missing ones, which are worth reading, as far as they fit. scores: float32 (..., E)."""
+    tokens = scores.reshape(-1, scores.shape[-1])  # (N, E)
+    by_rank = np.argsort(-tokens, axis=1)[:, :choices].T.ravel()
+    likely = by_rank[np.sort(np.unique(by_rank, return_index=True)[1])] if len(tokens) > 1 else by_rank
+    here = units.slot_of[likely] >= 0
+    count = max(1, int(AHEAD * choices))
+    return np.concatenate((likely[here], likely[~here][:count]))[: units.cache.slots]

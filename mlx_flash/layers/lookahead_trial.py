@@ -23,14 +23,21 @@ class LookAheadTrial:
     ) -> None:
         """guessing: until the first trial."""
         self.guessing = guessing
+        self._fixed = False
         self._clock = clock
         self._last: float | None = None
         self._left = warm_up  # tokens of the current turn or term
         self._turn = -1  # of a trial; -1 outside of one
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 
-    def token(self) -> None:
+    def fix(self, guessing: bool) -> None:
+        """From now on guesses are made always, or never: there is no trial any more."""
+        self.guessing, self._fixed = guessing, True
+
+    def token_started(self) -> None:
         """A token begins."""
+        if self._fixed:
+            return
         now = self._clock()
         if self._turn >= 0 and self._last is not None and self._left < TURN:
             self._seconds[self.guessing].append(now - self._last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,11 +12,11 @@ from ..flash.host_arrays import to_numpy
 from ..flash.neurons import NeuronSlots
 from ..flash.rows import PackedRows, StoredRows
 from .activations import Activation
+from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 from .predictors import ExactPredictor, Predictor
 
-PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/RESULTS.md)
-GUESS_AGAIN = 32  # calls after which a layer that guesses badly tries again
+PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/results/bits.md)
 
 
 class StreamedNeurons(nn.Module):
@@ -29,32 +28,35 @@ class StreamedNeurons(nn.Module):
     result does not depend on what the cache holds.
     """
 
-    def __init__(self, stream: NeuronSlots, activation: Activation, decode_tokens: int, bias: bool) -> None:
+    def __init__(self, units: NeuronSlots, activation: Activation, decode_tokens: int, bias: bool) -> None:
         super().__init__()
-        layout = stream.layout
+        layout = units.layout
         if bias:
             self.up_bias = mx.zeros((layout.neurons,))
             self.down_bias = mx.zeros((layout.width,))
-        self.units = stream
+        self.units = units
         self._activation = activation
         self.decode_tokens = decode_tokens
         self.predictor: Predictor | None = None
         self.ahead: LookAhead | None = None
 
     def look_ahead(
-        self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial
+        self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial, leads: bool
     ) -> None:
         """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
 
-        norm, following_norm: the norms whose outputs the two layers take. trial: the model's; the first layer that
-        guesses tells it when a token begins.
+        norm, following_norm: the norms whose outputs the two layers take. trial: the model's. leads: whether this layer
+        tells it when a token begins.
         """
-        if self.predictor is not None:
-            self.ahead = LookAhead.of(following, norm, following_norm, trial)
+        predictor = following.predictor
+        if self.predictor is None or predictor is None or (change := norm_change(norm, following_norm)) is None:
+            return
+        scale, shift = change
 
-    def settle(self) -> None:
-        """Evaluates what still reads this layer's cache; a chunk of a prompt leaves the last layer's output undone."""
-        self.units.settle()
+        def score(x: mx.array) -> mx.array:
+            return predictor(x * scale + shift)[0]  # bool (N, F)
+
+        self.ahead = LookAhead(following.units, score, lambda mask, _: _union(mask), trial, leads)
 
     def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
         """One that knows which neurons can be active: it has the first projection, which is read here."""
@@ -98,32 +100,28 @@ class StreamedNeurons(nn.Module):
         return products
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
-        if self.ahead is not None and self.ahead.leads:
-            self.ahead.trial.token()
+        ahead = self.ahead
+        if ahead is not None:
+            ahead.token_begins()
         mask, activations = predictor(x)
-        guess = self.ahead.guess(x) if self.ahead is not None else None
+        guess = ahead.guess(x) if ahead is not None else None
         if guess is not None:
             mx.eval(mask, guess)
         chosen = to_numpy(mask, copy=False)  # the layer's one read-back
-        ids = _union(chosen)
-        if len(ids):
-            self.units.begin(ids)
-        if self.ahead is not None and guess is not None:
-            self.ahead.following.units.read_ahead(_union(to_numpy(guess, copy=False)))
-        packed = len(x) <= PACKED_TOKENS
+
+        def prefetch() -> None:
+            if ahead is not None and guess is not None:
+                ahead.prefetch(guess, chosen)
+
         y = mx.zeros_like(x)
-        for begin in range(0, len(ids), self.units.layout.piece_neurons):
-            piece = ids[begin : begin + self.units.layout.piece_neurons]
-            index = mx.array(piece.astype(np.int32))
+        for ids, rows in self.units.use(_union(chosen), packed=len(x) <= PACKED_TOKENS, meanwhile=prefetch):
+            index = mx.array(ids.astype(np.int32))
             known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
-            rows = self.units.gather_stored(piece) if packed else self.units.gather(piece)
             h = self._activation(*known, *self._products(x, rows, index))
             if len(chosen) > 1:
                 h = mx.where(mx.take(mask, index, axis=1), h, 0)
             y = y + _combine(h, rows[-1])
-            self.units.hold(y)
-            if begin + len(piece) < len(ids):
-                self.units.settle()  # else the rows of several pieces are in memory at once
+            self.units.guard(y)
         return y
 
 
@@ -142,45 +140,21 @@ def _union(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(mask.any(axis=0) if len(mask) > 1 else mask[0])
 
 
-@dataclass
-class LookAhead:
-    """A guess of what the next layer will choose, made before this layer's FFN and the next attention have run.
+def norm_change(norm: nn.Module, following_norm: nn.Module) -> tuple[mx.array, mx.array] | None:
+    """(scale, shift), (D,) each, with which this norm's output becomes nearly the next one's; None where this norm
+    erases what the next one would need.
 
-    They add little to the residual, and the next layer's norm sees nearly what this one saw. Norms differ only in
-    weights w and biases b: x = n w + b here gives n w' + b' = x (w' / w) + (b' - b w' / w) there, for the same n.
+    An FFN and an attention add little to the residual, and the next layer's norm sees nearly what this one saw. Norms
+    differ only in weights w and biases b: x = n w + b here gives n w' + b' = x (w' / w) + (b' - b w' / w) there, for
+    the same n.
     """
-
-    following: StreamedNeurons
-    scale: mx.array  # (D,)
-    shift: mx.array  # (D,)
-    trial: LookAheadTrial
-    leads: bool = False  # tells `trial` when a token begins
-    skipped: int = 0  # calls without a guess, since the last one
-
-    @staticmethod
-    def of(
-        following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial
-    ) -> LookAhead | None:
-        """None where this norm erases what the next one would need."""
-        weight = norm.weight.astype(mx.float32)
-        if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():
-            return None
-        scale = following_norm.weight / weight
-        shift = mx.zeros_like(scale)
-        if "bias" in norm:
-            shift = following_norm.bias - norm.bias * scale
-        scale, shift = scale.astype(norm.weight.dtype), shift.astype(norm.weight.dtype)
-        mx.eval(scale, shift)
-        return LookAhead(following, scale, shift, trial)
-
-    def guess(self, x: mx.array) -> mx.array | None:
-        """x: (N, D), this layer's input -> bool (N, F) of the next; None where it has no use for one."""
-        predictor, stream = self.following.predictor, self.following.units
-        if predictor is None or stream.all_resident or not self.trial.guessing:
-            return None
-        # Where guesses are mostly wrong they are only tried now and then: a layer's first ones may mislead.
-        self.skipped += 1
-        if stream.vain_early > stream.used_early and self.skipped < GUESS_AGAIN:
-            return None
-        self.skipped = 0
-        return predictor(x * self.scale + self.shift)[0]
+    weight = norm.weight.astype(mx.float32)
+    if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():
+        return None
+    scale = following_norm.weight / weight
+    shift = mx.zeros_like(scale)
+    if "bias" in norm:
+        shift = following_norm.bias - norm.bias * scale
+    scale, shift = scale.astype(norm.weight.dtype), shift.astype(norm.weight.dtype)
+    mx.eval(scale, shift)
+    return scale, shift

@@ -71,12 +71,11 @@ def build(
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
-    trial = LookAheadTrial()
+    trial, leads = LookAheadTrial(), True
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial)
-        for layer in [layer for layer in model.layers if layer.mlp.ahead is not None][:1]:
-            layer.mlp.ahead.leads = True
+            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial, leads)
+            leads = leads and layer.mlp.ahead is None
     evaluate_constants(model)
     model.flash = Runtime(
         plan,
@@ -96,7 +95,7 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
 
     Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
     is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
-    (bench/RESULTS.md).
+    (bench/results/host.md).
     """
     from mlx.utils import tree_flatten
     from tqdm import tqdm

@@ -31,7 +31,7 @@ from ..layers.lookahead_trial import LookAheadTrial
 from ..source.checkpoint_files import files_in, read_config
 from ..source.checkpoint_tensors import malformed, tensors_in
 from ..source.compared_copies import no_room, temporary_folder
-from ..source.model_kind import said, switch_layers
+from ..source.model_kind import error_line, switch_layers
 from ..source.quantisation import foreign_quantisation, group_problem
 
 MODELOPT = "hf_quant_config.json"  # which mlx-lm takes for config.json's quantization_config
@@ -187,7 +187,7 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
         remedy = "Are all shards there, and config.json theirs?"
         if quantised:
             remedy = f"It is quantised ({quantised}). {UNQUANTISED}"
-        raise CheckpointError(f"mlx-lm cannot load {folder}: {said(error)}. {remedy}") from None
+        raise CheckpointError(f"mlx-lm cannot load {folder}: {error_line(error)}. {remedy}") from None
     switches = {}
     for path, module in switch_layers(model):
         parts = {}
@@ -289,7 +289,7 @@ def _modelopt_problem(content: bytes) -> str | None:
     try:
         return group_problem({"quantization_config": json.loads(content)})
     except (ValueError, RecursionError) as error:
-        return said(error)
+        return error_line(error)
 
 
 def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:

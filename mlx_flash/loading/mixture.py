@@ -19,11 +19,11 @@ from ..flash.safetensors_file import crc32_of, read_header
 from ..flash.system import usable_memory_bytes
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges
-from ..source.model_kind import said
+from ..source.model_kind import error_line
 from .expert_files import Mixture, parent_of, primitives_of
 from .memory_needs import StreamedNeed, needs_of
 from .options import LoadOptions
-from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, Units, plan_for_budget
+from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, plan_for_budget
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums, differs
@@ -46,7 +46,7 @@ def plan_mixture(
         needs = needs_of(mixture.model, streamed_layers(mixture), context)
     except Exception as error:  # mlx-lm's model and MLX raise plain ones
         raise CheckpointError(
-            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {said(error)}. "
+            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
             "Download the checkpoint again."
         ) from None
     layers = len(mixture.switches)
@@ -61,7 +61,7 @@ def plan_mixture(
         workspace=MLX_CACHE_BYTES + max(computing, loading),
     )
     free = usable_memory_bytes()
-    units = Units(layers, mixture.experts, 1, "experts of each layer")
+    units = UnitCounts(layers, mixture.experts, 1, "experts of each layer")
     notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses")
     plan = plan_for_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
 

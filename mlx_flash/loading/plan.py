@@ -57,7 +57,7 @@ class PlanNotes:
 
 
 @dataclass(frozen=True)
-class Units:
+class UnitCounts:
     """What slots are for."""
 
     layers: int
@@ -70,7 +70,7 @@ class Units:
 class Plan:
     budget: int
     demand: Demand
-    units: Units
+    units: UnitCounts
     slots: tuple[int, ...]  # of each layer
     slot_bytes: int
     context: int  # tokens
@@ -180,13 +180,13 @@ def make_plan(
     Raises BudgetError.
     """
     least = min(MIN_SLOTS, layout.blocks) if selects else 0
-    units = Units(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
+    units = UnitCounts(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
     return plan_for_budget(demand, units, slot_bytes, budget, free, context, need, notes)
 
 
 def plan_for_budget(
     demand: Demand,
-    units: Units,
+    units: UnitCounts,
     slot_bytes: int,
     budget: int | None,
     free: int,

@@ -13,9 +13,21 @@ import mlx.nn as nn
 
 from ..flash.files import Manifest
 from ..flash.stats import Counters
+from ..flash.units import Units
+from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
 from ..text.generation_config import GenerationConfig
 from .plan import MLX_CACHE_BYTES, Plan
+
+
+class StreamedLayer(Protocol):
+    """A layer whose weights stay on the SSD. ahead: its look-ahead at the next layer, if it has one."""
+
+    @property
+    def units(self) -> Units: ...
+
+    @property
+    def ahead(self) -> LookAhead | None: ...
 
 
 class AnyStreamer(Protocol):
@@ -23,13 +35,11 @@ class AnyStreamer(Protocol):
 
     counters: Counters
 
+    def evaluate_guarded(self) -> None: ...
+
     def verify_unchanged(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-class StreamedLayer(Protocol):
-    def settle(self) -> None: ...
 
 
 class _BufferCache:
@@ -78,10 +88,19 @@ class Runtime:
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 
-    def settle(self) -> None:
-        """Evaluates what still reads slots; a chunk of a prompt leaves the last layer's output undone."""
+    def evaluate_guarded(self) -> None:
+        """Evaluates what still reads slots, because MLX cannot do so in another thread; a chunk of a prompt leaves the
+        last layer's output undone."""
+        self.streamer.evaluate_guarded()
+
+    def fix_look_ahead(self, guessing: bool) -> None:
+        """From now on every layer guesses what the next one needs, or none does: no trial decides.
+
+        The text does not depend on it.
+        """
         for layer in self.layers:
-            layer.settle()
+            if layer.ahead is not None:
+                layer.ahead.trial.fix(guessing)
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if someone has written into the files that units are read from."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..flash.slot_cache import Record, SlotCache
+from ..flash.slot_cache import EventLog, SlotCache
 
 MOST_BINS = 64  # of a layer; neighbouring units share one
 
@@ -37,13 +37,13 @@ class CacheWatch:
         if on != self.watching:
             self.watching = on
             for cache in self.caches:
-                cache.record = Record() if on else None
+                cache.event_log = EventLog() if on else None
 
     def forget(self) -> None:
         """Drops what was recorded so far."""
         for cache in self.caches:
-            if cache.record is not None:
-                cache.record = Record()
+            if cache.event_log is not None:
+                cache.event_log = EventLog()
 
     def layers(self) -> list[list[str]]:
         """Per layer [resident, hit, read] since the last call, each base64 of a uint8 for every bin (`binned`)."""
@@ -52,11 +52,11 @@ class CacheWatch:
     def _masks(self, cache: SlotCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Bool (units,) each: in a slot now; used without having been read for it; read."""
         used, read = (np.zeros(len(cache.slot_of), np.bool_) for _ in range(2))
-        if cache.record is not None:
-            record, cache.record = cache.record, Record()
-            for units in record.used:
+        if cache.event_log is not None:
+            log, cache.event_log = cache.event_log, EventLog()
+            for units in log.used:
                 used[units] = True
-            for units in record.read:
+            for units in log.read:
                 read[units] = True
         return cache.slot_of >= 0, used & ~read, read
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..flash.plain_files import read_at, reading
 from ..flash.safetensors_file import CHUNK_BYTES, TensorEntry, read_header
 from .checkpoint_files import weights_in
-from .model_kind import said
+from .model_kind import error_line
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
 
 
 def malformed(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is no readable safetensors file: {said(error)}. Download it again.")
+    return CheckpointError(f"{file} is no readable safetensors file: {error_line(error)}. Download it again.")
 
 
 def _same(first: Path, one: TensorEntry, other: Path, two: TensorEntry) -> bool:

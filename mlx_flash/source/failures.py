@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .cached import REPORT
-from .model_kind import said
+from .model_kind import error_line
 from .resolve import cache_folder
 
 OUT_OF_MEMORY = ("insufficient memory", "outofmemory", "bad_alloc", "[malloc", "unable to allocate", "[metal::malloc]")
@@ -20,9 +20,9 @@ def foreseen(error: Exception) -> str | None:
     """The sentence for what may happen on a sound machine with a sound program; None for anything else."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
-        return f"there is not enough memory: {said(error)}. Lower --memory or --context, or close other programs."
+        return f"there is not enough memory: {error_line(error)}. Lower --memory or --context, or close other programs."
     if text.startswith("[metal]"):
-        return f"the GPU reports an error: {said(error)}. Try again; if it stays, restart the computer."
+        return f"the GPU reports an error: {error_line(error)}. Try again; if it stays, restart the computer."
     return None
 
 
@@ -32,7 +32,7 @@ def sentence(error: Exception) -> str:
         return known
     report = _write_report(error)
     where = f"Its traceback is in {report}" if report is not None else "Its traceback is above"
-    return f"an error that should not happen: {said(error)}. {where}: please report it, with what you did."
+    return f"an error that should not happen: {error_line(error)}. {where}: please report it, with what you did."
 
 
 def _write_report(error: Exception) -> Path | None:

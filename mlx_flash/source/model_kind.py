@@ -43,7 +43,7 @@ def is_mixture(config: dict[str, Any], where: object) -> bool:
             return False
         raise CheckpointError(
             f"mlx-lm cannot build the model that the config.json of {where} describes ({config['model_type']}): "
-            f"{said(error)}. Download the checkpoint again."
+            f"{error_line(error)}. Download the checkpoint again."
         ) from None
 
 
@@ -75,7 +75,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def said(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
     text = " ".join(str(error).split())
     plain = isinstance(error, (ValueError, RuntimeError)) and text

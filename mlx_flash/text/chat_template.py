@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ChatTemplateFailure
-from ..source.model_kind import said
+from ..source.model_kind import error_line
 from .encoding import encode
 from .template_process import TemplateProcess
 
@@ -100,7 +100,7 @@ def _call(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) 
     try:
         made = tokenizer.apply_chat_template(list(messages), tokenize=not gives_text, **options)
     except Exception as error:
-        raise ChatTemplateFailure(f"the model's chat template cannot be applied: {said(error)}.") from None
+        raise ChatTemplateFailure(f"the model's chat template cannot be applied: {error_line(error)}.") from None
     return str(made) if gives_text else [int(token) for token in made]
 
 

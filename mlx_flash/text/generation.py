@@ -165,7 +165,7 @@ class _TokenLoop:
                 with self._counting("prompt"):
                     self.model(mx.array(piece)[None], cache=self.cache)
                     mx.eval([c.state for c in self.cache])
-                    self.model.flash.settle()
+                    self.model.flash.evaluate_guarded()
                 mx.clear_cache()
             done += len(piece)
             progress(done, total)

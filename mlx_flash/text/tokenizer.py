@@ -11,7 +11,7 @@ from ..errors import CheckpointError, FlashError, ReadError
 from ..flash.files import is_store
 from ..flash.plain_files import reading, unreadable
 from ..source.checkpoint_files import files_in, small_files
-from ..source.model_kind import first_line, said
+from ..source.model_kind import error_line, first_line
 from .encoding import is_from_library
 from .tokenizer_files import WITHOUT_VOCABULARY, fault_in
 
@@ -70,7 +70,7 @@ def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
             f"the tokenizer in {folder} cannot be loaded: no file there has a vocabulary (expected tokenizer.json, "
             f"tokenizer.model, vocab.json or another; found {', '.join(present)}). {remedy}"
         )
-    problem = said(error) if isinstance(error, Exception) else first_line(error)
+    problem = error_line(error) if isinstance(error, Exception) else first_line(error)
     return CheckpointError(
         f"the tokenizer in {folder} cannot be loaded: {problem}. Download its files ({', '.join(present)}) again."
     )

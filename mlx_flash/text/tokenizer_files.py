@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..source.model_kind import said
+from ..source.model_kind import error_line
 
 OBJECTS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -48,7 +48,7 @@ def _object_fault(path: Path) -> str | None:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        return f"is not valid JSON ({said(error)})" if content else "is empty, expected JSON"
+        return f"is not valid JSON ({error_line(error)})" if content else "is empty, expected JSON"
     if not isinstance(found, dict):
         return f"holds {_short(found)}, expected a JSON object"
     for field, value, expected in _wrong_fields(path.name, found):
@@ -63,7 +63,7 @@ def _unusable(content: bytes) -> str | None:
     try:
         Tokenizer.from_str(content.decode())
     except Exception as error:
-        return f"does not describe a tokenizer ({said(error)})"
+        return f"does not describe a tokenizer ({error_line(error)})"
     return None
 
 

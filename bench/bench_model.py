@@ -118,6 +118,7 @@ class BenchModel:
             "limit_bytes": limit,
             "memory_bytes": contender.memory,
             "io": contender.options.get("io", IO_MODES[0]),
+            "disk": rate,
             "sequential_bytes_per_second": rate["bytes"] / rate["seconds"],
             "cached_share_before": self.cached_shares(),
             "killed": False,

@@ -52,6 +52,9 @@ def main(arguments: argparse.Namespace) -> None:
                 run = model.run(contender, arguments.tokens, budget, f"{way}, {budget / 1e6:,.0f} MB")
                 result["points"].append(row_of(run) | {"way": way, "budget_bytes": budget})
         result["cached_share_after"] = model.cached_shares()
+    result["disk"] = [point["disk"] for point in result["points"]]
+    if kind == "neurons":
+        result["dense"] = f"left out: {left_out['dense']}" if left_out else "measured"
     name = f"memory{compare.SUFFIXES[kind]}"
     finish(arguments.output, name, result, lambda figure: draw(figure, result), (8, 4.8), lambda: show(result))
 

@@ -111,11 +111,13 @@ def main(arguments: argparse.Namespace) -> None:
         counts = {name: count for name, count in counts.items() if name not in result["left_out"]}
         runs = take_turns(model, counts, result, arguments.io)
         result["cached_share_after"] = model.cached_shares()
+    result["disk"] = [run["disk"] for run in next(iter(runs.values()), [])]
     result["sides"] = {name: figures.row_of(each) for name, each in runs.items()}
     agree(result["sides"], runs)
     result["ratios"] = ratios(result["sides"])
     if kind == "neurons":
-        result["compute_of_baselines"], seconds = without_overlap(result["sides"])
+        result["dense"] = "measured" if "dense" in runs else f"left out: {result['left_out']['dense']}"
+        result["ratios"]["compute_of_baselines"], seconds = without_overlap(result["sides"])
         for name, each in seconds.items():
             result["ratios"][name] |= {"no_overlap_s": each, "no_overlap": each / result["sides"]["flash"]["total_s"]}
     name = f"naive-vs-flash{compare.SUFFIXES[kind]}"
@@ -205,7 +207,7 @@ def show(result: dict[str, Any]) -> None:
     if result["streams"] == "neurons":
         show_ratios(result)
     elif found:
-        slower = [f"{names[name]} {times(row['total'])}" for name, row in found.items() if name != "flash"]
+        slower = [f"{names[name]} {times(found[name]['total'])}" for name in rows if name in found and name != "flash"]
         print(f"times what a token takes with flash: {', '.join(slower) or '-'}")
     done = [name for name in rows if not rows[name]["killed"]]
     if done:
@@ -226,7 +228,7 @@ def show_ratios(result: dict[str, Any]) -> None:
         row = found[name]
         cells = "".join(f"{times(row[part]):>10}" for part in ("total", "total_median", "steady"))
         print(f"{result['titles'][name]:<24}{cells}{times(row['no_overlap']):>50}")
-    print(f"last column: (read + compute of the baseline) / flash; compute: {result['compute_of_baselines']}")
+    print(f"last column: (read + compute of the baseline) / flash; compute: {found['compute_of_baselines']}")
     print(
         f"flash loading: {flash['slot_share']:.0%} of the neurons have a slot, "
         f"{figures.fine_percent(flash['hit_rate'])} hits; "
@@ -239,6 +241,9 @@ def show_ratios(result: dict[str, Any]) -> None:
 def draw(figure: Any, result: dict[str, Any]) -> None:
     """Draws a bar for every contender. Where one is too quick to be seen, the quick ones have a panel of their own."""
     rows = {name: row for name, row in result["sides"].items() if not row["killed"]}
+    if not rows:
+        figures.title(figure, "Every contender was killed for memory", figures.measured(result))
+        return
     contest = CONTESTS[result["streams"]]
     groups = [[name for name in rows if name not in contest.alone]]
     if contest.alone:
@@ -251,7 +256,7 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
                 f"{label}\n{mb(rows[name]['weights_bytes'])} MB in DRAM"
                 for label, name in zip(labels, names, strict=True)
             ]
-        ratio = {name: times(row["total"]) for name, row in result["ratios"].items() if name != "flash"}
+        ratio = {name: times(result["ratios"][name]["total"]) for name in rows if name != "flash" and "flash" in rows}
         figures.stack(axes, [rows[name] for name in names], labels, [ratio.get(name, "") for name in names])
     figures.title(figure, finding(result), figures.measured(result))
     if len(groups) > 1:
@@ -261,7 +266,8 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
 
 def finding(result: dict[str, Any]) -> str:
     """The plot's title."""
-    total = {name: row["total"] for name, row in result["ratios"].items()}  # times what flash loading takes
+    ratio_of = result["ratios"]
+    total = {name: ratio_of[name]["total"] for name in result["sides"] if name in ratio_of}
     if 0 < total.get("naive", 2) <= 1:
         return f"Flash loading takes {1 / total['naive']:.1f} times as long as reading every weight"
     found = []

@@ -22,7 +22,7 @@ from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.loading.plan import parse_memory
 
 from .tools import read_methods as methods
-from .tools.read_methods import Pieces, Sample
+from .tools.read_methods import Pieces, ReadRate
 from .tools.report import add_output_argument, cached_share, environment, finish, forget_cached, require_plots, spread
 
 PIECES_KIB = (4, 16, 32, 64, 256, 1024, 4096)
@@ -108,7 +108,7 @@ class ReadRow:
 
     piece_bytes: int
     threads: int
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[ReadRate]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The ceiling of a round is fio's figure, or the best one, of that round: the disk's mood changes slowly."""
@@ -162,7 +162,7 @@ def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> l
     return rows
 
 
-def _ours(reader: Reader, file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, Sample]:
+def _ours(reader: Reader, file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, ReadRate]:
     pieces = Pieces(file, row.piece_bytes, seed)
     slots = methods.keep_full(reader, pieces, seconds)
     drained = methods.drain_batches(reader, pieces, seconds)
@@ -177,7 +177,7 @@ def _ours(reader: Reader, file: UnitFile, row: ReadRow, seed: int, seconds: floa
     }
 
 
-def _python(file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, Sample]:
+def _python(file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str, ReadRate]:
     pieces = Pieces(file, row.piece_bytes, seed)
     pieces.use_slots(row.threads)
     return {
@@ -186,7 +186,7 @@ def _python(file: UnitFile, row: ReadRow, seed: int, seconds: float) -> dict[str
     }
 
 
-def _fio(fio: str | None, file: UnitFile, row: ReadRow, seconds: float) -> dict[str, Sample]:
+def _fio(fio: str | None, file: UnitFile, row: ReadRow, seconds: float) -> dict[str, ReadRate]:
     if fio is None:
         return {}
     return {"fio": methods.run_fio(fio, file.path, file.direct, row.piece_bytes, row.threads, seconds)}

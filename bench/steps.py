@@ -65,6 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         quick = expert_steps(model, budget) if kind == "experts" else neuron_steps(budget)
         result["steps"] += [step(model, name, each, arguments.tokens, budget) for name, each in quick.items()]
         result["cached_share_after"] = model.cached_shares()
+    result["disk"] = [row["disk"] for row in result["steps"] if "disk" in row]
     name = f"steps{compare.SUFFIXES[kind]}"
     draw = draw_experts if kind == "experts" else draw_neurons
     finish(arguments.output, name, result, lambda figure: draw(figure, result), (9, 4.8), lambda: show(result))

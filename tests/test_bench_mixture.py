@@ -206,6 +206,9 @@ def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatc
     monkeypatch.setattr(subprocess_json, "ask", ask)
     monkeypatch.setattr(compare, "fence_problem", lambda unwanted: None)
     monkeypatch.setattr(bench_model, "memory_group", group)
+    killed = command("naive-vs-flash", "--memory", "260MB", "--sides", "lazy,naive")
+    assert killed["ratios"] == {} and [row["kills"] for row in killed["sides"].values()] == [1, 1]
+    limits.clear()
     result = command("naive-vs-flash", "--memory", "260MB")
     assert {name: row["killed"] for name, row in result["sides"].items()} == {
         **{"resident": False, "lazy": True},

@@ -67,7 +67,7 @@ def test_its_own_file_is_removed(
     def measure(file: UnitFile, fio: str | None, arguments: object) -> list[reads.ReadRow]:
         seen.append((file.path, file.size))
         row = reads.ReadRow(4 * KIB, 1)
-        row.samples = {name: [read_methods.Sample(8, 1.0, 1)] for name in reads.METHODS}
+        row.samples = {name: [read_methods.ReadRate(8, 1.0, 1)] for name in reads.METHODS}
         return [row]
 
     monkeypatch.setattr(reads, "measure", measure)

@@ -96,5 +96,18 @@ def test_no_two_files_have_one_name() -> None:
     assert not {name for name in homes if name in sys.stdlib_module_names}
 
 
+# Every model type's file has its own.
+IN_EVERY_MODEL = {"Model", "ModelArgs", "DecoderLayer"}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, path in KNOWN.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name not in IN_EVERY_MODEL:
+                homes.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
 def test_few_files_lie_at_the_top() -> None:
     assert len([module for module in KNOWN if "." not in module and KNOWN[module].name != "__init__.py"]) <= 12

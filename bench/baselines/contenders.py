@@ -285,8 +285,14 @@ def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
         else:
             mx.eval([c.state for c in cache])
             loaded.model.flash.evaluate_guarded()
-        samples.append(asdict(loaded.counters - before) | {"total_s": time.perf_counter() - began})
+        samples.append(as_printed(loaded.counters - before) | {"total_s": time.perf_counter() - began})
     return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
+
+
+def as_printed(counters: Counters) -> dict[str, Any]:
+    """Counters under the names that results have for them."""
+    fields = asdict(counters)
+    return fields | {"early": fields.pop("prefetched_used"), "vain": fields.pop("prefetched_unused")}
 
 
 def written_bytes() -> int | None:

@@ -337,7 +337,7 @@ def _predictor_tensors(hidden: int, statistics: list[LayerStatistics], seed: int
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-class _Recorder:
+class _InputRecorder:
     """Stands where a layer's FFN stood; keeps who was active and who was predicted, for every position."""
 
     def __init__(self, mlp: Any) -> None:
@@ -359,7 +359,7 @@ def measure(store: Path, tokens: int, window: int = 4) -> dict[str, float]:
     from mlx_flash.loading.load import load
 
     model, _ = load(store, context=tokens)
-    recorders = [_Recorder(layer.mlp) for layer in model.layers]
+    recorders = [_InputRecorder(layer.mlp) for layer in model.layers]
     for layer, recorder in zip(model.layers, recorders, strict=True):
         layer.mlp = recorder
     ids = np.random.default_rng(1).integers(0, model.args.vocab_size, (1, tokens))

@@ -37,8 +37,8 @@ def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "manage_s": mean("manage_s"),
         "read_spread_s": spread(sample["read_s"] for sample in samples),
         "hit_rate": sum(sample["hits"] for sample in samples) / needed if needed else None,
-        "early": mean("prefetched_used"),
-        "vain": mean("prefetched_unused"),
+        "early": mean("early"),
+        "vain": mean("vain"),
     }
     if "total_s" in samples[0]:
         row["total_s"] = mean("total_s")
@@ -55,6 +55,8 @@ def row_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     row: dict[str, Any] = {key: value for key, value in runs[0].items() if key != "samples"}
     row["killed"] = any(run["killed"] for run in runs)
+    row["kills"] = sum(run["killed"] for run in runs)
+    row.setdefault("slot_share", None)
     if row["killed"]:
         return row
     samples = [sample for run in runs for sample in run["samples"]]

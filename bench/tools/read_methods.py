@@ -27,7 +27,7 @@ OFFSETS = 1 << 14  # drawn ahead, so that drawing them is not timed
 
 
 @dataclass
-class Sample:
+class ReadRate:
     """One method at one piece size and depth for a moment.
 
     batch_seconds: per batch, for methods that drain. cpu_seconds: of all threads; None where something else ran too.
@@ -85,11 +85,11 @@ class Pieces:
         return reader.submit(self.file, offsets, self._addresses[batch % BATCHES_IN_FLIGHT], self._lengths)
 
 
-def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
+def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
     """Submits the next batch before waiting for the oldest, as fio's threads never wait for each other."""
     pending = deque(pieces.submit(reader) for _ in range(BATCHES_IN_FLIGHT))
     reader.wait(pending.popleft())  # from here to the last wait the queue is full
-    sample = Sample()
+    sample = ReadRate()
     cpu, began = time.process_time(), time.perf_counter()
     while sample.seconds < seconds:
         pending.append(pieces.submit(reader))
@@ -100,9 +100,9 @@ def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
     return sample
 
 
-def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
+def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
     """One batch at a time, as a layer of a token without look-ahead reads."""
-    sample = Sample()
+    sample = ReadRate()
     cpu = time.process_time()
     while sample.seconds < seconds:
         began = time.perf_counter()
@@ -113,12 +113,12 @@ def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> Sample:
     return sample
 
 
-def drain_beside_work(reader: Reader, pieces: Pieces, seconds: float, work_seconds: float) -> Sample:
+def drain_beside_work(reader: Reader, pieces: Pieces, seconds: float, work_seconds: float) -> ReadRate:
     """As `drain_batches`, with a pure Python loop on the submitting thread for `work_seconds` before it waits.
 
     A batch's time is what the reader reports, to the last byte: how long the loop goes on after that is not in it.
     """
-    sample = Sample()
+    sample = ReadRate()
     until = time.perf_counter() + 2 * seconds  # the loop may outlast the reads
     while sample.seconds < seconds and time.perf_counter() < until:
         ticket = pieces.submit(reader)
@@ -130,7 +130,7 @@ def drain_beside_work(reader: Reader, pieces: Pieces, seconds: float, work_secon
     return sample
 
 
-def _count(sample: Sample, report: ReadReport, pieces: Pieces) -> None:
+def _count(sample: ReadRate, report: ReadReport, pieces: Pieces) -> None:
     sample.bytes += report.bytes
     sample.reads += pieces.reads
 
@@ -144,7 +144,7 @@ def _compute(until: float) -> int:
     return total
 
 
-def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> Sample:
+def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> ReadRate:
     """`threads` Python threads that call preadv in a loop; with `busy` the main thread computes meanwhile."""
     start = threading.Barrier(threads + 1)
     stop = threading.Event()
@@ -181,14 +181,14 @@ def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> 
     if failures:
         raise ReadError(f"{file.path}: {failures[0]}")
     total = sum(counts)
-    return Sample(total, elapsed, total // pieces.piece_bytes, None if busy else time.process_time() - cpu)
+    return ReadRate(total, elapsed, total // pieces.piece_bytes, None if busy else time.process_time() - cpu)
 
 
 def find_fio() -> str | None:
     return shutil.which("fio")
 
 
-def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: int, seconds: float) -> Sample:
+def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: int, seconds: float) -> ReadRate:
     """The same reads by fio, one at a time in each of its threads. Raises FlashError if it fails."""
     milliseconds = max(1, round(seconds * 1e3))
     # The memory of our reader, huge pages: without them fio is two to four times slower here, and no ceiling.
@@ -217,4 +217,4 @@ def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: i
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise FlashError(f"fio failed (exit code {done.returncode}): {said[0]}. Leave it out with --no-fio.") from None
     cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * elapsed * threads  # shares of all threads' time
-    return Sample(read["io_bytes"], elapsed, read["total_ios"], cpu)
+    return ReadRate(read["io_bytes"], elapsed, read["total_ios"], cpu)

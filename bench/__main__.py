@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mlx_flash.cli.run import program, run_command
 
-COMMANDS = {  # and the module of each
+COMMANDS = {  # command -> its module
     "naive-vs-flash": "naive_vs_flash",
     "steps": "steps",
     "memory": "memory",
@@ -54,9 +54,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def load_parser() -> argparse.ArgumentParser:
-    """`make_parser`; Ctrl-C while the modules load ends the process without a word, as nothing has begun."""
+    """Makes the parser. Ctrl-C ends the process silently while the modules load, because nothing has begun."""
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, as `nohup` and scripts have it
+    if before is not signal.default_int_handler:  # `nohup` and scripts have Ctrl-C ignored
         return make_parser()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser = make_parser()

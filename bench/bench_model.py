@@ -1,4 +1,4 @@
-"""The model that a comparison measures: its budgets, and a run of a contender on it, for both kinds."""
+"""The model that a comparison measures, of either kind: its budgets, and how a contender runs on it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .tools.cgroup import memory_group
 from .tools.report import cached_share, environment, forget_cached, refuse_to_swap
 from .tools.subprocess_json import KilledError
 
-NEURON_SHARE = 0.6  # of the weights' bytes, without --share
-EXPERT_SHARE = 0.25  # of the experts that have a slot, without --memory
+NEURON_SHARE = 0.6  # default of --share, of the weights' bytes
+EXPERT_SHARE = 0.25  # share of the experts that have a slot at the default of --memory
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """What both kinds of model have in common.
+    """The parts that both kinds of model share.
 
-    about: what `contenders.examine` tells. ids: as many tokens as are needed. fence: why no memory cgroup limits the
-    contenders; None if one does. matrices: the baselines' file, once it is written.
+    about: the answer of `contenders.examine`. ids: the tokens of all runs. fence: the reason why no memory cgroup
+    limits the contenders; None if one does. matrices: the baselines' file, once it is written.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class BenchModel:
     matrices: Path | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
-    whole: ClassVar[str]  # the contender that has all in memory
+    whole: ClassVar[str]  # name of the contender that holds the whole model in memory
 
     @property
     def weights_bytes(self) -> int:
@@ -51,42 +51,42 @@ class BenchModel:
 
     @property
     def base_bytes(self) -> int:
-        """The process itself, interpreter and libraries, as measured."""
+        """The measured size of the process itself: the interpreter and the libraries."""
         return int(self.about["process_bytes"])
 
     @property
     def streamed(self) -> list[Path]:
-        """The files that units are read from, the largest first."""
+        """The files that hold the units, the largest first."""
         return ([self.matrices] if self.matrices else []) + [Path(file) for file in self.about["streamed"]]
 
     def budget_for(self, slots: int) -> int:
-        """What gives so many units a slot, over all layers."""
+        """The budget in bytes at which so many units have a slot, over all layers."""
         least = self.about["layers"] * self.about["least_units"]
         return int(self.about["smallest_bytes"] + (slots - least) * self.about["unit_bytes"])
 
     def budget(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        """What a result says of the budget, "budget_bytes" in it. Raises UsageError where the budget does not do."""
+        """The result's fields about the budget, with "budget_bytes". Raises UsageError if the budget is too small."""
         raise NotImplementedError
 
     def limit_of(self, name: str, budget: int) -> int | None:
-        """The memory limit of a contender."""
+        """The memory limit of a contender in bytes; None for no limit."""
         return None if name == self.whole else budget
 
     def whole_problem(self) -> str | None:
-        """Why the contender `whole` cannot run this model at all, or None."""
+        """The reason why the contender `whole` cannot run this model at all, or None."""
         return None
 
     @contextmanager
     def ready_for_baselines(self, folder: Path | None) -> Iterator[BenchModel]:
-        """The model with all files that the baselines read. folder: where they stay; None: in a temporary one."""
+        """Yields the model with all files that the baselines read. folder: keeps them; None: a temporary folder."""
         yield self
 
     def prepare_disk(self) -> dict[str, Any]:
-        """Brings the disk into a known state; what a result says of it."""
+        """Brings the disk into a known state. Returns the result's fields about it."""
         return {"disk_first": disk.prepare([*self.streamed, *map(Path, self.about["other_files"])])}
 
     def describe(self) -> dict[str, Any]:
-        """What every result begins with."""
+        """The first fields of every result."""
         return {
             "environment": environment(self.folder),
             "streams": self.kind,
@@ -98,7 +98,7 @@ class BenchModel:
         }
 
     def cached_shares(self) -> dict[str, float | None]:
-        """Of the files that units are read from, what the operating system holds in its page cache now."""
+        """The share of each streamed file that is in the page cache now."""
         return {path.name: cached_share(path) for path in self.streamed}
 
     def run(
@@ -106,9 +106,9 @@ class BenchModel:
     ) -> dict[str, Any]:
         """Runs a contender over the prompt and `tokens` tokens from ids[begin] on, in a cgroup of `limit` bytes.
 
-        It begins with nothing of the streamed files in the page cache, as far as the system can be told so. Returns
-        what `contenders.run` tells and how it ran. If the kernel kills a mixture's contender for memory, "killed" is
-        True and the former is missing.
+        The streamed files are dropped from the page cache first, as far as the system allows it. Returns the fields of
+        `contenders.run` and the conditions of the run. If the kernel kills a mixture's contender for memory, "killed"
+        is True and the fields of `contenders.run` are missing.
         """
         rate = disk.sequential_rate(self.streamed[:1], disk.RATE_BYTES)
         for file in self.streamed:
@@ -134,14 +134,14 @@ class BenchModel:
                     run |= contenders.run(contender, task, group)
                     run["cgroup_peak_bytes"] = group.peak_bytes()
                 except KilledError:
-                    if self.kind == "neurons":  # every figure is one of a set there
+                    if self.kind == "neurons":  # its ratios need every contender's figures
                         raise
                     run["killed"] = True
         return run | {"cached_share_after": self.cached_shares()}
 
 
 class NeuronModel(BenchModel):
-    """A store, whose neurons are streamed."""
+    """A store with streamed neurons."""
 
     kind = "neurons"
     whole = "dense"
@@ -176,7 +176,7 @@ class NeuronModel(BenchModel):
 
 
 class ExpertModel(BenchModel):
-    """A mixture of experts, whose checkpoint is read as it is."""
+    """A mixture of experts, read from its original checkpoint."""
 
     kind = "experts"
     whole = "resident"
@@ -187,8 +187,8 @@ class ExpertModel(BenchModel):
         budget = parse_memory(arguments.memory) if arguments.memory else self.budget_for(slots)
         if budget < least:
             raise UsageError(
-                f"--memory is {budget / 1e6:.0f} MB and the model needs {least / 1e6:.0f} MB: give that, or leave it "
-                "out."
+                f"--memory is {budget / 1e6:.0f} MB, but the model needs {least / 1e6:.0f} MB. Pass at least that, or "
+                "leave the flag out."
             )
         refuse_to_swap(budget, "the budget", arguments.force)
         return {"budget_bytes": budget}
@@ -196,5 +196,5 @@ class ExpertModel(BenchModel):
     def limit_of(self, name: str, budget: int) -> int | None:
         if name != "naive":
             return super().limit_of(name, budget)
-        two_layers = 2 * self.about["units"] * self.about["unit_bytes"]  # which "naive" has in memory at a time
+        two_layers = 2 * self.about["units"] * self.about["unit_bytes"]  # "naive" holds two layers at a time
         return max(budget, self.budget_for(0) + two_layers)

@@ -1,4 +1,4 @@
-"""Stores in 16, 8 and 4 bits side by side: perplexity on held-out text, bytes, speed with the same share in memory."""
+"""Compares stores in 16, 8 and 4 bits: perplexity on held-out text, bytes, and speed at an equal share of slots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEAST_TOKENS = 64
 
 @dataclass
 class StoreRow:
-    """One store and what was measured of it."""
+    """One store and its measurements."""
 
     bits: int
     resident_bits: int
@@ -42,27 +42,33 @@ class StoreRow:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint to convert (default: the packaged demo model)")
-    parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
+    parser.add_argument("--text", type=Path, required=True, help="file of held-out plain text")
     parser.add_argument(
-        "--tokens", type=whole_number(LEAST_TOKENS, 10**9), default=8000, help="to score (default: %(default)s)"
+        "--tokens", type=whole_number(LEAST_TOKENS, 10**9), default=8000, help="tokens to score (default: %(default)s)"
     )
     parser.add_argument(
         "--stores",
         type=_stores,
         default="16,8,8/8,4,4/4",
-        help="bits of the neurons, or of the neurons / of the resident matrices, by commas (default: %(default)s)",
+        help="comma-separated list of NEURON_BITS or NEURON_BITS/RESIDENT_BITS (default: %(default)s)",
     )
     parser.add_argument(
-        "--groups", default=str(GROUP_SIZE), help="numbers that share a scale, by commas (default: %(default)s)"
+        "--groups",
+        default=str(GROUP_SIZE),
+        help="comma-separated list of group sizes; a group shares one scale (default: %(default)s)",
     )
     parser.add_argument(
         "--timed",
         type=whole_number(0),
         default=192,
-        help="tokens to time in each of two rounds; 0: only the perplexity of all neurons (default: %(default)s)",
+        help="tokens to time in each of two rounds; 0 measures only the perplexity with all neurons "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--percent", type=whole_number(1, 100), default=33, help="of the neurons in slots (default: %(default)s)"
+        "--percent",
+        type=whole_number(1, 100),
+        default=33,
+        help="percentage of the neurons that have a slot (default: %(default)s)",
     )
 
 
@@ -81,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = make_stores(source, Path(folder), arguments.stores, groups)
         if not rows:
-            raise UsageError(f"{source} can be stored in none of these ways (see above). Choose other --stores.")
+            raise UsageError(f"{source} cannot be stored in any of these ways (see above). Choose other --stores.")
         ids: list[int] = []
         prefix: list[int] = []
         for row in rows:
@@ -103,7 +109,7 @@ def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], group
             try:
                 manifest = convert(source, store, settings)
             except UsageError as error:
-                tqdm.write(f"{bits} bits in groups of {group} are left out: {error}")
+                tqdm.write(f"left out: {bits} bits in groups of {group}: {error}")
                 continue
             size = sum(entry["bytes"] for entry in manifest.files.values())
             result = {
@@ -121,7 +127,7 @@ def make_stores(source: Path, folder: Path, stores: list[tuple[int, int]], group
 
 
 def measure_quality(row: StoreRow, text: str, tokens: int, predicted: bool) -> tuple[list[int], list[int]]:
-    """Perplexity with all neurons and, if asked, with those the predictor chooses. Returns ids and their prefix."""
+    """Measures perplexity with all neurons and, if `predicted`, with the predictor's choice. Returns ids and prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
     model, tokenizer = load.load(row.store)
@@ -140,7 +146,7 @@ def measure_quality(row: StoreRow, text: str, tokens: int, predicted: bool) -> t
 
 
 def measure_speed(rows: list[StoreRow], ids: list[int], timed: int, share: float) -> None:
-    """Given tokens one by one, `share` of the neurons in slots; the stores take turns, twice."""
+    """Times single tokens with `share` of the neurons in slots. The stores take turns, in two rounds."""
     from mlx_lm.models.cache import make_prompt_cache
 
     for turn in range(2):
@@ -152,7 +158,7 @@ def measure_speed(rows: list[StoreRow], ids: list[int], timed: int, share: float
             times: list[float] = []
             before = counters.copy()
             for i in range(timed):
-                if i == timed // 3:  # by then the slots hold what is used
+                if i == timed // 3:  # the slots are warm now
                     before, times = counters.copy(), []
                 began = time.perf_counter()
                 mx.eval(model(mx.array([[ids[(32 + i) % len(ids)]]]), cache))
@@ -169,9 +175,10 @@ def measure_speed(rows: list[StoreRow], ids: list[int], timed: int, share: float
 
 
 def open_with(store: Path, share: float) -> Any:
-    """The model with `share` of its neurons in slots.
+    """Loads the model with `share` of its neurons in slots.
 
-    The process's own size, which every plan measures anew, varies by more than a small model's slots: it is held fixed.
+    Every plan measures the process's own size anew, and that varies by more than a small model's slots. So the size is
+    held fixed here.
     """
     process = current_memory_bytes()
     with patch.object(streaming_needs, "current_memory_bytes", lambda: process):

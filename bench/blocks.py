@@ -1,4 +1,4 @@
-"""How should small neurons lie on disk? Reads the same random neurons under several layouts of their blocks."""
+"""Which block layout suits small neurons? Reads the same random neurons under several layouts."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ MOST_PER_BLOCK = 8
 
 @dataclass
 class Way:
-    """`count` neurons in a block of `block_bytes`; what reading layers of it took."""
+    """A layout with `count` neurons in a block of `block_bytes`, and its measurements."""
 
     name: str
     count: int
     block_bytes: int
-    seconds: list[float] = field(default_factory=list)  # per layer
-    used_bytes: int = 0  # of a block that are read; 0: all
-    bytes: int = 0  # asked of the disk
+    seconds: list[float] = field(default_factory=list)  # one entry per layer read
+    used_bytes: int = 0  # bytes of a block that are read; 0: all
+    bytes: int = 0  # total requested from the disk
     reads: int = 0
 
 
 def ways_of(bundle_bytes: int) -> list[Way]:
-    """Blocks padded to whole pages, of one neuron, two, ..., and without padding; what wastes more is left out."""
+    """Layouts to compare: padded blocks of 1 to 8 neurons, and unpadded ones.
+
+    A padded layout is left out if it wastes at least as much as a smaller one.
+    """
     ways, least = [], 1.0
     for count in range(1, MOST_PER_BLOCK + 1):
         block = round_up(count * bundle_bytes, ALIGNMENT)
@@ -55,12 +58,25 @@ def ways_of(bundle_bytes: int) -> list[Way]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file_arguments(parser)
-    parser.add_argument("--width", type=whole_number(32, 1 << 16), default=4096, help="default: %(default)s")
-    parser.add_argument("--neurons", type=whole_number(8), default=16384, help="of a layer (default: %(default)s)")
-    parser.add_argument("--parts", type=int, choices=(2, 3), default=2, help="of a neuron (default: %(default)s)")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="default: %(default)s")
-    parser.add_argument("--percent", type=whole_number(1, 100), default=3, help="needed per layer (default: 3)")
-    parser.add_argument("--rounds", type=whole_number(1), default=20, help="interleaved (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=whole_number(32, 1 << 16), default=4096, help="hidden size of the model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--neurons", type=whole_number(8), default=16384, help="neurons per layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parts", type=int, choices=(2, 3), default=2, help="matrices that a neuron spans (default: %(default)s)"
+    )
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="bits per FFN weight (default: %(default)s)")
+    parser.add_argument(
+        "--percent",
+        type=whole_number(1, 100),
+        default=3,
+        help="percentage of a layer's neurons to read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=20, help="rounds over all layouts (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -73,7 +89,9 @@ def main(arguments: argparse.Namespace) -> None:
     with opened_file(arguments) as (path, file):
         layers = file.size // max(layer_bytes.values())
         if layers < 1:
-            raise UsageError(f"{path} has {file.size} bytes, one layer has {max(layer_bytes.values())}: raise --size.")
+            raise UsageError(
+                f"{path} has {file.size} bytes, but one layer has {max(layer_bytes.values())}. Raise --size."
+            )
         needed = layout.neurons * arguments.percent // 100
         measure(file, ways, layer_bytes, layers, layout.neurons, needed, arguments.rounds)
         share, direct = cached_share(path), file.direct
@@ -117,9 +135,9 @@ def measure(
     needed: int,
     rounds: int,
 ) -> None:
-    """Every round draws new neurons of one layer and reads them in every way; who comes first takes turns.
+    """Draws new neurons of one layer in every round and reads them under every layout, each layout first in turn.
 
-    The time is that of a token's layer: from the ids to the last byte in its slot.
+    The time covers one layer of a token: from the ids to the last byte in its slot.
     """
     rng = np.random.default_rng(0)
     pool = AlignedPool(max(needed * way.block_bytes for way in ways))
@@ -135,7 +153,7 @@ def measure(
                 addresses = pool.address + np.arange(len(blocks), dtype=np.int64) * (way.used_bytes or way.block_bytes)
                 report = reader.wait(reader.submit(file, offsets, addresses, way.used_bytes or way.block_bytes))
                 seconds = time.perf_counter() - began
-                if turn:  # the first warms up
+                if turn:  # the first round warms up
                     way.seconds.append(seconds)
                     way.bytes += report.bytes
                     way.reads += report.requests

@@ -1,8 +1,8 @@
-"""What comparing a store's blocks with their checksums costs: the same reads with and without, in pairs.
+"""Measures the cost of block checksums: pairs of reads with and without the comparison.
 
-Each turn reads random blocks of random layers, as a token does, once with the comparison and once without, in random
-order. With `--tokens`, the model then decodes tokens, each pair of two in random order with and without. On a busy
-machine only the ratios mean something; the least times come nearest to a quiet one.
+Each turn reads random blocks of random layers, as a token does: once with the comparison and once without, in random
+order. With `--tokens`, the model then decodes pairs of tokens in the same way. On a busy machine only the ratios mean
+something. The shortest times come nearest to those of an idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_flash.flash.unit_sums import read_block_sums
 from .tools.report import environment
 
 LAYERS_PER_TURN = 6
-BEGINNING = 32  # tokens before those that are measured: they fill the slots, and look-ahead is tried
+BEGINNING = 32  # tokens before the measured ones: they fill the slots and complete the look-ahead trial
 
 Times = dict[bool, list[tuple[float, float]]]  # compared? -> (wall, processor) seconds
 
@@ -34,14 +34,18 @@ Times = dict[bool, list[tuple[float, float]]]  # compared? -> (wall, processor) 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, type=Path, help="folder of a store; `bench synthetic` makes one")
     parser.add_argument(
-        "--blocks", type=whole_number(1), default=600, help="of a layer, at once (default: %(default)s)"
+        "--blocks", type=whole_number(1), default=600, help="blocks of a layer to read at once (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=whole_number(1), default=60, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=whole_number(1), default=60, help="seconds to read for (default: %(default)s)"
+    )
     parser.add_argument(
         "--threads", type=whole_number(1), default=THREADS, help="reader threads (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=whole_number(0), default=0, help="to decode as well (default: %(default)s)")
-    parser.add_argument("--memory", help="the budget for them (default: as for `generate`)")
+    parser.add_argument(
+        "--tokens", type=whole_number(0), default=0, help="tokens to decode after the reads (default: %(default)s)"
+    )
+    parser.add_argument("--memory", help="memory budget for decoding (default: as for `generate`)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -76,7 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def show(took: Times) -> dict[str, Any]:
-    """Prints a table of what was measured with and without the comparison, and returns it."""
+    """Prints a table of the times with and without the comparison, and returns its figures."""
     on, off = np.array([took[True], took[False]])  # (n, 2) each
     figures: dict[str, Any] = {"pairs": len(on)}
     print("           compared   not     median of ratios   least compared   least not")
@@ -92,7 +96,7 @@ def show(took: Times) -> dict[str, Any]:
 
 
 def decode(arguments: argparse.Namespace) -> Times:
-    """Of tokens that are decoded with and without the comparison, after some to begin with."""
+    """Decodes `BEGINNING` tokens, then times tokens with and without the comparison."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 

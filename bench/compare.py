@@ -1,4 +1,4 @@
-"""What the comparisons share: their arguments, the model and the text that these name, and which contenders fit."""
+"""Shared parts of the comparisons: their arguments, opening the model and the text, and which contenders fit."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ from .tools.texts import read_text
 
 Kind = Literal["neurons", "experts"]
 KINDS: dict[Kind, str] = {"neurons": "a model that is streamed neuron by neuron", "experts": "a mixture of experts"}
-SUFFIXES: dict[Kind, str] = {"neurons": "", "experts": "-mixture"}  # of the outputs' names
+SUFFIXES: dict[Kind, str] = {"neurons": "", "experts": "-mixture"}  # appended to the names of the output files
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--prompt", type=whole_number(1), default=32, help="tokens of the prompt, taken at once (default: %(default)s)"
+        "--prompt", type=whole_number(1), default=32, help="tokens of the prompt, in one pass (default: %(default)s)"
     )
     parser.add_argument(
         "--tokens",
         type=whole_number(2),
         default=tokens,
-        help="tokens taken one by one, which are timed (default: %(default)s)",
+        help="tokens to decode one by one and time (default: %(default)s)",
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, help="plain text to feed (default: the packaged calibration text)")
-    parser.add_argument("--no-cgroup", action="store_true", help="do not enforce the budget by a memory cgroup")
-    parser.add_argument("--force", action="store_true", help="go on where the machine would swap")
+    parser.add_argument("--no-cgroup", action="store_true", help="do not enforce the budget with a memory cgroup")
+    parser.add_argument("--force", action="store_true", help="continue even if the machine would swap")
     parser.add_argument(
         "--matrices",
         type=writable_folder,
         metavar="FOLDER",
-        help="keep the matrices as the baselines read them here, and reuse them "
-        "(default: a temporary folder beside the store)",
+        help="keep the baselines' matrices here and reuse them (default: a temporary folder beside the store)",
     )
     add_output_argument(parser)
 
@@ -61,24 +60,24 @@ def add_share_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share",
         type=share_of_one,
-        help="of the weights' bytes, for flash loading, beside what the process itself needs "
-        f"(default: {NEURON_SHARE}, or the least that the model goes with)",
+        help="budget of flash loading as a share of the weights' bytes, on top of the process's own size "
+        f"(default: {NEURON_SHARE}, or the smallest that the model can run with)",
     )
 
 
 def add_expert_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Adds and returns the group of options that are for mixtures of experts alone."""
-    group = parser.add_argument_group("mixtures of experts", "read from the checkpoint as it is, without a conversion")
+    """Adds and returns the group of options that only apply to mixtures of experts."""
+    group = parser.add_argument_group("mixtures of experts", "read from the original checkpoint, without a conversion")
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        help=f"budget of the whole process, as 4GB (default: what gives {EXPERT_SHARE:.0%}% of the experts a slot)",
+        help=f"budget of the whole process, such as 4GB (default: slots for {EXPERT_SHARE:.0%}% of the experts)",
     )
     return group
 
 
 def share_of_one(text: str) -> float:
-    """An argparse type: above 0, at most 1."""
+    """An argparse type for a share: above 0, at most 1."""
     try:
         value = float(text)
     except ValueError:
@@ -100,16 +99,16 @@ def mixture_folder(model: str | None) -> Path | None:
 
 
 def find_model(arguments: argparse.Namespace, refused: Mapping[Kind, Sequence[str]]) -> tuple[Kind, Path | None]:
-    """The kind of the model that --model names, and a mixture's folder. A store is made later, by `opened`.
+    """The kind of the model that --model names, and the folder of a mixture. `opened` makes a store later.
 
-    refused: options that have no meaning for a kind; they are None unless given. Raises UsageError if one is given.
+    refused: options that do not apply to a kind; they are None unless given. Raises UsageError if one is given.
     """
     folder = mixture_folder(arguments.model)
     kind: Kind = "neurons" if folder is None else "experts"
     given = [f"--{name.replace('_', '-')}" for name in refused.get(kind, ()) if getattr(arguments, name) is not None]
     if given:
         raise UsageError(
-            f"{' and '.join(given)} cannot be used here: this is {KINDS[kind]}. Leave that out (see --help)."
+            f"{' and '.join(given)} cannot be used here: this is {KINDS[kind]}. Leave it out (see --help)."
         )
     return kind, folder
 
@@ -118,10 +117,10 @@ def find_model(arguments: argparse.Namespace, refused: Mapping[Kind, Sequence[st
 def opened(
     arguments: argparse.Namespace, mixture: Path | None = None, rounds: int = 1, matrices: bool = True
 ) -> Iterator[BenchModel]:
-    """The model and the text that the arguments name, with all files that the baselines read unless told otherwise.
+    """Yields the model and the text that the arguments name.
 
-    mixture: as `find_model` tells. rounds: --tokens are split over so many runs. Raises UsageError, before anything
-    long begins, for what cannot be used.
+    mixture: the folder that `find_model` returned. rounds: number of runs that share --tokens. matrices: whether to
+    make the files that the baselines read. Raises UsageError for unusable arguments before anything slow begins.
     """
     folder = mixture or find_store(arguments.model, print)
     if not mixture and ((manifest := read_manifest(folder)).layout.quantised or manifest.resident_bits < 16):
@@ -130,7 +129,7 @@ def opened(
     about = contenders.ask_about(folder, span)
     if span > about["positions"]:
         remedy = "Lower --tokens or --prompt." if mixture else "Lower --tokens or --prompt, or raise --rounds."
-        raise UsageError(f"a run has {span} tokens and the model {about['positions']} positions. {remedy}")
+        raise UsageError(f"a run has {span} tokens, but the model has {about['positions']} positions. {remedy}")
     ids = read_ids(arguments.text, folder, rounds * span, about["vocabulary"])
     kind = ExpertModel if mixture else NeuronModel
     model = kind(folder, about, ids, arguments.prompt, fence_problem(arguments.no_cgroup))
@@ -142,17 +141,17 @@ def opened(
 
 
 def read_ids(path: Path | None, folder: Path, count: int, vocabulary: int) -> list[int]:
-    """`count` tokens of a text, which is repeated if it is too short."""
+    """The first `count` tokens of a text; a short text is repeated."""
     from mlx_flash.text.tokenizer import load_tokenizer
 
     text = read_text(path) if path else files("mlx_flash.convert").joinpath("calibration.txt").read_text("utf-8")
     ids = [*load_tokenizer(folder).encode(text, add_special_tokens=False, verbose=False)]
-    repeated = np.resize(ids, count) % vocabulary  # a synthetic store's tokenizer is not its own
+    repeated = np.resize(ids, count) % vocabulary  # a synthetic store has the tokenizer of another model
     return [int(i) for i in repeated]
 
 
 def fence_problem(unwanted: bool) -> str | None:
-    """Why no memory cgroup can limit a process here, or None."""
+    """The reason why no memory cgroup can limit a process here, or None."""
     if unwanted:
         return "not enforced (--no-cgroup)"
     try:
@@ -166,9 +165,9 @@ def fence_problem(unwanted: bool) -> str | None:
 
 
 def those_left_out(model: BenchModel, names: Sequence[str], wanted: bool, force: bool) -> dict[str, str]:
-    """Which of the contenders do not fit in memory, and why. Only a memory cgroup keeps the lazy one from swapping.
+    """The contenders that do not fit in memory: name -> reason. Only a memory cgroup keeps the lazy one from swapping.
 
-    wanted: whether the user named them. Raises UsageError then instead of leaving one out.
+    wanted: whether the user named them. If so, raises UsageError instead of leaving one out.
     """
     unbounded = [name for name in names if name == model.whole or (name == "lazy" and model.fence)]
     needed = model.weights_bytes + model.base_bytes
@@ -182,5 +181,5 @@ def those_left_out(model: BenchModel, names: Sequence[str], wanted: bool, force:
 
 
 def hybrid_title(share: float) -> str:
-    """Hybrid keeps half, or less where the budget is less."""
+    """The title of the hybrid contender, which keeps half of the weights, or less if the budget is smaller."""
     return "hybrid: half resident" if share >= contenders.HALF else f"hybrid: {share:.0%} resident"

@@ -1,4 +1,4 @@
-"""Does a conversion keep to one layer plus 1 GB? Converts in a memory cgroup that kills what goes over it."""
+"""Does a conversion stay within one layer plus 1 GB? Converts in a memory cgroup that kills it if it needs more."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mlx_flash.source.children import child_environment
 from .synthetic.opt_checkpoint import SHAPES, write_checkpoint
 from .tools.cgroup import memory_group
 
-ALLOWANCE_BYTES = 10**9  # beside one layer
-LAYERS = 6  # of OPT-6.7B's shape: 2.8 GB in float16, twice what a conversion may use
+ALLOWANCE_BYTES = 10**9  # on top of one layer
+LAYERS = 6  # at OPT-6.7B's shape these are 2.8 GB in float16, twice the limit of a conversion
 SHARDS = 4
 
 
@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, help=f"folder of a checkpoint (default: {LAYERS} random layers of OPT-6.7B's shape)"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="6.7b", help="of the random one (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make for what is removed in the end")
-    parser.add_argument("--limit", help="another limit than one layer and 1 GB, such as 1.2GB")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="6.7b", help="shape of the random checkpoint (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="new folder for temporary files; removed at the end")
+    parser.add_argument("--limit", help="memory limit, such as 1.2GB (default: one layer plus 1 GB)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -55,7 +57,10 @@ def main(arguments: argparse.Namespace) -> None:
         limit = parse_memory(arguments.limit) if arguments.limit else layer + ALLOWANCE_BYTES
         size = sum(shard.stat().st_size for shard in checkpoint.shards)
         if size <= limit:
-            raise UsageError(f"{model} has {size / 1e9:.2f} GB, within the limit of {limit / 1e9:.2f} GB: too small.")
+            raise UsageError(
+                f"{model} has {size / 1e9:.2f} GB, which fits within the limit of {limit / 1e9:.2f} GB. "
+                "Choose a larger model or lower --limit."
+            )
         result: dict[str, Any] = {
             "command": "convert-memory",
             "checkpoint_bytes": size,
@@ -73,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def largest_layer_bytes(checkpoint: Checkpoint) -> int:
-    """By the first number in a tensor's name."""
+    """The bytes of the largest layer. The first number in a tensor's name is its layer."""
     sizes: dict[str, int] = defaultdict(int)
     for name, tensor in checkpoint.tensors.items():
         if found := re.search(r"\.(\d+)\.", name):
@@ -84,7 +89,7 @@ def largest_layer_bytes(checkpoint: Checkpoint) -> int:
 
 
 def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | float]:
-    """Converts in a cgroup of that size, watching the output's folder."""
+    """Converts in a cgroup of that size, and watches the size of the output's folder."""
     highest = 0
     done = threading.Event()
 
@@ -118,12 +123,12 @@ def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | floa
 
 
 def folder_bytes(folder: Path, prefix: str) -> int:
-    """What the files take on the disk, in the subfolders with that prefix."""
+    """Total size of the files in the subfolders with that prefix."""
     total = 0
     for path in folder.glob(f"{prefix}*/*"):
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # renamed meanwhile
+        except FileNotFoundError:  # renamed in the meantime
             continue
     return total
 

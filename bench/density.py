@@ -1,4 +1,4 @@
-"""From which density on is it faster to use all neurons? Times one layer, everything in its slots."""
+"""At which density is it faster to use all neurons? Times one layer with every neuron in a slot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 
 
 class _Fixed:
-    """A predictor that chooses a random share, another one for every call."""
+    """A predictor that chooses random neurons, others for every call, at a fixed share."""
 
     def __init__(self, neurons: int, share: float) -> None:
         rng = np.random.default_rng(0)
@@ -41,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width",
         type=whole_number(64, 16384),
         default=2048,
-        help="hidden size; the FFN is 4 x wider (default: OPT-1.3B's)",
+        help="hidden size; the FFN is 4 x wider (default: %(default)s, as in OPT-1.3B)",
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: %(default)s")
     parser.add_argument(
-        "--repeat", type=whole_number(1), default=30, help="rounds; the median counts (default: %(default)s)"
+        "--dtype", default="float32", choices=("float32", "float16"), help="type of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=whole_number(1), default=30, help="rounds to take the median of (default: %(default)s)"
     )
 
 
@@ -60,7 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, layout: NeuronLayout, repeat: int) -> list[dict[str, float]]:
-    """Interleaved rounds of every density and of all neurons; medians."""
+    """Medians over interleaved rounds of every density and of all neurons."""
     dtype = getattr(mx, layout.dtype)
     matrices = tuple(mx.random.normal((layout.neurons, layout.width)).astype(dtype) for _ in layout.parts)
     write_neurons(folder, layout, lambda _: matrices, lambda _: None)

@@ -1,4 +1,4 @@
-"""Eviction rules, and even against uneven slots, for neurons or experts at equal bytes: misses per token."""
+"""Compares eviction rules, and even with uneven slots, by misses per token at equal bytes, for neurons or experts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from . import routing, traces
 from .tools import policies
 from .tools.report import COLOURS, SERIES, finish, require_plots
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.24, 0.3, 0.4, 0.5)  # of all units that have a slot
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.24, 0.3, 0.4, 0.5)  # slots / units
 EXPERT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 WINDOWS = (4, 16, 64)  # tokens
 HALF_LIVES = (8, HALF_LIFE, 128, policies.ENDLESS)  # tokens
-PINNED = (0.25, 0.5, 0.75)  # of the slots
-WARM_UP = 100  # tokens that are not counted: caches begin empty
+PINNED = (0.25, 0.5, 0.75)  # pinned slots / slots
+WARM_UP = 100  # tokens that are not counted, because caches begin empty
 
 WITHOUT = "the same, without the layer that needs most"
 Make = Callable[[int, int], SlotCache]  # (layer, slots)
@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
         result["habits_by_layer"] = [routing.habits(trace.chosen) for trace in held_out]
     for unit, per in ({"expert": 1} if experts else {"block": count, "neuron": 1}).items():
         if unit == "neuron" and count == 1:
-            continue  # it is the same
+            continue  # a block is one neuron
         wanted, known = ([traces.by_block(t.chosen, per) for t in traced] for traced in (held_out, calibration))
         result["units"][unit] = compare(wanted, known, unit, EXPERT_SHARES if experts else SHARES)
     finish(
@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def history(model: Any, ids: list[int], prefix: list[int], name: str) -> list[traces.LayerTrace]:
-    """What every layer chose: its experts, or its neurons."""
+    """The experts or neurons that every layer chose."""
     if traces.is_mixture(model):
         return [tap.trace for tap in routing.record(model, ids, prefix, name)]
     return traces.record(model, ids, prefix, name)
@@ -99,7 +99,7 @@ def compare(wanted: list[np.ndarray], known: list[np.ndarray], name: str, shares
 
 
 def even_rules(units: int, known: list[np.ndarray]) -> dict[str, Make]:
-    """Those with the same number of slots in every layer, by name; the first is what the others are compared with."""
+    """Rules with the same number of slots in every layer, by name. The others are compared with the first."""
     rules: dict[str, Make] = {"least recent": lambda _, slots: policies.least_recent(units, slots)}
     for k in WINDOWS:
         rules[f"window {k}"] = lambda _, slots, k=k: SlotCache(units, slots, k)  # type: ignore[misc]
@@ -114,20 +114,20 @@ def even_rules(units: int, known: list[np.ndarray]) -> dict[str, Make]:
 
 
 def uneven(sets: list[list[np.ndarray]], known: list[np.ndarray], units: int, slots: int) -> list[float]:
-    """As many slots as `slots` in each layer would be, shared out by what each layer needs on calibration text."""
+    """Misses when the total of `slots` per layer is distributed by the layers' needs on calibration text."""
     need = [max(1e-3, float(mask.mean())) for mask in known]
     by_need = distribute_slots(slots * len(sets), need, min(MIN_SLOTS, slots), units)
     return per_token([policies.run(SlotCache(units, n), each) for n, each in zip(by_need, sets, strict=True)])
 
 
 def everyone_but(known: list[np.ndarray]) -> list[int]:
-    """All layers without the one that needs most, which may decide everything; a single layer stays."""
+    """All layers without the one that needs most, because it may dominate the sum. A single layer stays."""
     most = int(np.argmax([mask.mean() for mask in known]))
     return [i for i in range(len(known)) if i != most] or [most]
 
 
 def pooled(sets: list[list[np.ndarray]], units: int, slots: int) -> list[np.ndarray]:
-    """One cache for all layers, of the same size in all. Misses of every token, by layer."""
+    """Misses of every token, by layer, with one cache for all layers of the same total size."""
     cache = policies.fading(units * len(sets), slots * len(sets), HALF_LIFE * len(sets))
     rows = [
         [policies.step(cache, wanted + i * units) for i, wanted in enumerate(token)]
@@ -137,15 +137,15 @@ def pooled(sets: list[list[np.ndarray]], units: int, slots: int) -> list[np.ndar
 
 
 def per_token(rows: list[np.ndarray]) -> list[float]:
-    """Means after the warm-up, by layer. rows: int (tokens,) of each layer"""
+    """Means after the warm-up, by layer. rows: int (tokens,) for each layer."""
     return [float(row[min(WARM_UP, len(row) // 2) :].mean()) for row in rows]
 
 
 def show(result: dict[str, Any]) -> None:
     for layer, habits in enumerate(result.get("habits_by_layer", [])):
         print(
-            f"layer {layer}: {habits['again']:.1%} of the experts used are used again by the next token "
-            f"({habits['again_by_chance']:.1%} by popularity alone), the busiest quarter has {habits['busiest']:.1%}"
+            f"layer {layer}: the next token reuses {habits['again']:.1%} of the experts "
+            f"({habits['again_by_chance']:.1%} by popularity alone); the busiest quarter gets {habits['busiest']:.1%}"
         )
     for unit, part in result["units"].items():
         show_unit(part, unit, result["neurons_per_block"])
@@ -155,7 +155,10 @@ def show_unit(part: dict[str, Any], unit: str, count: int) -> None:
     kinds = {"block": "blocks, as the engine reads them", "neuron": "single neurons", "expert": "experts"}
     what = kinds[unit]
     size = f" of {count} neurons" if unit == "block" else ""
-    print(f"\n{what}{size}: {part['needed']:.0f} needed per token; misses per token, others against least-recent use")
+    print(
+        f"\n{what}{size}: {part['needed']:.0f} needed per token\n"
+        "misses per token; the other rules relative to least recent"
+    )
     print(f"{'':<46}" + "".join(f"{share:>9.0%}" for share in part["shares"]))
     totals = {rule: np.sum(rows, axis=1) for rule, rows in part["misses_by_layer"].items()}
     first = totals["least recent"]
@@ -168,7 +171,7 @@ def show_unit(part: dict[str, Any], unit: str, count: int) -> None:
 
 
 def draw(figure: Any, parts: dict[str, Any]) -> None:
-    """Misses of what is needed, by share of slots; the rules that matter."""
+    """Draws misses over needed units, by share of slots, for the rules that matter."""
     lines = {
         "window 4": (COLOURS["other"], "-"),
         "least recent": (SERIES[4], "-"),

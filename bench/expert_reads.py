@@ -1,4 +1,4 @@
-"""How fast do the experts that a layer lacks arrive? The engine's reads, nothing computed, beside fio's alike."""
+"""How fast do missing experts arrive? Times the engine's reads, without compute, beside fio's reads of that size."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .tools import disk, figures
 from .tools.read_methods import find_fio, run_fio
 from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
-LAYERS = 6  # taken in turn, so that no read meets what the last one left behind
+LAYERS = 6  # reads rotate over so many layers, so that none finds the bytes of the one before
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="folder of a mixture-of-experts checkpoint")
-    parser.add_argument("--slots", type=whole_number(1), default=32, help="of each layer (default: %(default)s)")
+    parser.add_argument("--slots", type=whole_number(1), default=32, help="slots per layer (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=whole_number(1), default=5, help="interleaved; the median counts (default: %(default)s)"
+        "--rounds", type=whole_number(1), default=5, help="rounds to take the median of (default: %(default)s)"
     )
-    parser.add_argument("--no-fio", action="store_true", help="leave fio out although it is installed")
+    parser.add_argument("--no-fio", action="store_true", help="do not run fio, even if it is installed")
     add_output_argument(parser)
 
 
@@ -46,7 +46,9 @@ def main(arguments: argparse.Namespace) -> None:
     slots = min(arguments.slots, mixture.experts)
     shared = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     if not all(file.direct for file in shared.files):
-        raise UsageError(f"the file system of {arguments.model} refuses reads past the page cache: nothing to measure.")
+        raise UsageError(
+            f"the file system of {arguments.model} refuses reads past the page cache. Copy the model to another one."
+        )
     prepared = disk.prepare(mixture.files)
     streams = [ExpertSlots(shared, tensors, slots) for tensors in list(mixture.switches.values())[:LAYERS]]
     counts = sorted({min(count, slots) for count in (1, 2, 4, 8, 16, 32)})
@@ -75,7 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
 def fetches(
     streams: list[ExpertSlots], missing: int, rng: np.random.Generator, seconds: float = 0.5
 ) -> dict[str, float]:
-    """For `seconds`, layer after layer, `missing` experts at once, and nothing until they are there."""
+    """Reads `missing` experts at once, layer after layer, for `seconds`. Waits for each read before the next."""
     counters = streams[0].shared.counters
     before, began, calls = counters.copy(), time.perf_counter(), 0
     while time.perf_counter() - began < seconds:

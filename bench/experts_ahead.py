@@ -1,4 +1,4 @@
-"""How early can a layer's experts be guessed: its own router applied to earlier hidden states; and what that saves."""
+"""How early can a layer's experts be guessed? Applies its router to earlier hidden states and models the time saved."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mlx_flash.errors import UsageError
 from . import neurons_ahead, routing, traces
 from .neurons_ahead import STATES, Remember, layer_rows, means, residents
 
-SHARES = (0.25, 0.5)  # of a layer's experts that have a slot
-WIDTHS = (-3, -2, -1, 0, 2, 4)  # experts that are guessed, beyond those that a token uses
-ROUTED = "previous router's"  # what the layer before gave its own router, so with its own norm
+SHARES = (0.25, 0.5)  # slots / experts of a layer
+WIDTHS = (-3, -2, -1, 0, 2, 4)  # experts guessed - experts used by a token
+ROUTED = "previous router's"  # the input of the previous layer's router, with that layer's norm
 OWN = "own router's"
-RATIOS = (0.5, 1, 2, 3.3, 6.7)  # time to read all experts that a token uses in a layer, over the layer's compute
-PRODUCTS = 0.5  # of a layer's compute is the products of its experts, the rest attention
-WINDOWS = {"own input": 1 - PRODUCTS, "previous middle": 1.0}  # of a layer's compute, from guess to router
+RATIOS = (0.5, 1, 2, 3.3, 6.7)  # time to read all experts that a token uses in a layer / the layer's compute
+PRODUCTS = 0.5  # the experts' products / a layer's compute; the rest is attention
+WINDOWS = {"own input": 1 - PRODUCTS, "previous middle": 1.0}  # time from guess to router / a layer's compute
 
 
 def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
-    """What `lookahead` finds of a mixture of experts."""
+    """Runs `lookahead` on a mixture of experts."""
     taps = routing.record(traced.model, traced.ids, traced.prefix, "decoding", router_states(traced.model))
     check_routers(taps)
     states = {state: text.replace("FFN", "experts") for state, text in STATES.items()}
@@ -39,7 +39,7 @@ def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
 
 
 def router_states(model: Any) -> dict[int, dict[str, routing.State]]:
-    """What earlier states are to a layer's router: by layer and state. Raises UsageError as `observe` does."""
+    """The earlier states as inputs of a layer's router, by layer and state. Raises UsageError as `observe` does."""
     found: dict[int, dict[str, routing.State]] = {}
     before: dict[str, Remember] = {}
     for place in routing.places(model):
@@ -71,7 +71,7 @@ def through(norm: Any, remembered: Remember) -> routing.State:
 
 
 def check_routers(taps: list[routing.RouterTap]) -> None:
-    """Raises UsageError if the routers do not choose what their input, as it is taken here, says."""
+    """Raises UsageError if the recorded router inputs do not lead to the experts that the routers chose."""
     for tap in taps:
         same = (tap.ranks(OWN) < tap.choices) & tap.trace.chosen
         if same.sum() < 0.98 * tap.trace.chosen.sum():
@@ -82,19 +82,21 @@ def check_routers(taps: list[routing.RouterTap]) -> None:
 
 
 def guesses_of(tap: routing.RouterTap, state: str) -> list[list[np.ndarray]]:
-    """For every width, the mask of what is guessed, as `traces.packed` packs it."""
+    """The mask of the guessed experts for every width, packed as `traces.packed` does."""
     ranks = tap.ranks(state)
     return [[np.packbits(ranks < max(1, tap.choices + width), axis=1)] for width in WIDTHS]
 
 
 def times(taps: list[routing.RouterTap], share: float) -> list[dict[str, Any]]:
-    """A token's modelled time without a guess, with one, and with one that is always right, in layers' compute.
+    """A token's modelled time without a guess, with a guess and with a perfect guess. Unit: one layer's compute.
 
-    A layer computes for 1: attention, then the products of its experts. As in the engine, those that are here are
-    multiplied while the others are read. A guess is read, the likeliest first, from when it is known until the router
-    speaks, whenever the layer before reads nothing; what does not fit in there comes before the layer's own misses. By
-    width: all of a guess is read. `fitting`: only as many as fit in there at best, or one. What is read in vain goes
-    into slots of its own. The first layer never guesses, and is not counted.
+    A layer computes for 1: attention, then the products of its experts. As in the engine, resident experts are
+    multiplied while the others are read. A guess is read in its window, from when it is known until the router's
+    choice, whenever the layer before reads nothing; the likeliest experts come first. The reads that do not fit into
+    the window precede the layer's own misses.
+
+    A width reads all of its guess. `fitting` reads only as many experts as fit into the window at best, and at least
+    one. Unused reads go into slots of their own. The first layer never guesses and is not counted.
     """
     layers = []
     for tap in taps:
@@ -107,7 +109,7 @@ def times(taps: list[routing.RouterTap], share: float) -> list[dict[str, Any]]:
             for name in ("without", "perfect", "fitting", *map(str, WIDTHS)):
                 row[name], busy = 0.0, np.zeros(len(layers[0][1]))
                 for at, (tap, missed, absent) in enumerate(layers):
-                    each = ratio / tap.choices  # one expert's reading
+                    each = ratio / tap.choices  # time to read one expert
                     read = np.zeros_like(missed)
                     if at and name == "perfect":
                         read = missed
@@ -120,13 +122,14 @@ def times(taps: list[routing.RouterTap], share: float) -> list[dict[str, Any]]:
                     late = np.maximum(0, each * read.sum(axis=1) - np.maximum(0, window - busy))
                     if at:
                         row[name] += float((1 + np.maximum(0, late + left - here)).mean())
-                    busy = np.minimum(late + left, here) * (state == "previous middle")  # own input: it is over by then
+                    # A guess from "own input" begins after the layer before has finished its reads.
+                    busy = np.minimum(late + left, here) * (state == "previous middle")
             found.append(row)
     return found
 
 
 def first(ranks: np.ndarray, absent: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Of the `width` likeliest, the first `count` that are absent. int (T, E), bool (T, E) -> bool (T, E)"""
+    """The first `count` absent experts of the `width` likeliest. int (T, E), bool (T, E) -> bool (T, E)"""
     order = np.argsort(ranks, axis=1)[:, :width]
     missing = np.take_along_axis(absent, order, axis=1)
     result = np.zeros_like(absent)
@@ -137,7 +140,7 @@ def first(ranks: np.ndarray, absent: np.ndarray, count: int, width: int) -> np.n
 def show(result: dict[str, Any]) -> None:
     neurons_ahead.show(result)
     at = [row for row in result["by_layer"] if row["slots"] == SHARES[0] and row["state"] != "own input"]
-    print("\nby layer, recall of a guess as wide as the choice, and with 2 and 4 more")
+    print("\nrecall by layer of a guess as wide as the router's choice, and of one with 2 and 4 more")
     for layer in sorted({row["layer"] for row in at}):
         cells = [
             f"{state} "
@@ -149,7 +152,10 @@ def show(result: dict[str, Any]) -> None:
             for state in dict.fromkeys(row["state"] for row in at)
         ]
         print(f"layer {layer}: " + ";  ".join(cells))
-    print("\nmodelled time of a token against no guess; ratio: reading all that a token uses over a layer's compute")
+    print(
+        "\nmodelled time of a token, relative to no guess\n"
+        "ratio: time to read all experts that a token uses in a layer / the layer's compute"
+    )
     print(
         f"{'slots':>6}{'ratio':>7}  {'guess from':<17}{'perfect':>9}{'fitting':>9}"
         + "".join(f"{w:>+9}" for w in WIDTHS)

@@ -1,4 +1,4 @@
-"""How early can a layer's neurons, or experts, be guessed: its own predictor, or router, applied to earlier states."""
+"""How early can a layer's neurons or experts be guessed? Applies its predictor or router to earlier hidden states."""
 
 from __future__ import annotations
 

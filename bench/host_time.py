@@ -1,4 +1,4 @@
-"""Where the host's time goes: milliseconds per token in each step of the decode loop, as the main thread sees it."""
+"""Where does the host's time go? Times each step of the decode loop in the main thread, in ms per token."""
 
 from __future__ import annotations
 
@@ -24,22 +24,27 @@ from mlx_flash.layers import neurons
 from mlx_flash.loading.load import load
 from mlx_flash.source.resolve import find_store
 
-# What is timed, and what of it is management: ids, maps, slots.
+# The functions that are timed: (class, function, printed text).
 STEPS: tuple[tuple[Any, str, str], ...] = (
-    (NeuronSlots, "prefetch", "the guess: missing ones asked for"),
-    (SlotCache, "mark_used", "  slots: marks use"),
-    (SlotCache, "reserve", "  slots: finds victims"),
-    (SlotCache, "commit", "  slots: takes in what came"),
-    (Reader, "submit", "  hands reads over"),
-    (Reader, "wait", "waits for reads"),
-    (BlockRows, "take_stored", "builds the gathers"),
+    (NeuronSlots, "prefetch", "request the missing neurons of the guess"),
+    (SlotCache, "mark_used", "  slots: mark as used"),
+    (SlotCache, "reserve", "  slots: find victims"),
+    (SlotCache, "commit", "  slots: register arrivals"),
+    (Reader, "submit", "  submit reads"),
+    (Reader, "wait", "wait for reads"),
+    (BlockRows, "take_stored", "build the gathers"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
-    parser.add_argument("--memory", help="budget, as of generate (default: a share of what is free)")
-    parser.add_argument("--tokens", type=whole_number(1), default=32, help="timed, after 32 (default: %(default)s)")
+    parser.add_argument("--memory", help="memory budget, as for `generate` (default: a share of the free memory)")
+    parser.add_argument(
+        "--tokens",
+        type=whole_number(1),
+        default=32,
+        help="tokens to time, after 32 untimed ones (default: %(default)s)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -50,7 +55,9 @@ def main(arguments: argparse.Namespace) -> None:
     most = getattr(model.args, "max_position_embeddings", 64 + arguments.tokens)
     if 64 + arguments.tokens > most:
         model.flash.close()
-        raise UsageError(f"a run has {64 + arguments.tokens} tokens and the model {most} positions. Lower --tokens.")
+        raise UsageError(
+            f"a run has {64 + arguments.tokens} tokens, but the model has {most} positions. Lower --tokens."
+        )
     cache = make_prompt_cache(model)
     ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 64 + arguments.tokens)
     mx.eval(model(mx.array(ids[None, :32]), cache=cache))
@@ -77,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows = {name: seconds[name] * each for _, name, _ in STEPS} | {"eval": seconds["eval"] * each}
     for _, name, text in STEPS:
         print(f"{text:<55}{rows[name]:>9.2f} ms")
-    print(f"{'waits for the device: ids, and memory to be written':<55}{rows['eval']:>9.2f} ms")
+    print(f"{'wait for the device: ids, and slots to be written':<55}{rows['eval']:>9.2f} ms")
     print(f"{'whole token':<55}{total * each:>9.2f} ms")
     share = used.manage_s / total
     print(f"management (ids, maps, slots): {used.manage_s * each:.2f} ms, {share:.1%} of a token")

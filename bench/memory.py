@@ -1,6 +1,6 @@
-"""The price list of memory: latency per token at budgets from the smallest that does to the whole model.
+"""Measures latency per token at budgets from the smallest possible to the whole model.
 
-A mixture of experts is read past the page cache and through it.
+A mixture of experts is read both past the page cache and through it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
         left_out = left_out or compare.those_left_out(model, [model.whole], False, arguments.force)
         result: dict[str, Any] = {**model.describe(), "smallest_bytes": points[0], "left_out": left_out, "points": []}
         result |= model.prepare_disk()
-        if not left_out:  # first: its files need room on the disk, which may be lacking
+        if not left_out:  # runs first, because its files may not fit on the disk
             with model.ready_for_baselines(arguments.matrices) as ready:
                 result["all_in_memory"] = row_of(ready.run(Contender(model.whole), arguments.tokens, None, ALL[kind]))
         for budget in points:
@@ -68,9 +68,10 @@ def row_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def budgets(model: BenchModel, points: int, force: bool) -> list[int]:
-    """From the smallest to where every unit has a slot, by equal factors in slots; fewer where slots are few.
+    """Budgets from the smallest to one with a slot for every unit. The slots grow by equal factors.
 
-    Of a mixture of experts: a slot in each layer, then from a token's experts to as many as fit in memory.
+    For a mixture of experts: one slot in each layer, then from a token's experts to as many as fit in memory. There
+    may be fewer than `points`.
     """
     layers, units = model.about["layers"], model.about["units"]
     if model.kind == "neurons":
@@ -83,7 +84,7 @@ def budgets(model: BenchModel, points: int, force: bool) -> list[int]:
 
 
 def slot_counts(choices: int, most: int, points: int) -> list[int]:
-    """Slots of a layer: one, then from a token's experts to `most` by equal factors; fewer where there are few."""
+    """Slots per layer: one, then from a token's experts to `most` by equal factors. May be fewer than `points`."""
     return sorted({1, *geometric(min(choices, most), most, points - 1)})
 
 
@@ -93,7 +94,7 @@ def geometric(first: int, last: int, points: int) -> list[int]:
 
 
 def ways(model: BenchModel, budget: int) -> dict[str, Contender]:
-    """How a budget is used. "page cache": a token's experts have slots, the rest is left to the operating system."""
+    """Ways to use a budget. In "page cache" only a token's experts have slots; the rest is left for the page cache."""
     if model.kind == "neurons":
         return {FLASH: Contender("flash", budget)}
     found = {io: Contender("flash", budget, options={"io": io}) for io in ("direct", "buffered")}
@@ -109,8 +110,8 @@ NEURON_COLUMNS: list[Column] = [figures.PEAK, figures.SLOTS, figures.HITS, ("MB/
 NEURON_COLUMNS += [("read ms", "read_s", ms), ("wait ms", "wait_s", ms), ("mean ms", "total_s", ms), figures.MEDIAN]
 NEURON_COLUMNS += [figures.P90, figures.STEADY, ("tokens/s", "tokens_per_second", two_digits)]
 NEURON_NOTE = (
-    "mean ms and tokens/s count the first tokens; steady: median of the second half. in sequence: GB/s of the disk "
-    "just before."
+    "mean ms and tokens/s include the first tokens; steady: median of the second half.\n"
+    "in sequence: sequential GB/s of the disk just before."
 )
 
 
@@ -128,8 +129,8 @@ def show(result: dict[str, Any]) -> None:
         figures.columns_table("per token", figures.EXPERT_COLUMNS, rows, names)
         print(figures.EXPERT_NOTE)
         print(
-            f"direct, buffered: all of the budget is slots; page cache: read through it, a token's {result['choices']} "
-            "experts have slots,\nand the rest of the budget is the operating system's."
+            "direct, buffered: the whole budget goes to slots. page cache: buffered reads, slots only for a token's "
+            f"{result['choices']} experts,\nand the rest of the budget is left for the page cache."
         )
     for reason in result["left_out"].values():
         print(f"{ALL[kind]}: left out: {reason}")
@@ -137,7 +138,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Draws the median time of a token at every budget, for the first way up to the 90th percentile."""
+    """Draws the median time of a token at every budget, and the range up to the 90th percentile for the first way."""
     axes = figure.subplots()
     done = [row for row in result["points"] if not row["killed"]]
     at = {budget: x for x, budget in enumerate(sorted({row["budget_bytes"] for row in done}))}  # equal factors in slots

@@ -1,4 +1,4 @@
-"""Makes the models that `peak-memory` is run over: every kind, wide but with few layers, 1 to 2 GB each."""
+"""Makes models of every kind for `peak-memory`: wide, with few layers, 1 to 2 GB each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
 }
-# MLX's CPU backend multiplies quantised and 16-bit numbers at about 1 GFLOP/s: many small experts, few for a token.
+# MLX's CPU backend multiplies quantised and 16-bit numbers at about 1 GFLOP/s, so a token uses few, small experts.
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, mx.Dtype]] = {
     "qwen3-moe-4bit": (
         {
@@ -127,18 +127,18 @@ RELU_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 8,
 }
 OPT = opt_config(2048, 3, 32)
-STORES: dict[str, tuple[dict[str, Any], str, int]] = {  # configuration, type, bits of the neurons
+STORES: dict[str, tuple[dict[str, Any], str, int]] = {  # name -> (configuration, dtype, bits of the neurons)
     "opt-f32": (OPT, "float32", 16),
     "opt-f16": ({**OPT, "num_hidden_layers": 4}, "float16", 16),
     "opt-4bit": ({**OPT, "vocab_size": 65536}, "float16", 4),
     "relu-llama-bf16": (RELU_LLAMA, "bfloat16", 16),
 }
 SHADOW_BITS, SHADOW_GROUP = 4, 64
-SHARE = 0.1  # of the neurons, that predictors name in these reports
+SHARE = 0.1  # predicted neurons / neurons, in the predictors' reports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=writable_folder, required=True, help="folder that gets a folder per model")
+    parser.add_argument("--output", type=writable_folder, required=True, help="folder to write one folder per model to")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: int) -> None:
-    """A store whose weights are random and whose shadow predictor is the deciding projection of each layer."""
+    """Writes a store with random weights. Its shadow predictor is the deciding projection of each layer."""
     from mlx_flash.loading.model_types import model_classes
 
     model_class, args_class = model_classes(config)
@@ -230,7 +230,10 @@ def write_random_store(folder: Path, config: dict[str, Any], dtype: str, bits: i
 def write_random_mixture(
     folder: Path, config: dict[str, Any], dtype: mx.Dtype, quantisation: dict[str, Any] | None
 ) -> None:
-    """A checkpoint with the names and shapes of mlx-lm's model. quantisation: of the experts alone; None for none."""
+    """Writes a checkpoint with the names and shapes of mlx-lm's model.
+
+    quantisation: how the experts, and nothing else, are quantised; None: not at all.
+    """
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
@@ -256,7 +259,10 @@ def write_random_mixture(
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: mx.Dtype, packed: bool = False) -> mx.array:
-    """Norms around 1, matrices that keep the size of what they multiply. packed: whether it is of quantised ones."""
+    """Random numbers: norms around 1, and matrices that preserve the scale of their input.
+
+    packed: whether the tensor belongs to a quantised matrix.
+    """
     rng = np.random.default_rng(list(name.encode()))
     count = math.prod(shape)
     if dtype == mx.uint32:
@@ -264,7 +270,7 @@ def _random(name: str, shape: tuple[int, ...], dtype: mx.Dtype, packed: bool = F
     spread = COMMON["hidden_size"] ** -0.5
     if dtype == mx.uint8:  # exponents of mxfp4
         return mx.full(shape, 127 + round(math.log2(spread / 2.9)), mx.uint8)
-    if packed and name.endswith("scales"):  # of numbers spread evenly over 16 levels
+    if packed and name.endswith("scales"):  # for numbers spread evenly over 16 levels
         return mx.full(shape, spread * 12**0.5 / 16, dtype)
     if packed and name.endswith("biases"):
         return mx.full(shape, -spread * 12**0.5 / 2, dtype)
@@ -277,5 +283,5 @@ def _random(name: str, shape: tuple[int, ...], dtype: mx.Dtype, packed: bool = F
 
 
 def _tiled(values: np.ndarray, count: int) -> np.ndarray:
-    """The same numbers again and again: drawing as many would take minutes, and nothing here depends on them."""
+    """Repeats the numbers up to `count`. Drawing as many would take minutes, and nothing depends on their values."""
     return np.resize(values, count)

@@ -1,6 +1,7 @@
-"""Latency per token of naive, hybrid and flash loading: reading, management, compute, under one memory limit.
+"""Measures latency per token of naive, hybrid and flash loading under one memory limit.
 
-Of a mixture of experts: mlx-lm all in memory and lazily, every layer whole, and expert by expert.
+The time is split into reading, management and compute. For a mixture of experts, the contenders are mlx-lm all in
+memory, mlx-lm lazily loaded, every layer read whole, and flash loading of single experts.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from .tools.report import describe, finish, require_plots
 
 @dataclass(frozen=True)
 class Contest:
-    """Which contenders there are for a kind of model.
+    """The contenders for a kind of model.
 
-    titles: what the outputs call them, in the order in which they run. slow: those that run over `--baseline-tokens`.
-    slow_tokens: the default of that; None: `--tokens`. rounds: the default of `--rounds`. alone: those that are too
-    quick for the plot's scale of the slow ones.
+    titles: their names in the outputs, in the order in which they run. slow: the contenders that run over
+    `--baseline-tokens`. slow_tokens: the default of that flag; None: `--tokens`. rounds: the default of `--rounds`.
+    alone: the contenders that are too quick for the plot's scale of the slow ones.
     """
 
     titles: dict[str, str]
@@ -76,17 +77,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline-tokens",
         type=whole_number(1),
-        help="tokens of the sides which are slow: naive and hybrid (default: --tokens), of a mixture of experts naive "
-        f"and lazy (default: {EXPERTS.slow_tokens})",
+        help="tokens of the slow sides: naive and hybrid (default: --tokens), or lazy and naive for a mixture of "
+        f"experts (default: {EXPERTS.slow_tokens})",
     )
     parser.add_argument(
         "--rounds",
         type=whole_number(1, 100),
-        help=f"the tokens are split over so many rounds, in which the sides take turns (default: {NEURONS.rounds})",
+        help=f"rounds to split the tokens over; the sides take turns in each (default: {NEURONS.rounds})",
     )
     group = compare.add_expert_arguments(parser)
-    group.add_argument("--sides", help=f"of {','.join(EXPERTS.titles)}, by commas (default: all that fit in memory)")
-    group.add_argument("--io", choices=IO_MODES, help=f"past the page cache or not (default: {IO_MODES[0]})")
+    group.add_argument(
+        "--sides",
+        help=f"comma-separated list, out of {','.join(EXPERTS.titles)} (default: all that fit in memory)",
+    )
+    group.add_argument(
+        "--io", choices=IO_MODES, help=f"read past the page cache or through it (default: {IO_MODES[0]})"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -95,12 +101,12 @@ def main(arguments: argparse.Namespace) -> None:
     contest = CONTESTS[kind]
     names = arguments.sides.split(",") if arguments.sides else list(contest.titles)
     if unknown := [name for name in names if name not in contest.titles]:
-        raise UsageError(f"--sides: {', '.join(unknown)} unknown, expected of {','.join(contest.titles)}.")
+        raise UsageError(f"--sides: {', '.join(unknown)} unknown, expected some of {','.join(contest.titles)}.")
     rounds = arguments.rounds or contest.rounds
     few = min(arguments.baseline_tokens or contest.slow_tokens or arguments.tokens, arguments.tokens)
     counts = {name: few if name in contest.slow else arguments.tokens for name in names}
     if min(counts.values()) < rounds:
-        raise UsageError(f"--tokens and --baseline-tokens have to be at least --rounds, which is {rounds}.")
+        raise UsageError(f"--tokens and --baseline-tokens must be at least --rounds, which is {rounds}.")
     with compare.opened(arguments, mixture, rounds) as model:
         result: dict[str, Any] = {**model.describe(), **model.budget(arguments), "rounds": rounds}
         result["left_out"] = compare.those_left_out(model, names, bool(arguments.sides), arguments.force)
@@ -127,7 +133,7 @@ def main(arguments: argparse.Namespace) -> None:
 def take_turns(
     model: BenchModel, counts: dict[str, int], result: dict[str, Any], io: str | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs every contender in every round. counts: tokens of each."""
+    """Runs every contender in every round. counts: contender -> its tokens."""
     rounds, budget = result["rounds"], result["budget_bytes"]
     span = len(model.ids) // rounds
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in counts}
@@ -146,7 +152,7 @@ def take_turns(
 
 
 def agree(rows: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Adds to every row how often its likeliest token is that of the first contender that was not killed."""
+    """Adds to every row how often its likeliest token equals that of the first contender that was not killed."""
     done = [name for name, row in rows.items() if not row["killed"]]
     for name in done:
         both = zip(runs[name], runs[done[0]], strict=True)
@@ -155,7 +161,7 @@ def agree(rows: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, Any]:
-    """How many times what flash loading takes, of each contender that was not killed."""
+    """Each contender's figures divided by those of flash loading. Killed contenders are left out."""
     done = {name: row for name, row in rows.items() if not row["killed"]}
     flash = done.get("flash")
     if flash is None:
@@ -173,7 +179,7 @@ def ratios(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_overlap(rows: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The baselines' seconds as the paper counts them, reading and then computing; and where compute is taken from."""
+    """The source of the compute time, and the baselines' seconds as the paper counts them: reading, then compute."""
     alone = rows.get("dense", rows["hybrid"])["compute_s"]
     source = "measured alone (all in memory)" if "dense" in rows else "hybrid: total - wait - manage"
     return source, {name: rows[name]["read_s"] + alone for name in NEURONS.slow}
@@ -188,9 +194,10 @@ NEURON_COLUMNS += [("mean ms", "total_s", ms), figures.MEDIAN, figures.P90, ("p9
 NEURON_COLUMNS += [figures.STEADY, ("bytes", "ratios.bytes", times), ("read s", "ratios.read", times)]
 NEURON_COLUMNS += [("total", "ratios.total", times)]
 NEURON_NOTE = (
-    "DRAM: weights planned to stay; peak: of the process. read: the disk was busy; wait: the token waited for it; "
-    "hidden: the rest.\nsteady: median of the second half of every round. in sequence: GB/s of the disk just before.\n"
-    "The last three: times what flash loading takes."
+    "DRAM: weights planned to stay in memory; peak: of the process.\n"
+    "read: the disk was busy; wait: the token waited for it; hidden: read - wait.\n"
+    "steady: median of the second half of every round. in sequence: sequential GB/s of the disk just before.\n"
+    "The last three columns are relative to flash loading."
 )
 
 
@@ -208,7 +215,7 @@ def show(result: dict[str, Any]) -> None:
         show_ratios(result)
     elif found:
         slower = [f"{names[name]} {times(found[name]['total'])}" for name in rows if name in found and name != "flash"]
-        print(f"times what a token takes with flash: {', '.join(slower) or '-'}")
+        print(f"time per token relative to flash: {', '.join(slower) or '-'}")
     done = [name for name in rows if not rows[name]["killed"]]
     if done:
         agreed = [f"{name} {rows[name]['agreement']:.1%} of {rows[name]['agreement_tokens']}" for name in done]
@@ -219,7 +226,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def show_ratios(result: dict[str, Any]) -> None:
-    """Prints the baselines beside flash loading, also as the paper counts them, and what flash loading did."""
+    """Prints the baselines relative to flash loading, also as the paper counts them, and flash loading's counters."""
     found, flash = result["ratios"], result["sides"]["flash"]
     print(
         f"\n{'':<24}{'measured':>10}{'median':>10}{'steady':>10}{'baseline without overlap, as the paper counts':>50}"
@@ -232,14 +239,14 @@ def show_ratios(result: dict[str, Any]) -> None:
     print(
         f"flash loading: {flash['slot_share']:.0%} of the neurons have a slot, "
         f"{figures.fine_percent(flash['hit_rate'])} hits; "
-        f"per token {flash['early']:.0f} blocks read early, {flash['vain']:.0f} in vain"
+        f"per token {flash['early']:.0f} blocks read ahead and used, {flash['vain']:.0f} read ahead and unused"
     )
     kills = "none" if result["memory_limit"].startswith("enforced") else "unknown"
     print(f"killed for memory: {kills}")
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Draws a bar for every contender. Where one is too quick to be seen, the quick ones have a panel of their own."""
+    """Draws a bar for every contender. The quick ones get a second panel if they would be too small to see."""
     rows = {name: row for name, row in result["sides"].items() if not row["killed"]}
     if not rows:
         figures.title(figure, "Every contender was killed for memory", figures.measured(result))

@@ -95,7 +95,7 @@ def test_what_it_reports(
 def test_a_checkpoint_within_the_limit_shows_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
     arguments = argparse.Namespace(model=folder, output=tmp_path / "work", limit=None, shape="6.7b")
-    with pytest.raises(UsageError, match="too small"):
+    with pytest.raises(UsageError, match="fits within the limit"):
         convert_memory.main(arguments)
     assert not (tmp_path / "work").exists()
     arguments.output = tmp_path

@@ -1,4 +1,4 @@
-"""How early can a layer's neurons be guessed: its own predictor, applied to earlier states."""
+"""How early can a layer's neurons be guessed? Applies its predictor to earlier hidden states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mlx_flash.layers.predictors import ExactPredictor, Predictor
 from . import traces
 from .tools.report import SERIES
 
-SHARES = (0.25, 0.10)  # of a layer's neurons that have a slot
-SHIFTS = (-0.25, 0.0, 0.25, 0.5)  # of the guess's threshold, in standard deviations of the layer's score
+SHARES = (0.25, 0.10)  # slots / neurons of a layer
+SHIFTS = (-0.25, 0.0, 0.25, 0.5)  # added to the guess's threshold, in standard deviations of the layer's score
 STATES = {
     "own input": "what enters the layer, before its attention",
     "previous middle": "what the layer before has between its attention and its FFN",
@@ -26,7 +26,7 @@ STATES = {
 
 
 def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
-    """What `lookahead` finds of a store."""
+    """Runs `lookahead` on a store."""
     layout, guesses = traced.model.flash.manifest.layout, observe(traced.model)
     history = traces.record(traced.model, traced.ids, traced.prefix, "decoding")
     result: dict[str, Any] = {**traces.head_of(traced, text), "states": STATES}
@@ -47,7 +47,7 @@ def measure(traced: traces.TracedModel, text: Path) -> dict[str, Any]:
 
 
 class Remember:
-    """Stands in a norm's place and keeps what it was given."""
+    """Wraps a norm and keeps its last input."""
 
     def __init__(self, norm: Any) -> None:
         self.norm = norm
@@ -59,9 +59,9 @@ class Remember:
 
 
 class Guesser:
-    """Stands in a predictor's place and also applies it to earlier states; `rows` is packed, by state and shift.
+    """Wraps a predictor and also applies it to earlier states. `rows` holds packed masks by state and shift.
 
-    One standard deviation is that of the layer's scores in the first call, over neurons and tokens.
+    The unit of a shift is the standard deviation of the layer's scores in the first call, over neurons and tokens.
     """
 
     def __init__(self, inner: Predictor, norm: Any, states: dict[str, Remember]) -> None:
@@ -83,19 +83,19 @@ class Guesser:
 
 
 def score(predictor: Any, x: mx.array) -> mx.array:
-    """What a predictor compares with zero. x: (N, D) -> (N, F)"""
+    """The scores that a predictor compares with zero. x: (N, D) -> (N, F)"""
     if isinstance(predictor, ExactPredictor):
         return predictor.before(x) - predictor.activation.threshold
     return predictor.score(x)
 
 
 def observe(model: Any) -> dict[int, Guesser]:
-    """Puts a Guesser in front of every predictor. Raises UsageError where a layer is not normed before its parts."""
+    """Puts a Guesser in front of every predictor. Raises UsageError if a layer has no norm before its parts."""
     guessers: dict[int, Guesser] = {}
     before: dict[str, Remember] = {}
     for index, layer in enumerate(model.layers):
         if not getattr(layer, "norm_before", False):
-            raise UsageError("look-ahead is measured on models that are normed before attention and FFN.")
+            raise UsageError("look-ahead is only measured on models with norms before attention and FFN.")
         own, norm = Remember(layer.self_attn_layer_norm), layer.final_layer_norm
         layer.self_attn_layer_norm, layer.final_layer_norm = own, Remember(norm)
         if layer.mlp.predictor is not None:
@@ -115,7 +115,7 @@ def layer_rows(
     units: dict[str, int],
     shifts: tuple[float, ...],
 ) -> list[dict[str, Any]]:
-    """A row for every unit (by name, of so many neurons), state and shift."""
+    """A row for every unit, state and shift. units: name -> neurons per unit."""
     found = []
     for unit, count in units.items():
         chosen = traces.by_block(trace.chosen, count)
@@ -130,7 +130,7 @@ def layer_rows(
 
 
 def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
-    """Who has a slot when a token comes, in the engine's cache. bool (T, U) -> bool (T, U)"""
+    """The units with a slot before each token, in the engine's cache. bool (T, U) -> bool (T, U)"""
     cache = SlotCache(chosen.shape[1], slots)
     held = np.zeros_like(chosen)
     for token, mask in enumerate(chosen):
@@ -143,7 +143,7 @@ def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
 
 
 def compare(chosen: np.ndarray, guess: np.ndarray, resident: np.ndarray) -> dict[str, float]:
-    """Sums per token, all (T, U) bool: what is chosen, guessed, missed, caught by the guess and read in vain."""
+    """Units per token that are chosen, guessed, missed, caught by the guess, or read in vain. Masks: bool (T, U)"""
     read = guess & ~resident
     counts = {
         "chosen": chosen,
@@ -157,7 +157,7 @@ def compare(chosen: np.ndarray, guess: np.ndarray, resident: np.ndarray) -> dict
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All layers together; the first layer, which has no layer before it, is left out of all but its own row."""
+    """Rows over all layers together. The first layer has no layer before it, so it gets a row of its own."""
     groups: dict[tuple[str, float, str, float], list[dict[str, Any]]] = {}
     first = min(row["layer"] for row in rows)
     for row in rows:
@@ -181,7 +181,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print("shares: recall, size, missed of what is chosen; caught, in vain of what is missed")
+    print("recall, size and missed: shares of the chosen units; caught and in vain: shares of the missed units")
     print(f"{'unit':<8}{'slots':>6}  {'guess from':<24}{'shift':>6}", end="")
     print("".join(f"{head:>9}" for head in ("recall", "size", "missed", "caught", "in vain")))
     for row in result["mean"]:
@@ -191,7 +191,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]], shares: tuple[float, ...]) -> None:
-    """A panel for every share of slots: misses caught against bytes read in vain, a line per state."""
+    """Draws misses caught against bytes read in vain: a panel for every share of slots, a line for every state."""
     unit = "expert" if rows[0]["unit"] == "expert" else "neuron"
     panels = figure.subplots(1, len(shares), sharey=True)
     for axes, share in zip(panels, shares, strict=True):

@@ -1,4 +1,4 @@
-"""Neurons that fire together stand together on flash: are near-adjacent misses, merged into one read, worth it?"""
+"""Does it pay to store neurons that fire together side by side, and to merge near-adjacent misses into one read?"""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from . import traces
 from .eviction import everyone_but
 from .tools.report import COLOURS, finish, require_plots
 
-NEIGHBOURS = 32  # of every neuron, that an order by pairs considers
+NEIGHBOURS = 32  # per neuron, considered by the order by pairs
 LARGEST_SPECTRAL = 4096  # neurons; more would take minutes per layer
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Time of some reads = requests / rate + bytes / bandwidth."""
+    """A model of a disk: time = requests / request rate + bytes / bandwidth."""
 
     name: str
     reads_per_s: float
     bytes_per_s: float
 
     def gap(self, bundle_bytes: int) -> int:
-        """How many bundles nobody asked for may be read through, for less than the price of another request."""
+        """The number of unwanted bundles that cost less to read through than another request."""
         return math.floor(min(self.bytes_per_s / self.reads_per_s / bundle_bytes, 2**62))
 
     def seconds(self, reads: float, read_bytes: float) -> float:
@@ -45,16 +45,22 @@ M5_PRO = Disk("Apple M5 Pro, published", 277e3, 17e9)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     traces.add_arguments(parser, tokens=4000)
     parser.add_argument("--slots", type=float, default=0.25, help="share of neurons with a slot (default: %(default)s)")
-    parser.add_argument("--bundle", type=int, default=16384, help="bytes of a neuron (default: OPT-1.3B's in float32)")
-    parser.add_argument("--reads-per-s", type=float, default=30e3, help="of this disk (default: %(default)s)")
-    parser.add_argument("--bytes-per-s", type=float, default=1.1e9, help="of this disk (default: %(default)s)")
+    parser.add_argument(
+        "--bundle", type=int, default=16384, help="bytes per neuron (default: %(default)s, as in OPT-1.3B in float32)"
+    )
+    parser.add_argument(
+        "--reads-per-s", type=float, default=30e3, help="request rate of this disk (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bytes-per-s", type=float, default=1.1e9, help="bandwidth of this disk (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     numbers = (arguments.bundle, arguments.reads_per_s, arguments.bytes_per_s)
     if not 0 < arguments.slots <= 1 or not all(math.isfinite(n) and n > 0 for n in numbers):
-        raise UsageError("--slots must be in (0, 1]; --bundle, --reads-per-s and --bytes-per-s above 0.")
+        raise UsageError("--slots must be in (0, 1]; --bundle, --reads-per-s and --bytes-per-s must be above 0.")
     disks = (Disk("this disk", arguments.reads_per_s, arguments.bytes_per_s), M5_PRO)
     with traces.opened(arguments, print) as traced:
         held_out = traces.record(traced.model, traced.ids, traced.prefix, "held-out text")
@@ -83,14 +89,14 @@ def compare(
     bundle_bytes: int,
     disks: tuple[Disk, ...],
 ) -> list[dict[str, Any]]:
-    """A row for every disk and order: reads and bytes per token, all layers, and modelled seconds.
+    """A row for every disk and order: reads, bytes and modelled seconds per token, over all layers.
 
-    `rest_...` is without the layer that needs most. Slots are shared out as the engine does it.
+    `rest_...` leaves out the layer that needs most. Slots are distributed as in the engine.
     """
     need = [max(1e-3, float(trace.chosen.mean())) for trace in calibration]
     neurons = held_out[0].neurons
     slots = distribute_slots(round(share * neurons * len(need)), need, min(MIN_SLOTS, round(share * neurons)), neurons)
-    sums: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (reads, bundles) per token, of each layer
+    sums: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (disk, order) -> (reads, bundles) by layer, per token
     jobs = list(zip(held_out, calibration, slots, strict=True))
     for trace, known, count in tqdm(jobs, desc="orders", unit="layer", dynamic_ncols=True):
         missing, known_chosen = missed(trace.chosen, max(1, count)), known.chosen
@@ -115,7 +121,7 @@ def compare(
 
 
 def missed(chosen: np.ndarray, slots: int) -> np.ndarray:
-    """Which neurons a token finds missing from the engine's cache. bool (T, F) -> bool (T, F)"""
+    """The neurons that each token misses in the engine's cache. bool (T, F) -> bool (T, F)"""
     cache = SlotCache(chosen.shape[1], slots)
     missing = np.zeros_like(chosen)
     for token, mask in enumerate(chosen):
@@ -129,9 +135,9 @@ def missed(chosen: np.ndarray, slots: int) -> np.ndarray:
 
 
 def merged(places: np.ndarray, gap: int) -> tuple[int, int]:
-    """(reads, bundles read) for bundles at `places`: one read goes on over at most `gap` unwanted bundles.
+    """(reads, bundles read) for bundles at `places`. A read may span gaps of at most `gap` unwanted bundles.
 
-    A gap of -1 merges nothing, one of 0 what is adjacent.
+    A gap of -1 merges nothing; 0 merges adjacent bundles.
     """
     if not len(places):
         return 0, 0
@@ -140,7 +146,7 @@ def merged(places: np.ndarray, gap: int) -> tuple[int, int]:
     return len(places) - len(through), len(places) + int(through.sum())
 
 
-# -- orders: chosen on calibration text, bool (T, F) -> ids in the order in which they stand ------------------
+# -- orders: neurons chosen on calibration text, bool (T, F) -> ids in storage order (F,) ---------------------
 
 
 def original(chosen: np.ndarray) -> np.ndarray:
@@ -152,9 +158,9 @@ def by_frequency(chosen: np.ndarray) -> np.ndarray:
 
 
 def by_pairs(mask: np.ndarray) -> np.ndarray:
-    """The pair of neurons that agree most is joined first, and so on, as long as chains result; bool (T, F) -> (F,)
+    """Joins pairs of neurons into chains, the pair that agrees most first. bool (T, F) -> (F,)
 
-    Chains are then set one after the other, the most used first.
+    The chains are then concatenated, the most used first.
     """
     likeness = agreement(mask)
     neurons = len(likeness)
@@ -162,7 +168,7 @@ def by_pairs(mask: np.ndarray) -> np.ndarray:
     near = np.argpartition(-likeness, count - 1, axis=1)[:, :count] if count else np.empty((neurons, 0), int)
     first, second = np.repeat(np.arange(neurons), count), near.ravel()
     best_first = np.argsort(-likeness[first, second], kind="stable")
-    chain = list(range(neurons))  # the chain that a neuron is in
+    chain = list(range(neurons))  # neuron -> its chain
     chains = {i: [i] for i in range(neurons)}
     for a, b in zip(first[best_first].tolist(), second[best_first].tolist(), strict=True):
         left, right = chains[chain[a]], chains[chain[b]]
@@ -179,7 +185,7 @@ def by_pairs(mask: np.ndarray) -> np.ndarray:
 
 
 def spectral(mask: np.ndarray) -> np.ndarray:
-    """By the second eigenvector of the normalised graph of agreement; bool (T, F) -> (F,)"""
+    """Sorts by the second eigenvector of the normalised graph of agreement. bool (T, F) -> (F,)"""
     likeness = agreement(mask)
     if len(likeness) > LARGEST_SPECTRAL:
         return np.arange(len(likeness))
@@ -189,7 +195,7 @@ def spectral(mask: np.ndarray) -> np.ndarray:
 
 
 def agreement(mask: np.ndarray) -> np.ndarray:
-    """Tokens that need both, by tokens that need either (Jaccard); 0 with itself. bool (T, F) -> float32 (F, F)"""
+    """Tokens that need both / tokens that need either (Jaccard); 0 with itself. bool (T, F) -> float32 (F, F)"""
     number = mask.astype(np.float32)
     both = number.T @ number  # (F, T) @ (T, F)
     use = np.diag(both)
@@ -199,7 +205,7 @@ def agreement(mask: np.ndarray) -> np.ndarray:
 
 
 def positions(order: np.ndarray) -> np.ndarray:
-    """Where each neuron stands. (F,) ids -> (F,) places"""
+    """The position of each neuron in an order. ids (F,) -> positions (F,)"""
     place = np.empty(len(order), int)
     place[order] = np.arange(len(order))
     return place
@@ -230,7 +236,7 @@ def show(rows: list[dict[str, Any]], disks: tuple[Disk, ...]) -> None:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """A bar for every order: what requests cost and what bytes cost."""
+    """Draws a bar for every order: the modelled time per token."""
     names = list(dict.fromkeys(row["disk"] for row in rows))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):

@@ -1,6 +1,7 @@
-"""Does the plan hold, and is it close? Generates in memory cgroups that kill above the budget, over models and budgets.
+"""Does the plan hold, and is it close? Generates with every model and budget, in a memory cgroup of that budget.
 
-Each cell is a process of its own whose prompt fills the context. `memory-models` makes models of every kind for it.
+The kernel kills a process that needs more than its cgroup allows. Each cell is a process of its own, and its prompt
+fills the context. `memory-models` makes models of every kind for this command.
 """
 
 from __future__ import annotations
@@ -24,24 +25,31 @@ from mlx_flash.text.tokenizer import load_tokenizer
 from .tools import subprocess_json
 from .tools.cgroup import memory_group
 
-CLOSE = 0.9  # of the plan, that the peak is to reach from 1 GB on
+CLOSE = 0.9  # lowest accepted peak / plan, for plans of 1 GB or more
 NAMES = ("smallest", "+25%", "half", "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, nargs="+", required=True, help="stores, or checkpoints of mixtures")
+    parser.add_argument(
+        "--model", type=Path, nargs="+", required=True, help="stores, or checkpoints of mixtures of experts"
+    )
     parser.add_argument(
         "--budgets",
         default=",".join(NAMES),
-        help="sizes, or the smallest that does, a quarter more, half of the units, all (default: %(default)s)",
+        help="comma-separated list of sizes and names: the smallest budget, a quarter more, slots for half of the "
+        "units, slots for all (default: %(default)s)",
     )
-    parser.add_argument("--least", default="0B", metavar="SIZE", help="no budget is smaller (default: %(default)s)")
-    parser.add_argument("--predictors", default="auto", help="of stores, separated by commas (default: %(default)s)")
-    parser.add_argument("--tokens", type=whole_number(1), default=16, help="to generate (default: %(default)s)")
+    parser.add_argument("--least", default="0B", metavar="SIZE", help="lower bound of a budget (default: %(default)s)")
+    parser.add_argument(
+        "--predictors", default="auto", help="comma-separated list of predictors for stores (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=whole_number(1), default=16, help="tokens to generate (default: %(default)s)")
     parser.add_argument(
         "--context", type=whole_number(64), default=1024, help="tokens to plan for and to fill (default: %(default)s)"
     )
-    parser.add_argument("--log", type=Path, help="file that gets a line of JSON for every cell; those in it are kept")
+    parser.add_argument(
+        "--log", type=Path, help="file to append a line of JSON to for every cell; cells found in it are not repeated"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -73,7 +81,7 @@ def _exists(path: Path | None) -> bool:
 
 
 def _cells(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[tuple[Path, str, str, int]]:
-    """(model, predictor, name of the budget, budget), each budget once; without those of the `known` rows."""
+    """(model, predictor, name of the budget, budget) of every cell. Yields each budget once and skips `known` rows."""
     least = parse_memory(arguments.least)
     for model in arguments.model:
         for predictor in arguments.predictors.split(",") if is_store(model) else ["auto"]:
@@ -93,11 +101,11 @@ def _cells(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterat
 
 
 def budgets_of(model: str, predictor: str, context: int) -> dict[str, int]:
-    """Budgets by name, in bytes, asked in a process like the one that will generate."""
-    import mlx_flash.generate  # noqa: F401  # the plan counts what the process is
+    """Budgets in bytes by name. Runs in a process like the one that will generate."""
+    import mlx_flash.generate  # noqa: F401  # the plan counts the process's own size
 
     planned = plan(model, memory=ENDLESS, predictor=predictor, context=context)
-    smallest = int(1.01 * planned.smallest)  # processes differ a little
+    smallest = int(1.01 * planned.smallest)  # the size of a process varies a little
     values = {"smallest": smallest, "half": planned.bytes_for(0.5), "all": planned.everything}
     return {name: max(smallest, value) for name, value in values.items()}
 
@@ -125,7 +133,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def prompt_of(tokens: int) -> str:
-    """Text that the demo model's tokenizer, which random checkpoints have too, makes `tokens` tokens of."""
+    """A text of `tokens` tokens for the demo model's tokenizer, which random checkpoints share."""
     tokenizer = load_tokenizer(demo_folder())
     ids = [*tokenizer.encode("the " * tokens)][: tokens - 1]
     return str(tokenizer.decode(ids[1:]))

@@ -1,4 +1,4 @@
-"""The memory plan of a model that is not here, from its shape alone, as it would be on Metal."""
+"""Computes the memory plan of an OPT model on Metal from its shape alone, without the model."""
 
 from __future__ import annotations
 
@@ -29,17 +29,23 @@ DTYPE = "float16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="6.7b", help="of OPT (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="6.7b", help="size of OPT (default: %(default)s)")
     for name, of in (("--bits", "the neurons"), ("--resident-bits", "the resident matrices")):
-        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"of {of} (default: %(default)s)")
+        parser.add_argument(
+            name, type=int, choices=BITS, default=16, help=f"bits per weight of {of} (default: %(default)s)"
+        )
     parser.add_argument("--memory", required=True, metavar="SIZE", help="budget, such as 5GB")
     parser.add_argument(
-        "--context", type=whole_number(1), default=CONTEXT, metavar="N", help="tokens (default: %(default)s)"
+        "--context",
+        type=whole_number(1),
+        default=CONTEXT,
+        metavar="N",
+        help="tokens of context to plan for (default: %(default)s)",
     )
 
 
 def main(arguments: argparse.Namespace) -> None:
-    import_module("mlx_lm.utils")  # the process is measured with all that it will load
+    import_module("mlx_lm.utils")  # the measured size of the process must include it
     budget = parse_memory(arguments.memory)
     hidden, layers, heads = SHAPES[arguments.shape]
     config = opt_config(hidden, layers, heads)
@@ -61,11 +67,11 @@ def main(arguments: argparse.Namespace) -> None:
     notes = PlanNotes(PlanNotes().resident + resident, "shadow", slots)
     slot_bytes = layout.block_bytes
     plan = make_plan(demand, layout, slot_bytes, budget, budget, context, selects=True, notes=notes)
-    print(f"OPT-{arguments.shape}, shadow predictor: computed from the shape, not run. Weights, rows and KV cache in")
-    print(f"{DTYPE}, as Metal has them; the process has the size of this one; every layer gets the same slots.")
+    print(f"OPT-{arguments.shape} with the shadow predictor: computed from the shape, not run. Weights, rows and KV")
+    print(f"cache are {DTYPE}, as on Metal. The process is as large as this one. Every layer gets the same slots.")
     print(plan.describe())
     store_bytes = layout.file_bytes + demand.resident + demand.predictors
-    print(f"bundle file and resident weights on disk: {store_bytes / 1e9:.2f} GB; one read: {slot_bytes} bytes")
+    print(f"store on disk: {store_bytes / 1e9:.2f} GB; one read: {slot_bytes} bytes")
     keys = ("command", "shape", "bits", "resident_bits", "context")
     print(
         json.dumps(
@@ -81,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def resident_bytes(config: dict[str, Any], bits: int) -> int:
-    """What a store of such a model has in `model.safetensors`, in DTYPE or quantised."""
+    """The size of such a store's `model.safetensors`, in DTYPE or quantised."""
     model = _empty_model(config)
     parameters: Any = tree_flatten(model.parameters())
     family = family_of(config, config["model_type"])
@@ -98,4 +104,4 @@ def _empty_model(config: dict[str, Any]) -> Any:
 
 
 def _nothing(name: str) -> mx.array:
-    raise NotImplementedError(name)  # only shapes are asked for
+    raise NotImplementedError(name)  # only shapes are needed

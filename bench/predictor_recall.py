@@ -1,4 +1,4 @@
-"""Predictors compared on held-out text: recall, how much they choose, bytes, time, perplexity."""
+"""Compares predictors on held-out text: recall, share of chosen neurons, bytes, time, perplexity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .tools.score import score
 
 
 class Audit:
-    """A predictor that is also compared with the truth: who was active, who was chosen, who was both."""
+    """Wraps a predictor and compares its choice with the truth: counts active, chosen and correctly chosen neurons."""
 
     def __init__(self, inner: Predictor, truth: Predictor) -> None:
         self.inner, self.truth = inner, truth
@@ -43,17 +43,21 @@ class Audit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="checkpoint, converted once for each of --bits (default: the packaged demo model)"
+        "--model", help="checkpoint to convert, once for each of --bits (default: the packaged demo model)"
     )
-    parser.add_argument("--text", type=Path, required=True, help="held-out plain text")
+    parser.add_argument("--text", type=Path, required=True, help="file of held-out plain text")
     parser.add_argument(
         "--tokens", type=whole_number(0, 10**9), default=0, help="score only the first N tokens (default: all)"
     )
-    parser.add_argument("--recall", default="0.97", help="recall targets, by commas (default: %(default)s)")
-    parser.add_argument("--predictor-memory", metavar="SIZE", help="as convert's: bytes of the low-rank predictors")
-    parser.add_argument("--predictor-from", metavar="DIR_OR_ID", help="as convert's: predictors to import")
+    parser.add_argument(
+        "--recall", default="0.97", help="comma-separated list of recall targets (default: %(default)s)"
+    )
+    parser.add_argument("--predictor-memory", metavar="SIZE", help="size of the low-rank predictors, as in `convert`")
+    parser.add_argument("--predictor-from", metavar="DIR_OR_ID", help="predictors to import, as in `convert`")
     add_output_argument(parser)
-    parser.add_argument("--bits", default="2,3", help="bits of the shadow, by commas (default: %(default)s)")
+    parser.add_argument(
+        "--bits", default="2,3", help="comma-separated list of bits of the shadow predictor (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -67,9 +71,9 @@ def main(arguments: argparse.Namespace) -> None:
         recalls = [float(value) for value in arguments.recall.split(",")]
         widths = [int(value) for value in arguments.bits.split(",")]
     except ValueError as error:
-        raise UsageError(f"--recall and --bits want numbers separated by commas: {error}") from None
+        raise UsageError(f"--recall and --bits must be numbers separated by commas: {error}") from None
     if len(text.split()) < 2:
-        raise UsageError(f"--text {arguments.text} has no text to speak of.")
+        raise UsageError(f"--text {arguments.text} has fewer than two words. Choose a longer text.")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store")
@@ -98,7 +102,7 @@ def settings(arguments: argparse.Namespace, bits: int) -> Settings:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table; `target` is the recall that the threshold was set for on calibration text."""
+    """Prints a table. `target` is the recall that the threshold was set for on calibration text."""
     columns = {"target": ".2f", "recall": ".2%", "active": ".2%", "chosen": ".2%", "seconds_to_make": ".2f"}
     heads = ("target", "recall", "active", "chosen", "made in s", "ratio", "MB", "ms/token", "perplexity")
     print(f"{'predictor':<15}" + "".join(f"{head:>11}" for head in heads))
@@ -111,7 +115,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Chosen share against the rise of perplexity: the lower left corner is where one wants to be."""
+    """Draws the chosen share against the rise of perplexity. The lower left corner is best."""
     rows = [row for row in result["rows"] if "chosen" in row]
     dense = result["rows"][0]["perplexity"]
     axes = figure.add_subplot()
@@ -145,13 +149,13 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.22, y=0.12)
     axes.set_xlim(left=0)
-    axes.set_xlabel("neurons chosen, % (what may have to be read)")
+    axes.set_xlabel("neurons chosen, % (upper bound of the neurons read)")
     axes.set_ylabel("rise of perplexity, % (log scale)")
-    axes.set_title(f"What a predictor's mistakes cost, {result['text']}; numbers: recall aimed at")
+    axes.set_title(f"The cost of a predictor's mistakes, {result['text']}; numbers: recall target")
 
 
 def measure(store: Path, kind: str, text: str, tokens: int, recall: float | None = None) -> dict[str, Any]:
-    """One predictor's row. Recall and shares are of neurons, over all layers and scored tokens."""
+    """One predictor's row. Recall and shares count neurons over all layers and scored tokens."""
     from mlx_lm.models.cache import make_prompt_cache
 
     from mlx_flash.loading.load import load
@@ -191,7 +195,7 @@ def measure(store: Path, kind: str, text: str, tokens: int, recall: float | None
 
 
 def audit(mlp: Any) -> Audit:
-    """Puts an Audit in the place of a layer's predictor."""
+    """Wraps a layer's predictor in an Audit."""
     truth = mlp.exact_predictor(mx.float32)
     result = Audit(mlp.predictor, truth)
     mlp.predictor = result
@@ -199,7 +203,7 @@ def audit(mlp: Any) -> Audit:
 
 
 def seconds_per_token(model: Any, ids: list[int]) -> float:
-    """Median time of a decoded token with everything in its slots: the second of two equal passes is timed."""
+    """Median time of a decoded token with every neuron in a slot. Times the second of two equal passes."""
     from mlx_lm.models.cache import make_prompt_cache
 
     times = []

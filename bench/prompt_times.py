@@ -1,7 +1,7 @@
-"""Time to the first token by length of the prompt, beside its bound: reading every neuron once, or the compute alone.
+"""Measures the time to the first token by length of the prompt, beside a lower bound.
 
-Flash loading in a budget that holds a part of the model, against max(the streamed bytes at the disk's sequential rate,
-the same prompt with all in memory).
+Flash loading runs in a budget that holds a part of the model. The bound is the longer of two times: reading the
+streamed bytes once at the disk's sequential rate, and computing the same prompt with the whole model in memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ from .tools.report import COLOURS, finish, require_plots
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_model_arguments(parser)
     compare.add_share_argument(parser)
-    parser.add_argument("--lengths", default="32,512", help="tokens of the prompts, by commas (default: %(default)s)")
-    parser.add_argument("--rounds", type=whole_number(1, 20), default=3, help="medians count (default: %(default)s)")
+    parser.add_argument(
+        "--lengths", default="32,512", help="comma-separated list of prompt lengths in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=whole_number(1, 20), default=3, help="rounds to take the median of (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     except ValueError:
         raise UsageError(f"--lengths is {arguments.lengths!r}, expected numbers separated by commas.") from None
     if not all(9 <= length <= PREFILL_TOKENS for length in lengths):
-        raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, which is what is read at once.")
+        raise UsageError(f"--lengths: expected 9 to {PREFILL_TOKENS} tokens, the size of one prompt chunk.")
     arguments.prompt, arguments.tokens = max(lengths), 1
     with compare.opened(arguments) as model:
         result: dict[str, Any] = {**model.describe(), **model.budget(arguments)}
@@ -58,7 +62,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def measure(model: BenchModel, length: int, budget: int, rounds: int) -> dict[str, Any]:
-    """Medians over rounds in which flash loading, reading and the dense model take turns."""
+    """Medians over rounds in which reading, flash loading and the dense model take turns."""
     prompted = replace(model, prompt=length)
     samples: list[dict[str, float]] = []
     for turn in range(rounds):

@@ -1,7 +1,7 @@
-"""What streaming costs in quality: perplexity, top-1 agreement, KL and zero-shot tasks beside the dense model.
+"""Measures the quality lost by streaming: perplexity, top-1 agreement, KL and zero-shot tasks beside the dense model.
 
-Every position of the text, and of a task's questions and answers, goes the decode way, with a selection of its own.
-The dense model is the same one with all neurons used, read layer by layer, so that it need not fit into memory.
+Every position of the text, and of a task's questions and answers, takes the decode path with a selection of its own.
+The dense model is the same model with all neurons. It is read layer by layer, so it need not fit into memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_TOKENS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
-    parser.add_argument("--text", type=Path, help="plain text that the model was not trained on")
+    parser.add_argument("--text", type=Path, help="file of plain text that the model was not trained on")
     parser.add_argument(
         "--tokens",
         type=whole_number(LEAST_TOKENS, 10**9),
@@ -42,32 +42,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(LEAST_TOKENS),
         default=CONTEXT,
         metavar="N",
-        help="tokens of a window; each begins anew (default: %(default)s, at most the model's positions)",
+        help="tokens of a window; each window starts empty (default: %(default)s, at most the model's positions)",
     )
-    parser.add_argument("--memory", metavar="SIZE", help='budget such as "6GB" (default: a share of what is free)')
+    parser.add_argument("--memory", metavar="SIZE", help="budget, such as 6GB (default: a share of the free memory)")
     parser.add_argument(
-        "--predictor", choices=PREDICTORS, default="auto", help="who chooses (default: the store's own)"
+        "--predictor",
+        choices=PREDICTORS,
+        default="auto",
+        help="predictor that chooses the neurons (default: the store's own)",
     )
     parser.add_argument(
         "--tasks",
         metavar="NAMES",
-        help="tasks of lm-eval by commas, as arc_easy,hellaswag, or YAML files of your own, or folders of such",
+        help="comma-separated list of lm-eval tasks, such as arc_easy,hellaswag, or of YAML files or folders of them",
     )
     parser.add_argument(
         "--limit",
         type=whole_number(1, 10**9),
         metavar="N",
-        help="only the first N questions of each task (default: all)",
+        help="ask only the first N questions of each task (default: all)",
     )
 
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.text is None and arguments.tasks is None:
         raise UsageError(
-            "nothing to measure: give --text FILE (text that the model was not trained on), --tasks, or both."
+            "nothing to measure: pass --text FILE (text that the model was not trained on), --tasks, or both."
         )
     text = None if arguments.text is None else read_text(arguments.text)
-    # First: without them there is no need to load a model; and the plan counts the process with what they brought.
+    # The tasks come first: if they fail, no model is loaded, and the plan must count the memory that they take.
     found = [] if arguments.tasks is None else tasks.find(arguments.tasks)
     from mlx_flash.loading.load import load
     from mlx_flash.source.resolve import find_store
@@ -100,7 +103,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def score_text(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """KL is of the streamed model's next-token distribution from the dense one's, in nats per token."""
+    """Scores the text with the streamed and the dense model.
+
+    KL is the divergence of the streamed model's next-token distribution from the dense model's, in nats per token.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: arguments.tokens]
@@ -138,7 +144,7 @@ def show_text(result: dict[str, Any]) -> None:
 
 
 def readable(perplexity: float) -> str:
-    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.3e}"  # random weights know no bounds
+    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.3e}"  # random weights give huge values
 
 
 def say(text: str) -> None:

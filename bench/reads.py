@@ -1,4 +1,4 @@
-"""How fast does the disk give random pieces, by size and depth? Our reader beside fio and a Python loop."""
+"""How fast are random reads, by piece size and number of threads? Times our reader beside fio and a Python loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .tools.report import add_output_argument, cached_share, environment, finish
 
 PIECES_KIB = (4, 16, 32, 64, 256, 1024, 4096)
 THREADS = (1, 4, 8, 16, 32)
-NEURON_KIB = (16, 256)  # the sizes that units of dense models have, and what the best depth is chosen by
-SPARE_BYTES = 1 << 30  # left free on the disk
+NEURON_KIB = (16, 256)  # range of unit sizes in dense models; decides the best number of threads
+SPARE_BYTES = 1 << 30  # disk space to leave free
 COPY_BYTES = 8 << 20
 
 METHODS = {  # in the table's order
@@ -43,26 +43,36 @@ METHODS = {  # in the table's order
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--file", type=Path, help="to read from, best larger than any cache (default: makes one)")
-    parser.add_argument("--size", default="2GB", help="of the file that is made (default: %(default)s)")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="where it is made and removed again (default: this folder)"
+        "--file", type=Path, help="file to read, ideally larger than any cache (default: a temporary file)"
+    )
+    parser.add_argument("--size", default="2GB", help="size of the temporary file (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder for the temporary file (default: the current folder)"
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file_arguments(parser)
     parser.add_argument(
-        "--pieces-kib", type=_numbers(4, 16384), default=PIECES_KIB, help="multiples of 4 (default: 4,16, ... 4096)"
+        "--pieces-kib",
+        type=_numbers(4, 16384),
+        default=PIECES_KIB,
+        help="comma-separated list of piece sizes, multiples of 4 (default: 4,16,32,64,256,1024,4096)",
     )
     parser.add_argument(
-        "--threads", type=_numbers(1, 256), default=THREADS, help="as 1,4,8,16,32, which is the default"
+        "--threads",
+        type=_numbers(1, 256),
+        default=THREADS,
+        help="comma-separated list of thread counts (default: 1,4,8,16,32)",
     )
     parser.add_argument(
-        "--rounds", type=whole_number(1), default=3, help="interleaved; the median counts (default: %(default)s)"
+        "--rounds", type=whole_number(1), default=3, help="rounds to take the median of (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=_seconds, default=0.25, help="per method and round (default: %(default)s)")
-    parser.add_argument("--no-fio", action="store_true", help="leave fio out although it is installed")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=0.25, help="seconds per method and round (default: %(default)s)"
+    )
+    parser.add_argument("--no-fio", action="store_true", help="do not run fio, even if it is installed")
     add_output_argument(parser)
 
 
@@ -72,10 +82,10 @@ def main(arguments: argparse.Namespace) -> None:
     require_plots()
     fio = None if arguments.no_fio else methods.find_fio()
     if fio is None:
-        print("fio is left out: the ceiling is the best of what was measured.")
+        print("Without fio, the ceiling is the best measured rate.")
     with opened_file(arguments) as (path, file):
         if file.size < max(arguments.pieces_kib) << 10:
-            raise UsageError(f"{path} has {file.size} bytes; that is less than the largest piece.")
+            raise UsageError(f"{path} has {file.size} bytes, less than the largest piece. Choose a larger file.")
         result = {
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
@@ -104,14 +114,17 @@ def main(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class ReadRow:
-    """What all rounds gave at one piece size and number of threads."""
+    """The samples of all rounds at one piece size and number of threads."""
 
     piece_bytes: int
     threads: int
     samples: dict[str, list[ReadRate]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The ceiling of a round is fio's figure, or the best one, of that round: the disk's mood changes slowly."""
+        """Medians, and ratios to each round's ceiling, because the disk's speed drifts between rounds.
+
+        The ceiling of a round is fio's rate, or the best rate without fio.
+        """
         rates = {name: [s.bytes_per_second for s in taken] for name, taken in self.samples.items()}
         ceilings = rates.get("fio") or [max(values) for values in zip(*rates.values(), strict=True)]
         summaries = {}
@@ -136,7 +149,7 @@ class ReadRow:
 
 
 def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> list[ReadRow]:
-    """Every method at every size and depth, then all of it again: what drifts, drifts through all alike."""
+    """Runs every method at every size and depth in each round, so that drift affects all of them alike."""
     rows = [ReadRow(kib << 10, threads) for threads in arguments.threads for kib in arguments.pieces_kib]
     seconds = arguments.seconds
     with contextlib.ExitStack() as stack:
@@ -146,9 +159,8 @@ def measure(file: UnitFile, fio: str | None, arguments: argparse.Namespace) -> l
         )
         for seed in range(arguments.rounds):
             for row in rows:
-                order = (
-                    ["fio", "python", "ours"] if seed % 2 else ["ours", "python", "fio"]
-                )  # no one always comes first
+                # Alternate the order, so that no method always comes first.
+                order = ["fio", "python", "ours"] if seed % 2 else ["ours", "python", "fio"]
                 for step in order:
                     if step == "fio":
                         taken = _fio(fio, file, row, seconds)
@@ -166,7 +178,7 @@ def _ours(reader: Reader, file: UnitFile, row: ReadRow, seed: int, seconds: floa
     pieces = Pieces(file, row.piece_bytes, seed)
     slots = methods.keep_full(reader, pieces, seconds)
     drained = methods.drain_batches(reader, pieces, seconds)
-    work_seconds = float(np.median(drained.batch_seconds))  # as long as the reads would take: all can be hidden
+    work_seconds = float(np.median(drained.batch_seconds))  # as long as the reads, so all of them can be hidden
     busy = methods.drain_beside_work(reader, pieces, seconds, work_seconds)
     pieces.use_slots(row.threads)
     return {
@@ -193,16 +205,16 @@ def _fio(fio: str | None, file: UnitFile, row: ReadRow, seconds: float) -> dict[
 
 
 def cache_state(direct: bool, share: float | None) -> str:
-    """What is known of where the bytes came from; share: of the file in the system's page cache."""
+    """The known state of the caches. share: the share of the file that is in the system's page cache."""
     if direct and share is not None and share < 0.05:
-        return "re-read"  # from the disk, whose own cache (or a hypervisor's) has had the file
+        return "re-read"  # read from the disk; its own cache or a hypervisor's may hold the file
     if not direct and share is not None and share > 0.95:
         return "warm"
     return "unknown"
 
 
 def best_threads(rows: list[dict[str, Any]]) -> int:
-    """The number of threads with the highest ceiling, over the sizes that neurons have if they were measured."""
+    """The number of threads with the highest ceiling, over the sizes of neurons if they were measured."""
     some = neuron_sized(rows)
     depths = sorted({row["threads"] for row in some})
     logs = {n: [np.log(r["ceiling_bytes_per_second"]) for r in some if r["threads"] == n] for n in depths}
@@ -210,7 +222,7 @@ def best_threads(rows: list[dict[str, Any]]) -> int:
 
 
 def neuron_sized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows at sizes that neurons have; all of them if there is none."""
+    """The rows at sizes of neurons, or all rows if there are none."""
     least, most = (kib << 10 for kib in NEURON_KIB)
     return [row for row in rows if least <= row["piece_bytes"] <= most] or rows
 
@@ -221,7 +233,7 @@ def size_name(nbytes: int) -> str:
 
 def print_table(result: dict[str, Any]) -> None:
     shown = [name for name in METHODS if name in result["rows"][0]["methods"]]
-    print(f"MB/s, and the share of the ceiling ({result['ceiling']}); from the disk: {result['cache']}")
+    print(f"MB/s, and the share of the ceiling ({result['ceiling']}); state of the cache: {result['cache']}")
     for name in shown:
         print(f"  {name}: {METHODS[name]}")
     print(f"{'size':>8}{'threads':>9}{'ceiling':>9}" + "".join(f"{name:>14}" for name in shown if name != "fio"))
@@ -236,7 +248,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened_file(arguments: argparse.Namespace) -> Iterator[tuple[Path, UnitFile]]:
-    """The file to read random pieces of, which was read once."""
+    """Yields the file to read random pieces from, after reading all of it once."""
     with _file(arguments) as path, UnitFile(path) as file:
         _read_once(path, file)
         yield path, file
@@ -244,10 +256,10 @@ def opened_file(arguments: argparse.Namespace) -> Iterator[tuple[Path, UnitFile]
 
 @contextlib.contextmanager
 def _file(arguments: argparse.Namespace) -> Iterator[Path]:
-    """The file to read: the user's, or a fresh one of random bytes that is removed at the end."""
+    """Yields the user's file, or a temporary file of random bytes."""
     if arguments.file is not None:
-        if not arguments.file.is_file():  # a pipe would be waited for
-            raise UsageError(f"--file {arguments.file} is not there, or no regular file. Name one, or leave it out.")
+        if not arguments.file.is_file():  # reading a pipe would block
+            raise UsageError(f"--file {arguments.file} is not a regular file. Name one, or leave the flag out.")
         yield arguments.file
         return
     folder = arguments.folder
@@ -260,7 +272,7 @@ def _file(arguments: argparse.Namespace) -> Iterator[Path]:
     free = psutil.disk_usage(str(folder)).free
     if nbytes + SPARE_BYTES > free:
         raise UsageError(
-            f"{nbytes / 1e9:.1f} GB and 1 GiB to spare do not fit on the disk of {folder} ({free / 1e9:.1f} GB free). "
+            f"{nbytes / 1e9:.1f} GB plus 1 GiB of spare room do not fit in {folder} ({free / 1e9:.1f} GB free). "
             "Choose a smaller --size or another --folder."
         )
     with tempfile.NamedTemporaryFile(dir=folder, prefix="mlx-flash-reads-", suffix=".tmp") as made:
@@ -275,8 +287,7 @@ def _file(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def _read_once(path: Path, file: UnitFile) -> None:
-    """So that what caches the disk itself has, has seen every byte before the first figure; then asks for the system's
-    own to be emptied."""
+    """Reads the whole file, so that the disk's own caches have seen every byte, and drops it from the page cache."""
     pieces = np.arange(0, file.size, COPY_BYTES, dtype=np.int64)
     with Reader(4) as reader, _bytes_bar(file.size, "reading once") as bar:
         memory = np.empty(COPY_BYTES + file.alignment, np.uint8)

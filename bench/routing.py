@@ -1,4 +1,4 @@
-"""Which experts a mixture's routers choose, token by token as it decodes a text, and what earlier states would."""
+"""Records the experts that a mixture's routers choose for every token, and those that earlier states would give."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mlx_flash.loading.expert_files import router_of
 
 from .traces import LayerTrace, decode, packed
 
-State = Callable[[], mx.array]  # what a layer's router is given instead of its input: (B, T, D)
+State = Callable[[], mx.array]  # an earlier state to give to a layer's router instead of its input: (B, T, D)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's experts are: `block[name]`, in the `index`-th of the model's layers."""
+    """The place of a layer's experts: `block[name]`, in the model's layer number `index`."""
 
     index: int
     layer: Any
@@ -30,17 +30,17 @@ class Place:
     name: str
 
     def router(self) -> Any:
-        """The linear map whose largest outputs name the experts. Raises UsageError if the block has none by itself."""
+        """The linear map whose largest outputs choose the experts. Raises UsageError if the block has none."""
         if (router := router_of(self.block, self.name)) is not None:
             return router
         raise UsageError(
-            "look-ahead is measured on mixtures whose experts stand beside a linear `gate` or `router`, as Qwen3-MoE's "
-            f"and Mixtral's do; {type(self.block).__name__} has none."
+            "look-ahead is only measured on mixtures with a linear `gate` or `router` beside the experts, such as "
+            f"Qwen3-MoE and Mixtral; {type(self.block).__name__} has none."
         )
 
 
 def places(model: Any) -> Iterator[Place]:
-    """Of all layers that have streamed experts."""
+    """The places of all layers with streamed experts."""
     for index, layer in enumerate(model.layers):
         for _, block in layer.named_modules():
             for name, child in block.children().items():
@@ -49,9 +49,9 @@ def places(model: Any) -> Iterator[Place]:
 
 
 class RouterTap(nn.Module):
-    """Stands in front of a layer's experts and writes down which are used, and how its router ranks them from `states`.
+    """Wraps a layer's experts and records which are used, and how the router ranks them from `states`.
 
-    rank_rows: by state, int16 (N, E) of every call: 0 for the expert that would be chosen first.
+    rank_rows: state -> int16 (N, E) for every call; 0 is the expert that the router would choose first.
     """
 
     def __init__(self, inner: Any, trace: LayerTrace, router: Any, states: dict[str, State]) -> None:
@@ -81,7 +81,7 @@ class RouterTap(nn.Module):
 def record(
     model: Any, ids: list[int], prefix: list[int], name: str, states: dict[int, dict[str, State]] | None = None
 ) -> list[RouterTap]:
-    """Decodes `ids`; a RouterTap of every layer that has experts. states: by layer and name, none by default."""
+    """Decodes `ids` and returns a RouterTap for every layer with experts. states: layer -> name -> state."""
     taps = []
     for place in (found := list(places(model))):
         inner, of_layer = place.block[place.name], (states or {}).get(place.index, {})
@@ -97,10 +97,10 @@ def record(
 
 
 def habits(chosen: np.ndarray) -> dict[str, float]:
-    """How much a token's experts tell of the next one's, and how uneven their use is. bool (T, E)
+    """Measures how well a token's experts predict the next token's, and how uneven their use is. bool (T, E)
 
-    again: share of the experts used that the token before used, too; again_by_chance: the same, the tokens in
-    another order, so what popularity alone brings; busiest: share of all uses that the busiest quarter has.
+    again: share of the experts used that the token before also used. again_by_chance: the same with the tokens
+    shuffled, which is the effect of popularity alone. busiest: share of all uses that go to the busiest quarter.
     """
     uses = np.sort(chosen.mean(axis=0))[::-1]
     shuffled = np.random.default_rng(0).permutation(chosen)

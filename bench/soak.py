@@ -1,4 +1,4 @@
-"""Does the server hold for a long time? Mixed clients, well-behaved and not; its memory, every failed request."""
+"""Does the server stay healthy for a long time? Runs mixed clients, and records its memory and every failed request."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from mlx_flash.source.children import child_environment
 from .tools import figures
 from .tools.report import COLOURS, add_output_argument, environment, finish, require_plots
 
-PATIENCE_S = 300.0  # that a request may take, the queue before it included
+PATIENCE_S = 300.0  # longest time of a request, including its wait in the queue
 SAMPLE_S = 5.0
 TEXT = "the sea was dark and old men told of dogs that ran with wolves in the white silence of the north"
 Client = Callable[[httpx.Client, random.Random], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: %(default)g)")
-    parser.add_argument("--clients", type=int, default=6, help="at the same time (default: %(default)s)")
-    parser.add_argument("--model", help="as the server's (default: the packaged demo model)")
-    parser.add_argument("--memory", metavar="SIZE", help="the server's budget (default: its own)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="minutes to run for (default: %(default)g)")
+    parser.add_argument("--clients", type=int, default=6, help="clients at the same time (default: %(default)s)")
+    parser.add_argument("--model", help="model of the server (default: the packaged demo model)")
+    parser.add_argument("--memory", metavar="SIZE", help="budget of the server (default: the server's default)")
     add_output_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     require_plots()
     if not 0 < arguments.minutes <= 24 * 60:
-        raise UsageError(f"--minutes is {arguments.minutes:g}, expected more than 0, at most 1440.")
+        raise UsageError(f"--minutes is {arguments.minutes:g}, expected more than 0 and at most 1440.")
     if not 1 <= arguments.clients <= 64:
-        raise UsageError(f"--clients is {arguments.clients}, expected 1 to 64: the server's queue is that long.")
+        raise UsageError(f"--clients is {arguments.clients}, expected 1 to 64, the length of the server's queue.")
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
     for name in ("model", "memory"):
         if (value := getattr(arguments, name)) is not None:
@@ -88,7 +88,7 @@ def wait_until_ready(server: subprocess.Popen[str]) -> str:
 
 
 class Failed(Exception):
-    """A request that did not end as it should."""
+    """A request ended in an unexpected way."""
 
 
 def text(rng: random.Random, most: int) -> str:
@@ -109,7 +109,7 @@ def complete(client: httpx.Client, rng: random.Random) -> None:
 
 
 def chat(client: httpx.Client, rng: random.Random) -> None:
-    """Three turns, streamed; each sends the whole conversation."""
+    """Streams a chat of three turns. Each turn sends the whole conversation."""
     messages: list[dict[str, str]] = []
     for _ in range(3):
         messages.append({"role": "user", "content": text(rng, 30)})
@@ -128,12 +128,12 @@ def chat(client: httpx.Client, rng: random.Random) -> None:
                         raise Failed(f"in a stream: {event['error']}")
                     said += [choice["delta"].get("content") or "" for choice in event["choices"]]
         if not done:
-            raise Failed("a stream that did not end")
+            raise Failed("a stream without an end")
         messages.append({"role": "assistant", "content": "".join(said)})
 
 
 def leave(client: httpx.Client, rng: random.Random) -> None:
-    """Goes away in the middle of an answer."""
+    """Disconnects in the middle of an answer."""
     body = {"prompt": text(rng, 20), "max_tokens": 300, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         for count, _ in enumerate(answer.iter_lines()):
@@ -153,7 +153,7 @@ def misbehave(client: httpx.Client, rng: random.Random) -> None:
 
 
 def watch(client: httpx.Client, rng: random.Random) -> None:
-    """As the page does: statistics, and some events."""
+    """Reads statistics and some events, as the page does."""
     expect(client.get("/stats"), 200)
     if client.get("/metrics").status_code != 200:
         raise Failed("/metrics")
@@ -163,7 +163,7 @@ def watch(client: httpx.Client, rng: random.Random) -> None:
                 return
 
 
-KINDS: dict[str, tuple[Client, int]] = {  # and how often
+KINDS: dict[str, tuple[Client, int]] = {  # name -> (client, relative frequency)
     "completion": (complete, 4),
     "chat of three turns": (chat, 4),
     "client that leaves": (leave, 2),
@@ -232,7 +232,7 @@ def sample(process: psutil.Process, elapsed: float) -> dict[str, float]:
 
 
 def thirds(values: list[float]) -> list[float]:
-    """Medians of the first, the middle and the last third."""
+    """Medians of the first, middle and last third."""
     return [float(np.median(part)) if len(part) else 0.0 for part in np.array_split(values, 3)]
 
 
@@ -244,7 +244,8 @@ def show(result: dict[str, Any]) -> None:
     sizes = ", ".join(f"{size / 1e6:,.1f}" for size in result["thirds_bytes"])
     last = result["samples"][-1]
     print(
-        f"resident memory, median of each third: {sizes} MB; {last['threads']} threads, {last['files']} files at last"
+        f"resident memory, median of each third: {sizes} MB\n"
+        f"at the end: {last['threads']} threads, {last['files']} files"
     )
     if result["stats"]:
         memory = result["stats"]["memory"]

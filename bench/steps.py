@@ -1,7 +1,7 @@
-"""What each step of the method brings, one after another: the paper's table 2, and what this engine adds.
+"""Measures the effect of each step of the method: those of the paper's table 2, then those that this engine adds.
 
-There are two kinds of rows. A "replay" makes a step's reads, for the neurons that a real run chose, with the real
-reader on the real file. It computes nothing, so no compute hides the reads. An "engine" row is a whole run.
+There are two kinds of rows. A "replay" makes a step's reads with the real reader on the real file, for the neurons
+that a real run chose. It computes nothing, so no compute hides the reads. An "engine" row is a whole run.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .tools import figures
 from .tools.figures import Column, mb, ms, times
 from .tools.report import COLOURS, describe, finish, require_plots
 
-WINDOW = 4  # tokens, the paper's
-LEAST_RECENT = 1_000_000  # calls: a window longer than any text here
-SLOT_NOTE = "the engine shares its slots out by need in all its rows"
+WINDOW = 4  # tokens, as in the paper
+LEAST_RECENT = 1_000_000  # calls; a window longer than any text gives least-recent eviction
+SLOT_NOTE = "the engine distributes its slots by need in all its rows"
 REFUSED: dict[Kind, tuple[str, ...]] = {"neurons": ("memory",), "experts": ("share", "matrices")}
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline-tokens",
         type=whole_number(1),
         default=8,
-        help="tokens of naive and hybrid, and of a mixture's whole layers, which are slow (default: %(default)s)",
+        help="tokens of the slow rows: naive and hybrid, or a mixture's whole layers (default: %(default)s)",
     )
     compare.add_expert_arguments(parser)
 
@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def step(model: BenchModel, name: str, contender: Contender, tokens: int, budget: int) -> dict[str, Any]:
-    """A row of a whole run."""
+    """The row of a whole run."""
     run = model.run(contender, tokens, model.limit_of(contender.name, budget), name)
     return {"step": name, "kind": "engine", "dram_bytes": run.get("weights_bytes")} | figures.row_of([run])
 
@@ -101,7 +101,10 @@ def expert_baselines() -> dict[str, Contender]:
 
 
 def expert_steps(model: BenchModel, budget: int) -> dict[str, Contender]:
-    """From the chosen experts alone to the whole method. Where nothing is kept, slots for one token do."""
+    """The steps from reading only the chosen experts to the whole method.
+
+    The steps that keep nothing between calls get slots for one token.
+    """
     bare = min(budget, model.budget_for(model.about["layers"] * model.about["choices"]))
     single = Contender("flash", bare, look_ahead="never", keep=False, overlap=False)
     pieces = replace(single, options={"threads": THREADS, "window": LEAST_RECENT})
@@ -122,10 +125,10 @@ def expert_steps(model: BenchModel, budget: int) -> dict[str, Contender]:
 
 
 def record(model: NeuronModel, tokens: int, budget: int) -> list[np.ndarray]:
-    """Which neurons each layer uses for each token after the prompt: bool (tokens, F), layer by layer."""
+    """The neurons that each layer uses for each token after the prompt: bool (tokens, F) for each layer."""
     from mlx_flash.loading.load import load
 
-    # This process is larger than a contender's, and no memory cgroup holds it.
+    # This process is larger than a contender's, and no memory cgroup limits it.
     loaded, _ = load(model.folder, memory=budget + current_memory_bytes(), context=model.prompt + tokens)
     ids = model.ids[model.prompt : model.prompt + tokens]
     try:
@@ -177,7 +180,7 @@ def touched(mask: np.ndarray, window: int) -> np.ndarray:
 
 
 def missing(mask: np.ndarray, window: int) -> np.ndarray:
-    """Units that have to be read for each token if those of the last `window` tokens are here."""
+    """Units to read for each token if those of the last `window` tokens are in memory. bool (T, U) -> bool (T, U)"""
     return mask & ~touched(mask, window)
 
 
@@ -189,9 +192,9 @@ def replay(
     needed: list[np.ndarray],
     name: str,
 ) -> list[dict[str, Any]]:
-    """Reads each token's units, layer after layer; returns what `figures.figures` takes.
+    """Reads each token's units, layer after layer. Returns the samples for `figures.figures`.
 
-    offsets_of: (layer, units) -> where their `length` bytes each lie in the file, ascending.
+    offsets_of: (layer, units) -> ascending offsets in the file; `length` bytes are read at each.
     """
     most = max(len(offsets_of(0, np.flatnonzero(row))) for mask in needed for row in mask)
     pool = AlignedPool(max(1, most) * length)
@@ -239,14 +242,15 @@ def show(result: dict[str, Any]) -> None:
     else:
         figures.columns_table("step", NEURON_COLUMNS, steps, names)
         print(
-            "DRAM: of the weights. replay: the reads of a recorded run alone, waited for one layer after the other;\n"
-            f"engine: whole runs, where reads hide behind compute. {result['note']}, and bundles in those after hybrid."
+            "DRAM: memory of the weights. replay: only the reads of a recorded run, layer after layer.\n"
+            f"engine: whole runs, in which compute hides reads. {result['note']},\n"
+            "and uses bundles in its rows after hybrid."
         )
     print(describe(result["environment"]))
 
 
 def draw_experts(figure: Any, result: dict[str, Any]) -> None:
-    """Draws a bar for every step: what a token's time is made of."""
+    """Draws a bar for every step: the parts of a token's time."""
     done = [row for row in result["steps"] if not row["killed"]]
     first, last = done[0], done[-1]
     total, read = (first[key] / last[key] if last[key] else None for key in ("total_s", "bytes"))
@@ -258,7 +262,7 @@ def draw_experts(figure: Any, result: dict[str, Any]) -> None:
 
 
 def draw_neurons(figure: Any, result: dict[str, Any]) -> None:
-    """Draws a bar for every step: how long the disk was busy for a token and, within, what the token waited for it."""
+    """Draws a bar for every step: the disk's busy time per token and, within it, the time that the token waited."""
     steps = result["steps"]
     axes = figure.subplots()
     first, last = steps[0], steps[-1]
@@ -266,7 +270,7 @@ def draw_neurons(figure: Any, result: dict[str, Any]) -> None:
         figure,
         f"Reading per token: from {amount(first['bytes'])} in {ms(first['read_s'])} ms to {amount(last['bytes'])} "
         f"in {ms(last['read_s'])} ms, {ms(last['wait_s'])} ms of it waited for",
-        f"{result['model']}; steps marked * are the reads of a recorded run alone, the others whole runs",
+        f"{result['model']}; steps marked * are only the reads of a recorded run, the others are whole runs",
     )
     busy = [row["read_s"] * 1e3 for row in steps]
     waited = [row["wait_s"] * 1e3 for row in steps]

@@ -1,4 +1,4 @@
-"""Which neurons a model chooses and which are truly active, token by token, as it decodes a text."""
+"""Records the neurons that a model chooses, and those that are truly active, for every token of a text."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .compare import mixture_folder
 from .tools.report import add_output_argument, environment
 from .tools.texts import read_text
 
-LEAST_TOKENS = 16  # that a trace makes sense of
+LEAST_TOKENS = 16  # a shorter trace is meaningless
 
 
 @dataclass
 class LayerTrace:
-    """One layer's history. Both masks packed by `np.packbits`, eight neurons a byte, a row for every token."""
+    """One layer's history. Both masks have a row for every token and are packed by `np.packbits`."""
 
     layer: int
     neurons: int
@@ -39,17 +39,17 @@ class LayerTrace:
 
     @property
     def chosen(self) -> np.ndarray:
-        """bool (tokens, neurons): what the predictor chose."""
+        """bool (tokens, neurons): the predictor's choice."""
         return unpacked(self.chosen_rows, self.neurons)
 
     @property
     def active(self) -> np.ndarray:
-        """bool (tokens, neurons): what is above zero before the ReLU."""
+        """bool (tokens, neurons): the neurons above zero before the ReLU."""
         return unpacked(self.active_rows, self.neurons)
 
 
 class PredictorTap:
-    """Stands in a predictor's place and writes down what it chose, and if there is a truth, what that chooses."""
+    """Wraps a predictor and records its choice and, if there is a `truth`, the choice of that."""
 
     def __init__(self, inner: Predictor, truth: Predictor | None, trace: LayerTrace) -> None:
         self.inner, self.truth, self.trace = inner, truth, trace
@@ -68,25 +68,27 @@ def packed(mask: mx.array) -> np.ndarray:
 
 
 def unpacked(rows: list[np.ndarray], neurons: int) -> np.ndarray:
-    """What `packed` gave, call after call -> bool (tokens, neurons)"""
+    """Inverse of `packed` over several calls -> bool (tokens, neurons)"""
     return np.unpackbits(np.concatenate(rows), axis=1, count=neurons).view(bool)
 
 
 def by_block(mask: np.ndarray, neurons_per_block: int) -> np.ndarray:
-    """What the engine reads for a choice of neurons. bool (tokens, neurons) -> bool (tokens, blocks)"""
+    """The blocks that the engine reads for a choice of neurons. bool (tokens, neurons) -> bool (tokens, blocks)"""
     if neurons_per_block == 1:
         return mask
     return np.logical_or.reduceat(mask, np.arange(0, mask.shape[1], neurons_per_block), axis=1)
 
 
 def record(model: Any, ids: list[int], prefix: list[int], name: str, active: bool = True) -> list[LayerTrace]:
-    """Decodes `ids` and returns a trace of every layer that has a predictor. The model does not look ahead any more.
+    """Decodes `ids` and returns a trace of every layer that has a predictor. Switches the model's look-ahead off.
 
-    active: whether the truly active neurons are recorded, which takes every layer's first projection into memory.
+    active: whether to record the truly active neurons, which loads every layer's first projection into memory.
     """
     if is_mixture(model):
-        raise UsageError("this measures neurons; of a mixture of experts, `eviction` and `lookahead` take the experts.")
-    model.flash.fix_look_ahead(False)  # A guess would be taken for the next layer's choice.
+        raise UsageError(
+            "this command measures neurons, and the model is a mixture of experts. Use `eviction` or `lookahead`."
+        )
+    model.flash.fix_look_ahead(False)  # the taps would record guesses as choices
     layout = model.flash.manifest.layout
     taps = {}
     for index, layer in enumerate(model.layers):
@@ -107,15 +109,15 @@ def record(model: Any, ids: list[int], prefix: list[int], name: str, active: boo
 
 
 def is_mixture(model: Any) -> bool:
-    """Whether the model streams experts, from its checkpoint as it is."""
+    """Whether the model streams experts, which come from its original checkpoint."""
     return model.flash.manifest is None
 
 
 def decode(model: Any, ids: list[int], prefix: list[int], name: str) -> None:
-    """Runs the model over `ids` the decode way: windows of the planned context, each begun with `prefix`.
+    """Runs the model over `ids` on the decode path, in windows of the planned context that begin with `prefix`.
 
-    A call has as many tokens as go the decode way at once, or as a prompt's chunk has where a router chooses; every one
-    still has a selection of its own.
+    A call has as many tokens as the decode path takes at once. For a mixture of experts it has a whole prompt chunk,
+    because the router chooses for every token alone.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -131,12 +133,12 @@ def decode(model: Any, ids: list[int], prefix: list[int], name: str) -> None:
             bar.update(len(here))
 
 
-# -- what the commands share ---------------------------------------------------------------------------------
+# -- shared by the commands ----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
-    parser.add_argument("--text", type=Path, required=True, help="plain text that the model was not trained on")
+    parser.add_argument("--text", type=Path, required=True, help="file of plain text that the model was not trained on")
     parser.add_argument(
         "--tokens",
         type=whole_number(LEAST_TOKENS, 10**9),
@@ -145,14 +147,17 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int = 8000) -> None:
     )
     kinds = [kind for kind in PREDICTORS if kind != "none"]
     parser.add_argument(
-        "--predictor", choices=kinds, default="auto", help="which predictor chooses (default: the store's own)"
+        "--predictor",
+        choices=kinds,
+        default="auto",
+        help="predictor that chooses the neurons (default: the store's own)",
     )
     add_output_argument(parser)
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A loaded model, the tokens of the text and of the calibration text."""
+    """A loaded model with the tokens of the text and of the calibration text."""
 
     model: Any
     store: Path
@@ -162,7 +167,7 @@ class TracedModel:
 
 
 def head_of(traced: TracedModel, text: Path) -> dict[str, Any]:
-    """What the result of every command on traces begins with."""
+    """The first fields of the result of every command on traces."""
     return {
         "environment": environment(traced.store),
         "text": text.name,
@@ -173,7 +178,7 @@ def head_of(traced: TracedModel, text: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> Iterator[TracedModel]:
-    """The model and the texts that the arguments name; the text is read before the model is."""
+    """Yields the model and the texts that the arguments name. Reads the text before it loads the model."""
     from mlx_flash.loading.load import load
     from mlx_flash.source.resolve import find_store
 

@@ -1,4 +1,4 @@
-"""The paper's figure 4: neurons resident and newly read per token, by the window of tokens that are kept."""
+"""Repeats the paper's figure 4: neurons resident and newly read per token, by the window of tokens kept in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ KINDS = {"active": "truly active", "chosen": "chosen by the predictor"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     traces.add_arguments(parser)
-    parser.add_argument("--largest", type=whole_number(2, 1000), default=30, help="window (default: %(default)s)")
+    parser.add_argument(
+        "--largest", type=whole_number(2, 1000), default=30, help="largest window in tokens (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -48,9 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def by_window(mask: np.ndarray, windows: list[int]) -> tuple[list[float], list[float]]:
-    """For each window k: share of the neurons that the last k tokens touched, and share that the next one adds.
+    """Two shares of the neurons for each window k: those that the last k tokens touched, and those that the next adds.
 
-    mask: bool (tokens, neurons). Both are means over tokens after the largest window.
+    mask: bool (tokens, neurons). Both shares are means over the tokens after the largest window.
     """
     age = ages(mask)  # (T, F)
     start = max(windows)
@@ -61,7 +63,7 @@ def by_window(mask: np.ndarray, windows: list[int]) -> tuple[list[float], list[f
 
 
 def ages(mask: np.ndarray) -> np.ndarray:
-    """How many tokens ago a neuron was last touched, when a token comes: 1 for the one before. bool -> int32 (T, F)"""
+    """The number of tokens since each neuron was last touched; 1 for the token before. bool (T, F) -> int32 (T, F)"""
     tokens = np.arange(len(mask), dtype=np.int32)[:, None]
     last = np.maximum.accumulate(np.where(mask, tokens, -(2**20)), axis=0)
     before = np.concatenate([np.full_like(last[:1], -(2**20)), last[:-1]])
@@ -87,12 +89,12 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, result: dict[str, Any]) -> None:
-    """Left what is resident, right what a token reads; means as thick lines, layers behind them."""
+    """Draws the resident share on the left and the newly read share on the right. Thick lines are means over layers."""
     panels = figure.subplots(1, 2)
     titles = {"resident": "Resident: touched by the last k tokens", "new": "New: read for the next token"}
     colours = {"active": COLOURS["good"], "chosen": COLOURS["ours"]}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        written = -1.0  # height of the last label: those that would overlap are left out
+        written = -1.0  # height of the last label; overlapping labels are left out
         lines = zip(result["layers"], result[f"chosen_{name}_by_layer"], strict=True)
         for layer, values in sorted(lines, key=lambda line: line[1][-1]):
             axes.plot(result["windows"], values, color=SERIES[0], alpha=0.3, lw=0.9)

@@ -110,7 +110,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "missing", "."):
-        with pytest.raises(UsageError, match="no regular file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             run("--file", tmp_path / name, "--no-fio")
 
 

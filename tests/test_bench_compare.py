@@ -264,7 +264,7 @@ def test_kept_matrices_are_whole_and_this_store_s(
 def test_baselines_are_for_opt_alone(tiny_synthetic: Path, tmp_path: Path) -> None:
     manifest = replace(read_manifest(tiny_synthetic), model_type="llama")
     opened = matrices.kept_matrices(tiny_synthetic, manifest, tmp_path)
-    with pytest.raises(UsageError, match="written for OPT"), opened:
+    with pytest.raises(UsageError, match="only run OPT"), opened:
         pass
 
 

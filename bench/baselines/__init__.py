@@ -1,1 +1,1 @@
-"""What flash loading is compared with, and how both are run."""
+"""The baselines that flash loading is compared with, and the code that runs both."""

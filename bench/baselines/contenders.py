@@ -1,4 +1,4 @@
-"""One contender of a comparison, in a process of its own: it loads a model in one way, takes given tokens and counts.
+"""One contender of a comparison: a process that loads a model in one way, runs given tokens and counts.
 
 The tokens are given, not sampled. Every contender therefore does the same work, and its likeliest tokens show that.
 """
@@ -26,7 +26,7 @@ from ..tools import subprocess_json
 from .engine_switches import keep_nothing_between_calls, read_before_products
 
 PART = "mlx_flash.bench.baselines.contenders"
-SPARE_BYTES = 64 << 20  # by which the process grows after it was asked what it needs
+SPARE_BYTES = 64 << 20  # room for the growth of the process after its plan has been made
 HALF = 0.5
 
 
@@ -34,13 +34,16 @@ HALF = 0.5
 class Contender:
     """How to run a model.
 
-    name: of a model whose neurons are streamed, "naive", "hybrid", "dense" or "flash". Of a mixture of experts,
+    name: "naive", "hybrid", "dense" or "flash" for a model with streamed neurons. For a mixture of experts,
     "resident" or "lazy", which are mlx-lm's loading, "naive", which reads every layer whole, or "flash".
-    held: share of the model's bytes that "hybrid" has in memory. The rest is for "flash" alone.
-    memory: bytes for the whole process, as in `mlx_flash.load`. options: further ones of it.
-    look_ahead: "tried": the engine finds out whether guessing pays.
-    keep: False: experts leave their slots after each call.
-    overlap: False: experts are multiplied once all of them are read.
+    held: share of the model's bytes that "hybrid" keeps in memory.
+
+    The other fields apply to "flash" only.
+    memory: bytes for the whole process, as in `mlx_flash.load`.
+    options: more arguments of `mlx_flash.load`.
+    look_ahead: "tried" lets the engine find out whether guessing pays.
+    keep: whether experts keep their slots between calls.
+    overlap: whether experts are multiplied while others are still being read.
     """
 
     name: str
@@ -54,10 +57,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: the first `prompt` of `ids` at once, then the others one by one.
+    """The tokens to run: the first `prompt` of `ids` in one call, then the others one by one.
 
-    matrices: file of `matrices.write_matrices`, for the baselines. label: for the progress line. began: when the
-    question was asked, by time.time().
+    matrices: file of `matrices.write_matrices`, for the baselines. label: text of the progress line. began: start of
+    the task by time.time(), before the process exists.
     """
 
     folder: str
@@ -70,7 +73,7 @@ class Task:
 
 @dataclass
 class Loaded:
-    """A model that is ready to run. told: what loading adds to the answer."""
+    """A model that is ready to run. told: fields that loading adds to the result."""
 
     model: Any
     counters: Counters = field(default_factory=Counters)
@@ -81,30 +84,30 @@ class Loaded:
 def run(contender: Contender, task: Task, group: Any = None) -> dict[str, Any]:
     """Runs a contender in a child process, in a memory cgroup if one is given. Raises FlashError if it fails.
 
-    Returns "samples": Counters and `total_s` of every token; "prompt": the same of the prompt; "likeliest": the most
-    likely token after each call; in bytes "written_bytes" and "peak_memory_bytes" of the process. A model whose neurons
-    are streamed adds "weights_bytes", which are planned to stay in memory. "flash" adds its plan and its slots.
+    Returns "samples", the Counters and `total_s` of every token; "prompt", the same for the prompt; "likeliest", the
+    most likely token after each call; "written_bytes" and "peak_memory_bytes" of the process. A model with streamed
+    neurons adds "weights_bytes", the bytes planned to stay in memory. "flash" adds its plan and its slots.
     """
     return subprocess_json.ask(PART, ("run", asdict(contender), asdict(task)), contender.name, group)
 
 
 def ask_about(folder: Path, context: int) -> dict[str, Any]:
-    """What `examine` tells of a model, from a process like those that will run it."""
+    """Runs `examine` on a model in a process like those that will run it."""
     return subprocess_json.ask(PART, ("examine", str(folder), context), "examine")
 
 
 def respond(question: str, first: Any, second: Any) -> dict[str, Any]:
-    """The child's work."""
+    """Answers `ask_about` or `run` in the child process."""
     if question == "examine":
         return examine(Path(first), second)
     return run_here(Contender(**first), Task(**second))
 
 
-# -- what a model holds --------------------------------------------------------------------------------------
+# -- examining a model ---------------------------------------------------------------------------------------
 
 
 def examine(folder: Path, context: int) -> dict[str, Any]:
-    """What a model holds, and the smallest budget for it; "told" goes into every result. No weights are read."""
+    """The sizes of a model and its smallest budget. "told" goes into every result. Reads no weights."""
     from mlx_flash.loading.load import plan
     from mlx_flash.loading.plan import ENDLESS
 
@@ -173,7 +176,7 @@ def _about_experts(folder: Path, context: int) -> dict[str, Any]:
 
 
 def load_contender(contender: Contender, task: Task, experts: bool) -> Loaded:
-    """The model as the contender has it. experts: whether they are what it streams."""
+    """Loads the model in the contender's way. experts: whether the model is a mixture of experts."""
     if contender.name == "flash":
         return _load_flash(contender, task)
     return _load_other_experts(contender, Path(task.folder)) if experts else _load_other_neurons(contender, task)
@@ -196,7 +199,7 @@ def _load_flash(contender: Contender, task: Task) -> Loaded:
 
 
 def _load_least(folder: str, context: int, options: dict[str, Any]) -> Any:
-    """The model within the smallest budget."""
+    """Loads the model within its smallest budget."""
     from mlx_flash.loading.load import load, plan
     from mlx_flash.loading.plan import ENDLESS
 
@@ -206,7 +209,7 @@ def _load_least(folder: str, context: int, options: dict[str, Any]) -> Any:
 
 
 def _load_other_neurons(contender: Contender, task: Task) -> Loaded:
-    """The contender "hybrid" keeps a share of the model's bytes, in which all that is always resident counts."""
+    """Loads a baseline. The share of the model's bytes that "hybrid" keeps includes the resident weights."""
     from mlx_flash.loading.dense import compute_dtype
 
     from .matrices import keep_nothing, keep_some
@@ -228,7 +231,7 @@ def _load_other_neurons(contender: Contender, task: Task) -> Loaded:
 def _load_other_experts(contender: Contender, folder: Path) -> Loaded:
     from mlx_flash.text.tokenizer import load_tokenizer
 
-    load_tokenizer(folder)  # flash loads it as well
+    load_tokenizer(folder)  # "flash" also loads it
     if contender.name == "naive":
         from .whole_layers import load_whole_layers
 
@@ -240,7 +243,7 @@ def _load_other_experts(contender: Contender, folder: Path) -> Loaded:
 
 
 def _forget_peak() -> None:
-    """Lets the peak of this process's memory begin anew, where that is possible (Linux)."""
+    """Resets the peak of this process's memory where that is possible (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -249,7 +252,7 @@ def _forget_peak() -> None:
 
 
 def run_here(contender: Contender, task: Task) -> dict[str, Any]:
-    """The child's work, see `run`."""
+    """Runs a contender in this process. Returns the result of `run`."""
     began = time.perf_counter()
     experts = holds_mixture(Path(task.folder))
     loaded = load_contender(contender, task, experts)
@@ -257,15 +260,15 @@ def run_here(contender: Contender, task: Task) -> dict[str, Any]:
     result |= decode(loaded, task, answers_prompt=experts)
     loaded.close()
     result["written_bytes"] = written_bytes()
-    result["peak_memory_bytes"] = peak_memory_bytes()  # last: asking takes memory as well
+    result["peak_memory_bytes"] = peak_memory_bytes()  # comes last, because the lines above take memory
     return result
 
 
 def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
-    """Takes the prompt at once and the other tokens one by one: figures and the likeliest token after each.
+    """Runs the prompt in one call and the other tokens one by one. Returns figures and likeliest tokens.
 
-    answers_prompt: whether the logits after the prompt are asked for. Generation asks for them once, after the last
-    chunk of a prompt.
+    answers_prompt: whether to compute the logits after the prompt. Generation computes them once, after the last chunk
+    of a prompt.
     """
     from mlx_lm.models.cache import make_prompt_cache
     from tqdm import tqdm
@@ -290,15 +293,15 @@ def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
 
 
 def as_printed(counters: Counters) -> dict[str, Any]:
-    """Counters under the names that results have for them."""
+    """Counters under their names in the results."""
     fields = asdict(counters)
     return fields | {"early": fields.pop("prefetched_used"), "vain": fields.pop("prefetched_unused")}
 
 
 def written_bytes() -> int | None:
-    """What this process has caused to be written to a disk; None where the system does not say (macOS).
+    """The bytes that this process has written to a disk; None if the system does not count them (macOS).
 
-    Standard error counts where it goes to a file.
+    Standard error counts if it goes to a file.
     """
     try:
         lines = Path("/proc/self/io").read_text().splitlines()

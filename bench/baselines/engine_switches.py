@@ -1,4 +1,4 @@
-"""The only reach of the contenders into the engine: what slots keep, and when products start."""
+"""The only changes that contenders make to the engine's internals: what slots keep, and when products start."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def keep_nothing_between_calls(model: Any, window: int | None) -> None:
 
 
 def empty_slots(slots: ExpertSlots) -> None:
-    """Lets the slots of a layer of experts begin anew."""
+    """Empties the slots of a layer of experts."""
     slots.cache = SlotCache(slots.experts, slots.cache.slots)
 
 
 class EmptiedCache(SlotCache):
-    """Slots that keep nothing from one call to the next: each call reads all that it needs."""
+    """A cache that keeps nothing between calls, so that each call reads everything it needs."""
 
     def mark_used(self, units: np.ndarray) -> int:
         self.slot_of[:] = self.unit_of[:] = -1
@@ -32,7 +32,7 @@ class EmptiedCache(SlotCache):
 
 
 def read_before_products(model: Any) -> None:
-    """Makes every layer of experts read what it lacks before it multiplies, where its slots allow that."""
+    """Makes every layer of experts read all missing experts before it multiplies, if its slots can hold them."""
     for layer in model.flash.layers:
         _read_all_first(layer.units)
 

@@ -1,8 +1,8 @@
-"""The baselines: every weight, or half of them, comes from the SSD for every token; "naive" and "hybrid" loading.
+"""The baselines "naive" and "hybrid": all weights, or half of them, come from the SSD for every token.
 
-Written to be as fast as reading allows. They read up and down projection as whole matrices (`write_matrices` undoes the
-bundles), in long, aligned pieces that are used where they land; the next piece, be it another layer's, is always on its
-way, and a layer's attention comes a layer ahead. "dense" keeps everything.
+They are written to be as fast as reading allows. They read the up and down projections as whole matrices
+(`write_matrices` undoes the bundles), in long, aligned pieces that are used without a copy. The next piece is always
+being read, across layers, and attention weights are read one layer ahead. "dense" keeps everything in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mlx_flash.layers.neurons import StreamedNeurons
 from mlx_flash.source.cached import MATRICES, in_use
 
 PIECE_BYTES = 16 << 20
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # by safetensors' names
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # safetensors' name -> dtype
 
 
 def wait(streamer: NeuronFile, ticket: Ticket) -> None:
@@ -48,23 +48,25 @@ def wait(streamer: NeuronFile, ticket: Ticket) -> None:
 
 
 def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
-    """Writes every layer's up projection, then its down projection, piece by piece: what a dense engine would read.
+    """Writes every layer's up projection, then its down projection, in the pieces that a dense engine would read.
 
-    A piece is `rows_of_piece` neurons: (D, n) of the up projection, (n, D) of the down projection, the way round that
-    BLAS is quickest with. Written beside and renamed: what stands at `path` is whole. Raises UsageError if the disk has
-    too little room or another process writes the same, ReadError if the store ends early.
+    A piece is `rows_of_piece` neurons: (D, n) of the up projection, (n, D) of the down projection, which are the
+    fastest orientations for BLAS. Writes to a temporary file and renames it, so that the file at `path` is complete.
+    Raises UsageError if the disk has too little room or another process writes the same file, ReadError if the store
+    ends early.
     """
     needed = layout.layers * 2 * layout.neurons * layout.row_bytes
     if (free := shutil.disk_usage(path.parent).free) < 1.02 * needed:
         raise UsageError(
-            f"the baselines need {needed / 1e9:.1f} GB at {path.parent}, where {free / 1e9:.1f} GB are free."
+            f"the baselines need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free. "
+            "Free some room there, or pass another folder as --matrices."
         )
     partial = path.with_name(path.name + ".partial")
     with partial.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another run is writing {path}. Wait until it has, or name another folder.") from None
+            raise UsageError(f"another run is writing {path}. Wait for it, or choose another folder.") from None
         try:
             file.truncate(0)
             _write_pieces(store / Manifest.neurons_file, layout, file, needed)
@@ -75,18 +77,17 @@ def write_matrices(store: Path, layout: NeuronLayout, path: Path) -> None:
 
 
 def matrices_problem(manifest: Manifest) -> str | None:
-    """Why the baselines cannot run a model, or None: they know OPT's tensors and an FFN without a gate."""
+    """The reason why the baselines cannot run a model, or None. They support OPT and its FFN without a gate only."""
     if manifest.model_type == "opt":
         return None
-    return f"the baselines are written for OPT, and this model's type is {manifest.model_type}"
+    return f"the baselines only run OPT, and this model's type is {manifest.model_type}"
 
 
 @contextmanager
 def kept_matrices(store: Path, manifest: Manifest, folder: Path | None) -> Iterator[Path]:
-    """The file of a store's matrices, in a folder that stays; None: in a temporary one beside the store.
+    """Yields the file of a store's matrices. folder: keeps it; None: a temporary folder beside the store.
 
-    The file's name holds the checksum of the store's own checksums. The file of another store therefore has another
-    name.
+    The file's name contains the checksum of the store's checksums, so every store has its own file.
     """
     if problem := matrices_problem(manifest):
         raise UsageError(f"{problem}. Choose the store of another model.")
@@ -112,7 +113,7 @@ def _temporary_folder(store: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=MATRICES, dir=store.resolve().parent))
     except OSError as error:
-        raise UsageError(f"nothing can be written beside the store ({error}): pass --matrices.") from None
+        raise UsageError(f"the folder of the store cannot be written to ({error}). Pass --matrices.") from None
     with in_use(folder):
         try:
             yield folder
@@ -131,8 +132,8 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
             raw = np.frombuffer(source.read(layout.blocks * layout.block_bytes), np.uint8)
             if len(raw) < layout.blocks * layout.block_bytes:
                 raise ReadError(
-                    f"{neurons_file} ends within layer {layer}: it was cut while it was in use. "
-                    "Leave a store's files alone while a model runs; start again."
+                    f"{neurons_file} ends within layer {layer}: it was truncated while in use. "
+                    "Start again, and leave a store's files alone while a model runs."
                 )
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):
@@ -146,7 +147,7 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
 
 
 class _PieceConveyor:
-    """The pieces that are read for every token, of all layers in order, over and over; one is always on its way."""
+    """Reads the pieces of all layers in order, again for every token. One piece is always being read."""
 
     def __init__(self, streamer: NeuronFile, matrices: UnitFile, piece_bytes: int) -> None:
         self.streamer, self.matrices = streamer, matrices
@@ -160,7 +161,7 @@ class _PieceConveyor:
         return self.streamer.reader.submit(self.matrices, *segment)
 
     def take(self) -> AlignedPool:
-        """The next piece. What was made of the one before has been evaluated: its memory is filled again."""
+        """Returns the next piece. Arrays made from the last piece must be evaluated: its memory is reused."""
         if self.ticket is None:
             self._start()
         assert self.ticket is not None
@@ -175,10 +176,10 @@ class _PieceConveyor:
 
 
 class _Neurons:
-    """A layer's whole FFN, piece by piece: the first `resident` pieces stay in memory, the others are read."""
+    """A layer's whole FFN in pieces. The first `resident` pieces stay in memory; the others are read for each call."""
 
     def __init__(self, mlp: StreamedNeurons, layer: int, resident: int, conveyor: _PieceConveyor) -> None:
-        # Not the layer itself: its slots are not used any more.
+        # Take only the biases from the layer, so that its unused slots are freed.
         self.biases = {name: mlp[name] for name in ("up_bias", "down_bias") if name in mlp}
         self.conveyor, self.layout = conveyor, mlp.units.layout
         rows, neurons = rows_of_piece(self.layout), self.layout.neurons
@@ -216,20 +217,20 @@ class _Neurons:
 
 
 def rows_of_piece(layout: NeuronLayout) -> int:
-    """Rows of a matrix that are read and multiplied at once: about PIECE_BYTES, whole blocks of the disk; or all."""
+    """Rows of a matrix that are read and multiplied at once: about PIECE_BYTES in whole disk blocks, at most all."""
     step = READ_ALIGNMENT // math.gcd(READ_ALIGNMENT, layout.row_bytes)
     return min(layout.neurons, max(step, PIECE_BYTES // layout.row_bytes // step * step))
 
 
 def spread_pieces(pieces: int, layers: int) -> list[int]:
-    """So many pieces over the layers as evenly as possible."""
+    """Distributes pieces over the layers as evenly as possible."""
     return [(pieces * (i + 1)) // layers - (pieces * i) // layers for i in range(layers)]
 
 
 def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
-    """Gives a model that was loaded with the predictor "none" a whole FFN, `resident_bytes` of it in memory.
+    """Gives a model that was loaded with the predictor "none" whole FFNs, with `resident_bytes` of them in memory.
 
-    Returns the bytes that are, in whole pieces.
+    Returns the bytes in memory, rounded to whole pieces.
     """
     layout = model.flash.streamer.layout
     rows = rows_of_piece(layout)
@@ -242,7 +243,7 @@ def keep_some(model: Any, matrices: Path, resident_bytes: int) -> int:
 
 
 class _Weights:
-    """model.safetensors, read range by range with the engine's reader and counted in its counters."""
+    """Reads byte ranges of model.safetensors with the engine's reader and counts them in its counters."""
 
     def __init__(self, folder: Path, streamer: NeuronFile, dtype: mx.Dtype) -> None:
         self.dtype = dtype
@@ -252,19 +253,19 @@ class _Weights:
         self.streamer = streamer
 
     def submit(self, begin: int, end: int, pool: AlignedPool) -> Ticket:
-        """Reads bytes begin .. end, widened to whole blocks as far as the file goes, to the pool's start."""
+        """Reads bytes `begin` to `end` into the pool's start, widened to whole blocks within the file."""
         first = begin // READ_ALIGNMENT * READ_ALIGNMENT
         last = min(round_up(end, READ_ALIGNMENT), self.file.size)
         segment = (np.array([value]) for value in (first, pool.address, last - first))
         return self.streamer.reader.submit(self.file, *segment)
 
     def view(self, name: str, pool: AlignedPool, begin: int) -> mx.array:
-        """The tensor where it lies in a pool that bytes from `begin` on were read into; a widened copy if need be."""
+        """A view of the tensor in a pool that holds the bytes from `begin` on, or a copy if it must be widened."""
         entry = self.entries[name]
         return self.typed(entry, pool, entry.begin - begin // READ_ALIGNMENT * READ_ALIGNMENT, entry.shape)
 
     def typed(self, entry: TensorEntry, pool: AlignedPool, offset: int, shape: tuple[int, ...]) -> mx.array:
-        """Elements of a tensor from byte `offset` of a pool on, in the type that is computed with."""
+        """Elements of a tensor from byte `offset` of a pool on, in the compute dtype."""
         dtype = DTYPES[entry.dtype]
         first = offset // dtype.size
         array = pool.array.view(dtype)[first : first + math.prod(shape)].reshape(shape).astype(self.dtype)
@@ -273,7 +274,7 @@ class _Weights:
 
 
 class _Attention:
-    """A layer's attention whose weights arrive while the layer before it is computed."""
+    """A layer's attention with weights that are read while the layer before is computed."""
 
     def __init__(self, inner: nn.Module, prefix: str, weights: _Weights, pools: list[AlignedPool], turn: int) -> None:
         names = [name for name in weights.entries if name.startswith(prefix)]
@@ -291,7 +292,7 @@ class _Attention:
             self.ticket = self.weights.submit(self.begin, self.end, self.pool)
 
     def __call__(self, x: mx.array, *rest: Any) -> mx.array:
-        mx.eval(x)  # so that nothing unevaluated reads the buffer that is filled next
+        mx.eval(x)  # nothing unevaluated may depend on the buffer that is filled next
         self.start()
         assert self.ticket is not None
         ticket, self.ticket = self.ticket, None
@@ -307,7 +308,7 @@ class _Attention:
 
 
 class _Embedding:
-    """A token table: single rows on the way in; on the way out, where it is tied or the output's, all in pieces."""
+    """A token table. Inputs read single rows; the output projection reads the whole table in pieces."""
 
     def __init__(self, name: str, weights: _Weights) -> None:
         entry = weights.entries[name]
@@ -351,7 +352,7 @@ class _Embedding:
 def keep_nothing(model: Any, folder: Path, matrices: Path, dtype: mx.Dtype) -> int:
     """Makes a model that was loaded with the predictor "none" read every matrix for every token.
 
-    Norms, biases of the FFN and the table of positions stay. Returns their bytes, as they are stored.
+    Norms, biases of the FFN and the position table stay in memory. Returns their stored bytes.
     """
     keep_some(model, matrices, 0)
     weights = _Weights(folder, model.flash.streamer, dtype)

@@ -1,4 +1,4 @@
-"""The baseline of mixtures of experts: every layer's experts, all of them, come from the disk for every call."""
+"""The baseline for mixtures of experts: every call reads all experts of every layer from the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_flash.loading.plan import MLX_CACHE_BYTES
 
 
 class LayerConveyor:
-    """All experts of every layer in turn, over and over; one layer is always on its way, in long reads."""
+    """Reads all experts of every layer in turn, again for every call, in long reads. One layer is always being read."""
 
     def __init__(self, streamer: ExpertFiles, layers: list[dict[str, ExpertTensor]]) -> None:
         self.streamer, self.layers = streamer, layers
@@ -46,7 +46,7 @@ class LayerConveyor:
                 self.tickets.append(reader.submit(file, tensor.offsets[here], addresses[here], length))
 
     def take(self) -> dict[str, mx.array]:
-        """The next layer's tensors. What was made of the layer before is evaluated: its memory is filled again."""
+        """Returns the next layer's tensors. Arrays made from the last ones must be evaluated: memory is reused."""
         if not self.tickets:
             self.start()
         began, counters = time.perf_counter(), self.streamer.counters
@@ -61,14 +61,14 @@ class LayerConveyor:
 
 
 class WholeLayer(nn.Module):
-    """A switch layer whose experts all come from the disk for every call."""
+    """A switch layer that reads all of its experts from the disk for every call."""
 
     def __init__(self, inner: Any, conveyor: LayerConveyor) -> None:
         super().__init__()
         self._inner, self._conveyor = inner, conveyor
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        mx.eval(x, indices)  # and with them whatever was made of the layer before
+        mx.eval(x, indices)  # also evaluates everything computed from the last layer's tensors
         for name, array in self._conveyor.take().items():
             projection, tensor = name.rsplit(".", 1)
             self._inner[projection][tensor] = array
@@ -78,8 +78,8 @@ class WholeLayer(nn.Module):
 
 
 def load_whole_layers(folder: Path) -> tuple[Any, ExpertFiles]:
-    """mlx-lm's model, all layers of experts on the conveyor; closing the streamer lets the layer on its way arrive."""
-    mx.set_cache_limit(MLX_CACHE_BYTES)  # as of flash loading
+    """Loads mlx-lm's model with all layers of experts on a conveyor. Closing the streamer waits for pending reads."""
+    mx.set_cache_limit(MLX_CACHE_BYTES)  # as in flash loading
     mixture = open_mixture(folder)
     read_resident(mixture)
     streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))

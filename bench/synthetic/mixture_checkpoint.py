@@ -1,8 +1,8 @@
-"""Writes a synthetic mixture-of-experts checkpoint in mlx-lm's format: real expert shapes, planted routing.
+"""Writes a synthetic mixture-of-experts checkpoint in mlx-lm's format, with real expert shapes and planted routing.
 
-What a router does is planted: each expert has a popularity, drawn so that as many of a token's experts are used by the
-next token, too, as was published for Qwen3-30B-A3B, and the rest depends on the token. Real routing follows the text;
-verdicts on eviction or guessing mean nothing on it.
+Each expert has a random popularity, and the rest of a router's choice depends on the token. The popularities are drawn
+so that the next token reuses as many of a token's experts as published for Qwen3-30B-A3B. Real routing follows the
+text, so conclusions about eviction or guessing cannot be drawn from this checkpoint.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mlx_flash.errors import UsageError
 
 from .opt_checkpoint import copy_tokenizer
 
-# Of a token's experts, those that the next token uses, too: github.com/kekzl/imp, pull request 1359, three prompts.
+# Share of a token's experts that the next token reuses: github.com/kekzl/imp, pull request 1359, three prompts.
 REPEATED = 0.45
-SHARED = 0.5  # of a token's embedding, the part that all tokens have in common, where popularity comes from
+SHARED = 0.5  # the part of an embedding that all tokens share; popularity comes from it
 SHARD_BYTES = 4e9
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
@@ -37,23 +37,23 @@ Load = Callable[[], mx.array]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a published model; `layers` is what the whole model has."""
+    """The shape of a published model. layers: the number in the whole model."""
 
     model_type: str
     layers: int
     hidden: int
-    neurons: int  # of an expert
+    neurons: int  # per expert
     experts: int
     choices: int  # experts per token
     heads: int
     kv_heads: int
     head_dim: int
     quantisation: dict[str, Any]
-    all_quantised: bool  # not the experts alone; routers and norms never are
+    all_quantised: bool  # everything but routers and norms is quantised; False: only the experts
 
 
 SHAPES = {
-    # huggingface.co/Qwen/Qwen3-30B-A3B, config.json; quantised as huggingface.co/mlx-community/Qwen3-30B-A3B-4bit is
+    # huggingface.co/Qwen/Qwen3-30B-A3B, config.json; quantised as in huggingface.co/mlx-community/Qwen3-30B-A3B-4bit
     "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 768, 128, 8, 32, 4, 128, {"group_size": 64, "bits": 4}, True),
     # huggingface.co/openai/gpt-oss-20b, config.json
     "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 32, 4, 64, 8, 64, MXFP4, False),
@@ -62,22 +62,24 @@ SHAPES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b", help="whose experts (default: %(default)s)")
-    parser.add_argument("--layers", type=whole_number(1, 1000), help="default: as many as the model has")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="qwen3-30b-a3b", help="model to copy the shape of (default: %(default)s)"
+    )
+    parser.add_argument("--layers", type=whole_number(1, 1000), help="number of layers (default: as in the model)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of what is not quantised, scales too; MLX's CPU backend is slow with 16 bits (default: %(default)s)",
+        help="type of unquantised tensors and of scales; MLX's CPU backend is slow with 16 bits (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is there already. Choose another --output.")
+        raise UsageError(f"{output} exists already. Choose another --output.")
     shape = SHAPES[arguments.shape]
     layers = arguments.layers or shape.layers
     size = write_mixture(output, shape, layers, getattr(mx, arguments.dtype), arguments.seed)
@@ -87,7 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int) -> int:
-    """Returns the bytes of the checkpoint. Written beside and renamed, so that what is there is whole."""
+    """Writes a checkpoint to a temporary folder and renames it, so that it is complete. Returns its bytes."""
     from mlx_flash.text.tokenizer import load_tokenizer
 
     partial_folder = output.with_name(output.name + ".partial")
@@ -100,7 +102,8 @@ def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed
         size = sum(int(np.prod(dims, dtype=np.int64)) * kind.size for _, dims, kind, _ in tensors)
         if (free := shutil.disk_usage(partial_folder).free) < 1.02 * size:
             raise UsageError(
-                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free."
+                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free. "
+                "Choose fewer --layers or another --output."
             )
         with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic experts", dynamic_ncols=True) as bar:
             shards = _in_shards(tensors)
@@ -119,9 +122,10 @@ def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed
 
 
 def popularity(experts: int, choices: int, repeated: float, rng: np.random.Generator) -> np.ndarray:
-    """A bias on each expert's logit (E,), beside a standard normal for every token, that repeats as many choices.
+    """A bias (E,) for each expert's logit at which tokens repeat a share `repeated` of each other's `choices`.
 
-    By halves on the spread of normal biases; the share of a token's `choices` that another token repeats grows with it.
+    The rest of a logit is a standard normal for every token. The biases are normal, and the repeated share grows with
+    their spread, which is found by bisection.
     """
     shape = rng.standard_normal(experts)
     noise = rng.standard_normal((400, experts))
@@ -138,7 +142,7 @@ def popularity(experts: int, choices: int, repeated: float, rng: np.random.Gener
 def _tensors(
     shape: Shape, layers: int, vocabulary: int, dtype: mx.Dtype, seed: int
 ) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
-    """(name, shape, dtype, how to make it) of all tensors, as mlx-lm names them."""
+    """(name, shape, dtype, load) of all tensors, under mlx-lm's names."""
     hidden = shape.hidden
     common = _unit(np.random.default_rng([seed, 0]).standard_normal(hidden))
 
@@ -152,7 +156,7 @@ def _tensors(
     def router(layer: int) -> mx.array:
         rng = np.random.default_rng([seed, 2, layer])
         own = rng.standard_normal((shape.experts, hidden)) / np.sqrt(hidden)
-        own -= np.outer(own @ common, common)  # a token's own part says nothing of the common one
+        own -= np.outer(own @ common, common)  # make a token's own part independent of the common part
         bias = popularity(shape.experts, shape.choices, REPEATED, rng) * np.sqrt(1 - SHARED**2)
         return mx.array((own + np.outer(bias / (np.sqrt(hidden) * SHARED), common)).astype(np.float32)).astype(dtype)
 
@@ -185,7 +189,7 @@ def _tensors(
             "o_proj": (hidden, width),
         }
         for name, dims in sizes.items():
-            # Little of attention and experts comes back into the residual: what was planted must hold in every layer.
+            # Attention and experts add little to the residual, so that the planted routing holds in every layer.
             spread = dims[1] ** -0.5 * (0.01 if name == "o_proj" else 1.0)
             yield from matrix(f"{prefix}self_attn.{name}", dims, spread)
             if gpt:
@@ -211,7 +215,7 @@ def _tensors(
 def _packed(
     path: str, shape: Shape, dims: tuple[int, ...], spread: float, dtype: mx.Dtype, seed: list[int]
 ) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
-    """A quantised matrix, or one per expert: random words of packed bits, with scales that give them that spread."""
+    """A quantised matrix, or one per expert: random packed bits, with scales that give the numbers that spread."""
     bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
     *rest, columns = dims
     packed, scales = (*rest, columns * bits // 32), (*rest, columns // group)
@@ -223,7 +227,7 @@ def _packed(
     if shape.quantisation.get("mode") == "mxfp4":  # scales are exponents; the numbers' spread is about 2.9
         yield f"{path}.scales", scales, mx.uint8, partial(mx.full, scales, 127 + round(np.log2(spread / 2.9)), mx.uint8)
         return
-    step = spread / (2**bits / 12**0.5)  # of numbers spread evenly
+    step = spread / (2**bits / 12**0.5)  # for evenly spread numbers
     yield f"{path}.scales", scales, dtype, partial(mx.full, scales, step, dtype)
     yield f"{path}.biases", scales, dtype, partial(mx.full, scales, -step * (2**bits - 1) / 2, dtype)
 
@@ -247,7 +251,7 @@ def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, 
     if shape.model_type == "gpt_oss":
         kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
         return config | {
-            "max_position_embeddings": 131072,  # 32 times 4096, the factor of its rotation
+            "max_position_embeddings": 131072,  # 32 x 4096, where 32 is its RoPE scaling factor
             "intermediate_size": shape.neurons,
             "num_local_experts": shape.experts,
             "sliding_window": 128,

@@ -1,14 +1,14 @@
-"""Writes a synthetic store of OPT's shapes whose activations follow the published statistics, to measure speed with.
+"""Writes a synthetic store of an OPT shape, with activations of the published statistics, for measuring speed.
 
-Weights, forward pass and predictor are real; what is planted is who fires when. x being a layer's FFN input (unit
-spread), neuron i of a layer has the up row
+The store has random weights, and its forward pass and predictor work as in a real one. Only the activation pattern is
+planted. For an FFN input x of unit spread, neuron i of a layer has the up row
 
     sqrt(v) Q s_i + sqrt(1 - v) n_i        Q: (D, r) orthonormal, s_i a unit vector, n_i noise
 
-and the bias m + t g_i, g_i normal, so that some neurons are hot and others cold. The predictor knows Q, s_i and the
-bias, not the noise: it is the paper's low rank one (section 3.1), as good as v allows. m, v, t and the predictor's
-threshold follow in closed form from the published shares. How sets change from token to token comes from the position
-table: a slow walk plus noise. Sources of the figures: paper, sections 3.1 and 3.2, figures 3 and 4.
+and the bias m + t g_i with a normal g_i, so that some neurons are hot and others cold. The predictor knows Q, s_i and
+the bias, but not the noise. It is the paper's low-rank predictor (section 3.1), as good as v allows. m, v, t and the
+predictor's threshold follow in closed form from the published shares. The position table, a slow walk plus noise,
+makes the sets change from token to token. Sources of the figures: paper, sections 3.1 and 3.2, figures 3 and 4.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from mlx_flash.layers.activations import Activation
 from ..tools.report import writable_folder
 from .opt_checkpoint import POSITIONS, SHAPES, copy_tokenizer, opt_config
 
-# Published for OPT 6.7B, shares of a layer's neurons.
+# Published shares of a layer's neurons for OPT 6.7B.
 FIRST_ACTIVE, LAST_ACTIVE, MEAN_ACTIVE = 0.016, 0.054, 0.033
 PREDICTED_PER_ACTIVE = 3.0
 RECALL = 0.95
-IN_WINDOW, NEW_PER_TOKEN = 0.24, 0.024  # of the predicted set: touched in a window of 4, and newly needed
+IN_WINDOW, NEW_PER_TOKEN = 0.24, 0.024  # predicted within a window of 4 tokens; newly predicted per token
 
-# Chosen so that the last two come out: the spread of the biases in units of the predictable part, and the position
-# table's slow share and its memory from one position to the next.
+# Fitted to the last two shares: the spread of the biases in units of the predictable part, and the position table's
+# slow share and its correlation from one position to the next.
 HETEROGENEITY = 1.15
 SLOW_SHARE, SLOW_MEMORY = 0.2, 0.95
-TOKEN_SPREAD = 0.3  # of the token table; the position table has 1
-BRANCH_SPREAD = 0.1  # of what attention and FFN of a layer each add to the residual
+TOKEN_SPREAD = 0.3  # spread of the token table; the position table has 1
+BRANCH_SPREAD = 0.1  # spread of the output that attention and FFN each add to the residual
 SEED = 0
 
 NORMAL = NormalDist()
@@ -60,7 +60,7 @@ NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What makes one layer fire as published. `bias_mean` m, `predictable` v, `bias_spread` t, `threshold`."""
+    """The parameters of a layer with the published shares: `bias_mean` m, `predictable` v, `bias_spread` t."""
 
     active: float
     bias_mean: float
@@ -70,10 +70,11 @@ class LayerStatistics:
 
     @staticmethod
     def of(active: float) -> LayerStatistics:
-        """Solves for a share of active neurons.
+        """Solves for the parameters that give a share of active neurons.
 
-        With score X and pre-activation Y jointly normal of correlation r: P(Y > 0) = active, P(X > threshold) =
-        PREDICTED_PER_ACTIVE * active, P(X > threshold | Y > 0) = RECALL; r follows by bisection.
+        The score X and the pre-activation Y are jointly normal with correlation r. The conditions are
+        P(Y > 0) = active, P(X > threshold) = PREDICTED_PER_ACTIVE * active and P(X > threshold | Y > 0) = RECALL.
+        Bisection finds r.
         """
         on, chosen = -NORMAL.inv_cdf(active), -NORMAL.inv_cdf(PREDICTED_PER_ACTIVE * active)
         low, high = 0.0, 1.0
@@ -88,14 +89,14 @@ class LayerStatistics:
 
     @property
     def mean_square(self) -> float:
-        """E[relu(y)^2] of a pre-activation y."""
+        """E[relu(y)^2] for a pre-activation y."""
         spread = math.sqrt(1 + self.bias_spread**2)
         z = self.bias_mean / spread
         return (self.bias_mean**2 + spread**2) * NORMAL.cdf(z) + self.bias_mean * spread * NORMAL.pdf(z)
 
 
 def _joint(chosen: float, on: float, r: float) -> float:
-    """P(X > chosen, Y > on) for standard normals of correlation r < 1."""
+    """P(X > chosen, Y > on) for standard normals with correlation r < 1."""
     width = 0.02
     return width * sum(
         NORMAL.pdf(x) * NORMAL.cdf((r * x - on) / math.sqrt(1 - r * r))
@@ -104,14 +105,14 @@ def _joint(chosen: float, on: float, r: float) -> float:
 
 
 def active_shares(layers: int) -> list[float]:
-    """Rising from the first to the last layer, with the published mean."""
+    """The share of active neurons by layer, rising from the first to the last, with the published mean."""
     power = (LAST_ACTIVE - FIRST_ACTIVE) / (MEAN_ACTIVE - FIRST_ACTIVE) - 1
     steps = max(1, layers - 1)
     return [FIRST_ACTIVE + (LAST_ACTIVE - FIRST_ACTIVE) * (i / steps) ** power for i in range(layers)]
 
 
 def rank_of(width: int) -> int:
-    """The paper's 128; a test's narrow model has fewer."""
+    """The predictor's rank: the paper's 128, or less for the narrow models of tests."""
     return min(128, width // 4)
 
 
@@ -119,14 +120,16 @@ def rank_of(width: int) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
-    parser.add_argument("--output", type=writable_folder, required=True, help="folder of the store to make")
-    parser.add_argument("--seed", type=whole_number(0), default=SEED, help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="size of OPT (default: %(default)s)")
+    parser.add_argument("--output", type=writable_folder, required=True, help="folder to write the store to")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=SEED, help="seed of the random numbers (default: %(default)s)"
+    )
     parser.add_argument(
         "--tokens",
         type=whole_number(16, POSITIONS),
         default=160,
-        help="to measure the statistics on (default: %(default)s)",
+        help="tokens to measure the statistics on (default: %(default)s)",
     )
 
 
@@ -135,10 +138,10 @@ def main(arguments: argparse.Namespace) -> None:
         write_store(arguments.output, arguments.shape, arguments.seed)
     except OSError as error:
         raise FlashError(
-            f"{arguments.output} cannot be written ({error.strerror}): make room there, or choose another --output."
+            f"{arguments.output} cannot be written ({error.strerror}). Free some room, or choose another --output."
         ) from None
     measured = measure(arguments.output, arguments.tokens)
-    print(f"synthetic store of OPT-{arguments.shape}'s shape, shares of the neurons over {arguments.tokens} tokens")
+    print(f"synthetic store of OPT-{arguments.shape}'s shape; shares of the neurons over {arguments.tokens} tokens:")
     published = (FIRST_ACTIVE, LAST_ACTIVE, MEAN_ACTIVE, PREDICTED_PER_ACTIVE, RECALL, IN_WINDOW, NEW_PER_TOKEN)
     for (name, value), goal in zip(measured.items(), published, strict=True):
         print(f"  {name:<22}{value:>8.4f}   published {goal}")
@@ -150,7 +153,7 @@ def is_synthetic(manifest: Manifest) -> bool:
 
 
 def shape_label(manifest: Manifest) -> str | None:
-    """What the outputs call a synthetic store; None for a real one."""
+    """The name of a synthetic store in the outputs; None for a real one."""
     if not is_synthetic(manifest):
         return None
     shape = tuple(manifest.source["synthetic"]["shape"])
@@ -164,7 +167,7 @@ def shape_label(manifest: Manifest) -> str | None:
 def write_store(
     output: Path, shape: str | tuple[int, int, int], seed: int = SEED, vocabulary: int | None = None
 ) -> Manifest:
-    """A store in float32, written beside and renamed. shape: a name, or (hidden size, layers, heads).
+    """Writes a float32 store to a temporary folder and renames it. shape: a name, or (hidden size, layers, heads).
 
     Raises UsageError if the output exists or the disk has too little room.
     """
@@ -181,7 +184,9 @@ def write_store(
         raise UsageError(f"{output} or {partial_folder} exists already. Choose another --output, or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(output.parent).free) < needed * 1.02:
-        raise UsageError(f"{output} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there.")
+        raise UsageError(
+            f"{output} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there. Choose another --output."
+        )
     partial_folder.mkdir()
     sums: dict[str, dict[str, int]] = {}
     try:
@@ -207,7 +212,7 @@ def write_store(
                 "caught": [[RECALL]] * layers,
                 "predicted": [[share] for share in predicted],
             },
-            "perplexity": None,  # of random weights it would mean nothing
+            "perplexity": None,  # meaningless for random weights
         }
         manifest = Manifest(
             model_type="opt",
@@ -230,7 +235,7 @@ def write_store(
 
 
 def store_entry(path: Path, sums: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What a manifest says of a file; sums: of those that hold tensors."""
+    """The manifest's entry for a file. sums: file name -> checksums, for files of tensors."""
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if path.name in sums:
         return entry | {"crc32": sums[path.name]}
@@ -251,7 +256,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], spread: float) -> 
 
 
 def _planted(hidden: int, layer: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What both a layer's weights and its predictor are made of: Q (D, r), s (F, r), g (F,)."""
+    """The parts that a layer's weights and its predictor share: Q (D, r), s (F, r), g (F,)."""
     rng, rank = _rng(seed, 1, layer), rank_of(hidden)
     q = np.linalg.qr(_normal(rng, (hidden, rank), 1.0))[0]
     s = _normal(rng, (4 * hidden, rank), 1.0)
@@ -275,7 +280,7 @@ def _up_bias(hidden: int, statistics: LayerStatistics, seed: int, layer: int) ->
 
 
 def _positions(rows: int, hidden: int, seed: int) -> mx.array:
-    """(rows, D) of unit spread: a walk that forgets slowly, and noise."""
+    """The position table (rows, D) of unit spread: a slow walk plus noise."""
     rng = _rng(seed, 3)
     table = _normal(rng, (rows, hidden), math.sqrt(1 - SLOW_SHARE))
     walk = _normal(rng, (hidden,), 1.0)
@@ -316,7 +321,7 @@ def _resident_tensors(config: dict[str, Any], statistics: list[LayerStatistics],
 
 
 def _predictor_tensors(hidden: int, statistics: list[LayerStatistics], seed: int) -> Tensors:
-    """a = Q, b = sqrt(v) s^T, c = bias - threshold."""
+    """The low-rank predictor's tensors: a = Q, b = sqrt(v) s^T, c = bias - threshold."""
     rank = rank_of(hidden)
     tensors: Tensors = []
     for i, layer in enumerate(statistics):
@@ -338,7 +343,7 @@ def _predictor_tensors(hidden: int, statistics: list[LayerStatistics], seed: int
 
 
 class _InputRecorder:
-    """Stands where a layer's FFN stood; keeps who was active and who was predicted, for every position."""
+    """Wraps a layer's FFN and records the active and the predicted neurons of every position."""
 
     def __init__(self, mlp: Any) -> None:
         self.mlp = mlp
@@ -355,7 +360,7 @@ class _InputRecorder:
 
 
 def measure(store: Path, tokens: int, window: int = 4) -> dict[str, float]:
-    """The statistics of a real forward pass over `tokens` random tokens, in the order of the published ones above."""
+    """Statistics of a real forward pass over `tokens` random tokens, in the order of the published shares."""
     from mlx_flash.loading.load import load
 
     model, _ = load(store, context=tokens)

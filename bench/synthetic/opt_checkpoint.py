@@ -1,4 +1,4 @@
-"""Writes a random checkpoint of OPT's shapes, sparse like the real ones, to measure memory and speed with."""
+"""Writes a random checkpoint of an OPT shape, as sparse as the real ones, for measuring memory and speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_flash.source.resolve import demo_folder
 
 from ..tools.report import writable_folder
 
-# hidden size, layers, heads (Zhang et al. 2022, table 1); FFN 4 x hidden
+# name -> (hidden size, layers, heads); Zhang et al. 2022, table 1. The FFN is 4 x wider.
 SHAPES = {
     "125m": (768, 12, 12),
     "1.3b": (2048, 24, 32),
@@ -30,16 +30,22 @@ SHAPES = {
 }
 VOCABULARY = 50272
 POSITIONS = 2048
-FFN_BIAS = -1.65  # with pre-activations of unit spread: about one neuron in twenty is active
+FFN_BIAS = -1.65  # makes about one neuron in twenty active at pre-activations of unit spread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of OPT (default: %(default)s)")
-    parser.add_argument("--output", type=writable_folder, required=True, help="folder to make")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
-    parser.add_argument("--layers", type=whole_number(1), help="fewer or more than the shape has")
-    parser.add_argument("--shards", type=whole_number(1), default=1, help="files of weights (default: %(default)s)")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="size of OPT (default: %(default)s)")
+    parser.add_argument("--output", type=writable_folder, required=True, help="folder to write the checkpoint to")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="type of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--layers", type=whole_number(1), help="number of layers (default: as in the shape)")
+    parser.add_argument(
+        "--shards", type=whole_number(1), default=1, help="number of weight files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of the random numbers (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -51,7 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
         write_checkpoint(arguments.output, *(getattr(arguments, key) for key in keys))
     except OSError as error:
         raise FlashError(
-            f"{arguments.output} cannot be written ({error.strerror}): make room there, or choose another --output."
+            f"{arguments.output} cannot be written ({error.strerror}). Free some room, or choose another --output."
         ) from None
     finally:
         for path in arguments.output.glob("*.partial"):
@@ -62,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
 def write_checkpoint(
     folder: Path, shape: str, dtype: str, seed: int, layers: int | None = None, shards: int = 1
 ) -> None:
-    """One tensor in memory at a time. layers: None for as many as the shape has."""
+    """Writes a checkpoint with one tensor in memory at a time. layers: None for as many as in the shape."""
     hidden, all_layers, heads = SHAPES[shape]
     layers = layers or all_layers
     tensors = {
@@ -105,13 +111,13 @@ def write_checkpoint(
 
 
 def copy_tokenizer(folder: Path) -> None:
-    """The demo model's, so that text goes in and out."""
+    """Copies the demo model's tokenizer, so that the model takes and gives text."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo_folder() / name, folder / name)
 
 
 def opt_config(hidden: int, layers: int, heads: int, vocabulary: int | None = None) -> dict[str, Any]:
-    """config.json of an OPT of these sizes."""
+    """The config.json of an OPT model of these sizes."""
     return {
         "model_type": "opt",
         "vocab_size": vocabulary or VOCABULARY,

@@ -1,1 +1,1 @@
-"""What the measurements share: reports, plots, child processes, limits, scores."""
+"""Shared parts of the measurements: reports, plots, child processes, memory limits, scores."""

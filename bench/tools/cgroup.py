@@ -1,4 +1,4 @@
-"""A Linux memory cgroup around a command: the kernel kills what goes over the limit. Needs root."""
+"""Runs a command in a Linux memory cgroup: the kernel kills processes over the limit. Needs root."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ V2 = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """A cgroup (v1 or v2) with a memory limit, without swap."""
+    """A cgroup (v1 or v2) with a memory limit and without swap."""
 
     folder: Path
     v1: bool
 
     def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """`run_child`, inside."""
+        """Calls `run_child` inside the cgroup."""
         return run_child(command, environment, lambda: (self.folder / "cgroup.procs").write_text(str(os.getpid())))
 
     def peak_bytes(self) -> int:
-        """The most it ever used: anonymous memory and page cache together."""
+        """The peak of anonymous memory and page cache together."""
         return int((self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")).read_text())
 
     def kills(self) -> int:
-        """How many processes the kernel killed for memory."""
+        """The number of processes that the kernel killed for memory."""
         text = (self.folder / ("memory.oom_control" if self.v1 else "memory.events")).read_text()
         return int(next(line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")))
 
@@ -41,10 +41,10 @@ class MemoryGroup:
 def run_child(
     command: list[str], environment: dict[str, str] | None = None, enter: Callable[[], object] = lambda: None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command; its standard output is returned, its standard error is shown. It never outlives the call.
+    """Runs a command and returns its standard output; its standard error is shown. It never outlives the call.
 
-    enter: called in the child before the command begins. Ctrl-C, which a terminal sends to both, is left to this
-    process: the child has nothing to say about it, and is gone before the exception goes on.
+    enter: called in the child before the command begins. The child ignores Ctrl-C, which a terminal sends to both
+    processes. This process kills the child and then raises.
     """
 
     def prepare() -> None:
@@ -62,7 +62,7 @@ def run_child(
 
 
 def remove(folder: Path) -> None:
-    """Removes a group. The kernel may need a moment to let go of a process that was killed."""
+    """Removes a group. The kernel may need a moment to release a killed process."""
     for _ in range(100):
         try:
             folder.rmdir()
@@ -77,7 +77,7 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """Makes a group and removes it. Raises UsageError where that is not possible."""
+    """Makes a group and removes it at the end. Raises UsageError if that is not possible."""
     v1 = (V1 / "memory.limit_in_bytes").exists()
     folder = (V1 if v1 else V2) / f"mlx_flash-{os.getpid()}"
     try:
@@ -87,7 +87,7 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise UsageError(f"no memory cgroup can be made here ({error}); this needs Linux and root.") from None
-    with contextlib.suppress(OSError):  # absent where swap is not accounted
+    with contextlib.suppress(OSError):  # the file is missing if the kernel does not account for swap
         (folder / ("memory.memsw.limit_in_bytes" if v1 else "memory.swap.max")).write_text(
             str(limit_bytes if v1 else 0)
         )

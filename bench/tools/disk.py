@@ -1,4 +1,4 @@
-"""Reading files from end to end: the ceiling beside every measurement, and a known state of the disk before it."""
+"""Reads files from end to end, for the ceiling beside every measurement and for a known state of the disk before it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .report import forget_cached
 
 DISK_STATE = "re-read: every byte was read once before the run, page cache bypassed (O_DIRECT)"
 DISK_STATE_BUFFERED = "unknown: this file system does not read past the page cache"
-PIECE_BYTES = 64 << 20  # of a sequential read
-RATE_BYTES = 1 << 30  # that are read to measure the rate again
+PIECE_BYTES = 64 << 20  # size of one sequential read
+RATE_BYTES = 1 << 30  # bytes to read when the rate is measured again
 
 
 def sequential_rate(paths: Sequence[Path], most: int | None = None) -> dict[str, Any]:
-    """Reads files from end to end (or their first `most` bytes) in large pieces, two on their way.
+    """Reads files from end to end (or their first `most` bytes) in large pieces, two at a time.
 
     Returns bytes, seconds, and whether the page cache was bypassed.
     """
@@ -57,9 +57,9 @@ def sequential_rate(paths: Sequence[Path], most: int | None = None) -> dict[str,
 
 
 def prepare(paths: Sequence[Path]) -> dict[str, Any]:
-    """Brings the disk into a known state: drops the files from the page cache, reads every byte once past it.
+    """Brings the disk into a known state: drops the files from the page cache and reads every byte once past it.
 
-    Returns the `sequential_rate` of this first pass, and "state", as a table calls it.
+    Returns the `sequential_rate` of this first pass, and "state", its description in tables.
     """
     for path in paths:
         forget_cached(path)

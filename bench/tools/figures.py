@@ -9,16 +9,14 @@ import numpy as np
 
 from .report import COLOURS, spread
 
-Column = tuple[
-    str, str, Callable[[Any], str]
-]  # heading, where the value stands in a row ("a.b": row["a"]["b"]), format
-PARTS = {"wait_s": "reading", "manage_s": "management", "compute_s": "compute"}  # of a token's time, and their colours
+Column = tuple[str, str, Callable[[Any], str]]  # heading, path of the value in a row ("a.b": row["a"]["b"]), format
+PARTS = {"wait_s": "reading", "manage_s": "management", "compute_s": "compute"}  # part of a token's time -> colour
 
 
 def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per token: bytes, reads, and in seconds what it was made of; means, and spreads of the total and of reading.
+    """Means per token of bytes, reads and the parts of its time, and spreads of the total time and of reading.
 
-    samples: Counters of every token as dictionaries; a replay of reads has no `total_s`.
+    samples: Counters of every token as dictionaries. A replay of reads has no `total_s`.
     """
 
     def mean(key: str) -> float:
@@ -49,9 +47,9 @@ def figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All runs of one contender together: the figures of their tokens, and what the first run tells besides.
+    """The row of one contender: the figures of the tokens of all its runs, and the other fields of the first run.
 
-    A row with "killed" has no figures: the kernel killed a run for memory.
+    A row with "killed" has no figures, because the kernel killed a run for memory.
     """
     row: dict[str, Any] = {key: value for key, value in runs[0].items() if key != "samples"}
     row["killed"] = any(run["killed"] for run in runs)
@@ -92,7 +90,7 @@ def mb(count: float | None) -> str:
 
 
 def shown(template: str, factor: float = 1) -> Callable[[float | None], str]:
-    """A format of numbers, of which None is "-"."""
+    """A format for numbers that shows None as "-"."""
     return lambda value: "-" if value is None else template.format(value * factor)
 
 
@@ -106,12 +104,12 @@ def largest_share(shares: dict[str, float | None]) -> str:
 
 
 def show_head(result: dict[str, Any]) -> None:
-    """Prints what was measured: the model, its memory, the disk."""
+    """Prints the conditions of a measurement: the model, its memory, the disk."""
     experts = ""
     if result["streams"] == "experts":
         experts = (
             f", {result['layers']} layers of {result['experts']} experts of {result['expert_bytes'] / 1e6:.2f} MB, "
-            f"{result['choices']} for a token"
+            f"{result['choices']} per token"
         )
     print(
         f"\n{result['model']}: {result['weights_bytes'] / 1e9:.3f} GB of weights{experts}; {result['prompt']} tokens "
@@ -126,7 +124,7 @@ def show_head(result: dict[str, Any]) -> None:
         print(f"memory: {result['budget_bytes'] / 1e6:,.0f} MB{share}")
     first = result["disk_first"]
     print(f"disk: {first['state']}")
-    print(f"in sequence {first['bytes'] / first['seconds'] / 1e9:.2f} GB/s when every byte was read for the first time")
+    print(f"sequential rate: {first['bytes'] / first['seconds'] / 1e9:.2f} GB/s when every byte was first read")
     held = [f"{fine_percent(share)} of {name}" for name, share in result["cached_share_after"].items()]
     print(f"in the page cache after the run: {', '.join(held)}\n")
 
@@ -151,14 +149,14 @@ EXPERT_COLUMNS += [("mean ms", "total_s", ms), MEDIAN, P90, ("prompt s", "prompt
 EXPERT_COLUMNS += [("first token s", "first_token_s", two_digits), ("load s", "load_s", two_digits)]
 EXPERT_COLUMNS += [("written MB", "written_bytes", mb), ("cached", "cached_share_after", largest_share)]
 EXPERT_NOTE = (
-    "slots: of all experts. first token: from the start of the process. written: to the disk, by the process. "
-    "cached: of the checkpoint,\nin the page cache after the side; what was there before is dropped. in sequence: "
-    "GB/s of the disk just before."
+    "slots: share of all experts with a slot. first token: from the start of the process. written: by the process to "
+    "the disk.\ncached: share of the checkpoint in the page cache after the run; it is dropped before the run.\n"
+    "in sequence: sequential GB/s of the disk just before."
 )
 
 
 def columns_table(head: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Prints a line for every row, its name under `head`. A killed run shows its limit and says so."""
+    """Prints a line for every row, with its name under `head`. A killed run shows its limit and "killed for memory"."""
     lines = []
     for row, name in zip(rows, names, strict=True):
         if row.get("killed"):
@@ -177,7 +175,7 @@ def value_at(row: Any, where: str) -> Any:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns as wide as they need: the first to the left, the others to the right."""
+    """Prints columns as wide as needed. The first is aligned left, the others right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
@@ -188,13 +186,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def title(figure: Any, finding: str, measured: str) -> None:
-    """Writes what was found in bold over the whole figure, and what was measured below."""
+    """Writes the finding in bold above the figure, and a line about the measurement below it."""
     figure.suptitle(f"{finding}\n", x=0.012, ha="left", fontsize=11, fontweight="bold")
     figure.text(0.012, 1 - 0.36 / figure.get_figheight(), measured, fontsize=9, va="top", color="#555555")
 
 
 def measured(result: dict[str, Any]) -> str:
-    """What a plot's second line says of a comparison under one budget."""
+    """A plot's second line, for a comparison under one budget."""
     budget, weights = result["budget_bytes"] / 1e9, result["weights_bytes"] / 1e9
     return f"{result['model']}; {budget:.2f} GB of memory for {weights:.2f} GB of weights and the process"
 
@@ -202,7 +200,7 @@ def measured(result: dict[str, Any]) -> str:
 def stack(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], ratios: Sequence[str] = ()) -> None:
     """Draws a bar for every row: the parts of a token's time, and below it the reading that compute hides.
 
-    ratios: what stands beside the time of each bar, if anything does.
+    ratios: text to show beside the time of each bar.
     """
     longest = max(max(row["total_s"], row["hidden_s"]) for row in rows) * 1e3
     for y, row in enumerate(rows):
@@ -230,4 +228,4 @@ def stack(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], ratio
 def stack_legend(top: Any, bottom: Any) -> None:
     """Names the parts above the first panel of bars, and the unit below the last one."""
     top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, borderaxespad=0.2)
-    bottom.set_xlabel("ms per token (mean, first tokens counted)")
+    bottom.set_xlabel("ms per token (mean, including the first tokens)")

@@ -1,4 +1,4 @@
-"""Who goes when a cache is full: the rules that were tried, each on the engine's own book-keeping."""
+"""Eviction rules for a full cache, built on the engine's own book-keeping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_flash.flash.slot_cache import SlotCache
 
-ENDLESS = 10**6  # tokens: a window, or a half-life, longer than any text
+ENDLESS = 10**6  # tokens; a window or a half-life longer than any text
 NEVER = 2**31 - 1
 
 
@@ -17,14 +17,14 @@ def least_recent(units: int, slots: int) -> SlotCache:
 
 
 def fading(units: int, slots: int, half_life: float) -> SlotCache:
-    """Frequency of use that fades by half in so many tokens; the engine's rule with another half-life."""
+    """Evicts by frequency of use that halves every `half_life` tokens: the engine's rule with another half-life."""
     cache = SlotCache(units, slots)
     cache.use_weight_growth = 2 ** (1 / half_life)
     return cache
 
 
 class Pinned(SlotCache):
-    """The units `hot` stay once they are here, as long as there is another to go; the rest by least-recent use."""
+    """Keeps the units `hot` while another unit can be evicted. Evicts the others by least-recent use."""
 
     def __init__(self, units: int, slots: int, hot: np.ndarray) -> None:
         super().__init__(units, slots, ENDLESS)
@@ -38,17 +38,17 @@ class Pinned(SlotCache):
 
 
 def hottest(calibration: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the units that were used most. calibration: bool (tokens, units)"""
+    """The ids of the most used units. calibration: bool (tokens, units)"""
     return np.argsort(-calibration.sum(axis=0), kind="stable")[:count]
 
 
 def run(cache: SlotCache, sets: Iterable[np.ndarray]) -> np.ndarray:
-    """Misses of every token, int (tokens,), for the ids that each needs; in rounds where they are more than slots."""
+    """Misses of every token, int (tokens,). sets: the ids that each token needs."""
     return np.array([step(cache, units) for units in sets])
 
 
 def step(cache: SlotCache, units: np.ndarray) -> int:
-    """One token as the engine does it. Returns its misses."""
+    """Serves one token as the engine does, in rounds if it needs more units than slots. Returns its misses."""
     cache.mark_used(units)
     misses = 0
     for begin in range(0, len(units), max(1, cache.slots)):
@@ -59,9 +59,9 @@ def step(cache: SlotCache, units: np.ndarray) -> int:
 
 
 def clairvoyant(mask: np.ndarray, slots: int) -> np.ndarray:
-    """Misses of every token if whoever is needed last goes first (Belady): no rule can do better. bool (T, U) -> (T,)
+    """Misses of every token if the unit needed last is evicted first (Belady), the optimum. bool (T, U) -> (T,)
 
-    All that a token needs is here at once; where that is more than there are slots, the rest goes past them.
+    A token has all its units at once. If they are more than the slots, the rest take no slot.
     """
     following = next_use(mask)
     held = np.zeros(mask.shape[1], bool)
@@ -79,7 +79,7 @@ def clairvoyant(mask: np.ndarray, slots: int) -> np.ndarray:
 
 
 def next_use(mask: np.ndarray) -> np.ndarray:
-    """The first later token that needs a unit, NEVER if none does. bool (T, U) -> int32 (T, U)"""
+    """The next later token that needs each unit, or NEVER. bool (T, U) -> int32 (T, U)"""
     following = np.empty(mask.shape, np.int32)
     coming = np.full(mask.shape[1], NEVER, np.int32)
     for token in range(len(mask) - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""Ways of reading random pieces of a file, timed alike: our reader, a plain Python loop, and fio."""
+"""Times ways to read random pieces of a file: our reader, a plain Python loop, and fio."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, ReadReport, Ticket
 from mlx_flash.flash.unit_file import Int64Array, UnitFile
 
-BATCH_READS = 200  # about what a token misses in a layer
-BATCH_BYTES = 32 << 20  # at most, so that batches of large pieces stay small beside memory
+BATCH_READS = 200  # about the misses of a token in a layer
+BATCH_BYTES = 32 << 20  # limit that keeps batches of large pieces small compared with memory
 BATCHES_IN_FLIGHT = 3
-OFFSETS = 1 << 14  # drawn ahead, so that drawing them is not timed
+OFFSETS = 1 << 14  # offsets are drawn in advance, so that drawing them is not timed
 
 
 @dataclass
 class ReadRate:
-    """One method at one piece size and depth for a moment.
+    """A sample of one method at one piece size and number of threads.
 
-    batch_seconds: per batch, for methods that drain. cpu_seconds: of all threads; None where something else ran too.
+    batch_seconds: time per batch, for methods that drain. cpu_seconds: total of all threads; None if other work ran.
     """
 
     bytes: int = 0
@@ -49,10 +49,10 @@ def batch_reads(piece_bytes: int) -> int:
 
 
 class Pieces:
-    """Random pieces of a file and the memory they go to: a pool as the runtime's, a ring of BATCHES_IN_FLIGHT batches.
+    """Random pieces of a file, and a pool like the runtime's to read them into: a ring of BATCHES_IN_FLIGHT batches.
 
-    Offsets are multiples of the piece, in no order, as fio's: what adjoins in the file seldom follows in a batch, so
-    that a read stays one piece (the reader cuts pieces beyond 1.5 MiB itself).
+    Offsets are random multiples of the piece size, as in fio. Adjacent pieces are rarely neighbours in a batch, so the
+    reader does not merge them (it splits pieces beyond 1.5 MiB itself).
     """
 
     def __init__(self, file: UnitFile, piece_bytes: int, seed: int) -> None:
@@ -66,15 +66,18 @@ class Pieces:
         self.use_slots(BATCHES_IN_FLIGHT * self.reads)
 
     def use_slots(self, slots: int) -> None:
-        """Lets the reads go to so many places, in turn. One per thread is what fio has: they stay in the processor's
-        cache, or the hypervisor's, which the many slots of a model do not."""
+        """Makes the reads use so many destinations in turn.
+
+        fio uses one per thread. So few stay in the cache of the processor or the hypervisor; a model's many slots do
+        not.
+        """
         places = np.arange(BATCHES_IN_FLIGHT * self.reads) % slots
-        # From the middle: the pool's ends are not in huge pages.
+        # Start in the middle, because the pool's ends are not in huge pages.
         places = (len(places) // 2 + places) % len(places)
         self._addresses = (self._pool.address + places * self.piece_bytes).reshape(BATCHES_IN_FLIGHT, self.reads)
 
     def place(self, index: int) -> memoryview:
-        """Where `use_slots` lets the read number `index` go."""
+        """The destination of read number `index`."""
         start = int(self._addresses.flat[index % self._addresses.size]) - self._pool.address
         return memoryview(self._pool.array)[start : start + self.piece_bytes]  # type: ignore[arg-type]
 
@@ -86,9 +89,9 @@ class Pieces:
 
 
 def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
-    """Submits the next batch before waiting for the oldest, as fio's threads never wait for each other."""
+    """Submits the next batch before it waits for the oldest, because fio's threads never wait for each other."""
     pending = deque(pieces.submit(reader) for _ in range(BATCHES_IN_FLIGHT))
-    reader.wait(pending.popleft())  # from here to the last wait the queue is full
+    reader.wait(pending.popleft())  # the queue is full from here to the last wait
     sample = ReadRate()
     cpu, began = time.process_time(), time.perf_counter()
     while sample.seconds < seconds:
@@ -101,7 +104,7 @@ def keep_full(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
 
 
 def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
-    """One batch at a time, as a layer of a token without look-ahead reads."""
+    """Reads one batch at a time, like a layer of a token without look-ahead."""
     sample = ReadRate()
     cpu = time.process_time()
     while sample.seconds < seconds:
@@ -114,9 +117,9 @@ def drain_batches(reader: Reader, pieces: Pieces, seconds: float) -> ReadRate:
 
 
 def drain_beside_work(reader: Reader, pieces: Pieces, seconds: float, work_seconds: float) -> ReadRate:
-    """As `drain_batches`, with a pure Python loop on the submitting thread for `work_seconds` before it waits.
+    """Like `drain_batches`, but the submitting thread runs a pure Python loop for `work_seconds` before it waits.
 
-    A batch's time is what the reader reports, to the last byte: how long the loop goes on after that is not in it.
+    A batch's time is the reader's own, up to the last byte. It does not include the rest of the loop.
     """
     sample = ReadRate()
     until = time.perf_counter() + 2 * seconds  # the loop may outlast the reads
@@ -136,7 +139,7 @@ def _count(sample: ReadRate, report: ReadReport, pieces: Pieces) -> None:
 
 
 def _compute(until: float) -> int:
-    """A busy interpreter, as one that builds a graph is."""
+    """Keeps the interpreter busy, like building a graph."""
     total = 0
     while time.perf_counter() < until:
         for i in range(200):
@@ -145,10 +148,10 @@ def _compute(until: float) -> int:
 
 
 def loop_in_python(pieces: Pieces, threads: int, seconds: float, busy: bool) -> ReadRate:
-    """`threads` Python threads that call preadv in a loop; with `busy` the main thread computes meanwhile."""
+    """Runs `threads` Python threads that call preadv in a loop. If `busy`, the main thread computes meanwhile."""
     start = threading.Barrier(threads + 1)
     stop = threading.Event()
-    counts = [0] * threads  # bytes
+    counts = [0] * threads  # bytes read by each thread
     failures: list[BaseException] = []
     file = pieces.file
     shares = [pieces.offsets[i::threads].tolist() for i in range(threads)]
@@ -189,10 +192,10 @@ def find_fio() -> str | None:
 
 
 def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: int, seconds: float) -> ReadRate:
-    """The same reads by fio, one at a time in each of its threads. Raises FlashError if it fails."""
+    """Makes the same reads with fio, one at a time in each of its threads. Raises FlashError if fio fails."""
     milliseconds = max(1, round(seconds * 1e3))
-    # The memory of our reader, huge pages: without them fio is two to four times slower here, and no ceiling.
-    # glibc's malloc asks for them in large blocks only, hence the 4 MiB that no read is as long as.
+    # fio gets huge pages, like our reader. Without them it is two to four times slower here and not a ceiling.
+    # glibc's malloc only uses them for large blocks, so a block size of 4 MiB is declared with 0 % of the reads.
     largest = max(piece_bytes, 4 << 20)
     blocks = f"{piece_bytes}/100" + (f":{largest}/0" if largest > piece_bytes else "")
     settings = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -209,12 +212,12 @@ def run_fio(program: str, path: Path, direct: bool, piece_bytes: int, threads: i
     command += ["--output-format=json"]
     done = subprocess.run(command, capture_output=True, text=True, env=settings)
     try:
-        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]  # warnings stand before it
+        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]  # warnings come before the JSON
         read, elapsed = job["read"], job["read"]["runtime"] * 1e-3
         if done.returncode or job["error"] or not elapsed:
             raise ValueError
     except (ValueError, LookupError):
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise FlashError(f"fio failed (exit code {done.returncode}): {said[0]}. Leave it out with --no-fio.") from None
-    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * elapsed * threads  # shares of all threads' time
+    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * elapsed * threads  # fio reports percentages of all threads' time
     return ReadRate(read["io_bytes"], elapsed, read["total_ios"], cpu)

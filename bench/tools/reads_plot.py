@@ -1,4 +1,4 @@
-"""The figure of `reads`: throughput by piece size, by depth on the left, by method at the best depth on the right."""
+"""Draws the figure of `reads`: throughput by piece size. Left: by thread count. Right: by method at the best count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from .report import COLOURS
 
-# (key, label, colour, style) in the order in which they are drawn, the ceiling on top
+# (key, label, colour, style) in drawing order; the ceiling is on top
 LINES = (
     ("python_busy", "Python threads, busy main thread", COLOURS["other"], ":"),
     ("python", "Python threads", COLOURS["other"], "-"),
@@ -19,7 +19,7 @@ LINES = (
 
 
 def draw(figure: Any, result: dict[str, Any], typical: list[dict[str, Any]]) -> None:
-    """typical: the rows that the headline speaks of."""
+    """Draws the two panels. typical: the rows that the headline is about."""
     from matplotlib import colormaps
 
     left, right = figure.subplots(1, 2, sharey=True)
@@ -60,13 +60,13 @@ def draw(figure: Any, result: dict[str, Any], typical: list[dict[str, Any]]) -> 
 
 
 def headline(result: dict[str, Any], some: list[dict[str, Any]]) -> str:
-    """The finding: which share of the ceiling the reader has at the best depth, where neurons are."""
+    """The finding: the reader's share of the ceiling at the best number of threads and the sizes of neurons."""
     shares = [f"{row['methods']['kept_full']['ratio']:.0%}" for row in some]
     low, high = min(shares, key=lambda s: float(s[:-1])), max(shares, key=lambda s: float(s[:-1]))
     sizes = sorted(row["piece_bytes"] for row in some)
     ceiling = "fio's rate" if result["ceiling"] == "fio" else "the best rate measured"
     return (
-        f"At {result['best_threads']} threads and {_short(sizes[0])}-{_short(sizes[-1])} the reader has "
+        f"At {result['best_threads']} threads and {_short(sizes[0])}-{_short(sizes[-1])} the reader reaches "
         f"{low if low == high else f'{low} to {high}'} of {ceiling} ({result['cache']})"
     )
 
@@ -77,7 +77,7 @@ def _line(rows: list[dict[str, Any]], threads: int, key: str) -> tuple[list[int]
 
 
 def _label(axes: Any, labels: list[tuple[int, float, str, Any]]) -> None:
-    """Names at the lines' ends, moved apart where they would overlap."""
+    """Writes names at the lines' ends and moves them apart if they would overlap."""
     top = max(line.get_ydata().max() for line in axes.get_lines())
     axes.set_ylim(0, 1.05 * top)
     room = 0.065 * top
@@ -85,7 +85,7 @@ def _label(axes: Any, labels: list[tuple[int, float, str, Any]]) -> None:
     heights: list[float] = []
     for _, y, _, _ in labels:
         heights.append(max([y, *(last + room for last in heights[-1:])]))
-    for i in reversed(range(len(heights))):  # back below the top
+    for i in reversed(range(len(heights))):  # move them back below the top
         heights[i] = min(heights[i], top - (len(heights) - 1 - i) * room)
     for (x, y, text, colour), height in zip(labels, heights, strict=True):
         axes.annotate(

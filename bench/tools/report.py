@@ -1,4 +1,4 @@
-"""What the measurements share: where they ran, medians and spreads, a JSON file, a plot and a last line."""
+"""Shared parts of the results: the environment, medians and spreads, a JSON file, a plot and a last line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlx_flash.flash.system import available_memory_bytes
 
 FOLDER = Path("bench-results")
 
-# One hue per thing, the same in every plot; told apart by the colour-blind, and in grey (Okabe and Ito's set).
+# One hue per thing, the same in every plot. Colour-blind readers can tell them apart, even in grey (Okabe and Ito).
 COLOURS = {
     "reading": "#0072B2",
     "management": "#E69F00",
@@ -56,27 +56,27 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def writable_folder(text: str) -> Path:
-    """An argparse type: a folder to write into, there or to be made. Asked for before a long measurement."""
+    """An argparse type for an output folder, which may not exist yet. Checks it before a long measurement."""
     folder = Path(text)
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used ({error.strerror}): choose another folder") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({error.strerror}); choose another folder") from None
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is not a folder: choose another one")
+        raise argparse.ArgumentTypeError(f"{there} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{there} cannot be written to: choose another folder")
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to; choose another folder")
     return folder
 
 
 def spread(samples: Iterable[float]) -> dict[str, float]:
-    """Median, 90th and 99th percentile; never a mean alone."""
+    """Median, 90th and 99th percentile, because a mean alone hides outliers."""
     median, p90, p99 = np.percentile(np.fromiter(samples, np.float64), (50, 90, 99)).tolist()
     return {"median": median, "p90": p90, "p99": p99}
 
 
 def environment(path: Path) -> dict[str, Any]:
-    """Commit, machine, the disk that holds `path`, free memory (bytes), versions."""
+    """The commit, the machine, the disk that holds `path`, free memory in bytes, and versions."""
     usage = psutil.disk_usage(str(path))
     return {
         "mlx_flash": __version__,
@@ -103,20 +103,20 @@ def describe(where: dict[str, Any]) -> str:
 
 
 def refuse_to_swap(needed_bytes: int, what: str, force: bool) -> None:
-    """Raises UsageError where `what` does not fit in free memory, unless told to go on."""
+    """Raises UsageError if `what` does not fit in free memory, unless forced."""
     free = available_memory_bytes()
     if needed_bytes > free and not force:
         raise UsageError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the machine would swap. "
+            f"{what} needs {needed_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: the machine would swap. "
             "Close other programs, choose a smaller model, or pass --force."
         )
 
 
 def cached_share(path: Path) -> float | None:
-    """Share of a file's pages that the operating system holds in its page cache; None where that cannot be asked.
+    """The share of a file's pages in the page cache; None if the system cannot tell.
 
-    With direct reading it should stay near 0: then a run is cold as far as this machine's memory goes. What the disk
-    itself, or a hypervisor below it, remembers, nobody can ask.
+    With direct reading it should stay near 0. A run is then cold as far as this machine's memory is concerned. The
+    caches of the disk itself and of a hypervisor below it cannot be examined.
     """
     import mmap
 
@@ -139,7 +139,7 @@ def cached_share(path: Path) -> float | None:
 
 
 def forget_cached(path: Path) -> None:
-    """Asks the operating system to drop a file's pages; where it cannot, nothing happens."""
+    """Asks the operating system to drop a file's pages. Does nothing on systems without such a call."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -155,9 +155,9 @@ def finish(
 ) -> None:
     """Writes NAME.json and NAME.png into `folder`, shows the result and prints it as the last line.
 
-    draw: fills a matplotlib Figure. result: with "environment", which stands small at the plot's foot. show: prints
-    the table; after writing, as the reader of standard output may be gone. What is written is whole, and what cannot
-    be written is printed all the same. Raises FlashError where the folder does not take the files.
+    draw: fills a matplotlib Figure. result: includes "environment", which is printed at the plot's foot. show: prints
+    the table. It runs after the files are written, because the reader of standard output may be gone. A written file
+    is complete, and the result is printed even if a file cannot be written. Raises FlashError in that case.
     """
     body = {"command": name, **result}
     written = f"not written: {folder / name}.png"
@@ -177,8 +177,8 @@ def finish(
         written = f"written: {folder / name}.json, {folder / name}.png"
     except OSError as error:
         raise FlashError(
-            f"not all results could be written into {folder} ({error.strerror}); standard output ends with them. "
-            "Free some room there, or choose another --output."
+            f"not all results could be written into {folder} ({error.strerror}); the last line of standard output "
+            "has them. Free some room there, or choose another --output."
         ) from None
     finally:
         show()
@@ -188,7 +188,7 @@ def finish(
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end: what stands there is whole, whatever interrupts."""
+    """Yields a temporary path and renames it to `path` at the end, so that an interruption leaves no partial file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -198,7 +198,7 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def require_plots() -> None:
-    """Raises UsageError without matplotlib: asked for before a long measurement, not after it."""
+    """Raises UsageError if matplotlib is missing. Call it before a long measurement, not after it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -206,7 +206,7 @@ def require_plots() -> None:
 
 
 def _commit() -> str:
-    """The commit of the clone that is run, "+" if it was changed; "unknown" outside of one."""
+    """The commit of this clone, with "+" if files were changed; "unknown" outside of a clone."""
     here = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(here)]
@@ -228,7 +228,7 @@ def _processor() -> str:
 
 
 def _file_system(path: Path) -> str:
-    """The kind of the file system that holds `path`, as "ext4"."""
+    """The kind of the file system that holds `path`, such as "ext4"."""
     target = os.path.realpath(path)
     held = [p for p in psutil.disk_partitions(all=True) if os.path.commonpath([target, p.mountpoint]) == p.mountpoint]
     return max(held, key=lambda p: len(p.mountpoint)).fstype if held else "unknown"

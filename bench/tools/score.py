@@ -1,4 +1,4 @@
-"""Perplexity through the decode way, alone and beside the dense model: what a predictor costs in quality."""
+"""Perplexity on the decode path, alone and beside the dense model, which shows the quality lost by a predictor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_flash.flash.host_arrays import to_numpy
 
 @dataclass(frozen=True)
 class Score:
-    """nats: summed negative log-likelihood of `tokens` tokens."""
+    """The score of a text. nats: summed negative log-likelihood of `tokens` tokens."""
 
     nats: float
     tokens: int
@@ -28,7 +28,7 @@ class Score:
 
 
 def windows(ids: list[int], prefix: list[int], window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cuts `ids` into windows of `window` positions, each begun with `prefix`: (given, targets), int32 (T,) each."""
+    """Cuts `ids` into windows of `window` positions that begin with `prefix`: (given, targets), int32 (T,) each."""
     body = window - len(prefix)
     for begin in range(0, len(ids), body):
         line = np.array([*prefix, *ids[begin : begin + body]], np.int32)
@@ -44,9 +44,9 @@ def score(
     step: int,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Score:
-    """Scores `ids` in windows of `window` positions, each begun with `prefix`, `step` tokens per call.
+    """Scores `ids` in windows of `window` positions that begin with `prefix`, with `step` tokens per call.
 
-    A step of at most the store's `decode_tokens` goes the decode way: each position with its own selection.
+    A step of at most the store's `decode_tokens` takes the decode path, where each position has its own selection.
     """
     nats, count = 0.0, 0
     for given, targets in windows(ids, prefix, window):
@@ -70,8 +70,8 @@ class Comparison:
 
     nats: float = 0.0  # summed negative log-likelihood
     dense_nats: float = 0.0
-    agreed: int = 0  # tokens at which both hold the same one to be the likeliest
-    losses: list[float] = field(default_factory=list)  # how much likelier the dense model held each token, in nats
+    agreed: int = 0  # tokens for which both models have the same likeliest token
+    losses: list[float] = field(default_factory=list)  # dense - streamed log-probability of each token, in nats
     divergences: list[float] = field(default_factory=list)  # KL(dense || streamed) at every token, in nats
 
     @property
@@ -84,16 +84,16 @@ class Comparison:
 
     @property
     def rise(self) -> float:
-        """Of the perplexity, as a share of the dense one."""
+        """The rise of the perplexity, as a share of the dense model's."""
         return math.expm1(math.fsum(self.losses) / len(self.losses))
 
     @property
     def rise_error(self) -> float:
-        """Standard error of `rise`: by how much it would differ on other tokens of this kind."""
+        """The standard error of `rise`, which estimates its variation over other texts of this kind."""
         return float(np.std(self.losses)) / math.sqrt(len(self.losses)) * (1 + self.rise)
 
     def add(self, dense: np.ndarray, streamed: np.ndarray, targets: np.ndarray) -> None:
-        """dense, streamed: logits (n, V). targets: (n,)"""
+        """Adds n tokens. dense, streamed: logits (n, V). targets: (n,)"""
         p, q = log_softmax(dense), log_softmax(streamed)
         rows = np.arange(len(targets))
         dense_here, here = p[rows, targets], q[rows, targets]
@@ -102,18 +102,18 @@ class Comparison:
         self.losses += (dense_here - here).tolist()
         self.agreed += int(np.count_nonzero(p.argmax(axis=-1) == q.argmax(axis=-1)))
         divergence = (np.exp(p) * (p - q)).sum(axis=-1)
-        self.divergences += np.maximum(divergence, 0).tolist()  # where both are equal, rounding may leave -1e-16
+        self.divergences += np.maximum(divergence, 0).tolist()  # rounding may give -1e-16 for equal models
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64: in float32 the divergence of two models that hardly differ would be all rounding."""
+    """Log-softmax in float64. In float32 the divergence of two similar models would be only rounding noise."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @contextmanager
 def all_neurons(model: Any) -> Iterator[None]:
-    """Within it the streamed model is the dense one: every call goes the prompt way, however short it is."""
+    """Turns the streamed model into the dense one: within the block, even short calls take the prefill path."""
     limits = [layer.mlp.decode_tokens for layer in model.layers]
     for layer in model.layers:
         layer.mlp.decode_tokens = 0
@@ -125,7 +125,7 @@ def all_neurons(model: Any) -> Iterator[None]:
 
 
 class Tapped:
-    """Stands in a layer's place and keeps what it puts out."""
+    """Wraps a layer and keeps its last output."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -140,9 +140,9 @@ class Tapped:
 
 
 def dense_hidden(model: Any, given: np.ndarray, cache: list[Any]) -> list[mx.array]:
-    """What the dense model's `head` is given, in chunks of PREFILL_TOKENS tokens: (n, D) each.
+    """The inputs of the dense model's `head`, in chunks of PREFILL_TOKENS tokens: (n, D) each.
 
-    Each chunk reads every layer's neurons once. Logits, which are larger by far, are made of it when they are used.
+    Each chunk reads every layer's neurons once. Logits are far larger, so the caller computes them when it needs them.
     """
     chunks, last = [], Tapped(model.layers[-1])
     model.layers[-1] = last
@@ -167,13 +167,13 @@ def compare(
     prefix: list[int],
     progress: Callable[[int], object] = lambda _: None,
 ) -> Comparison:
-    """Scores `ids` in windows of the planned context: streamed, the decode way, and dense.
+    """Scores `ids` in windows of the planned context, streamed on the decode path and dense.
 
-    Both are the one streamed model, so that it does not matter whether the dense one would fit into memory.
+    Both are the same streamed model, so the dense model need not fit into memory.
     """
     result, step = Comparison(), model.flash.manifest.decode_tokens
     for given, targets in windows(ids, prefix, model.flash.plan.context):
-        chunks = dense_hidden(model, given, make_cache())  # its KV cache is gone before the next one is made
+        chunks = dense_hidden(model, given, make_cache())  # frees this KV cache before the next one is made
         cache = make_cache()
         for begin, hidden in zip(range(0, len(given), PREFILL_TOKENS), chunks, strict=True):
             for at in range(0, len(hidden), step):

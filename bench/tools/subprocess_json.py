@@ -1,4 +1,4 @@
-"""A question to a process of its own, in a memory cgroup if one is given: JSON in, one line of JSON out."""
+"""Calls a function in a child process, in a memory cgroup if one is given: JSON in, one line of JSON out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class KilledError(FlashError):
 
 
 def ask(part: str, question: Sequence[Any], name: str, group: MemoryGroup | None = None) -> dict[str, Any]:
-    """What `answer` tells in `python -m part`; name: what the process is called in an error.
+    """Runs `python -m part` and returns the result of its `answer`. name: the name of the process in errors.
 
-    It compiles nothing into files (-B): what it writes to the disk is the model's doing. Raises KilledError, or
-    FlashError or UsageError as the process did.
+    The process writes no compiled files (-B), so that everything it writes to the disk comes from the model. Raises
+    KilledError, or FlashError or UsageError as the process did.
     """
     command = [sys.executable, "-B", "-m", part, json.dumps(question)]
     environment = child_environment()
@@ -38,7 +38,7 @@ def ask(part: str, question: Sequence[Any], name: str, group: MemoryGroup | None
 
 
 def answer(work: Callable[..., dict[str, Any]]) -> None:
-    """The child's whole work: what it was asked goes to `work`; errors are left to `ask`."""
+    """Passes the question to `work` in the child process and prints its result, or the error for `ask` to raise."""
     try:
         print(json.dumps(work(*json.loads(sys.argv[1]))))
     except (FlashError, OSError) as error:

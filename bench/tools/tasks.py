@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval, the streamed model beside the dense one; with mlx-lm's hook for lm-eval."""
+"""Runs zero-shot tasks of lm-eval on the streamed and the dense model, through mlx-lm's hook for lm-eval."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mlx_flash.errors import FlashError, UsageError
 from .score import all_neurons
 
 SCORED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood")
-DENSE_STEP = PREFILL_TOKENS // 4  # tokens per call: the hook makes the logits of all of them
+DENSE_STEP = PREFILL_TOKENS // 4  # tokens per call; few, because the hook computes the logits of all of them
 
 
 def find(names: str) -> list[Any]:
-    """lm-eval's tasks, their data sets loaded, for names, YAML files and folders of such, separated by commas.
+    """Loads lm-eval's tasks and their data sets. names: tasks, YAML files and folders of them, separated by commas.
 
-    Raises UsageError without lm-eval, for a name it does not know, and for a task that needs text to be generated;
-    FlashError where a data set cannot be loaded.
+    Raises UsageError if lm-eval is missing, a name is unknown, or a task needs generated text. Raises FlashError if a
+    data set cannot be loaded.
     """
     try:
         import lm_eval  # noqa: F401
@@ -28,21 +28,21 @@ def find(names: str) -> list[Any]:
         raise UsageError('--tasks needs lm-eval: `pip install "mlx-flash-runtime[eval]"` (-e ".[eval]")') from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import mlx_lm.evaluate  # noqa: F401  # large, and wanted later: the plan counts what is here before it is made
+    import mlx_lm.evaluate  # noqa: F401  # large and needed later, so the plan must count it
     from lm_eval.tasks import TaskManager
 
     wanted = [name.strip() for name in names.split(",")]
     if not all(wanted):
         raise UsageError(f"--tasks is {names!r}, expected names or paths separated by commas.")
     folders = [name for name in wanted if Path(name).is_dir()]
-    known = not all(Path(name).exists() for name in wanted)  # lm-eval's own are thousands of files to look through
+    known = not all(Path(name).exists() for name in wanted)  # lm-eval's own tasks are thousands of files to search
     manager = TaskManager(include_path=folders or None, include_defaults=known)
     specs = []
     for name in wanted:
         if name in folders:
             own = TaskManager(include_path=name, include_defaults=False).all_subtasks
             if not own:
-                raise UsageError(f"--tasks: the folder {name} holds no task file of lm-eval's (*.yaml with a `task`).")
+                raise UsageError(f"--tasks: the folder {name} has no lm-eval task file (*.yaml with a `task`).")
             specs += own
         elif Path(name).is_file() or name in manager.all_tasks:
             specs.append(name)
@@ -52,29 +52,29 @@ def find(names: str) -> list[Any]:
             )
     try:
         loaded = list(manager.load(specs)["tasks"].values())
-    except Exception as error:  # of the data set's host, its library, the YAML file: many unrelated kinds
+    except Exception as error:  # the data set's host, its library and the YAML parser raise many unrelated kinds
         raise FlashError(
             f"--tasks {names}: loading the tasks and their data sets failed: {error}. "
-            "Data sets are downloaded once; are you online, and is every task file sound?"
+            "Data sets are downloaded once. Check that you are online and that every task file is valid."
         ) from None
     for task in loaded:
         kind = task.get_config("output_type")
         if kind not in SCORED_BY_LIKELIHOOD:
             raise UsageError(
-                f"--tasks: {task.task_name} is of the kind {kind}; this command scores answers by their likelihood "
-                f"({', '.join(SCORED_BY_LIKELIHOOD)})."
+                f"--tasks: {task.task_name} is of the kind {kind}; this command only runs tasks that are scored by "
+                f"likelihood ({', '.join(SCORED_BY_LIKELIHOOD)})."
             )
     return loaded
 
 
 def language_model(model: Any, tokenizer: Any, step: int) -> Any:
-    """mlx-lm's hook around a model that is loaded already, called with at most `step` tokens."""
+    """Wraps a loaded model in mlx-lm's hook, with at most `step` tokens per call."""
     from lm_eval.api.model import LM
     from mlx_lm.evaluate import MLXLM
 
-    class LoadedLM(MLXLM):  # type: ignore[misc]  # as good as untyped
+    class LoadedLM(MLXLM):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
-            LM.__init__(self)  # not MLXLM's own, which loads a model from a path
+            LM.__init__(self)  # skips MLXLM.__init__, which loads a model from a path
             self._model, self.tokenizer = model, tokenizer
             self._max_tokens = model.flash.plan.context  # longer questions lose their beginning
             self._batch_size = 1
@@ -91,7 +91,7 @@ def language_model(model: Any, tokenizer: Any, step: int) -> Any:
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any], limit: int | None) -> list[dict[str, Any]]:
-    """A row for every task and metric: the dense model's value, the streamed one's, lm-eval's standard error."""
+    """A row for every task and metric: the dense and the streamed model's values, and lm-eval's standard error."""
     with all_neurons(model):
         dense = _run(language_model(model, tokenizer, DENSE_STEP), tasks, limit)
     streamed = _run(language_model(model, tokenizer, model.flash.manifest.decode_tokens), tasks, limit)
@@ -104,7 +104,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any], limit: int | None) ->
             same = sum(answers[question] == answer for question, answer in dense_answers.items())
             shared["same_answer"] = same / len(dense_answers)
         for metric, value in dense["results"][name].items():
-            # Named as "acc,none"; beside it "acc_stderr,none", and the task's alias and counts.
+            # A metric is named "acc,none". Beside it are "acc_stderr,none" and the task's alias and counts.
             base, comma, filtered = metric.partition(",")
             if not comma or base.endswith("_stderr"):
                 continue
@@ -121,7 +121,7 @@ def _run(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:
 
 
 def _answers(samples: list[dict[str, Any]]) -> dict[int, int]:
-    """Which answer each question got: the one of the greatest likelihood."""
+    """The answer to each question: the one with the greatest likelihood."""
     best = {}
     for sample in samples:
         likelihoods = [response[0] for response in sample["filtered_resps"]]

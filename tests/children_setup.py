@@ -1,7 +1,7 @@
-"""What the processes that tests start find on their path, and MLX_FLASH_TEST_DEVICE=cpu: the suite computes on the CPU
-where MLX would take the GPU, in its processes as well.
+"""Sets up the environment of the processes that tests start.
 
-To be imported before mlx-lm, which makes a stream on the default device.
+With MLX_FLASH_TEST_DEVICE=cpu, the suite and its processes compute on the CPU even if MLX would use the GPU. Import
+this file before mlx-lm, which makes a stream on the default device.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pickle
 import tempfile
 from pathlib import Path
 
-# OpenBLAS's threads wait for each other at full load: for the small matrices here that is most of what they do.
+# OpenBLAS's threads wait for each other at full load. For the small matrices here that takes most of their time.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 if (set_threads := getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)) is not None:
-    set_threads(1)  # of one that was loaded before
+    set_threads(1)  # applies to a library that is already loaded
 
 import mlx.core as mx
 
@@ -27,7 +27,7 @@ if ON_CPU:
 
 
 def set_numpy_threads(count: int) -> None:
-    """Of the OpenBLAS that NumPy brings, which has read the environment where NumPy was loaded before this file."""
+    """Sets the threads of NumPy's own OpenBLAS, which has read the environment if NumPy was loaded before this file."""
     import numpy as np
 
     for path in Path(np.__file__).parents[1].glob("numpy.libs/libscipy_openblas*"):
@@ -40,13 +40,13 @@ set_numpy_threads(1)
 
 
 def prepare_children() -> None:
-    """Sets the environment that processes inherit; see in_children/sitecustomize.py.
+    """Sets the environment that child processes inherit; see in_children/sitecustomize.py.
 
-    A process of the suite that imports its helpers has inherited it.
+    A child process that imports this file has inherited it already.
     """
     if "MLX_FLASH_TEST_IMPORTS" in os.environ:
         return
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm sets it, when it is imported first
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # mlx-lm also sets this when it is imported first
     from transformers.utils import import_utils
 
     models = Path(import_utils.__file__).parents[1] / "models"
@@ -55,5 +55,5 @@ def prepare_children() -> None:
     with os.fdopen(handle, "wb") as file:
         pickle.dump(import_utils.define_import_structure(str(models)), file)
     os.environ["MLX_FLASH_TEST_IMPORTS"] = name
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles this package anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each process compiles this package again
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FOR_CHILDREN, os.environ.get("PYTHONPATH")]))

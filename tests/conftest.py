@@ -1,4 +1,4 @@
-"""Fixtures: tiny checkpoints with a tokenizer, converted once per session, and stores that a test may change."""
+"""Fixtures: tiny checkpoints with a tokenizer, stores converted once per session, and copies that a test may change."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ prepare_children()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The suite has a cache folder of its own, which later runs use again: the demo model is converted once."""
-    cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
+    """Gives the suite its own cache folder, which later runs reuse, so that the demo model is converted only once."""
+    cache = getattr(config, "cache", None)  # missing with `-p no:cacheprovider`
     os.environ["MLX_FLASH_CACHE"] = str(cache.mkdir("mlx_flash")) if cache else tempfile.mkdtemp()
 
 
@@ -60,24 +60,24 @@ def pytest_runtest_logfinish() -> None:
     set_right()
 
 
-# A shell starts a background job with Ctrl-C ignored, and children inherit that; tests of Ctrl-C need it.
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that. Tests of Ctrl-C need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The suite tries the same examples every time. Random ones: `pytest --hypothesis-profile=search`.
+# The suite tries the same examples every time. For random ones: `pytest --hypothesis-profile=search`.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("suite")
 
-NOT_STREAMED = ("falcon-11b-like", "persimmon-no-qk-norm")  # The whole model is compared, which is enough for them.
+NOT_STREAMED = ("falcon-11b-like", "persimmon-no-qk-norm")  # only compared as whole models
 GOLDEN_VARIANTS = tuple(sorted({path.parent.name for path in GOLDEN.glob("*/golden.npz")} - {*NOT_STREAMED}))
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTISED = ("4 bits", "gated 8 bits")
 PREDICTORS = ("none", "exact", "lowrank", "shadow")
-PIECES = 3  # of a layer in these stores, and a shorter one
+PIECES = 3  # a layer of these stores has 3 full pieces and a shorter one
 EOS = 0
 
 
 def write_tokenizer(folder: Path, vocab: int = 96) -> None:
-    """A byte-level tokenizer of one token per character, which begins every text with </s>, as OPT's does."""
+    """Writes a byte-level tokenizer with one token per character. Like OPT's, it begins every text with </s>."""
     characters = (string.ascii_letters + "Ġ" + string.digits + string.punctuation)[: vocab - 1]
     tokenizer = Tokenizer(models.BPE(vocab={"</s>": EOS, **{c: i + 1 for i, c in enumerate(characters)}}, merges=[]))
     tokenizer.add_special_tokens(["</s>"])
@@ -90,14 +90,14 @@ def write_tokenizer(folder: Path, vocab: int = 96) -> None:
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
-    """Writes the store's manifest anew, with other fields, and sizes and checksums of the files that are there."""
+    """Rewrites the store's manifest with other fields, and with the sizes and checksums of the present files."""
     manifest = replace(parse_manifest(folder), **changes)
     sizes = {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).exists()}
     entries = {name: {**manifest.files[name], "bytes": size} for name, size in sizes.items()}
     for name, entry in entries.items():
         if "sha256" in entry:
             entry["sha256"] = sha256_of(folder / name)
-        with contextlib.suppress(ValueError):  # a header that is damaged on purpose
+        with contextlib.suppress(ValueError):  # a header that was damaged on purpose
             if "crc32" in entry:
                 entry["crc32"] = tensor_checksums(folder / name)
     (folder / MANIFEST).write_text(replace(manifest, files=entries).to_json())
@@ -105,7 +105,7 @@ def change_manifest(folder: Path, **changes: Any) -> None:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint and the store made of it."""
+    """A checkpoint and the store made from it."""
 
     checkpoint: Path
     store: Path
@@ -116,7 +116,7 @@ class Tiny:
 
     @functools.cached_property
     def dense(self) -> Any:
-        """The plain model in float32, with the numbers that the store has after quantisation."""
+        """The plain model in float32, with the store's numbers after quantisation."""
         config = json.loads((self.checkpoint / "config.json").read_text())
         model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(config))
@@ -136,7 +136,7 @@ class Tiny:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """What the store holds: float32 (layers, parts, neurons, width), read without the engine."""
+        """The store's contents, read without the engine: float32 (layers, parts, neurons, width)."""
         layout = self.manifest.layout
         used = layout.neurons_per_block * layout.bundle_bytes
         raw = np.fromfile(self.store / Manifest.neurons_file, np.uint8).reshape(layout.layers, layout.layer_bytes)
@@ -155,7 +155,7 @@ class Tiny:
 
 
 def unpacked(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
-    """MLX's affine quantisation undone, the lowest bits of a word first: float32 (..., m * 32 / bits) of (..., m)."""
+    """Inverts MLX's affine quantisation, lowest bits of a word first. (..., m) -> float32 (..., m * 32 / bits)"""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     numbers = (packed[..., None] >> shifts & np.uint32(2**bits - 1)).astype(np.float32)
     grouped = numbers.reshape(*scales.shape, -1)
@@ -163,9 +163,9 @@ def unpacked(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: i
 
 
 def make_tiny(folder: Path, checkpoint: Path, vocab: int, **settings: Any) -> Tiny:
-    """Converts; then sets small pieces, and lets every layer select."""
+    """Converts a checkpoint with small pieces, and makes every layer select neurons."""
     write_tokenizer(checkpoint, vocab)
-    # Random matrices are of full rank: within the default memory a low rank would choose every neuron.
+    # Random matrices have full rank. A low-rank predictor within the default memory would choose every neuron.
     convert(checkpoint, folder / "store", Settings(calibration_tokens=1024, predictor_memory=1 << 20, **settings))
     layout = read_manifest(folder / "store").layout
     layout = replace(layout, piece_neurons=layout.blocks // PIECES * layout.neurons_per_block)
@@ -174,7 +174,7 @@ def make_tiny(folder: Path, checkpoint: Path, vocab: int, **settings: Any) -> Ti
 
 
 def several_in_a_block(plan: Callable[..., NeuronLayout]) -> Callable[..., NeuronLayout]:
-    """A plan that puts 16 neurons into a block, as the format allows."""
+    """Returns a plan that puts 16 neurons into a block, which the format allows."""
 
     def planned(*arguments: Any) -> NeuronLayout:
         layout = plan(*arguments)
@@ -186,10 +186,10 @@ def several_in_a_block(plan: Callable[..., NeuronLayout]) -> Callable[..., Neuro
 
 @pytest.fixture(scope="module")
 def one_processor() -> Iterator[None]:
-    """All threads on one processor of a Linux, where a thread that is woken does not interrupt the one that woke it.
+    """Keeps all threads on one processor (Linux), where a woken thread does not interrupt the one that woke it.
 
-    MLX's CPU backend hands every operation to a thread of its own: to wake that on another processor each time takes a
-    third of the time of small models. For files that compute, not for those about threads.
+    MLX's CPU backend hands every operation to a thread of its own. Waking that on another processor takes a third of
+    the time of small models. Use this in files that compute, but not in files about threads.
     """
     if sys.platform != "linux":
         yield
@@ -198,7 +198,7 @@ def one_processor() -> Iterator[None]:
 
     def move(processors: set[int], policy: int) -> None:
         for thread in map(int, os.listdir("/proc/self/task")):
-            with contextlib.suppress(OSError):  # it has ended, or the system does not allow it
+            with contextlib.suppress(OSError):  # the thread has ended, or the system does not allow it
                 os.sched_setaffinity(thread, processors)
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
 
@@ -209,9 +209,10 @@ def one_processor() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """By dtype: random models that do not repeat themselves. By the name of a golden checkpoint: that one.
+    """Makes tiny models by name.
 
-    By one of QUANTISED: neurons each in a block without padding, or several in a padded one.
+    A dtype gives a random model that does not repeat itself. The name of a golden checkpoint gives that checkpoint. A
+    name in QUANTISED gives blocks of one neuron without padding, or padded blocks of several neurons.
     """
 
     @functools.cache
@@ -232,7 +233,7 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         make_checkpoint(checkpoint, neurons=512, dtype=dtype, tie_word_embeddings=False)
         weights: Any = mx.load(str(checkpoint / "model.safetensors"))
         head = np.random.default_rng(1).standard_normal((96, 64), np.float32)
-        # Tied embeddings would make it say the same token for ever.
+        # With tied embeddings the model would repeat one token for ever.
         weights = {**weights, "lm_head.weight": mx.array(head).astype(dtype)}
         mx.eval(weights)
         mx.save_safetensors(str(checkpoint / "model.safetensors"), weights)
@@ -253,15 +254,15 @@ def store(tiny: Tiny) -> Path:
 
 @pytest.fixture(scope="session")
 def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a model of the demo's words and context that needs a tenth of its time for a token.
+    """The store of a model with the demo's vocabulary and context that takes a tenth of its time per token.
 
-    It says 64 words, none of them surely, and no other tokens, not even the end of a text.
+    The model generates 64 words, none with certainty, and no other tokens, not even the end of a text.
     """
     folder = tmp_path_factory.mktemp("speaker")
     checkpoint = make_checkpoint(folder / "checkpoint", vocab=4096, positions=512, tie_word_embeddings=False)
     weights: Any = mx.load(str(checkpoint / "model.safetensors"))
     norm = "model.decoder.final_layer_norm"
-    weights[f"{norm}.weight"][0], weights[f"{norm}.bias"][0] = 0, 20  # before the head the first feature is always 20
+    weights[f"{norm}.weight"][0], weights[f"{norm}.bias"][0] = 0, 20  # the head's first input is always 20
     head = np.zeros((4096, 64), np.float32)
     head[:, 0] = -1
     head[300:364] = np.random.default_rng(1).standard_normal((64, 64), np.float32) / 5
@@ -277,13 +278,13 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def load_speaker(speaker: Path) -> Callable[[], tuple[Any, Any]]:
-    """Loads it, with its tokenizer."""
+    """Loads the speaker's model and tokenizer."""
     return functools.partial(loading.load, speaker)
 
 
 @pytest.fixture
 def own_store(store: Path, tmp_path: Path) -> Path:
-    """A store that the test may change."""
+    """A copy of the store that the test may change."""
     return Path(shutil.copytree(store, tmp_path / "store"))
 
 
@@ -294,13 +295,13 @@ def tokenizer(store: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def needs() -> dict[Any, Any]:
-    """What models need beside their slots, for `open_model`."""
+    """A cache of the models' memory needs for `open_model`."""
     return {}
 
 
 @pytest.fixture
 def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
-    """Loads the model of a store, without its tokenizer, with exactly `slots` blocks per layer (None: all)."""
+    """Loads the model of a store without its tokenizer, with exactly `slots` blocks per layer (None: all)."""
     opened: list[Any] = []
 
     def open_store(store: Path, slots: int | None = None, predictor: str = "auto", **options: Any) -> Any:
@@ -311,7 +312,7 @@ def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
             return replace(made, slots=(made.units.per_layer if slots is None else slots,) * made.units.layers)
 
         def needs_of(model: Any, layers: Any, context: int, *rest: Any) -> Any:
-            """Made once: the slots are fixed here, and tracing a model's graph takes longer than loading it."""
+            """Caches the needs. The slots are fixed here, and tracing a model's graph takes longer than loading it."""
             key = (store, (store / MANIFEST).stat().st_mtime_ns, predictor, context, *rest)
             if key not in needs:
                 needs[key] = real_needs_of(model, layers, context, *rest)
@@ -345,7 +346,7 @@ def golden(variant: str) -> dict[str, mx.array]:
 
 @pytest.fixture(scope="session")
 def generate_command() -> ModuleType:
-    """`generate`'s file as a module of another name: imported as mlx_flash.generate it would hide the function."""
+    """The file generate.py as a module of another name. As mlx_flash.generate it would hide the function."""
     path = Path(mlx_flash.__file__).parent / "generate.py"
     spec = importlib.util.spec_from_file_location("mlx_flash.generate_command", path)
     assert spec is not None and spec.loader is not None
@@ -358,7 +359,7 @@ def generate_command() -> ModuleType:
 def run_generate(
     generate_command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: (exit code, standard output, standard error)."""
+    """Runs the command in this process. Returns (exit code, standard output, standard error)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate", *arguments])

@@ -1,4 +1,4 @@
-"""Writes docs/commands.md, every command with its flags, from the parsers: `python tests/flag_tables.py`."""
+"""Writes docs/commands.md, a table of every command's flags, from the parsers: `python tests/flag_tables.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_flash.cli import run
 from mlx_flash.cli.main import COMMANDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
-MODULES = {  # of the commands that have flags of their own
+MODULES = {  # the commands that have flags of their own
     "generate": "mlx_flash.generate",
     "chat": "mlx_flash.chat",
     "server": "mlx_flash.server.__main__",
@@ -23,7 +23,7 @@ MODULES = {  # of the commands that have flags of their own
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-    """(flag with what it takes, help) of everything but --help, in order."""
+    """(flag with its argument, help) of every flag but --help, in order."""
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue

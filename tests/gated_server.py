@@ -1,7 +1,8 @@
-"""The server, with generations that a test can hold: python gated_server.py ARGUMENTS-OF-THE-SERVER
+"""The server with generations that a test can hold: python gated_server.py ARGUMENTS-OF-THE-SERVER
 
-The file that $MLX_FLASH_TEST_HOLD names says after how many tokens every generation stops; without it none does. One
-that is held continues when the number grows or the file goes, when its client leaves, and when the server ends.
+The file that $MLX_FLASH_TEST_HOLD names has the number of tokens after which every generation stops. Without the file
+none stops. A held generation continues when the number grows, the file is removed, its client leaves, or the server
+ends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COMMAND = [sys.executable, __file__]
 
 
 def hold(file: Path, tokens: int | None) -> None:
-    """For a test: from now on generations stop after so many tokens; None: they do not."""
+    """Makes generations stop after so many tokens from now on; None: they do not stop."""
     if tokens is None:
         file.unlink(missing_ok=True)
     else:

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP as huggingface_hub asks for."""
+"""A local Hugging Face Hub with as much HTTP as huggingface_hub needs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-LFS_BYTES = 1 << 20  # larger files are stored apart, and their ETag is their SHA-256
+LFS_BYTES = 1 << 20  # larger files are LFS files, whose ETag is their SHA-256
 
 
 def digest(data: bytes) -> str:
-    """As the Hub's ETags: SHA-256 for large files, SHA-1 of a git blob for small ones."""
+    """The Hub's ETag: SHA-256 for large files, the SHA-1 of a git blob for small ones."""
     if len(data) >= LFS_BYTES:
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -28,16 +28,16 @@ def digest(data: bytes) -> str:
 
 @dataclass
 class Hub:
-    """repositories: id -> revision -> files. Everything else is what a test sets, or what it looks at afterwards."""
+    """repositories: id -> revision -> files. The other fields are set or examined by tests."""
 
     address: str = ""
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
-    broken: bool = False  # answers 500 to everything
-    cut_at: dict[str, int] = field(default_factory=dict)  # by file: the connection ends at this byte, and ever after
-    stall_at: dict[str, int] = field(default_factory=dict)  # by file: nothing comes after this byte
+    broken: bool = False  # answer 500 to every request
+    cut_at: dict[str, int] = field(default_factory=dict)  # file -> byte at which every connection ends
+    stall_at: dict[str, int] = field(default_factory=dict)  # file -> byte after which nothing more is sent
     stalled: threading.Event = field(default_factory=threading.Event)
-    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, what, Range)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, path, Range)
 
     def commit(self, repository: str, revision: str) -> str:
         return hashlib.sha1(f"{repository}@{revision}".encode()).hexdigest()
@@ -47,7 +47,7 @@ class Hub:
         self.repositories.setdefault(repository, {})[revision] = files | more
 
     def fetched(self) -> dict[str, list[str | None]]:
-        """By file: the Range of each GET of it."""
+        """File -> the Range of each of its GET requests."""
         result: dict[str, list[str | None]] = {}
         for method, what, span in self.requests:
             if method == "GET" and not what.startswith("/api/"):
@@ -55,7 +55,7 @@ class Hub:
         return result
 
     def environment(self, home: Path) -> dict[str, str]:
-        """For a process whose Hub this is."""
+        """The environment of a process that uses this Hub."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return kept | {
             "HF_ENDPOINT": self.address,
@@ -66,7 +66,7 @@ class Hub:
         }
 
     def run(self, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Python with these arguments, its Hugging Face cache in `home`."""
+        """Runs Python with these arguments and a Hugging Face cache in `home`."""
         return subprocess.run(
             [sys.executable, *map(str, command)],
             env=self.environment(home) | environment,
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             hub.stalled.set()
             with contextlib.suppress(OSError):
-                self.connection.recv(1)  # until the other side is gone
+                self.connection.recv(1)  # waits until the other side has disconnected
             self.close_connection = True
         else:
             self.send(status, data[begin:], headers)
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with contextlib.suppress(OSError):  # who asked was killed
+            with contextlib.suppress(OSError):  # the client was killed
                 self.wfile.write(data if only is None else data[:only])
 
 
@@ -174,7 +174,7 @@ def large(data: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serve() -> Iterator[Hub]:
-    """A Hub on 127.0.0.1, in threads of this process."""
+    """Runs a Hub on 127.0.0.1 in threads of this process."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True

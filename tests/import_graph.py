@@ -1,7 +1,7 @@
-"""Who imports whom in this package, room by room: `python tests/import_graph.py PICTURE.png` draws it.
+"""The import graph of this package by room: `python tests/import_graph.py PICTURE.png` draws it.
 
-A room is a folder; the files at the top of mlx_flash/ are rooms of their own. mlx_flash/convert, bench and apps are
-links to folders at the top of the repository, and are looked at under their installed names.
+A room is a folder, and each file at the top of mlx_flash/ is a room of its own. mlx_flash/convert, bench and apps are
+links to folders at the top of the repository. They appear under their installed names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mlx_flash"
 LINKED = ("convert", "bench", "apps")
 
-# From the ground up: a room imports from lower floors only.
+# From the ground up. A room imports only from lower floors.
 FLOORS = (
     ("errors", "defaults"),
     ("flash",),
@@ -30,13 +30,13 @@ FLOORS = (
     ("convert",),
     ("bench", "apps", "demo"),
 )
-# The package itself: what a command does before anything else is imported.
+# The package itself: a command runs it before it imports anything else.
 FIRST = ("", "cli.beginning")
 
 
 @dataclass(frozen=True)
 class Import:
-    """One name that `module` imports: from `of`, a module, or the module itself where name is None."""
+    """One imported name. of: the module that it comes from. name: None if `module` imports the whole module `of`."""
 
     module: str
     of: str
@@ -45,7 +45,7 @@ class Import:
 
 
 def modules() -> dict[str, Path]:
-    """Every source file by its dotted name within the package; "" is the package."""
+    """Every source file by its dotted name within the package. "" is the package itself."""
     found: dict[str, Path] = {}
     for folder, prefix in ((PACKAGE, ()), *((name, (name,)) for name in LINKED)):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -58,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(known: dict[str, Path]) -> Iterator[Import]:
-    """All of them, also those within functions."""
+    """All imports, including those within functions."""
     for module, path in known.items():
         package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -86,7 +86,7 @@ def floor_of(room: str) -> int:
 
 
 def circles(known: dict[str, Path]) -> list[list[str]]:
-    """Modules that import each other, directly or by way of others: a circle of them, if there is any."""
+    """Circles of modules that import each other, directly or through other modules."""
     onwards: dict[str, set[str]] = {module: set() for module in known}
     for each in imports(known):
         if each.of in known and each.of != each.module:
@@ -99,7 +99,7 @@ def circles(known: dict[str, Path]) -> list[list[str]]:
 
 
 def draw(path: Path) -> None:
-    """The rooms on their floors, and an arrow for every two of them that import, as wide as many do."""
+    """Draws the rooms on their floors, with an arrow between rooms that import. More imports make a wider arrow."""
     import matplotlib
 
     matplotlib.use("Agg")

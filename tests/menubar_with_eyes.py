@@ -1,8 +1,8 @@
-"""Runs the menu bar app and writes what can be seen and clicked into a file, again and again.
+"""Runs the menu bar app and keeps writing everything that can be seen and clicked into a file.
 
-python tests/menubar_with_eyes.py FILE: JSON with `menus` (text -> middle of the line on the screen, and whether it is
-enabled), `buttons` and `inputs` (likewise), `texts` (labels, boxes of text), `clipboard` and `engine` (the process,
-once its model is loaded). The app is left as it is, but its answers are short.
+python tests/menubar_with_eyes.py FILE: writes JSON with `menus` (text -> middle of the line on the screen, and whether
+it is enabled), `buttons` and `inputs` (likewise), `texts` (labels and text boxes), `clipboard` and `engine` (the
+process once its model is loaded). The app is unchanged, except that its answers are short.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlx_flash.apps.menubar.server_process import server_command
 
 
 def gated_command(model: str | None, memory: int | None) -> list[str]:
-    """The engine is one that the test can hold."""
+    """The command of an engine that the test can hold."""
     return [*gated_server.COMMAND, *server_command(model, memory)[3:]]
 
 
@@ -34,10 +34,10 @@ def middle_of(widget: QWidget) -> list[int]:
 
 
 def engine_of(app: Any) -> int | None:
-    if not hasattr(app, "menubar"):  # it has not started yet
+    if not hasattr(app, "menubar"):  # the app has not started yet
         return None
     shown = app.menubar.controller
-    engine = shown._engine  # first: when there is another one, its phase is another, too
+    engine = shown._engine  # read this before the phase, because a new engine has a new phase
     return engine.pid if engine is not None and shown.state.phase == RUNNING else None
 
 

@@ -1,10 +1,10 @@
-"""Which kernel MLX's Metal backend runs for a product: its rules, as functions of what a caller can see.
+"""The rules by which MLX's Metal backend chooses the kernel of a product, as functions of what a caller can see.
 
-Read in mlx/backend/metal/quantized.cpp and matmul.cpp of MLX 0.32.2 (commit 846d176) and compared with 0.32.4: with
-the kernels' headers and the machine code of libmlx.dylib in the wheel mlx_metal-0.32.4-py3-none-macosx_14_0_arm64.
-Where the two differ, 0.32.4 counts. Nothing here was run on a Mac.
+The rules were read in mlx/backend/metal/quantized.cpp and matmul.cpp of MLX 0.32.2 (commit 846d176). They were compared
+with 0.32.4: with the kernels' headers and the machine code of libmlx.dylib in the wheel
+mlx_metal-0.32.4-py3-none-macosx_14_0_arm64. Where the two differ, the rules follow 0.32.4. Nothing was run on a Mac.
 
-`python tests/metal_kernels.py` says whether the installed MLX is the one that the rules are of, and fails if not.
+`python tests/metal_kernels.py` checks that the installed MLX is the version of these rules, and fails if it is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MLX_VERSION = "0.32.4"
 
 @dataclass(frozen=True)
 class Chip:
-    """An Apple GPU as MLX tells them apart, by the name of its architecture ("applegpu_g13s") and macOS's version."""
+    """An Apple GPU in MLX's terms: the name of its architecture ("applegpu_g13s") and the version of macOS."""
 
     generation: int  # 13: M1, 14: M2, 15: M3, 16: M4, 17: M5
     size: str  # g: base, s and c: Pro and Max, d: Ultra
@@ -37,7 +37,7 @@ CHIPS = (
 
 
 def vector_limit(chip: Chip, inner: int, outer: int) -> int:
-    """Rows from which a quantised product is one of matrices (quantized.cpp:85, get_qmv_batch_limit)."""
+    """The number of rows from which MLX computes a quantised matrix product (quantized.cpp:85, get_qmv_batch_limit)."""
     widest = max(inner, outer)
     if chip.generation >= 17 and chip.size != "d":
         return 33 if widest <= 2048 else 25 if widest <= 4096 else 13
@@ -52,14 +52,14 @@ def vector_limit(chip: Chip, inner: int, outer: int) -> int:
 
 
 def _vector_kernel(inner: int, outer: int, bits: int) -> str:
-    """The part of a name that says how a row is summed (quantized.cpp:147, qmv_fast_k_alignment)."""
+    """The part of the kernel's name that says how a row is summed (quantized.cpp:147, qmv_fast_k_alignment)."""
     per_pack = 8 if bits in (3, 5) else 4 if bits == 6 else 32 // bits
     aligned = inner % (per_pack * (1 if bits == 2 else 2) * 32) == 0
     return "fast" if aligned and outer % 8 == 0 else "partial rows" if aligned else "any"
 
 
 def quantized_matmul(chip: Chip, rows: int, inner: int, outer: int, transpose: bool, bits: int, group_size: int) -> str:
-    """x: (rows, inner) by one affine packed matrix to (rows, outer) (quantized.cpp:1782, QuantizedMatmul::eval_gpu)."""
+    """(rows, inner) x one affine packed matrix -> (rows, outer) (quantized.cpp:1782, QuantizedMatmul::eval_gpu)."""
     if rows >= (vector_limit(chip, inner, outer) if transpose else 4):
         parts = max(1, min(512 // (-(-outer // 32) * -(-rows // 32)), inner // max(32, group_size)))
         while transpose and parts > 1 and inner % (parts * max(32, group_size)):
@@ -81,9 +81,9 @@ def quantized_matmul(chip: Chip, rows: int, inner: int, outer: int, transpose: b
 def gather_qmm(
     chip: Chip, pairs: int, rows: int, inner: int, outer: int, matrices: int, is_sorted: bool, bits: int
 ) -> str:
-    """Each of `pairs` matrices (rows, inner) by one of `matrices` packed ones, transposed (quantized.cpp:1877).
+    """`pairs` matrices (rows, inner), each times one of `matrices` packed ones, transposed (quantized.cpp:1877).
 
-    matrices: how many the weight array has, of which a pair's index names one.
+    matrices: the number in the weight array. The index of a pair selects one of them.
     """
     if rows == 1 and pairs >= 16 and is_sorted and pairs // matrices >= 4:
         if not chip.nax:
@@ -98,7 +98,7 @@ def gather_qmm(
 
 
 def gather_mm(chip: Chip, pairs: int, rows: int, inner: int, outer: int, matrices: int, is_sorted: bool) -> str:
-    """The same for plain matrices (matmul.cpp:2811, GatherMM::eval_gpu); of more rows than one only what is counted."""
+    """The same for plain matrices (matmul.cpp:2811, GatherMM::eval_gpu). Omits unused cases of several rows."""
     if rows == 1 and is_sorted:
         if not chip.nax:
             return "gather_mm_rhs"
@@ -108,7 +108,7 @@ def gather_mm(chip: Chip, pairs: int, rows: int, inner: int, outer: int, matrice
 
 
 def difference() -> str | None:
-    """What to do if the installed MLX is not the one that the rules were read from."""
+    """The remedy if the installed MLX is not the version that the rules were read from, or None."""
     installed = importlib.metadata.version("mlx")
     if installed == MLX_VERSION:
         return None

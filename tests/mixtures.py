@@ -1,4 +1,4 @@
-"""Tiny random mixture-of-experts checkpoints, made with mlx-lm's own models and saved as it reads them."""
+"""Tiny random mixture-of-experts checkpoints, made and saved with mlx-lm's own models."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
     },
-    "nemotron_h": {  # a SwitchMLP, beside state-space layers
+    "nemotron_h": {  # a SwitchMLP beside state-space layers
         "num_hidden_layers": 4,
         "hybrid_override_pattern": "M*E-",
         "mamba_num_heads": 4,
@@ -156,7 +156,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards: int = 1, **changes: Any) -> Path:
-    """Writes config.json and model*.safetensors of a random model, float32 where it is not quantised."""
+    """Writes config.json and model*.safetensors of a random model, in float32 except for quantised tensors."""
     from mlx_lm.utils import _get_classes
 
     config = {**config_of(family), **changes}
@@ -180,7 +180,7 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
 
 
 def unstack(folder: Path, family: str) -> None:
-    """Rewrites a checkpoint with one tensor per expert and matrix, as Hugging Face has them."""
+    """Rewrites a checkpoint to one tensor per expert and matrix, as on Hugging Face."""
     names = {
         "mixtral": ("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", ("w1", "w2", "w3")),
         "olmoe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
@@ -203,7 +203,7 @@ def unstack(folder: Path, family: str) -> None:
 
 
 def to_bfloat16(folder: Path, only: str = "") -> None:
-    """Rounds a checkpoint's floats, or those with `only` in their names, to bfloat16."""
+    """Rounds a checkpoint's floats to bfloat16, or only those with `only` in their names."""
     path = folder / "model.safetensors"
     loaded: Any = mx.load(str(path))
     weights = {
@@ -215,17 +215,17 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
 
 
 def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, ExpertFiles]:
-    """(model, streamer) of a checkpoint with so many slots for each layer. The caller closes the streamer."""
+    """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer."""
     mixture: Mixture = open_mixture(folder)
     streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(4))
     mixture.stream(streamer, [slots] * len(mixture.switches), window)
     for ahead in [layer.ahead for layer in mixture.layers() if layer.ahead is not None]:
-        ahead.trial.guessing = True  # as if a trial had found that it pays
+        ahead.trial.guessing = True  # as if a trial had found that guessing pays
     return mixture.model, streamer
 
 
 def _random_like(name: str, array: mx.array) -> mx.array:
-    """Numbers that make a token's way matter: norms around 1, matrices that keep the size of what they multiply."""
+    """Random numbers that make every step matter: norms around 1, matrices that preserve the scale of their input."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
     noise = mx.random.normal(array.shape)
@@ -235,7 +235,7 @@ def _random_like(name: str, array: mx.array) -> mx.array:
 
 
 def choices_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """What every `SwitchGLU` of mlx-lm is asked for from now on, call by call: expert ids (T, K)."""
+    """Records the expert ids (T, K) of every later call of mlx-lm's `SwitchGLU`."""
     seen: list[np.ndarray] = []
     call = SwitchGLU.__call__
 

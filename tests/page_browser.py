@@ -1,4 +1,4 @@
-"""The real server with the demo model, and Chromium in front of its page. For test_page.py and page_screenshots.py."""
+"""The real server with the demo model, and Chromium showing its page, for test_page.py and page_screenshots.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE_S = 600  # the first start converts the demo model
 
 
 class Server:
-    """`start` and `kill` as often as you like: the port stays. `hold` stops every generation at a token."""
+    """A server that can be started and killed repeatedly on one port. `hold` stops every generation at a token."""
 
     def __init__(self, log: Path, *options: str, memory: str = "400MB") -> None:
         self.log, self.options, self.memory = log, options, memory
@@ -51,7 +51,7 @@ class Server:
         self.port = int(line.rsplit(":", 1)[1])
 
     def wait(self) -> None:
-        """Until the model is loaded."""
+        """Waits until the model is loaded."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             try:
@@ -67,11 +67,11 @@ class Server:
             return json.load(answer)
 
     def hold(self, token: int | None) -> None:
-        """From now on generations stop when they have made so many tokens; None: they do not."""
+        """Makes generations stop after so many tokens from now on; None: they do not stop."""
         gated_server.hold(self._held, token)
 
     def kill(self) -> None:
-        """At once, as a crash would."""
+        """Kills the server at once, like a crash."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -81,7 +81,7 @@ class Server:
 
 
 def smallest_budget(*options: str) -> int:
-    """MB. With little memory there is something to read."""
+    """The smallest budget in MB, at which the server reads during generation."""
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--memory", "1MB", *options]
     said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stderr
     found = re.search(r"needs at least (\d+)MB", said)
@@ -104,10 +104,10 @@ def running(log: Path, *options: str, memory: str = "400MB") -> Iterator[Server]
 def chromium() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox refuses root
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox does not run as root
     with sync_playwright() as playwright:
         environment: dict[str, str | float | bool] = {**os.environ}
-        environment.pop("LD_PRELOAD", None)  # a BLAS of ours
+        environment.pop("LD_PRELOAD", None)  # a preloaded BLAS
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox"] if root else [], env=environment
         )

@@ -1,7 +1,7 @@
-"""Pictures of the server's page while the demo model speaks, to be looked at: python tests/page_screenshots.py FOLDER
+"""Takes pictures of the server's page for people to look at: python tests/page_screenshots.py FOLDER
 
-page.png is the README's (docs/page.png). The others: dark, in a window of 400 pixels, before anything was said, the
-settings open, and without a server.
+page.png is the README's picture (docs/page.png). The others show the dark theme, a window of 400 pixels, an empty
+conversation, the open settings, and the page without a server.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def say(page: Page, text: str, most: int) -> None:
 
 
 def speak(page: Page) -> None:
-    """One answer whole, another on its way."""
+    """Asks for one complete answer and starts another."""
     say(page, BEGINNING, 70)
     page.wait_for_selector('article.assistant[data-state="done"]')
     say(page, NEXT, 300)
@@ -50,7 +50,7 @@ def speak(page: Page) -> None:
 def shoot(page: Page, path: Path, **options: Any) -> None:
     page.evaluate(
         "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-    )  # drawn by then
+    )  # the page has drawn by then
     page.screenshot(path=path, **options)
 
 

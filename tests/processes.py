@@ -1,4 +1,4 @@
-"""Looks at other processes, any of which may end between two looks."""
+"""Checks on other processes, which may end at any time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def runs(process: psutil.Process, word: str) -> bool:
-    """Whether its command line has that word; not if it has ended."""
+    """Whether the process's command line has that word. False if it has ended."""
     try:
         return word in process.cmdline()
     except psutil.Error:
@@ -14,7 +14,7 @@ def runs(process: psutil.Process, word: str) -> bool:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Also if nobody has waited for it yet."""
+    """Whether the process has ended, even if it is still a zombie."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

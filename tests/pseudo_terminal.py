@@ -1,4 +1,4 @@
-"""A command in a pseudo-terminal: typed into, read from, interrupted by Ctrl-C as a user does."""
+"""Runs a command in a pseudo-terminal, where a test types, reads, and presses Ctrl-C like a user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import termios
 import time
 from pathlib import Path
 
-# A process of its own first, which takes the terminal and becomes the command: nothing is run in a fork of the tests.
+# A separate process takes the terminal and then becomes the command, so that no test code runs after a fork.
 LAUNCH = (
     "import os, signal, sys; os.login_tty(0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -23,9 +23,9 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 class PseudoTerminal:
     def __init__(self, *arguments: str, cache: Path) -> None:
-        """Starts Python with the arguments; `cache` is its cache folder."""
+        """Starts Python with the arguments. cache: its cache folder."""
         self._own, other = pty.openpty()
-        termios.tcsetwinsize(other, (50, 20_000))  # no line is broken
+        termios.tcsetwinsize(other, (50, 20_000))  # wide enough that no line is broken
         environment = {**os.environ, "TERM": "xterm", "MLX_FLASH_CACHE": str(cache)}
         command = [sys.executable, "-c", LAUNCH, *arguments]
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
@@ -44,12 +44,12 @@ class PseudoTerminal:
         self.type(key)
 
     def let_draw(self) -> None:
-        """readline misses a signal that comes while it still draws, or while it hands over a line."""
+        """Waits, because readline misses a signal while it draws or returns a line."""
         time.sleep(1)
 
     def let_wait(self) -> None:
-        """Until the command, which has shown its prompt, does nothing more but wait for a key, at every look."""
-        if not sys.platform.startswith("linux"):  # where a process that waits is said to run
+        """Waits until the command, which has shown its prompt, only waits for a key at several looks in a row."""
+        if not sys.platform.startswith("linux"):  # other systems show a waiting process as running
             self.let_draw()
             return
         looks = 0
@@ -59,7 +59,7 @@ class PseudoTerminal:
             time.sleep(0.01)
 
     def until(self, text: str, seconds: float = 600) -> str:
-        """What is shown up to there, without escape sequences; fails if it does not come, or the command ends."""
+        """Returns the output up to `text` without escape sequences. Fails if it does not come or the command ends."""
         end = time.monotonic() + seconds
         while text not in (shown := ESCAPES.sub("", self._unread)):
             if not self._read(end - time.monotonic()):
@@ -69,12 +69,12 @@ class PseudoTerminal:
         return shown[:at]
 
     def until_something(self) -> None:
-        """Until anything can be read that was not waited for before: what readline sends to end a line is none."""
+        """Waits for new output. The escape sequences that readline sends to end a line do not count."""
         while not ESCAPES.sub("", self._unread).strip():
             self.read()
 
     def ended(self, seconds: float = 600) -> tuple[int, str]:
-        """(exit code, what was still shown)"""
+        """(exit code, the rest of the output)"""
         end = time.monotonic() + seconds
         while self._read(end - time.monotonic()):
             pass
@@ -86,7 +86,7 @@ class PseudoTerminal:
         os.close(self._own)
 
     def read(self) -> None:
-        """One more piece."""
+        """Reads one more piece of output."""
         assert self._read(600), "nothing came"
 
     def _read(self, seconds: float) -> bool:
@@ -94,7 +94,7 @@ class PseudoTerminal:
             return False
         try:
             piece = os.read(self._own, 65536).decode(errors="replace")
-        except OSError:  # Linux says so when the command has ended
+        except OSError:  # Linux raises this when the command has ended
             return False
         self._unread += piece
         return bool(piece)

@@ -1,4 +1,4 @@
-"""A server in this process, for tests: its model in one thread, HTTP in another."""
+"""A server in this process for tests: its model in one thread, HTTP in another."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.serving import HttpThread, bind, url_of
 from mlx_flash.text import prompt_cache
 
-PATIENCE_S = 600  # that no wait of a test exceeds; none of them needs it
+PATIENCE_S = 600  # limit of every wait; no test needs it
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Waits for something that will come."""
+    """Waits until the condition holds."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
@@ -35,7 +35,7 @@ class Server:
         self.port = int(url.rsplit(":", 1)[1])
 
     def client(self, **options: Any) -> httpx.Client:
-        """It reads no list of authorities, which would take longer than a request: nothing here speaks TLS."""
+        """A client without certificate authorities. Reading them takes longer than a request, and no test uses TLS."""
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=False, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
@@ -47,7 +47,7 @@ class Server:
             return client.get(path, **options)
 
     def idle(self) -> None:
-        """Waits until nothing is being done."""
+        """Waits until the server is idle."""
         until(lambda: self.engine.job is None and not self.engine.waiting)
 
     @property
@@ -64,7 +64,7 @@ def serving(
     key: str | None = None,
     wait: bool = True,
 ) -> Iterator[Server]:
-    """wait: until the model is loaded."""
+    """Runs a server. wait: until the model is loaded."""
     engine = Engine(name, "somewhere", limit)
     bound = bind("127.0.0.1", 0)
     raised: list[BaseException] = []
@@ -72,7 +72,7 @@ def serving(
     def run() -> None:
         try:
             engine.run(load)
-        except BaseException as error:  # told below
+        except BaseException as error:  # reported below
             raised.append(error)
 
     thread = threading.Thread(target=run)
@@ -91,7 +91,7 @@ def serving(
 
 
 class Gate:
-    """Stops every generation at each piece of its prompt, of 16 tokens, and at each token, until it may go on."""
+    """Stops every generation at each piece (16 tokens) of its prompt and at each token until the test continues it."""
 
     def __init__(self) -> None:
         self.reached: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # ("prompt", done) or ("token", number)
@@ -116,7 +116,7 @@ class Gate:
             assert self._steps.acquire(timeout=PATIENCE_S)
 
     def go_on_to(self, kind: str, number: int) -> None:
-        """Lets it go on until it stops there."""
+        """Lets the generation continue until it stops there."""
         while self.reached.get(timeout=PATIENCE_S) != (kind, number):
             self._steps.release()
 

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known families, and a tokenizer for them."""
+"""Chat templates like those of well-known families, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHATML = TEMPLATES["chatml"]
 
 
 def write_tokenizer(folder: Path, template: Any = None, **settings: Any) -> Path:
-    """A byte-level tokenizer of one token per byte, and SPECIAL."""
+    """Writes a byte-level tokenizer with one token per byte, and SPECIAL."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))

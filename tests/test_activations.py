@@ -1,4 +1,4 @@
-"""The activations against their formulas, in both libraries, and what is asked about them."""
+"""The activations against their formulas in both libraries, and the checks of their configuration."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_wrong_ones_are_refused(wrong: tuple[str, float]) -> None:
 
 
 def test_a_threshold_may_be_an_integer_of_any_size() -> None:
-    """As JSON has them; MLX compares with none that an int64 cannot hold."""
+    """JSON has integers of any size, and MLX cannot compare with one beyond int64."""
     assert Activation("relu", 10**30)(mx.array([1.0, -1.0])).tolist() == [0, 0]

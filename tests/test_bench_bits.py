@@ -1,4 +1,4 @@
-"""The commands on bits: that they run and say what they promise; how fast anything is, no test asks."""
+"""The commands on bits run and print what they promise. No test checks how fast anything is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench checks`: what comparing blocks with their checksums costs."""
+"""`bench checks`, which measures the cost of block checksums."""
 
 from __future__ import annotations
 

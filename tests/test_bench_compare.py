@@ -1,4 +1,4 @@
-"""Naive, hybrid, dense and flash loading: the same logits, bytes as promised; and the commands that compare them."""
+"""Naive, hybrid, dense and flash loading give the same logits and read the promised bytes. The comparisons run."""
 
 import errno
 import fcntl
@@ -55,7 +55,7 @@ def task_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], conten
 
 
 def logits_of(model: Any) -> np.ndarray:
-    """Of a prompt and then token by token, (T, vocabulary)."""
+    """Logits (T, vocabulary) of a prompt and of the tokens after it, one by one."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
@@ -73,7 +73,7 @@ def test_baselines_give_the_engine_s_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = tiny_synthetic if name == "synthetic" else tiny_of(name).store
-    # Before the matrices are written; so that one has several pieces.
+    # Set this before the matrices are written, so that a matrix has several pieces.
     monkeypatch.setattr(matrices, "PIECE_BYTES", (64 if name == "synthetic" else 4) << 10)
     task = task_of(store)
     manifest = read_manifest(store)
@@ -82,7 +82,7 @@ def test_baselines_give_the_engine_s_logits(
     model, _ = load.load(store, predictor="none")
     expected = logits_of(model)
     model.flash.close()
-    # Any budget gives these logits; the commands below load within the smallest, which has to be asked for first.
+    # These logits do not depend on the budget. The commands below ask for the smallest budget and load within it.
     monkeypatch.setattr(
         contenders, "_load_least", lambda folder, *_: load.load(folder, predictor="none", context=64)[0]
     )
@@ -111,7 +111,7 @@ def test_naive_reads_every_matrix_for_every_token(
     for sample in result["samples"]:
         assert sample["bytes"] == pytest.approx(everything, rel=0.01)
     positions = 2050 * 256 * 4
-    assert positions < result["weights_bytes"] < 1.1 * positions  # which, with norms and biases, is what stays
+    assert positions < result["weights_bytes"] < 1.1 * positions  # the positions, norms and biases stay in memory
 
 
 def test_a_contender_runs_in_a_process_of_its_own(
@@ -167,7 +167,7 @@ def test_a_trace_has_a_row_for_every_token(tiny_synthetic: Path) -> None:
 def command(
     tiny_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Runs a command in this process, whose size is made not to matter; returns the last line."""
+    """Runs a command in this process, whose size is made not to matter. Returns the last line."""
     monkeypatch.setattr(subprocess_json, "ask", lambda part, question, *_: contenders.respond(*question))
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 100_000_000)
     monkeypatch.setattr(disk, "RATE_BYTES", 3 << 20)
@@ -315,7 +315,7 @@ def test_an_interrupted_child_is_gone(tmp_path: Path) -> None:
     def interrupt() -> None:
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             time.sleep(0.01)
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)  # which it leaves to its parent
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)  # the child leaves Ctrl-C to its parent
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

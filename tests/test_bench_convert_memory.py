@@ -1,4 +1,4 @@
-"""The measurement of a conversion's memory: what it makes, and what it counts."""
+"""The measurement of a conversion's memory: the checkpoint that it makes, and the bytes that it counts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_layer_s_bytes(tmp_path: Path) -> None:
 def test_what_it_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
-    """The conversion is real, the cgroup is not: it needs root."""
+    """Uses a real conversion, but no real cgroup, because that needs root."""
 
     class Group:
         def run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The synthetic mixture: what is planted holds, mlx-lm reads it; and what the comparisons on mixtures tell is so."""
+"""The synthetic mixture routes as planted and mlx-lm reads it; the comparisons on mixtures report correct figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_popularity_repeats_as_many_choices_as_were_published() -> None:
 
 
 def test_the_model_routes_as_planted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every layer, measured on the whole model as mlx-lm computes it."""
+    """Checks the routing of every layer in the whole model as mlx-lm computes it."""
     model, config = load_model(checkpoint)
     seen = choices_seen(monkeypatch)
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], 400)
@@ -64,7 +64,7 @@ def test_the_model_routes_as_planted(checkpoint: Path, monkeypatch: pytest.Monke
 
 
 def test_the_products_are_mlx_lms() -> None:
-    """The pairs are sorted from as many on as there: else its bits were not ours on every backend."""
+    """The pairs are sorted from the same count on as in mlx-lm. Otherwise the bits would differ on some backends."""
     import inspect
 
     from mlx_lm.models import switch_layers
@@ -89,7 +89,7 @@ Command = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose experts are large beside what a budget is rounded by."""
+    """A checkpoint with experts that are large compared with the rounding of a budget."""
     folder = tmp_path_factory.mktemp("synthetic") / "wide"
     shape = replace(SHAPES["tiny"], hidden=512, neurons=512)
     write_mixture(folder, shape, 3, mx.float32, seed=0)
@@ -98,7 +98,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command; returns its last line, which is also what it wrote."""
+    """Runs a command. Returns its last line, which is also the file that it wrote."""
     pytest.importorskip("matplotlib")
 
     def run(name: str, *flags: str) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def command(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, str]:
-    """By question: the same one, which two commands ask, is answered once."""
+    """Question -> answer, so that a question of two commands is answered once."""
     return {}
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
-    """The contenders run in this process, whose size is made not to matter."""
+    """Runs the contenders in this process, whose size is made not to matter."""
 
     def ask(part: str, question: Any, name: str, group: Any = None) -> Any:
         kind, first, second = question
@@ -138,7 +138,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> Non
 
 
 def test_naive_vs_flash(command: Command) -> None:
-    """Each contender in a process of its own, as users have it."""
+    """Runs each contender in a process of its own, as for users."""
     result = command("naive-vs-flash", "--baseline-tokens", "2", "--no-cgroup", "--force")
     rows = result["sides"]
     assert list(rows) == ["resident", "lazy", "naive", "flash"] and not result["left_out"]
@@ -182,7 +182,7 @@ def test_memory(command: Command, one_process: None) -> None:
 
 
 def test_what_is_killed_is_a_row(command: Command, one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of the page cache there is a row where a group bounds it."""
+    """A killed run gets a row, and "page cache" gets a row if a group limits the page cache."""
     limits: list[int] = []
 
     class Group:
@@ -260,7 +260,7 @@ def test_options_of_mixtures_alone(name: str, flag: str) -> None:
 
 
 def test_a_model_within_a_larger_one(tmp_path: Path, one_process: None) -> None:
-    """Whose vocabulary and positions stand in the part of config.json that is for the text model."""
+    """The vocabulary and the positions are in the text model's part of config.json."""
     folder = make_mixture(tmp_path / "nested", "qwen3_moe")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe", "text_config": config}))

@@ -1,4 +1,4 @@
-"""The memory matrix: its models can be made, and every budget is tried once."""
+"""The memory matrix: its models can be made, and it tries every budget once."""
 
 from __future__ import annotations
 

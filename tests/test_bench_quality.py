@@ -1,4 +1,4 @@
-"""The streamed model beside the dense one: perplexity, agreement, divergence, tasks; on a tiny model."""
+"""The streamed model beside the dense one, on a tiny model: perplexity, agreement, divergence, tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_processor")
 
 PREFIX = [0]
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, 90, 36)]
-CONTEXT = 32  # 36 tokens: a window of 31 and one of 5, which would go the decode way if it were not told otherwise
+CONTEXT = 32  # 36 tokens: a window of 31, and one of 5, which would take the decode path by default
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -37,7 +37,7 @@ def compare(model: Any) -> score.Comparison:
 
 
 def nats_of(model: Any) -> float:
-    """Of the plain model, by hand."""
+    """Negative log-likelihood by the plain model, computed by hand."""
     nats = 0.0
     for window in (IDS[:31], IDS[31:]):
         line = mx.array(PREFIX + window)
@@ -104,7 +104,7 @@ def test_divergence_of_distributions_known_by_hand() -> None:
     assert found.agreed == 1
     assert found.dense.perplexity == pytest.approx(2) and found.streamed.perplexity == pytest.approx(math.sqrt(20))
     assert found.rise == pytest.approx(math.sqrt(5) - 1)
-    # Losses log 5 and 0: their mean is uncertain by half of log 5 over the square root of two.
+    # The losses are log 5 and 0. The standard error of their mean is half of log 5 over the square root of two.
     assert found.rise_error == pytest.approx(math.sqrt(5) * math.log(5) / 2 / math.sqrt(2))
 
 
@@ -203,7 +203,7 @@ def test_tasks_without_lm_eval_are_refused_in_one_sentence(monkeypatch: pytest.M
 
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """lm-eval, with a cache of data sets of the test's own, where the task file's path to its data holds."""
+    """lm-eval with the test's own cache of data sets, in which the task file's path to its data is valid."""
     module = pytest.importorskip("lm_eval")
     import datasets
 
@@ -213,7 +213,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def likelihood_of(model: Any, ids: list[int], begin: int) -> float:
-    """Sum of log-probabilities of ids[begin:] by the plain model."""
+    """Sum of the log-probabilities of ids[begin:] by the plain model."""
     logits = model(mx.array([ids[:-1]]))[0]
     logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     return float(sum(logprobs[at - 1, ids[at]] for at in range(begin, len(ids))))
@@ -251,7 +251,7 @@ def test_a_question_longer_than_the_context_loses_its_beginning(
         [Instance("loglikelihood", {}, (context, answer), 0)]
     )
     ids = tokenizer.encode(context + answer)
-    kept = ids[-25:]  # the last one is scored and never fed
+    kept = ids[-25:]  # the last token is scored and never fed
     begin = len(kept) - (len(ids) - len(tokenizer.encode(context)))
     assert likelihood == pytest.approx(likelihood_of(tiny.dense, kept, begin), rel=1e-4)
 

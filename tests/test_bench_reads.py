@@ -1,4 +1,4 @@
-"""The `reads` benchmark: that it runs and says what it promises; how fast anything is, no test asks."""
+"""The `reads` benchmark runs and prints what it promises. No test checks how fast anything is."""
 
 from __future__ import annotations
 

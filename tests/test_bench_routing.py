@@ -1,4 +1,4 @@
-"""The routing of tiny mixtures as it is traced, and what is simulated on it."""
+"""Traces of the routing of tiny mixtures, and the simulations on them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_mixture(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 def tap_of(chosen: np.ndarray, ranks: np.ndarray) -> routing.RouterTap:
-    """What a layer's tap has after such choices, bool (T, E), and such ranks of all states, int (T, E)."""
+    """A layer's tap after such choices, bool (T, E), with the same ranks for all states, int (T, E)."""
     trace = traces.LayerTrace(0, chosen.shape[1], 1, [np.packbits(chosen, axis=1)])
     tap = routing.RouterTap(None, trace, None, {state: lambda: mx.array(0) for state in experts_ahead.WINDOWS})
     tap.choices = int(chosen[0].sum())
@@ -76,7 +76,7 @@ def test_habits() -> None:
     chosen = np.array([[1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 0]], bool)
     found = routing.habits(chosen)
     assert found["again"] == 2 / 4
-    assert found["busiest"] == 4 / 6  # the busiest two of eight: three uses and one
+    assert found["busiest"] == 4 / 6  # the busiest two of eight experts have three uses and one
     assert found["again_by_chance"] == 2 / 4  # in any order only the second expert is used again
 
 
@@ -97,7 +97,7 @@ def test_a_guess_is_the_next_layers_router_on_this_layers_state(open_mixture: Ca
         scores = np.array(gate(norm(middle)))[0]
         best = np.argsort(-scores, axis=1)[:, :4]
         ranks = taps[1].ranks(state)
-        assert np.mean(np.take_along_axis(ranks, best, axis=1) == np.arange(4)) > 0.98  # but for near equals
+        assert np.mean(np.take_along_axis(ranks, best, axis=1) == np.arange(4)) > 0.98  # except for near ties
     packed = experts_ahead.guesses_of(taps[1], "previous middle")
     sizes = [traces.unpacked(rows, 12).sum(axis=1) for rows in packed]
     assert [int(each[0]) for each in sizes] == [1, 2, 3, 4, 6, 8] and all(np.ptp(each) == 0 for each in sizes)
@@ -131,20 +131,20 @@ def test_the_first_that_are_absent() -> None:
 
 
 def test_modelled_times() -> None:
-    """Two experts of eight per token, two slots: every token misses both. The guess is right about the first."""
+    """A token uses two of eight experts, with two slots, and misses both. The guess is right about the first."""
     chosen = np.zeros((40, 8), bool)
     chosen[::2, [0, 1]] = chosen[1::2, [2, 3]] = True
     ranks = np.tile([0, 7, 2, 3, 1, 4, 5, 6], (40, 1))
     ranks[1::2] = [2, 3, 0, 7, 1, 4, 5, 6]
     tap = tap_of(chosen, ranks)
     rows = {(row["ratio"], row["state"]): row for row in experts_ahead.times([tap, tap], 0.25)}
-    row = rows[2, "previous middle"]  # an expert is read in 1; 1 is also left to compute when the guess is known
-    assert row["without"] == pytest.approx(3)  # 1 + both, and nothing is here to be multiplied meanwhile
-    assert row["perfect"] == pytest.approx(1.5)  # one of them fits; half of the other's time both are multiplied
-    assert row["fitting"] == pytest.approx(1.75)  # the one that fits is the right one: its product takes a quarter
+    row = rows[2, "previous middle"]  # reading an expert takes 1, and 1 of compute is left when the guess is known
+    assert row["without"] == pytest.approx(3)  # 1 + both reads, because no resident expert can be multiplied meanwhile
+    assert row["perfect"] == pytest.approx(1.5)  # one expert fits; both products take half of the other's time
+    assert row["fitting"] == pytest.approx(1.75)  # the right expert fits, and its product takes a quarter
     assert row["-3"] == pytest.approx(1.75)
-    assert row["0"] == pytest.approx(2.75)  # one in vain comes before the one that is missing
-    late = rows[2, "own input"]  # half of that is left
+    assert row["0"] == pytest.approx(2.75)  # an unused expert is read before the missing one
+    late = rows[2, "own input"]  # half of the window is left
     assert late["perfect"] == pytest.approx(2) and late["fitting"] == pytest.approx(2.25)
 
 

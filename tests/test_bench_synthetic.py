@@ -1,4 +1,4 @@
-"""Synthetic stores: sound, labelled, the same from the same seed, and firing as published."""
+"""Synthetic stores are sound, labelled and reproducible from their seed, and their neurons fire as published."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_published_statistics_hold(store: Path) -> None:
-    """Of a real forward pass. Tolerance: a tenth; a fifth for single layers, which have 2,048 neurons here."""
+    """Uses a real forward pass. Tolerance: a tenth; a fifth for single layers, which have 2,048 neurons here."""
     found = measure(store, 160)
     published = (
         neuron_store.FIRST_ACTIVE,
@@ -72,7 +72,7 @@ def test_active_shares_have_the_published_mean(layers: int) -> None:
 
 @pytest.mark.parametrize("active", [0.016, 0.033, 0.054])
 def test_what_is_planted_against_draws(active: float) -> None:
-    """The closed form against a million draws of bias, signal and noise."""
+    """Compares the closed form with a million draws of bias, signal and noise."""
     s = LayerStatistics.of(active)
     rng = np.random.default_rng(0)
     bias, signal, noise = rng.standard_normal((3, 10**6))

@@ -1,4 +1,4 @@
-"""Traces of a tiny model, and what is simulated on them."""
+"""Traces of a tiny model, and the simulations on them."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_a_trace_is_what_the_dense_model_and_the_predictor_do(tiny: Tiny, model:
     x = mx.concatenate(inputs)
     before = np.array(x @ first.mlp.fc1.weight.T + first.mlp.fc1.bias)
     trace = history[0]
-    assert trace.active.shape == trace.chosen.shape == (40 + 2, 512)  # the prefix opens both windows
+    assert trace.active.shape == trace.chosen.shape == (40 + 2, 512)  # both windows begin with the prefix
     sure = np.abs(before) > 1e-3
     assert np.array_equal(trace.active[sure], (before > 0)[sure])
-    chosen = np.array(model.layers[0].mlp.predictor(x)[0])  # what stood there before stands there again
+    chosen = np.array(model.layers[0].mlp.predictor(x)[0])  # the original predictor is back in its place
     assert (trace.chosen != chosen).mean() < 1e-3
     assert 0.5 < (trace.chosen & trace.active).sum() / trace.active.sum() <= 1
 
@@ -112,7 +112,7 @@ def test_simulated_misses_are_the_engines(mask: np.ndarray, slots: int, window: 
 @given(MASKS, st.integers(1, 16))
 def test_least_recent_use_is_what_it_says(mask: np.ndarray, slots: int) -> None:
     mask = mask.copy()
-    for row in mask:  # one unit per token: then there is no choice
+    for row in mask:  # with one unit per token there is no choice
         row[np.flatnonzero(row)[1:]] = False
     held: list[int] = []
     misses = []
@@ -167,7 +167,7 @@ def test_a_guess_from_the_layers_own_ffn_input_would_be_the_choice(model: Any) -
     assert {*guessers[0].rows} == {"own input"} and {*guessers[1].rows} == {*neurons_ahead.STATES}
     at = neurons_ahead.SHIFTS.index(0.0)
     guess = traces.unpacked(guessers[1].rows["previous middle"][at], 512)
-    # Once more by hand: layer 1's norm and predictor on what layer 0's FFN saw.
+    # Repeat by hand: layer 1's norm and predictor on the input of layer 0's FFN.
     seen = guessers[1].states["previous middle"].seen
     assert seen is not None
     expected = np.array(guessers[1].inner(model.layers[1].final_layer_norm.norm(seen)[0])[0])

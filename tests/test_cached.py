@@ -1,4 +1,4 @@
-"""`mlxflash cache`: what is listed, what is superseded, and what is never touched."""
+"""`mlxflash cache`: the list, superseded entries, and files that are never touched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path) -> Path:
-    """A cache folder; conversions into it copy a store."""
+    """A cache folder. Conversions into it copy a store."""
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
 
     def run(command: list[str]) -> int:
@@ -147,7 +147,7 @@ def test_what_is_not_ours_is_neither_listed_nor_touched(folder: Path, source: Pa
 
 
 def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Path, cli: Cli) -> None:
-    """They are written by the functions that `--verify` and a failing command use."""
+    """The files are written by the functions that `--verify` and a failing command use."""
     weights = source / "model.safetensors"
     with UnitFile(weights) as file:
         sums = RangeSums(Ranges.of_units(np.array([0]), np.array([8])), np.array([5], np.uint32))
@@ -173,7 +173,7 @@ def test_what_an_interrupted_removal_left_is_removed(folder: Path, source: Path,
         shutil.copytree(store, folder / f".{store.name}.{end}")
     remains = {entry.name for entry in entries(folder) if entry.kind == "remains"}
     assert remains == {f".{store.name}.removed", f".{store.name}.replaced"}
-    with FileLock(folder / f"{store.name}.lock"):  # of a conversion that is between two renames
+    with FileLock(folder / f"{store.name}.lock"):  # the lock of a conversion between two renames
         assert cli("--remove", *remains, "--yes")[0] == 1 and len(entries(folder)) == 3
     assert cli("--remove", store.name, "--yes")[0] == 0, "though an earlier removal of this name was interrupted"
     assert [entry.name for entry in entries(folder)] == [f".{store.name}.replaced"]
@@ -223,12 +223,12 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_no_home_folder(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, chosen: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a container whose user is a number only."""
+    """A container whose user is only a number has no home folder."""
     for name in ("MLX_FLASH_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv("MLX_FLASH_CACHE", chosen)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where there is none
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # os.path.expanduser does this without a home folder
     code, _, errors = cli()
     assert code == 2 and errors.endswith("Set MLX_FLASH_CACHE to the full path of a folder.\n"), errors
     assert chat.history_file() == Path(os.devnull)

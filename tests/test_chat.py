@@ -1,4 +1,4 @@
-"""python -m mlx_flash.chat in a pseudo-terminal and through pipes: with the packaged demo model, and quicker ones."""
+"""python -m mlx_flash.chat in a pseudo-terminal and through pipes, with the packaged demo model and faster ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def start(speaker: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTermina
 
 
 def ask(terminal: PseudoTerminal, line: str) -> str:
-    """What the line is answered with, up to the next prompt."""
+    """Types the line and returns the output up to the next prompt."""
     terminal.type(f"{line}\n")
     terminal.until(f"{line}\n")
     return str(terminal.until(READY)).removesuffix(READY)
@@ -65,7 +65,7 @@ def ask(terminal: PseudoTerminal, line: str) -> str:
 
 @pytest.fixture(scope="module")
 def answers(speaker: Path) -> list[str]:
-    """To QUESTIONS, one after another, of 24 tokens each."""
+    """The answers to QUESTIONS in one conversation, of 24 tokens each."""
     model, tokenizer = load(speaker)
     turns, ids, texts = ReusedPromptCache(model), list[int](), []
     for question in QUESTIONS:
@@ -73,7 +73,7 @@ def answers(speaker: Path) -> list[str]:
         made = list(turns.stream_generate(tokenizer, ids, 24))
         ids += [response.token for response in made]
         texts.append("".join(response.text for response in made))
-    first = list(stream_generate(model, tokenizer, QUESTIONS[0], 24))  # as `generate` has it
+    first = list(stream_generate(model, tokenizer, QUESTIONS[0], 24))  # as `generate` answers it
     model.flash.close()
     assert texts[0] == "".join(response.text for response in first)
     assert len(set(texts)) == 3 and all(len(text) > 20 for text in texts)
@@ -83,7 +83,7 @@ def answers(speaker: Path) -> list[str]:
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 
-# A command takes two seconds of a processor to begin: one terminal for what one conversation can show.
+# A command takes two seconds of processor time to start, so one terminal serves a whole conversation.
 
 
 def test_answers_go_on_from_each_other_until_they_are_forgotten(
@@ -91,7 +91,7 @@ def test_answers_go_on_from_each_other_until_they_are_forgotten(
 ) -> None:
     terminal = start("--max-tokens", "24", "--memory", "1GB")
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
-        note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # said once
+        note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # printed once
         assert ask(terminal, question) == f"{answer}\n" + (note if number == 0 else "")
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
@@ -116,7 +116,7 @@ def test_answers_go_on_from_each_other_until_they_are_forgotten(
 
 def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal], demo: Path, tmp_path: Path) -> None:
     terminal = start("--max-tokens", "5", model=demo)
-    # Ctrl-C at the prompt leaves neither the program nor a line behind.
+    # Ctrl-C at the prompt drops the line, and the program continues.
     terminal.press_at_prompt(CTRL_C)
     assert "/quit or Ctrl-D leaves the program" in terminal.until(READY)
     terminal.type("half a line")
@@ -124,7 +124,7 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     terminal.press_at_prompt(CTRL_C)
     shown = terminal.until(READY)
     assert "Traceback" not in shown
-    if "libedit" not in (readline.__doc__ or ""):  # which forgets what was typed
+    if "libedit" not in (readline.__doc__ or ""):  # libedit forgets typed lines
         assert "/quit" not in shown
     assert "0 turns" in ask(terminal, "/memory")
 
@@ -136,7 +136,7 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     assert "/reset takes nothing after it" in ask(terminal, "/reset now")
     assert "/memory takes one size after it" in ask(terminal, "/memory 6 GB")
     assert "memory is 'lots', expected a number with a unit" in ask(terminal, "/memory lots")
-    assert len(ask(terminal, " /usr is a folder")) > 2  # no command
+    assert len(ask(terminal, " /usr is a folder")) > 2  # not a command
     statistics = ask(terminal, "/stats")
     for part in (
         r"last answer: 5 tokens in [\d.]+ s, [\d.]+ tokens-per-sec; to the first token: [\d.]+ s",
@@ -150,10 +150,10 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     memory = ask(terminal, "/memory")
     assert "memory plan\n  process" in memory and "KV cache" in memory and "1 turn, " in memory
 
-    # The history is kept, for the next program.
+    # The history is saved for the next program.
     ask(terminal, "A line to remember")
     ask(terminal, "/help")
-    ask(terminal, "/help")  # once in the history
+    ask(terminal, "/help")  # only once in the history
     terminal.type(CTRL_D)
     assert terminal.ended()[0] == 0
     path = tmp_path / "cache" / "chat-history"
@@ -171,7 +171,7 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     terminal.until(READY)
     assert "1 turn" in ask(terminal, "/memory")
 
-    # SIGTERM ends it at once, and quietly.
+    # SIGTERM ends it at once and silently.
     terminal.let_wait()
     terminal.process.terminate()
     code, shown = terminal.ended()
@@ -201,12 +201,12 @@ def test_ctrl_c_stops_a_long_prompt_and_a_long_answer(start: Callable[..., Pseud
 
     terminal.type("Once\n")
     terminal.until("Once\n")
-    terminal.until_something()  # long before the answer's end: it streams
+    terminal.until_something()  # long before the answer's end, because it streams
     terminal.type(CTRL_C)
     assert terminal.until(READY).endswith(f"\nstopped\n{READY}")
     statistics = ask(terminal, "/stats")
     made = re.search(r"last answer: (\d+) tokens", statistics)
-    assert made is not None and int(made[1]) < 8000 and "1 turn" in statistics  # what was said of it is kept
+    assert made is not None and int(made[1]) < 8000 and "1 turn" in statistics  # the partial answer is kept
     assert "1 turn," in ask(terminal, "/memory")
     assert "forgotten" in ask(terminal, "/reset")
 
@@ -264,7 +264,7 @@ def test_lines_from_a_pipe(speaker: Path, answers: list[str]) -> None:
 def run(
     speaker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: (exit code, standard output, standard error)."""
+    """Runs the command in this process. Returns (exit code, standard output, standard error)."""
 
     def run(text: bytes, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
@@ -348,7 +348,7 @@ def test_without_a_template_it_is_one_text(templated: Any, tokenizer: Any, ignor
     talk = Conversation(templated if ignored else tokenizer, 44, template=not ignored)
     first = talk.ask("One", 8).tokens
     assert first == encode_prompt(tokenizer, "One")
-    end = tokenizer.bos_token_id  # ends a text, too
+    end = tokenizer.bos_token_id  # this token also ends a text
     talk.answered("One", "two", [*tokenizer.encode("two", add_special_tokens=False), end])
     second = talk.ask("three", 8).tokens
     assert tokenizer.decode(second) == "</s>Onetwo three" and second[: len(first)] == first

@@ -1,4 +1,4 @@
-"""Prompts against transformers' own, and templates that would take for ever, or everything."""
+"""Prompts against transformers' own, and templates that would run for ever or use up all memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer_of(plain: Any) -> Callable[[Any], Any]:
-    """The same tokenizer with a template."""
+    """Makes the same tokenizer with a template."""
 
     def make(template: Any) -> Any:
         tokenizer = copy.copy(plain)

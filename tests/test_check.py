@@ -1,4 +1,4 @@
-"""`python -m mlx_flash.check`: every byte of a store is covered, and damage is named where it is."""
+"""`python -m mlx_flash.check` covers every byte of a store and names the place of any damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flip(path: Path, *places: int) -> None:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Runs the command line in this process. Returns (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
@@ -41,7 +41,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def expected_place(store: Path, layout: NeuronLayout, name: str, at: int) -> str:
-    """Where a flipped byte of a file belongs to, computed from the other side than `check` does."""
+    """The place of a flipped byte, computed independently of `check`."""
     if name == Manifest.neurons_file:
         layer, rest = divmod(at, layout.layer_bytes)
         if rest >= layout.blocks * layout.block_bytes:
@@ -81,7 +81,7 @@ def test_a_flipped_byte_anywhere_is_found_and_named(own_store: Path) -> None:
             flip(path, at)
             assert (name, where) in {(damage.file, damage.where) for damage in found}, (at, found)
             others = [damage for damage in found if damage.file != name]
-            # A damaged table of checksums also disagrees with the bundle file, and says so.
+            # A damaged table of checksums also disagrees with the bundle file, and `check` reports that.
             assert all(name == "neurons.crc32" and "itself damaged" in damage.what for damage in others)
     assert check_store(own_store) == []
 
@@ -97,7 +97,7 @@ def test_a_flipped_byte_of_the_manifest(own_store: Path) -> None:
 
 @pytest.fixture
 def padded_store(store: Path, tmp_path: Path) -> Path:
-    """With padding everywhere: inside the blocks, behind the neurons of the last one, between the layers."""
+    """A store with padding inside the blocks, after the neurons of the last block, and between the layers."""
     from tiny import make_checkpoint  # type: ignore[import-not-found]
 
     from mlx_flash.convert.conversion import Settings, convert
@@ -166,7 +166,7 @@ def test_truncated_and_missing_files(own_store: Path) -> None:
         assert check_store(own_store)[0].file == name
         path.unlink()
         assert Damage(name, "", f"is missing ({len(whole)} bytes)") in check_store(own_store)
-        path.mkdir()  # nor is a folder a file
+        path.mkdir()  # a folder is not a file
         assert Damage(name, "", f"is missing ({len(whole)} bytes)") in check_store(own_store)
         path.rmdir()
         path.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""Which file and which tensor of a checkpoint counts: the rule of docs/checkpoints.md, and what breaks it."""
+"""The rule of docs/checkpoints.md for which file and tensor of a checkpoint counts, and violations of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_index(folder: Path, **index_map: str) -> None:
 
 
 def counted(folder: Path) -> dict[str, float]:
-    """Name -> the first number of the tensor that counts, read from where the rule says it lies."""
+    """Name -> the first number of the tensor that counts, read from the place that the rule gives."""
     found = {}
     for name, (file, entry) in tensors_in(folder).items():
         with file.open("rb") as opened:
@@ -60,7 +60,7 @@ def tensors_of(path: Path) -> dict[str, mx.array]:
 
 
 def as_converted(folder: Path) -> dict[str, mx.array]:
-    """Every tensor that a store of the checkpoint would be made of, by its name in the model."""
+    """Every tensor that a store of the checkpoint is made from, by its name in the model."""
     checkpoint = Checkpoint(folder)
     family = family_of(checkpoint.config, folder)
     outline = StorePlan(checkpoint, family, activation_of(checkpoint.config, folder), QUICK)
@@ -88,14 +88,14 @@ A, B, C = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     [
         ({A: {"x": 1}, B: {"y": 2}}, {"x": A, "y": B}, {"x": 1, "y": 2}),
         ({A: {"x": 1}, B: {"x": 2}}, {"x": A}, {"x": 1}),  # B is a shard of an older download
-        ({A: {"x": 1, "y": 3}, B: {"x": 2, "y": 4}}, {"x": B, "y": A}, {"x": 2, "y": 3}),  # whatever the order
+        ({A: {"x": 1, "y": 3}, B: {"x": 2, "y": 4}}, {"x": B, "y": A}, {"x": 2, "y": 3}),  # in any order
         ({A: {"x": 1}, B: {"x": 2, "y": 3}}, {"x": A, "y": B}, {"x": 1, "y": 3}),
-        ({A: {"y": 1}, B: {"x": 2}}, {"x": A, "y": A, "z": B}, {"x": 2, "y": 1}),  # the index is wrong of x
-        ({A: {"x": 1, "z": 5}, B: {"y": 2}}, {"x": A, "y": B}, {"x": 1, "y": 2, "z": 5}),  # and does not know z
+        ({A: {"y": 1}, B: {"x": 2}}, {"x": A, "y": A, "z": B}, {"x": 2, "y": 1}),  # the index is wrong about x
+        ({A: {"x": 1, "z": 5}, B: {"y": 2}}, {"x": A, "y": B}, {"x": 1, "y": 2, "z": 5}),  # the index does not list z
         ({A: {"x": 1}, "model.safetensors": {"x": 2}}, {"x": A}, {"x": 1}),
         ({"consolidated.safetensors": {"x": 1}, "model.safetensors": {"x": 2}}, None, {"x": 2}),
         ({A: {"x": 1}, "model.safetensors": {"x": 2}}, None, {"x": 2}),
-        ({A: {"x": 1, "y": 1}, B: {"y": 1}}, None, {"x": 1, "y": 1}),  # the same bytes
+        ({A: {"x": 1, "y": 1}, B: {"y": 1}}, None, {"x": 1, "y": 1}),  # the same bytes twice
         ({"b.safetensors": {"y": 1}, "a.safetensors": {"x": 2}}, None, {"x": 2, "y": 1}),
     ],
 )
@@ -150,7 +150,7 @@ NAMES = ("a", "b", "c", "d")
 )
 @settings(max_examples=100)
 def test_the_rule_in_few_words(held: dict[str, set[str]], index_map: dict[str, str], order: Any) -> None:
-    """The index decides; else who has it; several that have it are doubles. The order of nothing matters."""
+    """The index decides. Without it, the only file with the tensor counts, and several are doubles. Order is irrelevant."""
     shuffled = [(file, order.sample(sorted(names), len(names))) for file, names in held.items()]
     order.shuffle(shuffled)
     choice = choose(dict(shuffled), dict(order.sample(sorted(index_map.items()), len(index_map))))
@@ -199,7 +199,7 @@ def test_the_files_in_few_words(present: set[str], shards: set[str], order: Any)
 
 
 def in_two_shards(folder: Path, stray: Callable[[mx.array], mx.array]) -> None:
-    """model.safetensors -> two shards and an index; the second has, and leads the order with, changed doubles."""
+    """Splits model.safetensors into two shards and an index. The second has changed doubles and is first in order."""
     weights = tensors_of(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
@@ -408,7 +408,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, name: str) -> 
 
 
 def test_links_that_may_be_followed(tmp_path: Path) -> None:
-    """Within the folder; to the blobs of the same repository; and to the folder itself."""
+    """Links may lead within the folder, to the blobs of the same repository, and to the folder itself."""
     repository = tmp_path / "hub" / "models--owner--name"
     folder = make_checkpoint(repository / "snapshots" / "0123abcd", neurons=128)
     (repository / "blobs").mkdir()

@@ -1,4 +1,4 @@
-"""What continuous integration runs beside the suite."""
+"""The checks that continuous integration runs beside the suite."""
 
 from __future__ import annotations
 

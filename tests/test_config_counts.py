@@ -1,4 +1,4 @@
-"""A config.json that claims a billion of anything is refused before a model is built from it."""
+"""A config.json with a count of a billion is refused before a model is built from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlx_flash.source.config_counts import FEW, count_problem
 
 BILLION = 10**9
 
-# Each case in turn, in one process that may not have more than 3 GB of addresses beyond what its imports take.
+# Runs the cases in turn, in one process that may use 3 GB of address space beyond its imports.
 CHILD = """
 import json, resource, sys
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_no_configuration_makes_it_fail(config: Any) -> None:
 
 
 def test_real_configurations_pass(tmp_path: Path) -> None:
-    """Those of the tests; larger siblings have more tensors and longer dimensions, not larger counts beside them."""
+    """Uses the tests' configurations. Larger models have more tensors and dimensions, but not larger other counts."""
     for family in FAMILIES:
         make_mixture(tmp_path / family, family)
         extent = extent_of(tmp_path / family)

@@ -1,4 +1,4 @@
-"""The console script: it finds a command, starts it as `python -m` would, and is quick about it."""
+"""The console script finds a command, starts it like `python -m`, and is quick about it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_every_command_that_is_here_can_be_started() -> None:
 
 
 def test_the_page_of_flags_is_that_of_the_parsers() -> None:
-    """Else: `python tests/flag_tables.py`."""
+    """If this fails, run `python tests/flag_tables.py`."""
     import flag_tables  # type: ignore[import-not-found]  # found beside this file
 
     assert flag_tables.PAGE.read_text(encoding="utf-8") == flag_tables.page()

@@ -1,4 +1,4 @@
-"""Conversion: right rows, the same bytes every time, and nothing lost whatever happens in between."""
+"""Conversion stores the right rows, gives the same bytes every time, and loses nothing when interrupted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tensors_of(path: Path) -> dict[str, mx.array]:
 
 
 def rows_of(store: Path) -> np.ndarray:
-    """The stored bytes by the law of the format: uint8 (layers, parts, neurons, row bytes)."""
+    """The stored bytes, read by the format's rules: uint8 (layers, parts, neurons, row bytes)."""
     layout = read_manifest(store).layout
     raw = (store / Manifest.neurons_file).read_bytes()
     rows = np.empty((layout.layers, len(layout.parts), layout.neurons, layout.row_bytes), np.uint8)
@@ -83,7 +83,7 @@ def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command line in this process: (exit code, stderr)."""
+    """Runs the command line in this process. Returns (exit code, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["convert", "--calibration-tokens", "64", *map(str, arguments)])
@@ -124,11 +124,11 @@ def test_same_bytes_from_another_folder_and_under_any_name(
     os.utime(tmp_path / "elsewhere" / "model.safetensors", (1, 1))
     convert(tmp_path / "elsewhere", tmp_path / "renamed", QUICK)
     assert contents(tmp_path / "renamed") == reference
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "renamed"]  # and nothing stays behind
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "renamed"]  # no other file is left
 
 
 def test_same_bytes_every_time_with_several_threads(checkpoint: Path, tmp_path: Path) -> None:
-    """As users have it; the other tests compute with one thread."""
+    """Users convert with several threads; the other tests use one."""
     set_numpy_threads(os.cpu_count() or 1)
     try:
         stores = [convert(checkpoint, tmp_path / name, QUICK) and contents(tmp_path / name) for name in ("1", "2")]
@@ -158,7 +158,7 @@ def shard(folder: Path) -> None:
 
 
 def without_source(files: dict[str, bytes]) -> dict[str, Any]:
-    """Stores of the same weights in other checkpoint files differ only in what the manifest says of those."""
+    """Drops the manifest's source fields, the only difference if the same weights are in other checkpoint files."""
     manifest = json.loads(files[MANIFEST])
     del manifest["source"], manifest["checksum"]
     return {**files, MANIFEST: manifest}
@@ -226,7 +226,7 @@ def test_torch_shards_with_tied_embeddings_give_the_same_store(tmp_path: Path, d
         file = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({name: weights[name] for name in part}, folder / file)
         index |= dict.fromkeys(part, file)
-    torch.save({"optimizer": torch.zeros(9)}, folder / "pytorch_model-old.bin")  # the index does not name it
+    torch.save({"optimizer": torch.zeros(9)}, folder / "pytorch_model-old.bin")  # not named in the index
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     manifest = convert(folder, tmp_path / "store", QUICK)
     assert manifest.layout.dtype == dtype
@@ -234,7 +234,7 @@ def test_torch_shards_with_tied_embeddings_give_the_same_store(tmp_path: Path, d
 
 
 class Malicious:
-    """Pickled, it asks whoever reads it to call os.mkdir."""
+    """When unpickled, this calls os.mkdir."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -270,7 +270,7 @@ def test_an_embedding_larger_than_the_layers_is_never_in_memory_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(numpy_matrix, "PIECE_BYTES", 1 << 19)
-    # 26 MB, and 0.1 MB a layer; all of it is read for every position that the perplexity is measured at.
+    # The embedding has 26 MB, a layer 0.1 MB. Perplexity reads the whole embedding for every measured position.
     folder = make_checkpoint(tmp_path / "checkpoint", neurons=128, vocab=100_000, positions=16)
     gc.collect()
     mx.clear_cache()
@@ -356,7 +356,7 @@ def test_a_tied_output_matrix_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it."""
+    """Not an Exception, so that nothing catches it."""
 
 
 STEPS = ("fsync", "rename", "replace", "unlink", "mkdir")
@@ -364,8 +364,8 @@ STEPS = ("fsync", "rename", "replace", "unlink", "mkdir")
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """stop_at(n, error) raises at the n-th system call that fixes something on the disk, and again at each after it."""
-    real = {name: getattr(os, name) for name in STEPS} | {"fsync": lambda _: None}  # which takes its time
+    """stop_at(n, error) raises at the n-th system call that persists something, and at each one after it."""
+    real = {name: getattr(os, name) for name in STEPS} | {"fsync": lambda _: None}  # fsync is slow
 
     def arm(step: int | None, error: BaseException = Killed()) -> None:  # noqa: B008
         counter = itertools.count(1)
@@ -387,7 +387,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def stopped_runs(
     stop_at: Callable[..., None], run: Callable[[int], object], first: int = 1, before: Sequence[int] = ()
 ) -> Iterator[int]:
-    """Runs it again and again, stopped at the steps `before`, then one step later each time, until it comes through."""
+    """Runs a function repeatedly, stopped at the steps `before`, then one step later each time, until it completes."""
     for step in itertools.chain(before, itertools.count(first)):
         stop_at(step)
         try:
@@ -404,7 +404,7 @@ def stopped_runs(
 def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
     checkpoint: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From what is on the disk before each step, which is what a kill leaves: buffers in the process are lost."""
+    """Starts from the disk contents before each step, as after a kill: buffers in the process are lost."""
     (tmp_path / "whole").mkdir()
     stopped: list[Path] = []
 
@@ -416,7 +416,7 @@ def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
                 for name, function in real.items():
                     patch.setattr(os, name, function)
                 stopped.append(Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len(stopped)))))
-            return None if call is real["fsync"] else call(*arguments, **keywords)  # which takes its time
+            return None if call is real["fsync"] else call(*arguments, **keywords)  # fsync is slow
 
         return keep
 
@@ -430,11 +430,11 @@ def test_stopped_at_every_step_it_goes_on_to_the_same_bytes(
     seen: list[dict[str, bytes | None]] = []
     for folder in stopped:
         found = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-        if found in seen:  # as before an fsync and the rename after it
+        if found in seen:  # the same as before an fsync and the rename after it
             continue
         seen.append(found)
         output = folder / "store"
-        if output.exists():  # stopped after the rename: whole already
+        if output.exists():  # stopped after the rename, so it is complete
             assert read_manifest(output)
             with pytest.raises(UsageError, match="already a complete store"):
                 convert(checkpoint, output, QUICK)
@@ -456,8 +456,8 @@ def test_replacing_stopped_at_every_step_loses_neither_store(
         convert(checkpoint, tmp_path / str(step), QUICK, overwrite=True)
 
     steps = 0
-    # Until the new store is whole the steps are those of the test above, and the old one stands beside: a few do.
-    # Here the process lives on, and whatever it does to the disk after the step raises as well.
+    # Until the new store is complete, the steps are those of the test above, beside the old store. A few are enough.
+    # Here the process lives on, and its later changes to the disk raise as well.
     for step in stopped_runs(stop_at, replace, first=40, before=(6, 20, 34)):
         output = tmp_path / str(step)
         aside = tmp_path / f".{step}.replaced"
@@ -597,7 +597,7 @@ def test_another_process_converts_already(checkpoint: Path, tmp_path: Path) -> N
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin and child.stdout
         child.stdout.readline()
-        for _ in range(2):  # refusing must not take the lock file away
+        for _ in range(2):  # a refusal must not remove the lock file
             with pytest.raises(ConversionError, match="another process is converting"):
                 convert(checkpoint, tmp_path / "store", QUICK)
         assert not (tmp_path / "store.partial").exists()
@@ -607,14 +607,14 @@ def test_another_process_converts_already(checkpoint: Path, tmp_path: Path) -> N
 
 def test_existing_outputs(checkpoint: Path, reference: dict[str, bytes], tmp_path: Path, cli: Cli) -> None:
     output = tmp_path / "store"
-    output.mkdir()  # an empty folder is no obstacle
+    output.mkdir()  # an empty folder is accepted
     convert(checkpoint, output, QUICK)
     code, err = cli("--model", checkpoint, "--output", output)
     assert code == 2 and "already a complete store" in err and "--overwrite" in err
     code, err = cli("--model", checkpoint, "--output", output, "--overwrite", "--dtype", "float16")
     assert code == 0 and read_manifest(output).layout.dtype == "float16"
     old = contents(output)
-    (output / "neurons.bin").unlink()  # damaged, yet ours
+    (output / "neurons.bin").unlink()  # damaged, but a store
     convert(checkpoint, output, QUICK, overwrite=True)
     assert contents(output) == reference != old
 
@@ -655,7 +655,7 @@ def test_foreign_files_are_never_replaced(checkpoint: Path, tmp_path: Path, over
 def test_a_folder_in_which_no_file_can_be_made(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in /proc: the lock cannot be taken, and no other process has it."""
+    """/proc is such a folder: the lock cannot be taken, although no other process has it."""
 
     def acquire(lock: FileLock, **_: object) -> None:
         raise Timeout(lock.lock_file)
@@ -674,7 +674,7 @@ def test_the_checkpoint_is_never_the_output(own_checkpoint: Path, overwrite: boo
     for output in (own_checkpoint, own_checkpoint.parent, own_checkpoint / ".." / own_checkpoint.name):
         with pytest.raises(UsageError, match="holds the checkpoint itself"):
             convert(own_checkpoint, output, QUICK, overwrite)
-    convert(own_checkpoint, own_checkpoint / "store", QUICK, overwrite)  # inside it is fine
+    convert(own_checkpoint, own_checkpoint / "store", QUICK, overwrite)  # a folder inside it is fine
     shutil.rmtree(own_checkpoint / "store")
     assert contents(own_checkpoint) == before
 
@@ -698,7 +698,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def change_weights(folder: Path, **changes: mx.array | None) -> None:
-    """By a name's last two parts in layer 1; None removes it."""
+    """Replaces tensors by the last two parts of their names in layer 1; None removes one."""
     weights = tensors_of(folder / "model.safetensors")
     for name, value in changes.items():
         full = "model.decoder.layers.1." + name.replace("_weight", ".weight")
@@ -801,7 +801,7 @@ def test_rows_that_do_not_divide_into_groups_are_refused(tmp_path: Path, cli: Cl
     folder = make_checkpoint(tmp_path / "checkpoint", hidden=48)
     code, said = cli("--model", folder, "--output", tmp_path / "store", "--bits", "4")
     assert code == 2 and "rows of 48 numbers do not divide into groups of 64. Use --bits 16" in said
-    # Resident ones stay plain there.
+    # Resident matrices are not quantised there.
     code, said = cli("--model", folder, "--output", tmp_path / "store", "--resident-bits", "4")
     assert code == 0 and "resident matrices in 4 bits" in said
     assert check_store(tmp_path / "store") == []
@@ -823,7 +823,7 @@ def test_other_bits_are_another_conversion(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_tokenizer_with_an_empty_vocabulary_is_not_calibrated_with(tiny: Any, tmp_path: Path) -> None:
-    """Nobody gave a text, so the error is not about one."""
+    """The error does not mention a text, because none was given."""
     checkpoint = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = {}

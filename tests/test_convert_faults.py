@@ -1,4 +1,4 @@
-"""A conversion that cannot read back what it wrote, or reads something else, ends in an error and blesses nothing."""
+"""A conversion that cannot read back its output, or reads other bytes, ends in an error and leaves no valid store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Of the text that is there without it, most would be tokenised in vain."""
+    """Settings with a short text, because tokenising the default text takes long."""
     text = tmp_path_factory.mktemp("calibration") / "text.txt"
     text.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
     return Settings(calibration_text=text, calibration_tokens=64)
@@ -51,7 +51,7 @@ def reference(checkpoint: Path, quick: Settings, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def when_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Damage | None], None]:
-    """when_written(name, damage): does that to a file of the partial folder as soon as it has its name."""
+    """when_written(name, damage) damages a file of the partial folder as soon as it has its final name."""
     real = Path.replace
     waiting: dict[str, Damage | None] = {}
 
@@ -118,7 +118,7 @@ def test_what_is_read_back_is_what_was_written(
 )
 @pytest.mark.parametrize(
     ("opened", "said"),
-    [  # to choose on calibration text; to be merged, before its tensors are taken
+    [  # opened for the choice on calibration text; opened for merging, before its tensors are read
         (2, r"tensor \w+ cannot be read: the file ends at byte"),
         (3, r"its header cannot be read|cannot be read: its tensors end at byte"),
     ],
@@ -133,7 +133,7 @@ def test_a_layer_s_predictor_that_cannot_be_read_back(
     opened: int,
     said: str,
 ) -> None:
-    """It was filled with what happened to be in memory, and `check` found no damage."""
+    """Earlier, such a tensor had random memory contents, and `check` found no damage."""
     real, left = mx.load, opened
 
     def load(path: str) -> Any:
@@ -158,7 +158,7 @@ def test_checksums_are_of_what_was_written(
     tmp_path: Path,
     when_written: Callable[[str, Damage | None], None],
 ) -> None:
-    """What is not read back is not blessed either: whoever compares it with the manifest finds the damage."""
+    """A damaged file that is not read back does not pass either: a comparison with the manifest finds the damage."""
     when_written("predictor-lowrank.safetensors", flipped("1.c"))
     convert(checkpoint, tmp_path / "store", quick)
     assert (tmp_path / "store" / "manifest.json").read_bytes() == reference["manifest.json"]
@@ -188,7 +188,7 @@ def test_a_later_run_takes_nothing_that_is_not_what_was_written(
         path.unlink()
     else:
         content = bytearray(path.read_bytes())
-        content[-min(200, len(content))] ^= 1  # in the last layer's last block, a tensor, a line; in the first table
+        content[-min(200, len(content))] ^= 1  # in the last layer's last block, a tensor, a line, or the first table
         path.write_bytes(content)
     convert(checkpoint, tmp_path / "store", quick)
     assert contents(tmp_path / "store") == reference
@@ -229,7 +229,7 @@ def test_the_log_of_checksums(tmp_path: Path) -> None:
 def test_predictors_are_not_calibrated_on_random_tokens_because_of_a_fault(
     checkpoint: Path, quick: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer file that is not read as it is: the store would have worse predictors than the checkpoint's."""
+    """A tokenizer file is read wrong. Random tokens would give worse predictors than the checkpoint's own text."""
     from mlx_flash.convert import conversion
 
     real = conversion.compared_copies

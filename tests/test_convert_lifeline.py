@@ -1,4 +1,4 @@
-"""A conversion that another process started ends with it, however that ends."""
+"""A conversion ends with the process that started it, no matter how that ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]  # found besi
 
 
 def test_a_conversion_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Its calibration text comes out of a pipe into which nothing is written: it converts until it is stopped."""
+    """The calibration text is a pipe that stays empty, so the conversion runs until it is stopped."""
     checkpoint, text, store = make_checkpoint(tmp_path / "checkpoint"), tmp_path / "text", tmp_path / "store"
     os.mkfifo(text)
     command = [sys.executable, "-m", "mlx_flash.convert", "--exit-with-stdin"]
@@ -24,7 +24,7 @@ def test_a_conversion_ends_with_the_process_that_started_it(tmp_path: Path) -> N
 
     def is_read() -> bool:
         assert process.poll() is None, process.communicate()
-        with contextlib.suppress(OSError):  # nobody reads it yet
+        with contextlib.suppress(OSError):  # the pipe has no reader yet
             opened.append(os.open(text, os.O_WRONLY | os.O_NONBLOCK))
         return bool(opened)
 
@@ -32,8 +32,8 @@ def test_a_conversion_ends_with_the_process_that_started_it(tmp_path: Path) -> N
         try:
             until(is_read)
             assert process.stdin is not None and process.stderr is not None
-            process.stdin.close()  # as the kernel does for a parent that was killed
-            # The signal is SIGTERM, and SIGKILL if that takes long: as it may where the processor is busy.
+            process.stdin.close()  # the kernel does this for a killed parent
+            # The signal is SIGTERM, or SIGKILL after a while, which may happen on a busy processor.
             assert process.wait(PATIENCE_S) in (143, -signal.SIGKILL)
             assert "Traceback" not in process.stderr.read()
         finally:

@@ -1,4 +1,4 @@
-"""What is streamed is what the tokens say, for every kind of tokenizer."""
+"""The streamed text equals the text of the tokens, for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = settings(max_examples=10, derandomize=True, database=None, deadline=N
 SPACES = ["    ", "\t", "\n", "\r\n", "\n\n", "\xa0", "\u2028", "\u3000", "\v\f", " \n", " .", " ' ", " n't", " 's"]
 TEXTS = st.lists(st.text(max_size=5) | st.sampled_from(SPACES) | st.sampled_from(kinds.LINES), max_size=6).map("".join)
 DRAWS = st.lists(st.tuples(st.sampled_from(["any", "byte", "same", "text"]), st.integers(0, 10**6)), max_size=14)
-REPORTED = [  # in public bug reports, of these and other programs
+REPORTED = [  # from public bug reports of these and other programs
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1eb\U0001f1f7 e\u0301x '\ufe0f",
     "こんにちは。私の名前は、龘です。ďábelské 한국어 ខ្មែរ မြန်မာ བོད་སྐད",
     "def f():\n    if x:\n\t\treturn  1\r\n\r\n\n    # \xa0\u2028\ufeff end   ",
@@ -34,7 +34,7 @@ REPORTED = [  # in public bug reports, of these and other programs
 
 
 def tokens_of(kind: str, draws: list[tuple[str, int]]) -> list[int]:
-    """Any ids, some past the vocabulary; runs of bytes, repetitions and texts more often than by chance."""
+    """Random ids, some beyond the vocabulary, with more byte runs, repetitions and texts than by chance."""
     tokenizer = kinds.made(kind)
     size = max(tokenizer.get_vocab().values()) + 20
     pieces = tokenizer.get_vocab()
@@ -49,13 +49,13 @@ def tokens_of(kind: str, draws: list[tuple[str, int]]) -> list[int]:
             ids += [number % size] * (number % 40)
         else:
             ids += tokenizer.encode(REPORTED[number % len(REPORTED)], add_special_tokens=False)[: number % 30]
-    if kind.startswith("sentencepiece's own"):  # a special token moves what was said before it
+    if kind.startswith("sentencepiece's own"):  # a special token moves the text before it
         ids = [token for token in ids if token not in tokenizer.all_special_ids]
     return ids
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
-    """Without the ids that are not in its vocabulary, where they are an error to it."""
+    """Decodes without ids outside of the vocabulary, if the tokenizer rejects them."""
 
     def known(token: int) -> bool:
         try:
@@ -124,7 +124,7 @@ def test_nothing_complete_is_held_back() -> None:
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_token_costs_a_window(kind: str) -> None:
-    """However long the text is: tokens decoded for each token."""
+    """The number of tokens decoded per token does not grow with the text."""
     tokenizer = kinds.made(kind)
     ids = tokenizer.encode("".join(kinds.LINES * 3), add_special_tokens=False)
     long = [*ids, *[ids[-1]] * 200, *ids]
@@ -185,7 +185,7 @@ def test_a_text_that_is_continued(kind: str, text: str, cut: int) -> None:
 
 
 def test_the_first_space() -> None:
-    """It belongs to a text that continues another; where there is none before it, decode leaves it out."""
+    """The first space belongs to a text that continues another. Without a text before it, decode drops it."""
     for kind in ("byte fallback", "sentencepiece BPE", "a gap in the vocabulary"):
         tokenizer = kinds.made(kind)
         pieces = tokenizer.get_vocab()
@@ -216,7 +216,7 @@ def test_a_prompt_of_nothing_but_bytes() -> None:
 
 
 def test_a_character_that_the_prompt_begins() -> None:
-    """vllm#48853: it belongs to the answer, and nothing else of the prompt does."""
+    """vllm#48853: such a character belongs to the answer, and no other part of the prompt does."""
     for kind in ("byte-level", "byte fallback", "sentencepiece Unigram"):
         tokenizer = kinds.made(kind)
         start = tokenizer.encode("Paris ", add_special_tokens=False)
@@ -225,7 +225,7 @@ def test_a_character_that_the_prompt_begins() -> None:
         assert continued(tokenizer, ids[:count], ids[count:]) == "\U0001f336 is"
         assert continued(tokenizer, ids[:count], []) == ""
     tokenizer = kinds.made("byte-level")
-    ids = tokenizer.encode("a\ufffd", add_special_tokens=False)  # a whole character, which is not ours
+    ids = tokenizer.encode("a\ufffd", add_special_tokens=False)  # a whole U+FFFD of the text
     assert continued(tokenizer, ids, tokenizer.encode("b")) == "b"
 
 
@@ -260,7 +260,7 @@ def test_the_bytes_of_all_tokens_are_the_texts(kind: str, text: str, cut: int) -
 
 
 def test_bytes_that_are_not_text() -> None:
-    """They are told as they are; the text has U+FFFD there."""
+    """The bytes are reported unchanged; the text has U+FFFD in their place."""
     tokenizer = kinds.made("byte-level")
     values = {byte: tokenizer.get_vocab()[char] for char, byte in detokenizer_bytes().items()}
     raw = b"a\xf0\x9f\xff\xe2\x82b"
@@ -289,7 +289,7 @@ def test_the_byte_level_alphabet() -> None:
 
 
 def saved(tokenizer: Any, folder: Path) -> Path:
-    """As a checkpoint's folder has it, with the decoder that the file names."""
+    """Saves a tokenizer, with its decoder, as in a checkpoint's folder. Returns the folder."""
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(
@@ -339,10 +339,10 @@ def test_a_byte_level_vocabulary_is_decoded_as_such(tmp_path: Path) -> None:
 
 
 def test_what_was_said_stays() -> None:
-    """docs/text.md lists these."""
+    """docs/text.md lists these cases."""
     tokenizer = kinds.made("sentencepiece's own BPE")
     ids = [*tokenizer.encode("Paris is", add_special_tokens=False), tokenizer.eos_token_id]
-    assert tokenizer.decode(ids) == " Paris is</s>"  # the space in front comes with the special token
+    assert tokenizer.decode(ids) == " Paris is</s>"  # the special token adds the space in front
     assert continued(tokenizer, [], ids).strip() == "Paris is </s>"
 
 

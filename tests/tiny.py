@@ -1,4 +1,4 @@
-"""Tiny random checkpoints for the tests, OPT's and a gated Llama's, sparse as real ones are."""
+"""Tiny random checkpoints of OPT and of a gated Llama, as sparse as real ones."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def make_checkpoint(
 
 
 def make_gated_checkpoint(folder: Path, *, hidden: int = 64, neurons: int = 256, vocab: int = 96) -> Path:
-    """A Llama with FATReLU in float32: of its gates, normal with unit spread, about one in six passes."""
+    """Writes a float32 Llama with FATReLU. Its gates are normal with unit spread, and about one in six is active."""
     rng = np.random.default_rng(2)
     folder.mkdir(parents=True, exist_ok=True)
 

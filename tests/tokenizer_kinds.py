@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind that the libraries know, made in memory."""
+"""Tiny tokenizers of every kind that the libraries support, made in memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def byte_level(decoder: Any = None) -> Tokenizer:
 
 
 def byte_fallback(decoder: Any, replace: bool = True) -> Tokenizer:
-    """As Llama's and Gemma's: what is not in the vocabulary is spelt by byte tokens."""
+    """A tokenizer like Llama's and Gemma's: byte tokens spell characters that are missing from the vocabulary."""
     letters = sorted(set("".join(LINES[:2]).replace(" ", "").replace("\n", "")))
     words = ["▁", "▁▁", "▁▁▁▁", "▁the", "▁The", "▁fox", "is", "▁is", "▁Paris"]
     pieces = [*SPECIALS, *BYTES, *words, *letters]
@@ -106,7 +106,7 @@ def suffixed() -> Tokenizer:
 
 
 def with_gap() -> Tokenizer:
-    """Ids between the vocabulary and the special tokens that stand for nothing."""
+    """A tokenizer with unused ids between the vocabulary and the special tokens."""
     made = json.loads(byte_fallback(decoders.Sequence([*SPM_STEPS, decoders.Strip(" ", 1, 0)])).to_str())
     made["added_tokens"].append({**made["added_tokens"][0], "id": 400, "content": "<|far|>"})
     return Tokenizer.from_str(json.dumps(made))
@@ -131,7 +131,7 @@ def sentencepiece_model(kind: str, byte_fallback: bool = True) -> bytes:
 
 
 def from_files(files: dict[str, bytes], model_type: str = "llama", **settings: Any) -> Any:
-    """As a checkpoint without tokenizer.json is loaded."""
+    """Loads a tokenizer as from a checkpoint without tokenizer.json."""
     with tempfile.TemporaryDirectory() as name:
         for file, content in files.items():
             (Path(name) / file).write_bytes(content)

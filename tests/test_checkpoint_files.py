@@ -150,7 +150,7 @@ NAMES = ("a", "b", "c", "d")
 )
 @settings(max_examples=100)
 def test_the_rule_in_few_words(held: dict[str, set[str]], index_map: dict[str, str], order: Any) -> None:
-    """The index decides. Without it, the only file with the tensor counts, and several are doubles. Order is irrelevant."""
+    """The index decides. Without it, a tensor in one file counts; in several it is a double. Order is irrelevant."""
     shuffled = [(file, order.sample(sorted(names), len(names))) for file, names in held.items()]
     order.shuffle(shuffled)
     choice = choose(dict(shuffled), dict(order.sample(sorted(index_map.items()), len(index_map))))

@@ -1,4 +1,4 @@
-"""Errors that are not ours end in one sentence: on the command line, in the server, in the menu bar app."""
+"""Errors of other libraries end in one sentence: on the command line, in the server, and in the menu bar app."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REMEDY = "Lower --memory or --context, or close other programs."
 def end_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[Exception], tuple[int, str]]:
-    """(exit code, standard error) of a command in which this error is raised."""
+    """(exit code, standard error) of a command that raises this error."""
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.argv", ["program", "--secret", "a prompt"])
 
@@ -135,7 +135,7 @@ def test_a_float_where_a_whole_number_belongs_is_refused_before_anything_is_writ
 
 
 def test_a_conversation_whose_cache_could_not_grow_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX takes an array that it failed to make for a made one: what it holds must not be used."""
+    """MLX treats an array that it failed to make as a finished one, so its contents must not be used."""
     model = MagicMock()
     model.flash.plan.context = 64
     monkeypatch.setattr(turns_module, "make_prompt_cache", lambda _: [])

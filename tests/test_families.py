@@ -1,4 +1,4 @@
-"""The table of families: what each row says of the golden checkpoints, and what is refused in which words."""
+"""The table of families: each row agrees with the golden checkpoints, and refusals have clear sentences."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rows_name_the_ffn_of_their_models(variant: str) -> None:
 def test_every_row_has_a_model_and_a_golden_checkpoint() -> None:
     for model_type in family_types():
         assert model_classes({"model_type": model_type})
-    # A Mistral with ReLU computes as Bamboo's attention and Llama's FFN do.
+    # A Mistral with ReLU computes with Bamboo's attention and Llama's FFN.
     assert {config_of(variant)["model_type"] for variant in VARIANTS} == set(family_types()) - {"mistral"}
 
 
@@ -73,11 +73,11 @@ class Model(llama.Model):
 
 
 def test_a_new_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Converted, loaded, and streamed with the tokens of the whole model: nothing else knows of it."""
+    """The family is converted, loaded and streamed with the whole model's tokens, and no other file knows it."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "squirrel.py").write_text(SQUIRREL)
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "models")])
-    monkeypatch.setattr(models, "squirrel", None, raising=False)  # and taken away at the end
+    monkeypatch.setattr(models, "squirrel", None, raising=False)  # monkeypatch removes it at the end
     monkeypatch.setitem(sys.modules, "mlx_flash.models.squirrel", None)
     del sys.modules["mlx_flash.models.squirrel"]
     assert "squirrel" in family_types()
@@ -141,7 +141,7 @@ def test_only_fatrelu_has_a_threshold() -> None:
 
 
 def published(tmp_path: Path, variant: str, **changes: Any) -> Path:
-    """A golden checkpoint with other keys in its config.json; None removes one."""
+    """A golden checkpoint with other keys in its config.json; None removes a key."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     config = {key: value for key, value in (config_of(variant) | changes).items() if value is not None}

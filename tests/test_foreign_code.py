@@ -1,4 +1,4 @@
-"""No code that lies in a checkpoint's folder is ever run, whatever is started there, and however."""
+"""Code in a checkpoint's folder is never run, whatever command is started there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlx_flash.text.tokenizer import load_tokenizer
 
 ROOT = Path(mlx_flash.__file__).parent
 
-# Modules that this package or what it imports asks for, of Python's library and of others; each says that it was run.
+# Modules that this package and its libraries import, from Python's library and others. Each reports when it is run.
 NAMES = (
     *("tqdm", "numpy", "json", "argparse", "psutil", "filelock", "transformers", "mlx_lm", "huggingface_hub", "regex"),
     *("subprocess", "ctypes", "signal", "sitecustomize", "usercustomize", "sentencepiece", "tiktoken", "uvicorn"),
@@ -35,7 +35,7 @@ NAMES = (
 
 @pytest.fixture
 def hostile(tiny: Tiny, tmp_path: Path) -> Path:
-    """A checkpoint with such files, which name themselves in RUN beside it, and a config that refers to them."""
+    """A checkpoint with these modules, which write their names to RUN beside it, and a config that refers to them."""
     folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "hostile"))
     for name in NAMES:
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'RUN')!r}, 'a').write({name!r} + '\\n')\n")
@@ -56,7 +56,7 @@ def run_by(folder: Path) -> str:
 
 
 def test_commands_started_in_a_checkpoint_s_folder(hostile: Path, tmp_path: Path) -> None:
-    """Both the command itself and the conversion that it starts."""
+    """Covers the command itself and the conversion that it starts."""
     cache = str(tmp_path / "cache")
     program = [sys.executable, "-m", "mlx_flash.generate", "--model", ".", "--max-tokens", "1", "--prompt", "so"]
     done = run_there(hostile, *program, MLX_FLASH_CACHE=cache)
@@ -78,7 +78,7 @@ def test_children_of_the_app_and_of_measurements(hostile: Path, monkeypatch: pyt
 
 
 def test_every_child_python_is_given_that_environment() -> None:
-    """Wherever a process is started, its environment is `child_environment`, or it is no Python at all."""
+    """Every process is started with `child_environment`, unless it is not a Python process."""
     others = {
         "bench/tools/report.py": 2,
         "bench/tools/read_methods.py": 1,
@@ -115,7 +115,7 @@ def test_a_clone_that_is_not_installed_is_still_found(monkeypatch: pytest.Monkey
     ],
 )
 def test_no_setting_of_a_tokenizer_runs_code(hostile: Path, monkeypatch: pytest.MonkeyPatch, settings: object) -> None:
-    """transformers would ask on the terminal, and mlx-lm imports what these name."""
+    """transformers would ask on the terminal, and mlx-lm would import the modules that these name."""
     monkeypatch.chdir(hostile)
     path = hostile / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""The gated demo model: its files are what its card says, and it streams as it runs with all in memory."""
+"""The gated demo model: its files match its card, and it streams like the model in memory."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from mlx_flash.text.tokenizer import load_tokenizer
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 FOLDER = Path(__file__).parent / "models" / "gated-demo"
-LARGEST_BYTES = 8_000_000  # tokenizer included
+LARGEST_BYTES = 8_000_000  # includes the tokenizer
 TEXT = (
     "The old man put down his pipe and looked at the fire. It was a cold night, and the wind went about the house like "
     "a thing that wished to come in. 'You must not go to-morrow,' he said to the boy, who sat upon the floor with the "
@@ -46,13 +46,13 @@ def card() -> str:
 
 @pytest.fixture(scope="module")
 def text_ids(config: dict[str, Any]) -> mx.array:
-    """(1, T)"""
+    """Token ids of the text, (1, T)."""
     return mx.array([load_tokenizer(FOLDER, config).encode(TEXT)])
 
 
 @pytest.fixture(scope="module")
 def dense_logits(gated: Tiny, text_ids: mx.array) -> np.ndarray:
-    """(T, V), of all of the text in one call."""
+    """Logits (T, V) of the whole text in one call."""
     return np.array(gated.dense(text_ids)[0])
 
 
@@ -139,7 +139,7 @@ def test_it_streams_as_it_runs_in_memory(
         ours = streamed(text_ids[:, position : position + 1], cache=cache)
         assert np.abs(np.array(ours[0, 0]) - dense_logits[position]).max() < 1e-3, position
     counters = streamed.flash.streamer.counters
-    assert counters.misses > 0 and (counters.hits > 0) == (predictor == "exact")  # "none" reads all, in order
+    assert counters.misses > 0 and (counters.hits > 0) == (predictor == "exact")  # "none" reads all neurons in order
 
 
 def test_its_predictor_catches_what_it_is_set_to_catch(gated: Tiny) -> None:

@@ -1,4 +1,4 @@
-"""python -m mlx_flash.generate. Where a process of its own is not the point, its `main` is called in this one."""
+"""python -m mlx_flash.generate. Most tests call its `main` in this process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizer
 
 @pytest.fixture
 def run(run_generate: Callable[..., tuple[int, str, str]], store: Path) -> Callable[..., tuple[int, str, str]]:
-    """`run_generate` with the tiny store unless --model is given."""
+    """`run_generate` with the tiny store, unless --model is given."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         return run_generate(*(arguments if "--model" in arguments else ("--model", str(store), *arguments)))
@@ -50,7 +50,7 @@ def run(run_generate: Callable[..., tuple[int, str, str]], store: Path) -> Calla
 
 
 def imported(*arguments: str) -> set[str]:
-    """Which heavy packages a Python process imports."""
+    """The heavy packages that a Python process imports."""
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     modules = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
@@ -104,7 +104,7 @@ def test_it_generates_what_the_library_does_within_the_smallest_budget_it_names(
 
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Room for thousands of tokens, and one of them said for ever."""
+    """A store with positions for thousands of tokens, whose model repeats one token for ever."""
     folder = tmp_path_factory.mktemp("long")
     checkpoint = make_checkpoint(folder / "checkpoint", positions=4096, neurons=128)
     write_tokenizer(checkpoint)
@@ -251,7 +251,7 @@ def test_a_broken_store_ends_with_1(run: Callable[..., Any], own_store: Path) ->
 
 @pytest.fixture
 def default_ctrl_c() -> Iterator[None]:
-    """Python's own handling, also where the tests were started in the background, which ignores the signal."""
+    """Restores Python's own handler. Tests started in the background ignore the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -265,7 +265,7 @@ def default_ctrl_c() -> Iterator[None]:
 def test_ctrl_c_while_the_prompt_is_read(
     generate_command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int, message: str
 ) -> None:
-    """Once: a clean end, with nothing to report. Twice: at once."""
+    """Once: a clean end without a token. Twice: an immediate end."""
     enter = generate_command.Interrupts.__enter__
 
     def interrupted(self: Any) -> Any:

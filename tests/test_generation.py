@@ -1,4 +1,4 @@
-"""stream_generate and generate, against mlx-lm's own functions over the same model."""
+"""stream_generate and generate against mlx-lm's own functions over the same model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def endless(tokenizer: Any) -> Any:
 
 
 class Counted:
-    """A model that keeps the lengths of its calls."""
+    """Wraps a model and records the lengths of its calls."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.calls = model, list[int]()
@@ -60,7 +60,7 @@ def tokens_of(responses: Iterator[Any]) -> list[int]:
 # -- the same as mlx-lm --------------------------------------------------------------------------------------
 
 
-# A prompt at once, and in steps that go the prompt's way and the decode way; "none" knows one way.
+# A prompt at once, and in steps that take the prefill path and the decode path. "none" has only one path.
 @pytest.mark.parametrize(
     ("step", "predictor"),
     [*((step, predictor) for step in (512, 3) for predictor in PREDICTORS), (10, "none"), (10, "shadow")],
@@ -102,7 +102,7 @@ def test_a_batch_generates_what_single_runs_do(
 
 
 def test_mlx_lm_reads_the_same_text(tiny: Tiny, store: Any, open_model: Callable[..., Any], endless: Any) -> None:
-    """And the dense model, through mlx-lm alone, says it too."""
+    """The dense model also gives the same text through mlx-lm alone."""
     model = open_model(store, slots=3, predictor="exact")
     assert generate(model, endless, PROMPT, max_tokens=25) == mlx_lm.generate(
         tiny.dense, endless, PROMPT, max_tokens=25
@@ -126,7 +126,7 @@ def test_a_second_turn_goes_on_from_the_first(
     model = open_model(store, slots=20, predictor=predictor)
     cache = make_prompt_cache(model)
     said = tokens_of(first(model, endless, PROMPTS[1], 8, prompt_cache=cache))
-    # Ours never feeds the last token back, mlx-lm's does.
+    # Ours never feeds the last token back; mlx-lm's does.
     fed = cache[0].offset - len(PROMPTS[1])
     assert fed == (7 if first is stream_generate else 8)
     answer = tokens_of(second(model, endless, [*said[fed:], *PROMPTS[0]], 8, prompt_cache=cache))
@@ -208,7 +208,7 @@ def test_prompts_may_be_text_ids_or_an_array(model: Any, endless: Any) -> None:
     expected = generate(model, endless, PROMPT, max_tokens=5)
     for prompt in (ids, mx.array(ids), f"</s>{PROMPT}"):
         assert generate(model, endless, prompt, max_tokens=5) == expected
-    assert generate(model, endless._tokenizer, PROMPT, max_tokens=5) == expected  # not wrapped
+    assert generate(model, endless._tokenizer, PROMPT, max_tokens=5) == expected  # the tokenizer is not wrapped
 
 
 # -- order and figures ---------------------------------------------------------------------------------------
@@ -268,12 +268,12 @@ def test_the_statistics_add_up(store: Any, open_model: Callable[..., Any], endle
     assert prompt.hits + prompt.misses == layout.layers * layout.blocks  # one pass over every layer
     assert statistics.hit_rate == decode.hits / (decode.hits + decode.misses)
     slot_bytes = model.flash.plan.slot_bytes
-    if predictor != "exact":  # where the up rows are resident, reads are not aligned
+    if predictor != "exact":  # with resident up rows, reads are not aligned
         assert used.bytes == used.misses * slot_bytes
     if predictor == "none":
         assert decode.hits + decode.misses == 20 * layout.layers * layout.blocks
     else:
-        pieces = -(-layout.neurons // layout.piece_neurons)  # a block on the border of two counts for both
+        pieces = -(-layout.neurons // layout.piece_neurons)  # a block on the border of two pieces counts for both
         most = 20 * layout.layers * (layout.blocks + pieces - 1)
         assert 20 * layout.layers < decode.hits + decode.misses <= most
     each = statistics.per_token()
@@ -285,7 +285,7 @@ def test_the_statistics_add_up(store: Any, open_model: Callable[..., Any], endle
     assert responses[-1].prompt_tps == pytest.approx(27 / statistics.first_token_s)
     assert responses[-1].generation_tps > 0 == responses[0].generation_tps
     assert 0.05 < responses[-1].peak_memory < 20  # GB
-    # Each response has the figures as they were then.
+    # Each response has the figures of its own time.
     assert [r.statistics.decoded_tokens for r in responses] == list(range(1, 21))
     assert responses[0].statistics.decode.misses < decode.misses
 
@@ -339,7 +339,7 @@ def test_threads_may_generate_at_once(tiny: Tiny, endless: Any, open_model: Call
 
 
 def test_generations_at_once_count_their_own(model: Any, endless: Any) -> None:
-    """Turn by turn in one thread, as two threads may fall."""
+    """The generations alternate in one thread, as two threads might."""
     before = model.flash.streamer.counters.copy()
     both = [stream_generate(model, endless, prompt, 5) for prompt in PROMPTS[:2]]
     for _ in range(5):

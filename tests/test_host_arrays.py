@@ -1,4 +1,4 @@
-"""MLX's arrays as NumPy's: no failed read becomes numbers, and no source file converts arrays in another way."""
+"""MLX's arrays in NumPy: a failed read never becomes numbers, and no source file converts arrays in another way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_flash.flash.host_arrays import to_bytes, to_numpy
 
 SOURCES = [
     path
-    for folder in ("mlx_flash", "convert", "bench", "apps")  # mlx_flash/convert and its like are links
+    for folder in ("mlx_flash", "convert", "bench", "apps")  # mlx_flash/convert and similar names are links
     for path in sorted((Path(__file__).parent.parent / folder).rglob("*.py"))
 ]
 CONVERTERS = {"array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray", "require", "copy"}
@@ -28,7 +28,7 @@ HOST_CALLS = {"memoryview", "list", "sorted", "range"}
 
 @pytest.fixture
 def lost(tmp_path: Path) -> Callable[[mx.Dtype], mx.array]:
-    """Makes an array, not yet evaluated, whose file ends before it does: what a failing disk looks like to MLX."""
+    """Makes an unevaluated array whose file is truncated, which is how MLX sees a failing disk."""
 
     def make(dtype: mx.Dtype) -> mx.array:
         path = tmp_path / f"{dtype}.safetensors"
@@ -48,7 +48,7 @@ FORMS: dict[str, Callable[[mx.array], Any]] = {
     "turned": lambda array: to_numpy(array.reshape(64, -1).T),
     "a sum": lambda array: to_numpy(array + 1),
     "bytes": to_bytes,
-    # These are used on MLX's arrays elsewhere.
+    # MLX's own conversions, which other code uses.
     "item": lambda array: array[3].item(),
     "a list": lambda array: array.tolist(),
     "a condition": lambda array: bool((array > 1).any()),
@@ -105,10 +105,11 @@ def test_a_copy_is_a_copy_and_a_view_a_view() -> None:
 
 
 def conversions(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, code) of what may evaluate an MLX array through NumPy.
+    """(line, code) of the calls that may evaluate an MLX array through NumPy.
 
-    That is `np.array(x)` and its like unless x is seen to be the host's: a list, or a name that the function's
-    signature says to be an `np.ndarray`, a `memoryview` or a list; and any NumPy function of an expression with `mx.`.
+    These are `np.array(x)` and similar calls, unless x is known to be on the host: a list, or a name that the
+    function's signature declares as an `np.ndarray`, a `memoryview` or a list. All NumPy calls on an expression with
+    `mx.` count.
     """
     for function in ast.walk(tree):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Module)):
@@ -128,7 +129,7 @@ def conversions(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _own_calls(function: ast.AST) -> Iterator[ast.Call]:
-    """Calls in a function's body, not those in functions within it."""
+    """Calls in a function's body, without those in nested functions."""
     waiting = list(ast.iter_child_nodes(function))
     while waiting:
         node = waiting.pop()
@@ -151,7 +152,7 @@ def _is_hosts(node: ast.expr, annotated: dict[str, str]) -> bool:
 
 
 def _speaks_of_mlx(call: ast.Call) -> bool:
-    """Whether an argument calls something of MLX's, outside of what `to_numpy` and `tolist` bring home."""
+    """Whether an argument calls an MLX function outside of `to_numpy` and `tolist`, which evaluate safely."""
     waiting: list[ast.AST] = [*call.args, *(keyword.value for keyword in call.keywords)]
     while waiting:
         node = waiting.pop()
@@ -198,7 +199,7 @@ def test_the_search_finds(code: str, is_found: bool) -> None:
 
 @pytest.mark.skipif(mlx_tasks.COUNT is None, reason="this MLX keeps its count elsewhere")
 def test_tasks_that_failed_are_not_counted_for_ever() -> None:
-    """From two on a later evaluation may wait for ever; conftest.py does this after each test (mlx_tasks.py)."""
+    """With two or more, a later evaluation may wait for ever. conftest.py repairs the count after each test."""
     assert mlx_tasks.COUNT is not None
     mlx_tasks.COUNT.value += 3
     assert mlx_tasks.set_right() == 3 and mlx_tasks.COUNT.value == 0

@@ -1,4 +1,4 @@
-"""Repositories of the Hub: only the needed files, downloads that go on, and a clear sentence for what goes wrong."""
+"""Repositories of the Hub: only needed files are fetched, downloads resume, and failures give a clear sentence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CLUTTER = {
     "README.md": b"# Tiny",
     ".gitattributes": b"",
 }
-PIECE = 10 << 20  # what huggingface_hub writes at once
+PIECE = 10 << 20  # huggingface_hub writes pieces of this size
 
 FIND = """
 import argparse, sys, time
@@ -95,7 +95,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In two shards, with all the small files that a checkpoint may have."""
+    """A checkpoint in two shards, with all the small files that a checkpoint may have."""
     folder = make_checkpoint(tmp_path_factory.mktemp("hub") / "tiny", neurons=128)
     write_tokenizer(folder)
     weights: Any = mx.load(str(folder / "model.safetensors"))
@@ -115,17 +115,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More than two pieces of a download."""
+    """A checkpoint larger than two pieces of a download."""
     return make_checkpoint(tmp_path_factory.mktemp("hub") / "big", hidden=256, neurons=2048, layers=4)
 
 
 def run_here(
     program: str, server: Hub, home: Path, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command in this process: the imports would take most of the time of one of its own.
+    """Runs a command in this process, because the imports of a new process take most of its time.
 
-    huggingface_hub reads its settings anew. That it finds them in a process of its own as well is seen where one is
-    needed: where two download at once, one is killed, or one converts what was downloaded before.
+    huggingface_hub reads its settings again. Tests that need processes of their own show that it also finds them there:
+    where two download at once, one is killed, or one converts an earlier download.
     """
     output, errors = io.StringIO(), io.StringIO()
     handler, sleep = signal.getsignal(signal.SIGTERM), time.sleep
@@ -304,12 +304,12 @@ def wait_for(look: Callable[[], list[Path]], seconds: float = 600) -> list[Path]
 
 @pytest.mark.parametrize("size", [PIECE, 100 * PIECE])
 def test_a_partial_file_of_other_bytes_is_found_out(server: Hub, home: Path, big: Path, size: int) -> None:
-    """Such as a power cut leaves."""
+    """A power cut leaves such a file."""
     server.add(REPOSITORY, big)
     server.cut_at["model.safetensors"] = 0
     find(server, home, REPOSITORY)
     (partial,) = home.rglob("*.incomplete")
-    os.truncate(partial, size)  # zeros
+    os.truncate(partial, size)  # the rest is zeros
     server.cut_at.clear()
     done = find(server, home, REPOSITORY)
     if size == PIECE:
@@ -358,7 +358,7 @@ def test_too_little_room_is_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "models--owner--tiny" / "blobs").mkdir(parents=True)
     with (tmp_path / "models--owner--tiny" / "blobs" / "x.incomplete").open("wb") as file:
         file.truncate(10**9)
-    hub._check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})  # a third of it is there
+    hub._check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})  # a third of it is present
 
 
 # -- refused, and out of reach -----------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_predictors_that_cannot_be_had(server: Hub, home: Path, checkpoint: Path
 
 
 def hub_error(kind: type[Exception]) -> Exception:
-    """Without the HTTP response that some of them want."""
+    """An error without the HTTP response that some of these kinds require."""
     error = kind.__new__(kind)
     error.args = ("from the hub",)
     return error
@@ -485,7 +485,7 @@ def test_a_small_file_that_is_not_small_is_not_downloaded(monkeypatch: pytest.Mo
 
 
 def test_templates_with_names_of_their_own_are_downloaded() -> None:
-    """They lie in the only subfolder that transformers reads."""
+    """These templates are in the only subfolder that transformers reads."""
     folder = "additional_chat_templates"
     names = ["config.json", "model.safetensors", "a/b.jinja", f"{folder}/._tool_use.jinja", f"{folder}/a/b.jinja"]
     wanted = hub.wanted_files([*names, f"{folder}/tool_use.jinja"], lambda _: "", REPOSITORY)

@@ -1,4 +1,4 @@
-"""The house keeps its order: arrows lead down, no circles, private names stay at home, files stay short."""
+"""The order of the package: imports lead down, without circles; private names stay in their room; files stay short."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_arrows_lead_down() -> None:
     for each in import_graph.imports(KNOWN):
         above, below = import_graph.room_of(each.module), import_graph.room_of(each.of)
         if (each.module, each.of) == import_graph.FIRST or not each.of or above == below:
-            continue  # the package itself has its version, and is imported by all
+            continue  # the package itself holds the version, and every module imports it
         if import_graph.floor_of(above) <= import_graph.floor_of(below):
             wrong.append(f"{KNOWN[each.module]}:{each.line} imports {each.of}")
     assert wrong == []
@@ -67,7 +67,7 @@ def test_private_names_stay_in_their_room() -> None:
                     homes.setdefault(node.attr, set()).add(import_graph.room_of(module))
                 else:
                     uses.append((node.attr, module, node.lineno))
-    for name, module, line in uses:  # what nobody here defines is another library's
+    for name, module, line in uses:  # attributes that are not defined here belong to other libraries
         if name in homes and import_graph.room_of(module) not in homes[name]:
             wrong.append(f"{KNOWN[module]}:{line} {name}")
     assert wrong == []
@@ -82,7 +82,7 @@ def test_files_are_short() -> None:
     assert long == {}
 
 
-# Two files of one name: the second mirrors the first, a layer above what it asks.
+# Two files with one name: the second mirrors the first on a higher floor.
 MIRRORS = {"neurons": {"flash", "layers"}, "experts": {"flash", "layers"}}
 
 
@@ -96,7 +96,7 @@ def test_no_two_files_have_one_name() -> None:
     assert not {name for name in homes if name in sys.stdlib_module_names}
 
 
-# Every model type's file has its own.
+# The file of every model type has its own.
 IN_EVERY_MODEL = {"Model", "ModelArgs", "DecoderLayer"}
 
 

@@ -1,4 +1,4 @@
-"""Predictors in PowerInfer's files: what they choose there is what they choose here."""
+"""Predictors in PowerInfer's files choose the same neurons here as in PowerInfer."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def norm_of(kind: str, rng: np.random.Generator) -> nn.Module | None:
 @pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 @given(seed=st.integers(0, 2**32 - 1), size=st.floats(0.01, 100))
 def test_the_same_choice_as_powerinfer_s(kind: str, seed: int, size: float) -> None:
-    """Its rule, at a threshold of 0: relu(p fc1^T) fc2^T > 0, p being what enters the norm before the FFN."""
+    """PowerInfer's rule at a threshold of 0 is relu(p fc1^T) fc2^T > 0. p is the input of the norm before the FFN."""
     rng = np.random.default_rng(seed)
     p = rng.standard_normal((4, WIDTH)) * size
     if kind == "layer":
-        p -= p.mean(axis=1, keepdims=True)  # the norm subtracts it, and nobody can tell afterwards
+        p -= p.mean(axis=1, keepdims=True)  # the norm subtracts the mean, so it cannot be recovered afterwards
     first, second = matrices(rng)
     norm = norm_of(kind, rng)
     theirs = np.maximum(p @ first.T, 0) @ second.T
@@ -123,7 +123,7 @@ def test_without_torch(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def perfect(checkpoint: Path) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    """Predictors in that form which know the up projection: of the residual p they see fc1 (p w) and its negative."""
+    """Predictors in that form that know the up projection. From the residual p they compute fc1 (p w) and -(p w)."""
     weights: Any = mx.load(str(checkpoint / "model.safetensors"))
 
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +147,7 @@ def test_a_store_with_imported_predictors(
     assert manifest.default_predictor == "imported" and list(manifest.predictors) == ["lowrank", "shadow", "imported"]
     assert report["rank"] == [2 * NEURONS] * 2
     assert np.mean(report["recall"]) == pytest.approx(0.99, abs=0.02)
-    # Only the biases of the up projection are unknown to it, and the residual's mean.
+    # The predictor only lacks the biases of the up projection and the residual's mean.
     assert np.mean(report["predicted"]) < 1.5 * np.mean(report["active"])
     assert check_store(tmp_path / "store") == []
     lower = open_model(tmp_path / "store", recall=0.9).layers[0].mlp.predictor
@@ -162,7 +162,7 @@ def test_a_store_with_imported_predictors(
 
 
 def gated_checkpoint(folder: Path) -> Path:
-    """Llama with ReLU, of which PowerInfer has published predictors: an RMS norm before a gated FFN."""
+    """Llama with ReLU, for which PowerInfer has published predictors: an RMS norm before a gated FFN."""
     rng = np.random.default_rng(2)
     config = {"model_type": "llama", "hidden_act": "relu", "hidden_size": WIDTH, "intermediate_size": NEURONS}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96}
@@ -184,7 +184,7 @@ def gated_checkpoint(folder: Path) -> Path:
 
 
 def test_a_gated_model(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate decides; of an RMS norm nothing is lost, so a predictor that knows the gate misses and errs nowhere."""
+    """The gate decides. An RMS norm loses no information, so a predictor that knows the gate makes no mistakes."""
     checkpoint = gated_checkpoint(tmp_path / "checkpoint")
     weights: Any = mx.load(str(checkpoint / "model.safetensors"))
 
@@ -217,7 +217,7 @@ def test_predictors_that_catch_nothing_are_no_default(
 def test_other_files_begin_anew(
     checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An interrupted conversion does not go on with predictors of other files."""
+    """An interrupted conversion does not continue with the predictors of other files."""
     settings = Settings(calibration_tokens=64, predictor_from=files)
 
     def fail(_: Path) -> Any:
@@ -253,7 +253,7 @@ def test_files_written_by_torch(checkpoint: Path, tmp_path: Path, dtype: str) ->
     assert np.allclose(second, pairs[1][1], rtol=tolerance, atol=0)
     arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "store"), "--predictor-from", str(tmp_path)]
     command.main(command.make_parser().parse_args([*arguments, "--calibration-tokens", "256"]))
-    with pytest.raises(FlashError, match="no tokenizer"):  # this checkpoint has none
+    with pytest.raises(FlashError, match="no tokenizer"):  # this checkpoint has no tokenizer
         load(tmp_path / "store")
     assert mlx_flash.flash.files.read_manifest(tmp_path / "store").default_predictor == "imported"
     torch.save({name: torch.ones(3, 3) for name in imported.TENSORS}, tmp_path / "model_1.pt")

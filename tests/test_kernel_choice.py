@@ -1,7 +1,7 @@
-"""No kernel and no operand depends on the memory budget, on Metal either, which picks kernels by the shapes of a call.
+"""No kernel and no operand depends on the memory budget, not even on Metal, which picks kernels by a call's shapes.
 
-Metal is not needed: every product that a model asks MLX for is recorded, and MLX's rules (metal_kernels.py) say which
-kernel each pair of a row and a matrix would go through on every generation of chip.
+Metal is not needed. The tests record every product that a model asks MLX for. MLX's rules (metal_kernels.py) give the
+kernel that each pair of a row and a matrix would use on every generation of chip.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from mlx_flash.layers import experts as layer_module
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
-EXPERTS, CHOICES = 12, 4  # of the mixture below
-LENGTHS = (1, 15, 16, 75, 147, 192, 530)  # of prompts: there and just below MLX changes kernels, for these
+EXPERTS, CHOICES = 12, 4  # in the mixture below
+LENGTHS = (1, 15, 16, 75, 147, 192, 530)  # of prompts, at and just below MLX's changes of kernel
 
 
 class Recorder:
-    """What goes through `mx.gather_qmm`, `mx.gather_mm`, `mx.quantized_matmul` and `@` from now on.
+    """Records the later calls of `mx.gather_qmm`, `mx.gather_mm`, `mx.quantized_matmul` and `@`.
 
-    products: how often each (kernel on every chip, row, matrix) was asked for; rows and matrices by hashes of their
-    bytes.
+    products: (kernel on every chip, row, matrix) -> number of calls. Rows and matrices are hashes of their bytes.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +61,7 @@ class Recorder:
         shape = (rhs_indices.size, *x.shape[-2:], w.shape[-1], len(w), sorted_indices)
         kernel = tuple(rules.gather_mm(chip, *shape) for chip in rules.CHIPS)
         self._pairs(kernel, x, rhs_indices, w)
-        wide = (a.astype(mx.float32) for a in (x, w))  # MLX's CPU backend has no other
+        wide = (a.astype(mx.float32) for a in (x, w))  # MLX's CPU backend only has float32 here
         return call(*wide, rhs_indices=rhs_indices, sorted_indices=sorted_indices).astype(x.dtype)
 
     def quantized_matmul(self, call: Any, x: mx.array, w: mx.array, *parts: Any, **options: Any) -> Any:
@@ -76,12 +75,12 @@ class Recorder:
         return call(x, w, *parts, **options)
 
     def matmul(self, call: Any, a: mx.array, b: mx.array) -> Any:
-        """Whatever the rules are, they see no more than this."""
+        """Records everything that a rule could depend on."""
         self.products[(a.shape, b.shape, a.dtype, b.dtype), _hash(a), _hash(b)] += 1
         return call(a, b)
 
     def _pairs(self, kernel: Any, x: mx.array, indices: mx.array, *parts: mx.array) -> None:
-        """x: (..., M, inner), whose leading axes are broadcast to those of `indices`; parts: (slots, ...) each."""
+        """x: (..., M, inner), with leading axes that broadcast to those of `indices`. parts: (slots, ...) each."""
         slots = np.array(indices).ravel()
         hashes = [_rows(part.reshape(len(part), -1)) for part in parts]
         matrices = list(zip(*hashes, strict=True))
@@ -98,7 +97,7 @@ def _hash(array: mx.array) -> int:
 
 
 def _rows(array: mx.array) -> list[int]:
-    """A hash of each row of (n, m)."""
+    """A hash of each row of an (n, m) array."""
     return [hash(row.tobytes()) for row in _raw(array)]
 
 
@@ -117,13 +116,13 @@ def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def as_on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asks for the products that it asks for on Metal."""
+    """Makes models ask for the same products as on Metal."""
     monkeypatch.setattr(layer_module, "kernels_vary", lambda: True)
     monkeypatch.setattr(layer_module, "is_widened", lambda *_: False)
 
 
 def calls_of(length: int) -> list[list[int]]:
-    """A prompt in chunks, as mlx-lm cuts it, and after a short one a token, a few, and as many as a prompt's."""
+    """A prompt in mlx-lm's chunks. A short one is followed by a token, a few tokens, and as many as a prompt's."""
     tokens = np.random.default_rng(length).integers(0, VOCABULARY, length + 20).tolist()
     after = [tokens[length : length + 1], tokens[length + 1 : length + 4], tokens[length + 4 :]]
     return [tokens[begin : min(begin + 512, length)] for begin in range(0, length, 512)] + after[: 3 * (length < 40)]
@@ -148,9 +147,9 @@ def test_a_mixtures_products_do_not_depend_on_the_budget(
     for slots in budgets:
         model, streamer = open_streamed(mixture_of(kind), slots)
         for layer in model.layers:
-            layer.mlp.switch_mlp.ahead = None  # a guess, which the text does not depend on
+            layer.mlp.switch_mlp.ahead = None  # the text does not depend on the guess
         for length in LENGTHS if slots % 2 else LENGTHS[::-1]:
-            # Cold or as the last prompt left it, and warm; the longer ones leave all that fits as the others do.
+            # Start cold or with the last prompt's slots, then warm. Longer prompts fill the slots like the others.
             for time in ("first", "again")[: 1 + (length < 100)]:
                 run(model, length)
                 found = recorder.take()
@@ -184,8 +183,8 @@ def test_neurons_products_do_not_depend_on_the_budget(
     for slots in (None, max(2, tiny.manifest.layout.blocks // 8)):
         model = open_model(tiny.store, slots, predictor)
         for layer in model.layers:
-            layer.mlp.ahead = None  # a guess, which the text does not depend on
-        with monkeypatch.context() as patched:  # not while it is loaded, when its graph is traced
+            layer.mlp.ahead = None  # the text does not depend on the guess
+        with monkeypatch.context() as patched:  # not while the model is loaded, because its graph is traced then
             recorder = Recorder(patched)
             for time in ("first", "again"):
                 run(model, 4)
@@ -208,7 +207,7 @@ def test_neurons_products_do_not_depend_on_the_budget(
 def test_expert_by_expert_is_what_mlx_lm_computes(
     mixture_of: Callable[..., Path], kind: str, family: str, layers: int
 ) -> None:
-    """To the bit on this backend, but for matrices that are not packed: those are multiplied by another library."""
+    """Equal to the bit on this backend, except for unpacked matrices, which another library multiplies."""
     folder = mixture_of(kind, family, layers)
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCABULARY, (1, 70)))
     plain = load_model(folder)[0](tokens)
@@ -227,7 +226,7 @@ def test_expert_by_expert_is_what_mlx_lm_computes(
 
 
 def test_a_matrix_with_a_scale_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the GPU has such a product: as a stand-in the scale is applied to the result."""
+    """Only the GPU has such a product. Here the scale is applied to the result instead."""
     real, weight = mx.gather_qmm, mx.random.normal((3, 64, 64))
     quantised: Any = mx.quantize(weight, mode="nvfp4", group_size=16, bits=4)
     packed, scales = quantised
@@ -242,7 +241,7 @@ def test_a_matrix_with_a_scale_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_rules_are_of_the_installed_mlx() -> None:
-    """Not of every patch release: those are compared by `python tests/metal_kernels.py`."""
+    """Patch releases are not checked here; `python tests/metal_kernels.py` compares those."""
     installed = importlib.metadata.version("mlx")
     assert installed.split(".")[:2] == rules.MLX_VERSION.split(".")[:2]
     assert (rules.difference() is None) == (installed == rules.MLX_VERSION)

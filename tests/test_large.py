@@ -1,4 +1,4 @@
-"""The same text at every budget, on a checkpoint that is large beside the process: real budgets, a process for each."""
+"""The same text at every real budget, each in a process, for a checkpoint that is large compared with the process."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS, HIDDEN, NEURONS = 16, 1024, 6144  # 0.8 GB of neurons in float32
 
-# A prompt of 20 tokens, 20 more one by one, then text; prints a digest of logits and tokens, and what was planned.
+# A prompt of 20 tokens, 20 more one by one, then text. Prints a digest of logits and tokens, and the plan.
 PROGRAM = """
 import hashlib, json, sys
 import mlx.core as mx, numpy as np

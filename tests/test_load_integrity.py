@@ -1,4 +1,4 @@
-"""What is read once, while a model is loaded: damage and broken disks end in an error that names file and tensor."""
+"""The files that loading reads once: damage and broken disks end in an error that names the file and the tensor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TOKENS = mx.array([[5, 17, 80, 3]])
 
 
 def flip(path: Path, place: int) -> None:
-    """One bit of one byte."""
+    """Flips one bit of one byte."""
     with path.open("r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
@@ -59,12 +59,12 @@ def flip(path: Path, place: int) -> None:
 
 
 def kind_of(file: str) -> str:
-    """The predictor whose file it is."""
+    """The predictor that the file belongs to."""
     return file.removeprefix("predictor-").removesuffix(".safetensors") if file.startswith("predictor-") else "none"
 
 
 def cut_after_opening(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
-    """A file of this name loses its end when MLX has opened it for the second time; the first time is for the plan."""
+    """Truncates a file of this name when MLX opens it for the second time; the first time is for the plan."""
     real, opened = mx.load, itertools.count(1)
 
     def load_and_cut(path: str) -> Any:
@@ -110,7 +110,7 @@ def test_a_model_with_a_flipped_bit_is_not_loaded(own_store: Path, open_model: C
 
 @pytest.mark.parametrize("name", ["model.safetensors", "predictor-shadow.safetensors"])
 def test_a_header_that_is_another_s(own_store: Path, open_model: Callable[..., Any], name: str) -> None:
-    """Well-formed, and of the same length: the same bytes would be other numbers."""
+    """The header is well-formed and of the same length, but would give the same bytes other values."""
     path = own_store / name
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
@@ -119,7 +119,7 @@ def test_a_header_that_is_another_s(own_store: Path, open_model: Callable[..., A
 
 
 def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
-    """JSON can spell what UTF-8 cannot."""
+    """JSON can spell strings that UTF-8 cannot."""
     header = b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -128,7 +128,7 @@ def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
 
 
 def test_mlx_reads_the_header_that_was_checked(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads the file once more."""
+    """MLX reads the header a second time."""
     path = own_store / Manifest.resident_file
     sums = parse_manifest(own_store).files[path.name]["crc32"]
     real, content = mx.load, path.read_bytes()
@@ -143,7 +143,7 @@ def test_mlx_reads_the_header_that_was_checked(own_store: Path, monkeypatch: pyt
 
 
 def test_tensors_are_compared_where_they_lie(tiny: Tiny) -> None:
-    """No copy: the largest tensor may be as large as half of the memory."""
+    """Tensors are not copied, because the largest may take half of the memory."""
     sums = tiny.manifest.files[Manifest.resident_file]["crc32"]
     tensors = StoredTensors(tiny.store / Manifest.resident_file, sums)
     name = "model.decoder.embed_tokens.weight"
@@ -169,7 +169,7 @@ def test_a_tensor_that_cannot_be_read_is_named(
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """failing(name): from now on a file of this name can be opened, and reading it fails."""
+    """failing(name) makes files of this name openable but unreadable from now on."""
     real_open = io.open
 
     def arm(name: str) -> None:
@@ -178,7 +178,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             file = real_open(path, *arguments, **options)
             if isinstance(path, (str, os.PathLike)) and Path(path).name == name:
                 file.close()
-                raise OSError(errno.EIO, "Input/output error")  # as read() does, which knows of no name
+                raise OSError(errno.EIO, "Input/output error")  # like read(), which knows no file name
             return file
 
         monkeypatch.setattr(io, "open", fail)
@@ -205,7 +205,7 @@ def test_a_small_file_of_a_checkpoint_is_named(tmp_path: Path, failing: Callable
 
 
 def test_a_tokenizer_s_own_error_of_a_disk_lists_the_files(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tokenizers reads in Rust, and when its read fails, ours may succeed."""
+    """tokenizers reads in Rust. When its read fails, a read in Python may succeed."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise Exception("Input/output error (os error 5)")
@@ -217,7 +217,7 @@ def test_a_tokenizer_s_own_error_of_a_disk_lists_the_files(own_store: Path, monk
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_libraries_read_what_was_compared(own_store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A disk returns other bytes at the second read, which would be a library's."""
+    """The disk returns other bytes at a second read, which would be the library's."""
     path = own_store / name
 
     def damaged_afterwards(folder: Path) -> Any:
@@ -244,7 +244,7 @@ def test_an_error_of_a_copy_names_the_file_itself(tmp_path: Path) -> None:
 
 
 def test_what_lies_beside_a_store_s_files_is_passed_over(own_store: Path) -> None:
-    """It may be a log file larger than memory."""
+    """Such a file may be a log larger than memory."""
     (own_store / "notes.txt").symlink_to("/proc/self/mem")
     with (own_store / "log.txt").open("wb") as log:
         log.truncate(MAX_SMALL_BYTES + 1)
@@ -268,7 +268,7 @@ def test_a_template_that_is_larger_than_any(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_names_the_folder_and_not_the_copies(own_store: Path) -> None:
-    """Those of sentencepiece read their vocabulary again when they are pickled."""
+    """Tokenizers of sentencepiece read their vocabulary again when they are pickled."""
     model, tokenizer = load(own_store, context=32)
     model.flash.close()
     own = tokenizer._tokenizer
@@ -281,7 +281,7 @@ def test_a_tokenizer_names_the_folder_and_not_the_copies(own_store: Path) -> Non
 
 
 def test_a_folder_for_temporary_files_that_is_none(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX compiles there."""
+    """MLX compiles in that folder."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
     with pytest.raises(FlashError, match="TMPDIR is /nowhere, which is not a folder that can be written to"):
         load(own_store)
@@ -339,7 +339,7 @@ def test_a_resident_tensor_of_a_mixture_that_cannot_be_read_is_named(tmp_path: P
 
 
 def test_a_disk_s_error_in_a_resident_tensor_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if it does not come again when the file is looked at."""
+    """The tensor is named even if the error does not recur when the file is examined."""
     folder = make_mixture(tmp_path / "mixtral", "mixtral")
     mixture = open_mixture(folder)
     real = mx.eval
@@ -359,7 +359,7 @@ def test_a_disk_s_error_in_a_resident_tensor_names_it(tmp_path: Path, monkeypatc
 def test_experts_that_are_changed_in_place_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stacked: bool
 ) -> None:
-    """`a *= 2` leaves MLX's array the same object."""
+    """`a *= 2` keeps the identity of MLX's array."""
     from mlx_lm.models import mixtral
 
     folder = make_mixture(tmp_path / "mixtral", "mixtral")
@@ -479,7 +479,7 @@ def test_arrays_in_lists_and_dictionaries_are_evaluated() -> None:
 def test_mlx_keeps_as_many_buffers_as_before_once_every_model_is_closed(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = runtime._BufferCache()  # one that knows nothing of the models that other tests have open
+    own = runtime._BufferCache()  # a cache limit that ignores the models that other tests have open
     for module in (runtime, loading):
         monkeypatch.setattr(module, "BUFFER_CACHE", own)
     before = mx.set_cache_limit(123 << 20)

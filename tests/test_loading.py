@@ -1,4 +1,4 @@
-"""From a path or an id to a model: what is found, what is refused, and with which sentence."""
+"""From a path or an id to a model: the files that are found, and the sentences of refusals."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_too_small_a_budget_is_refused_before_anything_is_allocated(
 
 @pytest.mark.parametrize("name", ["bfloat16", "4 bits"])
 def test_the_plan_counts_what_is_then_allocated(tiny_of: Callable[[str], Tiny], name: str) -> None:
-    """Half precision and less, widened on the CPU: resident weights and predictors as planned."""
+    """Stores of 16 bits or fewer, widened on the CPU, allocate resident weights and predictors as planned."""
     store = tiny_of(name).store
     for predictor in ("none", "exact", "lowrank", "shadow"):
         gc.collect()
@@ -131,7 +131,7 @@ def test_the_plan_counts_what_is_then_allocated(tiny_of: Callable[[str], Tiny], 
 
 
 def test_the_plan_counts_unaligned_reads(store: Path) -> None:
-    """Without its up rows, a block of these tiny neurons begins within a page: it goes through a buffer per thread."""
+    """Without its up rows, a block of these tiny neurons starts within a page and needs a buffer in each thread."""
     demands = {}
     for predictor, threads in [("none", 1), ("none", 9), ("exact", 1), ("exact", 9)]:
         model, _ = load(store, predictor=predictor, threads=threads)
@@ -164,7 +164,7 @@ def test_truncated_and_missing_files(own_store: Path, name: str, how: str) -> No
 
 
 def rewrite(folder: Path, name: str, change: Callable[[dict[str, mx.array]], object]) -> None:
-    """Changes the tensors of a safetensors file, and the size that the manifest has of it."""
+    """Changes the tensors of a safetensors file and its size in the manifest."""
     tensors: Any = mx.load(str(folder / name))
     mx.eval(tensors)
     change(tensors)
@@ -285,7 +285,7 @@ def test_a_tokenizer_whose_fault_is_not_found(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_stop_tokens_are_those_of_the_generation_config(own_store: Path) -> None:
-    """As in mlx-lm: chat models name there what ends a turn."""
+    """As in mlx-lm. Chat models name the tokens that end a turn there."""
     (own_store / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     model, tokenizer = load(own_store)
     model.flash.close()
@@ -307,7 +307,7 @@ def test_stop_tokens_that_the_model_cannot_make(tiny: Tiny, tmp_path: Path, name
 
 @pytest.mark.parametrize("ends", [95, [95], [], None, 0])
 def test_stop_tokens_beyond_the_tokenizer_s_vocabulary(own_store: Path, ends: Any) -> None:
-    """Matrices are often padded, and -1 stands for none where nothing uses it."""
+    """Matrices are often padded, and some unused settings have -1."""
     (own_store / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "pad_token_id": -1}))
     change_manifest(own_store)
     model, tokenizer = load(own_store)
@@ -320,7 +320,7 @@ def test_a_stop_token_of_0_counts(tiny: Tiny, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert read_config(folder)["eos_token_id"] == 0  # mlx-lm takes it for none
+    assert read_config(folder)["eos_token_id"] == 0  # mlx-lm ignores an end token of 0
 
 
 def test_a_long_text_is_encoded_without_a_warning(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_a_store_truncated_while_it_is_used(own_store: Path) -> None:
 def test_resident_matrices_stay_packed_where_products_with_them_are_quick(
     tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As on Metal: MLX's quantised modules, in the store's type; here it is told to."""
+    """As on Metal, MLX's quantised modules keep the store's type. Here the test asks for that."""
     tiny = tiny_of(name)
     tokens = mx.array([[5, 17, 80, 3, 44, 61, 9, 30, 72, 1]])
     widened = open_model(tiny.store, predictor="exact")

@@ -1,4 +1,4 @@
-"""Trying out whether guesses pay, with a clock of our own."""
+"""The trial of whether guesses pay, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mlx_flash.layers.lookahead_trial import TERM, TURN, TURNS, WARM_UP, LookAhe
 
 
 def run(trial: LookAheadTrial, clock: list[float], tokens: int, seconds: dict[bool, float]) -> list[bool]:
-    """Lets tokens pass that take so long with and without guesses; whether each was guessed at."""
+    """Passes tokens that take so many seconds with and without guesses. Returns whether each token was guessed."""
     modes = []
     for _ in range(tokens):
         trial.token_started()
@@ -24,11 +24,11 @@ def test_the_quicker_way_is_kept_and_tried_again(better: bool) -> None:
     seconds = {better: 1.0, not better: 1.1}
     length = TURNS * (TURN + 1)
     modes = run(trial, clock, WARM_UP + length, seconds)
-    assert modes[:WARM_UP] == [True] * WARM_UP  # a cold cache is no measure
+    assert modes[:WARM_UP] == [True] * WARM_UP  # a cold cache gives no valid times
     assert modes[WARM_UP:].count(True) == modes[WARM_UP:].count(False) == length // 2
     modes = run(trial, clock, TERM, seconds)
     assert set(modes) == {better}
-    # The disk changes: the next trial finds out.
+    # The disk changes, and the next trial notices it.
     modes = run(trial, clock, 2 * length + TERM // 2, {better: 1.1, not better: 1.0})
     assert modes[-1] is not better
 

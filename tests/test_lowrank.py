@@ -1,4 +1,4 @@
-"""The low-rank predictor: a rank that the layer needs, within the memory that there is."""
+"""The low-rank predictor: its rank is as large as the layer needs and the memory allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_processor")
 
 
 def layer(inner: int, seed: int = 0, tokens: int = 1024, bias: float = -1.0) -> Sample:
-    """A layer whose up projection has rank `inner`; a lower `bias` makes it sparser."""
+    """A layer whose up projection has rank `inner`. A lower `bias` makes it sparser."""
     width, neurons = 64, 256
     rng = np.random.default_rng(seed)
     up = rng.standard_normal((neurons, inner)) @ rng.standard_normal((inner, width)) / np.sqrt(inner * width)
@@ -89,7 +89,7 @@ def test_training_lowers_the_balanced_loss() -> None:
 
 
 def test_the_closed_form_is_the_best_of_its_rank() -> None:
-    """Against NumPy's singular value decomposition of all the scores."""
+    """Compares it with NumPy's singular value decomposition of all the scores."""
     sample = layer(64)
     a, b, mean, c = lowrank.reduced_rank(sample, 24, np.random.default_rng(0))
     x, y = sample.x[~sample.held_out], sample.before[~sample.held_out]
@@ -101,7 +101,7 @@ def test_the_closed_form_is_the_best_of_its_rank() -> None:
 
 @pytest.mark.parametrize("inner", [6, 64])
 def test_scores_that_are_no_projection(inner: int) -> None:
-    """As where a gate and an up projection must both be positive: nothing is read off the weights."""
+    """If a gate and an up projection must both be positive, the weights do not give the scores."""
     one, other = layer(inner), layer(inner, seed=1)
     before = np.minimum(one.before, other.up.rows_dot(one.x) + other.up_bias + 1)
     sample = Sample(one.x, before, one.up, one.up_bias, one.held_out)
@@ -113,12 +113,12 @@ def test_scores_that_are_no_projection(inner: int) -> None:
 
 def test_few_tokens_bound_the_rank() -> None:
     made = fitting.make_lowrank(layer(64, tokens=16), 0.9, 10**9, 0, mx.float32)
-    assert made.rank == 12  # of which three quarters are trained on
+    assert made.rank == 12  # three quarters of the tokens are for training
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose first layer needs a rank of 4 and the others all."""
+    """A checkpoint whose first layer needs a rank of 4 and the others the full rank."""
     folder = make_checkpoint(tmp_path_factory.mktemp("uneven") / "checkpoint", layers=3, neurons=256)
     weights: Any = mx.load(str(folder / "model.safetensors"))
     name = "model.decoder.layers.0.fc1.weight"
@@ -135,7 +135,7 @@ def test_what_a_layer_leaves_is_for_the_later_ones(uneven: Path, tmp_path: Path)
     settings = Settings(calibration_tokens=1024, predictor_memory=3 * share)
     report = convert(uneven, tmp_path / "store", settings).predictors["lowrank"]
     assert report["rank"][0] == 8 and report["rank"][1] == 24 + 16
-    assert report["bytes"] <= 3 * share + 3 * 256 * 4  # and the thresholds
+    assert report["bytes"] <= 3 * share + 3 * 256 * 4  # plus the thresholds
 
 
 def test_more_memory_chooses_fewer(uneven: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model needs beside weights and slots: computed from its graph, against what MLX takes."""
+"""The memory of a model beside weights and slots, computed from its graph, against MLX's own use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MB = 1 << 20
 
 
 def mixture_model(family: str, **changes: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """A model with random weights, and where its switch layers are."""
+    """A model with random weights, and the places of its switch layers."""
     config = {**config_of(family), "max_position_embeddings": 8192, **changes}
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -50,7 +50,7 @@ def needs(family: str, context: int, as_on_metal: bool = False, **changes: Any) 
 
 
 def peak(function: Callable[..., mx.array], *shapes: tuple[int, ...], drops_late: bool = False) -> float:
-    """MiB that evaluating it takes, its inputs aside."""
+    """The MiB that the evaluation takes, without its inputs."""
     graph = trace(lambda *arrays: [function(*arrays)], *map(mx.zeros, shapes))
     return peak_bytes(graph, [Evaluation([graph.outputs[0].name])], [], drops_late) / MB
 
@@ -79,7 +79,7 @@ def test_views_are_free_and_matmul_copies_rows_that_lie_apart() -> None:
 
 
 def test_scores_of_attention_are_there_once() -> None:
-    """On MLX's CPU backend 76 MiB were measured: 64 of scores, then scaled queries, a copy, the mask, the result."""
+    """76 MiB were measured on MLX's CPU backend: 64 of scores, then scaled queries, a copy, the mask, the result."""
 
     def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         heads = q.reshape(1, 512, 32, 64).transpose(0, 2, 1, 3)
@@ -112,7 +112,7 @@ def test_the_order_is_one_in_which_everything_is_there_in_time() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_takes_more_than_is_computed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against MLX's own count, which is of what is allocated: the host runs ahead, so nothing is sure to go early."""
+    """Compares with MLX's count of allocated bytes. The host runs ahead, so no array is sure to be freed early."""
     chunk, context, step = 64, 300, 32
     monkeypatch.setattr(memory_needs, "PREFILL_TOKENS", chunk)
     monkeypatch.setattr(memory_needs, "KV_STEP_TOKENS", step)
@@ -159,7 +159,7 @@ def test_a_window_keeps_no_more_than_it_and_a_chunk() -> None:
 
 
 def test_scores_grow_with_the_context_where_they_are_kept() -> None:
-    """On Metal they are not where a kernel is made for such heads; multi-head latent attention makes its own."""
+    """On Metal they are not kept if a fused kernel supports such heads. Multi-head latent attention makes its own."""
     heads, tokens, more = 4, 512, 2048
     scores = heads * tokens * more * 4
 
@@ -171,11 +171,11 @@ def test_scores_grow_with_the_context_where_they_are_kept() -> None:
     assert growth("mixtral", True, hidden_size=4 * 64) < 0.3
     assert growth("mixtral", True, hidden_size=4 * 192) >= 1
     assert growth("mixtral", True, hidden_size=4 * 256) >= 1
-    assert growth("deepseek_v3", True) >= 2  # of positions, and of the rest
+    assert growth("deepseek_v3", True) >= 2  # scores of positions, and of the rest
 
 
 def test_a_recurrence_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its graph is a loop over tokens; from 8 of them nearly the same comes out as from all."""
+    """Its graph is a loop over tokens. 8 tokens give nearly the same figure as all of them."""
     monkeypatch.setattr("mlx_flash.loading.memory_needs.LOOPED_TOKENS", 16)
     few = needs("qwen3_next", 64, num_hidden_layers=2, full_attention_interval=2)
     monkeypatch.setattr("mlx_flash.loading.memory_needs.LOOPED_TOKENS", 64)

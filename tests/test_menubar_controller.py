@@ -1,4 +1,4 @@
-"""The menu bar app's controller against the real server, with the packaged demo model. No toolkit takes part."""
+"""The menu bar app's controller against the real server with the packaged demo model, without a toolkit."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from mlx_flash.apps.menubar.server_process import EngineProcess, server_command,
 from mlx_flash.apps.menubar.settings import RECENT_MODELS, AppSettings, read_settings, write_settings
 from mlx_flash.loading.plan import ENDLESS, Demand, Plan, PlanNotes, UnitCounts
 
-SECONDS = 600.0  # until a test gives up waiting for something that comes at once on a quiet machine
+SECONDS = 600.0  # limit of waits for events that come at once on an idle machine
 QUESTION = "It was a dark night, and"
 
 
 @pytest.fixture(autouse=True)
 def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each question for a plan is a process that imports MLX; a test that is about budgets asks it (`ask_the_plan`)."""
+    """Disables plans, because each is a process that imports MLX. Tests about budgets enable them (`ask_the_plan`)."""
     monkeypatch.setattr(controllers, "planned_budgets", lambda _: None)
 
 
 @pytest.fixture
 def ask_the_plan(no_plan: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The plan is asked for once this is set."""
+    """An event. The app asks for plans once the test sets it."""
     asked = threading.Event()
 
     def planned(model: str | None) -> Any:
@@ -89,7 +89,7 @@ def running(controller: Controller) -> State:
 
 
 def engine_of(pid: int, program: str) -> psutil.Process:
-    """The server among the processes that `pid` has started."""
+    """The server among the child processes of `pid`."""
     (found,) = [child for child in psutil.Process(pid).children() if runs(child, program)]
     return found
 
@@ -97,7 +97,7 @@ def engine_of(pid: int, program: str) -> psutil.Process:
 def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops(
     make: Callable[..., Controller], ask_the_plan: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It answers; it speaks until it is told to stop; it is killed; it has other budgets; it is stopped."""
+    """The engine answers, stops speaking when told to, is killed, gets other budgets, and is stopped."""
     held = tmp_path / "held"
     monkeypatch.setenv(gated_server.VARIABLE, str(held))
     monkeypatch.setattr(controllers, "MAX_TOKENS", 40)
@@ -137,7 +137,7 @@ def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops
     controller.cancel()
     state = controller.state
     assert not state.answering
-    wait_for(controller, lambda state: state.stats is not None and state.stats["now"] is None)  # the engine, too
+    wait_for(controller, lambda state: state.stats is not None and state.stats["now"] is None)  # also in the engine
     assert controller.state.answer == state.answer and not controller.state.answer_trouble
 
     engine_of(os.getpid(), gated_server.__file__).kill()
@@ -152,9 +152,9 @@ def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops
 
     ask_the_plan.set()
     points = wait_for(controller, lambda state: state.budgets != fixed_budgets()).budgets
-    assert points[-1].note == "all neurons in memory"  # the demo is small: that may be the smallest, too
+    assert points[-1].note == "all neurons in memory"  # the demo is small, so this may also be the smallest budget
     assert [point.size for point in points] == sorted({point.size for point in points})
-    for point in dict.fromkeys((points[0], points[-1])):  # the server, larger than what made the plan, accepts them
+    for point in dict.fromkeys((points[0], points[-1])):  # accepted by the server, a larger process than the plan's
         controller.choose_budget(point.size)
         wait_for(controller, lambda state, point=point: budget_of(state) == point.size)  # type: ignore[misc]
     assert again.settings.budget is None
@@ -194,7 +194,7 @@ ENGINE = "import time; print('Serving at {}', flush=True); time.sleep(600)"
 
 
 class Ready(BaseHTTPRequestHandler):
-    """A server whose model is loaded."""
+    """A server with a loaded model."""
 
     def do_GET(self) -> None:
         body = json.dumps({"status": "ok"}).encode()
@@ -210,7 +210,7 @@ class Ready(BaseHTTPRequestHandler):
 def test_the_plan_is_asked_again_only_where_it_could_not_be_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model was downloaded and converted. A plan that is known outlives the engine, not the model."""
+    """The model was not downloaded and converted before. A known plan outlives the engine, but not the model."""
     points = (Budget(10**9, "the smallest"),)
     plans = [None, points]
     asked: list[str | None] = []
@@ -232,7 +232,7 @@ def test_the_plan_is_asked_again_only_where_it_could_not_be_asked(
         controller.stop()
         wait_for(controller, lambda state: state.phase == STOPPED)
         controller.start()
-        wait_for(controller, lambda state: state.stats is not None)  # fetched after it was seen to be ready
+        wait_for(controller, lambda state: state.stats is not None)  # fetched after the server was ready
         assert asked == [None, None] and controller.state.budgets == points
         plans.append(None)
         controller.choose_model("a/b")
@@ -279,7 +279,7 @@ while True:
 
 @pytest.mark.parametrize("module", ["mlx_flash.convert", "mlx_flash.server"], ids=["converting", "running"])
 def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    """Neither the engine nor, while that converts the model, the process that does it."""
+    """Neither the engine survives nor the process that converts the model for it."""
     if module == "mlx_flash.convert":
         monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
     app = subprocess.Popen([sys.executable, "-c", APP, str(tmp_path / "settings")], stdout=subprocess.PIPE, text=True)
@@ -297,8 +297,8 @@ def test_nothing_survives_an_app_that_is_killed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that does not listen to SIGTERM, and its child."""
-    monkeypatch.setattr(EngineProcess.stop, "__defaults__", (0.3,))  # less patience than it has for people
+    """Closing also ends an engine that ignores SIGTERM, and its child."""
+    monkeypatch.setattr(EngineProcess.stop, "__defaults__", (0.3,))  # shorter than the patience for users
     program = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -313,7 +313,7 @@ def test_closing_ends_the_engine_and_what_it_started(tmp_path: Path, monkeypatch
     engine = psutil.Process(child.ppid())
     controller.close()
     until(lambda: has_ended(engine) and has_ended(child))
-    controller.close()  # a second time does no harm
+    controller.close()  # closing twice does no harm
     controller.start()
     assert controller.state.phase == STOPPED
 

@@ -1,6 +1,6 @@
-"""The menu bar app on a screen, with toga's Qt backend: an X server without a display, a tray, a mouse, a keyboard.
+"""The menu bar app on a screen with toga's Qt backend: a virtual X server, a tray, a mouse and a keyboard.
 
-What is clicked is found by asking the app where it is (menubar_with_eyes.py); the clicks come from outside, through X.
+The app reports the positions of its items (menubar_with_eyes.py); the clicks come from outside, through X.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from processes import runs  # type: ignore[import-not-found]  # beside this file
 
 from mlx_flash.apps.menubar.settings import settings_file
 
-SECONDS = 300.0  # for what takes a few on a quiet machine; the demo model is converted meanwhile
+SECONDS = 300.0  # limit of waits of a few seconds on an idle machine, which include the conversion of the demo model
 PROGRAMS = ("Xvfb", "trayer", "xdotool", "scrot")
 MODULES = ("toga", "toga_qt", "PySide6", "PIL")
 LACKING = [name for name in PROGRAMS if shutil.which(name) is None] + [name for name in MODULES if not find_spec(name)]
 
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"not here: {', '.join(LACKING)}")
 
-GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)  # of the tile while the engine runs, and after it died
+GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)  # colours of the tile while the engine runs, and after it died
 
 
 class Screen:
@@ -103,7 +103,7 @@ class Screen:
         return None
 
     def screenshot(self, name: str, *area: int) -> Any:
-        """Of all there is, or of x, y, width, height; also as a file, for people."""
+        """A picture of the whole screen, or of x, y, width, height. Also saves it as a file for people."""
         from PIL import Image
 
         file = self.folder / f"{name}.png"
@@ -113,7 +113,7 @@ class Screen:
             return image.convert("RGB")
 
     def icon(self) -> Any:
-        """The picture in the tray, without its lowest rows: Qt opens the menu where the mouse is, at their height."""
+        """The picture in the tray without its lowest rows, because Qt opens the menu there, at the mouse."""
         x, y, width, height = self._panel() or (0, 0, 1, 7)
         return self.screenshot("icon", x, y, width, height - 6)
 
@@ -135,20 +135,20 @@ class Screen:
         self.wait(lambda seen: not seen["menus"])
 
     def click(self, text: str) -> None:
-        """A line of the open menu."""
+        """Clicks a line of the open menu."""
         x, y, enabled = self.look()["menus"][text]
         assert enabled, f"{text} cannot be clicked"
         self.do("mousemove", x, y)
         self.do("click", 1)
 
     def point_at(self, text: str) -> None:
-        """At a line of the open menu that opens another."""
+        """Points at a line of the open menu that opens another menu."""
         x, y, _ = self.look()["menus"][text]
         self.do("mousemove", x - 3, y)
         self.do("mousemove", x, y)
 
     def open_budgets(self) -> str:
-        """Opens the menu of budgets; the plan's are in it once the plan was asked. Returns the smallest one's line."""
+        """Opens the menu of budgets once the plan is known. Returns the line of the smallest budget."""
 
         def look() -> str | None:
             self.open_menu()
@@ -167,7 +167,7 @@ class Screen:
         self.do("mousemove", x, y, "click", 1)
 
     def running(self, before: psutil.Process | None = None) -> psutil.Process:
-        """The engine, once it is another than `before`, its model is loaded and the item shows it."""
+        """The engine, once it differs from `before`, its model is loaded and the item shows it."""
         old = before and before.pid
         pid = self.wait(lambda seen: seen["engine"] if seen["engine"] != old else None)
         until(lambda: self.shows(GREEN))
@@ -203,7 +203,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 
 def test_the_toolkit_does_not_wear_out_none() -> None:
-    """PySide6 6.12.0 does, and Python 3.11 ends when no reference is left (pyproject.toml)."""
+    """PySide6 6.12.0 drops references to None, and Python 3.11 ends when none is left (pyproject.toml)."""
     program = (
         "import sys\n"
         "from PySide6.QtCore import QObject\n"
@@ -217,8 +217,9 @@ def test_the_toolkit_does_not_wear_out_none() -> None:
 
 
 def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
-    """The item, its menu, a question, another budget, a crash, a stop, a start and the end: of one app, since each app
-    and each engine takes seconds to begin.
+    """The item, its menu, a question, another budget, a crash, a stop, a start and the end.
+
+    One app serves all of them, because each app and each engine takes seconds to start.
     """
     first = screen.running()
     idle = screen.icon()
@@ -240,7 +241,7 @@ def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
     with urllib.request.urlopen(f"{endpoint}/models", timeout=SECONDS) as response:
         assert json.load(response)["data"]
 
-    # While the menu is open, a request of somebody else's shows in its first line and in the icon.
+    # While the menu is open, another client's request shows in its first line and in the icon.
     screen.open_menu()
     screen.hold(20)
     body = {"model": "default", "messages": [{"role": "user", "content": "It was"}], "max_tokens": 40}
@@ -274,7 +275,7 @@ def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
     screen.wait(lambda seen: "Read from the SSD" in seen["texts"])
     screen.screenshot("statistics")
 
-    # Another budget starts the engine again.
+    # Another budget restarts the engine.
     screen.click(screen.open_budgets())
     second = screen.running(first)
     assert not first.is_running()

@@ -1,4 +1,4 @@
-"""What only a Mac can show: streaming into memory that the GPU reads. Skipped elsewhere, by a marker."""
+"""Tests that need a Mac: streaming into memory that the GPU reads. A marker skips them elsewhere."""
 
 import mlx.core as mx
 import numpy as np
@@ -55,7 +55,7 @@ def test_products_of_packed_bits(bits):
     ShadowPredictor(*packed, mx.zeros((4096,)), bits, 64).self_test()
 
 
-CALLS = (150, 1, 40, 1, 3, 1)  # tokens of each: prompts, in which MLX may choose among kernels, and what is decoded
+CALLS = (150, 1, 40, 1, 3, 1)  # tokens of each call: prompts, for which MLX may choose kernels, and decoded tokens
 
 
 @pytest.fixture(params=["4 bits", "8 bits", "bfloat16"])
@@ -80,7 +80,7 @@ def test_a_mixture_says_the_same_at_every_budget(mixture):
     expected = None
     for slots in (2, 3, 7, 12):
         model, streamer = open_streamed(mixture, slots)
-        for _ in range(2):  # cold, and as warm as it gets
+        for _ in range(2):  # cold, then as warm as possible
             found = logits_of(model, CALLS)
             expected = found if expected is None else expected
             assert np.array_equal(found, expected), slots
@@ -88,7 +88,7 @@ def test_a_mixture_says_the_same_at_every_budget(mixture):
 
 
 def test_a_mixture_decodes_with_the_bits_of_mlx_lm(mixture):
-    """Up to 63 pairs of a token and an expert, of which each token has four here."""
+    """The bits are equal up to 63 pairs of a token and an expert. Each token has four here."""
     calls = (15, 1, 1, 3, 1)
     expected = logits_of(load_model(mixture)[0], calls)
     for slots in (2, 12):
@@ -98,7 +98,7 @@ def test_a_mixture_decodes_with_the_bits_of_mlx_lm(mixture):
 
 
 def test_a_prompt_of_a_mixture_is_near_mlx_lms(mixture):
-    """Other kernels add up in another order, and rarely a router chooses otherwise: most logits are as near as that."""
+    """Other kernels sum in another order, and a router may rarely choose differently, so most logits are this near."""
     model, streamer = open_streamed(mixture, 3)
     found, expected = logits_of(model, (150,)), logits_of(load_model(mixture)[0], (150,))
     streamer.close()

@@ -1,4 +1,4 @@
-"""Mixtures of experts against mlx-lm with everything resident: the same bits, at every number of slots."""
+"""Mixtures of experts against mlx-lm with everything in memory: the same bits with every number of slots."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def stream() -> Iterator[Callable[..., tuple[Any, ExpertFiles]]]:
-    """(model, streamer) of a checkpoint with so many slots for each layer."""
+    """(model, streamer) of a checkpoint with so many slots per layer."""
     streamers: list[ExpertFiles] = []
 
     def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertFiles]:
@@ -81,7 +81,7 @@ def stream() -> Iterator[Callable[..., tuple[Any, ExpertFiles]]]:
 
 
 def everything(model: Any) -> list[np.ndarray]:
-    """Logits of calls of every form: a prompt, tokens, a few at once, and a batch without a cache."""
+    """Logits of calls of every form: a prompt, single tokens, a few tokens at once, and a batch without a cache."""
     cache = make_prompt_cache(model)
     calls = [PROMPT, [4], [9], [77, 31], [6], [12, 4, 50], [9]]
     results = [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
@@ -105,7 +105,7 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: objec
 def test_every_family_has_the_bits_of_mlx_lm(
     mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str, quantisation: str
 ) -> None:
-    """Every family meets every number of slots, and one of them every number in both; see test_every_quantisation."""
+    """Tests every family with every number of slots, and one family with every number in both quantisations."""
     folder = mixture_of(family, quantisation)
     expected = reference(folder)
     numbers = (1, 2, 5, 12) if family == "qwen3_moe" else (1, 5) if quantisation == "plain" else (2, 12)
@@ -139,7 +139,7 @@ def test_shards(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> 
 def test_one_tensor_per_expert(
     mixture_of: Callable[..., Path], stream: Callable[..., Any], tmp_path: Path, family: str
 ) -> None:
-    """As Hugging Face has them, which `sanitize` stacks."""
+    """Hugging Face has one tensor per expert, which `sanitize` stacks."""
     expected = reference(mixture_of(family))
     folder = make_mixture(tmp_path / family, family)
     unstack(folder, family)
@@ -171,7 +171,7 @@ def test_experts_that_mlx_lm_changes_are_refused(tmp_path: Path) -> None:
 def test_16_bits_are_widened_on_the_cpu_backend(
     mixture_of: Callable[..., Path], stream: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """mlx-lm cannot run these there at all, so the reference is the same numbers in float32."""
+    """mlx-lm cannot run these on the CPU, so the reference has the same numbers in float32."""
     folder = make_mixture(tmp_path / "bfloat16", "qwen3_moe")
     to_bfloat16(folder, only="switch_mlp")
     same = tmp_path / "float32"
@@ -226,7 +226,7 @@ def test_a_failed_read_is_an_error_and_the_next_call_is_right(
 
 @pytest.fixture(scope="module")
 def chosen(mixture_of: Callable[..., Path]) -> list[np.ndarray]:
-    """What the second layer of qwen3_moe is asked for, call by call, but for those whose pairs are sorted."""
+    """The experts of each call of qwen3_moe's second layer, except for calls with sorted pairs."""
     model, streamer = open_streamed(mixture_of("qwen3_moe", "4 bits"), 12)
     call = StreamedExperts.__call__
     found: list[np.ndarray] = []
@@ -243,7 +243,7 @@ def chosen(mixture_of: Callable[..., Path]) -> list[np.ndarray]:
     return found
 
 
-# Every two of slots, guess and how far ahead meet: the room there is, what is guessed and how much of it is read.
+# All pairs of slots, guess and look-ahead: the room, the guessed experts, and how many of them are read.
 @pytest.mark.parametrize(
     ("slots", "guess", "ahead"),
     [
@@ -316,7 +316,7 @@ def test_a_guess_that_cannot_be_read_or_is_left_behind(
         patch.setattr(LookAhead, "prefetch", left)
         with pytest.raises(KeyboardInterrupt):
             everything(model)
-    assert second.units.pending is not None  # still on its way: whatever is called next lands it
+    assert second.units.pending is not None  # still being read; the next call completes it
     assert_same(everything(model), reference(folder), "left behind")
     with monkeypatch.context() as patch:
         then_fails = lambda self, *_: prefetch(self, *_) or patch.setattr(Reader, "wait", failing)  # noqa: E731
@@ -355,7 +355,7 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
         return len(found) == len(ids) and all(np.array_equal(a, weights[i]) for a, i in zip(found, ids, strict=True))
 
     list(experts.use(np.array([0, 1])))
-    experts.prefetch(np.array([0, 7, 8]))  # 0 is there and stays
+    experts.prefetch(np.array([0, 7, 8]))  # 0 is present and stays
     call = experts.use(np.array([0, 7, 9]))
     assert next(call).tolist() == [0]
     assert experts.pending is not None, "nothing waits for what is here"
@@ -363,7 +363,7 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
     assert next(call).tolist() == [7, 9]
     assert has([0, 7, 8, 9]) and (counters.prefetched_used, counters.prefetched_unused) == (1, 1)
     assert (counters.hits, counters.misses) == (1, 4)
-    experts.prefetch(np.array([2, 3]))  # there is no room for what is not needed beside the next four
+    experts.prefetch(np.array([2, 3]))  # the next four leave no room for an expert that is not needed
     list(experts.use(np.array([4, 5, 6, 7])))
     assert (counters.prefetched_used, counters.prefetched_unused) == (1, 3)
     assert has([4, 5, 6, 7]) and not streamer.loading
@@ -371,7 +371,7 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str) -> None:
-    """Those whose router is one product; the first layer that guesses tells when a token begins, and no other does."""
+    """Only layers whose router is one product guess. The first of them, and no other, reports the start of a token."""
     layers = stream(mixture_of(family), 5)[0].modules()
     ahead = [layer.ahead for layer in layers if isinstance(layer, StreamedExperts) and layer.ahead is not None]
     linear = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss"}
@@ -387,7 +387,7 @@ def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], str
     ahead.trial.guessing = False
     everything(model)
     assert streamer.counters.prefetched_used == streamer.counters.prefetched_unused == 0
-    assert len(tokens) == 6  # not for the prompt, nor for the batch of 18 tokens
+    assert len(tokens) == 6  # no report for the prompt or for the batch of 18 tokens
     ahead.trial.guessing = True
     everything(model)
     assert streamer.counters.prefetched_used > 0
@@ -395,7 +395,7 @@ def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], str
 
 @pytest.mark.parametrize("slots", [1, 4, 7])
 def test_functions_of_mlx_lm(mixture_of: Callable[..., Path], stream: Callable[..., Any], slots: int) -> None:
-    """They begin a token before the last one is known, leave graphs undone, and take back what was guessed."""
+    """These begin a token before the last one is known, leave graphs unevaluated, and drop guessed tokens."""
     folder = mixture_of("qwen3_moe", "4 bits")
     write_tokenizer(folder, VOCABULARY)
     model, draft = stream(folder, slots)[0], stream(folder, 3)[0]
@@ -428,7 +428,7 @@ def plain_functions_of_mlx_lm(folder: Path) -> dict[str, Any]:
 
 
 def test_no_more_than_one_layers_output_is_kept(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
-    """A chunk's outputs of all layers would be more than the plan knows of."""
+    """A chunk's outputs of all layers would exceed the plan."""
     model, streamer = stream(mixture_of("qwen3_moe"), 11)
     for call in (PROMPT, *([token] for token in PROMPT)):
         mx.eval(model(mx.array([call])))
@@ -524,7 +524,7 @@ def test_a_modelopt_file_with_groups_of_none(mixture_of: Callable[..., Path], tm
 
 
 def test_more_scales_than_numbers(mixture_of: Callable[..., Path], tmp_path: Path) -> None:
-    """mlx-lm infers the size of a group from them: none, by which MLX would divide."""
+    """mlx-lm would infer a group size of zero from them, and MLX would divide by it."""
     folder = Path(shutil.copytree(mixture_of("qwen3_moe", quantisation="4 bits"), tmp_path / "copy"))
     write_tokenizer(folder, VOCABULARY)
     weights: Any = mx.load(str(folder / "model.safetensors"))
@@ -553,7 +553,7 @@ def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path:
 
 
 def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
-    """A configuration may leave it to the family's default."""
+    """A configuration may leave the vocabulary to the family's default."""
     folder = make_mixture(tmp_path / "mixtral", "mixtral", vocab_size=32000)
     config = json.loads((folder / "config.json").read_text())
     del config["vocab_size"]
@@ -565,7 +565,7 @@ def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_noticed_before_the_experts_are_read(
     mixture_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """And what the tokenizer takes is in the plan."""
+    """The plan also includes the tokenizer's memory."""
     folder = tmp_path / "copy"
     shutil.copytree(mixture_of("gpt_oss"), folder, ignore=shutil.ignore_patterns("tokenizer*"))
     said: list[str] = []
@@ -605,7 +605,7 @@ def test_generation_stays_within_the_plan_and_says_the_same(
 def test_only_what_is_widened_is_planned_for(
     mixture_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scales in 16 bits, as most published checkpoints have them, are not: their weights are packed."""
+    """Scales in 16 bits, which most published checkpoints have, are not widened, because their weights are packed."""
     for name, quantisation in (("plain", "plain"), ("packed", "4 bits")):
         folder = tmp_path / name
         shutil.copytree(mixture_of("qwen3_moe", quantisation), folder)
@@ -622,7 +622,7 @@ def test_only_what_is_widened_is_planned_for(
 
 
 def test_widening_a_few_experts_at_a_time_changes_no_bit() -> None:
-    """Of 40, in one call or in groups: for tokens sorted by expert, and for a token and its choices."""
+    """Widens 40 experts in one call or in groups: for tokens sorted by expert, and for a token and its choices."""
     experts, width, rows = 40, 32, 24
     linear = SwitchLinear(width, rows, experts, bias=True)
     linear.update(tree_map(lambda array: array.astype(mx.bfloat16), linear.parameters()))

@@ -1,4 +1,4 @@
-"""Which kind of model it is: a sentence for what can be run neither way, and no code out of a checkpoint is run."""
+"""The kind of a model: a sentence for models of neither kind, and no code from a checkpoint is run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN_CODE = "from pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch
 
 @pytest.fixture(params=["mixture", "neurons"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, tiny: Tiny) -> Path:
-    """Of either kind, with code of its own beside it that leaves `own.ran` when it is run."""
+    """A checkpoint of either kind beside code of its own, which leaves `own.ran` when it is run."""
     folder = tmp_path / "checkpoint"
     if request.param == "mixture":
         make_mixture(folder, "mixtral")
@@ -120,7 +120,7 @@ def test_code_that_builds_the_model(
 
 
 def test_mlx_lm_is_not_told_to_trust_code(tmp_path: Path) -> None:
-    """Whoever comes without having looked at the configuration."""
+    """Also for callers that have not checked the configuration."""
     folder = make_mixture(tmp_path / "checkpoint", "mixtral")
     (folder / "own.py").write_text(OWN_CODE)
     configure(folder, model_file="own.py")
@@ -131,7 +131,7 @@ def test_mlx_lm_is_not_told_to_trust_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["{folder}/own", "{up}{folder}/own", "..own", "own", "{dots}.own", ".", ""])
 def test_a_model_type_that_is_a_path(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
-    """mlx-lm imports a module by that name. The checkpoint's folder is the working folder, too."""
+    """mlx-lm imports a module by that name. The checkpoint's folder is also the working folder."""
     monkeypatch.chdir(checkpoint)
     up, dots = "../" * 20, str(checkpoint).replace("/", ".")
     config = configure(checkpoint, model_type=model_type.format(folder=checkpoint, up=up, dots=dots))
@@ -143,7 +143,7 @@ def test_a_model_type_that_is_a_path(checkpoint: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("changes", [{"chat_template_type": "own"}, {"tool_parser_type": "own"}])
 def test_code_that_a_tokenizer_names(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
-    """mlx-lm imports modules by these names, too; `auto_map` is transformers' own (test_families.py)."""
+    """mlx-lm also imports modules by these names. `auto_map` is transformers' own (test_families.py)."""
     monkeypatch.chdir(checkpoint)
     path = checkpoint / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

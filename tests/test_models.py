@@ -1,4 +1,4 @@
-"""Every family against transformers (``tests/golden/make_golden.py``), and the cached ways against the plain one."""
+"""Every family against transformers (``tests/golden/make_golden.py``), and calls with a cache against plain calls."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_right_padded_prompts_equal_single_rows(model: Any, golden: dict[str, mx
     cache = [BatchKVCache([0, 0, 0]) for _ in model.layers]
     for layer_cache in cache:
         layer_cache.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
-    prompts = model(tokens[:, :longest], cache)  # whatever follows a row's length stands in for padding
+    prompts = model(tokens[:, :longest], cache)  # the tokens after a row's length act as padding
     for layer_cache in cache:
         layer_cache.finalize()
     decoded = model(mx.stack([tokens[i, length : length + 1] for i, length in enumerate(lengths)]), cache)
@@ -85,7 +85,7 @@ def test_right_padded_prompts_equal_single_rows(model: Any, golden: dict[str, mx
 
 
 def test_embed_layers_and_head_make_the_model(model: Any, golden: dict[str, mx.array]) -> None:
-    tokens = golden["tokens"][:, :8]  # no longer than a window of attention
+    tokens = golden["tokens"][:, :8]  # not longer than an attention window
     h = model.embed(tokens)
     assert h.shape == (*tokens.shape, model.args.hidden_size)
     for layer in model.layers:
@@ -110,7 +110,7 @@ def test_mlp_can_be_replaced(golden: dict[str, mx.array], model: Any) -> None:
 
 
 def test_ffn_norms_are_what_the_ffn_takes(model: Any, golden: dict[str, mx.array]) -> None:
-    """Each FFN's input, less the norm's bias and divided by its weight, has a mean square of 1."""
+    """Each FFN's input, minus the norm's bias and divided by its weight, has a mean square of 1."""
     norms = model.ffn_norms
     if norms is None or "weight" not in norms[0]:
         pytest.skip("nothing to look ahead with")
@@ -169,7 +169,7 @@ def test_float16_stays_float16(variant: str, model: Any, golden: dict[str, mx.ar
     model.set_dtype(mx.float16)
     logits = model(golden["tokens"])
     assert logits.dtype == mx.float16
-    bound = 0.3 if variant == "prosparse" else 0.1  # FATReLU jumps at its threshold, to either side of which one rounds
+    bound = 0.3 if variant == "prosparse" else 0.1  # FATReLU jumps at its threshold, and rounding may go to either side
     assert largest_difference(logits.astype(mx.float32), golden["logits"]) < bound
 
 
@@ -233,7 +233,7 @@ def test_what_would_be_computed_wrongly_is_refused(variant: str, changes: dict[s
 
 @pytest.mark.parametrize("variant", ["bamboo"])
 def test_the_window_hides_what_lies_before_it(model: Any) -> None:
-    """Three layers that look back 8 tokens see 3 x 7 before the last one, and none before those."""
+    """Three layers that look back 8 tokens see 3 x 7 tokens before the last one and none before those."""
     tokens = mx.arange(24)[None]
     before, at_its_edge = (mx.array(np.where(np.arange(24) == i, 50, np.array(tokens))) for i in (1, 2))
     last = [np.array(model(t)[0, -1]) for t in (tokens, before, at_its_edge)]
@@ -253,7 +253,7 @@ def test_mistral_with_relu_is_llama_with_relu_within_the_window() -> None:
 
 @pytest.mark.parametrize("variant", ["falcon-rw-like"])
 def test_alibi_depends_on_distance_alone(model: Any) -> None:
-    """Slopes of four heads are powers of two, so that no rounding of the positions hides it."""
+    """The slopes of four heads are powers of two, so that rounding of the positions cannot hide an error."""
     attention = model.layers[0].self_attn
     assert np.array(attention._slopes.astype(mx.float32)).tolist() == [0.25, 0.0625, 0.015625, 0.00390625]
     bias = np.array(attention._with_alibi(None, 1, 9, None))[:, 0]  # (H, L)

@@ -1,4 +1,4 @@
-"""Streamed models against the dense one, and against themselves under every way of caching and reading."""
+"""Streamed models against the dense one, and against themselves with every kind of caching and reading."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from mlx_flash.layers.lookahead import GUESS_AGAIN, LookAhead
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 TOLERANCE = 1e-4  # logits have a standard deviation above 1
-PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call that goes the decode way
+PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55]  # longer than a call on the decode path
 GREEDY_PROMPTS = ([5], PROMPT)
 GREEDY_TOKENS = 12
-GOLDEN_GREEDY_TOKENS = 4  # the families differ in what a call computes, not in how tokens follow each other
+GOLDEN_GREEDY_TOKENS = 4  # the families differ in the computation of a call, not in how tokens follow each other
 BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 71, 16, 38, 59]]
 
-# Every predictor with every type of numbers and every way of packing them, which products and reads depend on. A family
-# is an activation, a bias and a number of parts, and to those a low rank and a shadow are the same: a mask. Of these
-# two each family meets one in CASES, the other in CASES_OF_A_FEW. "none" computes what they do with a prompt, and
-# is compared with the dense model for every family, with a few slots and a few tokens at once as well.
+# Every predictor with every dtype and every packing, on which products and reads depend. A family is an activation, a
+# bias and a number of parts. To those the low-rank and the shadow predictor are the same: a mask. So each family meets
+# one of the two in CASES and the other in CASES_OF_A_FEW. "none" computes like a prompt. It is compared with the dense
+# model for every family, also with a few slots and with a few tokens at once.
 CASES = [
     *((name, predictor) for name in (*DTYPES, *QUANTISED) for predictor in PREDICTORS),
     *((name, "exact") for name in GOLDEN_VARIANTS),
@@ -52,7 +52,7 @@ CASES_OF_A_FEW = [
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[np.ndarray]]:
-    """A prompt in one call, then token by token: ids and the logits (V,) that each was chosen by."""
+    """Runs a prompt in one call, then token by token. Returns the ids and the logits (V,) that each was chosen by."""
     cache = make_prompt_cache(model)
     ids: list[int] = []
     logits = []
@@ -65,7 +65,7 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[
 
 
 def everything(model: Any) -> list[np.ndarray]:
-    """Logits of calls of every form: a prompt, tokens, a few at once, a batch of prompts, of tokens, of a few."""
+    """Logits of calls of every form: a prompt, tokens, a few at once, and batches of prompts, tokens and a few."""
     cache = make_prompt_cache(model)
     vocab = model.args.vocab_size
     calls = [PROMPT, [4], [9], [77, 31], [12, 4, 50, 63, 29, 85, 1, 36], [9], [10, 10, 10, 10, 10]]
@@ -86,7 +86,7 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: objec
 
 @dataclass(frozen=True)
 class Dense:
-    """What the plain model of a store says: `everything`, and `greedy` of each of GREEDY_PROMPTS."""
+    """Results of a store's plain model: `everything`, and `greedy` for each of GREEDY_PROMPTS."""
 
     everything: list[np.ndarray]
     greedy: list[tuple[list[int], list[np.ndarray]]]
@@ -115,14 +115,14 @@ def residents() -> dict[tuple[str, str], Resident]:
 def resident_of(
     residents: dict[tuple[str, str], Resident], tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any]
 ) -> Callable[[str, str], Resident]:
-    """By the names of a store and of a predictor: `everything` with all in memory, and the misses until it is there."""
+    """(store, predictor) -> `everything` with all neurons in memory, and the misses until they are there."""
 
     def make(name: str, predictor: str) -> Resident:
         if (name, predictor) not in residents:
             model = open_model(tiny_of(name).store, predictor=predictor)
             expected = everything(model)
             misses = model.flash.streamer.counters.misses
-            if name in ("float32", *QUANTISED):  # the others do not differ in what they keep
+            if name in ("float32", *QUANTISED):  # the others keep the same things
                 assert_same(everything(model), expected, "again, all resident")
             residents[name, predictor] = expected, misses
         return residents[name, predictor]
@@ -144,8 +144,8 @@ def test_bit_identical_however_it_is_cached_and_read(
         {"slots": 2, "io": "buffered", "window": 1},
         {"slots": blocks - 1},
     ]
-    # How it is read is the same for every type of numbers, and the two of 16 bits have one layout. The golden models
-    # have 5 blocks: the second way is enough.
+    # The ways of reading do not depend on the dtype, and the two 16-bit dtypes share a layout. The golden models have 5
+    # blocks, so the second way is enough.
     if name != "float32":
         ways = ways[1:2] if name in (*GOLDEN_VARIANTS, "bfloat16") else ways[:1] if name == "float16" else ways[:2]
     for way in ways:
@@ -155,7 +155,7 @@ def test_bit_identical_however_it_is_cached_and_read(
         model.flash.close()
 
 
-# Only 60 slots have room for a guess of these small blocks, but for an empty one; with fewer none of them is read.
+# Only 60 slots have room for a guess of these small blocks, except for an empty guess. With fewer, none is read.
 @pytest.mark.parametrize(
     ("guess", "slots"),
     [
@@ -191,7 +191,7 @@ def test_look_ahead_never_changes_the_text(
     assert_same(everything(model), expected, guess)
     assert_same(everything(model), expected, guess)
     counters = model.flash.streamer.counters
-    if slots == 60:  # with fewer, guesses of these small blocks do not fit
+    if slots == 60:  # with fewer slots, guesses of these small blocks do not fit
         assert counters.prefetched_used > 0 or guess not in ("good", "raises")
         assert counters.prefetched_used == counters.prefetched_unused == 0 or guess not in ("nothing", "everything")
     assert counters.prefetched_used <= counters.misses
@@ -219,7 +219,7 @@ def test_without_a_guess_it_is_the_dense_model(
     name: str,
     predictor: str,
 ) -> None:
-    """Of CASES it is known already that fewer slots say the same to the bit as all in memory."""
+    """For CASES, another test shows that fewer slots give the same bits as all neurons in memory."""
     dense = dense_of(name)
     model = open_model(tiny_of(name).store, slots=3, predictor=predictor)
     logits = resident_of(name, predictor)[0] if (name, predictor) in CASES else everything(model)
@@ -230,7 +230,7 @@ def test_without_a_guess_it_is_the_dense_model(
         assert ids == dense_ids
         assert np.abs(np.stack(logits) - np.stack(dense_logits)).max() < TOLERANCE
     if name in DTYPES:
-        assert len(set(ids)) > 5  # it does not repeat itself, or this would show little
+        assert len(set(ids)) > 5  # the text must not repeat itself, or the test would show little
 
 
 @pytest.mark.parametrize("predictor", ["none", "exact"])
@@ -249,7 +249,7 @@ def test_logits_agree_with_transformers(
 def test_a_few_tokens_at_once_equal_token_by_token(
     tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], name: str, predictor: str
 ) -> None:
-    """Each position computes with its own neurons, though the union of them is read."""
+    """Each position computes with its own neurons, although the union of them is read."""
     model = open_model(tiny_of(name).store, slots=6, predictor=predictor)
     tokens = mx.array([PROMPT[:3], BATCH[0][:3]]) % model.args.vocab_size
     together = np.array(model(tokens[:1]))
@@ -264,7 +264,7 @@ def test_a_few_tokens_at_once_equal_token_by_token(
 
 @pytest.mark.parametrize("predictor", ["lowrank", "shadow"])
 def test_a_predictor_leaves_neurons_out(tiny: Tiny, open_model: Callable[..., Any], predictor: str) -> None:
-    """So the tests above are about a selection: it changes the logits a little, and reads less."""
+    """Shows that the tests above involve a selection: it changes the logits a little and reads less."""
     model = open_model(tiny.store, slots=1, predictor=predictor)
     found, dense = (np.array(m(mx.array([[5], [17], [80]]))) for m in (model, tiny.dense))
     assert 1e-3 < np.abs(found - dense).max() < 0.5 * dense.std()
@@ -297,7 +297,7 @@ def test_nothing_chosen_is_only_the_bias(tiny: Tiny, open_model: Callable[..., A
 def test_layers_marked_dense_use_all_neurons(
     tiny: Tiny, own_store: Any, open_model: Callable[..., Any], predictor: str
 ) -> None:
-    """Layer 1 is marked: layer 0 selects as before, layer 1 computes what the dense one does."""
+    """Layer 1 is marked. Layer 0 selects as before, and layer 1 computes like the dense layer."""
     change_manifest(own_store, all_neurons_layers=(1,))
     selecting, marked = (open_model(s, slots=4, predictor=predictor) for s in (tiny.store, own_store))
     x = mx.random.normal((1, 3, 64), key=mx.random.key(3))
@@ -305,7 +305,7 @@ def test_layers_marked_dense_use_all_neurons(
     dense = tiny.dense.layers[1].mlp(x)
     assert np.abs(np.array(marked.layers[1].mlp(x) - dense)).max() < 1e-5
     careless = selecting.layers[1].mlp
-    careless.predictor.c = careless.predictor.c - 1.0  # misses enough to be seen
+    careless.predictor.c = careless.predictor.c - 1.0  # misses enough neurons to be noticed
     assert np.abs(np.array(careless(x) - dense)).max() > 1e-4
     assert_same(everything(marked), everything(open_model(own_store, predictor=predictor)), "with a layer marked dense")
 
@@ -321,14 +321,14 @@ def test_calls_longer_than_the_bound_are_exact(tiny: Tiny, own_store: Any, open_
     assert max(difference[1:]) < TOLERANCE
 
 
-# With 1 slot of 64 a token's rows are copied out of it. Into 56 the token fits: its graph reads them there, and the
-# next token writes over some.
+# With 1 slot of 64, a token's rows are copied out of it. 56 slots hold the whole token: its graph reads the rows there,
+# and the next token overwrites some.
 @pytest.mark.parametrize("predictor", ["exact", "lowrank", "shadow"])
 @pytest.mark.parametrize("slots", [1, 56])
 def test_logits_evaluated_after_the_next_call_are_right(
     tiny: Tiny, open_model: Callable[..., Any], predictor: str, slots: int
 ) -> None:
-    """mlx-lm starts a call before it has evaluated the one before. The rows of the first must not be overwritten."""
+    """mlx-lm starts a call before it has evaluated the last one. The first call's rows must not be overwritten."""
     reference = open_model(tiny.store, predictor=predictor)
     expected = [np.array(reference(mx.array([[token]]))) for token in (5, 17, 80, 3)]
     model = open_model(tiny.store, slots=slots, predictor=predictor)
@@ -348,7 +348,7 @@ def test_logits_evaluated_after_the_next_call_are_right(
 def test_another_thread_may_generate(
     tiny: Tiny, open_model: Callable[..., Any], resident_of: Any, predictor: str
 ) -> None:
-    """As servers do: loaded in one thread, called in another."""
+    """Servers load in one thread and generate in another."""
     expected, _ = resident_of("float32", predictor)
     model = open_model(tiny.store, slots=5, predictor=predictor)
     results: list[Any] = []

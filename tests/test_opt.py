@@ -1,4 +1,4 @@
-"""What only OPT has; what it shares with the other families is in test_models.py."""
+"""Features that only OPT has. Those that it shares with other families are in test_models.py."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The server's page in a real browser, before the real server with the demo model."""
+"""The server's page in a real browser, served by the real server with the demo model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
 ]
 
-WAIT_MS = 600_000  # that no wait exceeds; none needs it
-VIEWPORT: ViewportSize = {"width": 1280, "height": 720}  # Playwright's own
+WAIT_MS = 600_000  # limit of every wait; no test needs it
+VIEWPORT: ViewportSize = {"width": 1280, "height": 720}  # Playwright's default
 BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
 ANSWER = "#log article.assistant:last-child"
 KEY = "a-key-of-the-test"
-HELD = 8  # tokens, after which an answer waits for the test
-# Of the light theme.
+HELD = 8  # number of tokens after which an answer waits for the test
+# Colours of the light theme.
 COMPUTE, GOOD, READING, RESIDENT = "153,153,153", "0,158,115", "0,114,178", "185,192,199"
 
 
@@ -48,7 +48,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Tab:
-    """A page in a browser profile of its own, and what went wrong in it."""
+    """A page in its own browser profile, and the errors in it."""
 
     def __init__(self, page: Page, server: Server) -> None:
         self.page, self.server = page, server
@@ -64,7 +64,7 @@ class Tab:
             page.on(event, listener)
 
     def leave(self) -> None:
-        """The page is another's from now on."""
+        """Leaves the page, which another tab uses from now on."""
         for event, listener in self._listeners.items():
             self.page.remove_listener(event, listener)
 
@@ -75,7 +75,7 @@ class Tab:
         return self.page
 
     def set(self, **fields: str) -> None:
-        """Sampling settings."""
+        """Sets sampling fields."""
         self.page.evaluate("document.getElementById('settings').open = true")
         for name, value in fields.items():
             self.page.fill(f"input[name={name}]", value)
@@ -89,7 +89,7 @@ class Tab:
         return self.page.text_content(f"{ANSWER} .text") or ""
 
     def speak(self) -> None:
-        """Asks for a long answer, until some text of it is there; more comes only when the server is let go on."""
+        """Asks for a long answer and waits for some text. More comes only when the server is released."""
         self.server.hold(HELD)
         self.set(max_tokens="480", seed="7")
         self.say(BEGINNING)
@@ -101,11 +101,11 @@ class Tab:
         )
 
     def shows(self, condition: str, argument: Any = None) -> None:
-        """Waits for what will come and stay."""
+        """Waits for a condition that comes true and stays true."""
         self.page.wait_for_function(condition, arg=argument)
 
     def reads(self, selector: str, pattern: str) -> None:
-        """Waits until the text of an element matches, which it does from then on."""
+        """Waits until an element's text matches, which must then keep matching."""
         self.shows(
             "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
             [selector, pattern],
@@ -118,15 +118,15 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def common_page(browser: Browser) -> Page:
-    """A window costs Chromium half a second of a processor, so most tests are one after another in this one."""
+    """A window costs Chromium half a second of processor time, so most tests share this one in turn."""
     return browser.new_context().new_page()
 
 
 @pytest.fixture
 def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
-    """Each in a window and a profile of its own, where no page is given.
+    """Opens tabs, each in its own window and profile unless a page is given.
 
-    Afterwards: nothing was complained of but what the test expected, and nobody else was asked for anything.
+    At the end, checks that there were no other errors than expected, and no requests to other servers.
     """
     tabs: list[Tab] = []
     contexts: list[BrowserContext] = []
@@ -151,11 +151,11 @@ def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Tab]]:
 
 @pytest.fixture
 def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
-    """The common page, with nothing kept of what was there before. Not opened yet."""
+    """The common page without its earlier contents, not yet opened."""
     tab = open_tab(page=common_page)
     yield tab
     common_page.unroute_all()
-    common_page.evaluate("Storage.prototype.setItem = () => {}; localStorage.clear()")  # as it closes it keeps more
+    common_page.evaluate("Storage.prototype.setItem = () => {}; localStorage.clear()")  # closing saves more
     common_page.mouse.move(0, 0)
     common_page.goto("about:blank")
     common_page.set_viewport_size(VIEWPORT)
@@ -169,14 +169,14 @@ def tab(empty_tab: Tab) -> Tab:
 
 
 def expect_failed_loads(tab: Tab, least: int = 1) -> None:
-    """Chromium itself complains of each request that failed; so many have, and nothing else was said."""
+    """Checks that at least so many requests failed, which Chromium reports, and that there was no other error."""
     failed = [text for text in tab.complaints if text.startswith("Failed to load resource")]
     assert len(failed) >= least and failed == tab.complaints
     tab.complaints.clear()
 
 
 def show_answer(tab: Tab, text: str) -> None:
-    """From now on the model says `text`."""
+    """Makes the model answer `text` from now on."""
     chunk = {"id": "x", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
     tab.page.route(
@@ -186,7 +186,7 @@ def show_answer(tab: Tab, text: str) -> None:
 
 
 def wait_for_colours(page: Page, canvas: str, *colours: str) -> None:
-    """Until a canvas has opaque pixels of all these."""
+    """Waits until a canvas has opaque pixels of all these colours."""
     page.wait_for_function(
         """([id, wanted]) => {
             const canvas = document.getElementById(id);
@@ -208,7 +208,7 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
     page = tab.page
     assert page.text_content("#model") == "demo"
     assert page.text_content("#budget") == "400 MB"
-    # What the text was each time it changed, as the page's user sees it.
+    # The text at each of its changes, as the page's user sees it.
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
             const text = document.querySelector('#log .assistant .text')?.textContent;
@@ -254,7 +254,7 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
 def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of_their_own(
     open_tab: Callable[..., Tab], tmp_path: Path
 ) -> None:
-    """Of one server: a mixture of experts behind a key, whose authors recommend how it is sampled."""
+    """Uses one server: a mixture of experts with a key, whose authors recommend sampling settings."""
     size = {"num_hidden_layers": 8, "num_experts": 64, "moe_intermediate_size": 128}  # 50 MB of experts
     checkpoint = make_mixture(tmp_path / "a-mixture", "qwen3_moe", **size)
     write_tokenizer(checkpoint)
@@ -283,7 +283,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of
         (asked,) = tab.asked()
         assert asked["max_tokens"] == 100 and not {"temperature", "top_p", "top_k", "seed"} & set(asked)
         tab.reads("#layers-note", r"^8 × 64 experts, [1-9][\d.]* % resident")
-        wait_for_colours(page, "layers", GOOD, RESIDENT)  # of one expert each: it is there, and hit, or it is not
+        wait_for_colours(page, "layers", GOOD, RESIDENT)  # cells of one expert each: a hit, resident, or empty
         assert page.evaluate("Object.values(localStorage).join().includes('a-key')") is False
         expect_failed_loads(tab, 2)
         page.close()
@@ -304,7 +304,7 @@ def test_stop_ends_the_generation(tab: Tab) -> None:
     tab.shows("() => fetch('/stats').then(r => r.json()).then(stats => stats.now === null)")
     last = tab.server.get("/stats")["last"]
     assert last["generated_tokens"] < 480
-    assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after
+    assert tab.page.text_content(f"{ANSWER} .text") == text  # nothing came after it
     tab.set(max_tokens="5")
     tab.say("and then")
     tab.answered()
@@ -316,7 +316,7 @@ def test_the_end_stays_in_sight_unless_one_reads_above(empty_tab: Tab, width: in
     tab, page = empty_tab, empty_tab.page
     page.set_viewport_size({"width": width, "height": 500})
     tab.open()
-    # Pixels between the end of the last answer and the composer above which it is to be seen.
+    # Pixels between the end of the last answer and the composer, above which it must be visible.
     room = """() => document.getElementById('composer').getBoundingClientRect().top
         - document.querySelector('#log article:last-child .foot').getBoundingClientRect().bottom"""
     show_answer(tab, "line\n" * 60)
@@ -374,7 +374,7 @@ def test_what_is_kept_is_bounded(open_tab: Callable[..., Tab]) -> None:
     ]
     assert sum(len(message["content"]) for message in turns) > 500_000 and len(turns) > 200
     tab = open_tab()
-    # There before the page's own scripts begin: what another page left may come a moment after them.
+    # Set before the page's own scripts run, because another page may still save its conversation for a moment.
     kept = "localStorage.getItem('mlx_flash.conversation')"
     tab.page.add_init_script(f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(turns))});")
     tab.open()
@@ -403,7 +403,7 @@ def test_two_pages_take_turns(tab: Tab, open_tab: Callable[..., Tab]) -> None:
     second.answered()
 
 
-# What may go wrong.
+# Failures.
 
 
 def test_the_server_goes_away_and_comes_back(tab: Tab, server: Server) -> None:
@@ -415,7 +415,7 @@ def test_the_server_goes_away_and_comes_back(tab: Tab, server: Server) -> None:
         assert text and page.text_content(f"{ANSWER} .note") == "Interrupted: the server went away."
         page.wait_for_selector('#banner[data-state="gone"]')
         page.fill("#prompt", "What came")
-        page.press("#prompt", "Enter")  # goes nowhere, and is not lost
+        page.press("#prompt", "Enter")  # not sent, and not lost
         assert page.input_value("#prompt") == "What came"
         assert page.is_disabled("#send")
     finally:
@@ -494,7 +494,7 @@ def test_a_setting_out_of_its_range_is_not_sent(tab: Tab) -> None:
     assert tab.page.get_attribute("input[name=temperature]", "placeholder") == "auto: 0.7"
 
 
-# Who it is for.
+# Accessibility.
 
 
 def test_what_a_model_writes_is_text(tab: Tab) -> None:
@@ -543,14 +543,14 @@ def test_the_keyboard_is_enough(tab: Tab) -> None:
     assert "solid" in outline and "2px" in outline
     page.keyboard.press("Enter")
     tab.answered()
-    # Everything that can be clicked can be reached, and shows that it was.
+    # Everything that can be clicked can be reached by keyboard, and shows its focus.
     page.evaluate("document.activeElement.blur(); document.body.tabIndex = -1; document.body.focus()")
     reached = []
     for _ in range(25):
         page.keyboard.press("Tab")
         reached.append(page.evaluate(focus))
         if reached[-1] == "body":
-            break  # behind the last
+            break  # past the last one
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", reached[-1]
     assert {"skip", "new-chat", "theme", "retry", "prompt", "settings-reset", "inside-toggle"} <= set(reached)
     assert reached[0] == "skip"
@@ -582,7 +582,7 @@ def test_it_fits_400_pixels(empty_tab: Tab) -> None:
     assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [400, 400]
     chat, inside = (page.locator(part).bounding_box() for part in (".chat", "#inside"))
     assert chat is not None and inside is not None
-    assert inside["y"] >= chat["y"] + chat["height"]  # below, not beside
+    assert inside["y"] >= chat["y"] + chat["height"]  # below it, not beside it
     page.click("#inside-toggle")
     assert page.is_hidden("#inside-body")
     page.reload()
@@ -593,7 +593,7 @@ def test_it_fits_400_pixels(empty_tab: Tab) -> None:
 
 
 def luminance(colour: str) -> float:
-    """WCAG's, of "#rrggbb"."""
+    """The WCAG luminance of "#rrggbb"."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -644,11 +644,11 @@ def test_less_motion_is_honoured(empty_tab: Tab, motion: Literal["no-preference"
     empty_tab.page.emulate_media(reduced_motion=motion)
     page = empty_tab.open()
     held: list[Route] = []
-    page.route("**/v1/chat/completions", lambda route: held.append(route))  # nothing comes: the caret waits
+    page.route("**/v1/chat/completions", lambda route: held.append(route))  # no reply comes, so the caret waits
     empty_tab.say(BEGINNING)
     page.wait_for_selector(f"{ANSWER}.waiting")
     while not held:
-        page.wait_for_timeout(10)  # the route is called while this waits
+        page.wait_for_timeout(10)  # the route is called during this wait
     caret = f"getComputedStyle(document.querySelector('{ANSWER} .text'), '::after').animationName"
     assert page.evaluate(caret) == animation
     held[0].abort("aborted")

@@ -1,4 +1,4 @@
-"""The memory plan: sizes as people write them, and sums that hold."""
+"""The memory plan: sizes in users' notation, and sums that hold."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def plan(
 
 
 def check_shares(demand: Demand, layout: NeuronLayout, selects: bool) -> None:
-    """A quarter of the blocks in slots, or what the smallest budget brings. In whole numbers: sums of shares round."""
+    """Checks that a budget gives its share of slots, or those of the smallest budget. Integers avoid rounding."""
     ample = plan(demand, layout, ENDLESS, 0, selects)
     for share in (0.25, 0.5, 1.0):
         made = plan(demand, layout, ample.bytes_for(share), 0, selects)
         wanted = int(share * layout.layers * layout.blocks)
         assert sum(made.slots) >= wanted
         more_bytes = (sum(made.slots) - wanted) * layout.block_bytes
-        # Room for differences between runs comes on top, and a block that the share ends within.
+        # The budget adds room for differences between runs, and completes the block at the end of the share.
         assert made.budget == ample.smallest or more_bytes <= RUN_TO_RUN_BYTES + layout.block_bytes
 
 
@@ -125,7 +125,7 @@ def test_the_total_keeps_to_the_budget(
         smallest = error.smallest_bytes
         assert smallest % MB == 0 and f"this model needs at least {smallest // MB}MB" in str(error)
         assert smallest > (demand.process + free if budget is None else budget)
-        # Typed back it works, also where the process has grown a little.
+        # The printed budget works again, even if the process has grown a little.
         for process in (demand.process, demand.process + RUN_TO_RUN_BYTES):
             made = plan(replace(demand, process=process), layout, parse_memory(f"{smallest // MB}MB"), 0, selects)
             assert min(made.slots) >= minimum and made.total <= made.budget == smallest
@@ -137,7 +137,7 @@ def test_the_total_keeps_to_the_budget(
         assert made.total == sum(value for key, value in made.as_dict().items() if key not in ("budget", "total"))
         assert made.total <= made.budget
         assert all(minimum <= slots <= layout.blocks for slots in made.slots)
-        if min(made.slots) < layout.blocks:  # nothing is left over
+        if min(made.slots) < layout.blocks:  # no memory is left over
             assert made.total + layout.block_bytes > made.budget
         if budget is not None:
             assert made.budget == budget
@@ -152,8 +152,8 @@ DEMAND = Demand(process=400 * MB, resident=2000 * MB, predictors=500 * MB, kv_ca
 def test_without_a_budget_a_share_of_what_is_free() -> None:
     assert plan(DEMAND, LAYOUT, None, free=10**10).budget == 400 * MB + FREE_SHARE * 10**10
     roomy = plan(DEMAND, LAYOUT, None, free=10**12)
-    assert set(roomy.slots) == {roomy.units.per_layer} and roomy.budget == roomy.total  # no more than it can use
-    # A share that is too little is exceeded, as long as it is free.
+    assert set(roomy.slots) == {roomy.units.per_layer} and roomy.budget == roomy.total  # all it can use
+    # A share that is too small is exceeded if memory is free.
     tight = plan(DEMAND, LAYOUT, None, free=4000 * MB)
     assert set(tight.slots) == {MIN_SLOTS} and 400 * MB + FREE_SHARE * 4000 * MB < tight.budget <= 4400 * MB
     with pytest.raises(BudgetError, match=r"needs at least \d+MB .*; 3\.00 GB are free\. Close other programs"):
@@ -178,7 +178,7 @@ def test_a_refusal_says_what_needs_how_much() -> None:
     ("budget", "free", "helps"), [(3500, 0, True), (3000, 0, False), (None, 3000, True), (None, 2000, False)]
 )
 def test_a_shorter_context_is_named_where_it_would_do(budget: int | None, free: int, helps: bool) -> None:
-    """Without its KV cache of 1,000 MB this model needs 3,200 MB, and some for slots."""
+    """Without its KV cache of 1,000 MB this model needs 3,200 MB, plus some for slots."""
     with pytest.raises(BudgetError) as caught:
         plan(DEMAND, LAYOUT, None if budget is None else budget * MB, free=free * MB)
     assert ("lower --context" in str(caught.value)) is helps
@@ -197,7 +197,7 @@ def test_slots_go_where_the_need_is(need: list[float], least: int, most: int, to
     slots = distribute_slots(total, need, least, most)
     assert sum(slots) == min(total, most * len(need)) and all(least <= count <= most for count in slots)
     ordered = [count for _, count in sorted(zip(need, slots, strict=True))]
-    assert all(a <= b + 1 for a, b in pairwise(ordered))  # 1: what rounding left over
+    assert all(a <= b + 1 for a, b in pairwise(ordered))  # 1 is the remainder of rounding
 
 
 def test_a_layer_of_twice_the_need_gets_twice_the_slots() -> None:
@@ -230,7 +230,7 @@ def test_the_description_has_every_part() -> None:
 
 
 def test_a_plan_that_is_larger_than_what_is_free_says_so() -> None:
-    """It is made as asked for: memory that others can give back is not known here."""
+    """The plan follows the request, because memory that other programs could free is unknown here."""
     wanted = plan(DEMAND, LAYOUT, 6 * 10**9).total - DEMAND.process
     assert "note" not in plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted).describe()
     note = plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted - 10**7).describe().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""`mlx_flash.plan` and `mlxflash plan`: what `load` would keep to, and nothing is read, converted or downloaded."""
+"""`mlx_flash.plan` and `mlxflash plan` give the plan of `load`, and nothing is read, converted or downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def same(made: Plan, loaded: Plan) -> None:
-    """The process may have grown between the two; a budget that is not reached is not shown."""
+    """Compares two plans. The process may have grown between them, and an unused part of the budget is not shown."""
     assert (made.demand.resident, made.demand.predictors) == (loaded.demand.resident, loaded.demand.predictors)
     assert (made.demand.kv_cache, made.context) == (loaded.demand.kv_cache, loaded.context)
     assert (made.units, made.slots, made.slot_bytes) == (loaded.units, loaded.slots, loaded.slot_bytes)
@@ -93,7 +93,7 @@ def test_options_or_fields() -> None:
 
 
 def test_nothing_stays_changed(store: Path) -> None:
-    """Else MLX would keep fewer buffers for good: no model is closed that would give that back."""
+    """Otherwise MLX would keep fewer buffers from now on, because no model is closed to restore its limit."""
     opened = BUFFER_CACHE._models
     plan(store, context=64)
     with pytest.raises(BudgetError):

@@ -1,4 +1,4 @@
-"""Memory pools: what the host writes at the address is what MLX reads, without a copy."""
+"""Memory pools: MLX reads what the host writes at the pool's address, without a copy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_views_made_before_a_write_see_it(dtype: mx.Dtype) -> None:
 
 
 def test_the_buffer_stays_where_it_is() -> None:
-    """Computations over the pool, and names that come and go, do not move or reuse its memory."""
+    """Computations over the pool, and names that come and go, neither move nor reuse its memory."""
     pool = AlignedPool(1 << 20)
     for value in (1, 2, 3):
         ctypes.memset(pool.address, value, pool.nbytes)

@@ -1,4 +1,4 @@
-"""The stored predictors by themselves."""
+"""The stored predictors alone."""
 
 import mlx.core as mx
 import numpy as np

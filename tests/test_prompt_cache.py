@@ -1,4 +1,4 @@
-"""The prompt cache over turns: what it keeps, and that the text is that of the whole prompt read at once."""
+"""The prompt cache over turns: the tokens that it keeps, and the same text as from the whole prompt at once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_prompt_that_parts_is_trimmed_to_there(model: Any, endless: Any) -> No
     run(turns, endless, PROMPT)
     for prompt, reused in (
         ([*PROMPT[:10], 4, 4, 4], 10),
-        ([*PROMPT[:10], 4, 4, 4], 12),  # the same again: its last token goes through the model
+        ([*PROMPT[:10], 4, 4, 4], 12),  # the same prompt again: its last token goes through the model
         (PROMPT[:4], 3),
         ([7, *PROMPT], 0),
     ):
@@ -81,7 +81,7 @@ def test_a_cache_that_cannot_be_trimmed_serves_what_goes_on_only(
 
 
 def test_a_window_that_has_moved_on_begins_anew(endless: Any, tmp_path: Any) -> None:
-    """gpt-oss's sliding layers forget what is outside of their window."""
+    """gpt-oss's sliding layers forget everything outside of their window."""
     from conftest import write_tokenizer  # type: ignore[import-not-found]
 
     folder = make_mixture(tmp_path / "mixture", "gpt_oss", "plain", 1)
@@ -116,7 +116,7 @@ def test_what_was_read_by_an_interruption_is_kept(model: Any, endless: Any) -> N
     responses.close()
     assert turns.reused == 8 and turns.tokens == PROMPT + made[:2] and whole(turns)
     unused: Any = turns.stream_generate(endless, PROMPT, 6)
-    unused.close()  # before it began
+    unused.close()  # closed before it began
     assert whole(turns) and run(turns, endless, PROMPT) == expected
 
 

@@ -1,4 +1,4 @@
-"""Loading draws random weights, and leaves MLX's random state as it was."""
+"""Loading draws random weights, but leaves MLX's random state unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def numbers() -> Any:
 
 
 def unchanged_by(call: Callable[[], object]) -> bool:
-    """Whether the same numbers are drawn after `call` as without it, from a state that is no graph."""
+    """Whether the same numbers are drawn after `call` as without it, from an evaluated state."""
     mx.random.seed(7)
     numbers()
     without = numbers()
@@ -41,7 +41,7 @@ def unchanged_by(call: Callable[[], object]) -> bool:
 
 
 def test_a_draw_that_is_not_evaluated_is_kept() -> None:
-    """This is what the others are for: MLX keeps the graph of the next key."""
+    """The reason for the other tests: MLX keeps the unevaluated graph of the next key."""
     mx.random.seed(7)
     assert "label" not in state_graph()
     mx.random.uniform()

@@ -28,7 +28,7 @@ from mlx_flash.flash.system import READ_ALIGNMENT
 from mlx_flash.flash.unit_file import UnitFile
 
 PAGE = READ_ALIGNMENT
-SIZE = 5 * MERGE_BYTES + 3 * PAGE + 1234  # not a multiple of a page: the last one can only be read in part
+SIZE = 5 * MERGE_BYTES + 3 * PAGE + 1234  # not a multiple of a page, so that the last page can only be read in part
 GUARD = 0xAB
 
 
@@ -65,7 +65,7 @@ def file(request: pytest.FixtureRequest, path: Path) -> Iterator[UnitFile]:
 
 
 def destination(nbytes: int) -> np.ndarray:
-    """Page-aligned guard bytes."""
+    """A page-aligned destination filled with guard bytes."""
     base = np.full(nbytes + PAGE, GUARD, np.uint8)
     start = -base.ctypes.data % PAGE
     return base[start : start + nbytes]
@@ -79,7 +79,7 @@ def columns(*rows: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.nda
 def read_and_compare(
     reader: Reader, file: UnitFile, contents: np.ndarray, segments: list[tuple[int, int]], gap: int = 0, skew: int = 0
 ) -> None:
-    """Reads (offset, length) segments to places in reverse order, `gap` bytes apart, and compares every byte."""
+    """Reads (offset, length) segments to destinations in reverse order, `gap` bytes apart, and compares every byte."""
     room = [length + gap for _, length in segments]
     places = [skew + sum(room[i + 1 :]) for i in range(len(room))]
     target = destination(skew + sum(room) + PAGE)
@@ -96,7 +96,7 @@ def read_and_compare(
 
 @st.composite
 def segment_sets(draw: st.DrawFn) -> list[tuple[int, int]]:
-    """(gap before, length) pairs -> ascending segments; a unit of a page makes them aligned, one of a byte not."""
+    """(gap before, length) pairs -> ascending segments. A unit of a page makes them aligned; one of a byte does not."""
     unit = draw(st.sampled_from([1, 512, PAGE]))
     most = draw(st.sampled_from([3, 40, 400]))
     position, segments = draw(st.integers(0, 9)) * unit, []
@@ -127,7 +127,7 @@ def test_the_whole_file_and_its_unaligned_tail(reader: Reader, file: UnitFile, c
 
 
 def test_very_many_segments(reader: Reader, file: UnitFile, contents: np.ndarray) -> None:
-    """More destinations in one request than one preadv takes, and more requests than a thread takes at once."""
+    """One request has more destinations than a preadv takes. There are more requests than a thread takes at once."""
     length = 24
     offsets = np.arange(0, SIZE - length, length, dtype=np.int64)
     place = np.random.default_rng(1).permutation(len(offsets))
@@ -135,7 +135,7 @@ def test_very_many_segments(reader: Reader, file: UnitFile, contents: np.ndarray
     reader.read(file, offsets, target.ctypes.data + place * length, np.full(len(offsets), length))
     assert np.array_equal(target[place], contents[: len(offsets) * length].reshape(-1, length))
 
-    offsets = np.random.default_rng(2).integers(0, SIZE // PAGE, 5000) * PAGE  # in any order, with repetitions
+    offsets = np.random.default_rng(2).integers(0, SIZE // PAGE, 5000) * PAGE  # in random order, with repetitions
     target = destination(len(offsets) * PAGE).reshape(-1, PAGE)
     report = reader.read(file, offsets, target.ctypes.data + np.arange(5000) * PAGE, np.full(5000, PAGE))
     assert report.requests > 4000
@@ -173,7 +173,7 @@ def test_an_unaligned_segment_leaves_its_neighbours_direct(path: Path) -> None:
     shift=st.sampled_from([0, 0, 8]),
 )
 def test_one_length_for_all_is_the_same(path: Path, blocks: list[int], ordered: bool, length: int, shift: int) -> None:
-    """The quick way of planning against the general one, on whatever it is given."""
+    """Compares the fast way of planning with the general one on arbitrary input."""
     blocks = sorted(set(blocks)) if ordered else blocks
     offsets = np.array(blocks, np.int64) * length + shift
     addresses = np.arange(len(blocks), dtype=np.int64) * length + (1 << 40) + shift
@@ -226,7 +226,7 @@ def test_a_segment_outside_the_file(reader: Reader, file: UnitFile, row: tuple[i
 
 
 def test_arrays_that_disagree(reader: Reader, file: UnitFile) -> None:
-    with pytest.raises(ValueError, match="must be"):  # not read four times to one place
+    with pytest.raises(ValueError, match="must be"):  # four reads to one place are refused
         reader.submit(file, np.arange(4) * PAGE, np.array([1 << 40]), PAGE)
     with pytest.raises(ValueError, match="must be"):
         reader.submit(file, np.zeros(2, np.int64), np.zeros(1, np.int64), np.zeros(2, np.int64))
@@ -318,12 +318,12 @@ def test_closing_the_reader_ends_its_threads_though_a_call_still_has_its_pool() 
 
     before = threads()
     reader = Reader(3)
-    pool = reader._pool  # as a call in another thread has it: its end is not what ends the threads
+    pool = reader._pool  # keeps the pool alive, so that its destructor cannot end the threads
     own = threads() - before
     assert len(own) == 3
     reader.close()
     end = time.monotonic() + 10
-    while own & threads() and time.monotonic() < end:  # joined, a thread is still listed for a moment
+    while own & threads() and time.monotonic() < end:  # a joined thread is still listed for a moment
         time.sleep(0.001)
     assert pool is not None and not own & threads()
 
@@ -380,7 +380,7 @@ def test_a_change_whose_time_was_put_back_is_noticed(own_path: Path, change: Cal
 
 @pytest.mark.parametrize("how", ["chmod", "link", "unlink", "replaced"])
 def test_links_and_rights_are_no_contents(own_path: Path, how: str) -> None:
-    """They move ctime as well, and change no byte that is read; but what is written behind them is noticed."""
+    """They change ctime, but no byte that is read. A later write through them is noticed."""
     with UnitFile(own_path) as file:
         before = os.fstat(file.fd).st_ctime_ns
         if how == "chmod":
@@ -439,7 +439,7 @@ def test_a_missing_or_foreign_library_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_forgotten_readers_do_not_hang(path: Path) -> None:
-    """Exit with reads outstanding."""
+    """Exits with outstanding reads."""
     program = f"""
 import numpy as np
 from mlx_flash.flash.reader import Reader
@@ -454,7 +454,7 @@ print("submitted")
 
 
 def test_a_forked_child_is_told_so(path: Path) -> None:
-    """It has no reader threads: a read would never end, so none is begun, and none is waited for."""
+    """The child has no reader threads, so a read would never end. It begins none and waits for none."""
     program = f"""
 import os, numpy as np
 from mlx_flash.errors import ReadError
@@ -500,7 +500,7 @@ def test_result_layout_is_eight_int64() -> None:
 
 
 def test_every_way_to_a_crc_is_zlibs() -> None:
-    """By tables, and by the processor's instructions where it has them; at any length and alignment."""
+    """With tables, and with the processor's instructions if it has them, at any length and alignment."""
     by = reader_module._library()[0].mf_crc32_by
     by.argtypes, by.restype = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint32
     rng = np.random.default_rng(0)
@@ -516,7 +516,7 @@ def test_every_way_to_a_crc_is_zlibs() -> None:
 
 
 class Expected:
-    """Sums of `contents` in ranges of `step` bytes of what is read; where `wrong` points in the file, another one."""
+    """Checksums of `contents` in ranges of `step` bytes of the read data. The one at file offset `wrong` is wrong."""
 
     def __init__(self, contents: np.ndarray, step: int, wrong: int | None = None) -> None:
         self.contents, self.step, self.wrong = contents, step, wrong
@@ -538,7 +538,7 @@ class Expected:
 def test_what_is_read_is_compared(
     reader: Reader, path: Path, contents: np.ndarray, data: st.DataObject, segments: Any, gap: int, skew: int
 ) -> None:
-    """Merged, cut, bounced or direct: sums that are right pass, and one wrong one is named, wherever it is."""
+    """Merged, cut, bounced or direct: right sums pass, and a single wrong one is reported anywhere."""
     if data.draw(st.integers(0, 9)) == 0:
         segments = [(5 * skew, 2 * MERGE_BYTES + 77)]
     starts = [offset + at for offset, length in segments for at in range(0, length, 3 * PAGE)]
@@ -556,7 +556,7 @@ def test_what_is_read_is_compared(
 
 
 def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> None:
-    """What plan_requests never makes: reader.c relies on nobody."""
+    """plan_requests never makes such tables, but reader.c does not rely on that."""
     target = destination(PAGE)
     address, most, least = target.ctypes.data, 2**63 - 1, -(2**63)
     pool = reader._pool
@@ -573,7 +573,7 @@ def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> No
         return int(code)
 
     sound = [(0, 0, 1)], [(address, 512)]
-    assert submit(*sound) == 0 and submit(*sound, [(0, 512, 0)]) == 0  # whose sum is wrong, which is another matter
+    assert submit(*sound) == 0 and submit(*sound, [(0, 512, 0)]) == 0  # the sum is wrong, but the table is valid
     bad = -5
     for offset in (-1, least, most, most - PAGE):
         assert submit([(offset, 0, 1)], [(address, 512)]) == bad
@@ -592,7 +592,7 @@ def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> No
         (0, 5, 2**32),
     ):
         assert submit(*sound, [check]) == bad
-    assert submit(*sound, [(5, 5, 0), (9, 5, 0)]) == bad  # one over the other
+    assert submit(*sound, [(5, 5, 0), (9, 5, 0)]) == bad  # two checks overlap
     assert submit([(0, 0, 2)], [(address, 512), (address + 600, 512)], [(500, 24, 0)]) == bad  # not side by side
     for counts in ({"requests": -1}, {"iovecs": -1}, {"checks": -1}, {"requests": most}, {"checks": most}):
         assert submit(*sound, **counts) == bad
@@ -604,7 +604,7 @@ def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> No
 
 
 def interrupted_at(action: Callable[[], object], at: int) -> bool:
-    """Runs `action`; raises KeyboardInterrupt at the so-many-th opcode of reader.py. Whether there was one."""
+    """Runs `action` and raises KeyboardInterrupt at opcode number `at` of reader.py. Returns whether there was one."""
     seen = 0
 
     def trace(frame: Any, event: str, argument: object) -> Any:
@@ -630,8 +630,10 @@ def interrupted_at(action: Callable[[], object], at: int) -> bool:
 
 
 def test_an_interrupt_at_any_opcode_leaves_nothing_in_flight(path: Path, contents: np.ndarray) -> None:
-    """Ctrl-C within submit, wait, read: `drain` ends what was begun, also where no ticket was handed out; the file
-    can be closed, and the same reader reads on."""
+    """Ctrl-C may come within submit, wait or read. `drain` then ends everything that was begun, even without a ticket.
+
+    The file can be closed, and the same reader continues to work.
+    """
     length = 16 * PAGE
     target = destination(length)
     segment = columns((0, target.ctypes.data, length))
@@ -662,7 +664,7 @@ def test_an_interrupt_at_any_opcode_leaves_nothing_in_flight(path: Path, content
 
 @pytest.fixture(scope="module")
 def shorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctypes.PyDLL]:
-    """The reader over a preadv that returns less than it was asked for."""
+    """The reader over a preadv that returns less than requested."""
     here, source = Path(__file__).parent / "faults", Path(reader_module.__file__).parent
     folder = tmp_path_factory.mktemp("shorter")
     flags = [os.environ.get("CC", "cc"), "-std=gnu11", "-O1", "-fPIC", "-pthread"]
@@ -678,7 +680,7 @@ def shorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctyp
 
 @pytest.fixture
 def short_reads(shorter: tuple[ctypes.CDLL, ctypes.PyDLL], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Takes the kind, as shorter.c has them."""
+    """Sets the kind of short reads, numbered as in shorter.c."""
     monkeypatch.setattr(reader_module, "_library", lambda: shorter)
     return lambda kind: shorter[0].shorter_set(ctypes.c_int64(kind))
 

@@ -1,4 +1,4 @@
-"""The README stays short, its map names every room, and links and names in README and docs/ lead somewhere."""
+"""The README stays short, its map names every room, and the links and names in it and in docs/ exist."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
 
 
 def links(page: Path) -> list[str]:
-    """Where the links of a page lead that stay within the repository."""
+    """The targets of a page's links within the repository."""
     found = [inline or reference for inline, reference in LINK.findall(FENCE.sub("", page.read_text()))]
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub names the headings of a page."""
+    """GitHub's anchors for the headings of a page."""
     seen: Counter[str] = Counter()
     names = set()
     for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
@@ -35,7 +35,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def rooms() -> list[Path]:
-    """The folders that the README's map names, in its order."""
+    """The folders in the README's map, in its order."""
     found: list[Path] = []
     block = README.read_text().split("```text\n")[1].split("```")[0]
     for line in block.splitlines():
@@ -51,7 +51,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_lines_of_pages_are_short() -> None:
-    """Tables and links may be longer; docs/commands.md and docs/defects.md are tables."""
+    """Lines of tables and links may be longer. docs/commands.md and docs/defects.md are tables."""
     for page in PAGES:
         text = FENCE.sub("", page.read_text())
         long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]

@@ -1,4 +1,4 @@
-"""The recall of a stored predictor, set at run time, and what a store says of its predictors."""
+"""The recall of a stored predictor, set at run time, and a store's information about its predictors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_between_two_targets_by_the_straight_line() -> None:
 
 
 def test_thresholds_may_be_integers_of_any_size() -> None:
-    """As JSON has them; NumPy makes objects of what an int64 cannot hold (found by the fuzzer of stores)."""
+    """JSON has integers of any size, and NumPy makes objects of those beyond int64 (found by the fuzzer of stores)."""
     table = {**REPORT["table"], "threshold": [[10**30] * 3, *REPORT["table"]["threshold"][1:]]}
     assert PredictorSetting.of("shadow", {**REPORT, "table": table}).shifts[0] == 1e30
 
@@ -78,7 +78,7 @@ def test_outside_the_table(recall: float) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.93, 0.99]), st.floats(0.8, 0.999), st.floats(0.8, 0.999))
 def test_a_higher_recall_never_chooses_fewer(seed: int, target: float, one: float, other: float) -> None:
-    """Of the table that a random layer gets, at its entries and between them."""
+    """Uses the table of a random layer, at its entries and between them."""
     rng = np.random.default_rng(seed)
     x, up = (rng.standard_normal(shape, dtype=np.float32) for shape in ((64, 8), (32, 8)))
     bias = rng.normal(-2, 2, 32).astype(np.float32)
@@ -102,7 +102,7 @@ def test_a_shadow_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) ->
     bias = rng.normal(-2, 1, 320).astype(np.float32)
     sample = fitting.Sample(x, x @ up.T + bias, NumpyMatrix(mx.array(up)), bias, np.arange(48) >= 24)
     made = {}
-    for groups in (2, 5):  # the last piece has one, and the whole
+    for groups in (2, 5):  # a last piece of one group, and all groups in one piece
         monkeypatch.setattr(fitting, "SHADOW_PIECE", groups * fitting.SHADOW_GROUP)
         for bits in (2, 3, 4):
             shadow = fitting.make_shadow(sample, 0.95, bits, mx.float16)
@@ -134,7 +134,7 @@ def test_the_loaded_predictor_moves_with_it(store: Path, open_model: Callable[..
 
 
 def test_it_catches_what_it_says(tiny: Tiny, open_model: Callable[..., Any]) -> None:
-    """On text that the thresholds were not set on, drawn as the calibration text was."""
+    """Uses text that the thresholds were not set on, drawn like the calibration text."""
     rng = np.random.default_rng(5)
     tokens = mx.array(rng.integers(1, 90, (8, 60)))
     for recall in (0.9, 0.999):
@@ -156,7 +156,7 @@ def test_it_catches_what_it_says(tiny: Tiny, open_model: Callable[..., Any]) -> 
 
 
 def test_the_plan_follows(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer gets slots by what it chooses at the recall that is asked for."""
+    """A layer gets slots by the number of neurons that it chooses at the requested recall."""
     monkeypatch.setattr(
         "mlx_flash.loading.streaming_needs.current_memory_bytes", lambda: 10**8
     )  # two loads in one process
@@ -188,7 +188,7 @@ def test_a_store_without_the_kind_refuses(store: Path) -> None:
 
 
 def test_the_command_line(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(mlx_flash, "generate", mlx_flash.generate)  # the import below puts the module in its place
+    monkeypatch.setattr(mlx_flash, "generate", mlx_flash.generate)  # the import below replaces it by the module
     command = import_module("mlx_flash.generate")
 
     def run(*arguments: str) -> tuple[Any, str, str]:
@@ -233,11 +233,11 @@ def test_a_lying_table_is_refused(own_store: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("float32", {}), ("opt-350m-like", {}), ("4 bits", {"bits": 4, "resident_bits": 4})],
-)  # the second projects its words in and out; the last two compute the output with the embedding
+)  # the second projects its words in and out; the last two use the embedding as output matrix
 def test_the_perplexity_is_that_of_the_loaded_model(
     tiny_of: Callable[[str], Tiny], name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Of the held-out sequences, through the streamed model, each position with its own selection."""
+    """Uses the held-out sequences through the streamed model, each position with its own selection."""
     from mlx_lm.models.cache import make_prompt_cache
 
     seen: list[np.ndarray] = []

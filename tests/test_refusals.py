@@ -1,4 +1,4 @@
-"""What is refused that would otherwise give wrong text: each found by trying."""
+"""Inputs that would give wrong text are refused. Each case was found by trying."""
 
 import json
 import shutil

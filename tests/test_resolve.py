@@ -1,4 +1,4 @@
-"""From what --model names to a store: what is found, what is converted, and with which sentence it is refused."""
+"""From --model to a store: stores that are found, checkpoints that are converted, and the sentences of refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_conversion(monkeypatch: pytest.MonkeyPatch, store: Path, code: int = 0) -> list[list[str]]:
-    """Conversions copy `store`, or fail with `code`. Returns their command lines, as they come."""
+    """Makes conversions copy `store`, or fail with `code`. Returns the list of their command lines, which grows."""
     commands: list[list[str]] = []
 
     def run(command: list[str]) -> int:
@@ -69,7 +69,7 @@ def test_two_processes_convert_a_checkpoint_once(tiny: Tiny, cache: Path, monkey
     assert len(found) == 1 and is_store(target := Path(found.pop())) and target.parent == cache
 
     fake_conversion(monkeypatch, tiny.store, code=1)
-    assert find_store(str(tiny.checkpoint)) == target  # not again
+    assert find_store(str(tiny.checkpoint)) == target  # it is not converted again
 
 
 def test_a_changed_checkpoint_is_converted_again(

@@ -1,4 +1,4 @@
-"""How tokens are chosen where nobody says it: generation_config.json, arguments and OpenAI's defaults."""
+"""Default sampling: generation_config.json, arguments and OpenAI's defaults."""
 
 from __future__ import annotations
 

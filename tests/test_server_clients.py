@@ -1,4 +1,4 @@
-"""Many clients, slow ones, and those that leave."""
+"""Many clients, slow clients, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
 
 
 class Caller:
-    """A client that can leave at any time."""
+    """A client that can disconnect at any time."""
 
     def __init__(self, server: Server, stream: bool, body: dict[str, Any] = PROMPT) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)
@@ -34,7 +34,7 @@ class Caller:
         self.socket.sendall(head.encode() + content)
 
     def read_all(self) -> bytes:
-        """Until the server closes, or the answer is complete."""
+        """Reads until the server closes the connection or the answer is complete."""
         received = b""
         while not received.endswith(b"0\r\n\r\n") and (some := self.socket.recv(1 << 16)):
             received += some
@@ -67,9 +67,9 @@ def test_leaving_while_tokens_are_made(server: Server, gate: Gate, stream: bool)
 
 
 def test_leaving_in_the_prompt(server: Server, gate: Gate, stream: bool) -> None:
-    """The part that was read is of use to the next one."""
+    """The next request can use the part of the prompt that was read."""
     before = server.totals["generated_tokens"]
-    prompt = [5 if stream else 6, *range(300, 379)]  # another beginning than any before
+    prompt = [5 if stream else 6, *range(300, 379)]  # begins differently from all prompts before
     caller = Caller(server, stream, {**PROMPT, "prompt": prompt})
     gate.go_on_to("prompt", 48)
     caller.leave()
@@ -146,7 +146,7 @@ def test_one_that_does_not_read_holds_up_nobody(server: Server, gate: Gate) -> N
     gate.open()
     assert server.post("/v1/completions", PROMPT).status_code == 200
     received = b""
-    while not received.endswith(b"0\r\n\r\n"):  # and it gets everything in the end
+    while not received.endswith(b"0\r\n\r\n"):  # the client receives everything in the end
         received += slow.recv(1 << 16)
     assert received.count(b"data: ") >= 200 and b"[DONE]" in received
     slow.close()
@@ -173,7 +173,7 @@ def test_stopping_while_one_is_worked_on_and_one_waits(
 
 
 def test_a_read_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It costs that request only, and its prompt cache."""
+    """A failed read only costs that request and its prompt cache."""
 
     def fail() -> None:
         raise ReadError("the disk is gone.")
@@ -200,7 +200,7 @@ def test_an_unforeseen_error_costs_one_request(
         patched.setattr(prompt_cache, "stream_generate", lambda *_, **__: 1 / 0)
         response = server.post("/v1/completions", PROMPT)
     assert response.status_code == 500 and "ZeroDivisionError" in response.json()["error"]["message"]
-    assert "ZeroDivisionError" in caplog.text  # for whoever runs it
+    assert "ZeroDivisionError" in caplog.text  # for the operator
     assert server.post("/v1/completions", PROMPT).status_code == 200
 
 

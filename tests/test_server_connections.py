@@ -1,4 +1,4 @@
-"""Connections to the server: how many, how slow, how wrong, and what of them reaches the log."""
+"""Connections to the server: how many, how slow, how wrong, and which of them appear in the log."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def connect(server: Server) -> Iterator[Callable[..., socket.socket]]:
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """Until the server closes it."""
+    """Reads until the server closes the connection."""
     parts = []
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(65536):
@@ -70,9 +70,9 @@ def test_honest_clients_are_served_beside_a_thousand_silent_ones(
         for _ in range(10):
             silent += [connect() for _ in range(50)] + [connect(HEALTH[:9]) for _ in range(50)]
             assert server.post(CHAT, SHORT).status_code == 200
-        assert kept.get("/health").status_code == 200  # by a new connection, if its own was closed
+        assert kept.get("/health").status_code == 200  # with a new connection if its own was closed
     until(lambda: len(open_ones(server)) <= connections.MOST + 1)
-    assert rest_of(silent[0]) == b""  # the oldest made room
+    assert rest_of(silent[0]) == b""  # the oldest was closed to make room
 
 
 def test_more_requests_than_may_are_refused(
@@ -138,10 +138,10 @@ def test_a_request_that_does_not_come(
     monkeypatch.setattr(connections, "REQUEST_S", 0.05)
     assert rest_of(connect()) == b""
     assert rest_of(connect(HEALTH[:20])).startswith(b"HTTP/1.1 408 ")
-    answered = rest_of(connect(HEALTH, HEALTH[:20]))  # a second one
+    answered = rest_of(connect(HEALTH, HEALTH[:20]))  # a second request
     assert answered.startswith(b"HTTP/1.1 200 ") and answered.count(b"HTTP/1.1") == 1
     ignored = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n"
-    assert rest_of(connect(ignored)).startswith(b"HTTP/1.1 404 ")  # its body never comes, and nobody reads it
+    assert rest_of(connect(ignored)).startswith(b"HTTP/1.1 404 ")  # the server does not wait for the body
 
 
 def test_a_long_answer_is_not_cut_by_the_time_for_a_request(
@@ -162,14 +162,14 @@ def test_slow_bodies_give_way(
 ) -> None:
     monkeypatch.setattr(bodies, "HELD_S", 0.0)
     slow = [connect(slow_body(bodies.MOST_BYTES)) for _ in range(bodies.MOST_BODIES)]
-    full = connect(slow_body(bodies.MOST_BYTES))  # takes the place of the first
+    full = connect(slow_body(bodies.MOST_BYTES))  # replaces the first
     assert slow[0].recv(1000).startswith(b"HTTP/1.1 408 ")
     monkeypatch.setattr(bodies, "HELD_S", 600.0)
-    until(lambda: server.post(CHAT, {**SHORT, "user": "x" * 2000}).status_code == 429)  # all of it has come
+    until(lambda: server.post(CHAT, {**SHORT, "user": "x" * 2000}).status_code == 429)  # the whole body has arrived
     monkeypatch.setattr(bodies, "HELD_S", 0.0)
     assert server.post(CHAT, {**SHORT, "user": "x" * 2000}).status_code == 200
     assert slow[1].recv(1000).startswith(b"HTTP/1.1 408 ")
-    full.sendall(b" ")  # one that was slow, and is whole
+    full.sendall(b" ")  # a slow body that is complete now
     assert full.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 

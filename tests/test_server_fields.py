@@ -1,4 +1,4 @@
-"""What clients send: done, or refused by name. Prompts as the server makes them, without HTTP."""
+"""Fields of requests are applied or refused by name. Prompts are built by the server without HTTP."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def completion(**fields: Any) -> CompletionRequest:
 
 @pytest.fixture(scope="module")
 def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
-    """An engine with a tokenizer of this template, and a model that is a plan only."""
+    """An engine whose tokenizer has this template and whose model is only a plan."""
     engines = []
 
     class Model:
@@ -140,7 +140,7 @@ def test_what_reaches_the_template(engine_of: Callable[..., Engine]) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [TOOL]}, "tools"),  # the template has no place for them
+        ({"tools": [TOOL]}, "tools"),  # the template does not support tools
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),

@@ -1,4 +1,4 @@
-"""The server's other answers, and what plain or hostile HTTP gets."""
+"""The server's other answers, and its answers to unusual or hostile HTTP."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_events_tell_of_prompt_tokens_and_end(server: Server, gate: Gate) -> Non
     until(lambda: not server.engine.hub.listening)
     server.post(CHAT, SHORT)
     server.idle()
-    assert not server.engine.monitor.live.watching  # it costs nothing any more
+    assert not server.engine.monitor.live.watching  # it costs nothing now
 
 
 def test_an_idle_event_stream_is_kept_alive_and_ends_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,13 +219,13 @@ def test_what_is_wrong_is_said_of_the_kind_that_was_sent(server: Server) -> None
 def test_large_bodies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     large = json.dumps({**SHORT, "user": "x" * bodies.MOST_BYTES}).encode()
     with server.client() as client:
-        for content in (large, iter([large[: 1 << 19], large[1 << 19 :]])):  # the second one without a length
+        for content in (large, iter([large[: 1 << 19], large[1 << 19 :]])):  # the second request has no length
             response = client.post(CHAT, content=content)
             assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
     monkeypatch.setattr(bodies, "MOST_BODIES", 0.001)
     response = server.post(CHAT, {**SHORT, "user": "x" * 2000})
     assert response.status_code == 429 and response.headers["retry-after"] and error_of(response)
-    assert server.post(CHAT, SHORT).status_code == 200  # nothing of those is counted any more
+    assert server.post(CHAT, SHORT).status_code == 200  # those bodies no longer count
 
 
 def test_a_body_that_does_not_come(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_what_is_no_http(server: Server, request_: bytes) -> None:
 
 
 def test_one_that_speaks_only_half(server: Server) -> None:
-    """A client that closes its sending side, at any place, is gone; the others are served."""
+    """A client that closes its sending side counts as disconnected, at any position. The others are served."""
     body = json.dumps(SHORT).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     whole = head + body
@@ -279,7 +279,7 @@ def test_other_sites_may_not(server: Server) -> None:
 
 
 def raw(server: Server, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of what is answered before the connection is closed."""
+    """(status, headers, body) of the answer before the connection is closed."""
     with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as connection:
         connection.sendall(request)
         answer = b""
@@ -312,7 +312,7 @@ def test_a_request_without_a_host(server: Server) -> None:
     ],
 )
 def test_a_request_for_a_whole_url(server: Server, target: str, status: int) -> None:
-    """Its host counts, not the Host header (RFC 9112, 3.2.2)."""
+    """The host of the URL counts, not the Host header (RFC 9112, 3.2.2)."""
     line = f"GET {target.format(port=server.port)} HTTP/1.1\r\n"
     host = "evil.example" if status == 200 else "127.0.0.1"
     assert raw(server, f"{line}Host: {host}\r\nConnection: close\r\n\r\n".encode())[0] == status
@@ -364,7 +364,7 @@ def test_the_page(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "index.html").write_text("<!doctype html>")
     (tmp_path / "app.js").write_text("1")
     monkeypatch.setattr(app, "PAGE", tmp_path)
-    with serving(key="sesame") as server:  # open in any case: it is where the key is asked for
+    with serving(key="sesame") as server:  # the page needs no key, because it asks for the key
         page, script = server.get("/"), server.get("/page/app.js")
         assert page.text == "<!doctype html>" and page.headers["content-type"].startswith("text/html")
         assert page.headers["cache-control"] == script.headers["cache-control"] == "no-cache"
@@ -418,7 +418,7 @@ def test_the_guard_knows_ipv6() -> None:
 
 
 def test_a_text_far_too_long_is_not_encoded_as_a_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That would take a hundred megabytes beyond the plan."""
+    """Encoding it would take a hundred megabytes more than the plan allows."""
     tokenizer = server.engine.tokenizer
     longest = []
     encode = tokenizer.encode
@@ -437,7 +437,7 @@ def test_a_text_far_too_long_is_not_encoded_as_a_whole(server: Server, monkeypat
         assert error["code"] == "context_length_exceeded" and "has more than" in error["message"]
     assert len(longest) == 2 and max(longest) == PART_CHARACTERS
     spaces = server.post("/v1/completions", {"prompt": "So" + " " * 100_000, "max_tokens": 1})
-    assert spaces.status_code == 200  # long, and of few tokens
+    assert spaces.status_code == 200  # long, but with few tokens
 
 
 @pytest.mark.parametrize(

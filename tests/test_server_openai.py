@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it."""
+"""The server through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def texts(load_speaker: Callable[[], Any]) -> dict[str, Any]:
-    """What generate makes of the prompt, and how that continues the prompt's text."""
+    """The text that `generate` makes from the prompt, and its form as a continuation of the prompt's text."""
     model, tokenizer = load_speaker()
     responses = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=40))
     ids = tokenizer.encode(PROMPT)
@@ -60,7 +60,7 @@ def test_the_text_is_generates(client: openai.OpenAI, texts: dict[str, Any]) -> 
         assert done.choices[0].finish_reason == "length" and done.usage is not None
         assert done.usage.prompt_tokens == len(texts["prompt"]) and done.usage.completion_tokens == 40
     chat = client.chat.completions.create(model="default", messages=say(), max_completion_tokens=40, temperature=0)
-    assert chat.choices[0].message.content == texts["text"] and chat.model == "demo"  # there is no template
+    assert chat.choices[0].message.content == texts["text"] and chat.model == "demo"  # the model has no template
     assert chat.choices[0].message.role == "assistant" and chat.object == "chat.completion"
 
 
@@ -91,7 +91,7 @@ def test_stop_words_are_never_shown(client: openai.OpenAI, texts: dict[str, Any]
     held = client.completions.create(
         model="demo", prompt=PROMPT, max_tokens=40, temperature=0, stop=text[-3:] + "and so on"
     )
-    assert held.choices[0].text == texts["continued"]  # it was only held back
+    assert held.choices[0].text == texts["continued"]  # the text was only held back
 
 
 def test_seeds(client: openai.OpenAI) -> None:
@@ -102,7 +102,7 @@ def test_seeds(client: openai.OpenAI) -> None:
 
     seeded = one(7)
     assert one(7) == seeded and one(8) != seeded and one(-1) == one(2**64 - 1)
-    assert one(None) != one(None)  # a seed is for one request
+    assert one(None) != one(None)  # a seed applies to one request
 
 
 def test_the_next_turn_goes_on_where_the_last_one_ended(client: openai.OpenAI) -> None:
@@ -118,17 +118,17 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(client: openai.OpenAI) -
     assert first.usage is not None and second.usage is not None and second.usage.prompt_tokens_details is not None
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert cached is not None and first.usage.prompt_tokens <= cached < second.usage.prompt_tokens
-    again = client.chat.completions.create(**options)  # of what was decoded, all but the prompt is cut off
+    again = client.chat.completions.create(**options)  # reuses the prompt; the decoded tokens are cut off
     assert again.usage is not None and again.usage.prompt_tokens_details is not None
     assert again.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
     assert again.choices[0].message.content == second.choices[0].message.content
-    fresh = client.chat.completions.create(**options, seed=1)  # a seed: read anew
+    fresh = client.chat.completions.create(**options, seed=1)  # a seed makes the server read the prompt again
     assert fresh.usage is not None and fresh.usage.prompt_tokens_details is not None
     assert fresh.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_what_is_in_common_must_be_worth_it(client: openai.OpenAI) -> None:
-    """A few tokens would only divide the prompt elsewhere, and so change last bits of its text."""
+    """A few common tokens would only split the prompt at another place, and so change the last bits of the logits."""
 
     def cached(ids: list[int]) -> int | None:
         done = client.completions.create(model="demo", prompt=ids, max_tokens=1, temperature=0)

@@ -1,4 +1,4 @@
-"""Stop words, settings, prompts and residency, without HTTP."""
+"""Stop words, settings, prompts and residency without HTTP."""
 
 from __future__ import annotations
 
@@ -134,13 +134,13 @@ def test_bins(units: int) -> None:
 
 
 def test_what_a_token_did(store: Path, open_model: Callable[..., Any], tokenizer: Any) -> None:
-    """Against the counters of the engine, and the difference of its slots."""
+    """Compares with the engine's counters and with the changes of its slots."""
     model = open_model(store, slots=30, predictor="shadow")
     live = CacheWatch(model)
     counters = model.flash.streamer.counters
     responses = stream_generate(model, tokenizer, "so it goes", 6)
     next(responses)
-    assert all(cache.event_log is None for cache in live.caches)  # nobody looks on
+    assert all(cache.event_log is None for cache in live.caches)  # no client watches
     live.watch(True)
     for _ in range(4):
         before = [cache.slot_of >= 0 for cache in live.caches]
@@ -224,7 +224,7 @@ def test_experts_are_watched_as_neurons_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turns", range(5))
 def test_a_client_that_leaves_as_an_item_comes(turns: int) -> None:
-    """Whenever the cancellation comes after the item, it ends the wait: else nobody would tell the engine."""
+    """A cancellation at any time after the item ends the wait. Otherwise the engine would not be told."""
 
     async def leave() -> None:
         engine: Any = SimpleNamespace(submit=lambda _: None)

@@ -1,4 +1,4 @@
-"""python -m mlx_flash.server in a process of its own: arguments, signals, what it prints and how it ends."""
+"""python -m mlx_flash.server in a process of its own: arguments, signals, output and exit."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def imported(errors: str) -> set[str]:
-    """The packages that `-X importtime` names."""
+    """The packages that `-X importtime` lists."""
     return {match.split(".")[0] for match in re.findall(r"\| +(\S+)$", errors, re.MULTILINE)}
 
 
 @contextlib.contextmanager
 def started(*arguments: str, held: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, its URL); the model may still be loading. held: a file that says where generations stop."""
+    """(process, its URL). The model may still be loading. held: a file that says where generations stop."""
     command, environment = COMMAND, dict(os.environ)
     if held is not None:
         command, environment[gated_server.VARIABLE] = gated_server.COMMAND, str(held)
@@ -69,7 +69,7 @@ def ready(url: str) -> bool:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_a_generation_and_the_process(number: int, code: int, tmp_path: Path) -> None:
-    gated_server.hold(tmp_path / "held", 10)  # the signal comes while it speaks
+    gated_server.hold(tmp_path / "held", 10)  # the signal comes during generation
     with started(held=tmp_path / "held") as (process, url):
         until(lambda: ready(url))
         stream = httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=PATIENCE_S, verify=False)
@@ -94,9 +94,9 @@ def test_the_port_is_open_before_the_model_is_there_and_a_signal_ends_open_conne
             host, port = url.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as half:
                 half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
-                assert ready(url)  # asked later, answered later: the half request has been read
+                assert ready(url)  # answered after the half request was read
                 process.send_signal(signal.SIGTERM)
-                assert list(lines)  # ends
+                assert list(lines)  # the stream ends
                 assert b"the server is stopping" in half.makefile("rb").read()
                 _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0 and "Traceback" not in errors, errors

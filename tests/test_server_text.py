@@ -1,4 +1,4 @@
-"""Text, stop words and probabilities that a server makes of tokens; its model says the ones that it is told."""
+"""The text, stop words and probabilities that a server makes from tokens. The test chooses the model's tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def speak(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The choices and events of a request that is answered with these tokens, and then with the end of the text."""
+    """Returns the choices and events of a request that is answered with these tokens and the end of the text."""
 
     def ask(kind: str, tokens: list[int], chat: bool = False, prompt: Any = "Paris", **options: Any) -> Any:
         tokenizer = TokenizerWrapper(kinds.made(kind), Detokenizer)
@@ -108,7 +108,7 @@ def test_wrong_bytes_do_not_move_what_follows(speak: Callable[..., Any]) -> None
     pieces = kinds.made("byte fallback").get_vocab()
     tokens = [pieces[piece] for piece in ("▁the", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "is", "▁Paris")]
     choice = speak("byte fallback", tokens, logprobs=0)
-    assert choice["text"] == " the\ufffd\ufffd\ufffd\ufffdis Paris"  # as decode says it
+    assert choice["text"] == " the\ufffd\ufffd\ufffd\ufffdis Paris"  # as `decode` gives it
     offsets = dict(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True))
     assert (offsets[" the"], offsets[" Paris"]) == (0, 10)
 
@@ -120,7 +120,7 @@ def test_completions_continue_the_prompt_and_answers_stand_alone(speak: Callable
     for options in ({}, {"stream": True}):
         shown = speak("byte fallback", tokens, **options)
         assert (shown["text"] if not options else "".join(each["text"] for each in shown)) == " Paris is"
-    assert speak("byte fallback", tokens, prompt=[1])["text"] == "Paris is"  # where no text comes before it
+    assert speak("byte fallback", tokens, prompt=[1])["text"] == "Paris is"  # without a text before it
     assert speak("byte fallback", tokens, chat=True)["message"]["content"] == "Paris is"
     for chat in (False, True):
         choice = speak("byte-level", encode("byte-level", " Paris is"), chat=chat)
@@ -136,7 +136,7 @@ def test_a_stream_has_no_halves_of_characters(speak: Callable[..., Any], kind: s
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     entries = [entry for event in events if event["logprobs"] for entry in event["logprobs"]["content"]]
     assert b"".join(bytes(entry["bytes"]) for entry in entries) == text.encode() and len(entries) == len(tokens)
-    cut = speak(kind, tokens[:2], chat=True, stream=True, max_tokens=2)  # the bytes that there are, at the end
+    cut = speak(kind, tokens[:2], chat=True, stream=True, max_tokens=2)  # the bytes so far come at the end
     assert "".join(event["delta"].get("content") or "" for event in cut) == kinds.made(kind).decode(tokens[:2])
 
 
@@ -154,12 +154,12 @@ def test_stop_words_across_tokens(speak: Callable[..., Any], kind: str) -> None:
             entries = [entry for each in choices if each["logprobs"] for entry in each["logprobs"]["content"]]
             joined = b"".join(bytes(entry["bytes"]) for entry in entries)
             assert joined.startswith(shown.encode()) and len(entries) <= len(tokens)
-            last = len(entries[-1]["bytes"]) if entries else 0  # in part, perhaps
+            last = len(entries[-1]["bytes"]) if entries else 0  # the last token may be shown in part
             assert len(joined) - last < len(shown.encode()) or not shown
 
 
 def test_what_stays_behind_a_stop_word_is_not_told(speak: Callable[..., Any]) -> None:
-    """A token whose text is held back, because a stop word may begin with it, while text in front of it is shown."""
+    """Covers a token whose text is held back, because a stop word may begin with it, after text that is shown."""
     kind = "byte-level"
     tokens = [token for letter in "xababc" for token in encode(kind, letter)]
     events = speak(kind, tokens, chat=True, stop=["abc"], logprobs=True, stream=True)

@@ -18,7 +18,7 @@ def ids(*units: int) -> np.ndarray:
 
 
 def put(cache: SlotCache, *units: int) -> tuple[list[int], list[int]]:
-    """One token that needs `units`, all of whose reads succeed. Returns what was read, and where to."""
+    """Serves one token that needs `units`, without failed reads. Returns the units that were read and their slots."""
     cache.mark_used(ids(*units))
     missing, slots = cache.reserve(ids(*units))
     cache.commit(missing, slots)
@@ -26,7 +26,7 @@ def put(cache: SlotCache, *units: int) -> tuple[list[int], list[int]]:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The naive model: which unit is in which slot, when each was last used, and what is on its way."""
+    """The naive model: the unit in each slot, the last use of each unit, and the pending reads."""
 
     @initialize(units=st.integers(1, 12), slots=st.integers(0, 14), window=st.none() | st.integers(1, 4))
     def create(self, units: int, slots: int, window: int | None) -> None:
@@ -69,7 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
         free = [slot for slot in range(self.slots) if slot not in in_slot]
         taken = free[: len(expected)]
         candidates = {slot: unit for unit, slot in self.place.items() if unit not in wanted}
-        if self.window is None:  # those of the same score may go in any order
+        if self.window is None:  # slots with equal scores may be evicted in any order
             victims = [slot for slot in targets.tolist() if slot in in_slot]
             assert {*victims} <= {*candidates}
             gone = [self.score(candidates[slot]) for slot in victims]
@@ -130,7 +130,7 @@ def test_use_counts_until_it_has_faded() -> None:
     cache = SlotCache(10, 2)
     for unit in (0, 0, 0, 1):
         put(cache, unit)
-    assert put(cache, 2) == ([2], [1])  # 1 is more recent, 0 was used more
+    assert put(cache, 2) == ([2], [1])  # 1 is more recent, but 0 was used more
     for _ in range(3 * HALF_LIFE):
         put(cache, 2)
     assert put(cache, 3) == ([3], [0])
@@ -146,24 +146,24 @@ def test_a_unit_that_comes_back_is_remembered() -> None:
 def test_scores_do_not_overflow() -> None:
     cache = SlotCache(4, 2)
     put(cache, 0, 1)
-    for _ in range(200 * HALF_LIFE):  # 2 ** 200 is no float32
+    for _ in range(200 * HALF_LIFE):  # 2 ** 200 is not a float32
         cache.mark_used(ids(1))
     assert np.isfinite(cache.score).all() and cache.score[1] > cache.score[0] >= 0
     assert put(cache, 3) == ([3], [0])
 
 
 def test_a_window_keeps_its_last_tokens_and_takes_the_others_in_slot_order() -> None:
-    history = [0, 1, 2, 0]  # used last, by slot: token 4, token 2, token 3
+    history = [0, 1, 2, 0]  # last use by slot: token 4, token 2, token 3
     endless, short = SlotCache(10, 3, window=10**6), SlotCache(10, 3, window=1)
     for unit in history:
         put(endless, unit)
         put(short, unit)
     assert put(endless, 5)[1] == [1]  # least-recent use
-    assert put(short, 5)[1] == [0]  # token 5 has begun: nothing of the others is within it
+    assert put(short, 5)[1] == [0]  # token 5 has begun, so the window holds none of the others
     wide = SlotCache(10, 3, window=2)
     for unit in history:
         put(wide, unit)
-    assert put(wide, 5)[1] == [1]  # tokens 4 and 5 are within, so unit 0 stays
+    assert put(wide, 5)[1] == [1]  # the window holds tokens 4 and 5, so unit 0 stays
 
 
 def test_needed_units_stay_even_if_they_are_the_oldest() -> None:

@@ -1,4 +1,4 @@
-"""A stop ends any command, whatever it waits for. Real processes wait here for what never comes."""
+"""A signal ends any command, whatever it waits for. Real processes wait here for events that never come."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mlx_flash.source.resolve import cached_store_path
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
-# A command of this package, with less patience than it has for people: python -c COMMAND module arguments
+# A command of this package with less patience than for users: python -c COMMAND module arguments
 COMMAND = """
 import runpy, sys
 from mlx_flash.cli import stopping
@@ -37,7 +37,7 @@ sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
-# A command whose whole work is `work`, which says "ready" when it begins to wait.
+# A command that runs `work`, which prints "ready" when it begins to wait.
 PROGRAM = """
 import argparse, concurrent.futures, contextlib, ctypes, os, sys, threading, time
 from mlx_flash.cli import stopping
@@ -97,7 +97,7 @@ WORK = {
 
 @contextlib.contextmanager
 def started(*command: object, **options: object) -> Iterator[subprocess.Popen[str]]:
-    """Python, with its output in pipes, killed at the end."""
+    """Starts Python with its output in pipes, and kills it at the end."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=pipe, stderr=pipe, text=True, **options  # type: ignore[call-overload]
@@ -110,7 +110,7 @@ def started(*command: object, **options: object) -> Iterator[subprocess.Popen[st
 
 
 def start_all(programs: Sequence[str], stack: contextlib.ExitStack) -> list[subprocess.Popen[str]]:
-    """All at once, each at the place where it waits: what they wait for after a stop takes no processor."""
+    """Starts all programs and waits until each waits itself. They use no processor after the signal."""
     processes = [stack.enter_context(started("-c", program)) for program in programs]
     for process in processes:
         assert process.stdout is not None
@@ -129,11 +129,11 @@ def test_a_stop_ends_a_command_that_waits_for_ever() -> None:
         for process, (_, number) in zip(processes, cases, strict=True):
             process.send_signal(number)
         for process, (name, number) in zip(processes, cases, strict=True):
-            process.wait(PATIENCE_S)  # before its output is read: one of them has a full pipe
+            process.wait(PATIENCE_S)  # wait before reading its output, because one of them has a full pipe
             errors = errors_of(process)
             assert process.returncode == {TERM: 143, INT: 130}[number], (name, number, errors)
             assert "Traceback" not in errors, (name, errors)
-            if name != "nobody reads its output":  # which has an end of its own
+            if name != "nobody reads its output":  # which ends in its own way
                 assert "waits: ended without waiting" in errors, (name, errors)
 
 
@@ -149,14 +149,14 @@ os.kill(os.getpid(), NUMBER)
 
 
 def test_a_stop_while_modules_are_imported() -> None:
-    """Before `run_command`: no traceback, and the exit code that it would have later."""
+    """Before `run_command`: no traceback, and the same exit code as later."""
     cases = [
         (command, script, number, False, {INT: 130, TERM: 0 if command == "server" else 143, HUP: 129}[number])
         for command in ("server", "generate")
         for script in (True, False)
         for number in (INT, TERM, HUP)
     ]
-    cases.append(("generate", True, HUP, True, 0))  # `nohup` ignores it: the program goes on to its end
+    cases.append(("generate", True, HUP, True, 0))  # `nohup` ignores the signal, so the program runs to its end
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -171,7 +171,7 @@ def test_a_stop_while_modules_are_imported() -> None:
 
 
 def test_the_exit_codes_of_run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Until the server has handlers of its own, while it loads its libraries, its exit code is what it will be."""
+    """While the server loads its libraries, before it has handlers of its own, its exit code is the same as later."""
     monkeypatch.setattr("sys.argv", ["program"])
     before = {number: signal.getsignal(number) for number in (TERM, HUP)}
 
@@ -193,7 +193,7 @@ def test_the_exit_codes_of_run_command(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_ctrl_c_within_a_text_that_is_executed_ends_with_130() -> None:
-    """As dataclasses are made: Python would end itself by the signal, though it was caught."""
+    """dataclasses are made by exec. Python would end itself by the signal, although it was caught."""
     program = PROGRAM.replace("{work}", 'exec("import signal; signal.raise_signal(2)")').replace(
         "run_command(",
         "import signal; from mlx_flash.cli import beginning\nsignal.signal(2, beginning._end)\nrun_command(",
@@ -219,7 +219,7 @@ def test_a_stop_while_an_error_is_told_gives_no_traceback(number: signal.Signals
 
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
 def test_a_stop_within_a_destructor_is_not_lost(number: signal.Signals, code: int) -> None:
-    """Python reports what is raised there, and goes on."""
+    """Python reports exceptions of a destructor and continues."""
     work = f"""
     class Dying:
         def __del__(self):
@@ -247,7 +247,7 @@ def test_a_command_that_has_ended_does_not_wait_for_its_threads() -> None:
 
 
 def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:
-    """The first two end an answer at most, and are forgotten with the next line."""
+    """The first two end at most an answer, and are forgotten with the next line."""
     work = """
     with Interrupts("once more") as interrupts:
         ready()
@@ -262,7 +262,7 @@ def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:
         process.stdin.write("a line\n")
         process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        for _ in range(3):  # the kernel may make one of two that come together; none is lost that counts
+        for _ in range(3):  # the kernel may merge two signals that come together; this test sends them apart
             assert process.poll() is None
             process.send_signal(INT)
             until(lambda: not signals_pending(process))
@@ -272,7 +272,7 @@ def test_the_third_ctrl_c_ends_a_chat_that_hangs() -> None:
 
 def signals_pending(process: subprocess.Popen[str]) -> bool:
     status = Path(f"/proc/{process.pid}/status")
-    if not status.exists():  # no Linux
+    if not status.exists():  # not Linux
         import time
 
         time.sleep(0.2)
@@ -327,7 +327,7 @@ def parent_of(child: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Proces
 @pytest.mark.parametrize("handler", ["pass", IGNORES], ids=["obeys", "ignores"])
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
 def test_a_stop_ends_the_child_first(handler: str, number: int, code: int) -> None:
-    """Also one that ignores it, and one that got no Ctrl-C because no terminal sent it."""
+    """Covers a child that ignores the signal, and one that got no Ctrl-C because no terminal sent it."""
     with parent_of(CHILD.format(handler=handler)) as (process, child):
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == code, errors_of(process)
@@ -350,7 +350,7 @@ def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) 
     command = ("-c", COMMAND, "mlx_flash.server", "--port", "0", "--model", tiny.checkpoint)
     with started(*command, env=environment) as process:
         assert process.stderr is not None
-        # Not asked for children until then: each look reads of every process of this machine.
+        # Look for children only after this line, because each look reads files of every process on this machine.
         assert any("converting" in line for line in process.stderr)
         known = psutil.Process(process.pid)
         until(known.children)
@@ -366,7 +366,7 @@ def test_a_server_that_converts_ends_with_its_child(tiny: Tiny, tmp_path: Path) 
 def test_a_stop_ends_the_wait_for_another_process(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, lock: str
 ) -> None:
-    """One that began before, or the conversion of one that was killed."""
+    """The other process began before, or is the conversion of a killed one."""
     from filelock import FileLock
 
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
@@ -390,10 +390,10 @@ def hub() -> Iterator[Hub]:
 def test_a_stop_ends_a_download_that_hangs(
     hub: Hub, tiny: Tiny, tmp_path: Path, file: str, number: int, code: int
 ) -> None:
-    """By huggingface_hub, in threads, and by hub.py."""
+    """Covers downloads by huggingface_hub in threads, and by hub.py."""
     source = Path(shutil.copytree(tiny.checkpoint, tmp_path / "source"))
     with (source / "model.safetensors").open("ab") as weights:
-        weights.truncate(12_000_000)  # large enough to be fetched by hub.py itself
+        weights.truncate(12_000_000)  # large enough that hub.py fetches it itself
     hub.add("owner/model", source)
     hub.stall_at = {file: 100}
     hub.stalled.clear()
@@ -421,7 +421,7 @@ def test_a_stop_ends_a_template_without_an_end(own_store: Path) -> None:
         before = known.num_threads() + len(known.children())
         with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
             client.sendall(request % (len(body), body))
-            until(lambda: known.num_threads() + len(known.children()) > before)  # it is being rendered
+            until(lambda: known.num_threads() + len(known.children()) > before)  # the template is being rendered
             process.send_signal(TERM)
             errors = errors_of(process)
         assert process.returncode == 0 and "Traceback" not in errors, errors

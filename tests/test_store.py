@@ -1,4 +1,4 @@
-"""The format: where every byte of a store lies, and manifests that lie."""
+"""The format: the place of every byte of a store, and manifests with false values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from mlx_flash.flash.safetensors_file import read_header, tensor_checksums
 
 @st.composite
 def layouts(draw: st.DrawFn) -> NeuronLayout:
-    """What the converter plans, and now and then another number of neurons per block."""
+    """The converter's layouts, sometimes with another number of neurons per block."""
     bits, group = draw(st.sampled_from(BITS)), draw(st.sampled_from(files.GROUP_SIZES))
     layout = NeuronLayout.plan(
         draw(st.sampled_from(sorted(ITEM_BYTES))),
@@ -69,7 +69,7 @@ def layouts(draw: st.DrawFn) -> NeuronLayout:
 
 
 def random_rows(layout: NeuronLayout, seed: int) -> tuple[mx.array, ...]:
-    """One (F, D) array per part; unless they are to be quantised, of any bits: NaNs must come through, too."""
+    """One (F, D) array per part, of any bits unless they are quantised, because NaNs must be preserved."""
     rng = np.random.default_rng(seed)
     if layout.quantised:
         numbers = (rng.standard_normal((layout.neurons, layout.width), np.float32) for _ in layout.parts)
@@ -129,7 +129,7 @@ def test_small_quantised_neurons_lie_without_padding_where_it_would_be_much() ->
         layout = NeuronLayout.plan("float16", 1, 4 * width, width, files.PARTS[parts - 2], bits)
         found[width, bits, parts] = layout.neurons_per_block, layout.block_bytes
         assert layout.problem() is None
-        assert layout.piece_neurons * width * 2 * parts <= 16 << 20  # as they are multiplied
+        assert layout.piece_neurons * width * 2 * parts <= 16 << 20  # unpacked, as for the products
         assert layout.piece_blocks * layout.block_bytes % ALIGNMENT == 0 or layout.piece_blocks == layout.blocks
     assert found == {
         (4096, 4, 2): (1, 4608),
@@ -152,7 +152,7 @@ def test_writing_goes_on_after_any_cut(layout: NeuronLayout, data: st.DataObject
         assert [len(w) for w in whole] == [layout.file_bytes, layout.layers * layout.blocks * 4]
         for path in paths:
             os.truncate(path, data.draw(st.integers(0, path.stat().st_size)))
-        if data.draw(st.booleans()):  # a length kept, a content lost
+        if data.draw(st.booleans()):  # the length is kept, the contents are lost
             size = paths[1].stat().st_size
             lost = min(size, layout.blocks * 4)
             paths[1].write_bytes(paths[1].read_bytes()[: size - lost] + bytes(lost))
@@ -306,7 +306,7 @@ def test_damaged_manifests_are_refused(module_store: Path, store: Path, data: st
         damaged = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
     (module_store / MANIFEST).write_bytes(damaged)
     with contextlib.suppress(StoreError):
-        assert read_manifest(module_store) == read_manifest(store)  # white space
+        assert read_manifest(module_store) == read_manifest(store)  # white space does not matter
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[StoreError], str]] = {

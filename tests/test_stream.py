@@ -34,7 +34,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
 def gathered(stream: NeuronSlots, ids: Any) -> tuple[mx.array, ...]:
-    """The rows of neurons `ids`, one array per part, as numbers."""
+    """The rows of neurons `ids` as numbers, one array per part."""
     pieces: list[Any] = []
     for piece, rows in stream.use(ids, packed=False):
         pieces.append(rows)
@@ -44,7 +44,7 @@ def gathered(stream: NeuronSlots, ids: Any) -> tuple[mx.array, ...]:
 
 
 class FaultyReader(Reader):
-    """Its `wait` fails at the calls numbered in `faults`, and then leaves rubbish where the bytes should be."""
+    """A reader whose `wait` fails at the calls numbered in `faults` and leaves garbage at the destination."""
 
     faults: frozenset[int] = frozenset()
     waits = 0
@@ -124,7 +124,7 @@ def bench_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
         key = (lanes, dtype)
         if key not in benches:
             benches[key] = Bench(tmp_path_factory.mktemp("stream") / "neurons.bin", lanes, dtype)
-        benches[key].streamer.drain()  # of what a test or an example before left on its way
+        benches[key].streamer.drain()  # waits for reads that an earlier test or example left pending
         return benches[key]
 
     yield make
@@ -143,7 +143,7 @@ SELECTIONS = st.lists(st.integers(0, NEURONS - 1), min_size=1, max_size=NEURONS,
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_history_gives_the_stored_rows(bench_of: Callable[..., Bench], data: st.DataObject) -> None:
-    """Selections, guessed at or not, and whole passes, some of which fail or are abandoned, over one stream."""
+    """Mixes selections with and without guesses and whole passes on one stream. Some fail or are abandoned."""
     bench = bench_of(data.draw(st.integers(1, 9), "lanes"), data.draw(st.sampled_from([*DTYPES]), "dtype"))
     parts = data.draw(st.sampled_from(SUBSETS), "parts")
     slots = data.draw(st.integers(1, bench.layout.blocks), "slots")
@@ -256,7 +256,7 @@ def test_an_abandoned_pass_leaves_no_read_in_flight(bench: Bench, slots: int, ho
     stream = bench.stream(slots)
     pieces = stream.pieces()
     next(pieces)
-    assert bench.reader.outstanding == 1  # the next piece
+    assert bench.reader.outstanding == 1  # the next piece is being read
     if how == "closed":
         pieces.close()
     elif how == "forgotten":
@@ -266,7 +266,7 @@ def test_an_abandoned_pass_leaves_no_read_in_flight(bench: Bench, slots: int, ho
             pieces.throw(KeyboardInterrupt())
     else:
         bench.reader.waits, bench.reader.faults = 0, frozenset([0])
-        with pytest.raises(ValueError, match="the caller's own"):  # not the read error behind it
+        with pytest.raises(ValueError, match="the caller's own"):  # not the read error that comes after it
             pieces.throw(ValueError("the caller's own"))
         bench.reader.faults = frozenset()
     assert bench.idle
@@ -301,7 +301,7 @@ def test_held_outputs_are_evaluated_before_a_pass_fills_free_slots(bench: Bench)
     ids = np.arange(12, 24)
     outputs = [rows + 0 for rows in gathered(stream, ids)]
     stream.guard(*outputs)
-    stream.cache.reserve(np.arange(8, 12))  # as before a read that failed: the slots are free, nothing was written
+    stream.cache.reserve(np.arange(8, 12))  # as before a failed read: the slots are free, and nothing was written
     bench.check_pieces(stream)
     assert stream.cache.slot_of[:4].min() >= 0
     bench.check(tuple(outputs), ids)
@@ -318,7 +318,7 @@ def test_a_guess_is_counted_as_what_it_turned_out_to_be(bench_of: Callable[..., 
     used = counters - before
     assert (used.hits, used.misses, used.prefetched_used, used.prefetched_unused) == (2, 3, 2, 8)
     assert used.bytes == 11 * bench.layout.block_bytes and (stream.prefetched.used, stream.prefetched.unused) == (2, 8)
-    stream.prefetch(np.arange(NEURONS))  # more than there are slots for
+    stream.prefetch(np.arange(NEURONS))  # more than there are slots
     assert stream.pending is None and bench.idle
 
 
@@ -330,12 +330,12 @@ def test_what_is_on_its_way_outlives_its_layer(bench_of: Callable[..., Bench]) -
     assert ticket.destination is stream.pool and stream.pool is not None
     bench.streamer.drain()
     assert bench.idle and stream.pending is None and not bench.streamer.loading
-    assert stream.cache.resident == 0  # nobody vouches for the bytes
+    assert stream.cache.resident == 0  # the bytes are not trusted
     bench.check(gathered(stream, np.arange(30)), np.arange(30))
 
 
 class Interrupted(list[Any]):
-    """Ctrl-C as soon as something is removed."""
+    """Raises KeyboardInterrupt when an item is removed."""
 
     def remove(self, value: Any) -> None:
         super().remove(value)
@@ -366,7 +366,7 @@ def test_the_counters_add_up(bench: Bench) -> None:
         ids = np.flatnonzero(rng.random(NEURONS) < rng.random())
         if len(ids):
             gathered(stream, ids)
-            at_once = len(blocks_of(ids)) <= stream.cache.slots  # else a block in two pieces counts in both
+            at_once = len(blocks_of(ids)) <= stream.cache.slots  # otherwise a block in two pieces counts in both
             size = NEURONS if at_once else bench.layout.piece_neurons
             blocks += sum(len(blocks_of(ids[i : i + size])) for i in range(0, len(ids), size))
     used = counters - before
@@ -387,7 +387,7 @@ def test_the_counters_add_up(bench: Bench) -> None:
 
 
 def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if MLX had copied: the pool's address is not where its array is."""
+    """As if MLX had copied: the pool's address is not that of its array."""
 
     class Copying(AlignedPool):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -402,7 +402,7 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
     monkeypatch.setattr(stream_module, "AlignedPool", Copying)
     with pytest.raises(FlashError, match=message):
         NeuronFile(bench.file, bench.reader, bench.layout)
-    for parts in SUBSETS:  # each with views of its own over a layer's slots
+    for parts in SUBSETS:  # each has its own views of a layer's slots
         for slots in (1, 3):
             with pytest.raises(FlashError, match=message):
                 NeuronSlots(streamer, 0, slots, parts)
@@ -410,7 +410,7 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 700), (2, 3000)])
 def test_experts_slots_that_the_device_does_not_see_are_refused(shape: tuple[int, ...]) -> None:
-    """Through the array that is computed with: a stride or a dtype that is not the pool's would do as well."""
+    """The check uses the computed array, because a wrong stride or dtype would have the same effect."""
     for dtype in (mx.uint32, mx.bfloat16, mx.uint8):
         nbytes = int(np.prod(shape)) * dtype.size
         for slots in (1, 3):
@@ -422,7 +422,7 @@ def test_experts_slots_that_the_device_does_not_see_are_refused(shape: tuple[int
 
 
 def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first write arrives, the second does not: a device cache that nobody flushes."""
+    """The first write arrives, but the second does not, as with a device cache that is not flushed."""
     real, calls = ctypes.memmove, []
 
     def only_once(*arguments: int) -> None:
@@ -438,7 +438,7 @@ def test_the_self_test_notices_a_stale_copy(bench: Bench, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_right_products_with_packed_rows_pass(bits: int) -> None:
-    """Not in bfloat16, in which this backend also sums."""
+    """Not for bfloat16, in which this backend also sums."""
     check_packed_products(NeuronLayout.plan("float16", 1, 9000, 64, PARTS, bits))
     check_packed_products(NeuronLayout.plan("float32", 1, 5, 256, PARTS, bits))
 
@@ -448,7 +448,7 @@ def test_right_products_with_packed_rows_pass(bits: int) -> None:
 def test_products_that_are_wrong_for_one_number_of_rows_are_refused(
     monkeypatch: pytest.MonkeyPatch, count: int, transpose: bool
 ) -> None:
-    """A kernel that takes a remainder, or adds up parts, may be wrong by itself."""
+    """A kernel for a remainder, or one that adds up parts, may be wrong alone."""
     real = mx.quantized_matmul
 
     def wrong(x: mx.array, packed: mx.array, *arguments: Any, **options: Any) -> mx.array:
@@ -463,7 +463,7 @@ def test_products_that_are_wrong_for_one_number_of_rows_are_refused(
 
 
 def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
-    """The fixture's own reading of a store against the checkpoint it was made of."""
+    """Compares the fixture's own reading of a store with the checkpoint."""
     weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))
     for layer in range(tiny.manifest.layout.layers):
         up, down = (np.array(weights[f"model.decoder.layers.{layer}.fc{i}.weight"]) for i in (1, 2))
@@ -473,9 +473,10 @@ def test_a_store_is_what_the_tests_think_it_is(tiny: Any) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_store_is_near_its_checkpoint(tiny_of: Callable[[str], Any], name: str) -> None:
-    """Each number within one and a half steps, (max - min) / (2^bits - 1) of its group, and its rounding in 16 bits.
+    """Each number is within one and a half steps of its group, plus its rounding in 16 bits.
 
-    Half a step, were it not that MLX moves the ends so that one of them and zero are met exactly.
+    A step is (max - min) / (2^bits - 1). The bound would be half a step, but MLX moves the ends so that it meets one of
+    them and zero exactly.
     """
     tiny = tiny_of(name)
     weights: Any = mx.load(str(tiny.checkpoint / "model.safetensors"))
@@ -507,7 +508,7 @@ def test_a_converted_store_streams(tiny_of: Callable[[str], Any], dtype: str, di
                 expected = tiny.rows[layer, part, ids]
                 if layout.quantised:
                     assert rows.dtype == mx.float32  # on this backend
-                    assert np.abs(np.array(rows) - expected).max() < 1e-6  # a rounding: fused or not
+                    assert np.abs(np.array(rows) - expected).max() < 1e-6  # one rounding, fused or not
                     continue
                 assert rows.dtype == getattr(mx, dtype)
                 assert np.array_equal(np.array(rows.astype(mx.float32)), expected)

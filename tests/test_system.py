@@ -1,4 +1,4 @@
-"""What differs between the systems: opening files and asking about memory."""
+"""Differences between the systems: opening files and measuring memory."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_memory_figures_follow_an_allocation() -> None:
-    """In a process of its own: the peak of this one depends on the tests before."""
+    """Runs in its own process, because the peak of this one depends on the tests before."""
     program = """
 from mlx_flash.flash import system
 before = system.current_memory_bytes()
@@ -99,7 +99,7 @@ del block
 after, peak = system.current_memory_bytes(), system.peak_memory_bytes()
 print(before, grown, after, peak, system.available_memory_bytes())
 """
-    ballast = bytearray(200 << 20)  # resident in this process when the other is started; must not count there
+    ballast = bytearray(200 << 20)  # resident in this process when the other starts; it must not count there
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     before, grown, after, peak, available = map(int, done.stdout.split())
     del ballast
@@ -145,23 +145,23 @@ def test_no_cgroup_limit(tmp_path: Path) -> None:
 def test_huge_pages_keep_the_bytes_and_their_place() -> None:
     memory = np.random.default_rng(0).integers(0, 256, 7 << 20, dtype=np.uint8)
     before = memory.copy()
-    system.use_huge_pages(memory.ctypes.data + 3, memory.nbytes - 3)  # True or False: the system's choice
+    system.use_huge_pages(memory.ctypes.data + 3, memory.nbytes - 3)  # the system decides between True and False
     assert np.array_equal(memory, before)
-    assert not system.use_huge_pages(memory.ctypes.data, 4096)  # no whole one lies in there
+    assert not system.use_huge_pages(memory.ctypes.data, 4096)  # it contains no whole huge page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's way of keeping memory")
 def test_freed_memory_is_handed_back() -> None:
-    pieces = [np.ones(8000) for _ in range(3000)]  # 64 kB each, too small for a mapping of their own
+    pieces = [np.ones(8000) for _ in range(3000)]  # 64 kB each, too small for their own mappings
     before = system.current_memory_bytes()
-    pieces = pieces[-1:]  # holds the heap's end
+    pieces = pieces[-1:]  # keeps the end of the heap in use
     system.return_freed_memory()
     assert before - system.current_memory_bytes() > 100e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's way of keeping memory")
 def test_large_memory_is_given_back_at_once() -> None:
-    """In a process of its own: what malloc does depends on what was freed before."""
+    """Runs in its own process, because malloc's behaviour depends on earlier frees."""
     script = """
 import numpy as np
 from mlx_flash.flash import system

@@ -1,4 +1,4 @@
-"""Chat templates through what applies them: `generate`, a conversation, and the server's requests."""
+"""Chat templates in the commands that apply them: `generate`, a conversation, and the server's requests."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_generate_ends_a_template_that_does_not_end(
     )
 
 
-# -- a template that is code, of which `tokenizer.chat_template` knows nothing -----------------------------------
+# -- a template in code, which `tokenizer.chat_template` does not show ------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def in_code(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def ids_of(tokenizer: Any, *messages: dict[str, str]) -> list[int]:
-    """mlx-lm's own."""
+    """mlx-lm's own ids."""
     return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
 
 
@@ -121,12 +121,12 @@ def test_the_server_applies_a_template_in_code(in_code: Any) -> None:
     engine.templates.close()
 
 
-# -- a template that renders while others ask -------------------------------------------------------------------
+# -- a template that renders while other requests wait ----------------------------------------------------------
 
 
 @pytest.fixture
 def rendering(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """(set when a rendering has begun, to be set when it may end)."""
+    """(set when rendering has begun, set by the test to let it end)."""
     begun, may_end = threading.Event(), threading.Event()
 
     def render(self: TemplateProcess, arguments: dict[str, Any], characters: int) -> str:
@@ -165,7 +165,7 @@ def test_a_rendering_that_waited_too_long_for_others_is_an_error(monkeypatch: py
     process = TemplateProcess()
 
     def ask(self: TemplateProcess, request: dict[str, Any]) -> dict[str, Any]:
-        if request["characters"] == 1:  # in the middle of this one, another thread asks for another one
+        if request["characters"] == 1:  # another thread asks for another prompt in the middle of this one
             error = pool.submit(process.render, {}, 2).exception(PATIENCE_S)
             assert isinstance(error, ChatTemplateError)
             assert str(error) == "other prompts kept the model's chat template busy for 0 s."

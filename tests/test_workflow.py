@@ -1,4 +1,4 @@
-"""What .github/workflows/ci.yml asks of the machines that this suite is not run on."""
+"""The jobs of .github/workflows/ci.yml on the machines that this suite does not run on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def jobs() -> dict[str, Any]:
 
 
 def steps_of(job: dict[str, Any], command: str) -> list[dict[str, Any]]:
-    """The steps that run this command, none of which may fail unnoticed or be left out."""
+    """The steps that run this command. None of them may be skipped or fail unnoticed."""
     found = [step for step in job["steps"] if command in step.get("run", "")]
     for settings in (job, *found):
         assert not {"if", "continue-on-error"} & set(settings)
@@ -25,7 +25,7 @@ def steps_of(job: dict[str, Any], command: str) -> list[dict[str, Any]]:
 
 
 def device_of(job: dict[str, Any], step: dict[str, Any], command: str) -> str | None:
-    """The device that MLX_FLASH_TEST_DEVICE sets for the command, in front of it or around it."""
+    """The device that MLX_FLASH_TEST_DEVICE sets for the command, on its line or in its environment."""
     name = "MLX_FLASH_TEST_DEVICE"
     for line in step["run"].splitlines():
         before, found, _ = line.partition(command)
@@ -43,7 +43,7 @@ def test_the_suite_runs_on_the_cpu_of_a_mac(jobs: dict[str, Any]) -> None:
 
 
 def test_what_metal_must_show_runs_on_its_gpu(jobs: dict[str, Any]) -> None:
-    """Where the tests could not but be skipped, the step fails."""
+    """The step fails if the tests would be skipped."""
     job = jobs["macos"]
     (step,) = steps_of(job, "pytest -m metal")
     assert device_of(job, step, "pytest") is None

@@ -123,7 +123,7 @@ def test_without_torch(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def perfect(checkpoint: Path) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    """Predictors in that form that know the up projection. From the residual p they compute fc1 (p w) and -(p w)."""
+    """Predictors in that form that know the up projection. From the residual p they see fc1 (p w) and its negative."""
     weights: Any = mx.load(str(checkpoint / "model.safetensors"))
 
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:

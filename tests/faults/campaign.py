@@ -1,4 +1,4 @@
-"""Injects faults into reading, loading, converting and serving, and counts what each came to.
+"""Injects faults into reading, loading, converting and serving, and counts their results.
 
     python tests/faults/campaign.py                 # every job, 100 faults each: an hour or more
     python tests/faults/campaign.py --runs 1000 decode-silent convert-partial
@@ -31,16 +31,16 @@ JOBS = (
     *("decode", "decode-silent", "load", "load-silent", "serve", "change", "interrupt"),
     *("convert-checkpoint", "convert-partial", "convert-write", "convert-sync", "kill"),
 )
-INJECTED = "injected"  # in the counts: how many faults there were
-SILENCE_S = 300  # after which a worker hangs
+INJECTED = "injected"  # key of the counts: the number of faults
+SILENCE_S = 300  # a worker that is silent for so long has hung
 
 
 def run(
     job: str, runs: int, seed: int, work: Path, model: Path | None = None
 ) -> tuple[Counter[str], list[dict[str, str]]]:
-    """(faults and what they came to, the runs that went badly) of one job; a fault that hit no call is not counted.
+    """(counts of faults and results, failed runs) of one job. A fault that hits no call is not counted.
 
-    model: the store that is read; None: the demo model's.
+    model: the store to read; None: the demo model's.
     """
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), job, str(seed), str(runs), str(work / job)]
     (work / job).mkdir()
@@ -81,14 +81,14 @@ def run(
 
 
 def _pump(source: Iterable[str], lines: queue.Queue[str | None]) -> None:
-    with contextlib.suppress(ValueError):  # closed, because the worker was killed
+    with contextlib.suppress(ValueError):  # the pipe is closed, because the worker was killed
         for line in source:
             lines.put(line)
     lines.put(None)
 
 
 def row_of(job: str, counts: Mapping[str, object]) -> str:
-    """A row of the table: how many faults were injected, and how many of them had each result."""
+    """A row of the table: the number of injected faults, and the number with each result."""
     cells = " ".join(f"{counts.get(name, 0):>9}" for name in RESULTS)
     return f"{job:<20} {counts.get(INJECTED, 0):>7} {cells}"
 

@@ -1,4 +1,4 @@
-"""Faults in a conversion: in what it reads, writes and syncs; and a conversion that is killed."""
+"""Faults in the files that a conversion reads, writes and syncs, and conversions that are killed."""
 
 from __future__ import annotations
 
@@ -33,21 +33,20 @@ def _checkpoint(work: Path) -> Path:
 
 
 def _contents(store: Path) -> dict[str, int]:
-    """File -> checksum: a conversion that was disturbed gives the same bytes as one that was not."""
+    """File -> checksum. A disturbed conversion must give the same bytes as an undisturbed one."""
     return {path.name: zlib.crc32(path.read_bytes()) for path in sorted(store.iterdir())}
 
 
 def _remove(store: Path, rng: random.Random) -> None:
-    """Every other time what an earlier conversion left unfinished stays, to be resumed."""
+    """Removes the output. In half of the cases an unfinished conversion stays, to be resumed."""
     shutil.rmtree(store, ignore_errors=True)
     if rng.random() < 0.5:
         shutil.rmtree(store.with_name(f"{store.name}.partial"), ignore_errors=True)
 
 
 def _convert(checkpoint: Path, store: Path) -> dict[str, int]:
-    text = checkpoint.with_name(
-        "calibration.txt"
-    )  # a short one: to read all of the package's takes as long as the rest
+    # A short text, because reading the whole packaged text takes as long as the rest.
+    text = checkpoint.with_name("calibration.txt")
     text.write_text("It was a dark night, and the wind went over the hills. " * 10)
     settings = Settings(calibration_text=text, calibration_tokens=128, predictor_memory=1 << 20)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -56,7 +55,7 @@ def _convert(checkpoint: Path, store: Path) -> dict[str, int]:
 
 
 def disturbed(rng: random.Random, runs: int, work: Path, kinds: tuple[str, ...], calls: str, where: str) -> None:
-    """where: a part of the paths whose calls are hit. After an error the same command runs again, as a user would."""
+    """where: a part of the paths whose calls are hit. After an error the same command runs again, as for a user."""
     checkpoint, store = _checkpoint(work), work / "store"
     action = partial(_convert, checkpoint, store)
     expected = action()
@@ -70,7 +69,7 @@ syncs = partial(disturbed, kinds=("eio",), calls="sync", where="store.partial")
 
 
 def kill(rng: random.Random, runs: int, work: Path) -> None:
-    """Stopped at random moments, up to three times, and then finished."""
+    """Stops the conversion at random moments, up to three times, and then lets it finish."""
     checkpoint, store = _checkpoint(work), work / "store"
     command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(checkpoint), "--output", str(store)]
     command += ["--calibration-tokens", "512"]
@@ -88,21 +87,21 @@ def kill(rng: random.Random, runs: int, work: Path) -> None:
 
 def _interrupted(command: list[str], store: Path, moments: list[tuple[float, signal.Signals]]) -> dict[str, int]:
     for seconds, number in moments:
-        if _run(command, seconds, number) == 0 or is_store(store):  # it may be told to stop when all is done
+        if _run(command, seconds, number) == 0 or is_store(store):  # the signal may come after everything is done
             return _contents(store)
     _run(command, None, signal.SIGTERM)
     return _contents(store)
 
 
 def _run(command: list[str], seconds: float | None, number: signal.Signals) -> int:
-    """Sends the signal after some seconds, if any are given. Returns the exit code."""
+    """Runs a command and sends it the signal after `seconds`, if given. Returns the exit code."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         if seconds is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(seconds)
             child.send_signal(number)
         _, errors = child.communicate(timeout=240)
-    ours = f"{Path(mlx_flash.__file__).parent}{os.sep}"  # before its first line a traceback is Python's own
+    ours = f"{Path(mlx_flash.__file__).parent}{os.sep}"  # a traceback from before its first line is Python's own
     if ("Traceback" in errors and ours in errors) or (seconds is None and child.returncode):
         raise RuntimeError(f"exit code {child.returncode}: {errors[max(0, errors.find('Traceback') - 100) :][:900]}")
     return child.returncode

@@ -23,7 +23,7 @@ ENGINE = str(Path(mlx_flash.flash.__file__).parent)
 
 
 class InterruptAt:
-    """Raises KeyboardInterrupt at the given line that the engine runs, counted from 1; never at 0."""
+    """Raises KeyboardInterrupt at the given line that the engine runs, counted from 1; 0: never."""
 
     def __init__(self, line: int) -> None:
         self.line, self.count = line, 0
@@ -47,7 +47,7 @@ class InterruptAt:
 
 
 def interrupt(rng: random.Random, runs: int, work: Path) -> None:
-    """The answer after an interrupted one must be right."""
+    """Checks that the answer after an interrupted one is right."""
     for path, options in models(work, silent=False):
         model, tokenizer = loaded(path, **options)
         expected = answer(model, tokenizer)
@@ -105,7 +105,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 def change(rng: random.Random, runs: int, work: Path) -> None:
-    """After the third token somebody changes the file that tokens read from."""
+    """Changes the file that the tokens are read from after the third token."""
     texts: dict[Path, list[int]] = {}
     for run in range(runs):
         name = list(CHANGES)[run % len(CHANGES)]
@@ -121,7 +121,7 @@ def change(rng: random.Random, runs: int, work: Path) -> None:
 
 
 def _tokens(folder: Path, after_three: Callable[[], object]) -> list[int]:
-    """Loads the model anew, so that its tokens must read."""
+    """Loads the model again, so that its tokens must be read."""
     model, tokenizer = loaded(folder)
     try:
         tokens = []

@@ -1,4 +1,4 @@
-"""Builds the library of shim.c, starts programs under it, and arms it from inside such a program."""
+"""Builds the library of shim.c, starts programs under it, and arms it from within such a program."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
 VISIBLE = ("eio", "eof", "eintr", "short", "odd", "late")  # the caller can see these, or they change nothing
-SILENT = ("flip", "zero", "misdirect")  # nothing but a checksum sees these
+SILENT = ("flip", "zero", "misdirect")  # only a checksum sees these
 WRITES = ("eio", "enospc", "short")
 
 
 @functools.cache
 def library() -> Path:
-    """The compiled shim, made once per version of its source. Needs a C compiler and Linux."""
+    """The compiled shim, built once per version of its source. Needs a C compiler and Linux."""
     source = SOURCE.read_bytes()
     target = Path(tempfile.gettempdir()) / f"faults-{os.getuid()}-{hashlib.sha256(source).hexdigest()[:12]}.so"
     if not target.exists():
@@ -29,7 +29,7 @@ def library() -> Path:
 
 
 def environment(rule: str = "", **changes: str) -> dict[str, str]:
-    """Of a child that runs under the shim. rule: "kind:calls:skip:count:parameter:path", armed from its start."""
+    """The environment of a child under the shim. rule: "kind:calls:skip:count:parameter:path", armed from the start."""
     before = os.environ.get("LD_PRELOAD", "")
     preload = f"{library()}:{before}" if before else str(library())
     return {**os.environ, "LD_PRELOAD": preload, **({"FAULTS": rule} if rule else {}), **changes}
@@ -44,18 +44,18 @@ class Shim:
         self._library.faults_seen.restype = self._library.faults_fired.restype = ctypes.c_long
 
     def arm(self, kind: str, calls: str, path: Path | str, skip: int = 0, count: int = 1, parameter: int = 0) -> None:
-        """Hits `count` calls after the first `skip`. calls: "read", "write" or "sync". path: a part of the file's.
+        """Hits `count` calls after the first `skip`. calls: "read", "write" or "sync". path: a part of the file's path.
 
-        parameter: milliseconds of "late", seed of "flip". kind "" only counts.
+        parameter: milliseconds for "late", seed for "flip". The kind "" only counts.
         """
         text = (kind.encode(), calls.encode(), os.fspath(path).encode())
         self._library.faults_arm(*text, skip, count, parameter)
 
     def disarm(self) -> int:
-        """Returns how many calls were hit."""
+        """Disarms the rule. Returns the number of calls that were hit."""
         self._library.faults_disarm()
         return int(self._library.faults_fired())
 
     def seen(self) -> int:
-        """Calls that the rule matched since it was armed."""
+        """The number of calls that the rule has matched since it was armed."""
         return int(self._library.faults_seen())

@@ -1,4 +1,4 @@
-"""What an action under a fault came to, and the loop that injects one fault after another."""
+"""The results of actions under faults, and the loop that injects one fault after another."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LATE_MS = 50
 
 
 def say(kind: str, injected: bool, result: str, detail: str = "") -> None:
-    """One line for campaign.py."""
+    """Prints one line for campaign.py."""
     print(json.dumps({"kind": kind, "injected": injected, "result": result, "detail": detail[:300]}), flush=True)
 
 
 def outcome(action: Callable[[], Any], expected: Any) -> tuple[str, str]:
-    """(result, detail): "right", "clear" (one of our errors, which names a file), "unnamed" (one that does not),
+    """(result, detail): "right", "clear" (an error of this package that names a file), "unnamed" (one that does not),
     "wrong", "traceback"."""
     try:
         found = action()
@@ -47,9 +47,9 @@ def inject(
     action: Callable[[], Any],
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """`runs` times: a fault of a random kind at a random call of `action`; after an error, `action` without a fault.
+    """Injects `runs` faults of random kinds at random calls of `action`. After an error, runs `action` without a fault.
 
-    calls, path: which calls, on which files, as `Shim.arm` takes them. before: called before each `action`.
+    calls, path: the calls and files to hit, as in `Shim.arm`. before: called before each `action`.
     """
     shim = Shim()
     before()

@@ -1,9 +1,9 @@
-/* Drives the reader's threads with random and with hostile tables; built with the compiler's sanitizers by
- * sanitizers.sh. Usage: reader_stress SECONDS SEED FILE. Ends with 1 if a byte or a verdict is wrong.
+/* Runs the reader's threads on random and on hostile tables. sanitizers.sh builds it with the compiler's sanitizers.
+ * Usage: reader_stress SECONDS SEED FILE. The exit code is 1 if a byte or a verdict is wrong.
  *
  * For pools of 1 to 24 threads, several submitters at once send batches of every form (merged, cut, bounced, direct,
- * empty), with checks that are right or wrong, from a file whose reads are cut short at odd places. Some batches are
- * waited for, twice, by two threads, or drained instead. Hostile tables must be refused.
+ * empty), with right or wrong checks. The file's reads are cut short at odd places. Some batches are waited for, some
+ * twice or by two threads, and some are drained instead. Hostile tables must be refused.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -52,7 +52,7 @@ static void fail(const char *what)
     exit(1);
 }
 
-/* A batch of random requests into `room`, with checks of which `spoilt` (or none, -1) expects another sum. */
+/* Makes a batch of random requests into `room`, with checks. The check `spoilt` (-1: none) expects another sum. */
 static int64_t make_batch(unsigned *seed, unsigned char *room, int64_t *requests, int64_t *iovecs, int64_t *checks,
                           int64_t *counts, unsigned char *expected, bool *spoilt, int64_t alignment)
 {
@@ -77,7 +77,7 @@ static int64_t make_batch(unsigned *seed, unsigned char *room, int64_t *requests
             niovecs++;
         }
     }
-    /* Everything lies side by side in `room`, so a check may span destinations and requests. */
+    /* All destinations are adjacent in `room`, so a check may span destinations and requests. */
     for (int64_t from = 0; from < at;) {
         int64_t length = 1 + below(seed, (unsigned)(3 * unit));
         if (length > at - from)
@@ -170,7 +170,7 @@ static void *submit_random(void *argument)
         if (below(&own->seed, 16) == 0)
             hostile(&own->seed, own->pool, room);
         if (below(&own->seed, 12) == 0) {
-            mf_drain(own->pool); /* also what the other submitters have under way: their mf_wait then says so */
+            mf_drain(own->pool); /* also drains the other submitters' batches; their mf_wait then reports that */
             mf_result result;
             if (mf_wait(own->pool, number, &result) != MF_NO_BATCH)
                 fail("a drained batch was still there");
@@ -187,7 +187,7 @@ static void *submit_random(void *argument)
         if (twice)
             pthread_join(thread, NULL);
         if (code == MF_NO_BATCH)
-            continue; /* drained by another submitter, or taken by the other thread */
+            continue; /* another submitter drained it, or the other thread took it */
         if (spoilt ? result.code != MF_WRONG_SUM : result.code != 0)
             fail("a wrong verdict");
         if (spoilt) {

@@ -1,4 +1,4 @@
-"""Faults in what a running model reads: while it is loaded, for its tokens, in a server."""
+"""Faults in the files that a running model reads: while it loads, for its tokens, and in a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = "It was a dark night, and the wind went over the hills"
 TOKENS = 12
 MODEL = os.environ.get("FAULTS_MODEL")  # the folder of a store; None: the demo model
 
-BUDGETS: dict[Any, int] = {}  # by what was loaded, and how
+BUDGETS: dict[Any, int] = {}  # (model, options) -> budget
 
 
 def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
@@ -39,7 +39,7 @@ def answer(model: Any, tokenizer: Any) -> tuple[list[int], int]:
 
 
 def loaded(path: Path, **options: Any) -> tuple[Any, Any]:
-    """Model and tokenizer within little more than the smallest budget, so that tokens must read."""
+    """Model and tokenizer within little more than the smallest budget, so that tokens must be read."""
     options = {"context": 128, "threads": 4, **options}
     known = (path, *options.items())
     try:
@@ -50,7 +50,7 @@ def loaded(path: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def mixture(work: Path) -> Path:
-    """A tiny mixture of experts with a tokenizer."""
+    """Makes a tiny mixture of experts with a tokenizer."""
     from conftest import write_tokenizer  # type: ignore[import-not-found]
     from mixtures import make_mixture  # type: ignore[import-not-found]
 
@@ -62,7 +62,7 @@ def mixture(work: Path) -> Path:
 
 
 def models(work: Path, silent: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(the folder that is loaded and whose files are read, options): a store in two ways, a mixture."""
+    """(the folder that is loaded and read, options): a store with two sets of options, and a mixture."""
     options = {"verify": True} if silent else {}
     yield find_store(MODEL), options
     yield find_store(MODEL), {**options, "predictor": "none"}
@@ -92,7 +92,7 @@ def loading(rng: random.Random, runs: int, work: Path, silent: bool = False) -> 
 
 
 def serve(rng: random.Random, runs: int, work: Path) -> None:
-    """Half of the requests are streamed."""
+    """Sends requests to a server, half of them streamed."""
     from serving import serving  # type: ignore[import-not-found]
 
     store = find_store(MODEL)

@@ -1,8 +1,8 @@
-/* A library to preload: it stands between a program and libc's calls that read, write and sync files, and lets chosen
- * ones fail as a disk would. faults.py builds it, and says what to do by `faults_arm` or the variable FAULTS.
+/* A library to preload. It intercepts libc's calls that read, write and sync files, and makes chosen ones fail like a
+ * disk. faults.py builds it, and controls it through `faults_arm` or the variable FAULTS.
  *
- * One rule at a time: of the calls of one class on files whose path contains a text, the first `skip` pass, the next
- * `count` are hit, the rest pass. Reads by mmap are out of reach: no call is made for them.
+ * There is one rule at a time. It matches the calls of one class on files whose path contains a text. The first `skip`
+ * of them pass, the next `count` are hit, and the rest pass. It cannot hit reads by mmap, which make no call.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,7 +31,7 @@ static rule armed;
 static long seen, fired;
 static uint64_t random_state = 1;
 
-/* Arms a rule and resets the counters; kind "" only counts. parameter: milliseconds of "late", seed of "flip". */
+/* Arms a rule and resets the counters. The kind "" only counts. parameter: milliseconds for "late", seed for "flip". */
 void faults_arm(const char *kind, const char *calls, const char *path, long skip, long count, long parameter)
 {
     pthread_mutex_lock(&lock);
@@ -54,13 +54,13 @@ void faults_disarm(void)
     pthread_mutex_unlock(&lock);
 }
 
-/* Calls that the rule matched since it was armed, hit or not. */
+/* The number of calls that the rule has matched since it was armed, hit or not. */
 long faults_seen(void)
 {
     return seen;
 }
 
-/* Calls that were hit. */
+/* The number of calls that were hit. */
 long faults_fired(void)
 {
     return fired;
@@ -77,7 +77,7 @@ __attribute__((constructor)) static void arm_from_environment(void)
         faults_arm(kind, calls, text + end, skip, count, parameter);
 }
 
-/* Whether a call is hit; then copies the rule. Keeps errno. */
+/* Returns whether a call is hit, and copies the rule if it is. Keeps errno. */
 static int hits(int fd, const char *calls, rule *copy)
 {
     int before = errno, hit = 0;
@@ -117,7 +117,7 @@ static void wait_ms(long ms)
         ;
 }
 
-/* Changes what was read, scattered over iovecs, as the rule says. */
+/* Changes the bytes that were read into iovecs, according to the rule. */
 static void damage(const rule *r, const struct iovec *iovecs, int count, ssize_t bytes)
 {
     if (bytes <= 0)
@@ -135,8 +135,8 @@ static void damage(const rule *r, const struct iovec *iovecs, int count, ssize_t
     }
 }
 
-/* What to do instead of a read of `wanted` bytes: 0 go on as usual, 1 return *result at once, 2 read *length only,
- * 3 read elsewhere, 4 change what was read. */
+/* Returns the action for a read of `wanted` bytes: 0: read as usual; 1: return *result at once; 2: read only *length;
+ * 3: read elsewhere; 4: change the bytes that were read. */
 static int before_read(const rule *r, size_t wanted, ssize_t *result, size_t *length)
 {
     if (strcmp(r->kind, "eio") == 0 || strcmp(r->kind, "eintr") == 0) {
@@ -181,7 +181,7 @@ static ssize_t faulty_preadv(ssize_t (*real)(int, const struct iovec *, int, off
     switch (before_read(&r, wanted, &result, &length)) {
     case 1:
         return result;
-    case 2: /* a direct read cannot be short of its alignment: read all, and hide the rest */
+    case 2: /* a direct read must keep its alignment: read everything, and report less */
         result = real(fd, iovecs, count, offset);
         return result > (ssize_t)length ? (ssize_t)length : result;
     case 3:
@@ -252,7 +252,7 @@ ssize_t read(int fd, void *buffer, size_t bytes)
     return real(fd, buffer, bytes);
 }
 
-/* NumPy's fromfile reads by it; libc's own reads behind it do not pass through `read` above. */
+/* NumPy's fromfile calls this function. libc's own reads inside it do not pass through `read` above. */
 size_t fread(void *buffer, size_t size, size_t count, FILE *file)
 {
     REAL(fread);
@@ -277,7 +277,7 @@ size_t fread(void *buffer, size_t size, size_t count, FILE *file)
     return real(buffer, size, count, file);
 }
 
-/* 1: return *result at once; 2: write *length bytes only. */
+/* Returns the action for a write: 1: return *result at once; 2: write only *length bytes. */
 static int before_write(const rule *r, size_t wanted, ssize_t *result, size_t *length)
 {
     if (strcmp(r->kind, "eio") == 0 || strcmp(r->kind, "enospc") == 0) {

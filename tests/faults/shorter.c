@@ -1,12 +1,12 @@
-/* A preadv that returns less than it was asked for, for the reader built with -Dpreadv=shorter_preadv. */
+/* A preadv that returns less than requested, for a reader built with -Dpreadv=shorter_preadv. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
-static atomic_int mode; /* 0: as it is; 1: an odd part of it at times; 2: nothing */
-static _Thread_local unsigned calls; /* of each thread, so that none meets with nothing but short reads */
+static atomic_int mode; /* 0: unchanged; 1: sometimes an odd part; 2: nothing */
+static _Thread_local unsigned calls; /* counted per thread, so that no thread gets only short reads */
 
 void shorter_set(int64_t wanted)
 {

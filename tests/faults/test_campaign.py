@@ -1,4 +1,4 @@
-"""A few faults of each job, the same in every run; `campaign.py` injects as many as one wants."""
+"""A few faults of each job, the same in every run. `campaign.py` injects as many as you like."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(work: Path) -> Path:
-    """A store that needs a fraction of the demo's time for a token, and memory enough that not all of it is kept."""
+    """A store that takes a fraction of the demo's time per token, with too little memory for all of it."""
     checkpoint = make_checkpoint(work / "checkpoint", hidden=256, neurons=2048, positions=128)
     write_tokenizer(checkpoint)
     convert(checkpoint, work / "small", Settings(calibration_tokens=128, predictor_memory=1 << 20))

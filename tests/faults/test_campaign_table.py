@@ -1,4 +1,4 @@
-"""The campaign's table, of a worker that injects nothing."""
+"""The campaign's table for a worker that injects nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import campaign  # type: ignore[import-not-found]  # found beside this file
 
 
 def results(*found: str) -> list[dict[str, Any]]:
-    """What a worker says of each run; "" is one whose fault hit nothing."""
+    """A worker's results of its runs. "" is a run whose fault hit nothing."""
     return [{"kind": "eio", "injected": bool(each), "result": each, "detail": "told"} for each in found]
 
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the campaign for a job whose worker says this: (exit code, its row by column, the JSON)."""
+    """Runs the campaign for a job with these results. Returns (exit code, its row by column, the JSON)."""
 
     def run(said: list[dict[str, Any]]) -> tuple[int, dict[str, str], dict[str, Any]]:
         lines = "".join(json.dumps(each) + "\n" for each in said)

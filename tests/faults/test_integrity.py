@@ -1,8 +1,8 @@
-"""Silent damage to what is streamed: never wrong text, but an error that names the layer and the unit.
+"""Silent damage to streamed files gives an error that names the layer and the unit, and never wrong text.
 
-A file's bytes are changed on the disk, while a model runs, in the ways a disk lies: bits flipped, zeros, the bytes of
-another place; `verify_unchanged`, which would notice the write, is switched off. Every run must give exactly the right
-logits, where the damage was not read, or the error. `pytest -m slow tests/faults` does so a thousand times.
+The tests change a file's bytes while a model runs, as a faulty disk might: flipped bits, zeros, or the bytes of another
+place. `verify_unchanged`, which would notice the write, is switched off. Every run must give exactly the right logits,
+if the damage was not read, or the error. `pytest -m slow tests/faults` does this a thousand times.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(model: Any) -> list[np.ndarray]:
-    """Of a prompt and of single tokens after it."""
+    """Logits of a prompt and of single tokens after it."""
     cache = make_prompt_cache(model)
     calls = [PROMPT, [4], [9], [77]]
     return [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
@@ -58,7 +58,7 @@ def logits(model: Any) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def damaged(path: Path, place: int) -> Iterator[None]:
-    """Within, one bit of the byte at `place` is another."""
+    """Flips one bit of the byte at `place` within the block."""
     contents = path.read_bytes()
     changed = bytearray(contents)
     changed[place] ^= 2
@@ -68,7 +68,7 @@ def damaged(path: Path, place: int) -> Iterator[None]:
 
 
 def lie(data: np.ndarray, begin: int, length: int, rng: np.random.Generator) -> None:
-    """Changes at least a bit of `length` bytes at `begin`, as a disk might."""
+    """Changes at least one bit of `length` bytes at `begin`, as a disk might."""
     here = data[begin : begin + length]
     before = here.copy()
     kind = rng.integers(3)
@@ -85,7 +85,7 @@ def lie(data: np.ndarray, begin: int, length: int, rng: np.random.Generator) -> 
 
 
 class Campaign:
-    """Runs a model over damaged files. seen: how often it gave the right logits, and how often the error."""
+    """Runs a model over damaged files. seen: the number of right logits and of errors."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(UnitFile, "verify_unchanged", lambda file: None)
@@ -94,7 +94,7 @@ class Campaign:
         self.seen = {"right": 0, "error": 0}
 
     def run(self, path: Path, begin: int, length: int, unit: str, rng: np.random.Generator) -> None:
-        """unit: what the error has to say, as a regular expression, if `length` bytes at `begin` are damaged."""
+        """unit: a regular expression for the error if `length` bytes at `begin` are damaged."""
         sound = path.read_bytes()
         data = np.frombuffer(sound, np.uint8).copy()
         lie(data, begin, length, rng)
@@ -126,7 +126,7 @@ def write(path: Path, contents: bytes) -> None:
         os.fsync(file.fileno())
 
 
-TIMES = [6, pytest.param(167, marks=pytest.mark.slow)]  # six models: 36, and a thousand
+TIMES = [6, pytest.param(167, marks=pytest.mark.slow)]  # six models: 36 runs, or a thousand
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -140,7 +140,7 @@ def test_neurons(
     predictor: str,
     times: int,
 ) -> None:
-    """In whole blocks and, with the exact predictor, in the parts of blocks that its slots hold."""
+    """Reads whole blocks and, with the exact predictor, the parts of blocks that its slots hold."""
     store = Path(copytree(tiny_of(name).store, tmp_path / "store"))
     layout = tiny_of(name).manifest.layout
     campaign = Campaign(open_model(store, slots=3, predictor=predictor), monkeypatch)
@@ -161,7 +161,7 @@ def test_slots_with_parts_of_blocks_are_compared(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    """Decoding alone: what the resident first projection was made of is not read again, the rest is."""
+    """Covers decoding only. The data of the resident first projection is not read again, but the rest is."""
     store = Path(copytree(tiny_of(name).store, tmp_path / "store"))
     layout = tiny_of(name).manifest.layout
     model = open_model(store, slots=2, predictor="exact")
@@ -204,7 +204,7 @@ def test_a_damaged_table_of_sums_is_refused(own_store: Path, tiny: Tiny) -> None
 
 @pytest.fixture
 def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Loads a mixture with so many slots for each layer, its experts compared."""
+    """Loads a mixture with so many slots per layer and with compared experts."""
     opened: list[Any] = []
 
     def load(folder: Path, slots: int = 2, verify: bool = True, say: Callable[[str], None] = lambda _: None) -> Any:
@@ -239,7 +239,7 @@ def test_experts(
     shards: int,
     times: int,
 ) -> None:
-    """Read in place, from files without checksums: `--verify` makes them."""
+    """Experts are read in place, from files without checksums, for which `--verify` makes some."""
     folder = make_mixture(tmp_path / "mixture", family, quantisation, shards)
     campaign = Campaign(open_mixture(folder), monkeypatch)
     streamer = campaign.model.flash.streamer
@@ -279,7 +279,7 @@ def test_sums_are_made_once_and_again_for_other_files(
     assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))
     assert len(made) == 2
 
-    os.utime(folder / second)  # perhaps other bytes
+    os.utime(folder / second)  # the bytes may have changed
     kept = sorted((own_cache / "sums").iterdir())
     assert len(kept) == 2
     open_mixture(folder)
@@ -343,14 +343,14 @@ def test_a_file_that_is_newer_than_its_note_is_still_compared(
     note.parent.mkdir(parents=True)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     note.write_text(f"{'0' * 40}\n{sha256}\n{path.stat().st_mtime - 1000}\n")
-    open_mixture(folder)  # newer, as after `cp -r`, and the same
+    open_mixture(folder)  # newer, as after `cp -r`, but the same bytes
     contents = bytearray(path.read_bytes())
     contents[-5] ^= 1
     write(path, bytes(contents))
     with pytest.raises(CheckpointError, match=rf"expected {sha256}\. Delete .* on purpose, remove .*\.metadata\."):
         open_mixture(folder)
     assert known_sha256(path) == sha256
-    note.unlink()  # as the sentence says
+    note.unlink()  # as the error tells the user
     open_mixture(folder)
 
 
@@ -359,7 +359,7 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
 ) -> None:
     folder = make_mixture(tmp_path / "mixture", "mixtral")
     path = folder / "model.safetensors"
-    open_mixture(folder)  # no note yet
+    open_mixture(folder)  # there is no note yet
     note = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
     note.parent.mkdir(parents=True)
     note.write_text(f"{'0' * 40}\n{'a' * 64}\n9e9\n")
@@ -367,9 +367,8 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
         with pytest.raises(CheckpointError, match="not the file that the Hub has"):
             open_mixture(folder)
     note.write_text(f"{'0' * 40}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n9e9\n")
-    monkeypatch.setattr(
-        "mlx_flash.loading.verification.make_sums", None
-    )  # what the file had is kept: it is not read again
+    # The file's sums are kept, so it is not read again.
+    monkeypatch.setattr("mlx_flash.loading.verification.make_sums", None)
     open_mixture(folder)
 
 
@@ -378,7 +377,7 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
 
 @pytest.fixture
 def same_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that lies changes no times: files are told apart by their paths alone."""
+    """A faulty disk changes no times, so files are told apart by their paths alone."""
     monkeypatch.setattr(verification, "_named", lambda path, _: {"path": str(path)})
 
 
@@ -402,7 +401,7 @@ def test_every_tensor_that_is_loaded_once(open_mixture: Any, tmp_path: Path) -> 
 def test_a_tensor_that_the_zoo_makes_something_else_of(
     open_mixture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No parameter is this tensor; what is read for it is compared all the same."""
+    """No parameter is this tensor, but its data is compared."""
     from mlx_lm.models import mixtral
 
     changed = ("lm_head.weight", "model.norm.weight")
@@ -422,13 +421,13 @@ def test_a_tensor_that_the_zoo_makes_something_else_of(
 
 
 def exchange_names(entries: dict[str, Any]) -> None:
-    """Of two tensors of one size: the sums that are kept fit."""
+    """Exchanges two tensors of one size, so that the kept sums fit."""
     one, other = (f"model.layers.{layer}.input_layernorm.weight" for layer in range(2))
     entries[one], entries[other] = entries[other], entries[one]
 
 
 def exchange_places(entries: dict[str, Any]) -> None:
-    """Of two tensors of different sizes: there are no sums of their new places."""
+    """Exchanges two tensors of different sizes, whose new places have no sums."""
     names = sorted(entries.keys() - {"__metadata__"}, key=lambda name: entries[name]["data_offsets"])
     sizes = {name: entries[name]["data_offsets"][1] - entries[name]["data_offsets"][0] for name in names}
     one, other = next((a, b) for a, b in pairwise(names) if sizes[a] != sizes[b])
@@ -442,7 +441,7 @@ def exchange_places(entries: dict[str, Any]) -> None:
 def test_a_header_that_says_something_else(
     open_mixture: Any, tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """At every read, and at the first one alone."""
+    """At every read, and only at the first one."""
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits")
     expected = logits(open_mixture(folder))
     path = folder / "model.safetensors"
@@ -469,7 +468,7 @@ def test_a_header_that_says_something_else(
 
 
 def test_a_tensor_that_is_more_than_experts(open_mixture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are sums of the experts' parts, none of the tensor."""
+    """The experts' parts have sums, but the tensor has none."""
     from mlx_lm.models import qwen3_moe
 
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits")
@@ -536,7 +535,7 @@ def test_other_files_among_the_sums_hinder_nothing(
 
 @pytest.mark.usefixtures("same_times")
 def test_small_files_of_a_mixture(tmp_path: Path) -> None:
-    """What a library reads of them is what was compared."""
+    """A library reads the bytes that were compared."""
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", shards=2)
     write_tokenizer(folder, VOCABULARY)
     weights = {name: path.name for name, (path, _) in tensors_in(folder).items()}
@@ -560,12 +559,12 @@ def test_small_files_of_a_mixture(tmp_path: Path) -> None:
 
 
 def test_small_files_are_compared_with_what_the_hub_has(tmp_path: Path) -> None:
-    """The Hub names a file that is not in large file storage as git does."""
+    """The Hub identifies a file outside of large file storage by its git hash."""
     path = tmp_path / "config.json"
     path.write_text("{}\n")
     note = tmp_path / ".cache" / "huggingface" / "download" / "config.json.metadata"
     note.parent.mkdir(parents=True)
-    note.write_text(f"{'0' * 40}\n0967ef424bce6791893e9a57bb952f80fd536e93\n9e9\n")  # by `git hash-object`
+    note.write_text(f"{'0' * 40}\n0967ef424bce6791893e9a57bb952f80fd536e93\n9e9\n")  # from `git hash-object`
     verification.compare_small_file(path, path.stat(), path.read_bytes())
     path.write_text("{ }")
     with pytest.raises(CheckpointError, match=r"config\.json is not .* SHA-1 in git is .* 0967ef4.* remove .*metadata"):
@@ -574,7 +573,7 @@ def test_small_files_are_compared_with_what_the_hub_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("note", ["", "x", f"{'0' * 40}\n{'a' * 40}\n9e9\n", f"c\n{'a' * 64}\nnever\n"])
 def test_what_is_not_known_of_a_file(tmp_path: Path, note: str) -> None:
-    """Notes that are damaged, or not of a file in large file storage."""
+    """Notes that are damaged, or that do not belong to a file in large file storage."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
     place = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
@@ -596,7 +595,7 @@ def test_units_longer_than_a_range(tmp_path: Path) -> None:
         reader.read(file, offsets[1:], target.ctypes.data + offsets[1:], lengths[1:])
         assert np.array_equal(target[offsets[2] :][: lengths[2]], contents[offsets[2] :][: lengths[2]])
         for offset, length in ((8, 8), (7, 8), (0, 16)):
-            with pytest.raises(ValueError, match="no sums"):  # nothing is read that is not compared
+            with pytest.raises(ValueError, match="no sums"):  # bytes without sums are not read
                 reader.submit(file, np.array([offset]), np.array([target.ctypes.data]), np.array([length]))
         contents[offsets[2] + RANGE_BYTES] ^= 1
         write(path, contents.tobytes())

@@ -1,6 +1,6 @@
-"""Loading and closing a model again and again leaves no thread, no descriptor and no memory behind.
+"""Loading and closing a model repeatedly leaves no thread, no descriptor and no memory behind.
 
-Counted in a process of its own, in which nothing else happens. `pytest -m slow tests/faults` does so a thousand times.
+Each test counts in a process of its own that does nothing else. `pytest -m slow tests/faults` loads a thousand times.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ with patch.object(store, "load_tokenizer", none), patch.object(loading, "load_to
                 counts[-1].append(counted)
 print(json.dumps(counts))
 """
-# Of what is allocated and not freed, the median of the loads: a table that grows does so once. A load leaves -6 to
-# 9 kB. It left 60 kB, each time, while the keys of random weights were kept (random_state.py).
+# Limit of the median of allocated and not freed bytes per load; a growing table counts once. A load leaves -6 to 9 kB.
+# It left 60 kB each time while the keys of random weights were kept (random_state.py).
 MOST_BYTES_A_LOAD = 20e3
-MOST_BYTES_RESIDENT = 16e6  # by 1,000 loads, the pieces that malloc cannot give back included; 1.3 MB were seen
+MOST_BYTES_RESIDENT = 16e6  # for 1,000 loads, with the pieces that malloc cannot return; 1.3 MB were measured
 
 
 @pytest.mark.parametrize("times", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_loads_and_closes_leave_nothing(store: Path, tmp_path: Path, times: int) -> None:
-    """Of a store, and then of a mixture."""
+    """Tests a store, and then a mixture."""
     command = [
         sys.executable,
         "-c",

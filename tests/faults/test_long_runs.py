@@ -1,6 +1,6 @@
-"""Long runs: memory, threads and descriptors stay flat. pytest -m faults tests/faults/test_long_runs.py
+"""Long runs: memory, threads and descriptors stay constant. pytest -m faults tests/faults/test_long_runs.py
 
-MLX_FLASH_LONG_RUN=0.1 does a tenth of it.
+MLX_FLASH_LONG_RUN=0.1 runs a tenth of it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mlx_flash.bench.soak import chat, sample, thirds
 pytestmark = pytest.mark.faults
 
 SHARE = float(os.environ.get("MLX_FLASH_LONG_RUN", "1"))
-CHATS = round(1000 * SHARE)  # of three turns each, streamed
+CHATS = round(1000 * SHARE)  # streamed chats of three turns each
 TOKENS = round(10_000 * SHARE)
 PER_ANSWER = 100
-GROWTH = 0.03  # of the last third over the middle one: above what an allocator does
+GROWTH = 0.03  # allowed growth of the last third over the middle one; more than an allocator causes
 
 
 def check_flat(samples: list[dict[str, float]]) -> None:
-    """Of the last two thirds; the first one warms up. Prints the figures."""
+    """Checks the last two thirds; the first one warms up. Prints the figures."""
     for name in ("rss_bytes", "threads", "files"):
         first, middle, last = thirds([one[name] for one in samples])
         print(f"{name}: {first:,.0f} -> {middle:,.0f} -> {last:,.0f}, median of each third of {len(samples)}")
@@ -63,7 +63,7 @@ def lines() -> Iterator[str]:
 
 
 def test_ten_thousand_tokens(tmp_path: Any) -> None:
-    """One conversation, whose oldest turns are dropped again and again."""
+    """Runs one conversation, whose oldest turns are dropped again and again."""
     command = [sys.executable, "-m", "mlx_flash.chat", "--max-tokens", str(PER_ANSWER), "--temp", "1", "--seed", "1"]
     samples: list[dict[str, float]] = []
     with (tmp_path / "said").open("w+") as said, (tmp_path / "errors").open("w+") as errors:
@@ -88,7 +88,7 @@ def test_ten_thousand_tokens(tmp_path: Any) -> None:
 
 
 def answered(errors: Any) -> int:
-    """Tokens of all answers so far, as /stats tells them; a moment later."""
+    """The tokens of all answers so far, from /stats after a moment."""
     import re
     import time
 

@@ -1,4 +1,4 @@
-"""python worker.py JOB SEED RUNS FOLDER: runs one job of campaign.py, in a process that was started under the shim."""
+"""python worker.py JOB SEED RUNS FOLDER: runs one job of campaign.py in a process that was started under the shim."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ ODD: tuple[Any, ...] = (
 
 
 def mutated(rng: random.Random, tree: Any) -> Any:
-    """A JSON value, of which a few places are changed in place, or another one instead of it."""
+    """A JSON value with a few places changed in place, or another value instead of it."""
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         places = list(_places(tree))
         if not places:
@@ -63,7 +63,7 @@ def _change(rng: random.Random, holder: Any, key: Any, places: list[tuple[Any, A
 
 
 def flipped(rng: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, cut out, or put in."""
+    """Changes, removes or inserts a few bytes."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 4, 16))):
         at = rng.randrange(len(changed) + 1)
@@ -80,7 +80,7 @@ def flipped(rng: random.Random, data: bytes) -> bytes:
 
 
 def json_text(rng: random.Random, data: bytes) -> bytes:
-    """Mutates a JSON text as a tree, or, one time in four and where it is none, as bytes."""
+    """Mutates a JSON text as a tree. Mutates the bytes in one of four cases, and if the text is not JSON."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):

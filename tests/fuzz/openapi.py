@@ -1,4 +1,4 @@
-"""An OpenAPI description of the server, made from the models that its requests are checked by."""
+"""An OpenAPI description of the server, made from the models that check its requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_flash.server.openai_api import ChatRequest, CompletionRequest
 
-ANSWER_TOKENS = 3  # of a valid request: the fuzzer looks for what is wrong, not for long texts
+ANSWER_TOKENS = 3  # tokens of a valid request; few, because the fuzzer looks for errors, not for long texts
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -25,7 +25,7 @@ ERROR = {
 }
 REFUSED = {"description": "refused", "content": {"application/json": {"schema": ERROR}}}
 PROBLEMS = {str(status): REFUSED for status in (400, 403, 404, 405, 408, 413, 429)}
-OBJECT = {"schema": {"type": "object"}}  # of a stream: of each event
+OBJECT = {"schema": {"type": "object"}}  # in a stream: each event
 ANY = {"description": "the answer", "content": {"application/json": OBJECT}}
 EVENTS = {"description": "an answer", "content": {"application/json": OBJECT, "text/event-stream": OBJECT}}
 

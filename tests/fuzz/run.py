@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of one parser, by atheris: `pip install -e ".[test,fuzz]"`, then for example
+"""Fuzzes one parser, guided by coverage, with atheris: `pip install -e ".[test,fuzz]"`, then for example
 
     python tests/fuzz/run.py header -runs=10000000
     python tests/fuzz/run.py tokenizer -max_total_time=7200 -rss_limit_mb=6000
 
-The first word is a target of targets.py; the rest goes to libFuzzer. A `-max_len` that is shorter than a seed (of
-`manifest` and `header` the second has less than 2,000 bytes) cuts it into what no parser gets into. Inputs that reach
-new code are kept in tests/fuzz/found/TARGET (not committed); an input that fails is written to the current folder as
-crash-*: once the defect is mended, it belongs into tests/fuzz/corpus/TARGET, which the suite runs.
+The first argument is a target of targets.py; the others go to libFuzzer. A `-max_len` shorter than a seed cuts the seed
+into something that no parser accepts (the second seed of `manifest` and `header` has less than 2,000 bytes). Inputs
+that reach new code are kept in tests/fuzz/found/TARGET (not committed). An input that fails is written to the current
+folder as crash-*. Once the defect is fixed, move it to tests/fuzz/corpus/TARGET, which the suite runs.
 """
 
 from __future__ import annotations

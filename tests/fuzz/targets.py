@@ -1,4 +1,4 @@
-"""What is fuzzed: each target takes bytes and raises only for a defect. Errors of this package are answers."""
+"""The fuzzing targets. Each takes bytes and raises only for a defect; errors of this package are valid answers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from mlx_flash.text.generation_config import GenerationConfig
 from mlx_flash.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a file system in memory, where there is one
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a file system in memory, if there is one
 
 
 @functools.cache
 def scratch() -> Path:
-    """A folder of this process's own, removed at its end."""
+    """A folder of this process, which is removed at its end."""
     import atexit
 
     folder = tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY)
@@ -49,7 +49,7 @@ def scratch() -> Path:
 
 @dataclass(frozen=True)
 class Target:
-    """seeds: what to begin with. through_mlx: whether a run is slow, because MLX or a tokenizer takes part."""
+    """seeds: the initial inputs. through_mlx: whether a run is slow, because it uses MLX or a tokenizer."""
 
     run: Callable[[bytes], None]
     mutate: Mutator
@@ -73,7 +73,7 @@ def header(data: bytes) -> None:
 
 def manifest(data: bytes) -> None:
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(body := json.loads(data), dict):  # with a checksum that is right
+        if isinstance(body := json.loads(data), dict):  # with a valid checksum
             body["checksum"] = files._digest(body)
             data = json.dumps(body).encode()
     folder = scratch()
@@ -112,7 +112,7 @@ def memory(data: bytes) -> None:
 
 
 def tensors(data: bytes) -> None:
-    """What our reader of headers accepts, MLX reads, and finds the same in."""
+    """Headers that our reader accepts must be read by MLX with the same tensors."""
     path = scratch() / "tensors.safetensors"
     path.write_bytes(data)
     try:
@@ -203,7 +203,7 @@ def _store() -> Path:
 
 
 def store(data: bytes) -> None:
-    """A whole store with a sound checksum in its manifest: loaded, and two tokens."""
+    """Loads a whole store with a valid checksum in its manifest, and generates two tokens."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(body := json.loads(data), dict):
             body["checksum"] = files._digest(body)
@@ -219,7 +219,7 @@ def store(data: bytes) -> None:
 
 
 def _headers() -> list[bytes]:
-    """Of a checkpoint, and a file of two tensors."""
+    """The headers of a checkpoint and of a file with two tensors."""
     entries = {
         "__metadata__": {"format": "mlx"},
         "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -230,7 +230,7 @@ def _headers() -> list[bytes]:
 
 
 def _manifests() -> list[bytes]:
-    """A store's whole one, and a short one of it, which a fuzzer gets through three times as fast."""
+    """A store's whole manifest, and a short one, which a fuzzer processes three times as fast."""
     whole = (_store() / files.MANIFEST).read_bytes()
     short = json.loads(whole)
     kept = short["default_predictor"] = "lowrank"

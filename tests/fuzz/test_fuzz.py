@@ -1,4 +1,4 @@
-"""The committed inputs, and some hundred fresh ones that are the same in every run; run.py looks for more."""
+"""The committed inputs and some hundred fresh ones, the same in every run. run.py searches for more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from targets import TARGETS  # type: ignore[import-not-found]  # found beside this file
 
 CORPUS = Path(__file__).parent / "corpus"
-RUNS = {False: 300, True: 12}  # by whether MLX takes part
+RUNS = {False: 300, True: 12}  # through MLX? -> runs
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,7 +1,7 @@
-"""schemathesis over the server: pip install schemathesis; pytest -m fuzz tests/fuzz/test_server.py
+"""Runs schemathesis on the server: pip install schemathesis; pytest -m fuzz tests/fuzz/test_server.py
 
-Requests that fit the models and requests that do not, EXAMPLES of each kind and path. No answer may be a server error,
-each must be what the description says, and nothing may reach the log.
+Sends EXAMPLES requests that fit the models, and as many that do not, to each path. No answer may be a server error,
+each must match the description, and the log must stay empty.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Write tiny random checkpoints of every family, as they are published, and what transformers computes from them.
+"""Writes tiny random checkpoints of every family in their published form, and the results of transformers for them.
 
     python tests/golden/make_golden.py [NAME ...]
 
 Needs torch and transformers; the tests that read the files need neither. Each variant's folder gets ``config.json``,
 ``model.safetensors`` and ``golden.npz``: tokens (B, T) int32, logits (B, T, vocab) float32, greedy (16,) int32.
 
-Where transformers has no class for a family, the nearest one computes with an FFN that is put in its place below.
+If transformers has no class for a family, the nearest class computes with another FFN, which is defined below.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GATED = {"intermediate_size": 128, "num_key_value_heads": 2}
 
 
 def fatrelu(mlp: torch.nn.Module) -> None:
-    """ProSparse (arXiv 2402.13516, section 3.3): zero up to a threshold, its config's hidden_act_param."""
+    """ProSparse (arXiv 2402.13516, section 3.3): zero up to a threshold, which is hidden_act_param in its config."""
     mlp.act_fn = torch.nn.Threshold(FATRELU_THRESHOLD, 0.0)
 
 
@@ -46,21 +46,20 @@ def drelu(mlp: torch.nn.Module) -> None:
 
 
 def own_code(module: str, name: str) -> dict[str, str]:
-    """How a config.json refers to code beside it, which nobody here runs."""
+    """The config.json keys that refer to code beside it, which is not run here."""
     model = f"modeling_{module}.{name}ForCausalLM"
     return {"AutoConfig": f"configuration_{module}.{name}Config", "AutoModel": model, "AutoModelForCausalLM": model}
 
 
 @dataclass(frozen=True)
 class Variant:
-    kind: str  # transformers' classes are this + Config and + ForCausalLM
+    kind: str  # transformers' classes are named kind + Config and kind + ForCausalLM
     seed: int
     config: dict[str, Any]
     dtype: torch.dtype = torch.float16  # on disk
-    change: Callable[[torch.nn.Module], None] | None = None  # what becomes of each MLP
-    published: dict[str, Any] = field(
-        default_factory=dict
-    )  # keys of config.json in the form of transformers 4; None: none
+    change: Callable[[torch.nn.Module], None] | None = None  # changes each MLP
+    # keys of config.json in the form of transformers 4; None removes a key
+    published: dict[str, Any] = field(default_factory=dict)
     std: float = 0.25
 
 
@@ -78,7 +77,7 @@ VARIANTS = {
         {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
     ),
     "falcon-7b-like": Variant("Falcon", 1, FALCON),
-    "falcon-40b-like": Variant(  # as published: without the keys that have their defaults
+    "falcon-40b-like": Variant(  # as published: without keys that have default values
         "Falcon",
         8,
         {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
@@ -154,12 +153,12 @@ VARIANTS = {
 
 
 def build(variant: Variant) -> Any:
-    """A model whose every parameter matters to the logits and is exactly representable on disk; in float32."""
+    """A float32 model whose every parameter affects the logits and is exactly representable on disk."""
     torch.manual_seed(variant.seed)
     common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     common |= {"max_position_embeddings": 64, "eos_token_id": 2}
     config = getattr(transformers, f"{variant.kind}Config")(**{**common, **variant.config})
-    # Where there is ALiBi, the eager way of transformers 5.24 adds it twice: in the mask, and to the scores.
+    # With ALiBi, the eager attention of transformers 5.24 adds it twice: in the mask, and to the scores.
     config._attn_implementation = "sdpa" if variant.config.get("alibi") else "eager"
     model = getattr(transformers, f"{variant.kind}ForCausalLM")(config).float().eval()
     for module in model.modules():
@@ -175,7 +174,7 @@ def build(variant: Variant) -> Any:
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens: (B, T) -> (B, T, vocab); every position attends to all before it, whatever the token's id."""
+    """tokens: (B, T) -> (B, T, vocab). Every position attends to all positions before it, whatever the token's id."""
     return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
@@ -190,7 +189,7 @@ def greedy_of(model: Any, prompt: torch.Tensor) -> tuple[list[int], float]:
 
 
 def active_shares(model: Any, tokens: torch.Tensor) -> list[float]:
-    """For each layer the share of (token, neuron) pairs that are not zero when the last matrix multiplies them."""
+    """By layer, the share of (token, neuron) pairs that are not zero as inputs of the last matrix."""
     shares: list[float] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: shares.append((args[0] != 0).float().mean().item()))

@@ -1,9 +1,9 @@
-"""On the path of the processes that tests start: every Python imports a module of this name when it begins.
+"""Runs at the start of every Python process that tests start, because Python imports a module of this name.
 
-MLX computes on the CPU there as well where MLX_FLASH_TEST_DEVICE=cpu. And transformers, which reads its 1,700 source
-files twice at each import to list what they define (half of the two seconds that a command takes to begin), takes the
-list that the tests' own process made: MLX_FLASH_TEST_IMPORTS names it. Neither library is imported here: `--help` would
-pay for it. Garbage is collected less often until mlx-lm is imported.
+With MLX_FLASH_TEST_DEVICE=cpu, MLX also computes on the CPU there. At each import, transformers reads its 1,700 source
+files twice to list their definitions, which is half of the two seconds that a command takes to start. Here it gets the
+list that the tests' own process made, in the file that MLX_FLASH_TEST_IMPORTS names. Neither library is imported here,
+because `--help` would pay for it. Garbage is collected less often until mlx-lm is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class Afterwards:
-    """Lets others find the module `name`, once, and changes it when it has been loaded."""
+    """Lets other finders import the module `name` once, and changes it after it is loaded."""
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self.name, self.change = name, change
@@ -54,7 +54,7 @@ def remember_the_list(import_utils: Any) -> None:
         known = Path(os.environ["MLX_FLASH_TEST_IMPORTS"])
         folder = os.path.dirname(path) if os.path.isfile(path) else str(path)
         if folder.endswith(os.path.join("transformers", "models")) and known.is_file():
-            # A new one each time: what is returned is changed. It is pickled in the form that no prefix gives.
+            # Load a new copy each time, because callers change it. The pickled form is that of a call without a prefix.
             structure = pickle.loads(known.read_bytes())
             if prefix is None:
                 return structure
@@ -72,7 +72,7 @@ if os.environ.get("MLX_FLASH_TEST_DEVICE") == "cpu":
     Afterwards("mlx.core", compute_on_the_cpu)
 if "MLX_FLASH_TEST_IMPORTS" in os.environ:
     Afterwards("transformers.utils.import_utils", remember_the_list)
-    # A fifth of the time that it takes to import mlx-lm is the collector's, which looks through modules for garbage.
+    # The garbage collector takes a fifth of the time of importing mlx-lm.
     USUAL = gc.get_threshold()
     gc.set_threshold(50_000, *USUAL[1:])
     Afterwards("mlx_lm.generate", collect_garbage_as_usual)

@@ -177,7 +177,7 @@ def measure_speed(rows: list[StoreRow], ids: list[int], timed: int, share: float
 def open_with(store: Path, share: float) -> Any:
     """Loads the model with `share` of its neurons in slots.
 
-    Every plan measures the process's own size anew, and that varies by more than a small model's slots. So the size is
+    Every plan measures the process's own size, which varies by more than a small model's slots. The size is therefore
     held fixed here.
     """
     process = current_memory_bytes()

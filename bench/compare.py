@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
-    parser.add_argument("--text", type=Path, help="plain text to feed (default: the packaged calibration text)")
+    parser.add_argument("--text", type=Path, help="file of plain text to run (default: the packaged calibration text)")
     parser.add_argument("--no-cgroup", action="store_true", help="do not enforce the budget with a memory cgroup")
     parser.add_argument("--force", action="store_true", help="continue even if the machine would swap")
     parser.add_argument(

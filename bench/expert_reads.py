@@ -1,4 +1,4 @@
-"""How fast do missing experts arrive? Times the engine's reads, without compute, beside fio's reads of that size."""
+"""How fast can missing experts be read? Times the engine's reads, without compute, beside fio's reads of that size."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def row_of(run: dict[str, Any]) -> dict[str, Any]:
     return row | {"tokens_per_second": None if row["killed"] else 1 / row["total_s"]}
 
 
-# -- what differs by kind ------------------------------------------------------------------------------------
+# -- by kind of model ----------------------------------------------------------------------------------------
 
 
 def budgets(model: BenchModel, points: int, force: bool) -> list[int]:

@@ -105,7 +105,7 @@ def observe(model: Any) -> dict[int, Guesser]:
     return guessers
 
 
-# -- what the guesses are worth ------------------------------------------------------------------------------
+# -- the value of the guesses --------------------------------------------------------------------------------
 
 
 def layer_rows(

@@ -94,7 +94,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-# -- what is stored ------------------------------------------------------------------------------------------
+# -- stored contents -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -161,7 +161,7 @@ def test_a_long_run_of_bytes_is_decoded_once() -> None:
     assert sum(lengths) < 3 * len(ids)
 
 
-# -- a text that is continued --------------------------------------------------------------------------------
+# -- continued texts -----------------------------------------------------------------------------------------
 
 
 def continued(tokenizer: Any, before: list[int], ids: list[int]) -> str:
@@ -229,7 +229,7 @@ def test_a_character_that_the_prompt_begins() -> None:
     assert continued(tokenizer, ids, tokenizer.encode("b")) == "b"
 
 
-# -- what each token adds ------------------------------------------------------------------------------------
+# -- the text of each token ----------------------------------------------------------------------------------
 
 
 def pieces_of(tokenizer: Any, ids: list[int], continues: list[int]) -> list[bytes]:

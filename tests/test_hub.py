@@ -207,7 +207,7 @@ def test_a_repository_that_holds_a_store(server: Hub, home: Path, store: Path) -
     assert contents(Path(done.stdout.strip())) == contents(store)
 
 
-# -- which files -----------------------------------------------------------------------------------------------
+# -- files to fetch --------------------------------------------------------------------------------------------
 
 
 def index_of(*shards: str) -> str:

@@ -195,7 +195,7 @@ def test_weights_may_be_planned_in_another_type() -> None:
     assert before.keys() == after.keys() and all(after[name] is array for name, array in before.items())
 
 
-# -- what streaming takes --------------------------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_are_widened_are_counted() -> None:

@@ -58,7 +58,7 @@ def open_ones(server: Server) -> set[Any]:
     return server.http._server.server_state.connections  # type: ignore[no-any-return]
 
 
-# -- how many -------------------------------------------------------------------------------------------------
+# -- many connections -----------------------------------------------------------------------------------------
 
 
 def test_honest_clients_are_served_beside_a_thousand_silent_ones(
@@ -129,7 +129,7 @@ def test_descriptors_that_run_out_are_a_line_in_the_log() -> None:
     assert process.returncode == 0 and errors == b""
 
 
-# -- how slow -------------------------------------------------------------------------------------------------
+# -- slow connections -----------------------------------------------------------------------------------------
 
 
 def test_a_request_that_does_not_come(
@@ -201,7 +201,7 @@ def test_answers_do_not_wait_for_acknowledgements(server: Server) -> None:
             assert one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-# -- how wrong ------------------------------------------------------------------------------------------------
+# -- invalid requests -----------------------------------------------------------------------------------------
 
 WRONG = {
     "nonsense": b"\x16\x03\x01\x1b]0;title\x07\r\n\r\n",

@@ -261,7 +261,7 @@ def test_one_that_speaks_only_half(server: Server) -> None:
     assert server.post(CHAT, SHORT).status_code == 200
 
 
-# -- who may ---------------------------------------------------------------------------------------------------
+# -- access ----------------------------------------------------------------------------------------------------
 
 
 def test_other_sites_may_not(server: Server) -> None:
@@ -376,7 +376,7 @@ def test_the_page(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert server.get("/").status_code == 404
 
 
-# -- while there is no model ---------------------------------------------------------------------------------
+# -- without a model -----------------------------------------------------------------------------------------
 
 
 def test_before_the_model_is_there(gate: Gate) -> None:  # noqa: F811

@@ -372,7 +372,7 @@ def test_kept_sums_are_compared_with_what_the_hub_has_once_it_is_known(
     open_mixture(folder)
 
 
-# -- what is loaded once ------------------------------------------------------------------------------------------
+# -- files that are loaded once -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_a_store_written_into_between_tokens(own_store: Path, open_model: Any, t
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("x", "no whole number"), ("0", "not between 1 and 9"), ("10", "not between")]
+    ("text", "said"), [("x", "not a whole number"), ("0", "not between 1 and 9"), ("10", "not between")]
 )
 def test_whole_numbers(text: str, said: str) -> None:
     import argparse

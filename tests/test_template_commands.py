@@ -73,7 +73,7 @@ def test_generate_ends_a_template_that_does_not_end(
     code, output, error = generate(FOREVER)
     assert (code, output) == (1, "") and "Traceback" not in error
     assert error.splitlines()[-1].endswith(
-        "the model's chat template did not end within 0.1 s. With --ignore-chat-template it is not used."
+        "the model's chat template did not end within 0.1 s. Use --ignore-chat-template to run without it."
     )
 
 

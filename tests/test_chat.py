@@ -241,7 +241,7 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
     assert dropped and all(int(count) and int(tokens) for count, tokens, _ in dropped)
     assert "is full, so the answer ends here. The next question drops the oldest turns" in said
     assert "A larger --context makes more room, up to" in said
-    assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
+    assert "the plan has room for 64, answer included" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
 
 
@@ -338,7 +338,7 @@ def test_the_system_message_is_not_dropped(templated: Any) -> None:
     prompt = talk.ask("So?", 17)
     assert templated.decode(prompt.tokens) == "[s:Be][u:Hi][a:Yo][u:So?][a:" and prompt.dropped == 1
     assert prompt.dropped_tokens == len("[u:Hi][a:Yo]") and len(talk.turns) == 1
-    with pytest.raises(UsageError, match="that makes 57 tokens, the plan has room for 56"):
+    with pytest.raises(UsageError, match="a prompt of 57 tokens, and the plan has room for 56"):
         talk.ask("x" * 44, 8)
     assert len(talk.turns) == 1
 

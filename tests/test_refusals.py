@@ -74,7 +74,7 @@ def test_the_root_is_no_output(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("ids", [[2, 96], [2, -1], [10**6]])
 def test_token_ids_that_the_model_does_not_know(store: Path, open_model: Any, tokenizer: Any, ids: list[int]) -> None:
-    with pytest.raises(UsageError, match="the model knows 0 to 95"):
+    with pytest.raises(UsageError, match="the model knows only 0 to 95"):
         stream_generate(open_model(store), tokenizer, ids, max_tokens=1)
 
 

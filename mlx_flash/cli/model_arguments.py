@@ -24,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--revision", help=REVISION_HELP)
     model.add_argument(
-        "--memory", metavar="SIZE", help="budget for the whole process, such as 6GB (default: a share of what is free)"
+        "--memory", metavar="SIZE", help="budget for the whole process, such as 6GB (default: a share of free memory)"
     )
     model.add_argument(
         "--context",

@@ -1,4 +1,4 @@
-"""The app's three small windows. Each shows what it is told and hands on what the user does."""
+"""The app's three small windows. Each shows the data it is given and reports the user's actions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class HubWindow:
         self._id = toga.TextInput(placeholder="owner/name", on_confirm=self._pressed, flex=1)
         button = toga.Button("Use it", on_press=self._pressed, width=90, margin_left=8)
         note = toga.Label(
-            "A Hugging Face repository. It is downloaded, and converted where needed,\nwhen the engine starts with it.",
+            "A Hugging Face repository. It is downloaded, and converted if needed,\nwhen the engine starts with it.",
             margin_bottom=8,
         )
         line = toga.Box(children=[self._id, button], direction=ROW)

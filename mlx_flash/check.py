@@ -174,7 +174,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     folder: Path = arguments.folder
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}.")
+        raise UsageError(f"there is no folder {folder}. Give the folder of a store.")
     try:
         sizes = [entry["bytes"] for entry in parse_manifest(folder).files.values()]
     except CorruptStoreError:

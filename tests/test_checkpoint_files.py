@@ -301,7 +301,7 @@ def test_two_spellings_of_one_name(tmp_path: Path) -> None:
     weights = tensors_of(folder / "model.safetensors")
     name = "model.decoder.layers.0.fc1.weight"
     mx.save_safetensors(str(folder / "model.safetensors"), weights | {name.removeprefix("model."): weights[name] + 1})
-    with pytest.raises(CheckpointError, match="are one tensor of the model, and hold different numbers"):
+    with pytest.raises(CheckpointError, match="are the same tensor of the model, but hold different numbers"):
         as_converted(folder)
 
 
@@ -321,7 +321,7 @@ def test_tied_weights_under_the_other_name(tmp_path: Path, kind: str) -> None:
     assert_same(as_converted(folder), expected)
     mx.save_safetensors(str(folder / "model.safetensors"), only | {embedding: weights[embedding] + 1})
     with pytest.raises(
-        CheckpointError, match=r"config.json ties lm_head.weight to .*, and they hold different numbers"
+        CheckpointError, match=r"config.json ties lm_head.weight to .*, but they hold different numbers"
     ):
         as_converted(folder)
 

@@ -55,7 +55,7 @@ def test_mixed_types_are_stored_in_the_widest(checkpoint: Path, tmp_path: Path, 
     change_tensor(checkpoint, "model.decoder.layers.0.fc1.weight", lambda w: w.astype(mx.float16))
     manifest = convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
     assert manifest.layout.dtype == manifest.resident_dtype == "float32"
-    assert "mixes float16, float32: stored in float32" in capsys.readouterr().err
+    assert "mixes float16, float32; it is stored in float32" in capsys.readouterr().err
 
 
 def test_tensors_that_the_model_does_not_use_have_no_say_in_the_type(checkpoint: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_integers_are_no_weights(checkpoint: Path, tmp_path: Path, dtype: str | 
 def test_weights_that_overflow(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("fc1", "fc2"):
         change_tensor(checkpoint, f"model.decoder.layers.0.{name}.weight", lambda w: w * 1e30)
-    with pytest.raises(CheckpointError, match="layer 0 makes numbers that are not finite"):
+    with pytest.raises(CheckpointError, match="layer 0 gives numbers that are not finite"):
         convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
 
 

@@ -18,7 +18,7 @@ MOST_CONTEXTS = 4  # size limit, in contexts, of a prompt before its oldest turn
 class Turn:
     question: str
     answer: str
-    tokens: list[int]  # of question and answer; without the question if there is a template
+    tokens: list[int]  # question and answer; only the answer if there is a template
 
 
 @dataclass(frozen=True)

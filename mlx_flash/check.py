@@ -16,7 +16,7 @@ from .flash.files import MANIFEST, Manifest, NeuronLayout, parse_manifest
 from .flash.safetensors_file import CHUNK_BYTES, crc32_of, read_header, sha256_of
 from .source.checkpoint_files import matching
 
-SHOWN = 20  # findings printed before the rest is only counted
+SHOWN = 20  # number of findings to print; the rest is only counted
 
 
 @dataclass(frozen=True)

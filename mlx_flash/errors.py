@@ -76,7 +76,7 @@ class ChatTemplateError(FlashError):
 
 
 class ChatTemplateFailure(ChatTemplateError):
-    """A chat template that raises an error: it refuses these messages, or has a fault."""
+    """A chat template that raises an error: it refuses the messages, or has a bug."""
 
 
 class ReadError(FlashError):
@@ -88,4 +88,4 @@ class ConversionError(FlashError):
 
 
 class NoSpaceError(ConversionError):
-    """The disk has less room than the conversion needs."""
+    """A disk with too little room for a conversion or a download."""

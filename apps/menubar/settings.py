@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RECENT_MODELS = 8
-DEMO = ""  # the name of the demo model where a string is needed
+DEMO = ""  # stands for the demo model where a string is needed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .controller import State
 
 
 class AskWindow:
-    """A line to ask in, and the answer as it arrives."""
+    """A field for a question, and the answer as it arrives."""
 
     def __init__(self, on_ask: Callable[[str], None], on_cancel: Callable[[], None]) -> None:
         self._on_ask, self._on_cancel = on_ask, on_cancel
@@ -53,7 +53,7 @@ class AskWindow:
 
 
 class StatisticsWindow:
-    """Names and values, refreshed while it is open."""
+    """Shows names and values, and refreshes them while it is open."""
 
     ROWS = 20
 

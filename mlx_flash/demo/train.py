@@ -47,7 +47,7 @@ def read_books(folder: Path) -> list[str]:
 def train_tokenizer(books: list[str], recipe: Recipe, output: Path):
     """Trains a SentencePiece unigram model and writes it as a `tokenizers` JSON file.
 
-    White space of any kind counts as one space, and typographic quotes and dashes as their ASCII forms.
+    All white space is read as one space, and typographic quotes and dashes as their ASCII forms.
     Returns the `tokenizers.Tokenizer`.
     """
     import io

@@ -119,7 +119,7 @@ class Engine:
         except Exception as error:
             self.failure, self.state = foreseen(error) or str(error) or type(error).__name__, FAILED
             raise
-        except BaseException:  # a signal
+        except BaseException:  # such as a signal
             self.state = STOPPED
             raise
         try:

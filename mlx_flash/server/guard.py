@@ -61,7 +61,7 @@ class Guard:
             self._check(scope)
             await self.app(scope, receive, send_more)
         except (ApiError, asyncio.CancelledError) as refused:
-            # Cancelled by uvicorn: the server stops, and this client has taken longer than it waits.
+            # uvicorn cancels the request if the server stops and this client takes longer than the grace period.
             error = refused if isinstance(refused, ApiError) else ApiError(503, "the server is stopping.")
             if not begun:
                 await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
 
 HISTORY = "chat-history"
-REPORT = "last-error.txt"  # the traceback of the latest error that should not happen
+REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"

@@ -135,7 +135,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def _check_link(path: Path, home: Path) -> None:
-    """home: the checkpoint's folder, resolved."""
+    """Raises CheckpointError for a link out of the checkpoint. home: the checkpoint's folder, resolved."""
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: links that form a loop

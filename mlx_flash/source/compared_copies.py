@@ -83,7 +83,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def no_room(error: Exception) -> FlashError:
-    """The error to raise where a temporary folder cannot be written to."""
+    """The error to raise if a temporary folder cannot be written to."""
     return FlashError(
         f"the model's small files cannot be copied into the system's temporary folder: {reason_of(error)}. "
         "Make room there, or set TMPDIR to another folder."

@@ -178,7 +178,7 @@ def _downloaded_before(
         wanted = choose(names, lambda name: (folder / name).read_text(encoding="utf-8"), repository)
         missing = [name for name in wanted if not (folder / name).is_file()]
     except FileNotFoundError as error:
-        missing = [Path(error.filename).name]  # the index
+        missing = [Path(error.filename).name]  # the index itself
     if missing:
         raise ConversionError(
             f"{at} was downloaded only in part (missing: {', '.join(missing[:3])}), and {why}. {remedy}"

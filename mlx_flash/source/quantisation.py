@@ -74,7 +74,7 @@ def _group_of_none(settings: Any, where: str) -> str | None:
     if isinstance(settings, list):
         found = (_group_of_none(part, where) for part in settings)
     elif isinstance(settings, Mapping):
-        if settings.get("group_size", 1) == 0:  # also false
+        if settings.get("group_size", 1) == 0:  # `false` counts as 0.
             return where
         found = (_group_of_none(part, f"{where}.{name}") for name, part in settings.items())
     else:

@@ -17,7 +17,7 @@ GREEDY_TEMPERATURE = 1e-3  # A lower temperature counts as 0: division by it wou
 GREEDY_TOP_P = 1e-6  # A smaller value keeps only the likeliest token.
 PENALTY_TOKENS = 20  # number of recent tokens that penalties consider; mlx-lm's default
 
-Processor = Callable[["mx.array", "mx.array"], "mx.array"]  # tokens so far (n,), logits (1, V) -> logits
+Processor = Callable[["mx.array", "mx.array"], "mx.array"]  # (tokens so far (n,), logits (1, V)) -> logits
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,9 @@ def convert(
     Everything is written into the folder `output` + ".partial" beside it, which is renamed when it is complete. A later
     run continues an unfinished one. An old store stays until then.
 
-    overwrite: replace an existing store. seconds: receives the time that each kind of predictor took to make. It is not
-    in the store, because it depends on the machine.
+    overwrite: replace an existing store. seconds: receives the time in seconds that each kind of predictor took.
 
-    Raises CheckpointError, UnsupportedModelError, UsageError (the output already exists), NoSpaceError or
-    ConversionError.
+    Raises CheckpointError, UnsupportedModelError, UsageError (the output exists), NoSpaceError or ConversionError.
     """
     if is_our_store(source):
         raise UsageError(f"{source} is already a store. Run it, or give the checkpoint that it was made from.")

@@ -272,7 +272,7 @@ def test_a_broken_tokenizer(tmp_path: Path, name: str, content: bytes, fault: st
 def test_a_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    message = r"no file there has a vocabulary \(expected tokenizer\.json, .*; found tokenizer_config\.json\)\. .*again"
+    message = r"no file has a vocabulary \(expected tokenizer\.json, .*; found tokenizer_config\.json\)\. .*again"
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path)
 

@@ -112,9 +112,8 @@ def test_code_that_builds_the_model(
     with pytest.raises(UnsupportedModelError) as caught:
         entry(checkpoint)
     assert str(caught.value) == (
-        f"{checkpoint} cannot be run: its config.json names {file!r} as code of the checkpoint's own that builds the "
-        'model, and no code out of a checkpoint is ever run here. The README\'s section "Which models" has the '
-        "details."
+        f"{checkpoint} cannot be run: its config.json names {file!r}, code in the checkpoint that builds the model, "
+        'and code from a checkpoint is never run. The README\'s section "Which models" has the details.'
     )
     assert not list(checkpoint.glob("*.ran"))
 

@@ -1,4 +1,4 @@
-"""mlxflash plan: what a model takes of memory, and which budgets make sense for it. No weights are read."""
+"""mlxflash plan: prints how much memory a model needs, and sensible budgets for it. No weights are read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHARES = (0.25, 0.5)
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlxflash plan",
-        description="Prints the memory plan that the other commands would keep to, and the budgets that make sense. No "
-        "weights are read, and nothing is downloaded. A checkpoint that has to be converted must have been.",
+        description="Prints the memory plan that the other commands would use, and sensible budgets. No weights are "
+        "read, and nothing is downloaded. A checkpoint that needs a conversion must be converted already.",
     )
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -138,7 +138,7 @@ def test_mlx_reads_the_header_that_was_checked(own_store: Path, monkeypatch: pyt
         return real(name)
 
     monkeypatch.setattr(mx, "load", another)
-    with pytest.raises(CorruptStoreError, match="is not what its checksum belongs to"):
+    with pytest.raises(CorruptStoreError, match="is not the one that its checksum belongs to"):
         StoredTensors(path, sums)
 
 

@@ -209,7 +209,7 @@ def test_the_command_line(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no table": lambda r: r.pop("table"),
-    "the recalls": lambda r: r["table"].update(recall=r["table"]["recall"][::-1]),
+    "the recall": lambda r: r["table"].update(recall=r["table"]["recall"][::-1]),
     "target": lambda r: r.update(target=0.5),
     "threshold": lambda r: r["table"]["threshold"].pop(),
     "caught": lambda r: r["table"]["caught"][0].pop(),

@@ -375,7 +375,7 @@ def test_experts_that_are_changed_in_place_are_refused(
         return result
 
     monkeypatch.setattr(mixtral.Model, "sanitize", scaling)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*switch_mlp\.up_proj.* do not lie in the checkpoint"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*switch_mlp\.up_proj.* are not stored in the form"):
         open_mixture(folder)
 
 

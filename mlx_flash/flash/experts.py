@@ -69,7 +69,7 @@ class ExpertFiles(InFlightReads):
 
 
 def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset: int, length: int) -> str:
-    """Names the experts with bytes among `length` bytes at `offset` of file `number`, for messages; "" if none."""
+    """Names the experts that own any of `length` bytes at `offset` of file `number`, for messages; "" if none."""
     for layer, tensors in layers.items():
         for tensor, place in tensors.items():
             overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)

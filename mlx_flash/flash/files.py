@@ -129,7 +129,7 @@ class NeuronLayout:
         return f"layer {layer}, " + (f"neuron {first}" if first == last else f"neurons {first}-{last}")
 
     def name_bytes(self, offset: int, length: int) -> str:
-        """Names the neurons with bytes among `length` bytes at `offset` of the bundle file, all in one layer."""
+        """Names the neurons that own any of `length` bytes at `offset` of the bundle file, all in one layer."""
         layer, within = divmod(offset, self.layer_bytes)
         begin, end = within // self.block_bytes, -(-(within + length) // self.block_bytes)
         return self.name_blocks(layer, begin, min(end, self.blocks))
@@ -147,8 +147,8 @@ class NeuronLayout:
         """Chooses the sizes of blocks and pieces for a model.
 
         A block holds the smallest number of neurons whose padding stays under a tenth. A quantised neuron has a block
-        of its own, which is not padded to a page if that would cost more than a quarter. A piece has about 16 MiB in
-        the dtype in which it is multiplied, and at most a layer.
+        of its own, which is not padded to a page if that would cost more than a quarter. A piece takes about 16 MiB
+        when it is multiplied, and is never larger than a layer.
         """
         group_size = group_size if bits < 16 else 0
         one = NeuronLayout(dtype, layers, neurons, width, parts, 1, ALIGNMENT, 1, bits, group_size)

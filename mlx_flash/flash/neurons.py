@@ -126,7 +126,7 @@ class NeuronSlots(Units):
         assert self.rows is not None, "a layer without slots cannot select"
         clock = self.shared.clock
         self._verify_file()
-        # The previous layer's outputs are evaluated by now, unless no call asked for them.
+        # The previous layer's output is evaluated by now, unless no call asked for it.
         self.shared.evaluate_guarded()
         clock.start()
         blocks = self._blocks_of(ids)
@@ -209,8 +209,8 @@ class NeuronSlots(Units):
     def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
         """Like `pieces`, with every part and without the slots.
 
-        The store has no checksums for slots that hold a part of a block. They are made here, of bytes that have just
-        been verified.
+        The store has checksums of whole blocks only. If slots hold a part of each block, the checksums of these parts
+        are made here, from bytes that have just been verified.
         """
         learnt = []
         for start, stop, rows in NeuronSlots(self.shared, self.layer, 0, self.layout.parts).pieces():

@@ -1,7 +1,7 @@
 """The bookkeeping of one layer's cache: which unit is in which slot. It holds no bytes.
 
-The paper (section 3.3) keeps the active rows contiguous and moves the tail into holes. Here a unit stays in its slot
-until another unit takes it, and the layer gathers by slot number. Nothing is ever moved.
+The paper (LLM in a flash, section 3.3) keeps the active rows contiguous and moves the tail into holes. Here a unit
+stays in its slot until another unit takes it, and the layer gathers by slot number. Nothing is ever moved.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def available_memory_bytes() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """`available_memory_bytes`, on Metal at most what Metal recommends. It would swap or refuse more than that."""
+    """`available_memory_bytes`, on Metal at most what Metal recommends: more would be swapped or refused."""
     available = available_memory_bytes()
     if mx.default_device() == mx.cpu:
         return available

@@ -4,7 +4,7 @@ MLX's CPU backend computes every (token, expert) pair by itself, whatever else i
 the pairs therefore has mlx-lm's bits. The Metal backend chooses among kernels that round differently, by the number of
 pairs in a call and by the number of matrices in the weight array. Here both depend on the memory budget: the weight
 array is the slots, and a call holds the experts that were read together. On Metal, a prompt's products therefore go
-expert by expert. Each multiplies two plain matrices, whose shapes depend on the prompt alone (docs/metal.md).
+expert by expert. Each product has two plain matrices, whose shapes depend on the prompt alone (docs/metal.md).
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ class ExactPredictor:
 
 
 class LowRankPredictor:
-    """The paper's predictor (section 3.1): two thin layers. a: (D, r), b: (r, F), c: (F,). A neuron is selected if
+    """The predictor of the paper (LLM in a flash, section 3.1): two thin layers. a: (D, r), b: (r, F), c: (F,).
+
+    A neuron is selected if
 
         x a b + c > threshold
 

@@ -91,7 +91,7 @@ def build(
 
 
 def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype) -> None:
-    """Reads, verifies and widens tensor by tensor, the largest first, so that no copy exists beside all of them.
+    """Reads, verifies and widens tensor by tensor, the largest first, so that there is never a second copy of them all.
 
     Quantised matrices stay packed where their products are fast. On the CPU backend, the matrices that tokens are
     multiplied with are laid out input by input, which is faster: the output matrix of OPT-1.3B takes 27 ms instead of

@@ -140,7 +140,7 @@ class Mixture:
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
             parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
-        trial, leads = LookAheadTrial(guessing=False), True  # short texts may not gain by guesses
+        trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for useless guesses
         for path, following in pairwise(self.switches):
             (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)
             if (router := router_of(beside, next_name)) is not None:
@@ -322,7 +322,7 @@ def _check_scales(folder: Path, model: nn.Module, weights: dict[str, mx.array]) 
 
 
 def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | None:
-    """The quantisation, if it is not MLX's own, for the error in case that mlx-lm cannot read it; otherwise None.
+    """The kind of quantisation if it is not MLX's own, else None. The error names it if mlx-lm cannot read it.
 
     Raises UnsupportedModelError for a quantisation whose experts mlx-lm unpacks or packs anew while it loads,
     CheckpointError for one that config.json describes wrongly.

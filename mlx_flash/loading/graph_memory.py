@@ -130,7 +130,7 @@ class _Stored:
 
 
 def peak_bytes(graph: Graph, evaluations: Sequence[Evaluation], held: Sequence[Array], drops_late: bool) -> int:
-    """The most bytes that `held` and the arrays that are made take at once.
+    """The most bytes that `held` and the arrays made by the operations take at once.
 
     held: inputs that are in memory before, and that nothing else keeps. Inputs that are neither held nor brought do not
     count, because they are resident anyway. drops_late: whether arrays are dropped only at the end of an evaluation, as

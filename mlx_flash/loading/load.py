@@ -86,12 +86,12 @@ def plan(
     """
     given = replace(_options(options, fields), verify=False)  # verify would make checksums
     with _planned(path, given, say, prepare=False) as planned:
-        BUFFER_CACHE.release()  # here, because no model will be loaded and closed
+        BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
         return planned.plan
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
-    """The valid options that were given either way. Raises TypeError or UsageError."""
+    """`options`, or those made from `fields`, after a check. Raises TypeError or UsageError."""
     if options is not None and (fields or not isinstance(options, LoadOptions)):
         raise TypeError("expected either a LoadOptions or its fields, by name")
     given = LoadOptions(**fields) if options is None else options

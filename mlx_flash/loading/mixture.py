@@ -202,7 +202,7 @@ def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[s
 
 
 def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
-    """The error for a parameter that could not be read. It names its tensor, or the first one that cannot be read."""
+    """The error for a parameter that cannot be read. It names the parameter's tensor, or the first unreadable one."""
     of_experts = mixture.of_experts
     wanted = mixture.sources.get(parameter)
     known: list[tuple[Path, str]] = []

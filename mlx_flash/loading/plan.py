@@ -14,7 +14,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
-ENDLESS = 2**62  # bytes; a budget without a limit, in effect
+ENDLESS = 2**62  # bytes; in effect no limit
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 
 
@@ -128,9 +128,9 @@ class Plan:
         lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
         if (wanted := self.total - self.demand.process) > self.free:
             lines.append(
-                f"note: {wanted / 1e9:.2f} GB of this are not taken yet, but {self.free / 1e9:.2f} GB are free, so the "
-                "system will have to swap. Close other programs, or choose a smaller --memory (without it, the budget "
-                "fits the free memory)."
+                f"note: {wanted / 1e9:.2f} GB of this are not allocated yet, but only {self.free / 1e9:.2f} GB are "
+                "free, so the system will have to swap. Close other programs, or choose a smaller --memory (without "
+                "it, the budget is a share of the free memory)."
             )
         return "\n".join(["memory plan", *lines])
 

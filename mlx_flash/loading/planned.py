@@ -10,7 +10,10 @@ from .plan import Plan
 
 
 class Planned(NamedTuple):
-    """A model that is ready to be loaded. build: loads the weights and returns the model; its argument gets notes."""
+    """A model that is ready to be loaded.
+
+    build: loads the weights and returns the model; it passes notes to the function that it is called with.
+    """
 
     plan: Plan
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""The memory that a process takes beside weights and slots, and that streamed layers take, always or in a step."""
+"""The memory that a process takes beside weights and slots, and that streamed layers take during a step."""
 
 from __future__ import annotations
 

@@ -73,9 +73,10 @@ class FusedAttention(nn.Module):
 
 
 def alibi_slopes(heads: int) -> mx.array:
-    """The slopes of H heads, bfloat16 (H,), where n is the largest power of two up to H.
+    """The slopes of H heads, bfloat16 (H,).
 
-    The first n are 2^(-8 i / n) for i = 1 to n. The others are every second slope of 2n heads.
+    With n the largest power of two up to H, the first n slopes are 2^(-8 i / n) for i = 1 to n. The others are every
+    second slope of 2n heads.
     """
     n = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]

@@ -45,7 +45,7 @@ class Model(InParts, nemotron.Model):
 
     @property
     def ffn_norms(self) -> list[nn.Module]:
-        """The norm whose output each layer's FFN takes, as a LayerNorm with the same weight plus one."""
+        """The norm whose output each layer's FFN takes, as a LayerNorm with its weight plus one."""
         return [_plain(layer.post_attention_layernorm) for layer in self.layers]
 
 

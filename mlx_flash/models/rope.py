@@ -31,7 +31,7 @@ class RopeArgs(BaseModelArgs):
         return super().from_dict(flat)
 
     def refuse_rope_scaling(self) -> None:
-        """Raises ValueError for a rope_scaling; for models that would ignore it."""
+        """Raises ValueError for a rope_scaling, which the model would ignore."""
         scaling: Any = getattr(self, "rope_scaling", None)
         if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
             raise ValueError(f"rope_scaling is {scaling}, which is not supported for this model type: expected none")

@@ -138,7 +138,7 @@ def test_mlx_reads_the_header_that_was_checked(own_store: Path, monkeypatch: pyt
         return real(name)
 
     monkeypatch.setattr(mx, "load", another)
-    with pytest.raises(CorruptStoreError, match="is not what its checksum belongs to"):
+    with pytest.raises(CorruptStoreError, match="is not the one that its checksum belongs to"):
         StoredTensors(path, sums)
 
 
@@ -379,7 +379,7 @@ def test_experts_that_are_changed_in_place_are_refused(
         return result
 
     monkeypatch.setattr(mixtral.Model, "sanitize", scaling)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*switch_mlp\.up_proj.* do not lie in the checkpoint"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*switch_mlp\.up_proj.* are not stored in the form"):
         open_mixture(folder)
 
 

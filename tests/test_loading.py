@@ -202,7 +202,7 @@ def test_a_damaged_header(own_store: Path, name: str) -> None:
     ("change", "message"),
     [
         (lambda text: "{" + text, "config.json"),
-        (lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "speaks of 3 layers, .* of 2"),
+        (lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "has 3 layers, .* has 2"),
         (lambda text: text.replace('"num_attention_heads": 4', '"num_attention_heads": 5'), "not a multiple"),
         (lambda text: text.replace("hidden_size", "hidden"), "config.json"),
     ],

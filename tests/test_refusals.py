@@ -182,7 +182,7 @@ def test_another_activation_than_the_model_s(own_store: Path, open_model: Any, a
 def test_other_parts_than_the_model_s(tiny_of: Any, tmp_path: Path, open_model: Any) -> None:
     folder = shutil.copytree(tiny_of("gated 8 bits").store, tmp_path / "store")
     change_manifest(folder, layout=replace(read_manifest(folder).layout, parts=("up", "down")))
-    with pytest.raises(CorruptStoreError, match="speaks of an FFN"):
+    with pytest.raises(CorruptStoreError, match="has an FFN"):
         open_model(folder)
 
 

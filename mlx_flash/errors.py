@@ -2,6 +2,25 @@
 
 Each message is one or two sentences: what was found, what was expected, what to do. A command prints the message and
 exits with the class's `exit_code`.
+
+    FlashError
+    ├── UsageError
+    │   └── BudgetError
+    ├── StoreError
+    │   ├── NotAStoreError
+    │   ├── NewerFormatError
+    │   ├── OlderFormatError
+    │   ├── TruncatedStoreError
+    │   ├── CorruptStoreError
+    │   └── MissingTensorError
+    ├── CheckpointError
+    │   ├── UnsupportedModelError
+    │   └── TokenizerError
+    ├── ChatTemplateError
+    │   └── ChatTemplateFailure
+    ├── ReadError
+    └── ConversionError
+        └── NoSpaceError
 """
 
 from __future__ import annotations
@@ -20,15 +39,24 @@ class UsageError(FlashError):
 
 
 class BudgetError(UsageError):
-    """A memory budget that is too small; `smallest_bytes` is the smallest one that works."""
+    """A memory budget that is too small; `smallest_bytes` is the smallest one that works.
 
-    def __init__(self, message: str, smallest_bytes: int) -> None:
+    `full_bytes`, `units_bytes` and `bytes_for` are deprecated: `mlx_flash.plan` has `everything` and `bytes_for`.
+    """
+
+    def __init__(self, message: str, smallest_bytes: int, full_bytes: int = 0, units_bytes: int = 0) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+        self.full_bytes = full_bytes
+        self.units_bytes = units_bytes
 
-    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int]]:
+    def bytes_for(self, share: float) -> int:
+        """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
+        return max(self.smallest_bytes, self.full_bytes - int((1 - share) * self.units_bytes))
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int, int]]:
         # Pickling an Exception calls the class with the message alone.
-        return type(self), (str(self), self.smallest_bytes)
+        return type(self), (str(self), self.smallest_bytes, self.full_bytes, self.units_bytes)
 
 
 class StoreError(FlashError):

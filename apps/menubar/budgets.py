@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 GB = 10**9
 FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose plan cannot be made yet
-SHARES = (
-    (0.25, "a quarter of the {units} in memory"),
-    (0.5, "half of the {units} in memory"),
-)
-ALL = "all {units} in memory"
+NOTES = {
+    "25%": "a quarter of the {units} in memory",
+    "50%": "half of the {units} in memory",
+    "smallest": "the smallest",
+    "100%": "all {units} in memory",
+}
 SERVER_BYTES = 10_000_000  # The server may be this much larger than the process of the plan: threads, buffers.
 
 
@@ -80,9 +81,8 @@ def ask_plan(model: str | None) -> list[Budget]:
 
 def points(plan: Plan, units: str) -> list[Budget]:
     """The smallest budget, and those for some shares of the units in memory. For equal sizes, the last note counts."""
-    notes = {_rounded_up(plan.bytes_for(share)): note.format(units=units) for share, note in SHARES}
-    notes[_rounded_up(plan.smallest)] = "the smallest"
-    notes[_rounded_up(plan.everything)] = ALL.format(units=units)
+    sizes = plan.budgets()
+    notes = {_rounded_up(sizes[name]): note.format(units=units) for name, note in NOTES.items()}
     return [Budget(size, note) for size, note in sorted(notes.items())]
 
 

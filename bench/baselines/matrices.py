@@ -132,7 +132,7 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
             if len(raw) < layout.blocks * layout.block_bytes:
                 raise ReadError(
                     f"{neurons_file} ends within layer {layer}: it was cut while it was in use. "
-                    "Leave a store's files alone while a model runs; start again."
+                    "Do not change the files of a store while a model runs. Start again."
                 )
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):

@@ -9,8 +9,6 @@ from .model_arguments import add_model_arguments, options_of
 from .run import run_command
 from .terminal import say
 
-SHARES = (0.25, 0.5)
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -27,8 +25,7 @@ def main(arguments: argparse.Namespace) -> None:
     from ..loading.load import plan
 
     made = plan(arguments.model, options_of(arguments), say=say)
-    points = {"smallest": made.smallest} | {f"{share:.0%}": made.bytes_for(share) for share in SHARES}
-    points["100%"] = made.everything
+    points = made.budgets()
     if arguments.json:
         print(json.dumps({**made.as_dict(), "context": made.context, "slot_share": made.slot_share, "budgets": points}))
         return

@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise FlashError(
             f"The compiled {path.name} is missing or cannot be used ({error}). "
-            "Reinstall mlx-flash-runtime where a C compiler is at hand (xcode-select --install on a Mac)."
+            "Install a C compiler (xcode-select --install on a Mac) and reinstall mlx-flash-runtime."
         ) from None
     return library
 

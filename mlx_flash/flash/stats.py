@@ -21,6 +21,16 @@ class Counters:
     manage_s: float = 0.0  # time spent on ids, maps and slots
     total_s: float = 0.0  # time of whole calls of the model
 
+    @property
+    def early(self) -> int:
+        """The deprecated name of `prefetched_used`."""
+        return self.prefetched_used
+
+    @property
+    def vain(self) -> int:
+        """The deprecated name of `prefetched_unused`."""
+        return self.prefetched_unused
+
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 

@@ -11,6 +11,7 @@ from ..errors import BudgetError, UsageError
 from ..flash.files import NeuronLayout
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SHARES = (0.25, 0.5)  # of the units, for the budgets that a plan proposes
 FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
@@ -98,6 +99,11 @@ class Plan:
         """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
         units = self.units.layers * self.units.per_layer * self.slot_bytes
         return max(self.smallest, self.everything - int((1 - share) * units))
+
+    def budgets(self) -> dict[str, int]:
+        """Budgets worth a choice, in bytes: the smallest, and those with a share of the units in memory ("25%")."""
+        shares = {f"{share:.0%}": self.bytes_for(share) for share in SHARES}
+        return {"smallest": self.smallest, **shares, "100%": self.everything}
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by kind, as `--json` prints them."""
@@ -216,6 +222,7 @@ def plan_for_budget(
         most = budget
     # Rounded up, so that the figure can be typed back and suffices in another process.
     smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
+    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
     if smallest > most:
         if smallest - demand.kv_cache <= most:
             found += ", or lower --context"
@@ -225,8 +232,9 @@ def plan_for_budget(
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
             f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
+            at_most,
+            units.layers * units.per_layer * slot_bytes,
         )
     total = (budget - demand.total) // slot_bytes
     slots = distribute_slots(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
     return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..defaults import STORED_PREDICTORS
 from ..errors import CorruptStoreError, UsageError
-from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, read_manifest
+from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, NeuronLayout, read_manifest
 from ..flash.plain_files import reading
 from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
 from ..layers.activations import Activation
@@ -24,7 +24,7 @@ from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer
 from . import dense
 from .config import read_config
-from .memory_needs import Call, needs_of
+from .memory_needs import Call, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
@@ -153,30 +153,50 @@ def _plan(
             f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
             "Convert the checkpoint again."
         ) from None
-    offset, slot_bytes = layout.part_range(parts)
-    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
+    at_load = 0
     if kind == "exact":
         matrix = layout.neurons * layout.width * dtype.size
         predictor_bytes = layout.layers * matrix
         # The last matrix is concatenated from its pieces.
-        computing = max(computing, matrix + need(Call(0, layout.width, dtype.size, 1)) - needs.kv_cache)
+        at_load = matrix + need(Call(0, layout.width, dtype.size, 1))
     else:
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
-    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # sums of blocks and of the slots' parts
-    demand = Demand(
-        process=process_bytes(),
-        resident=sum(sizes),
-        predictors=predictor_bytes,
-        kv_cache=needs.kv_cache,
-        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
-    )
+    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, at_load)
+    slot_bytes = layout.part_range(parts)[1]
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
     return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
+
+
+def demand_of(
+    layout: NeuronLayout,
+    parts: tuple[str, ...],
+    resident: Sequence[int],
+    predictors: int,
+    needs: Needs,
+    threads: int,
+    at_load: int = 0,
+) -> Demand:
+    """The memory that a store's model needs apart from its slots.
+
+    parts: kept in slots. resident: bytes of each resident tensor, as it is in memory. predictors: bytes of all of them.
+    threads: of the reader. at_load: bytes that loading needs at most beside what stays.
+    """
+    offset, slot_bytes = layout.part_range(parts)
+    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
+    # The KV cache is empty while the model is loaded, and the predictors come last.
+    loading = max(at_load, loading_excess_bytes(resident) - predictors) - needs.kv_cache
+    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # sums of blocks and of the slots' parts
+    return Demand(
+        process=process_bytes(),
+        resident=sum(resident),
+        predictors=predictors,
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
+    )
 
 
 def _notes(manifest: Manifest, kind: str) -> PlanNotes:

@@ -1,1 +1,1 @@
-"""Programs with a window, around the runtime."""
+"""Programs with windows that use the runtime."""

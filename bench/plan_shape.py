@@ -16,12 +16,13 @@ from mlx_flash.convert.conversion import DECODE_TOKENS
 from mlx_flash.convert.fitting import shadow_bytes
 from mlx_flash.convert.resident import ResidentTensors
 from mlx_flash.convert.store_plan import RESIDENT_GROUP, Settings
-from mlx_flash.defaults import BITS, CONTEXT
+from mlx_flash.defaults import BITS, CONTEXT, THREADS
 from mlx_flash.flash.files import NeuronLayout
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.model_types import family_of, model_classes
-from mlx_flash.loading.plan import MLX_CACHE_BYTES, Demand, PlanNotes, make_plan, parse_memory
-from mlx_flash.loading.streaming_needs import neurons_need, process_bytes, scratch_bytes
+from mlx_flash.loading.plan import PlanNotes, make_plan, parse_memory
+from mlx_flash.loading.store import demand_of
+from mlx_flash.loading.streaming_needs import neurons_need
 
 from .synthetic.opt_checkpoint import SHAPES, opt_config
 
@@ -55,13 +56,9 @@ def main(arguments: argparse.Namespace) -> None:
     need = neurons_need(layout, DECODE_TOKENS)
     layers_of = [(layer, "mlp", need) for layer in model.layers]
     needs = needs_of(model, layers_of, context, getattr(mx, DTYPE), as_on_metal=True)
-    demand = Demand(
-        process=process_bytes(),
-        resident=resident_bytes(config, arguments.resident_bits),
-        predictors=shadow_bytes(layout, Settings().shadow_bits),
-        kv_cache=needs.kv_cache,
-        workspace=scratch_bytes(layout) + MLX_CACHE_BYTES + needs.workspace,
-    )
+    sizes = resident_sizes(config, arguments.resident_bits)
+    predictors = shadow_bytes(layout, Settings().shadow_bits)
+    demand = demand_of(layout, layout.parts, sizes, predictors, needs, THREADS)
     resident = f", {arguments.resident_bits} bits" if arguments.resident_bits < 16 else ""
     slots = f", {layout.bits} bits" if layout.quantised else ""
     notes = PlanNotes(PlanNotes().resident + resident, "shadow", slots)
@@ -72,6 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(plan.describe())
     store_bytes = layout.file_bytes + demand.resident + demand.predictors
     print(f"store on disk: {store_bytes / 1e9:.2f} GB; one read: {slot_bytes} bytes")
+    budgets = plan.budgets()
+    print("budgets: " + ", ".join(f"{name} {-(-size // 10**6)} MB" for name, size in budgets.items()))
     keys = ("command", "shape", "bits", "resident_bits", "context")
     print(
         json.dumps(
@@ -81,13 +80,14 @@ def main(arguments: argparse.Namespace) -> None:
                 "slot_share": plan.slot_share,
                 "slot_bytes": slot_bytes,
                 "store_bytes": store_bytes,
+                "budgets": budgets,
             }
         )
     )
 
 
-def resident_bytes(config: dict[str, Any], bits: int) -> int:
-    """The size of such a store's `model.safetensors`, in DTYPE or quantised."""
+def resident_sizes(config: dict[str, Any], bits: int) -> list[int]:
+    """The bytes of each tensor in the `model.safetensors` of such a model's store, in DTYPE or quantised."""
     model = _empty_model(config)
     parameters: Any = tree_flatten(model.parameters())
     family = family_of(config, config["model_type"])
@@ -95,7 +95,7 @@ def resident_bytes(config: dict[str, Any], bits: int) -> int:
     tensors = {name: (name, value.shape) for name, value in parameters if name not in streamed}
     group = RESIDENT_GROUP if bits < 16 else 0
     resident = ResidentTensors(model, tensors, bits, group, getattr(mx, DTYPE), load=_nothing)
-    return sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in resident.entries())
+    return [int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in resident.entries()]
 
 
 def _empty_model(config: dict[str, Any]) -> Any:

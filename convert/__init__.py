@@ -1,1 +1,1 @@
-"""Checkpoint -> store. The format is written down in FORMAT.md beside this file."""
+"""Converts a checkpoint into a store. FORMAT.md, beside this file, specifies the format."""

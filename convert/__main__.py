@@ -1,4 +1,4 @@
-"""python -m mlx_flash.convert: makes a store out of a checkpoint."""
+"""python -m mlx_flash.convert: converts a checkpoint into a store."""
 
 from __future__ import annotations
 
@@ -19,39 +19,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("convert"),
         description="Converts a Hugging Face checkpoint into a store that mlx_flash streams from. "
-        "An interrupted conversion goes on where it was when the same command is run again.",
+        "An interrupted conversion continues when the same command is run again.",
     )
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
     parser.add_argument("--revision", help=REVISION_HELP)
-    parser.add_argument("--output", required=True, type=Path, help="folder to make; it must not exist yet")
-    parser.add_argument("--overwrite", action="store_true", help="replace the store that --output is already")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to store (default: the checkpoint's own)")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the store; it must not exist yet")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing store at --output")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the stored numbers (default: the checkpoint's own)")
     for name, of, default in (
         ("--bits", "FFN weight on the SSD", "16, not quantised"),
         ("--resident-bits", "weight of the attention, the embeddings and the output matrix", "16, not quantised"),
     ):
         parser.add_argument(name, type=int, choices=BITS, default=16, help=f"bits per {of} (default: {default})")
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="plain text to calibrate predictors on (default: packaged)"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="plain text to calibrate predictors on (default: the packaged text)",
     )
     parser.add_argument(
         "--calibration-tokens",
         type=whole_number(LEAST_CALIBRATION_TOKENS, 10**7),
         default=CALIBRATION_TOKENS,
         metavar="N",
-        help="how much of it (default: %(default)s)",
+        help="number of calibration tokens to use (default: %(default)s)",
     )
     parser.add_argument(
         "--predictor-memory",
         metavar="SIZE",
-        help="what the low-rank predictors of all layers may take, such as 200MB (default: a tenth "
-        "of the FFN's bytes before --bits)",
+        help="memory for the low-rank predictors of all layers, such as 200MB (default: a tenth of the FFN's bytes "
+        "before --bits)",
     )
     parser.add_argument(
         "--predictor-from",
         metavar="DIR_OR_ID",
-        help="also import PowerInfer's predictors for this model, model_0.pt and so on, from a folder or a Hugging "
-        "Face repository; they become the default",
+        help="also import PowerInfer's predictors for this model (model_0.pt and so on) from a folder or a Hugging "
+        "Face repository; they become the default predictors",
     )
     add_lifeline_argument(parser)
     return parser
@@ -80,12 +83,12 @@ def main(arguments: argparse.Namespace) -> None:
         bits=arguments.bits,
         resident_bits=arguments.resident_bits,
     )
-    mx.set_cache_limit(MLX_CACHE_BYTES)  # freed buffers of one layer are no use to the next that does not fit them
+    mx.set_cache_limit(MLX_CACHE_BYTES)  # Freed buffers of one layer often do not fit the next, so keep few.
     try:
         manifest = convert(source, arguments.output, settings, arguments.overwrite)
     except KeyboardInterrupt:
-        kept = f"{arguments.output}.partial keeps what is done"
-        print(f"\nstopped: {kept}; run the same command again to go on", file=sys.stderr)
+        kept = f"{arguments.output}.partial keeps the finished part"
+        print(f"\nstopped: {kept}; run the same command again to continue", file=sys.stderr)
         raise
     layout = manifest.layout
     print(
@@ -101,7 +104,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _stored(manifest: Manifest) -> str:
-    """As "float16", or "float16, neurons in 4 bits, resident matrices in 8"."""
+    """The types in a store, such as "float16" or "float16, neurons in 4 bits, resident matrices in 8 bits"."""
     names = {"neurons": manifest.layout.bits, "resident matrices": manifest.resident_bits}
     return ", ".join([manifest.layout.dtype, *(f"{name} in {bits} bits" for name, bits in names.items() if bits < 16)])
 

@@ -1,4 +1,4 @@
-"""Running calibration text through a model layer by layer, one layer's weights in memory at a time."""
+"""Runs calibration text through a model layer by layer, with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_flash.layers.activations import Activation
 from .numpy_matrix import HostLinear, NumpyMatrix, row_pieces
 
 SEQUENCE_TOKENS = 128
-BATCH_SEQUENCES = 8  # at once: a layer's weights are widened as often as there are batches
+BATCH_SEQUENCES = 8  # sequences at once; a layer's weights are converted to float32 once per batch
 
 Choose = Callable[[np.ndarray], np.ndarray]  # x (N, D) -> bool (N, F)
 
@@ -29,26 +29,26 @@ class PredictedPass:
     """A second pass over some sequences, in which each FFN uses only its predicted neurons."""
 
     hidden: list[mx.array]  # (B, T, D) each; changed in place
-    choose: Choose | None = None  # for the layer whose turn it is, then dropped; None: all neurons
+    choose: Choose | None = None  # predictor of the current layer, dropped after it; None: all neurons
 
 
 def calibration_sequences(token_ids: list[int], prefix: list[int], tokens: int, positions: int) -> np.ndarray:
     """Cuts text into sequences that each begin with `prefix` (the tokenizer's opening token).
 
-    Returns int32 (sequences, length): about `tokens` in all, fewer if the text is short, at least one sequence.
+    Returns int32 (sequences, length): about `tokens` tokens in all, fewer if the text is short; at least one sequence.
     """
     length = min(SEQUENCE_TOKENS, positions)
     body = length - len(prefix)
     count = max(1, min(tokens // length, len(token_ids) // body))
-    if len(token_ids) < body:  # a very short text: one short sequence
+    if len(token_ids) < body:  # A very short text becomes one short sequence.
         return np.array([prefix + token_ids], np.int32)
-    step = (len(token_ids) - body) // max(1, count - 1) if count > 1 else 0  # spread over the whole text
+    step = (len(token_ids) - body) // max(1, count - 1) if count > 1 else 0  # Spread them over the whole text.
     return np.array([prefix + token_ids[i * step : i * step + body] for i in range(count)], np.int32)
 
 
 @dataclass(frozen=True)
 class NumpyFFN:
-    """One layer's FFN for the host."""
+    """One layer's FFN, computed by NumPy on the host."""
 
     activation: Activation
     matrices: tuple[NumpyMatrix, ...]  # (F, D) each: up, or gate and up
@@ -64,14 +64,14 @@ class NumpyFFN:
 
 
 class _Recorder:
-    """Stands where the FFN stood: keeps its input, computes it on the host."""
+    """Replaces a layer's FFN: records its inputs, and computes it on the host."""
 
     def __init__(self, ffn: NumpyFFN) -> None:
         self.ffn = ffn
         self.inputs: list[np.ndarray] = []
         self.scores: list[np.ndarray] = []
         self.recording = True
-        self.choose: Choose | None = None  # who computes; None: all
+        self.choose: Choose | None = None  # chooses the neurons that compute; None: all
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = to_numpy(x, np.float32).reshape(-1, x.shape[-1])
@@ -88,7 +88,7 @@ class _Recorder:
 
 
 def join(parts: list[np.ndarray]) -> np.ndarray:
-    """The rows of all parts, (n, C) each. Empties the list on the way: no row is in memory twice for long."""
+    """Concatenates the rows of all parts, (n, C) each. Empties the list meanwhile, so that no row stays twice."""
     result = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
     end = len(result)
     while parts:
@@ -99,7 +99,7 @@ def join(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def embed(model: Any, sequences: np.ndarray) -> list[mx.array]:
-    """What enters the first layer: (B, T, D) for each batch of the sequences (S, T)."""
+    """The inputs of the first layer: (B, T, D) for each batch of the sequences (S, T)."""
     batches = range(0, len(sequences), BATCH_SEQUENCES)
     hidden = [model.embed(mx.array(sequences[i : i + BATCH_SEQUENCES])) for i in batches]
     mx.eval(hidden)
@@ -112,11 +112,13 @@ def layer_activations(
     followings: list[PredictedPass],
     load_ffn: Callable[[int], NumpyFFN],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, NumpyFFN]]:
-    """For each layer in turn: (FFN inputs (N, D), scores (N, F) which are above 0 where a neuron is active, the FFN).
+    """Yields for each layer (FFN inputs (N, D), scores (N, F), FFN). A score above 0 means that a neuron is active.
 
-    float32; N = sequences x length, in order. hidden: what enters the first layer (`embed`), changed in place.
-    Who asks for a layer may set each following's `choose` before it asks for the next one.
-    The model's layers are consumed: each is dropped after its turn.
+    Arrays are float32; N = sequences x length, in order. hidden: the inputs of the first layer (`embed`), changed in
+    place. After each layer, the caller may set the `choose` of each PredictedPass before it asks for the next layer.
+
+    The model's layers are consumed: each one is dropped after use. Raises CheckpointError if a layer's output is not
+    finite.
     """
     for index in range(len(model.layers)):
         layer = model.layers[index]
@@ -125,15 +127,15 @@ def layer_activations(
         if mx.default_device() == mx.cpu:
             for name, module in list(layer.self_attn.items()):
                 if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-                    layer.self_attn[name] = HostLinear(module)  # as an item, so that `name in self_attn` still holds
+                    layer.self_attn[name] = HostLinear(module)  # Set as an item, so that `name in self_attn` is true.
         _advance(layer, hidden)
         if not all(mx.isfinite(batch).all().item() for batch in hidden):
             raise CheckpointError(
-                f"layer {index} makes numbers that are not finite of the calibration text. Is config.json the one of "
+                f"layer {index} gives numbers that are not finite on the calibration text. Does config.json belong to "
                 "these weights? Download the checkpoint again, or choose a wider --dtype."
             )
         recorder.recording = False
-        yield join(recorder.inputs), join(recorder.scores), recorder.ffn  # the first two not kept meanwhile
+        yield join(recorder.inputs), join(recorder.scores), recorder.ffn  # No reference to the first two is kept.
         for following in followings:
             recorder.choose, following.choose = following.choose, None
             _advance(layer, following.hidden)
@@ -149,10 +151,10 @@ def _advance(layer: Any, hidden: list[mx.array]) -> None:
 
 
 def perplexity(model: Any, hidden: mx.array, sequences: np.ndarray) -> float:
-    """Of all tokens but each sequence's first.
+    """The perplexity of all tokens except the first of each sequence.
 
-    hidden: (S, T, D), what left the last layer for the sequences (S, T). Logits are made for a few positions at a
-    time. The model's linear layers compute on the host from here on.
+    hidden: (S, T, D), the outputs of the last layer for the sequences (S, T). Logits are computed for a few positions
+    at a time. On the CPU, the model's linear layers are replaced by ones that compute in NumPy.
     """
     if mx.default_device() == mx.cpu:
         for _, module in list(model.named_modules()):

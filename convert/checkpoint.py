@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint one tensor at a time."""
+"""Reads a Hugging Face checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from mlx_flash.source.config_counts import count_problem
 from mlx_flash.source.model_kind import error_line
 from mlx_flash.source.quantisation import foreign_quantisation, mlx_settings
 
-# safetensors' names of types -> MLX's; others keep theirs.
+# Names of types in safetensors -> in MLX; other types keep their names.
 DTYPE_NAMES = {
     **{"BOOL": "bool_", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"},
     **{"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
     **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
 }
-ROWS_READ = (*DTYPES, "uint32")  # types of which a few rows are read without the rest
+ROWS_READ = (*DTYPES, "uint32")  # types whose rows can be read without the rest of the tensor
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is and what it is, known without reading it."""
+    """The location, shape and type of a tensor, known without reading it."""
 
     shard: Path
     shape: tuple[int, ...]
@@ -44,9 +44,10 @@ class Tensor:
 class Checkpoint:
     """A folder with `config.json` and `*.safetensors` (or, through torch, `pytorch_model*.bin`).
 
-    Nothing is read before it is asked for; `load` returns a tensor that nobody else holds. A matrix that mlx-lm
-    quantised is listed as what it stands for: one tensor, in the shape and type that it has unpacked.
-    Raises CheckpointError for what is missing or malformed, ReadError for what the disk cannot read.
+    Tensors are read only on request; `load` returns a tensor that nothing else refers to. A matrix that mlx-lm
+    quantised is listed as one tensor, with the shape and type that it has after unpacking.
+
+    Raises CheckpointError for missing or malformed files, ReadError for files that the disk cannot read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +73,7 @@ class Checkpoint:
             if shard not in self._headers:
                 self._headers[shard] = {}
                 try:
-                    lazily_loaded(shard)  # MLX reads fewer types than there are
+                    lazily_loaded(shard)  # raises an error for types that MLX cannot read
                 except ValueError as error:
                     raise malformed(shard, error) from None
             self._headers[shard][name] = entry
@@ -93,7 +94,7 @@ class Checkpoint:
         return found
 
     def _unpack(self, name: str) -> None:
-        """Lists a matrix that mlx-lm quantised in the place of its three parts."""
+        """Lists a matrix that mlx-lm quantised, in place of its three parts."""
         path, words, parts = name.removesuffix(".weight"), self._stored[name], companions(name)
         if not name.endswith(".weight") or not all(part in self._stored for part in parts):
             return
@@ -102,14 +103,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder} is quantised by MLX in a way that cannot be unpacked here: its config.json has no "
                 f'"quantization" with group_size, bits and the affine mode for {path}. Use the unquantised checkpoint, '
-                "or what `mlx_lm.convert --dequantize` makes of this one."
+                "or the output of `mlx_lm.convert --dequantize` for this one."
             )
         group_size, bits = settings
         shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
         if scales.shape != biases.shape or (*shape[:-1], shape[-1] * bits) != (*words.shape[:-1], words.shape[-1] * 32):
             raise CheckpointError(
-                f"{self.folder}: {name} has shape {words.shape}, its scales {scales.shape}, which are not {bits} bits "
-                f"in groups of {group_size}, as config.json says. Download the checkpoint again."
+                f"{self.folder}: {name} has shape {words.shape}, its scales {scales.shape}; expected {bits} bits in "
+                f"groups of {group_size}, as config.json says. Download the checkpoint again."
             )
         self._packed[name] = settings
         self.tensors[name] = Tensor(words.shard, shape, scales.dtype)
@@ -117,14 +118,14 @@ class Checkpoint:
             del self.tensors[part]
 
     def foreign_quantisation(self) -> str | None:
-        """What packed the numbers in a way that cannot be read here, such as "GPTQ, 4 bits"; None for plain ones."""
+        """The format of packed numbers that cannot be read here, such as "GPTQ, 4 bits"; None for readable ones."""
         dtype_of = {name: tensor.dtype for name, tensor in self.tensors.items()}
         return foreign_quantisation(self.config, files_in(self.folder), dtype_of)
 
     def load(self, name: str, begin: int = 0, end: int | None = None) -> mx.array:
-        """The tensor, or rows begin to end of it; of those files only these are read.
+        """The tensor, or its rows begin to end. Only these rows are read, if the file's format allows it.
 
-        Raises ReadError for the disk's errors, CheckpointError for a file that is not what it was.
+        Raises ReadError for errors of the disk, CheckpointError for a file that has changed or is malformed.
         """
         if name not in self._packed:
             return self._load_stored(name, begin, end)
@@ -152,14 +153,15 @@ class Checkpoint:
         except (RuntimeError, TypeError, ValueError, OSError, EOFError) as error:
             entry = self._headers.get(shard, {}).get(name)
             whole_file = entry is None or shard.stat().st_size >= entry.end
-            if whole_file and isinstance(error, (RuntimeError, OSError)):  # MLX's, which names nothing, or the system's
+            # From MLX, whose message names no file, or from the system.
+            if whole_file and isinstance(error, (RuntimeError, OSError)):
                 raise unreadable(shard, error, f"tensor {name}") from None
             text = reason_of(error)
             raise CheckpointError(f"{shard}: tensor {name} cannot be read ({text}). Download it again.") from None
         return tensor
 
     def files(self) -> dict[str, Any]:
-        """What identifies the weights: per file its size and a checksum of its first MiB (header and names)."""
+        """The identity of the weights: for each file, its size and the SHA-256 of its first MiB (header and names)."""
         result = {}
         for shard in self.shards:
             with reading(shard), shard.open("rb") as file:
@@ -188,22 +190,24 @@ def _open_bin(shard: Path) -> dict[str, Any]:
         ) from None
     try:
         tensors = torch.load(shard, mmap=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises a dozen kinds for a damaged file.
         text = str(error)
         if wanted := re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", text):
-            # Its own sentence also says how to load the file all the same.
+            # torch's own message also explains how to load the file nevertheless, so it is not shown.
             raise CheckpointError(
                 f"{shard} holds more than tensors: reading it would call {wanted[1]}, which was not done. Do not use "
                 "this file; look for a checkpoint with *.safetensors."
             ) from None
         if "_use_new_zipfile_serialization" in text:
             raise CheckpointError(
-                f"{shard} is in the format of PyTorch before 1.6, which cannot be read a tensor at a time. Load and "
+                f"{shard} is in the format of PyTorch before 1.6, which cannot be read one tensor at a time. Load and "
                 "save it with a newer torch (torch.load with weights_only=True, torch.save), or use *.safetensors."
             ) from None
         raise CheckpointError(f"{shard} cannot be read by torch: {error}. Download it again.") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{shard} holds something else than named tensors. Expected a model's weights.")
+        raise CheckpointError(
+            f"{shard} does not hold named tensors; expected a model's weights. Download the checkpoint again."
+        )
     return tensors
 
 

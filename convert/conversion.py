@@ -1,4 +1,4 @@
-"""The conversion: a checkpoint in, a store out; resumable, and the same bytes every time."""
+"""Converts a checkpoint into a store. A conversion can be resumed, and always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
 
 DECODE_TOKENS = 8
-MAX_DENSITY = 0.85  # a layer whose predictor chooses more uses all its neurons (bench/results/density.md)
-DIGITS = 5  # of the shares in the manifest
+MAX_DENSITY = 0.85  # A layer whose predictor chooses more uses all its neurons (bench/results/density.md).
+DIGITS = 5  # decimal digits of the shares in the manifest
 SPARE_BYTES = 64 << 20
-AGAIN = "The disk, or the memory, of this machine is not sound. Run the same command again: it writes the file anew."
+AGAIN = "The disk or the memory of this machine may be faulty. Run the same command again: it rewrites the file."
 
 
 def convert(
@@ -58,27 +58,28 @@ def convert(
     overwrite: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> Manifest:
-    """Converts the checkpoint in `source` into the store `output`; `overwrite` replaces a store that is there.
+    """Converts the checkpoint in `source` into the store `output`. Returns the store's manifest.
 
-    Everything is written into `output` + ".partial" beside it, which a later run goes on with, and renamed when
-    it is whole; until then a store that was there stays. `seconds` is told how long each kind of predictor took
-    to make, which depends on the machine and is therefore not in the store.
+    Everything is written into the folder `output` + ".partial" beside it, which is renamed when it is complete. A later
+    run continues an unfinished one. An old store stays until then.
 
-    Raises CheckpointError, UnsupportedModelError, UsageError (the output is there already), NoSpaceError or
-    ConversionError.
+    overwrite: replace an existing store. seconds: receives the time in seconds that each kind of predictor took.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError (the output exists), NoSpaceError or ConversionError.
     """
     if is_our_store(source):
-        raise UsageError(f"{source} is a store already. Run it, or give the checkpoint that it was made from.")
+        raise UsageError(f"{source} is already a store. Run it, or give the checkpoint that it was made from.")
     checkpoint = Checkpoint(source)
     family = family_of(checkpoint.config, source)
     activation = activation_of(checkpoint.config, source)
-    # What a store could not be run with is refused before the work.
+    # Refuse files that would make the store unusable before the work begins.
     vocabulary = vocabulary_of(checkpoint.config)
     check_end_tokens(source / "config.json", checkpoint.config, vocabulary)
     read_generation_config(source, vocabulary)
     if not Path(os.path.realpath(output)).name:
         raise UsageError(f"--output {output} is the root of the file system. Choose a folder.")
-    output = Path(os.path.realpath(output))  # a link stays a link, and the partial folder is on the disk it leads to
+    # Resolved, so that a link stays a link and the partial folder is on the disk that it leads to.
+    output = Path(os.path.realpath(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{output}.lock").acquire(timeout=0) as lock:
@@ -87,28 +88,28 @@ def convert(
                 refuse_to_replace(output, source, overwrite)
                 told = {} if seconds is None else seconds
                 return _Conversion(StorePlan(checkpoint, family, activation, settings), output, told).run()
-            finally:  # while it is held: who opened it meanwhile sees that it is gone, and tries again
+            finally:  # Remove it while it is held: a process that opened it meanwhile notices that, and tries again.
                 with contextlib.suppress(OSError):
                     os.unlink(lock.lock_file)
     except Timeout:
-        if not Path(f"{output}.lock").exists():  # filelock tries again and again where no file can be made
+        if not Path(f"{output}.lock").exists():  # filelock retries until its timeout if it cannot make the file.
             raise ConversionError(
-                f"cannot write {output}: its folder takes no files. Choose an --output elsewhere."
+                f"cannot write {output}: no file can be made in its folder. Choose an --output elsewhere."
             ) from None
         raise ConversionError(f"another process is converting into {output}. Wait for it, or stop it.") from None
-    except (StoreError, ReadError) as error:  # of the partial folder, or of a file of the checkpoint
+    except (StoreError, ReadError) as error:  # in the partial folder, or in a file of the checkpoint
         raise ConversionError(str(error)) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
-                f"the disk of {output} is full. What was written is kept in {output}.partial: make room and run the "
-                "same command again to go on, or remove that folder."
+                f"the disk of {output} is full. The finished part is kept in {output}.partial. Make room and run the "
+                "same command again to continue, or remove that folder."
             ) from None
         if not os.path.lexists(f"{output}.partial"):
             raise ConversionError(f"cannot write {output}: {error}. Choose an --output elsewhere.") from None
         raise ConversionError(
-            f"cannot write {output}: {error}. What was written is kept: once that is mended, run the same command "
-            "again to go on."
+            f"cannot write {output}: {error}. The finished part is kept. Fix the problem, then run the same command "
+            "again to continue."
         ) from None
 
 
@@ -116,8 +117,8 @@ class _Conversion:
     def __init__(self, outline: StorePlan, output: Path, seconds: dict[str, float]) -> None:
         self.outline, self.output, self.seconds = outline, output, seconds
         self.partial = output.with_name(output.name + ".partial")
-        self.lowrank_left = outline.lowrank_memory  # for the layers whose turn is still to come
-        self.written: WrittenSums  # of the partial folder, once it is claimed
+        self.lowrank_left = outline.lowrank_memory  # bytes left for the remaining layers
+        self.written: WrittenSums  # checksums of the partial folder, once it is claimed
         self.small_files: dict[str, str] = {}  # configuration, tokenizer: name -> SHA-256
 
     # -- the steps ------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class _Conversion:
         sequences = self._calibration_sequences()
         self._claim_partial_folder()
         self.written = WrittenSums(self.partial)
-        if is_store(self.partial):  # all that was missing is the last renames
+        if is_store(self.partial):  # Only the last renames are missing.
             try:
                 manifest = read_manifest(self.partial)
             except StoreError:
@@ -163,7 +164,7 @@ class _Conversion:
         return manifest
 
     def _claim_partial_folder(self) -> None:
-        """Goes on with a partial conversion of the same input, or begins anew."""
+        """Continues a partial conversion of the same input, or starts a new one."""
         text = self._calibration_text()
         key = {
             "mlx_flash": __version__,
@@ -192,14 +193,14 @@ class _Conversion:
         with reading(record):
             is_same = record.is_file() and record.read_bytes() == wanted
         if is_same:
-            tqdm.write(f"going on with the conversion in {self.partial}", file=sys.stderr)
+            tqdm.write(f"continuing the conversion in {self.partial}", file=sys.stderr)
             return
         if self.partial.exists():
             present = sorted(self.partial.iterdir(), key=lambda path: path == record)
             if present and present[-1] != record:
                 raise UsageError(f"{self.partial} is not left over from a conversion (no {RECORD}). Move it away.")
-            tqdm.write(f"note: {self.partial} was made of another input: beginning anew", file=sys.stderr)
-            for path in present:  # the record last, so that a kill leaves what this function knows
+            tqdm.write(f"note: {self.partial} belongs to another input; starting again", file=sys.stderr)
+            for path in present:  # The record goes last, so that after a kill this function still knows the folder.
                 path.unlink()
         self.partial.mkdir(exist_ok=True)
         record.write_bytes(wanted)
@@ -216,7 +217,7 @@ class _Conversion:
             )
 
     def _small_files(self) -> list[Path]:
-        """Configuration, tokenizer and generation settings."""
+        """The files with configuration, tokenizer and generation settings."""
         folder = self.outline.checkpoint.folder
         names = [name for name in small_files(files_in(folder)) if name != MANIFEST and not _is_work_file(name)]
         return [folder / name for name in names]
@@ -229,12 +230,12 @@ class _Conversion:
             (self.partial / path.name).write_bytes(content)
 
     def _compare(self, path: Path, _: object, content: bytes) -> None:
-        """Raises ConversionError if a small file of the checkpoint is not as it was when the conversion began."""
+        """Raises ConversionError if a small file of the checkpoint has changed since the conversion began."""
         if hashlib.sha256(content).hexdigest() != self.small_files.get(path.name):
-            raise ConversionError(f"{path} was changed meanwhile. Run the same command again.")
+            raise ConversionError(f"{path} changed during the conversion. Run the same command again.")
 
     def _is_finished(self, path: Path) -> bool:
-        """Whether a file of the partial folder is there and holds what was written into it. Raises ReadError."""
+        """Whether a file of the partial folder exists and holds exactly what was written. Raises ReadError."""
         if (sums := self.written.of(path.name)) is None or not path.exists():
             return False
         try:
@@ -244,9 +245,9 @@ class _Conversion:
             return False
 
     def _open(self, path: Path) -> StoredTensors:
-        """A file that was written into the partial folder. Raises ConversionError if it is not there any more."""
+        """Opens a file that was written into the partial folder. Raises ConversionError if it is gone."""
         if (sums := self.written.of(path.name)) is None or not path.exists():
-            raise ConversionError(f"{path} vanished or was changed meanwhile. Run the same command again.")
+            raise ConversionError(f"{path} vanished or changed during the conversion. Run the same command again.")
         return StoredTensors(path, sums, AGAIN)
 
     def _read(self, path: Path, name: str) -> mx.array:
@@ -275,36 +276,37 @@ class _Conversion:
         else:
             note = (
                 f"note: {folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}). Predictors are "
-                "calibrated on random tokens and mean little."
+                "calibrated on random tokens, so they are of little use."
             )
             tqdm.write(note, file=sys.stderr)
             rng = np.random.default_rng(0)
             ids, prefix = rng.integers(size, size=self.outline.settings.calibration_tokens).tolist(), []
         if len(ids) < LEAST_CALIBRATION_TOKENS:
             found = f"has {len(ids)} tokens, expected at least {LEAST_CALIBRATION_TOKENS}."
-            if self.outline.settings.calibration_text is None:  # of which every sound tokenizer makes thousands
+            if self.outline.settings.calibration_text is None:  # Every valid tokenizer makes thousands of it.
                 raise CheckpointError(
                     f"the calibration text, by the tokenizer in {folder}, {found} Is its vocabulary empty? "
                     "Download its files again."
                 )
-            raise UsageError(f"the text of --calibration {found}")
+            raise UsageError(f"the text of --calibration {found} Use a longer text.")
         if (largest := max(*prefix, *ids)) >= size:
             raise CheckpointError(
-                f"the tokenizer in {folder} gives token {largest}, the model has {size}. Do they belong together?"
+                f"the tokenizer in {folder} gives token {largest}, but the model has only {size} tokens. Do they "
+                "belong together?"
             )
         return calibrate.calibration_sequences(
             ids, prefix, self.outline.settings.calibration_tokens, self.outline.positions
         )
 
     def _predictor_bytes(self) -> int:
-        """About what all kinds take for all layers."""
+        """The approximate size in bytes of all kinds of predictors for all layers."""
         shadow = fitting.shadow_bytes(self.outline.layout, self.outline.settings.shadow_bits)
         return self.outline.lowrank_memory + shadow + sum(path.stat().st_size for path in self.outline.predictor_files)
 
     def _make_predictors(self, sequences: np.ndarray) -> dict[str, dict[str, float]]:
-        """A file per layer and kind; what is found finished in the partial folder is not made again.
+        """Makes a file for each layer and kind. Files that are finished in the partial folder are not made again.
 
-        Returns the held-out perplexity per predictor kind, with that kind active in all layers.
+        Returns the held-out perplexity for each kind of predictor, with that kind active in all layers.
         """
         filled = FilledModel(self.outline, self.partial / Manifest.resident_file, self._open)
         norms = self.outline.model.ffn_norms
@@ -317,7 +319,7 @@ class _Conversion:
         }
         samples = self._activations(filled, hidden, list(followings.values()), held_out)
         for layer in tqdm(range(self.outline.layers), desc="predictors", unit="layer", dynamic_ncols=True):
-            sample = None  # the layer before goes first
+            sample = None  # Free the previous layer first.
             return_freed_memory()
             sample = next(samples)
             dense = False
@@ -329,7 +331,7 @@ class _Conversion:
                 for following in followings.values():
                     following.choose = None
         sample = None
-        next(samples, None)  # the last layer of those that follow
+        next(samples, None)  # runs the last layer of the predicted passes
         filled.fill_rest()
         targets = sequences[measured]
         result = {
@@ -344,7 +346,7 @@ class _Conversion:
         }
 
     def _layer_predictor(self, layer: int, kind: str, sample: fitting.Sample, norm: Any) -> dict[str, Any]:
-        """What was measured of it, from its file, which is made if it is not there."""
+        """Makes a layer's predictor, unless its file is finished. Returns the measurements from the file."""
         path = self._layer_file(layer, kind)
         if not self._is_finished(path):
             return_freed_memory()
@@ -360,7 +362,7 @@ class _Conversion:
 
     def _make_predictor(self, layer: int, kind: str, sample: fitting.Sample, norm: Any) -> fitting.LayerPredictor:
         dtype, recall = getattr(mx, self.outline.dtype), self.outline.settings.recall
-        if kind == "lowrank":  # what earlier layers left of their shares is for the later ones, which are denser
+        if kind == "lowrank":  # Later layers are denser, so they get what earlier ones left of their shares.
             later = self.outline.layers - 1 - layer
             allowed = self.lowrank_left - later * (self.outline.lowrank_memory // self.outline.layers)
             return fitting.make_lowrank(sample, recall, allowed, layer, dtype)
@@ -370,9 +372,9 @@ class _Conversion:
         neurons, width = sample.up.shape
         arrays = imported.map_layer(imported.read_file(path), norm, neurons, width, path)
         made = fitting.make_imported(arrays, sample, recall, dtype)
-        if made.active > 0 and made.recall < recall / 2:  # scores that are all alike, or overflow: no threshold helps
+        if made.active > 0 and made.recall < recall / 2:  # No threshold helps if all scores are equal or overflow.
             raise CheckpointError(
-                f"{path} catches {made.recall:.1%} of the active neurons, with a threshold set for {recall:.1%}. Was "
+                f"{path} finds {made.recall:.1%} of the active neurons, with a threshold set for {recall:.1%}. Was "
                 "it made for this model? Convert without --predictor-from."
             )
         return made
@@ -381,7 +383,7 @@ class _Conversion:
         return self.partial / f"layer-{layer:04d}-{kind}.safetensors"
 
     def _merge_predictors(self, kind: str) -> dict[str, Any]:
-        """One file of all the layers' predictors; what was measured."""
+        """Merges the predictors of all layers into one file. Returns their measurements, for the manifest."""
         report: dict[str, Any] = {"recall": [], "predicted": [], "active": [], "bytes": 0}
         report["target"] = self.outline.settings.recall
         report["table"] = {"recall": fitting.recalls(self.outline.settings.recall)}
@@ -414,21 +416,21 @@ class _Conversion:
         followings: list[calibrate.PredictedPass],
         held_out: np.ndarray,
     ) -> Iterator[fitting.Sample]:
-        """Layer by layer."""
+        """Yields the Sample of each layer."""
         for x, score, ffn in calibrate.layer_activations(self.outline.model, hidden, followings, filled.host_ffn):
             bias = np.zeros(ffn.matrices[0].shape[0], np.float32) if len(ffn.matrices) == 2 else ffn.up_bias
             shifted = bias - np.float32(self.outline.activation.threshold)
             sample = [fitting.Sample(x, score, ffn.matrices[0], shifted, held_out)]
             del x, score, ffn
-            yield sample.pop()  # kept by who asked for it, and nobody else
+            yield sample.pop()  # Only the caller keeps a reference to it.
 
     # -- the end --------------------------------------------------------------------------------------------
 
     def _manifest(self, reports: dict[str, dict[str, Any]], table: str) -> Manifest:
-        """table: the SHA-256 of the neurons' checksums."""
+        """The manifest of the store. table: the SHA-256 of the neurons' checksums."""
         dense = [i for i, share in enumerate(reports[self.outline.default_kind]["predicted"]) if _is_dense(share)]
         present = [path.name for path in self.partial.iterdir() if path.is_file()]
-        names = [name for name in matching(present, ("*",)) if not _is_work_file(name)]  # none that macOS hides there
+        names = [name for name in matching(present, ("*",)) if not _is_work_file(name)]  # no hidden files of macOS
         return Manifest(
             model_type=str(self.outline.checkpoint.config["model_type"]),
             source=self.outline.checkpoint.files(),
@@ -445,7 +447,7 @@ class _Conversion:
         )
 
     def _file_entry(self, name: str, table: str) -> dict[str, Any]:
-        """Size, and checksums of what was meant to be in it; the bundle file has a table of checksums of its own."""
+        """The size and the intended checksums of a file. The neurons' file has its own table of checksums."""
         entry: dict[str, Any] = {"bytes": (self.partial / name).stat().st_size}
         if (sums := self.written.of(name)) is not None:
             return entry | {"crc32": sums}
@@ -458,7 +460,7 @@ class _Conversion:
         self._rename()
 
     def _rename(self) -> None:
-        """Makes the partial folder, by now a whole store, the output. `recover` knows every state between."""
+        """Renames the partial folder, now a complete store, to the output. `recover` handles a kill at any point."""
         for path in self.partial.iterdir():
             if _is_work_file(path.name) and path.name != RECORD:
                 path.unlink()
@@ -467,7 +469,7 @@ class _Conversion:
             self.output.rename(replaced)
         self.partial.rename(self.output)
         fsync(self.output.parent)
-        # The record until here: a partial folder without one would not be known as ours.
+        # The record is removed last: a partial folder without one would not be recognised as ours.
         (self.output / RECORD).unlink()
         fsync(self.output)
         if replaced.exists():
@@ -475,7 +477,7 @@ class _Conversion:
 
 
 class _Choice:
-    """What a layer's predictor chooses; it is read from its file at the first call, and dropped with this."""
+    """The neurons that a layer's predictor chooses. The predictor is read from its file at the first call."""
 
     def __init__(self, open_file: Callable[[], StoredTensors]) -> None:
         self._open = open_file
@@ -490,7 +492,7 @@ class _Choice:
 
 
 def _is_dense(predicted: float) -> bool:
-    """Whether a layer is too dense to be worth selecting in. predicted: share that its predictor chooses."""
+    """Whether a layer is too dense for selection to pay. predicted: share of neurons that its predictor chooses."""
     return round(predicted, DIGITS) > MAX_DENSITY
 
 

@@ -1,4 +1,4 @@
-"""The model that a conversion runs its calibration text through, filled with the store's weights layer by layer."""
+"""The model that runs the calibration text, filled with the store's weights layer by layer."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from .neuron_file import quantised
 from .numpy_matrix import FileEmbedding, NumpyMatrix, PackedFileEmbedding, PackedNumpyMatrix
 from .store_plan import StorePlan
 
-HEAD = "lm_head."  # the output matrix of an untied model, a large one
+HEAD = "lm_head."  # the output matrix of an untied model, which is large
 
 
 class FilledModel:
-    """Vectors, and matrices before the layers, are read when this is made.
+    """A model that reads its weights from the partial store when they are needed.
 
-    The rows of embeddings are read when they are asked for, after all of them were compared with their checksums
-    once; a layer's matrices at its turn, the output matrix when the layers are gone.
+    Vectors, and matrices before the layers, are read at the beginning. Embeddings are compared with their checksums
+    once; later, single rows are read on request. The matrices of a layer are read when the layer runs, and the output
+    matrix after all layers are freed.
     """
 
     def __init__(self, outline: StorePlan, path: Path, open_file: Callable[[Path], StoredTensors]) -> None:
-        """path: of the store's resident weights, and what opens it, with the checksums of what was written."""
+        """path: the store's resident weights. open_file: opens it with the checksums of the bytes written."""
         self.outline = outline
         self._open = partial(open_file, path)
         stored = self._open()
         group_size, bits = outline.resident.group_size, outline.resident.bits
-        # The model's names of what it does not have yet -> the store's; which of these are matrices; and what the names
-        # of a layer's weights begin with, by the id of the layer.
+        # _stored_as: the model's name -> the store's name, for weights that are not read yet. _matrices: the names that
+        # are matrices. _prefixes: id of a layer -> prefix of its weights' names.
         self._stored_as = {name: stored for stored, (name, _) in outline.resident.tensors.items()}
         for parent_name, parent in list(self.outline.model.named_modules()):
             for key, child in list(parent.items()):
@@ -62,11 +63,11 @@ class FilledModel:
         self._fill(name for name in self._stored_as if name not in self._matrices or not name.startswith(later))
 
     def fill_rest(self) -> None:
-        """What comes after the layers."""
+        """Reads the weights after the layers."""
         self._fill(self._stored_as)
 
     def _fill(self, names: Iterable[str]) -> None:
-        """Gives the model weights, read and compared with their checksums. names: the model's."""
+        """Reads weights, compares them with their checksums and gives them to the model. names: the model's names."""
         stored = self._open()
         named = []
         for name in list(names):
@@ -77,13 +78,13 @@ class FilledModel:
                 named += [
                     (own, stored.take(other)) for own, other in zip(*map(companions, (name, source)), strict=True)
                 ]
-            elif name not in self._matrices:  # a matrix is widened where it is used
+            elif name not in self._matrices:  # Matrices are converted to float32 where they are used.
                 weight = weight.astype(mx.float32)
             named.append((name, weight))
         self.outline.model.load_weights(named, strict=False)
 
     def host_ffn(self, layer: int) -> calibrate.NumpyFFN:
-        """That of the layer whose turn it is; the layer gets its other weights here. Nothing else refers to them."""
+        """The FFN of the current layer; nothing else refers to its weights. Also reads the layer's other weights."""
         prefix = self._prefixes[id(self.outline.model.layers[layer])]
         self._fill(name for name in self._stored_as if name.startswith(prefix))
         *matrices, down = (self._host_matrix(rows) for rows in self.outline.layer_rows(layer))
@@ -96,7 +97,7 @@ class FilledModel:
         return calibrate.NumpyFFN(self.outline.activation, tuple(matrices), up_bias, down, down_bias)
 
     def _host_matrix(self, rows: mx.array) -> NumpyMatrix:
-        """With the numbers that a reader of the store multiplies with."""
+        """The matrix with the values that a reader of the store uses (quantised, if the store is)."""
         if not self.outline.layout.quantised:
             return NumpyMatrix(rows)
         return PackedNumpyMatrix(

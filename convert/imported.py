@@ -1,4 +1,4 @@
-"""Predictors that others have published: PowerInfer's, `model_0.pt`, `model_1.pt`, ... (convert/FORMAT.md)."""
+"""Imports published predictors: PowerInfer's files `model_0.pt`, `model_1.pt`, ... (convert/FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mlx_flash.source.checkpoint_files import matching
 
 NAME = "model_{}.pt"
 TENSORS = ("fc1.weight", "fc2.weight")
-LEAST_WEIGHT = 1e-3  # of a norm, against its largest: what is smaller erases an input
+LEAST_WEIGHT = 1e-3  # A smaller weight of a norm, relative to its largest, erases an input.
 
 
 def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) -> Path:
-    """A local folder, or a Hugging Face repository through huggingface_hub's cache (`mlx_flash.source.hub.download`).
+    """The folder of predictor files: a local one, or that of a Hugging Face repository (`mlx_flash.source.hub`).
 
-    Raises UsageError for what is neither, CheckpointError if the repository holds no predictors, ConversionError if
+    Raises UsageError if `source` is neither, CheckpointError if the repository holds no predictors, ConversionError if
     it cannot be downloaded.
     """
     folder = Path(source).expanduser()
@@ -31,7 +31,7 @@ def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) ->
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise UsageError(
             f"--predictor-from {source} is neither a folder nor a Hugging Face repository id (owner/name). Expected "
-            f"one with {NAME.format(0)}, {NAME.format(1)} and so on, one for each layer."
+            f"one with {NAME.format(0)}, {NAME.format(1)} and so on, a file for each layer."
         )
     from mlx_flash.source.hub import download
 
@@ -39,20 +39,20 @@ def find_predictors(source: str, say: Callable[[str], None] = lambda _: None) ->
 
 
 def _predictors_among(names: Collection[str], _: Callable[[str], str], where: object) -> list[str]:
-    """Those of a repository's files that are to be downloaded. Raises CheckpointError if there are none."""
+    """The predictor files of a repository. Raises CheckpointError if there are none."""
     if not (found := matching(names, [NAME.format("*")])):
         raise CheckpointError(f"{where} holds no predictors: expected {NAME.format(0)}, {NAME.format(1)} and so on.")
     return found
 
 
 def find_files(folder: Path, layers: int) -> list[Path]:
-    """One file for each layer, in order. Raises UsageError if they are not exactly those of a model of `layers`."""
+    """One file for each layer, in order. Raises UsageError if files are missing or there are too many."""
     found = {path.name for path in folder.glob(NAME.format("*"))}
     expected = [NAME.format(layer) for layer in range(layers)]
     if missing := [name for name in expected if name not in found]:
         raise UsageError(
             f"{folder} lacks predictors of {len(missing)} of {layers} layers, the first is {missing[0]}. "
-            "Expected the folder of PowerInfer's predictor files, made for this very model."
+            "Expected the folder of PowerInfer's predictor files for exactly this model."
         )
     if extra := sorted(found - set(expected)):
         raise UsageError(f"{folder} has {extra[0]}, but the model has {layers} layers. They do not belong together.")
@@ -60,7 +60,7 @@ def find_files(folder: Path, layers: int) -> list[Path]:
 
 
 def check_files(paths: list[Path], neurons: int, width: int) -> None:
-    """Before anything is written. Needs torch; only shapes are read. Raises CheckpointError."""
+    """Checks the files before anything is written. Needs torch; only shapes are read. Raises CheckpointError."""
     for path in paths:
         found = _open(path, mmap=True)
         first, second = (tuple(found[name].shape) for name in TENSORS)
@@ -69,13 +69,13 @@ def check_files(paths: list[Path], neurons: int, width: int) -> None:
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The two matrices of a layer, (r, D) and (F, r), float32. Needs torch. Raises CheckpointError."""
-    found = _open(path, mmap=False)  # a page of a mapped file that cannot be read would kill this process
+    found = _open(path, mmap=False)  # A page of a mapped file that cannot be read would kill this process.
     first, second = (found[name].float().numpy() for name in TENSORS)
     return first, second
 
 
 def _open(path: Path, mmap: bool) -> dict[str, Any]:
-    """Torch's tensors; with mmap not yet read."""
+    """The tensors of a file; with mmap they are not read yet. Raises CheckpointError."""
     try:
         import torch
     except ImportError:
@@ -84,13 +84,13 @@ def _open(path: Path, mmap: bool) -> dict[str, Any]:
         ) from None
     try:
         found: Any = torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises a dozen kinds for a damaged file.
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read by torch: {text}. Download it again.") from None
     names = sorted(found) if isinstance(found, dict) else []
     if names != list(TENSORS) or not all(isinstance(found[name], torch.Tensor) for name in TENSORS):
         what = ", ".join(map(str, names[:4])) or type(found).__name__
-        raise CheckpointError(f"{path} holds {what:.200}; expected the tensors {' and '.join(TENSORS)} and no others.")
+        raise CheckpointError(f"{path} holds {what:.200}; expected only the tensors {' and '.join(TENSORS)}.")
     return found
 
 
@@ -107,14 +107,16 @@ def map_layer(
 ) -> dict[str, np.ndarray]:
     """One layer's matrices as the arrays of an ImportedPredictor: a (D, r), h (r,), b (r, F); float32.
 
-    They score what *enters* the norm before the FFN, p: relu(p fc1^T) fc2^T; ours see its result. For an RMS norm
-    x = p w / rms(p), and for a layer norm x = (p - mean(p)) w / deviation(p) + v. There are no biases between, so
-    a factor of p is one of the scores and does not change their signs: a = fc1^T / w and h = -(v / w) fc1^T give
-    the same choice. What is lost is a layer norm's mean(p), which is taken to be 0. norm: None where the FFN takes
-    the residual itself.
+    PowerInfer's predictors take the *input* p of the norm before the FFN: relu(p fc1^T) fc2^T. Ours take the norm's
+    output x. For an RMS norm, x = p w / rms(p); for a layer norm, x = (p - mean(p)) w / deviation(p) + v. They have no
+    biases, so a positive factor of p is a factor of the scores and does not change their signs. Therefore
+    a = fc1^T / w and h = -(v / w) fc1^T choose the same neurons. Only mean(p) of a layer norm is lost; it is taken to
+    be 0.
 
-    Raises CheckpointError if the shapes are not (r, D) and (F, r), or numbers are not finite; or if the norm erases
-    an input.
+    norm: None if the FFN takes the residual itself.
+
+    Raises CheckpointError if the shapes are not (r, D) and (F, r), if numbers are not finite, or if the norm erases an
+    input.
     """
     first, second = matrices
     _check_shapes(first.shape, second.shape, neurons, width, where)

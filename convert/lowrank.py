@@ -1,4 +1,4 @@
-"""The paper's predictor (section 3.1): x A B + c, of as small a rank as a layer can do with. NumPy, seeded."""
+"""The paper's predictor (section 3.1): x A B + c, with the smallest rank that is enough for a layer. NumPy, seeded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from .sample import Sample
 
-CHOSEN_PER_ACTIVE = (
-    2.0  # a rank that chooses no more at the recall that is aimed at is enough (bench/results/predictors.md)
-)
+# A rank that chooses at most this many neurons per active one, at the target recall, is enough
+# (bench/results/predictors.md).
+CHOSEN_PER_ACTIVE = 2.0
 LEAST_RANK = 8
-RIDGE = 1e-3  # of the inputs' mean square
+RIDGE = 1e-3  # relative to the inputs' mean square
 EPOCHS = 8
 BATCH = 256
 
@@ -18,22 +18,22 @@ Factors = tuple[np.ndarray, np.ndarray, np.ndarray]  # a (D, r), b (r, F), c (F,
 
 
 def largest_rank(memory_bytes: int, rank_bytes: int) -> int:
-    """The largest rank that fits, a multiple of LEAST_RANK and at least that. rank_bytes: what a rank of one takes."""
+    """The largest rank that fits: a multiple of LEAST_RANK, and at least that. rank_bytes: size of a rank of 1."""
     fits = memory_bytes // rank_bytes
     return max(LEAST_RANK, fits - fits % LEAST_RANK)
 
 
 def candidate_ranks(largest: int) -> list[int]:
-    """8, 16, 24, 32, 48, 64, 96, 128, ... up to `largest`, which is the last of them."""
+    """The ranks to try: 8, 16, 24, 32, 48, 64, 96, 128, ..., and `largest` as the last."""
     powers = [LEAST_RANK << i for i in range(largest.bit_length())]
     return sorted({r for p in powers for r in (p, p + p // 2) if r < largest and r % LEAST_RANK == 0} | {largest})
 
 
 def fit(sample: Sample, recall: float, largest: int, seed: int) -> Factors:
-    """The smallest rank up to `largest` that chooses at most CHOSEN_PER_ACTIVE neurons for each active one.
+    """Factors of the smallest rank up to `largest` that chooses at most CHOSEN_PER_ACTIVE neurons per active one.
 
-    A rank is judged by the closed form, of which all smaller ranks are prefixes. Where none is enough, the largest
-    is also trained, with the logistic loss of the paper; what chooses fewer is taken.
+    Ranks are compared by the closed-form solution, which contains those of all smaller ranks. If none is enough, the
+    largest is also trained with the logistic loss of the paper, and the better of the two is returned.
     """
     rng = np.random.default_rng(seed)
     a, b, mean, c = reduced_rank(sample, min(largest, *sample.up.shape), rng)
@@ -47,7 +47,10 @@ def fit(sample: Sample, recall: float, largest: int, seed: int) -> Factors:
 
 
 def chosen_per_active(sample: Sample, factors: Factors, recall: float) -> float:
-    """At the threshold that catches `recall`, on the half of the held-out tokens that thresholds come from."""
+    """The number of chosen neurons per active one, at the threshold that finds the share `recall` of the active ones.
+
+    It is measured on the half of the held-out tokens that thresholds come from.
+    """
     a, b, c = factors
     half = int(sample.held_out.sum()) // 2
     x, active = sample.x[sample.held_out][:half], sample.before[sample.held_out][:half] > 0
@@ -58,10 +61,10 @@ def chosen_per_active(sample: Sample, factors: Factors, recall: float) -> float:
 
 
 def reduced_rank(sample: Sample, rank: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """The best approximation of the scores on the training part: score = c + (x - mean) a b, (D, r) and (r, F).
+    """The best low-rank approximation of the scores on the training tokens: score = c + (x - mean) a b.
 
-    b has orthonormal rows, the most important first (a randomised range finder), so that the first columns of a and
-    rows of b are the best of that rank. mean: (D,); c: (F,), the scores' mean.
+    Returns a (D, r), b (r, F), mean (D,) and c (F,), the mean of the scores. b has orthonormal rows, the most important
+    first (from a randomised range finder). So the first columns of a and rows of b are the best of that rank.
     """
     trained = ~sample.held_out
     mean, y = sample.x[trained].mean(axis=0), sample.before[trained]
@@ -71,11 +74,11 @@ def reduced_rank(sample: Sample, rank: int, rng: np.random.Generator) -> tuple[n
     size = min(rank + 8, *y.shape)
     basis = np.linalg.qr(y.T @ rng.standard_normal((len(y), size), dtype=np.float32))[0]
     for _ in range(2):
-        basis = y @ basis  # the larger one goes before the next is made
+        basis = y @ basis  # frees the larger basis before the next one is made
         basis = np.linalg.qr(y.T @ basis)[0]
     top = np.linalg.svd(y @ basis, full_matrices=False)[2][:rank]
     b = (basis @ top.T).T.copy()
-    if is_projection(sample):  # its weights are known: nothing to regress
+    if is_projection(sample):  # The weights are known, so no regression is needed.
         return sample.up.sum_of_rows(b).T, b, mean, c
     x = sample.x[trained] - mean
     square = x.T @ x
@@ -84,23 +87,23 @@ def reduced_rank(sample: Sample, rank: int, rng: np.random.Generator) -> tuple[n
 
 
 def is_projection(sample: Sample) -> bool:
-    """True if a neuron's score is x @ up.T + up_bias itself."""
+    """Whether the scores are x @ up.T + up_bias, apart from rounding."""
     x, before = sample.x[:16], sample.before[:16]
     return bool(np.allclose(sample.up.rows_dot(x) + sample.up_bias, before, atol=1e-3 * float(np.abs(before).max())))
 
 
 def train_logistic(sample: Sample, factors: Factors, rng: np.random.Generator) -> Factors:
-    """Adam on the mean logistic loss, in which positives and negatives weigh the same in total, from `factors` on."""
+    """Trains `factors` with Adam on the mean logistic loss. Positives and negatives have the same total weight."""
     x, scores = sample.x[~sample.held_out], sample.before[~sample.held_out]
     y = scores > 0
-    scale = np.float32(3.0) / max(scores.std(), np.float32(1e-6))  # a spread that a logistic loss can work with
+    scale = np.float32(3.0) / max(scores.std(), np.float32(1e-6))  # gives a spread that suits a logistic loss
     del scores
     active = max(1e-4, float(y.mean()))
     weight_on, weight_off = np.float32(0.5 / active), np.float32(0.5 / (1 - min(active, 0.9999)))
     parameters = [factors[0] * scale, factors[1].copy(), factors[2] * scale]
     means = [np.zeros_like(p) for p in parameters]
     squares = [np.zeros_like(p) for p in parameters]
-    # Steps in proportion to each matrix's own scale.
+    # Learning rates in proportion to the scale of each matrix.
     rates = [np.float32(2e-3) * max(float(np.abs(p).mean()), 1e-3) * 10 for p in parameters[:2]] + [np.float32(2e-2)]
     steps = EPOCHS * -(-len(x) // BATCH)
     step = 0
@@ -121,11 +124,11 @@ def train_logistic(sample: Sample, factors: Factors, rng: np.random.Generator) -
             gradients = [batch.T @ (error @ parameters[1].T), thin.T @ error, error.sum(axis=0)]
             step += 1
             decay = np.float32(1 - step / (steps + 1))
-            for i, gradient in enumerate(gradients):  # in place: b may be large
+            for i, gradient in enumerate(gradients):  # All in place, because b may be large.
                 gradient *= np.float32(0.1)
                 means[i] *= np.float32(0.9)
                 means[i] += gradient
-                np.square(gradient, out=gradient)  # of a tenth: the hundredth that is to be added
+                np.square(gradient, out=gradient)  # The square of a tenth is the hundredth that Adam adds.
                 squares[i] *= np.float32(0.99)
                 squares[i] += gradient
                 np.divide(squares[i], np.float32(1 - 0.99**step), out=gradient)

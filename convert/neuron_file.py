@@ -1,4 +1,4 @@
-"""Writing the bundle file: row i of the up projection and column i of the down projection side by side."""
+"""Writes the neurons' file, with row i of the up projection beside column i of the down projection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sums import WrittenSums
 
 
 def row_bytes(layout: NeuronLayout, matrix: mx.array) -> np.ndarray:
-    """The rows as they are stored. matrix: (F, D) of the layout's dtype -> uint8 (F, row_bytes)"""
+    """The stored bytes of the rows. matrix: (F, D) in the layout's dtype -> uint8 (F, row_bytes)."""
     components = quantised(layout, matrix) if layout.quantised else (matrix,)
     return np.concatenate([to_bytes(part).reshape(len(matrix), -1) for part in components], axis=1)
 
@@ -35,7 +35,7 @@ def quantised(layout: NeuronLayout, matrix: mx.array) -> tuple[mx.array, mx.arra
 def bundle_layer(
     layout: NeuronLayout, rows: tuple[mx.array, ...], begin: int = 0, end: int | None = None
 ) -> np.ndarray:
-    """Blocks begin to end of one layer, all by default: uint8 (n, block_bytes). rows: one (F, D) array per part."""
+    """Blocks begin to end of one layer (all by default), uint8 (n, block_bytes). rows: one (F, D) array per part."""
     count = (layout.blocks if end is None else end) - begin
     blocks = np.zeros((count, layout.block_bytes), np.uint8)
     each = layout.neurons_per_block
@@ -49,7 +49,7 @@ def bundle_layer(
 
 
 def layer_checksums(blocks: np.ndarray) -> bytes:
-    """CRC-32 of every block of a layer, as they stand in the table. blocks: uint8 (blocks, block_bytes)."""
+    """The CRC-32 of every block of a layer, in the form of the table. blocks: uint8 (blocks, block_bytes)."""
     return np.array([zlib.crc32(block) for block in blocks], "<u4").tobytes()
 
 
@@ -60,12 +60,12 @@ def write_neurons(
     progress: Callable[[int], None],
     written: WrittenSums | None = None,
 ) -> str:
-    """Writes `neurons.bin` and `neurons.crc32` in `folder`, going on after the last whole layer found there.
+    """Writes `neurons.bin` and `neurons.crc32` in `folder`, and continues after the last complete layer found there.
 
-    A layer counts as written when its checksums are; those are written after its bytes are on the disk. written: has
-    a checksum of each layer's checksums, with which those that are found are compared.
+    A layer's checksums are written after its bytes are on the disk, so a layer with checksums is complete. written:
+    holds a checksum of each layer's checksums, to check those that are found.
 
-    Returns the SHA-256 of `neurons.crc32`, in hex, as it was meant to be. Raises ReadError.
+    Returns the intended SHA-256 of `neurons.crc32`, in hex. Raises ReadError.
     """
     neurons_path, sums_path = folder / Manifest.neurons_file, folder / Manifest.neurons_checksums_file
     sums_bytes = layout.blocks * CHECKSUM_BYTES
@@ -107,7 +107,7 @@ def _line_of(layer: int) -> str:
 def _tables_found(
     neurons_path: Path, sums_path: Path, layout: NeuronLayout, written: WrittenSums | None
 ) -> list[bytes]:
-    """The checksums of the layers that an earlier run wrote whole, layer by layer. Raises ReadError."""
+    """The checksums of each layer that an earlier run completed. Raises ReadError."""
     sums_bytes = layout.blocks * CHECKSUM_BYTES
     with reading(sums_path):
         found = sums_path.read_bytes()
@@ -117,7 +117,7 @@ def _tables_found(
         sound = [written.of(_line_of(layer)) == {"": zlib.crc32(table)} for layer, table in enumerate(tables)]
         tables = tables[: [*sound, False].index(False)]
     if tables:
-        # Of the last layer a power cut may have kept the length and lost the content.
+        # After a power cut, the last layer may have its full length but not its content.
         last = np.empty((layout.blocks, layout.block_bytes), np.uint8)
         with reading(neurons_path, f"layer {len(tables) - 1}"), neurons_path.open("rb") as file:
             read_at(file, (len(tables) - 1) * layout.layer_bytes, last)

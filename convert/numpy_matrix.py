@@ -1,7 +1,7 @@
-"""Matrices that calibration uses on the host, in NumPy: kept as they are stored, widened to float32 piece by piece.
+"""Matrices for calibration on the host, in NumPy. They are kept as stored, and converted to float32 piece by piece.
 
-NumPy's own BLAS is some 30 times faster at this than the one of MLX's Linux wheel, and on any machine these weights
-are used a few times only. Widened whole, a layer of a 16-bit model would take twice its size.
+NumPy's BLAS is some 30 times faster at this than that of MLX's Linux wheel, and these weights are used only a few
+times. Converted as a whole, a layer of a 16-bit model would take twice its size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIECE_BYTES = 32 << 20
 
 
 def row_pieces(shape: tuple[int, ...], item_bytes: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of consecutive rows, as many as fit into PIECE_BYTES, one at least; none of an empty array."""
+    """Yields (begin, end) of pieces of rows. Each has as many rows as fit into PIECE_BYTES, but at least one."""
     row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * item_bytes
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for begin in range(0, shape[0], step):
@@ -30,19 +30,19 @@ def row_pieces(shape: tuple[int, ...], item_bytes: int) -> Iterator[tuple[int, i
 
 
 class NumpyMatrix:
-    """A matrix W (R, C), in the type it is stored in."""
+    """A matrix W, (R, C), kept in its stored type."""
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
         self.shape = weight.shape
 
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(begin, end, rows begin to end in float32)"""
+        """Yields (begin, end, rows begin to end in float32)."""
         for begin, end in row_pieces(self.shape, 4):
             yield begin, end, self.rows(begin, end)
 
     def rows(self, begin: int, end: int) -> np.ndarray:
-        """float32 (end - begin, C)"""
+        """Rows begin to end, float32 (end - begin, C)."""
         return to_numpy(self.weight[begin:end], np.float32)
 
     def rows_dot(self, x: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class NumpyMatrix:
 
 
 class PackedNumpyMatrix(NumpyMatrix):
-    """One that is quantised, along the rows: packed numbers, scales and biases of `mx.quantize`."""
+    """A matrix that is quantised along its rows: packed numbers, scales and biases of `mx.quantize`."""
 
     def __init__(self, packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> None:
         super().__init__(packed)
@@ -76,7 +76,7 @@ class PackedNumpyMatrix(NumpyMatrix):
 
 
 class HostLinear:
-    """Stands where a linear layer stood, quantised or not."""
+    """Replaces a linear layer, quantised or not, and computes in NumPy."""
 
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear) -> None:
         if isinstance(linear, nn.QuantizedLinear):
@@ -92,9 +92,9 @@ class HostLinear:
 
 
 class FileEmbedding:
-    """Stands where an embedding stood: reads from a safetensors file only the rows that are asked for.
+    """Replaces an embedding, and reads only the requested rows from a safetensors file.
 
-    entry: of the tensor (R, D), or (R, ...) packed, in the file; dtype: of its elements.
+    entry: the entry of the tensor (R, D), or (R, ...) packed, in the file. dtype: type of its elements.
     """
 
     def __init__(self, path: Path, name: str, entry: TensorEntry, dtype: mx.Dtype) -> None:
@@ -107,22 +107,23 @@ class FileEmbedding:
         return self.stored(ids).astype(mx.float32)
 
     def stored(self, ids: mx.array) -> mx.array:
-        """The rows in the type they are stored in."""
+        """The rows in their stored type."""
         wanted = to_numpy(ids).reshape(-1)
         rows = np.empty((len(wanted), self.row_bytes), np.uint8)
-        runs = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]  # of neighbours, read at once
+        # Runs of neighbouring rows, each of which is read at once.
+        runs = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
         with reading(self.path, f"tensor {self.name}"), self.path.open("rb", buffering=0) as file:
             for begin, end in pairwise(runs):
                 read_at(file, self.entry.begin + int(wanted[begin]) * self.row_bytes, rows[begin:end])
         return mx.array(rows).view(self.dtype).reshape(*ids.shape, -1)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """x (..., D) -> (..., R), the products with all rows: where the output matrix is the embedding."""
+        """The products with all rows, for models whose output matrix is the embedding. x (..., D) -> (..., R)."""
         return _products(x, self, self.count)
 
 
 class PackedFileEmbedding:
-    """The same for a quantised one, of its packed numbers, scales and biases."""
+    """A FileEmbedding for a quantised matrix, made of its packed numbers, scales and biases."""
 
     def __init__(self, parts: Sequence[FileEmbedding], group_size: int, bits: int) -> None:
         self.packed, self.scales, self.biases = parts
@@ -134,12 +135,12 @@ class PackedFileEmbedding:
         return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """As FileEmbedding's."""
+        """The same as in FileEmbedding."""
         return _products(x, self, self.packed.count)
 
 
 def _products(x: mx.array, embedding: FileEmbedding | PackedFileEmbedding, count: int) -> mx.array:
-    """x (..., D) with each of the embedding's rows, a piece of them in memory at a time: (..., count)"""
+    """The products of x (..., D) with each row of the embedding, (..., count). Reads one piece of rows at a time."""
     flat = to_numpy(x, np.float32).reshape(-1, x.shape[-1])
     result = np.empty((len(flat), count), np.float32)
     for begin, end in row_pieces((count, flat.shape[1]), 4):

@@ -1,4 +1,4 @@
-"""The folder a store is made in, and the renames at the end, such that a kill at any moment loses nothing."""
+"""The output folder of a conversion, and the renames at the end. A kill at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_flash.flash.system import sync_to_disk
 
 
 def is_our_store(folder: Path) -> bool:
-    """True for damaged ones, too; other programs also call a file manifest.json."""
+    """Whether a folder is a store, even a damaged one. Other programs also write a file manifest.json."""
     path = folder / MANIFEST
     if not path.is_file():
         return False
@@ -22,12 +22,12 @@ def is_our_store(folder: Path) -> bool:
 
 
 def replaced_path(output: Path) -> Path:
-    """Where a store that is being replaced stands between two renames."""
+    """The path of a store that is being replaced, between two renames."""
     return output.with_name(f".{output.name}.replaced")
 
 
 def recover(output: Path) -> None:
-    """Ends what a kill interrupted between two renames."""
+    """Completes or undoes renames that a kill interrupted."""
     replaced = replaced_path(output)
     if replaced.is_dir():
         if is_store(output):
@@ -39,7 +39,7 @@ def recover(output: Path) -> None:
 
 
 def refuse_to_replace(output: Path, source: Path, overwrite: bool) -> None:
-    """Raises UsageError for an output that must not go: anything but nothing, an empty folder or, if asked, a store."""
+    """Raises UsageError if the output exists, unless it is an empty folder or, with `overwrite`, a store."""
     checkpoint = source.resolve()
     if output == checkpoint or output in checkpoint.parents:
         raise UsageError(f"--output {output} holds the checkpoint itself. Choose another --output.")
@@ -53,7 +53,7 @@ def refuse_to_replace(output: Path, source: Path, overwrite: bool) -> None:
                 f"{output} is already a complete store. Choose another --output, or replace it with --overwrite."
             )
     elif any(output.iterdir()):
-        raise UsageError(f"{output} is a folder with other files in it, and no store. Choose another --output.")
+        raise UsageError(f"{output} is a folder with other files in it, not a store. Choose another --output.")
 
 
 def fsync(path: Path) -> None:
@@ -65,7 +65,7 @@ def fsync(path: Path) -> None:
 
 
 def publish(folder: Path, manifest: Manifest) -> None:
-    """Makes sure that every file is on the disk, then writes the manifest: from then on the folder is a store."""
+    """Makes sure that every file is on the disk, then writes the manifest, which makes the folder a store."""
     for name in manifest.files:
         fsync(folder / name)
     fsync(folder)

@@ -1,4 +1,4 @@
-"""The matrices and vectors that stay in memory, as they are written: plain, or quantised as mlx.nn.quantize does it."""
+"""The resident matrices and vectors in their stored form: plain, or quantised in the same way as mlx.nn.quantize."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ Entry = tuple[str, tuple[int, ...], mx.Dtype, Callable[[], mx.array | Iterable[m
 
 
 class ResidentTensors:
-    """tensors: stored name -> (model's name, shape). bits: 16 for plain ones. load: the pieces that the rows of a
-    tensor of the model are cut into, by its name.
+    """The tensors of `model.safetensors`, plain or quantised.
 
-    Matrices whose rows do not divide into groups stay plain, as do norms and biases.
+    tensors: stored name -> (model's name, shape). bits: 16 for plain ones. load: yields the rows of a tensor in pieces,
+    given the model's name of it.
+
+    Norms and biases stay plain, and so do matrices whose rows do not divide into groups.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class ResidentTensors:
         self._last: tuple[str, tuple[mx.array, ...]] | None = None
 
     def entries(self) -> list[Entry]:
-        """What to write, in order, each loaded when its turn comes."""
+        """The entries to write, in order. Each one is loaded only when it is written."""
         entries: list[Entry] = []
         for name, (source, shape) in sorted(self.tensors.items()):
             if name not in self.packed:

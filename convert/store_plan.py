@@ -1,4 +1,4 @@
-"""What a store will hold: decided from the checkpoint and the settings, and checked, before anything is written."""
+"""Plans the contents of a store from the checkpoint and the settings, and checks them before anything is written."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ from .checkpoint import Checkpoint, Tensor
 from .numpy_matrix import row_pieces
 from .resident import ResidentTensors
 
-LEAST_POSITIONS = 3  # an opening token, another, and one to predict
-RESIDENT_GROUP = 64  # mlx-lm's
+LEAST_POSITIONS = 3  # an opening token, a second one, and one to predict
+RESIDENT_GROUP = 64  # mlx-lm's default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may choose; everything here changes the bytes of the store."""
+    """The choices of a user. All of them change the bytes of the store."""
 
     dtype: str | None = None  # None: the checkpoint's own
     calibration_text: Path | None = None  # None: the packaged text
     calibration_tokens: int = CALIBRATION_TOKENS
-    recall: float = 0.99  # share of the active neurons that a predictor must catch (bench/results/predictors.md)
+    recall: float = 0.99  # share of the active neurons that a predictor should find (bench/results/predictors.md)
     shadow_bits: int = 3  # bench/results/predictors.md
     predictor_memory: int | None = None  # bytes for the low-rank predictors of all layers; None: a share of the FFN's
     predictor_from: Path | None = None  # a folder of PowerInfer's predictor files to import
-    bits: int = 16  # of the neurons; 16: as the dtype has them
-    resident_bits: int = 16  # of the other matrices
-    group_size: int = GROUP_SIZE  # numbers that share a scale and a bias, where they are quantised
+    bits: int = 16  # bits per number of the neurons; 16: not quantised
+    resident_bits: int = 16  # bits per number of the other matrices; 16: not quantised
+    group_size: int = GROUP_SIZE  # quantised numbers that share a scale and a bias
 
 
 class StorePlan:
-    """The model, the layout of its neurons, the other tensors, the kinds of predictors; and every tensor as stored.
+    """The plan of a store: the model, the layout of its neurons, the other tensors and the kinds of predictors.
 
-    Raises CheckpointError if the checkpoint does not hold what its configuration describes, UsageError for settings
-    that do not fit it.
+    It also loads every tensor in its stored form.
+
+    Raises CheckpointError if the checkpoint does not match its configuration, UnsupportedModelError for a foreign
+    quantisation, UsageError for settings that do not fit the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, activation: Activation, settings: Settings) -> None:
@@ -57,8 +59,8 @@ class StorePlan:
         self.settings = settings
         if quantised := checkpoint.foreign_quantisation():
             raise UnsupportedModelError(
-                f"{checkpoint.folder} is quantised ({quantised}), and is not unpacked here. Use the unquantised "
-                "checkpoint: --bits and --resident-bits of `mlxflash convert` quantise what is stored."
+                f"{checkpoint.folder} is quantised ({quantised}), which cannot be unpacked here. Use the unquantised "
+                "checkpoint: --bits and --resident-bits of `mlxflash convert` quantise the store."
             )
         model_class, args_class = model_classes(checkpoint.config)
         try:
@@ -69,8 +71,8 @@ class StorePlan:
                 raise ValueError(f"num_hidden_layers is {self.layers}, with {len(checkpoint.tensors)} tensors")
             if self.positions < LEAST_POSITIONS:
                 raise ValueError(f"max_position_embeddings is {self.positions}, expected at least {LEAST_POSITIONS}")
-            self.model = model_class(args)  # its random weights are never evaluated
-            self.model(mx.zeros((1, 2), mx.int32))  # nor this: but heads and rotations must fit the shapes
+            self.model = model_class(args)  # Its random weights are never evaluated.
+            self.model(mx.zeros((1, 2), mx.int32))  # Not evaluated either, but it checks the shapes.
             self.original = self._original_names()
         except CONFIG_ERRORS as error:
             raise CheckpointError(
@@ -94,14 +96,15 @@ class StorePlan:
             self.predictor_files = imported.find_files(settings.predictor_from, self.layers)
             imported.check_files(self.predictor_files, self.layout.neurons, self.layout.width)
             self.kinds.append("imported")
-        self.default_kind = self.kinds[-1]  # what a user brought, else what loses least (bench/results/predictors.md)
+        # The user's own predictors, or else those that lose least (bench/results/predictors.md).
+        self.default_kind = self.kinds[-1]
         self.lowrank_memory = fitting.lowrank_memory(self.layout, settings.predictor_memory)
 
     def _original_names(self) -> dict[str, str]:
-        """What the model calls a tensor -> what the checkpoint calls it.
+        """The model's name of each tensor -> the checkpoint's name.
 
-        As in transformers, a name may lack the prefix of the model's body, or have it once too often; and where the
-        embedding and the output matrix are one, either may be the one that is stored.
+        As in transformers, a name may lack the prefix of the model's body, or have it twice. If the embedding and the
+        output matrix are tied, the checkpoint may store either of them.
         """
         from mlx.utils import tree_flatten
 
@@ -113,8 +116,8 @@ class StorePlan:
                 if new := next((n for n in self.model.sanitize({name: mx.array(0)}) if n in wanted), None):
                     if not self._are_same(result.setdefault(new, old), old):
                         raise CheckpointError(
-                            f"{self.checkpoint.folder}: {result[new]} and {old} are one tensor of the model, and hold "
-                            "different numbers. Download the checkpoint again."
+                            f"{self.checkpoint.folder}: {result[new]} and {old} are the same tensor of the model, but "
+                            "hold different numbers. Download the checkpoint again."
                         )
                     break
         if getattr(self.model.args, "tie_word_embeddings", False):
@@ -123,13 +126,13 @@ class StorePlan:
             for embedding, head in product(embeddings, heads):
                 if not self._are_same(result.setdefault(embedding, head), head):
                     raise CheckpointError(
-                        f"{self.checkpoint.folder}: config.json ties {head} to {result[embedding]}, and they hold "
+                        f"{self.checkpoint.folder}: config.json ties {head} to {result[embedding]}, but they hold "
                         'different numbers. Set "tie_word_embeddings" to false in config.json to use both.'
                     )
         return result
 
     def _are_same(self, one: str, other: str) -> bool:
-        """Whether two of the checkpoint's tensors are equal; a few rows of them are in memory at a time."""
+        """Whether two of the checkpoint's tensors are equal. Only a few rows are in memory at a time."""
         shape = self.checkpoint.tensors[one].shape
         return one == other or (
             shape == self.checkpoint.tensors[other].shape
@@ -148,16 +151,16 @@ class StorePlan:
             shapes = ", ".join(f"{part} {m.shape}" for part, m in zip(self.family.parts, [*first, down], strict=True))
             raise CheckpointError(
                 f"{self.checkpoint.folder}: the FFN's matrices do not fit together: {shapes}; expected (F, D), and "
-                "(D, F) of the last."
+                "(D, F) for the last. Download the checkpoint again."
             )
         neurons, width = up.shape
         found = {self.find(name).dtype for name in dict(tree_flatten(self.model.parameters()))}
         dtype = self.settings.dtype or (up.dtype if len(found) == 1 else "float32")
-        if others := found - {*DTYPES}:  # integers are another quantisation's: without its scales they mean nothing
+        if others := found - {*DTYPES}:  # Integers are from another quantisation; without its scales they are useless.
             names = ", ".join(sorted(others))
             raise CheckpointError(f"{self.checkpoint.folder} is stored in {names}; expected {', '.join(DTYPES)}.")
         if len(found) > 1 and self.settings.dtype is None:
-            note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}: stored in {dtype} (--dtype)"
+            note = f"note: {self.checkpoint.folder} mixes {', '.join(sorted(found))}; it is stored in {dtype} (--dtype)"
             tqdm.write(note, file=sys.stderr)
         bits, group = self.settings.bits, self.settings.group_size
         if problem := group_problem(bits, group if bits < 16 else 0, width):
@@ -165,7 +168,10 @@ class StorePlan:
         return NeuronLayout.plan(dtype, self.layers, neurons, width, self.family.parts, bits, group), dtype
 
     def _resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored name -> (model's name, shape) of everything that is not streamed; checks that all is there."""
+        """Stored name -> (model's name, shape) of every tensor that is not streamed.
+
+        Raises CheckpointError if one is missing or has another shape.
+        """
         from mlx.utils import tree_flatten
 
         wanted = dict(tree_flatten(self.model.parameters()))
@@ -198,14 +204,14 @@ class StorePlan:
         return *first, down.T
 
     def _load_finite(self, name: str) -> mx.array:
-        """A tensor in the store's type. Raises CheckpointError if a number in it is not finite, or is no more."""
+        """A tensor in the store's type. Raises CheckpointError if a number is not finite in that type."""
         tensor = self.load(name).astype(getattr(mx, self.dtype))
         for begin, end in row_pieces(tensor.shape, tensor.itemsize):
             self._check_finite(name, tensor[begin:end])
         return tensor
 
     def _finite_pieces(self, name: str) -> Iterator[mx.array]:
-        """The same, a few rows at a time: an embedding may be larger than a layer."""
+        """The same as `_load_finite`, a few rows at a time, because an embedding may be larger than a layer."""
         for begin, end in row_pieces(self.find(name).shape, 4):
             piece = self.checkpoint.load(self.original[name], begin, end).astype(getattr(mx, self.dtype))
             self._check_finite(name, piece)

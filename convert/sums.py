@@ -1,7 +1,7 @@
-"""What was meant to be written into the partial folder: checksums of bytes in memory, kept until the store is whole.
+"""Checksums of the bytes written into the partial folder, made in memory and kept until the store is complete.
 
-What is read back from there, in the same run or in a later one, is compared with them; and a store's manifest has
-these, never ones that were made of what was read back: a disk that returns something else must not be blessed.
+Everything that is read back from the folder, in the same run or in a later one, is compared with them. The store's
+manifest gets these checksums, never ones of bytes that were read back: those of a faulty disk would confirm its errors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SUMS = "checksums.jsonl"  # a work file in the partial folder
 
 
 class WrittenSums:
-    """CRC-32 by name of a file and of a tensor in it. One line of JSON for each file: {"file": ..., "crc32": {...}}.
+    """A log of checksums: file -> tensor -> CRC-32. Each file has one line of JSON: {"file": ..., "crc32": {...}}.
 
-    A line is on the disk before its file has its name; of two lines for one file the later one counts. What a kill
-    left of a last line is nothing. Raises ReadError if there is a log that cannot be read.
+    A line is on the disk before its file is renamed to its final name. If a file has two lines, the later one counts.
+    An incomplete last line, as a kill may leave, is ignored. Raises ReadError if the log exists and cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing safetensors one tensor at a time, with checksums of what was written."""
+"""Writes safetensors files one tensor at a time, and returns checksums of the bytes written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     written: Callable[[dict[str, int]], None] = lambda _: None,
 ) -> dict[str, int]:
-    """Writes (name, shape, dtype, load) in the given order, one in memory at a time; beside, fsynced, renamed.
+    """Writes the tensors (name, shape, dtype, load) in the given order, with one in memory at a time.
 
-    load gives the tensor, or one after another the pieces that its rows are cut into.
+    The file is written under another name, fsynced and renamed. load: returns the tensor, or yields its rows in pieces.
+    progress: called with the number of bytes written since its last call. written: called with the checksums before the
+    rename.
 
-    Returns the CRC-32 of every tensor, and of the header under the empty name: of the bytes in memory that were handed
-    to the system, not of what the disk made of them. `written` is called with them before the rename.
+    Returns the CRC-32 of every tensor, and that of the header under the empty name. They are made from the bytes in
+    memory that were passed to the system, not from what the disk returns.
     """
     entries = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}

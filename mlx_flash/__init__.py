@@ -10,11 +10,12 @@ import sys
 
 
 def _leave_working_directory() -> None:
-    """As `python -m mlx_flash.x` is started, Python looks for every module in the working directory first.
+    """Removes the working directory from sys.path when this package was started by `python -m mlx_flash.x`.
 
-    That may be a checkpoint's folder, and no code of one is ever run. So it is dropped here, before anything else is
-    imported, unless this package itself lies there: in a clone that is not installed. What Python imported before this
-    line is beyond reach; the console script `mlxflash` does not have the working directory in its path at all.
+    Python would look there first for every module. The working directory may be a checkpoint's folder, and code from a
+    checkpoint is never run. It is removed before anything else is imported. It stays if it holds this package itself,
+    as in a clone that is not installed. Modules that Python imported earlier cannot be undone. The console script
+    `mlxflash` does not have the working directory in its path at all.
     """
     started_by_m = sys.argv[:1] == ["-m"] and any("mlx_flash" in argument for argument in sys.orig_argv)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -44,7 +45,7 @@ _HOMES = {
 
 
 class _Package(ModuleType):
-    """`import mlx_flash.generate` (a command's module) leaves the function of that name in its place."""
+    """Keeps `mlx_flash.generate` the function, even after the module of that name (a command) is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""python -m mlx_flash.cache: lists what this package keeps in its cache folder, and removes what is not needed."""
+"""python -m mlx_flash.cache: lists what this package keeps in its cache folder, and removes entries on request."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("cache"),
-        description="Lists what lies in the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, conversions "
-        "that were not finished, block sums of `--verify`, the history of `chat`, the latest error report, what an "
-        "interrupted removal or benchmark left. What is in use is never removed: then the exit code is 1.",
+        description="Lists the entries of the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, unfinished "
+        "conversions, block sums of `--verify`, the history of `chat`, the latest error report, and leftovers of an "
+        "interrupted removal or benchmark. Entries in use are never removed; the exit code is then 1.",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these, by their names in the list")
+    what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these entries, by their names in the list")
     what.add_argument(
-        "--superseded", action="store_true", help="remove stores of which a newer one of the same checkpoint is there"
+        "--superseded", action="store_true", help="remove stores that a newer one of the same checkpoint replaces"
     )
     what.add_argument("--all", action="store_true", help="remove everything in the list")
     parser.add_argument("--yes", action="store_true", help="do not ask before removing")
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.remove:
         known = {entry.name: entry for entry in found}
         if lacking := [name for name in arguments.remove if name not in known]:
-            raise UsageError(f"{folder} has no {lacking[0]}. `{program('cache')}` lists what is there.")
+            raise UsageError(f"{folder} has no entry {lacking[0]}. `{program('cache')}` lists the entries.")
         chosen = [known[name] for name in dict.fromkeys(arguments.remove)]
     elif arguments.superseded or arguments.all:
         chosen = [entry for entry in found if arguments.all or entry.superseded]
@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
     def freed(entry: Entry) -> int:
         try:
             if not remove(entry):
-                print(f"{entry.name} is in use and stays", file=sys.stderr)
+                print(f"{entry.name} is in use and was not removed", file=sys.stderr)
                 return 0
         except OSError as error:
             print(f"{entry.name} cannot be removed: {reason_of(error)}", file=sys.stderr)
@@ -88,7 +88,7 @@ def _agreed(chosen: list[Entry]) -> bool:
     size = sum(entry.nbytes for entry in chosen) / 1e9
     if not sys.stdin.isatty():
         raise UsageError(
-            f"removing {len(chosen)} ({size:.2f} GB) needs an answer, and there is no terminal. Say --yes."
+            f"removing {len(chosen)} ({size:.2f} GB) needs a confirmation, and there is no terminal. Add --yes."
         )
     for entry in chosen:
         print(f"  {entry.name} ({entry.kind})")

@@ -25,20 +25,20 @@ from .text.sampling import add_sampling_arguments, check_sampling, make_processo
 PROMPT = ">>> "
 HELP = """\
 /reset         forget the conversation
-/stats         of the last answer and of all: speed, cache hits, bytes read per token, where the time went
-/memory        the memory plan, and what is used now
+/stats         show speed, cache hits, bytes read per token and where the time went: last answer, all answers
+/memory        show the memory plan and the memory in use
 /memory 6GB    load the model again with that budget; the conversation stays
-/help          this list
+/help          show this list
 /quit          leave; so does Ctrl-D
 Ctrl-C stops an answer. A line that begins with a space is never a command."""
-AGAIN = "It stops when the layers at work are done; Ctrl-C once more leaves the program."
+AGAIN = "The answer stops when the current layers are done; press Ctrl-C again to leave the program."
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("chat"),
-        description="A conversation with a model that streams from the SSD. Where standard input or output is no "
-        "terminal, it answers line by line. Answers go to standard output, everything else to standard error.",
+        description="Holds a conversation with a model that streams from the SSD. If standard input or output is not "
+        "a terminal, it answers line by line. Answers go to standard output, everything else to standard error.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,14 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Chat:
-    """A loaded model, the conversation with it, and what that took."""
+    """A loaded model, the conversation with it, and the statistics of its answers."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.last: Statistics | None = None
         self.total: Statistics | None = None
         self.answers = 0
-        self._cut_before = False  # an answer, by --max-tokens
+        self._cut_before = False  # whether --max-tokens has cut an answer before
         self._load()
         from .text.conversation import Conversation
 
@@ -70,7 +70,7 @@ class Chat:
         self.sampling = sampling_of(arguments, self.model.flash.defaults)
         self.sampler = seeded_sampler(self.sampling, self.model.flash.vocabulary)
         if self.model.flash.defaults.sampling:
-            say(f"sampling: {self.sampling.describe()} (what is not given is from the model's generation_config.json)")
+            say(f"sampling: {self.sampling.describe()} (options not given are from the model's generation_config.json)")
         if not self.conversation.has_template:
             if arguments.system_prompt is not None:
                 say("note: --system-prompt is not used without a chat template")
@@ -94,13 +94,13 @@ class Chat:
         self._close_model()
 
     def _close_model(self) -> None:
-        if self.model is not None:  # as it is when it could not be loaded again
+        if self.model is not None:  # None: it could not be loaded again
             self.model.flash.close()
 
     # -- a question ------------------------------------------------------------------------------------------
 
     def answer(self, question: str, interrupts: Interrupts) -> None:
-        """Writes the answer as it is made.
+        """Prints the answer while it is generated.
 
         Raises UsageError, ChatTemplateError or TokenizerError for a question that cannot be used.
         """
@@ -148,22 +148,22 @@ class Chat:
     def _say_cut(self, made: int) -> None:
         if made < self.arguments.max_tokens:
             say(
-                f"note: the context of {self.plan.context} tokens is full, so the answer ends here; the next question "
-                f"drops the oldest turns, /reset all of them. {context_hint(self.model)}"
+                f"note: the context of {self.plan.context} tokens is full, so the answer ends here. The next question "
+                f"drops the oldest turns; /reset drops all of them. {context_hint(self.model)}"
             )
         elif not self._cut_before:
             self._cut_before = True
-            say(f"note: an answer ends after {made} tokens (--max-tokens)")
+            say(f"note: answers end after {made} tokens (--max-tokens)")
 
     # -- commands --------------------------------------------------------------------------------------------
 
     def command(self, line: str) -> bool:
-        """Whether to go on. Raises UsageError for an unknown command."""
+        """Runs a command line such as "/stats"; False means leave. Raises UsageError for an unknown command."""
         name, *rest = line.split()
         if name == "/memory" and len(rest) <= 1:
             self.reload(rest[0]) if rest else self.say_memory()
         elif rest and name in ("/reset", "/stats", "/memory", "/help", "/quit"):
-            raise UsageError(f"{name} takes {'one size' if name == '/memory' else 'nothing'} after it.")
+            raise UsageError(f"{name} takes {'one size' if name == '/memory' else 'no argument'}.")
         elif name == "/reset":
             self.conversation.forget()
             self.turns.forget()
@@ -182,7 +182,7 @@ class Chat:
 
     def say_statistics(self) -> None:
         if self.last is None or self.total is None:
-            say("nothing was answered yet")
+            say("no answers yet")
         else:
             self._say_of("last answer", self.last)
             self._say_of("total of one answer" if self.answers == 1 else f"total of {self.answers} answers", self.total)
@@ -209,29 +209,32 @@ class Chat:
 
         now, peak = current_memory_bytes() / 1e9, peak_memory_bytes() / 1e9
         return (
-            f"now: {now:.3f} GB of {self.plan.budget / 1e9:.3f} GB, at most so far {peak:.3f} GB; "
+            f"now: {now:.3f} GB of {self.plan.budget / 1e9:.3f} GB, peak {peak:.3f} GB; "
             f"{_turns(len(self.conversation.turns))}, {len(self.turns.tokens)} of {self.plan.context} tokens of context"
         )
 
     def reload(self, memory: str) -> None:
-        """With another budget, or, where that is too small, as it was. The conversation stays, its cache does not."""
+        """Loads the model again with another budget, or with the old one if the new one is too small.
+
+        The conversation stays; its KV cache does not. Raises UsageError for a text that is not a size.
+        """
         parse_memory(memory)
         before, self.arguments.memory = self.arguments.memory, memory
         self._free()
         try:
             self._load()
         except BudgetError as refused:
-            say(f"{refused} Loading it as it was.")
+            say(f"{refused} Loading it with the old budget.")
             self.arguments.memory = before
             try:
                 self._load()
-            except BudgetError as grown:  # a little: the process is larger than when it began
+            except BudgetError as grown:  # the process has grown a little since it began
                 self.arguments.memory = grown.smallest_bytes
                 self._load()
         self.conversation.tokenizer, self.conversation.context = self.tokenizer, self.plan.context
 
     def _free(self) -> None:
-        """The plan counts the process as it is then: the old model must be gone."""
+        """Frees the old model. The next plan counts the memory that this process then uses."""
         import mlx.core as mx
 
         from .flash.system import return_freed_memory
@@ -250,12 +253,12 @@ def _turns(count: int) -> str:
 def history_file() -> Path:
     try:
         return cache_folder() / HISTORY
-    except UsageError:  # there is no home folder, and a store that is named needs none
+    except UsageError:  # There is no home folder; a model named by its folder needs none.
         return Path(os.devnull)
 
 
 def typed(interrupts: Interrupts) -> Iterator[str]:
-    """Lines from the terminal, until Ctrl-D."""
+    """Yields lines from the terminal until Ctrl-D."""
     history = History(history_file())
     while True:
         try:
@@ -290,7 +293,7 @@ def main(arguments: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     chat = Chat(arguments)
     if interactive:
-        say("Type a text and press Return; /help lists the commands.")
+        say("Type a message and press Return; /help lists the commands.")
     try:
         with Interrupts(AGAIN if interactive else None) as interrupts:
             return converse(chat, typed(interrupts) if interactive else piped(interrupts), interrupts, interactive)
@@ -301,12 +304,15 @@ def main(arguments: argparse.Namespace) -> int:
 def _check_text(line: str) -> None:
     try:
         line.encode()
-    except UnicodeEncodeError:  # bytes that are no text come as lone surrogates
+    except UnicodeEncodeError:  # Bytes that are not text arrive as lone surrogates.
         raise UsageError("that is not valid UTF-8 text.") from None
 
 
 def converse(chat: Chat, lines: Iterator[str], interrupts: Interrupts, interactive: bool) -> int:
-    """Until the lines end; the exit code: that of the last line that could not be used, if nobody can type it again."""
+    """Answers each line until they end; returns the exit code.
+
+    A session that is not interactive returns the code of the last line that could not be used: it cannot be retyped.
+    """
     unused = 0
     for line in lines:
         interrupts.renew()

@@ -16,12 +16,12 @@ from .flash.files import MANIFEST, Manifest, NeuronLayout, parse_manifest
 from .flash.safetensors_file import CHUNK_BYTES, crc32_of, read_header, sha256_of
 from .source.checkpoint_files import matching
 
-SHOWN = 20  # findings printed before the rest is only counted
+SHOWN = 20  # number of findings to print; the rest is only counted
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One finding: which file, where in it ("layer 3, neurons 24-31", "tensor x", "header", ""), and what is wrong."""
+    """A finding: the file, the place in it ("layer 3, neurons 24-31", "tensor x", "header", ""), and the fault."""
 
     file: str
     where: str
@@ -32,10 +32,10 @@ class Damage:
 
 
 def check_store(folder: Path, progress: Callable[[int], None] = lambda _: None) -> list[Damage]:
-    """Reads every file of the store and compares it with its checksums; all findings, none if it is whole.
+    """Reads every file of the store and compares it with its checksums. Returns all findings; none if it is whole.
 
-    `progress` is told the bytes read; memory stays at some MiB whatever the store's size.
-    Raises NotAStoreError, NewerFormatError, OlderFormatError.
+    progress: called with the number of bytes read since its last call. Memory use is some MiB, whatever the store's
+    size. Raises NotAStoreError, NewerFormatError, OlderFormatError.
     """
     try:
         manifest = parse_manifest(folder)
@@ -53,7 +53,7 @@ def check_store(folder: Path, progress: Callable[[int], None] = lambda _: None) 
             if name == Manifest.neurons_file:
                 sha256 = manifest.files[Manifest.neurons_checksums_file]["sha256"]
                 found += _check_neurons(folder, manifest.layout, sha256, progress)
-            elif size != entry["bytes"]:  # no checksum can agree
+            elif size != entry["bytes"]:  # The checksums cannot match; only count its bytes.
                 progress(entry["bytes"])
             elif "crc32" in entry:
                 found += _check_tensors(path, entry["crc32"], progress)
@@ -67,7 +67,7 @@ def check_store(folder: Path, progress: Callable[[int], None] = lambda _: None) 
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """Names in the store's folder that its manifest does not know; hidden ones, such as macOS leaves, are left out."""
+    """Names of files in the store's folder that its manifest does not list, without hidden ones such as macOS makes."""
     known = {MANIFEST, *parse_manifest(folder).files}
     return [name for name in matching([path.name for path in folder.iterdir()], ("*",)) if name not in known]
 
@@ -80,7 +80,7 @@ def _check_tensors(path: Path, sums: dict[str, int], progress: Callable[[int], N
         return
     progress(len(header))
     if zlib.crc32(header) != sums.get(""):
-        # Its offsets cannot be believed, so whatever they lead to says nothing about the tensors.
+        # Its offsets cannot be trusted, so the tensors cannot be checked.
         yield Damage(path.name, "header", "does not match its checksum")
         return
     for name in sums.keys() - entries.keys() - {""}:
@@ -104,7 +104,7 @@ def _check_tensors(path: Path, sums: dict[str, int], progress: Callable[[int], N
 def _check_neurons(
     folder: Path, layout: NeuronLayout, sha256: str, progress: Callable[[int], None]
 ) -> Iterator[Damage]:
-    """sha256: of the table of checksums."""
+    """Yields the damage in the neurons' file. sha256: of the table of checksums, from the manifest."""
     table = folder / Manifest.neurons_checksums_file
     if not table.is_file():
         yield Damage(Manifest.neurons_file, "", f"cannot be checked without {table.name}")
@@ -122,15 +122,15 @@ def _check_neurons(
             except OSError as error:
                 yield Damage(Manifest.neurons_file, f"layer {layer}", f"cannot be read ({error})")
             except EOFError as error:
-                yield Damage(Manifest.neurons_file, f"layer {layer}", f"{error}; nothing behind was checked")
+                yield Damage(Manifest.neurons_file, f"layer {layer}", f"{error}; nothing after it was checked")
                 return
 
 
 def _check_layer(
     file: BinaryIO, sums: BinaryIO, layout: NeuronLayout, layer: int, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, str]]:
-    """(where, what is wrong: "" for a checksum). Raises EOFError where either file ends too early."""
-    bad_from: int | None = None  # neighbouring damaged blocks are one finding
+    """Yields (place, fault); "" is a checksum that does not match. Raises EOFError if either file is too short."""
+    bad_from: int | None = None  # Adjacent damaged blocks are one finding.
     read = 0
     for block in range(layout.blocks):
         expected = sums.read(4)
@@ -162,8 +162,8 @@ def _check_layer(
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("check"),
-        description="Verifies every byte of a store against its checksums. Exit code 0: no damage; 1: damage, "
-        "each place named, or not a store; 2: wrong usage.",
+        description="Verifies every byte of a store against its checksums and names each damaged place. Exit code 0: "
+        "no damage; 1: damage, or not a store; 2: wrong usage.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a store")
     return parser
@@ -174,7 +174,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     folder: Path = arguments.folder
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}.")
+        raise UsageError(f"there is no folder {folder}. Give the folder of a store.")
     try:
         sizes = [entry["bytes"] for entry in parse_manifest(folder).files.values()]
     except CorruptStoreError:

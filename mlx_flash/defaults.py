@@ -1,15 +1,15 @@
-"""Every choice and default that more than one place needs; imports nothing, so that `--help` is quick."""
+"""Choices and defaults that more than one module needs. It imports nothing, so that `--help` is quick."""
 
-DTYPES = ("float32", "float16", "bfloat16")  # that a store can be in
-BITS = (16, 8, 4)  # of one number in a store; 16: as the type has it
+DTYPES = ("float32", "float16", "bfloat16")  # types of a store's numbers
+BITS = (16, 8, 4)  # bits per FFN weight in a store; 16: not quantised
 STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
 
 CONTEXT = 2048  # tokens
 THREADS = 16
-PREFILL_TOKENS = 512  # prompt tokens computed at once by our own functions; the plan counts on it
+PREFILL_TOKENS = 512  # prompt tokens per chunk in our own functions; the memory plan relies on it
 
 CALIBRATION_TOKENS = 2048
 LEAST_CALIBRATION_TOKENS = 16
-KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by so many tokens
+KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by this many tokens at a time

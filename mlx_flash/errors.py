@@ -1,14 +1,33 @@
 """Every error this package raises on purpose.
 
-Each message is one or two sentences: what was found, what was expected, what to do. A command line prints the message
-and exits with the class's `exit_code`; nothing else needs to be known about an error.
+Each message is one or two sentences: what was found, what was expected, what to do. A command prints the message and
+exits with the class's `exit_code`.
+
+    FlashError
+    ├── UsageError
+    │   └── BudgetError
+    ├── StoreError
+    │   ├── NotAStoreError
+    │   ├── NewerFormatError
+    │   ├── OlderFormatError
+    │   ├── TruncatedStoreError
+    │   ├── CorruptStoreError
+    │   └── MissingTensorError
+    ├── CheckpointError
+    │   ├── UnsupportedModelError
+    │   └── TokenizerError
+    ├── ChatTemplateError
+    │   └── ChatTemplateFailure
+    ├── ReadError
+    └── ConversionError
+        └── NoSpaceError
 """
 
 from __future__ import annotations
 
 
 class FlashError(Exception):
-    """Base of all errors of this package; `exit_code` is what a command line ends with."""
+    """Base of all errors of this package. A command that ends with one exits with its `exit_code`."""
 
     exit_code: int = 1
 
@@ -20,15 +39,24 @@ class UsageError(FlashError):
 
 
 class BudgetError(UsageError):
-    """The memory budget is too small; `smallest_bytes` is the smallest one that would do."""
+    """A memory budget that is too small; `smallest_bytes` is the smallest one that works.
 
-    def __init__(self, message: str, smallest_bytes: int) -> None:
+    `full_bytes`, `units_bytes` and `bytes_for` are deprecated: `mlx_flash.plan` has `everything` and `bytes_for`.
+    """
+
+    def __init__(self, message: str, smallest_bytes: int, full_bytes: int = 0, units_bytes: int = 0) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+        self.full_bytes = full_bytes
+        self.units_bytes = units_bytes
 
-    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int]]:
-        # Exception's own pickling would call the class with the message alone.
-        return type(self), (str(self), self.smallest_bytes)
+    def bytes_for(self, share: float) -> int:
+        """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
+        return max(self.smallest_bytes, self.full_bytes - int((1 - share) * self.units_bytes))
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int, int]]:
+        # Pickling an Exception calls the class with the message alone.
+        return type(self), (str(self), self.smallest_bytes, self.full_bytes, self.units_bytes)
 
 
 class StoreError(FlashError):
@@ -36,23 +64,23 @@ class StoreError(FlashError):
 
 
 class NotAStoreError(StoreError):
-    """A path that holds no store."""
+    """A path that is not a store."""
 
 
 class NewerFormatError(StoreError):
-    """A store written by a later version of the format than this package reads."""
+    """A store written in a later version of the format than this package reads."""
 
 
 class OlderFormatError(StoreError):
-    """A store written by an earlier version of the format than this package still reads."""
+    """A store written in an earlier version of the format than this package still reads."""
 
 
 class TruncatedStoreError(StoreError):
-    """A file of a store that ends before its index says."""
+    """A file of a store that is shorter than its index says."""
 
 
 class CorruptStoreError(StoreError):
-    """Bytes of a store that disagree with its checksum or its index."""
+    """Bytes of a store that do not match its checksums or its index."""
 
 
 class MissingTensorError(StoreError):
@@ -60,15 +88,15 @@ class MissingTensorError(StoreError):
 
 
 class CheckpointError(FlashError):
-    """A checkpoint that cannot be read as what it claims to be."""
+    """A checkpoint that cannot be read as its files claim."""
 
 
 class UnsupportedModelError(CheckpointError):
-    """A model family, or a variant of one, that this package does not run."""
+    """A model family, or a variant of one, that this package does not support."""
 
 
 class TokenizerError(CheckpointError):
-    """A text that the model's tokenizer cannot encode, or a tokenizer that cannot encode any."""
+    """A text that the model's tokenizer cannot encode, or a tokenizer that cannot encode any text."""
 
 
 class ChatTemplateError(FlashError):
@@ -76,16 +104,16 @@ class ChatTemplateError(FlashError):
 
 
 class ChatTemplateFailure(ChatTemplateError):
-    """A chat template that raises an error: it refuses these messages, or has a fault."""
+    """A chat template that raises an error: it refuses the messages, or has a bug."""
 
 
 class ReadError(FlashError):
-    """An I/O error, a short read, a changed file or bytes that do not match their checksum, while streaming."""
+    """A failure while streaming: an I/O error, a short read, a changed file, or bytes that do not match a checksum."""
 
 
 class ConversionError(FlashError):
-    """A conversion that could not be finished; what was written so far is kept for resuming."""
+    """A conversion that could not be finished. The files written so far are kept, so that it can resume."""
 
 
 class NoSpaceError(ConversionError):
-    """The disk has less room than the conversion needs."""
+    """A disk with too little room for a conversion or a download."""

@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompt",
         "-p",
         default=DEFAULT_PROMPT,
-        help="the prompt (default: %(default)r); - reads stdin",
+        help="the prompt; - reads it from standard input (default: %(default)r)",
     )
     add_sampling_arguments(text, max_tokens=100)
     text.add_argument("--system-prompt", help="system message for the chat template")
@@ -43,7 +43,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     try:
         if prompt == "-":
             prompt = sys.stdin.read() if sys.stdin else ""
-        prompt.encode()  # bytes that are no text come as lone surrogates
+        prompt.encode()  # Bytes that are not text arrive as lone surrogates.
     except UnicodeError:
         raise UsageError("the prompt is not valid UTF-8 text.") from None
     if not prompt:
@@ -52,7 +52,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str | list[int]:
-    """The prompt as the model's chat template wants it, where it has one. Raises ChatTemplateError."""
+    """The prompt in the form of the model's chat template, if it has one. Raises ChatTemplateError."""
     from .text.chat_template import has_chat_template, prompt_ids
     from .text.template_process import TemplateProcess
 
@@ -78,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     sampling = sampling_of(arguments, model.flash.defaults)
     if model.flash.defaults.sampling:
-        say(f"sampling: {sampling.describe()} (what is not given is from the model's generation_config.json)")
+        say(f"sampling: {sampling.describe()} (options not given are from the model's generation_config.json)")
     sampler = seeded_sampler(sampling, model.flash.vocabulary)
     prompt = apply_template(tokenizer, prompt_text, arguments)
     tokens: list[int] = []
@@ -104,7 +104,7 @@ def main(arguments: argparse.Namespace) -> int:
             pass
     print(flush=True)
     if response is None:
-        say("interrupted while the prompt was read: no token was made")
+        say("interrupted while reading the prompt; no token was generated")
         result = {"text": "", "tokens": [], "generation_tokens": 0, "plan": model.flash.plan.as_dict()}
     else:
         if interrupts.asked:

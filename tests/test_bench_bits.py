@@ -78,7 +78,7 @@ def test_the_plan_counts_what_a_conversion_stores(tiny_of: Any) -> None:
         header = len((tiny.store / "model.safetensors").read_bytes()) - int.from_bytes(
             (tiny.store / "model.safetensors").read_bytes()[:8], "little"
         )
-        assert bench_plan.resident_bytes(config, manifest.resident_bits) == header - 8
+        assert sum(bench_plan.resident_sizes(config, manifest.resident_bits)) == header - 8
         layout = manifest.layout
         assert shadow_bytes(layout, 3) == manifest.predictors["shadow"]["bytes"]
 

@@ -94,7 +94,7 @@ def test_the_older_store_of_a_source_is_superseded(folder: Path, source: Path, t
     assert code == 0 and err == "" and len(out.splitlines()) == 4
     assert next(line for line in out.splitlines() if "superseded" in line).startswith(first.name)
     code, out, err = cli("--superseded")
-    assert code == 2 and "Say --yes" in err and is_store(first)
+    assert code == 2 and "Add --yes" in err and is_store(first)
     code, out, err = cli("--superseded", "--yes")
     assert code == 0 and f"removed {first.name}" in out and not first.exists() and is_store(second) and is_store(apart)
     assert cli("--superseded", "--yes") == (0, "nothing to remove\n", "")
@@ -116,7 +116,7 @@ def test_what_runs_or_is_being_made_stays(folder: Path, source: Path, open_model
     store = find_store(str(source))
     model = open_model(store)
     code, _, err = cli("--all", "--yes")
-    assert code == 1 and err == f"{store.name} is in use and stays\n" and is_store(store)
+    assert code == 1 and err == f"{store.name} is in use and was not removed\n" and is_store(store)
     model.flash.close()
     for lock in (f".{store.name}.lock", f"{store.name}.lock"):
         with FileLock(folder / lock):

@@ -91,7 +91,7 @@ def test_answers_go_on_from_each_other_until_they_are_forgotten(
 ) -> None:
     terminal = start("--max-tokens", "24", "--memory", "1GB")
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
-        note = "note: an answer ends after 24 tokens (--max-tokens)\n"  # printed once
+        note = "note: answers end after 24 tokens (--max-tokens)\n"  # printed once
         assert ask(terminal, question) == f"{answer}\n" + (note if number == 0 else "")
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
@@ -130,11 +130,11 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
 
     listed = ask(terminal, "/help")
     assert all(name in listed for name in ("/reset", "/stats", "/memory 6GB", "/help", "/quit", "Ctrl-C"))
-    assert "nothing was answered yet" in ask(terminal, "/stats")
+    assert "no answers yet" in ask(terminal, "/stats")
     assert ask(terminal, "") == "" and ask(terminal, "  ") == ""
     assert "there is no command /rest; /help lists them" in ask(terminal, "/rest")
-    assert "/reset takes nothing after it" in ask(terminal, "/reset now")
-    assert "/memory takes one size after it" in ask(terminal, "/memory 6 GB")
+    assert "/reset takes no argument" in ask(terminal, "/reset now")
+    assert "/memory takes one size" in ask(terminal, "/memory 6 GB")
     assert "memory is 'lots', expected a number with a unit" in ask(terminal, "/memory lots")
     assert len(ask(terminal, " /usr is a folder")) > 2  # not a command
     statistics = ask(terminal, "/stats")
@@ -143,7 +143,7 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
         r"Streaming \(shadow\): [\d.]+% hits, [\d.]+ MB and [\d.]+ reads per token",
         r"Time per token: [\d.]+ ms waiting for reads, [\d.]+ ms cache management, [\d.]+ ms compute",
         r"total of one answer: 5 tokens",
-        r"now: [\d.]+ GB of [\d.]+ GB, at most so far [\d.]+ GB; 1 turn, \d+ of 512 tokens of context",
+        r"now: [\d.]+ GB of [\d.]+ GB, peak [\d.]+ GB; 1 turn, \d+ of 512 tokens of context",
         r"plan: [\d.]+ GB, slots for 100% of the blocks of each layer's neurons",
     ):
         assert re.search(part, statistics), part
@@ -239,9 +239,9 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
         said,
     )
     assert dropped and all(int(count) and int(tokens) for count, tokens, _ in dropped)
-    assert "is full, so the answer ends here; the next question drops the oldest turns" in said
+    assert "is full, so the answer ends here. The next question drops the oldest turns" in said
     assert "A larger --context makes more room, up to" in said
-    assert "the plan has room for 64 of question and answer together" in ask(terminal, "word " * 80)
+    assert "the plan has room for 64, answer included" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
 
 
@@ -338,7 +338,7 @@ def test_the_system_message_is_not_dropped(templated: Any) -> None:
     prompt = talk.ask("So?", 17)
     assert templated.decode(prompt.tokens) == "[s:Be][u:Hi][a:Yo][u:So?][a:" and prompt.dropped == 1
     assert prompt.dropped_tokens == len("[u:Hi][a:Yo]") and len(talk.turns) == 1
-    with pytest.raises(UsageError, match="that makes 57 tokens, the plan has room for 56"):
+    with pytest.raises(UsageError, match="a prompt of 57 tokens, and the plan has room for 56"):
         talk.ask("x" * 44, 8)
     assert len(talk.turns) == 1
 

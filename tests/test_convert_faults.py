@@ -241,7 +241,7 @@ def test_predictors_are_not_calibrated_on_random_tokens_because_of_a_fault(
         return real(folder, names, cut_compare)
 
     monkeypatch.setattr(conversion, "compared_copies", cut)
-    with pytest.raises(ConversionError, match=r"/tokenizer_config\.json was changed meanwhile\. Run the same"):
+    with pytest.raises(ConversionError, match=r"/tokenizer_config\.json changed during the conversion\. Run the same"):
         convert(checkpoint, tmp_path / "store", quick)
     monkeypatch.undo()
     broken = shutil.copytree(checkpoint, tmp_path / "broken")

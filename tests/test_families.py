@@ -109,18 +109,18 @@ def test_a_new_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             {"model_type": "llama", "hidden_act": "silu"},
             "X uses the activation 'silu', which leaves no neuron exactly zero. It is neither a ReLU model (relu or "
             "fatrelu there) nor a mixture of experts, so flash loading would gain nothing; mlx-lm itself runs it, if "
-            "it fits into memory. What would gain: a relufied version (SparseLLM/ReluLLaMA-7B, "
-            "SparseLLM/prosparse-llama-2-7b).",
+            "it fits into memory. Use a relufied version (SparseLLM/ReluLLaMA-7B, "
+            "SparseLLM/prosparse-llama-2-7b) instead.",
         ),
         (
             {"model_type": "falcon"},
             "X uses the activation 'gelu' by default (its config.json has no activation; if its own code computes "
             'relu, add "activation": "relu"), which leaves no neuron exactly zero. It is neither a ReLU model (relu '
             "there) nor a mixture of experts, so flash loading would gain nothing; a runtime that computes it and "
-            "loads it whole runs it, if it fits into memory. What would gain: a relufied version "
-            "(SparseLLM/ReluFalcon-40B).",
+            "loads it whole runs it, if it fits into memory. Use a relufied version "
+            "(SparseLLM/ReluFalcon-40B) instead.",
         ),
-        ({"model_type": "mistral", "hidden_act": "silu"}, "its mixture-of-experts sibling Mixtral."),
+        ({"model_type": "mistral", "hidden_act": "silu"}, "its mixture-of-experts sibling Mixtral instead."),
         ({"model_type": "phi", "hidden_act": "gelu_new"}, "; mlx-lm itself runs it, if it fits into memory"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "; a runtime that computes it and loads it whole runs it"),
         ({"model_type": "nemotron", "hidden_act": "silu"}, "a ReLU model (relu2 there)"),

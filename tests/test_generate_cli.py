@@ -260,7 +260,10 @@ def default_ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures("default_ctrl_c")
 @pytest.mark.parametrize(
     ("times", "message"),
-    [(1, "interrupted while the prompt was read: no token was made"), (2, "python -m mlx_flash.generate: interrupted")],
+    [
+        (1, "interrupted while reading the prompt; no token was generated"),
+        (2, "python -m mlx_flash.generate: interrupted"),
+    ],
 )
 def test_ctrl_c_while_the_prompt_is_read(
     generate_command: ModuleType, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, times: int, message: str

@@ -241,7 +241,7 @@ def test_one_format_of_the_weights(present: list[str], index: list[str] | None, 
         ({"config.json": b"{}", "tiny.gguf": b"x", "consolidated.00.pth": b"x"}, "has no weights: expected model"),
         ({"config.json": b"{}", "model.safetensors.index.json": index_of(*SHARDS).encode(), SHARDS[0]: b"x"},
          f"lacks 1 of 2 shards, the first is {SHARDS[1]}"),
-        ({"config.json": b"{}", "model.safetensors.index.json": b"[]"}, "is no index of shards"),
+        ({"config.json": b"{}", "model.safetensors.index.json": b"[]"}, "is not an index of shards"),
     ],
 )  # fmt: skip
 def test_nothing_is_downloaded_of_what_is_no_checkpoint(
@@ -262,13 +262,13 @@ def test_a_cut_connection_is_taken_up_by_the_next_run(server: Hub, home: Path, b
     server.add(REPOSITORY, big)
     server.cut_at["model.safetensors"] = PIECE + PIECE // 2
     done = find(server, home, REPOSITORY)
-    assert done.returncode == 1 and "Run the same command again to go on" in done.stderr
+    assert done.returncode == 1 and "Run the same command again to continue" in done.stderr
     assert server.fetched()["model.safetensors"][0] is None
 
     server.cut_at.clear()
     server.requests.clear()
     done = find(server, home, REPOSITORY)
-    assert done.returncode == 0 and "going on after" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming after" in done.stderr, done.stderr
     assert contents(Path(done.stdout.strip())) == contents(big)
     (span,) = server.fetched()["model.safetensors"]
     assert span is not None and int(span.removeprefix("bytes=").removesuffix("-")) >= PIECE
@@ -342,7 +342,9 @@ def test_a_full_disk(server: Hub, home: Path, big: Path) -> None:
     partial.unlink()
     partial.symlink_to("/dev/full")
     done = find(server, home, REPOSITORY)
-    assert done.returncode == 1 and "is full. What was downloaded is kept: make room" in done.stderr, done.stderr
+    assert done.returncode == 1 and "is full; the files downloaded so far are kept. Make room" in done.stderr, (
+        done.stderr
+    )
     partial.unlink()
     assert find(server, home, REPOSITORY).returncode == 0
 
@@ -369,9 +371,9 @@ def test_what_the_hub_refuses(server: Hub, home: Path, checkpoint: Path) -> None
     server.add("owner/gated", checkpoint)
     server.gated.add("owner/gated")
     for arguments, words in (
-        (["owner/gated"], f"is gated: accept its terms at {server.address}/owner/gated, then `hf auth login`"),
-        (["owner/nothing"], "neither a folder nor a Hugging Face repository owner/nothing"),
-        ([REPOSITORY, "--revision", "v9"], "owner/tiny has no revision v9: expected the name of a branch"),
+        (["owner/gated"], f"is gated. Accept its terms at {server.address}/owner/gated, then run `hf auth login`"),
+        (["owner/nothing"], "owner/nothing is neither a folder nor a Hugging Face repository."),
+        ([REPOSITORY, "--revision", "v9"], "owner/tiny has no revision v9; expected the name of a branch"),
     ):
         done = find(server, home, *arguments)
         assert done.returncode == 2 and words in done.stderr, done.stderr
@@ -388,7 +390,7 @@ def test_without_the_hub(server: Hub, home: Path, checkpoint: Path) -> None:
     online = find(server, home, REPOSITORY)
     server.broken = True
     for environment, note in (
-        (nowhere, "using owner/tiny as it was downloaded before"),
+        (nowhere, "using the copy of owner/tiny that was downloaded before"),
         ({"HF_HUB_OFFLINE": "1"}, ""),
         ({}, "500"),
     ):
@@ -397,12 +399,12 @@ def test_without_the_hub(server: Hub, home: Path, checkpoint: Path) -> None:
     commit = server.commit(REPOSITORY, "main")
     assert find(server, home, REPOSITORY, "--revision", commit, HF_HUB_OFFLINE="1").stdout == online.stdout
     done = find(server, home, REPOSITORY, "--revision", "v1", **nowhere)
-    assert done.returncode == 1 and "owner/tiny at v1 is no local folder and was not downloaded" in done.stderr
+    assert done.returncode == 1 and "owner/tiny at v1 is not a local folder and was not downloaded" in done.stderr
 
     for name in (SHARDS[1], "model.safetensors.index.json"):
         (Path(online.stdout.strip()) / name).unlink()
         done = find(server, home, REPOSITORY, HF_HUB_OFFLINE="1")
-        assert done.returncode == 1 and f"was downloaded in part (missing: {name})" in done.stderr, done.stderr
+        assert done.returncode == 1 and f"was downloaded only in part (missing: {name})" in done.stderr, done.stderr
 
 
 # -- predictors --------------------------------------------------------------------------------------------------
@@ -413,12 +415,12 @@ def test_predictors_are_downloaded_in_the_same_way(server: Hub, home: Path, tmp_
     server.add(REPOSITORY, tmp_path / "nothing", **predictors, **{"config.json": b"{}", "README.md": b"#"})
     server.cut_at["model_0.pt"] = PIECE + PIECE // 2
     done = find(server, home, REPOSITORY, "--predictors")
-    assert done.returncode == 1 and "Run the same command again to go on" in done.stderr, done.stderr
+    assert done.returncode == 1 and "Run the same command again to continue" in done.stderr, done.stderr
 
     server.cut_at.clear()
     server.requests.clear()
     done = find(server, home, REPOSITORY, "--predictors")
-    assert done.returncode == 0 and "model_0.pt: going on after" in done.stderr, done.stderr
+    assert done.returncode == 0 and "model_0.pt: resuming after" in done.stderr, done.stderr
     assert contents(Path(done.stdout.strip())) == predictors
     fetched = server.fetched()
     assert set(fetched) == set(predictors) and fetched["model_0.pt"] == [f"bytes={PIECE}-"]
@@ -427,14 +429,14 @@ def test_predictors_are_downloaded_in_the_same_way(server: Hub, home: Path, tmp_
     assert offline.stdout == done.stdout
     (Path(done.stdout.strip()) / "model_1.pt").unlink()
     done = find(server, home, REPOSITORY, "--predictors", HF_HUB_OFFLINE="1")
-    assert done.returncode == 1 and "was downloaded in part (missing: model_1.pt)" in done.stderr, done.stderr
+    assert done.returncode == 1 and "was downloaded only in part (missing: model_1.pt)" in done.stderr, done.stderr
 
 
 def test_predictors_that_cannot_be_had(server: Hub, home: Path, checkpoint: Path) -> None:
     server.add(REPOSITORY, checkpoint)
     for repository, code, words in (
         (REPOSITORY, 1, "owner/tiny holds no predictors: expected model_0.pt, model_1.pt and so on."),
-        ("owner/nothing", 2, "neither a folder nor a Hugging Face repository owner/nothing"),
+        ("owner/nothing", 2, "owner/nothing is neither a folder nor a Hugging Face repository."),
     ):
         done = find(server, home, repository, "--predictors")
         assert done.returncode == code and words in done.stderr, done.stderr
@@ -453,7 +455,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     [
         (hub_error(hub_errors.HFValidationError), UsageError, "neither a folder nor a Hugging Face repository id"),
         (hub_error(hub_errors.HfHubHTTPError), ConversionError, "downloading some/model failed.*same command again"),
-        (OSError(28, "No space left on device"), NoSpaceError, "is full.*make room"),
+        (OSError(28, "No space left on device"), NoSpaceError, "is full.*Make room"),
         (RuntimeError("some HTTP\nlibrary's own"), ConversionError, "failed: some HTTP library's own. Run"),
         (TimeoutError(), ConversionError, "failed: TimeoutError. Run"),
     ],

@@ -210,7 +210,7 @@ def test_predictors_that_catch_nothing_are_no_default(
     read = perfect(checkpoint)
     monkeypatch.setattr(imported, "check_files", lambda *_: None)
     monkeypatch.setattr(imported, "read_file", lambda path: tuple(matrix * 0 for matrix in read(path)))
-    with pytest.raises(CheckpointError, match=r"model_0\.pt catches 0\.0% of the active neurons"):
+    with pytest.raises(CheckpointError, match=r"model_0\.pt finds 0\.0% of the active neurons"):
         convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=1024, predictor_from=files))
 
 
@@ -228,11 +228,11 @@ def test_other_files_begin_anew(
     for _ in range(2):
         with pytest.raises(CheckpointError, match="stopped here"):
             convert(checkpoint, tmp_path / "store", settings)
-    assert "going on with" in capsys.readouterr().err
+    assert "continuing the conversion" in capsys.readouterr().err
     (files / "model_0.pt").write_bytes(b"another")
     monkeypatch.setattr(imported, "read_file", perfect(checkpoint))
     convert(checkpoint, tmp_path / "store", settings)
-    assert "made of another input" in capsys.readouterr().err
+    assert "belongs to another input" in capsys.readouterr().err
     plain = replace(settings, predictor_from=None)
     assert convert(checkpoint, tmp_path / "plain", plain).default_predictor == "shadow"
 
@@ -261,7 +261,9 @@ def test_files_written_by_torch(checkpoint: Path, tmp_path: Path, dtype: str) ->
         convert(checkpoint, tmp_path / "other", Settings(predictor_from=tmp_path))
     assert not (tmp_path / "other").exists() and not (tmp_path / "other.partial").exists()
     torch.save([1], tmp_path / "model_1.pt")
-    with pytest.raises(CheckpointError, match=r"model_1.pt holds list; expected the tensors fc1.weight and fc2.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"model_1.pt holds list; expected only the tensors fc1.weight and fc2.weight"
+    ):
         imported.read_file(tmp_path / "model_1.pt")
     torch.save({"fc1.weight": torch.ones(1), "fc1.bias": torch.ones(1)}, tmp_path / "model_1.pt")
     with pytest.raises(CheckpointError, match=r"holds fc1.bias, fc1.weight; expected"):

@@ -202,7 +202,7 @@ def test_a_damaged_header(own_store: Path, name: str) -> None:
     ("change", "message"),
     [
         (lambda text: "{" + text, "config.json"),
-        (lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "speaks of 3 layers, .* of 2"),
+        (lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "has 3 layers, .* has 2"),
         (lambda text: text.replace('"num_attention_heads": 4', '"num_attention_heads": 5'), "not a multiple"),
         (lambda text: text.replace("hidden_size", "hidden"), "config.json"),
     ],
@@ -272,7 +272,7 @@ def test_a_broken_tokenizer(tmp_path: Path, name: str, content: bytes, fault: st
 def test_a_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    message = r"no file there has a vocabulary \(expected tokenizer\.json, .*; found tokenizer_config\.json\)\. .*again"
+    message = r"no file has a vocabulary \(expected tokenizer\.json, .*; found tokenizer_config\.json\)\. .*again"
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path)
 

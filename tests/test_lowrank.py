@@ -156,7 +156,7 @@ def test_memory_that_means_nothing(uneven: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected a number with a unit"):
         command.main(command.make_parser().parse_args(arguments))
     least = 3 * 8 * (256 + 64) * 4
-    with pytest.raises(UsageError, match=r"the least for this model is 31KB, a rank of 8 in each layer"):
+    with pytest.raises(UsageError, match=r"this model needs at least 31KB, a rank of 8 in each layer"):
         convert(uneven, tmp_path / "s", Settings(calibration_tokens=64, predictor_memory=least - 1))
     assert not (tmp_path / "s.partial").exists()
     report = convert(uneven, tmp_path / "s", Settings(calibration_tokens=64, predictor_memory=least))

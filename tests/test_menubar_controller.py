@@ -145,7 +145,7 @@ def test_asks_starts_again_after_it_was_killed_and_with_another_budget_and_stops
     assert "SIGKILL" in state.trouble and "Out of memory?" in state.trouble and not state.endpoint
     assert wording.start_or_stop(state) == "Start the engine again" and wording.icon_text(state) == "!"
     controller.ask(QUESTION)
-    assert "does not run" in controller.state.answer_trouble
+    assert "is not running" in controller.state.answer_trouble
     controller.start()
     again = running(controller)
     assert again.address != first.address and not again.trouble
@@ -370,9 +370,9 @@ def test_the_lifeline_ends_a_process_that_ignores_it() -> None:
         (-9, ["loading"], r"ended by SIGKILL\. Out of memory\?"),
         (-6, ["libc++abi: terminating"], r"ended by SIGABRT\. Out of memory\?"),
         (-15, [], r"^The engine was ended by SIGTERM\.$"),
-        (-11, ["a", "b"], r"SIGSEGV\. Its last words: b"),
+        (-11, ["a", "b"], r"SIGSEGV\. Its last message: b"),
         (2, ["usage: python -m mlx_flash.server", "python -m mlx_flash.server: no folder x."], r"^no folder x\.$"),
-        (1, ["", "usage: x"], r"exit code 1 and said nothing"),
+        (1, ["", "usage: x"], r"exit code 1 and without a message"),
     ],
 )
 def test_why_it_ended(code: int, lines: list[str], expected: str) -> None:

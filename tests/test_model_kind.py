@@ -60,8 +60,8 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
     [
         (
             {"model_type": "qwen2"},
-            f"X (qwen2) is none of the {KNOWN}, nor a mixture of experts in mlx-lm's switch_layers: flash loading "
-            "would gain nothing. mlx-lm itself runs it, if it fits into memory. The README's section",
+            f"X (qwen2) is neither one of the {KNOWN} nor a mixture of experts in mlx-lm's switch_layers, so flash "
+            "loading would gain nothing. mlx-lm itself runs it, if it fits into memory. The README's section",
         ),
         (
             {"model_type": "new_moe", "num_experts": 64},
@@ -70,7 +70,7 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
         ),
         ({}, "X is of model type None, which neither"),
         ({"model_type": ["opt"]}, "X is of model type ['opt'], which neither"),
-        (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion: it is run as it is."),
+        (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion. Run it as it is."),
     ],
 )
 def test_what_is_neither(config: dict[str, Any], said: str) -> None:
@@ -112,9 +112,8 @@ def test_code_that_builds_the_model(
     with pytest.raises(UnsupportedModelError) as caught:
         entry(checkpoint)
     assert str(caught.value) == (
-        f"{checkpoint} cannot be run: its config.json names {file!r} as code of the checkpoint's own that builds the "
-        'model, and no code out of a checkpoint is ever run here. The README\'s section "Which models" has the '
-        "details."
+        f"{checkpoint} cannot be run: its config.json names {file!r}, code in the checkpoint that builds the model, "
+        'and code from a checkpoint is never run. The README\'s section "Which models" has the details.'
     )
     assert not list(checkpoint.glob("*.ran"))
 

@@ -461,7 +461,7 @@ def test_too_long_a_text_is_refused_with_the_numbers(tab: Tab) -> None:
     tab.say("word " * 600)
     tab.answered("error")
     note = tab.page.text_content(f"{ANSWER} .note") or ""
-    assert re.search(r"The prompt has \d+ tokens\b.* 512[.;] .* Begin a new chat", note), note
+    assert re.search(r"The prompt has \d+ tokens\b.* 512[.;] .* Start a new chat", note), note
     tab.page.click("#new-chat")
     tab.set(max_tokens="4")
     tab.say(BEGINNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_flash import errors
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
+from mlx_flash.flash.stats import Counters
 from mlx_flash.loading.plan import (
     ENDLESS,
     FREE_SHARE,
@@ -19,10 +22,12 @@ from mlx_flash.loading.plan import (
     RUN_TO_RUN_BYTES,
     Demand,
     Plan,
+    UnitCounts,
     blocks_needed,
     distribute_slots,
     make_plan,
     parse_memory,
+    plan_for_budget,
 )
 
 MB = 10**6
@@ -235,3 +240,23 @@ def test_a_plan_that_is_larger_than_what_is_free_says_so() -> None:
     assert "note" not in plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted).describe()
     note = plan(DEMAND, LAYOUT, 6 * 10**9, free=wanted - 10**7).describe().splitlines()[-1]
     assert f"note: {wanted / 1e9:.2f} GB" in note and f"{(wanted - 10**7) / 1e9:.2f} GB are free" in note
+
+
+def test_deprecated_names_work_for_a_version() -> None:
+    counters = Counters(prefetched_used=3, prefetched_unused=4)
+    assert (counters.early, counters.vain) == (3, 4)
+    with pytest.raises(BudgetError) as caught:
+        plan_for_budget(Demand(1, 2, 3, 4, 5), UnitCounts(2, 10, 1, "units"), 1000, 1, 10**9, 8)
+    whole = plan_for_budget(Demand(1, 2, 3, 4, 5), UnitCounts(2, 10, 1, "units"), 1000, ENDLESS, 10**9, 8)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.full_bytes == whole.everything and again.units_bytes == 20_000
+    assert again.bytes_for(0.5) == whole.bytes_for(0.5)
+
+
+def test_the_tree_of_errors_is_drawn() -> None:
+    drawn = re.findall(r"^    ([ │├└─]*)(\w+)$", errors.__doc__ or "", re.M)
+    assert [name for _, name in drawn] == [name for name, kind in vars(errors).items() if isinstance(kind, type)]
+    above: list[str] = []
+    for indent, name in drawn:
+        above[len(indent) // 4 :] = [name]
+        assert getattr(errors, name).__bases__[0].__name__ == (above[-2] if len(above) > 1 else "Exception")

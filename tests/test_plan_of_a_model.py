@@ -103,7 +103,7 @@ def test_nothing_stays_changed(store: Path) -> None:
 
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the Hub was asked"))
-    with pytest.raises(ConversionError, match="was not downloaded before, and nothing is downloaded for this"):
+    with pytest.raises(ConversionError, match="was not downloaded before, and this command downloads nothing"):
         plan("nobody/has-this-model")
 
 

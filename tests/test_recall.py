@@ -72,7 +72,7 @@ def test_what_is_measured_is_of_all_layers_together() -> None:
 
 @pytest.mark.parametrize("recall", [0.79, 1.01, float("nan"), -1.0, float("inf")])
 def test_outside_the_table(recall: float) -> None:
-    with pytest.raises(UsageError, match=r"can be set from 0\.8 to 1\.0 \(it was made for 0\.9\)"):
+    with pytest.raises(UsageError, match=r"expects 0\.8 to 1\.0 \(it was made for 0\.9\)"):
         PredictorSetting.of("shadow", REPORT, recall)
 
 
@@ -209,7 +209,7 @@ def test_the_command_line(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no table": lambda r: r.pop("table"),
-    "the recalls": lambda r: r["table"].update(recall=r["table"]["recall"][::-1]),
+    "the recall": lambda r: r["table"].update(recall=r["table"]["recall"][::-1]),
     "target": lambda r: r.update(target=0.5),
     "threshold": lambda r: r["table"]["threshold"].pop(),
     "caught": lambda r: r["table"]["caught"][0].pop(),

@@ -55,7 +55,7 @@ def test_mixed_types_are_stored_in_the_widest(checkpoint: Path, tmp_path: Path, 
     change_tensor(checkpoint, "model.decoder.layers.0.fc1.weight", lambda w: w.astype(mx.float16))
     manifest = convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
     assert manifest.layout.dtype == manifest.resident_dtype == "float32"
-    assert "mixes float16, float32: stored in float32" in capsys.readouterr().err
+    assert "mixes float16, float32; it is stored in float32" in capsys.readouterr().err
 
 
 def test_tensors_that_the_model_does_not_use_have_no_say_in_the_type(checkpoint: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_root_is_no_output(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("ids", [[2, 96], [2, -1], [10**6]])
 def test_token_ids_that_the_model_does_not_know(store: Path, open_model: Any, tokenizer: Any, ids: list[int]) -> None:
-    with pytest.raises(UsageError, match="the model knows 0 to 95"):
+    with pytest.raises(UsageError, match="the model knows only 0 to 95"):
         stream_generate(open_model(store), tokenizer, ids, max_tokens=1)
 
 
@@ -107,7 +107,7 @@ def test_a_store_written_into_between_tokens(own_store: Path, open_model: Any, t
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("x", "no whole number"), ("0", "not between 1 and 9"), ("10", "not between")]
+    ("text", "said"), [("x", "not a whole number"), ("0", "not between 1 and 9"), ("10", "not between")]
 )
 def test_whole_numbers(text: str, said: str) -> None:
     import argparse
@@ -165,7 +165,7 @@ def test_integers_are_no_weights(checkpoint: Path, tmp_path: Path, dtype: str | 
 def test_weights_that_overflow(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("fc1", "fc2"):
         change_tensor(checkpoint, f"model.decoder.layers.0.{name}.weight", lambda w: w * 1e30)
-    with pytest.raises(CheckpointError, match="layer 0 makes numbers that are not finite"):
+    with pytest.raises(CheckpointError, match="layer 0 gives numbers that are not finite"):
         convert(checkpoint, tmp_path / "store", Settings(calibration_tokens=64))
 
 
@@ -182,7 +182,7 @@ def test_another_activation_than_the_model_s(own_store: Path, open_model: Any, a
 def test_other_parts_than_the_model_s(tiny_of: Any, tmp_path: Path, open_model: Any) -> None:
     folder = shutil.copytree(tiny_of("gated 8 bits").store, tmp_path / "store")
     change_manifest(folder, layout=replace(read_manifest(folder).layout, parts=("up", "down")))
-    with pytest.raises(CorruptStoreError, match="speaks of an FFN"):
+    with pytest.raises(CorruptStoreError, match="has an FFN"):
         open_model(folder)
 
 

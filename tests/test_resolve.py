@@ -143,9 +143,9 @@ def test_folders_and_files_that_hold_no_model(tmp_path: Path) -> None:
 
 def test_a_revision_is_a_repository_s(tiny: Tiny, store: Path) -> None:
     for folder in (tiny.checkpoint, store):
-        with pytest.raises(UsageError, match="is a folder, and a revision belongs to a Hugging Face repository"):
+        with pytest.raises(UsageError, match="is a folder; only a Hugging Face repository has a revision"):
             find_store(str(folder), revision="main")
-    with pytest.raises(UsageError, match="is a folder, and a revision"):
+    with pytest.raises(UsageError, match="is a folder; only a Hugging Face repository has a revision"):
         find_checkpoint(str(tiny.checkpoint), "main")
-    with pytest.raises(UsageError, match="a revision belongs to a Hugging Face repository"):
+    with pytest.raises(UsageError, match="a revision was given without a repository"):
         find_store(None, revision="main")

@@ -336,7 +336,7 @@ def test_other_methods(server: Server) -> None:
                 response = client.request(method, path)
                 assert (response.status_code, response.headers["allow"]) == (405, allowed), (method, path)
                 assert error_of(response)["message"] == (
-                    f"{path} cannot be asked by {method}; use {allowed.replace(', ', ' or ')}."
+                    f"{path} does not allow {method}; use {allowed.replace(', ', ' or ')}."
                 )
     with server.client() as client, client.stream("GET", "/events") as listening:
         kept = ("content-type", "cache-control", "x-accel-buffering")

@@ -208,7 +208,7 @@ def test_what_is_refused_names_its_parameter(client: openai.OpenAI, wrong: dict[
 
 
 def test_unknown_models_are_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="the one that runs is 'demo'") as caught:
+    with pytest.raises(openai.NotFoundError, match="this server runs 'demo'") as caught:
         client.chat.completions.create(model="gpt-4o", messages=say())
     assert caught.value.code == "model_not_found"
 

@@ -121,7 +121,7 @@ def test_a_port_in_use() -> None:
 
 def test_a_key_is_needed_beyond_this_machine() -> None:
     done = run("--host", "0.0.0.0", "--port", "0")
-    assert done.returncode == 2 and "an API key is needed" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "an API key is required" in done.stderr and done.stdout == ""
     for key in ("", "two\nlines", " spaces "):
         assert run("--port", "0", "--api-key", key).returncode == 2
     with started("--host", "0.0.0.0", "--api-key", "sesame") as (_, url):

@@ -395,7 +395,7 @@ def test_a_device_that_does_not_see_the_host_is_refused(bench: Bench, monkeypatc
             self.elsewhere = AlignedPool(*arguments)
             self.address = self.elsewhere.address
 
-    message = r"self-test failed: the device does not see what the host writes.*please report"
+    message = r"self-test failed: the device does not see what the host writes.*Please report"
     streamer = NeuronFile(bench.file, bench.reader, bench.layout)
     for parts in SUBSETS:
         NeuronSlots(streamer, 0, 3, parts)
@@ -458,7 +458,7 @@ def test_products_that_are_wrong_for_one_number_of_rows_are_refused(
     layout = NeuronLayout.plan("float16", 1, 9000, 64, PARTS, 4)
     assert layout.piece_neurons >= 9000
     monkeypatch.setattr(mx, "quantized_matmul", wrong)
-    with pytest.raises(FlashError, match=r"self-test failed: products .*16 bits"):
+    with pytest.raises(FlashError, match=r"self-test failed: products .*16-bit store"):
         check_packed_products(layout)
 
 

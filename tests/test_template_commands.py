@@ -53,7 +53,7 @@ def generate(
         (SAID + "{{ 1 }", "the model's chat template cannot be applied: TemplateSyntaxError: "),
         (
             [{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T"}],
-            "the model has several chat templates (rag, tool_use) and no default one.",
+            "the model has several chat templates (rag, tool_use) but no default.",
         ),
     ],
     ids=["refuses", "syntax", "no default"],
@@ -73,7 +73,7 @@ def test_generate_ends_a_template_that_does_not_end(
     code, output, error = generate(FOREVER)
     assert (code, output) == (1, "") and "Traceback" not in error
     assert error.splitlines()[-1].endswith(
-        "the model's chat template did not end within 0.1 s. With --ignore-chat-template it is not used."
+        "the model's chat template did not end within 0.1 s. Use --ignore-chat-template to run without it."
     )
 
 
@@ -168,7 +168,7 @@ def test_a_rendering_that_waited_too_long_for_others_is_an_error(monkeypatch: py
         if request["characters"] == 1:  # another thread asks for another prompt in the middle of this one
             error = pool.submit(process.render, {}, 2).exception(PATIENCE_S)
             assert isinstance(error, ChatTemplateError)
-            assert str(error) == "other prompts kept the model's chat template busy for 0 s."
+            assert str(error) == "other prompts kept the model's chat template busy for 0 s. Try again."
         return {"text": "rendered"}
 
     monkeypatch.setattr(TemplateProcess, "_ask", ask)

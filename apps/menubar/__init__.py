@@ -1,1 +1,1 @@
-"""A menu bar item that runs the server in a process of its own: `python -m mlx_flash.apps.menubar`."""
+"""A menu bar app that runs the server in a separate process: `python -m mlx_flash.apps.menubar`."""

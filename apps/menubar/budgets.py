@@ -1,6 +1,6 @@
-"""Which memory budgets make sense for a model: python -m mlx_flash.apps.menubar.budgets [MODEL]
+"""Finds sensible memory budgets for a model: python -m mlx_flash.apps.menubar.budgets [MODEL]
 
-The plan is asked for in a process of its own: it imports MLX, which the app never does.
+A separate process makes the plan, because that imports MLX, which the app never does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from mlx_flash.loading.plan import Plan
 
 GB = 10**9
-FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose plan cannot be asked yet
-SHARES = (
-    (0.25, "a quarter of the {units} in memory"),
-    (0.5, "half of the {units} in memory"),
-)
-ALL = "all {units} in memory"
-SERVER_BYTES = 10_000_000  # by which the server may be larger than the process that made its plan: threads, buffers
+FIXED_GB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # for a model whose plan cannot be made yet
+NOTES = {
+    "25%": "a quarter of the {units} in memory",
+    "50%": "half of the {units} in memory",
+    "smallest": "the smallest",
+    "100%": "all {units} in memory",
+}
+SERVER_BYTES = 10_000_000  # The server may be this much larger than the process of the plan: threads, buffers.
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,21 @@ class Budget:
 
 
 def fixed_budgets() -> tuple[Budget, ...]:
-    """Round numbers up to the machine's memory."""
+    """Budgets of round sizes, up to the machine's memory."""
     total = psutil.virtual_memory().total
     return tuple(Budget(size * GB, "") for size in FIXED_GB if size * GB <= total)
 
 
 def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
-    """The plan's own points; None if it cannot be asked: not downloaded, not converted, not a model."""
+    """Budgets from the model's plan; None if the plan cannot be made: not downloaded, not converted, or not a model."""
     command = [sys.executable, "-m", "mlx_flash.apps.menubar.budgets", *([] if model is None else [model])]
-    environment = child_environment(HF_HUB_OFFLINE="1")  # a question must not start a download
+    environment = child_environment(HF_HUB_OFFLINE="1")  # Asking for a plan must not start a download.
     try:
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         ) as process:
             try:
-                # Not communicate(), which closes standard input first: its end is that of the process.
+                # Not communicate(), which closes standard input first: that would end the process.
                 assert process.stdout is not None
                 output = process.stdout.read()
             except BaseException:
@@ -61,13 +62,13 @@ def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
 
 
 def ask_plan(model: str | None) -> list[Budget]:
-    """Nothing is downloaded, converted or loaded. Raises FlashError."""
+    """Budgets from the model's plan, in this process. Nothing is downloaded, converted or loaded. Raises FlashError."""
     from mlx_flash.flash.files import is_store
     from mlx_flash.source.resolve import cached_store_path, resolve_source
 
     source = resolve_source(model, None, lambda _: None)
     import mlx_flash.server.app
-    import mlx_flash.server.serving  # noqa: F401  # the plan counts what the process is, and that shall be the server's
+    import mlx_flash.server.serving  # noqa: F401  # The plan counts this process, which must be as large as the server.
     from mlx_flash.loading.config import holds_mixture
     from mlx_flash.loading.load import plan
     from mlx_flash.loading.plan import ENDLESS
@@ -79,15 +80,14 @@ def ask_plan(model: str | None) -> list[Budget]:
 
 
 def points(plan: Plan, units: str) -> list[Budget]:
-    """The smallest budget and those with some shares of the units resident; of two alike, the later note below."""
-    notes = {_rounded_up(plan.bytes_for(share)): note.format(units=units) for share, note in SHARES}
-    notes[_rounded_up(plan.smallest)] = "the smallest"
-    notes[_rounded_up(plan.everything)] = ALL.format(units=units)
+    """The smallest budget, and those for some shares of the units in memory. For equal sizes, the last note counts."""
+    sizes = plan.budgets()
+    notes = {_rounded_up(sizes[name]): note.format(units=units) for name, note in NOTES.items()}
     return [Budget(size, note) for size, note in sorted(notes.items())]
 
 
 def _rounded_up(size: int) -> int:
-    """With room for the server, to two digits or whole 10 MB: nobody can tell more apart."""
+    """The size with room for the server, rounded up to two digits or 10 MB. More precision is of no use."""
     step = max(10**7, 10 ** (len(str(size)) - 2))
     return -(-(size + SERVER_BYTES) // step) * step
 

@@ -1,4 +1,4 @@
-"""What the app asks of the server, over HTTP. Everything blocks: call it from a thread that may wait."""
+"""The app's HTTP client for the server. Every call blocks, so use it from a thread that may wait."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_SECONDS = 10.0
-ANSWER_TIMEOUT_SECONDS = 600.0  # between two pieces of an answer: a long prompt is read in silence
+ANSWER_TIMEOUT_SECONDS = 600.0  # between two pieces of an answer; nothing arrives while a long prompt is read
 
 
 class ServerError(Exception):
-    """The server's own sentence about what it cannot do, or one about its not answering."""
+    """The server's own error message, or a message that it does not answer."""
 
 
 class Client:
     def __init__(self, url: str) -> None:
-        """url: `http://127.0.0.1:8080`."""
+        """url: such as `http://127.0.0.1:8080`."""
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
 
     def health(self) -> dict[str, Any]:
-        """`status`: "ok" (with `model`), "loading" or "failed" (with `error`). Raises ServerError."""
+        """The answer of /health. status: "ok" (with model), "loading" or "failed" (with error). Raises ServerError."""
         return self._get("/health", allowed=(200, 500, 503))
 
     def stats(self) -> dict[str, Any]:
-        """Plan, residency, totals and the request that is running. Raises ServerError."""
+        """The answer of /stats: plan, resident units, totals and the running request. Raises ServerError."""
         return self._get("/stats", allowed=(200,))
 
     def ask(self, question: str, max_tokens: int) -> ServerAnswer:
-        """Begins to answer; the pieces come by iterating. Raises ServerError."""
+        """Sends a question. Iterate over the result for the pieces of the answer. Raises ServerError."""
         body = {
             "model": "default",
             "messages": [{"role": "user", "content": question}],
@@ -54,14 +54,17 @@ class Client:
 
 
 class ServerAnswer:
-    """The pieces of an answer as they arrive. `cancel`, from any thread, ends the iteration and the generation."""
+    """The pieces of an answer as they arrive. `cancel`, from any thread, ends the iteration and the generation.
+
+    Raises ServerError.
+    """
 
     def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:
         self.cancelled = False
         self._connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_SECONDS)
         with _as_server_error():
             self._connection.connect()
-            self._socket = self._connection.sock  # the connection forgets it once a response is read to its end
+            self._socket = self._connection.sock  # The connection drops it once a response is read to its end.
             self._connection.request(
                 "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
             )
@@ -95,7 +98,7 @@ class ServerAnswer:
                 for choice in event.get("choices", []):
                     if text := choice.get("delta", {}).get("content"):
                         yield text
-        raise ServerError("the answer broke off.")
+        raise ServerError("the connection to the engine broke before the answer ended. Ask again.")
 
 
 @contextlib.contextmanager

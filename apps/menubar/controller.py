@@ -1,7 +1,7 @@
-"""All state and logic of the app. It knows no toolkit: a view reads `state` and calls the methods.
+"""All state and logic of the app, without a GUI toolkit: a view reads `state` and calls the methods.
 
-Methods return at once; what takes time happens in threads, one operation on the engine after the other. After every
-change `on_change` is called, from any thread.
+Methods return at once. Slow work happens in threads, and operations on the engine run one at a time. After every change
+`on_change` is called, from any thread.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .server_process import EngineProcess, server_command, why_it_ended
 from .settings import AppSettings, read_settings, write_settings
 
 POLL_SECONDS = 0.5
-LOST_POLLS = 20  # without an answer, while the process is alive
-MAX_TOKENS = 200  # of a quick question's answer
+LOST_POLLS = 20  # After this many polls without an answer, a living engine is ended.
+MAX_TOKENS = 200  # in the answer to a quick question
 
 STOPPED, STARTING, RUNNING, STOPPING, FAILED = "stopped", "starting", "running", "stopping", "failed"
 
 
 @dataclass(frozen=True)
 class State:
-    """What there is to show. A new one for every change."""
+    """The state to show. Every change makes a new one."""
 
     settings: AppSettings
     phase: str = STOPPED
-    address: str = ""  # of the page, while the engine runs
-    progress: str = ""  # what the engine said last while it starts
-    trouble: str = ""  # why the engine ended, in a sentence
-    last_lines: tuple[str, ...] = ()  # of the engine that ended
-    budgets: tuple[Budget, ...] = ()  # to choose from
+    address: str = ""  # address of the page while the engine runs
+    progress: str = ""  # the engine's last line while it starts
+    trouble: str = ""  # a sentence that says why the engine ended
+    last_lines: tuple[str, ...] = ()  # last lines of an engine that ended
+    budgets: tuple[Budget, ...] = ()  # the budgets to choose from
     stats: dict[str, Any] | None = None  # the server's /stats
     question: str = ""
     answer: str = ""
@@ -46,12 +46,12 @@ class State:
 
     @property
     def endpoint(self) -> str:
-        """What clients of OpenAI's API are given as their base URL."""
+        """The base URL for clients of OpenAI's API."""
         return f"{self.address}/v1" if self.address else ""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the request that is running, once it has some."""
+        """The speed of the running request; None before its first tokens."""
         now = (self.stats or {}).get("now")
         rate = now.get("tokens_per_second") if isinstance(now, dict) else None
         return float(rate) if rate else None
@@ -66,9 +66,9 @@ class Controller:
     ) -> None:
         """
         Args:
-            settings_file: where choices are kept.
+            settings_file: the file for the user's choices.
             on_change: called after every change of `state`, from any thread.
-            command: what runs the engine for a model and a budget.
+            command: makes the command that runs the engine, from a model and a budget in bytes.
         """
         self._file = settings_file
         self._on_change = on_change
@@ -77,7 +77,7 @@ class Controller:
         self._state = State(read_settings(settings_file), budgets=fixed_budgets())
         self._engine: EngineProcess | None = None
         self._answer: ServerAnswer | None = None
-        self._turn = 0  # of the question that is being answered
+        self._turn = 0  # number of the current question
         self._operations = ThreadPoolExecutor(1, "engine")
         self._closed = False
         self._ask_for_budgets()
@@ -86,10 +86,10 @@ class Controller:
     def state(self) -> State:
         return self._state
 
-    # -- what the user does ----------------------------------------------------------------------------------
+    # -- actions of the user ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the engine, if it does not run."""
+        """Starts the engine if it is not running."""
         with self._lock:
             if not self._closed and self._state.phase in (STOPPED, FAILED):
                 self._change(phase=STARTING, progress="", trouble="", last_lines=())
@@ -99,31 +99,31 @@ class Controller:
         self._later(self._stop)
 
     def choose_model(self, model: str | None) -> None:
-        """A folder or a Hugging Face id; None for the demo model. An engine that runs is started again with it."""
+        """Chooses a folder or a Hugging Face id; None for the demo model. A running engine is restarted with it."""
         model = model.strip() if model else None
         self._settle(self._state.settings.with_model(model or None))
         self._change(budgets=fixed_budgets())
         self._ask_for_budgets()
 
     def choose_budget(self, size: int | None) -> None:
-        """Bytes, None for a share of what is free. An engine that runs is started again with it."""
+        """Chooses a budget in bytes; None for a share of free memory. A running engine is restarted with it."""
         self._settle(self._state.settings.with_budget(size))
 
     def ask(self, question: str) -> None:
-        """Asks the engine; the answer arrives in `state`. A question that is still being answered is dropped."""
+        """Asks the engine; the answer arrives in `state`. An answer that is still running is cancelled."""
         question = question.strip()
         if not question:
             return
         self.cancel()
         if self._state.phase != RUNNING:
-            self._change(question=question, answer="", answer_trouble="The engine does not run. Start it first.")
+            self._change(question=question, answer="", answer_trouble="The engine is not running. Start it first.")
             return
         client = Client(self._state.address)
         self._change(question=question, answer="", answering=True, answer_trouble="")
         threading.Thread(target=self._collect, args=(client, question, self._turn), daemon=True).start()
 
     def cancel(self) -> None:
-        """Stops answering; what has arrived stays."""
+        """Stops the answer; the text that has arrived stays."""
         with self._lock:
             self._turn += 1
             answer, self._answer = self._answer, None
@@ -132,10 +132,10 @@ class Controller:
             answer.cancel()
 
     def close(self) -> None:
-        """Ends everything and waits for it. Nothing that this app has started runs afterwards."""
+        """Ends every process and thread of this app, and waits for that."""
         self._closed = True
         self.cancel()
-        with contextlib.suppress(RuntimeError):  # closed before
+        with contextlib.suppress(RuntimeError):  # It is closed already.
             self._operations.submit(self._stop)
         self._operations.shutdown(wait=True)
 
@@ -181,7 +181,7 @@ class Controller:
 
     def _stop(self) -> None:
         with self._lock:
-            engine, self._engine = self._engine, None  # so that its end is no surprise
+            engine, self._engine = self._engine, None  # so that its end is expected
         if engine is None:
             self._change(phase=STOPPED, trouble="", last_lines=())
             return
@@ -193,7 +193,7 @@ class Controller:
     def _ended(self, engine: EngineProcess, code: int) -> None:
         with self._lock:
             if self._engine is not engine:
-                return  # it was stopped
+                return  # It was stopped on purpose.
             self._engine = None
             lines = tuple(engine.lines)
             self._change(
@@ -201,7 +201,7 @@ class Controller:
             )
 
     def _give_up(self, engine: EngineProcess, trouble: str) -> None:
-        """The process is alive and of no use."""
+        """Ends an engine whose process runs but is of no use."""
         with self._lock:
             if self._engine is not engine:
                 return
@@ -211,10 +211,10 @@ class Controller:
         self._change(phase=FAILED, trouble=trouble, last_lines=lines, address="", stats=None, progress="")
 
     def _follow(self, engine: EngineProcess, listening: threading.Event, addresses: list[str]) -> None:
-        """Waits until the model is loaded, then keeps `state.stats` fresh, for as long as the engine is the one."""
+        """Waits until the model is loaded, then updates `state.stats` while this engine is the current one."""
         listening.wait()
         if not addresses:
-            return  # it ended first
+            return  # The engine ended before.
         client = Client(addresses[0])
         pause = threading.Event()
         silent = 0
@@ -235,10 +235,10 @@ class Controller:
     def _look_whether_ready(self, engine: EngineProcess, client: Client, address: str) -> None:
         health = client.health()
         if health.get("status") == "ok":
-            engine.lines.clear()  # what it said of loading explains no later end
+            engine.lines.clear()  # Lines about loading do not explain a later end.
             self._change_if(engine, phase=RUNNING, address=address, progress="")
             if self._state.budgets == fixed_budgets():
-                self._ask_for_budgets()  # by now the model is here, and converted
+                self._ask_for_budgets()  # By now the model is downloaded and converted.
         elif health.get("status") == "failed":
             trouble = str(health.get("error") or "The engine could not load the model.")
             self._later(partial(self._give_up, engine, trouble))
@@ -249,7 +249,7 @@ class Controller:
         with self._lock:
             changed = settings != self._state.settings
             self._change(settings=settings)
-            with contextlib.suppress(OSError):  # a full disk: the choice then holds until the app ends
+            with contextlib.suppress(OSError):  # On a full disk the choice lasts until the app ends.
                 write_settings(self._file, settings)
         if changed and self._engine is not None:
             self._later(self._stop)
@@ -298,7 +298,7 @@ class Controller:
             self._on_change()
 
     def _change_if(self, engine: EngineProcess, **changes: Any) -> None:
-        """Not after another thread has let go of this engine."""
+        """Changes the state if `engine` is still the current one."""
         with self._lock:
             if self._engine is engine:
                 self._change(**changes)

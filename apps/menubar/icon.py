@@ -1,6 +1,6 @@
-"""The picture in the menu bar: a few characters on a coloured tile, drawn when they are first needed.
+"""The icon in the menu bar: a few characters on a coloured tile, drawn when they are first needed.
 
-A tile of its own colour can be read on a light bar and on a dark one, without asking the system which it is.
+A coloured tile can be read on a light bar and on a dark one, so the system's theme does not matter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 88  # pixels: four for each of the 22 points of macOS's menu bar
+SIDE = 88  # pixels: four for each of the 22 points of the macOS menu bar
 MARGIN = 3
 COLOURS = {
     "stopped": "#6b7280",
@@ -21,7 +21,7 @@ COLOURS = {
 
 
 def draw(text: str, phase: str, file: Path) -> None:
-    """Writes a PNG with `text` as large as the tile lets it be. Raises OSError."""
+    """Writes a PNG with `text` as large as it fits the tile. Raises OSError."""
     image = Image.new("RGBA", (SIDE, SIDE))
     pen = ImageDraw.Draw(image)
     pen.rounded_rectangle((0, 0, SIDE - 1, SIDE - 1), radius=SIDE // 6, fill=COLOURS[phase])
@@ -38,7 +38,7 @@ def draw(text: str, phase: str, file: Path) -> None:
 
 
 class Icons:
-    """Files of icons by what they say; each is drawn once, and stays: toolkits read them when it suits them."""
+    """Icon files by text and phase. Each is drawn once and kept, because toolkits may read it at any time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,6 +1,6 @@
-"""What toga has no call for, by its two backends' own: the clipboard, and another text for a line of an open menu.
+"""Calls of toga's two backends for what toga lacks: the clipboard, and a new text for a line of an open menu.
 
-The only file that knows which backend runs. The Cocoa halves were written from the documentation and not run.
+This is the only file that depends on the backend. The Cocoa parts were written from the documentation and not run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def copy_text(text: str) -> None:
-    """Puts text on the clipboard. Raises OSError."""
+    """Puts a text on the clipboard. Raises OSError."""
     if sys.platform == "darwin":
         subprocess.run(["/usr/bin/pbcopy"], input=text.encode(), check=False)
     else:
@@ -21,7 +21,7 @@ def copy_text(text: str) -> None:
 
 
 def set_text(command: Any, text: str) -> None:
-    """Changes what a toga.Command's menu lines say; toga itself reads the text when it builds a menu, only then."""
+    """Changes the text of a toga.Command's menu lines. toga itself reads the text only when it builds a menu."""
     command.text = text
     for line in command._impl.native:
         if sys.platform == "darwin":
@@ -31,13 +31,13 @@ def set_text(command: Any, text: str) -> None:
 
 
 def menu_is_open(status_icon: Any) -> bool:
-    """Whether building the menu anew would change it under the user's hand."""
+    """Whether the menu is open, so that rebuilding it would change it while it is used."""
     if sys.platform == "darwin":
         from ctypes import c_bool
 
         from rubicon.objc.runtime import send_message
 
-        # The button in the menu bar is highlighted for as long as its menu is open.
+        # The button in the menu bar is highlighted while its menu is open.
         return bool(send_message(status_icon._impl.native.button, "isHighlighted", restype=c_bool, argtypes=[]))
     menu = status_icon._impl.native.contextMenu()
     return menu is not None and menu.isVisible()

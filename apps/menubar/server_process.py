@@ -1,4 +1,4 @@
-"""The server in a process of its own: MLX aborts when memory runs out, and must not take the app along."""
+"""Runs the server in a separate process. MLX aborts when memory runs out, and that must not end the app."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from typing import IO
 from mlx_flash.cli.stopping import LIFELINE_S
 from mlx_flash.source.children import child_environment
 
-ADDRESS = re.compile(r"\bhttp://\S+")  # in what the server prints once its port is open
-KEPT_LINES = 40  # of standard error
-KEY_VARIABLE = "MLX_FLASH_API_KEY"  # a key meant for another server would lock the app out of its own
-# On macOS and Linux alike: what the system, or MLX, sends when memory runs out.
+ADDRESS = re.compile(r"\bhttp://\S+")  # in the line that the server prints once its port is open
+KEPT_LINES = 40  # lines of standard error that are kept
+KEY_VARIABLE = "MLX_FLASH_API_KEY"  # A key meant for another server would lock the app out of its own.
+# The signals that the system or MLX sends when memory runs out, on macOS and on Linux.
 MEMORY_SIGNALS = {signal.SIGKILL, signal.SIGABRT}
 
 
 def server_command(model: str | None, memory: int | None) -> list[str]:
-    """model: a folder or an id, None for the demo model; memory: bytes, None for a share of what is free."""
+    """The command that runs the server.
+
+    model: a folder or a Hugging Face id; None for the demo model. memory: bytes; None for a share of free memory.
+    """
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
     if model is not None:
         command += ["--model", model]
@@ -37,15 +40,15 @@ class EngineProcess:
     """One run of the server."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Starts it; it ends when its standard input does (`mlx_flash.cli.stopping`). Raises OSError."""
+        """Starts the process, which ends when its standard input does (`mlx_flash.cli.stopping`). Raises OSError."""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
-        # A group of its own, so that what it starts (a conversion) can be ended with it.
+        # It gets its own process group, so that its children (a conversion) can be ended with it.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,  # with "\r" as an end of line, too: progress bars
+            text=True,  # "\r" ends a line as well, as in progress bars.
             errors="replace",
             env={name: value for name, value in child_environment().items() if name != KEY_VARIABLE},
             start_new_session=True,
@@ -58,12 +61,12 @@ class EngineProcess:
         on_line: Callable[[str], None],
         on_end: Callable[[int], None],
     ) -> None:
-        """Begins to call back, from threads of its own; to be called once.
+        """Starts threads that report on the process. Call it once.
 
         Args:
             on_listening: called with the address once the port is open.
             on_line: called with every line of its standard error.
-            on_end: called last and once, with the exit code, or minus the signal that ended it.
+            on_end: called once, as the last, with the exit code or the negative number of the signal that ended it.
         """
         out, err = self._process.stdout, self._process.stderr
         assert out is not None and err is not None
@@ -80,7 +83,7 @@ class EngineProcess:
         return self._process.pid
 
     def stop(self, grace_seconds: float = LIFELINE_S) -> None:
-        """Ends it and waits until it, and all that it started, is gone."""
+        """Ends the process, and waits until it and all its children are gone."""
         self._process.terminate()
         try:
             self._process.wait(grace_seconds)
@@ -90,12 +93,13 @@ class EngineProcess:
             thread.join()
 
     def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: the latter for a group of the dead
+        # macOS raises PermissionError for a group of dead processes.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _wait(self, readers: Sequence[threading.Thread], on_end: Callable[[int], None]) -> None:
         code = self._process.wait()
-        self._kill_group()  # what it left behind would hold the pipes open, and outlive the app
+        self._kill_group()  # Remaining children would hold the pipes open and outlive the app.
         for reader in readers:
             reader.join()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -118,19 +122,22 @@ def _read_errors(stream: IO[str], lines: deque[str], on_line: Callable[[str], No
 
 
 def why_it_ended(code: int, lines: Sequence[str]) -> str:
-    """A sentence for people. code: the exit code, or minus the signal; lines: the last of standard error."""
+    """A sentence that says why the engine ended.
+
+    code: the exit code, or the negative number of the signal. lines: the last lines of standard error.
+    """
     said = _last_sentence(lines)
     if code >= 0:
-        return said or f"The engine ended by itself with exit code {code} and said nothing."
+        return said or f"The engine ended with exit code {code} and without a message."
     number = -code
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in MEMORY_SIGNALS:
         return f"The engine was ended by {name}. Out of memory? Choose a smaller budget, or close other programs."
-    return f"The engine was ended by {name}." + (f" Its last words: {said}" if said else "")
+    return f"The engine was ended by {name}." + (f" Its last message: {said}" if said else "")
 
 
 def _last_sentence(lines: Sequence[str]) -> str:
-    """The last line that says something, without the name of the command that said it."""
+    """The last line with a message, without the name of its command; "" if there is none."""
     for line in reversed(lines):
         if text := re.sub(r"^(usage:.*|python -m \S+: (error: )?)", "", line.strip()):
             return text

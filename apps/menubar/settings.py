@@ -1,4 +1,4 @@
-"""What the app remembers from one start to the next, as JSON in the system's folder for that."""
+"""The app's settings, stored as JSON in the system's folder for settings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 RECENT_MODELS = 8
-DEMO = ""  # the name of the demo model where a string is needed
+DEMO = ""  # stands for the demo model where a string is needed
 
 
 @dataclass(frozen=True)
 class AppSettings:
     model: str | None = None  # a folder or a Hugging Face id; None: the demo model
-    recent: tuple[str, ...] = ()  # the latest first
-    memory: dict[str, int] = field(default_factory=dict)  # by model: the budget in bytes; none: automatic
+    recent: tuple[str, ...] = ()  # recent models, latest first
+    memory: dict[str, int] = field(default_factory=dict)  # model -> budget in bytes; automatic if it is missing
 
     @property
     def budget(self) -> int | None:
-        """Of the chosen model, in bytes."""
+        """The budget of the chosen model in bytes; None: automatic."""
         return self.memory.get(self.model or DEMO)
 
     def with_model(self, model: str | None) -> AppSettings:
@@ -39,7 +39,7 @@ def settings_file() -> Path:
 
 
 def read_settings(file: Path) -> AppSettings:
-    """What is damaged or of another type is as if it were not there."""
+    """Reads the settings. Values that are damaged or have the wrong type count as missing."""
     try:
         found: Any = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def read_settings(file: Path) -> AppSettings:
 
 
 def write_settings(file: Path, settings: AppSettings) -> None:
-    """Beside it first, so that a crash leaves the old ones. Raises OSError."""
+    """Writes to another file first, so that a crash leaves the old settings. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(json.dumps(asdict(settings), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The toga app: shows the controller's state as a menu bar item, hands on what is clicked, decides nothing."""
+"""The toga app: shows the controller's state as a menu bar item, and passes clicks on to the controller."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .native import copy_text, menu_is_open, set_text
 from .settings import settings_file
 from .windows import AskWindow, HubWindow, StatisticsWindow
 
-TICK_SECONDS = 0.5  # after which a menu that could not be built anew while it was open is tried again
+TICK_SECONDS = 0.5  # time until the next attempt to rebuild a menu that was open
 
 
 class Menubar:
     """The item in the menu bar and its menu."""
 
     def __init__(self, app: toga.App, folder: Path) -> None:
-        """folder: for the pictures drawn."""
+        """folder: for the drawn icons."""
         self._app = app
         self._icons = Icons(folder)
         self._toga_icons: dict[Path, toga.Icon] = {}
@@ -47,14 +47,14 @@ class Menubar:
 
     async def run(self) -> None:
         self.controller.start()
-        while not self.closing:  # while the app exits, Qt may call back once more, without a running loop to sleep on
+        while not self.closing:  # While the app exits, Qt may call back once more, without a running event loop.
             self._refresh()
             await asyncio.sleep(TICK_SECONDS)
 
-    # -- what is shown ---------------------------------------------------------------------------------------
+    # -- display ---------------------------------------------------------------------------------------------
 
     def _changed(self) -> None:
-        """From any thread: widgets belong to the main one. Changes that come close together are shown once."""
+        """Schedules a refresh in the main thread, which owns the widgets. Changes in quick succession share one."""
         if not self._refreshing:
             self._refreshing = True
             self._app.loop.call_soon_threadsafe(self._refresh)
@@ -100,7 +100,7 @@ class Menubar:
     # -- the menu --------------------------------------------------------------------------------------------
 
     def _make_lines(self) -> None:
-        """The lines that are always there."""
+        """Makes the lines that are always in the menu."""
         controller = self.controller
 
         def line(action: Callable[..., object], text: str, section: int, order: int) -> toga.Command:
@@ -139,12 +139,12 @@ class Menubar:
             choose = partial(_without_command, controller.choose_budget, budget and budget.size)
             add(budgets, 0 if budget is None else 1, choose, wording.budget_label(budget, state, free))
         commands = self._app.status_icons.commands
-        on_change, commands.on_change = commands.on_change, None  # once, not for each
+        on_change, commands.on_change = commands.on_change, None  # one call for all commands, not one for each
         commands.clear()
         commands.on_change = on_change
         commands.add(*lines)
 
-    # -- what is clicked -------------------------------------------------------------------------------------
+    # -- clicks ----------------------------------------------------------------------------------------------
 
     def _press_start_or_stop(self) -> None:
         state = self.controller.state
@@ -170,7 +170,7 @@ class Menubar:
         HubWindow(self.controller.choose_model).open()
 
     async def _choose_folder(self, _command: object, **_: Any) -> None:
-        if folder := await self._app.dialog(toga.SelectFolderDialog("The folder of a store or of a checkpoint")):
+        if folder := await self._app.dialog(toga.SelectFolderDialog("The folder of a store or a checkpoint")):
             self.controller.choose_model(str(folder))
 
     async def _offer_restart(self, state: State) -> None:
@@ -195,7 +195,7 @@ class MenubarApp(toga.App):
 
     async def on_exit(self) -> bool:
         self.menubar.closing = True
-        # Not run_in_executor: Qt's loop has threads of Qt's for that, and leaving them behind aborts the process.
+        # Not run_in_executor: Qt's loop uses Qt threads for it, and the process aborts if they are still there at exit.
         with ThreadPoolExecutor(1) as thread:
             await asyncio.wrap_future(thread.submit(self.menubar.controller.close))
         self.folder.cleanup()

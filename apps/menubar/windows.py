@@ -1,4 +1,4 @@
-"""The app's three small windows. Each shows what it is told and hands on what the user does."""
+"""The app's three small windows. Each shows the data it is given and reports the user's actions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .controller import State
 
 
 class AskWindow:
-    """A line to ask in, and the answer as it arrives."""
+    """A field for a question, and the answer as it arrives."""
 
     def __init__(self, on_ask: Callable[[str], None], on_cancel: Callable[[], None]) -> None:
         self._on_ask, self._on_cancel = on_ask, on_cancel
@@ -53,7 +53,7 @@ class AskWindow:
 
 
 class StatisticsWindow:
-    """Names and values, refreshed while it is open."""
+    """Shows names and values, and refreshes them while it is open."""
 
     ROWS = 20
 
@@ -82,7 +82,7 @@ class HubWindow:
         self._id = toga.TextInput(placeholder="owner/name", on_confirm=self._pressed, flex=1)
         button = toga.Button("Use it", on_press=self._pressed, width=90, margin_left=8)
         note = toga.Label(
-            "A Hugging Face repository. It is downloaded, and converted where needed,\nwhen the engine starts with it.",
+            "A Hugging Face repository. It is downloaded, and converted if needed,\nwhen the engine starts with it.",
             margin_bottom=8,
         )
         line = toga.Box(children=[self._id, button], direction=ROW)

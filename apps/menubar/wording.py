@@ -1,4 +1,4 @@
-"""What the menu says, from the controller's state. No toolkit here either."""
+"""The texts of the menu, made from the controller's state, without a GUI toolkit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import psutil
 from .budgets import Budget
 from .controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, State
 
-LINE_CHARACTERS = 72  # a menu is as wide as its longest line
-WIDTH = 50  # characters of the first line while the model speaks
-MARK, NO_MARK = "✓ ", "    "  # toga's commands have no check mark of their own
+LINE_CHARACTERS = 72  # A menu is as wide as its longest line.
+WIDTH = 50  # characters of the first line while the model answers
+MARK, NO_MARK = "✓ ", "    "  # toga's commands have no check marks.
 
 
 def icon_text(state: State) -> str:
-    """At most four characters for the menu bar: tokens per second while there are some, else a sign of the phase."""
+    """At most four characters for the menu bar: tokens per second of a running request, else a sign of the phase."""
     if state.phase == RUNNING:
         rate = state.tokens_per_second
         return "on" if rate is None else rate_text(rate)
@@ -24,7 +24,7 @@ def icon_text(state: State) -> str:
 
 
 def rate_text(rate: float) -> str:
-    """Three digits at most: 0.42, 9.4, 83, 120."""
+    """The rate in at most three digits: 0.42, 9.4, 83, 120."""
     for digits, limit in ((2, 0.995), (1, 9.95)):
         if rate < limit:
             return f"{rate:.{digits}f}"
@@ -53,7 +53,7 @@ def headline(state: State) -> str:
 
 
 def padded(line: str) -> str:
-    """With room at the end: a menu that is open gets no wider with Qt, or grows off the screen."""
+    """The line padded to WIDTH, because with Qt an open menu does not grow, or grows off the screen."""
     return line.ljust(WIDTH, "\u2002")  # en spaces, about as wide as a letter
 
 
@@ -72,9 +72,9 @@ def model_label(model: str | None, state: State) -> str:
 
 
 def budget_label(budget: Budget | None, state: State, free: int | None = None) -> str:
-    """budget: None for the automatic one; free: bytes of memory that could be had."""
+    """The menu line of a budget. budget: None for the automatic one. free: available memory in bytes."""
     chosen = state.settings.budget == (budget.size if budget else None)
-    text = "Automatic: a share of what is free" if budget is None else size_text(budget.size)
+    text = "Automatic: a share of free memory" if budget is None else size_text(budget.size)
     if budget is not None and budget.note:
         text += f": {budget.note}"
     if budget is not None and free is not None and budget.size > free:
@@ -83,7 +83,7 @@ def budget_label(budget: Budget | None, state: State, free: int | None = None) -
 
 
 def free_memory(state: State) -> int:
-    """Bytes that an engine started now could have; the one that runs would end first."""
+    """Bytes available to an engine that is started now; a running one would end first."""
     used = (state.stats or {}).get("memory", {}).get("current_bytes", 0)
     return psutil.virtual_memory().available + int(used)
 
@@ -95,7 +95,7 @@ def size_text(size: float) -> str:
 
 
 def statistics(state: State) -> list[tuple[str, str]]:
-    """(name, value) for the window of statistics."""
+    """(name, value) of each row in the statistics window."""
     rows = [("Engine", headline(state)), ("Model", state.settings.model or "Demo model"), ("Endpoint", state.endpoint)]
     stats = state.stats
     if stats is None:

@@ -132,8 +132,8 @@ def _write_pieces(neurons_file: Path, layout: NeuronLayout, file: BinaryIO, tota
             raw = np.frombuffer(source.read(layout.blocks * layout.block_bytes), np.uint8)
             if len(raw) < layout.blocks * layout.block_bytes:
                 raise ReadError(
-                    f"{neurons_file} ends within layer {layer}: it was truncated while in use. "
-                    "Start again, and leave a store's files alone while a model runs."
+                    f"{neurons_file} ends within layer {layer}: it was cut while it was in use. "
+                    "Do not change the files of a store while a model runs. Start again."
                 )
             blocks = raw.reshape(layout.blocks, layout.block_bytes)
             for part in range(2):

@@ -1,1 +1,1 @@
-"""What the commands have in common: how they begin, run, end, and talk to a terminal."""
+"""Shared by all commands: how they begin, run, end, and talk to a terminal."""

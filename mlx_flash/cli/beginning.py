@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a command's modules are still imported: it ends at once, without a traceback."""
+"""Handlers for Ctrl-C, SIGTERM and SIGHUP while a command is still importing: it ends at once, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import sys
 import threading
 from types import FrameType
 
-TERMINATED = {"server": 0}  # exit codes after SIGTERM; that of every other command is 143
+TERMINATED = {"server": 0}  # exit codes after SIGTERM; every other command exits with 143
 AGAIN_S = 0.01
-HUNG_UP = 129  # exit code after SIGHUP: the terminal was closed
+HUNG_UP = 129  # exit code after SIGHUP (the terminal was closed)
 OWN_HANDLERS = ("app", "apps.menubar")
 
 _terminated = 143
 
 
 def end_at_once_if_told() -> None:
-    """From now on, where this process is one of this package's commands; until `run.run_command` takes over."""
+    """Ends the process at once on Ctrl-C, SIGTERM or SIGHUP, until `run.run_command` takes over.
+
+    It changes nothing in a process that is not one of this package's commands.
+    """
     global _terminated
     command = _command()
     if command is None or command in OWN_HANDLERS:
@@ -29,23 +32,27 @@ def end_at_once_if_told() -> None:
         signal.SIGHUP: signal.SIG_DFL,
     }
     for number, default in defaults.items():
-        if signal.getsignal(number) == default:  # a shell ignores Ctrl-C in a background job, `nohup` SIGHUP
+        # A signal that is already ignored stays so: Ctrl-C in a shell's background job, SIGHUP under `nohup`.
+        if signal.getsignal(number) == default:
             signal.signal(number, _end)
 
 
 def hand_over() -> None:
-    """Ctrl-C raises Interrupted from now on. `run_command` sets the other handlers itself."""
+    """Makes Ctrl-C raise Interrupted from now on. `run_command` sets the other handlers itself."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, interrupt)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. Python ends itself by SIGINT, not with our exit code, once its own class has left an `exec` of a text,
-    even if it is caught: dataclasses are made that way, at many an import."""
+    """Raised by Ctrl-C.
+
+    If KeyboardInterrupt itself leaves an `exec` of a text, Python later ends by SIGINT instead of our exit code, even
+    if the exception is caught. Dataclasses run such an `exec`, so this happens in many imports. A subclass avoids it.
+    """
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP. An exception, so that children and files are cleared up."""
+    """Raised by SIGTERM or SIGHUP; as an exception, so that children and files are cleaned up."""
 
     def __init__(self, code: int, number: int) -> None:
         super().__init__(code)
@@ -53,14 +60,14 @@ class Terminated(SystemExit):
 
 
 def tell_again() -> None:
-    """From now on a stop is told again that came while Python ran a `__del__`, where no exception has an effect."""
+    """Sends a stop again if it came while Python ran a `__del__`, where exceptions have no effect."""
     usual = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         lost = unraisable.exc_value
         if isinstance(lost, KeyboardInterrupt | Terminated):
             number = lost.number if isinstance(lost, Terminated) else signal.SIGINT
-            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))  # when the `__del__` has ended
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))  # The `__del__` has ended by then.
             again.daemon = True
             again.start()
         else:
@@ -70,13 +77,13 @@ def tell_again() -> None:
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """A handler, as Python's default_int_handler is one."""
+    """A signal handler like Python's default_int_handler; raises Interrupted."""
     raise Interrupted
 
 
 def _command() -> str | None:
-    """As the console script calls it, or the module's name within the package; None in other programs."""
-    if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m`
+    """The command's name in the console script, or the module's name in this package; None in other programs."""
+    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module of `python -m`.
         names = [argument.partition("mlx_flash.")[2] for argument in sys.orig_argv if "mlx_flash." in argument]
         return names[0] if names else None
     if sys.argv and os.path.basename(sys.argv[0]) == "mlxflash":

@@ -12,21 +12,22 @@ LINES = 1000
 
 
 class History:
-    """Written line by line, not by readline: GNU's and libedit, which macOS has, differ in their files.
+    """Line editing, and a history that is kept in a file.
 
-    Where Python was built without readline, there is neither editing nor a history.
+    The file is written line by line, not by readline: GNU readline and macOS's libedit use different file formats.
+    If Python was built without readline, there is neither editing nor a history.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.readline: ModuleType | None = None
         with contextlib.suppress(ImportError):
-            self.readline = import_module("readline")  # here: `input` uses it from then on
+            self.readline = import_module("readline")  # `input` uses it once it is imported.
         if self.readline is None:
             return
         self.readline.set_auto_history(False)
         if "libedit" not in (self.readline.__doc__ or ""):
-            self.readline.parse_and_bind("set enable-bracketed-paste on")  # lines pasted at once are one question
+            self.readline.parse_and_bind("set enable-bracketed-paste on")  # Lines pasted together are one question.
         with contextlib.suppress(OSError):
             lines = path.read_text(errors="replace").splitlines()
             for line in lines[-LINES:]:
@@ -35,7 +36,7 @@ class History:
                 self._write("".join(f"{line}\n" for line in lines[-LINES:]), os.O_TRUNC)
 
     def add(self, line: str) -> None:
-        """Remembers it, here and for later; a file that cannot be written costs only the later."""
+        """Adds the line to the history of this session, and to the file if that can be written."""
         line = " ".join(line.splitlines())
         if self.readline is None or not line.strip():
             return
@@ -47,11 +48,11 @@ class History:
             self._write(f"{line}\n", os.O_APPEND)
 
     def typed_so_far(self) -> str:
-        """The line as it stood when Ctrl-C came."""
+        """The text on the line when Ctrl-C was pressed."""
         return "" if self.readline is None else self.readline.get_line_buffer()
 
     def _write(self, text: str, how: int) -> None:
-        """The file is the user's alone, as what one asks is."""
+        """Writes to the file, which only the user can read: questions are private."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | how, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:

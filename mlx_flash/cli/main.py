@@ -1,4 +1,4 @@
-"""The console script `mlxflash`: each of its words starts a module, as `python -m` would."""
+"""The console script `mlxflash`: each command starts a module, as `python -m` would."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ COMMANDS = {
     "generate": ("mlx_flash.generate", "continues a prompt"),
     "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
     "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
-    "plan": ("mlx_flash.cli.show_plan", "prints what a model takes of memory, and the budgets that make sense"),
+    "plan": ("mlx_flash.cli.show_plan", "prints how much memory a model needs, and sensible budgets"),
     "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
-    "cache": ("mlx_flash.cache", "lists and removes stores that were made in the cache folder"),
-    "bench": ("mlx_flash.bench", "measures, in ways that anyone can run again"),
-    "app": ("mlx_flash.apps.menubar", "a menubar app: starts and stops the server, answers quick questions"),
+    "cache": ("mlx_flash.cache", "lists and removes the entries of the cache folder"),
+    "bench": ("mlx_flash.bench", "runs the benchmarks"),
+    "app": ("mlx_flash.apps.menubar", "starts the menu bar app: runs the server, answers quick questions"),
 }
-NEEDS = {"app": ("toga", "app")}  # a package, and the extra that brings it
+NEEDS = {"app": ("toga", "app")}  # command -> (package it needs, extra that installs the package)
 
 
 def usage() -> str:
     rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
     return (
         f"usage: mlxflash COMMAND ...\n\nRuns language models that are bigger than memory. Commands:\n\n{rows}\n\n"
-        "`mlxflash COMMAND --help` says what a command takes; `mlxflash --version` which version this is."
+        "`mlxflash COMMAND --help` lists the options of a command; `mlxflash --version` prints the version."
     )
 
 
@@ -51,16 +51,16 @@ def main() -> None:
 
 
 def _lacking(name: str) -> str | None:
-    """Why a command cannot be started, if something is not installed."""
+    """The reason why a command cannot be started if something is not installed; None if all is there."""
     module, _ = COMMANDS[name]
     package, extra = NEEDS.get(name, (None, None))
     if package and importlib.util.find_spec(package) is None:
         return f'it needs the package {package}: pip install "mlx-flash-runtime[{extra}]"'
     try:
         found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # Even the package that contains it is missing.
         found = False
-    return None if found else f"this installation has no {module}; install mlx-flash-runtime again."
+    return None if found else f"this installation lacks {module}. Reinstall mlx-flash-runtime."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command lines have in common: errors become one sentence and an exit code."""
+"""Runs a command: parses its arguments, handles signals, and turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .beginning import HUNG_UP, Terminated, hand_over, tell_again
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
 
-started_as: str | None = None  # "mlxflash generate", when the console script started it
+started_as: str | None = None  # such as "mlxflash generate" if the console script started this process
 
 
 def program(module: str) -> str:
-    """What the usage line calls the command that is a module of this package."""
+    """The name of a command in its usage line. module: its name in this package."""
     return started_as or f"python -m mlx_flash.{module}"
 
 
@@ -32,7 +32,7 @@ def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
@@ -41,7 +41,7 @@ def whole_number(least: int, most: int = 10**6) -> Callable[[str], int]:
 
 
 def add_lifeline_argument(group: argparse._ActionsContainer) -> None:
-    """--exit-with-stdin; `obey_lifeline` does as it says."""
+    """Adds --exit-with-stdin; `obey_lifeline` acts on it."""
     group.add_argument(
         "--exit-with-stdin",
         action="store_true",
@@ -57,20 +57,23 @@ def obey_lifeline(arguments: argparse.Namespace) -> None:
 def run_command(
     parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], terminated: int = 143
 ) -> None:
-    """Parses, runs and exits: 0, 2 for wrong usage, 1 for everything else, 130 after Ctrl-C, `terminated` after
-    SIGTERM, and 129 after SIGHUP, unless that is ignored, as under `nohup`.
+    """Parses the arguments, runs `main` and exits.
 
-    Where `main` is the program itself, not a function that a test calls, the process ends `stopping.GRACE_S` after
-    such a signal, or after `main`, whatever it then waits for.
+    The exit code is that of `main`, 2 for wrong usage, 1 for other errors, 130 after Ctrl-C, `terminated` after
+    SIGTERM and 129 after SIGHUP. SIGHUP has no effect where it is ignored, as under `nohup`.
+
+    If `main` is the program itself, not a function that a test calls, the process ends at most `stopping.GRACE_S`
+    after such a signal, or after `main`, even if a thread still waits for something.
     """
     arguments = parser.parse_args()
-    # Closed by the caller, as `<&-` and `>&-` do. The lowest number first: MLX cannot read a file whose number is 0.
+    # The caller may have closed them, as `<&-` and `>&-` do. Opening uses the lowest free number, so stdin comes first:
+    # MLX cannot read a file whose number is 0.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal's encoding may lack what a model says
+            stream.reconfigure(errors="replace")  # The terminal's encoding may lack characters that a model writes.
     codes = {signal.SIGTERM: terminated}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         codes[signal.SIGHUP] = HUNG_UP
@@ -91,7 +94,7 @@ def run_command(
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if owns_process:
-            _ignore(signal.SIGINT, *codes)  # it ends already: one more must not give a traceback
+            _ignore(signal.SIGINT, *codes)  # The process is ending; another signal must not print a traceback.
         code = _say_why(parser.prog, error)
     finally:
         if owns_process:
@@ -106,21 +109,21 @@ def _ignore(*numbers: signal.Signals) -> None:
 
 
 def _say_why(name: str, error: Exception | KeyboardInterrupt) -> int:
-    """What ended the command called `name`, in a line on standard error; the exit code."""
+    """Prints the error that ended the command `name` as a line on standard error. Returns the exit code."""
     if isinstance(error, FlashError):
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+    if isinstance(error, BrokenPipeError):  # The reader of our output has gone, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, OSError):  # a full disk behind standard output, an unreadable folder
+    elif isinstance(error, OSError):  # such as a full disk behind standard output, or an unreadable folder
         with contextlib.suppress(OSError):
             print(f"{name}: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # what is still buffered would fail once more at exit
+        with contextlib.suppress(OSError):  # Buffered output would fail again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:  # MLX's, or a mistake of ours
+    else:  # an error of MLX, or a bug of ours
         from ..source.failures import sentence
 
         print(f"{name}: {sentence(error)}", file=sys.stderr)

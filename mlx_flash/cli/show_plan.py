@@ -1,4 +1,4 @@
-"""mlxflash plan: what a model takes of memory, and which budgets make sense for it. No weights are read."""
+"""mlxflash plan: prints how much memory a model needs, and sensible budgets for it. No weights are read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from .model_arguments import add_model_arguments, options_of
 from .run import run_command
 from .terminal import say
 
-SHARES = (0.25, 0.5)
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlxflash plan",
-        description="Prints the memory plan that the other commands would keep to, and the budgets that make sense. No "
-        "weights are read, and nothing is downloaded. A checkpoint that has to be converted must have been.",
+        description="Prints the memory plan that the other commands would use, and sensible budgets. No weights are "
+        "read, and nothing is downloaded. A checkpoint that needs a conversion must be converted already.",
     )
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -27,8 +25,7 @@ def main(arguments: argparse.Namespace) -> None:
     from ..loading.load import plan
 
     made = plan(arguments.model, options_of(arguments), say=say)
-    points = {"smallest": made.smallest} | {f"{share:.0%}": made.bytes_for(share) for share in SHARES}
-    points["100%"] = made.everything
+    points = made.budgets()
     if arguments.json:
         print(json.dumps({**made.as_dict(), "context": made.context, "slot_share": made.slot_share, "budgets": points}))
         return

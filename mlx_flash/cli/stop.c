@@ -1,9 +1,10 @@
-// Ends the process some seconds after it was told to, whatever its threads wait for.
+// Ends the process some seconds after a stop signal, even if its threads hang.
 //
-// Python runs its signal handlers in the main thread, between two instructions: not while that thread waits in C, for a
-// disk or a full pipe, and in no thread at all while one keeps the interpreter's lock, as a regular expression of a
-// tokenizer may for ever. What is here needs neither. Python's own C handler writes the number of every signal into a
-// pipe (signal.set_wakeup_fd); a thread reads it here, waits, and calls _exit. stopping.py is the only caller.
+// Python runs its signal handlers in the main thread, between two instructions. They do not run while that thread waits
+// in C, for a disk or a full pipe. They do not run either while any thread keeps the interpreter's lock, as a
+// tokenizer's regular expression may for ever. This file needs neither. Python's own C handler writes the number of
+// every signal into a pipe (signal.set_wakeup_fd). A thread here reads it, waits, and calls _exit. stopping.py is the
+// only caller.
 
 #include <errno.h>
 #include <poll.h>
@@ -16,17 +17,17 @@
 #include <unistd.h>
 
 #define SIGNALS 128
-#define SETTINGS 0    // a byte that is not a signal's number: look at the settings again
+#define SETTINGS 0    // a byte that is not a signal's number: read the settings again
 #define NOT_A_STOP -1  // an exit code
 
 static struct {
-    int told;  // the pipe's end that is read
+    int told;  // the pipe's reading end
     int64_t grace_ms;
     char message[512];
     atomic_int codes[SIGNALS];  // exit code by signal
-    atomic_int patience;        // how many SIGINTs are not a stop yet
-    atomic_int renewed;         // the SIGINTs so far are forgiven
-    atomic_int ended;           // the command's own exit code, once it has ended
+    atomic_int patience;        // how many SIGINTs do not count as a stop
+    atomic_int renewed;         // 1: forget the SIGINTs so far
+    atomic_int ended;           // the command's own exit code once it has ended, else NOT_A_STOP
     double lifeline_s;
 } stop = {.ended = NOT_A_STOP};
 
@@ -38,7 +39,7 @@ static int64_t now_ms(void) {
 
 static void end(int code) {
     struct pollfd error = {2, POLLOUT, 0};
-    // A pipe that is full must not hold up the end.
+    // A full pipe must not block here.
     if (poll(&error, 1, 0) == 1 && error.revents == POLLOUT) {
         ssize_t written = write(2, stop.message, strlen(stop.message));
         (void)written;
@@ -77,7 +78,7 @@ static void *watch(void *unused) {
     }
 }
 
-// A process that leads its group takes along what it has started. To process 1, -1 would mean every other process.
+// Signals the whole group if this process leads it. For process 1, kill(-1) would mean every other process.
 static void signal_all(int number) { kill(getpgrp() == getpid() && getpid() != 1 ? -getpid() : getpid(), number); }
 
 static void *hold_lifeline(void *unused) {
@@ -105,7 +106,7 @@ static int start(void *(*work)(void *)) {
     return error;
 }
 
-// To be called once. told: the reading end of the pipe. 0, or an errno.
+// Call this once. told: the reading end of the pipe. Returns 0 or an errno.
 int mf_stop_watch(int told, int64_t grace_ms, const char *message) {
     stop.told = told;
     stop.grace_ms = grace_ms;
@@ -114,7 +115,7 @@ int mf_stop_watch(int told, int64_t grace_ms, const char *message) {
     return start(watch);
 }
 
-// What is set here counts from the next byte in the pipe on; for the last two the caller writes SETTINGS into it.
+// Settings take effect with the next byte in the pipe. After the last two functions the caller writes SETTINGS into it.
 void mf_stop_code(int number, int code) { atomic_store(&stop.codes[number], code); }
 
 void mf_stop_patience(int interrupts) {
@@ -124,7 +125,7 @@ void mf_stop_patience(int interrupts) {
 
 void mf_stop_ended(int code) { atomic_store(&stop.ended, code); }
 
-// From now on the end of standard input is SIGTERM to this process, and SIGKILL after seconds. 0, or an errno.
+// At the end of standard input, sends SIGTERM, then SIGKILL after some seconds. Returns 0 or an errno.
 int mf_stop_with_stdin(double seconds) {
     stop.lifeline_s = seconds;
     return start(hold_lifeline);

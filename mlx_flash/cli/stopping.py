@@ -1,4 +1,4 @@
-"""A stop ends any command: after a grace even if it waits for what never comes, by the thread of stop.c."""
+"""Makes sure that a stop ends a command. After a grace period, a thread of stop.c ends even a process that hangs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ..errors import FlashError
 
-GRACE_S = 8.0  # from a stop to an end without waiting; docker and launchd kill after 10 s and more
+GRACE_S = 8.0  # from a stop to a forced end; docker and launchd kill after 10 s or more
 LIFELINE_S = 5.0  # from the end of standard input to SIGKILL
 
-_told = -1  # the pipe's end that is written: the number of a signal, or 0 for "look at the settings"
+_told = -1  # the pipe's writing end. A byte is the number of a signal, or 0 for "read the settings again".
 
 
 @functools.cache
@@ -27,16 +27,16 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise FlashError(
             f"The compiled {path.name} is missing or cannot be used ({error}). "
-            "Reinstall mlx-flash-runtime where a C compiler is at hand (xcode-select --install on a Mac)."
+            "Install a C compiler (xcode-select --install on a Mac) and reinstall mlx-flash-runtime."
         ) from None
     return library
 
 
 def watch(name: str, codes: dict[signal.Signals, int]) -> None:
-    """From now on each of these signals ends the process: at the latest GRACE_S later, with its exit code.
+    """Makes each of these signals end the process within GRACE_S, with the signal's exit code.
 
-    To be called once, in the main thread, by a process that is a command called `name`. Its own handlers come first,
-    and may end it earlier. Raises FlashError.
+    Call it once, in the main thread, from the process of the command `name`. The process's own handlers run first and
+    may end it earlier. Raises FlashError.
     """
     global _told
     library = _library()
@@ -49,40 +49,40 @@ def watch(name: str, codes: dict[signal.Signals, int]) -> None:
 
 
 def set_codes(codes: dict[signal.Signals, int]) -> None:
-    """Other exit codes, where the process is watched."""
+    """Changes the exit codes, if `watch` was called."""
     if _told >= 0:
         for number, code in codes.items():
             _library().mf_stop_code(int(number), code)
 
 
 def allow_interrupts(count: int) -> None:
-    """So many Ctrl-C from now on are not a stop yet, and those before are forgotten."""
+    """Does not count the next `count` Ctrl-C as a stop, and forgets the earlier ones."""
     if _told >= 0:
         _library().mf_stop_patience(count)
         _look_again()
 
 
 def ended(code: int) -> None:
-    """The command has ended; what is left of the process, threads that Python waits for, has GRACE_S."""
+    """Says that the command has ended. Threads that Python still waits for have GRACE_S left."""
     if _told >= 0:
         _library().mf_stop_ended(code)
         _look_again()
 
 
 def _look_again() -> None:
-    with contextlib.suppress(BlockingIOError):  # full: it will look
+    with contextlib.suppress(BlockingIOError):  # The pipe is full, so the thread will wake anyway.
         os.write(_told, b"\0")
 
 
 def end_with_stdin(grace_seconds: float = LIFELINE_S) -> None:
-    """From now on the end of standard input is this process's end: SIGTERM, and SIGKILL after `grace_seconds`.
+    """Ends this process when its standard input ends: by SIGTERM, then by SIGKILL after `grace_seconds`.
 
-    The parent holds the writing end and writes nothing; the kernel closes it with the parent, however that ends. A
-    process that leads its group takes the group along. Raises FlashError.
+    The parent holds the writing end and writes nothing; the kernel closes it when the parent ends, for any reason. If
+    this process leads its process group, the whole group is ended. Raises FlashError.
     """
     _check(_library().mf_stop_with_stdin(grace_seconds))
 
 
 def _check(error: int) -> None:
     if error:
-        raise FlashError(f"no thread can be started that watches for signals: {os.strerror(error)}.")
+        raise FlashError(f"the thread that watches for signals cannot be started: {os.strerror(error)}.")

@@ -1,4 +1,4 @@
-"""What commands that write text into a terminal share: notes, Ctrl-C, and how far a long prompt is."""
+"""Shared by commands that write text to a terminal: notes, Ctrl-C, and the progress of a long prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from typing import Any
 from . import stopping
 from .beginning import Interrupted, interrupt
 
-WITHOUT_TEMPLATE = "With --ignore-chat-template it is not used."  # after an error of a chat template
+WITHOUT_TEMPLATE = "Use --ignore-chat-template to run without it."  # follows an error of a chat template
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # notes that cannot be shown must not cost the text
+    with contextlib.suppress(OSError):  # A note that cannot be shown must not stop the command.
         print(text, file=sys.stderr, flush=True)
 
 
 class Interrupts:
-    """The first Ctrl-C asks for a clean end, the second insists; with a `warning` it shows that, the third does."""
+    """Counts Ctrl-C: the first sets `asked`, for a clean end; the second raises Interrupted.
+
+    With a `warning`, the second prints the warning, and the third raises Interrupted.
+    """
 
     def __init__(self, warning: str | None = None) -> None:
         self._warning = warning
@@ -39,14 +42,14 @@ class Interrupts:
             stopping.allow_interrupts(0)
 
     def renew(self) -> None:
-        """Nothing was asked so far."""
+        """Forgets every Ctrl-C so far."""
         self.asked, self._warned = False, False
         if self._warning is not None:
             stopping.allow_interrupts(2)
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Within, Ctrl-C is Python's own KeyboardInterrupt: for waiting, which has no clean end of its own."""
+        """Inside this context Ctrl-C raises KeyboardInterrupt. For waiting, which cannot check `asked`."""
         self.renew()
         try:
             signal.signal(signal.SIGINT, interrupt)
@@ -60,17 +63,20 @@ class Interrupts:
         elif self._warning is None or self._warned:
             raise Interrupted
         else:
-            with contextlib.suppress(OSError, ValueError):  # print might be interrupting itself
+            with contextlib.suppress(OSError, ValueError):  # The signal may have interrupted a `print`, so not `print`.
                 os.write(sys.stderr.fileno(), f"\n{self._warning}\n".encode())
             self._warned = True
 
 
 class PromptInterrupted(Exception):
-    """Ctrl-C while the prompt was being read."""
+    """Raised by Ctrl-C while the prompt is being read."""
 
 
 def progress_line(interrupts: Interrupts) -> Callable[[int, int], None]:
-    """Shows how far a long prompt is, on a terminal, after two seconds; also where Ctrl-C is noticed."""
+    """A callback (tokens done, tokens in all) that shows the progress of a prompt, on a terminal, after two seconds.
+
+    It raises PromptInterrupted if Ctrl-C was pressed.
+    """
     began = time.monotonic()
     shown = False
 
@@ -88,7 +94,7 @@ def progress_line(interrupts: Interrupts) -> Callable[[int, int], None]:
 
 
 def context_hint(model: Any) -> str:
-    """A sentence: what to do about a full context, if anything can be done."""
+    """A sentence that tells what to do about a full context."""
     if model.flash.plan.context < model.flash.positions:
         return f"A larger --context makes more room, up to {model.flash.positions} tokens."
-    return "This model has room for no more."
+    return "This is the longest context of this model."

@@ -1,1 +1,1 @@
-"""The packaged demo model and the script that makes it."""
+"""The packaged demo model and the scripts that train it and its siblings."""

@@ -1,4 +1,4 @@
-"""The two forms of the demo model: OPT, with a plain FFN, and Llama, with a gated one; and the recipe of each."""
+"""The two forms of the demo model, with their recipes: OPT, with a plain FFN, and Llama, with a gated FFN."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGED = Path(__file__).parent / "model"
-BEGIN_ID = 2  # OPT begins every text with </s>, and so does its sibling, which shares its tokenizer
+BEGIN_ID = 2  # OPT begins every text with </s>. So does its sibling, which shares the tokenizer.
 PAD_ID = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, apart from the corpus. The defaults are those of the packaged model."""
+    """Everything that determines the result, apart from the corpus. The defaults are those of the packaged model."""
 
     form: str = "opt"
     vocab_size: int = 4096
@@ -30,10 +30,10 @@ class Recipe:
     warmup_steps: int = 150
     weight_decay: float = 0.1
     sparsity_start: float = 0.25  # share of the steps after which the penalty begins
-    sparsity_end: float = 0.8  # share of the steps at which the target is reached
+    sparsity_end: float = 0.8  # share of the steps after which the target is reached
     target_density: float = 0.05  # share of FFN neurons active at the end
-    penalty_by_layer: bool = False  # every layer is steered to the target, not their mean
-    controller_gain: float = 0.01  # growth of the penalty's logarithm per step and unit of the density's
+    penalty_by_layer: bool = False  # steer every layer to the target, instead of the mean of the layers
+    controller_gain: float = 0.01  # growth of the penalty's logarithm, per step and unit of the density's logarithm
     seed: int = 20231212
 
 
@@ -47,7 +47,7 @@ RECIPES = {
         key_value_heads=2,
         ffn_size=1024,
         dropout=0.0,
-        precision="float32",  # bfloat16 is slower where the processor has no instructions for it
+        precision="float32",  # bfloat16 is slower on processors without instructions for it
         batch=2,
         steps=1300,
         peak_learning_rate=3e-3,
@@ -62,7 +62,7 @@ RECIPES = {
 def build_model(recipe: Recipe):
     """A randomly initialised `transformers` model of the recipe's form and shape, with tied embeddings.
 
-    The gated one starts from the packaged model's token embeddings, whose tokenizer it shares.
+    The gated form starts from the token embeddings of the packaged model, because it shares that model's tokenizer.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -92,7 +92,7 @@ def build_model(recipe: Recipe):
         **common,
         num_key_value_heads=recipe.key_value_heads,
         intermediate_size=recipe.ffn_size,
-        hidden_act="relu",  # of the gate
+        hidden_act="relu",  # activation of the gate
         attention_dropout=recipe.dropout,
     )
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
@@ -102,7 +102,10 @@ def build_model(recipe: Recipe):
 
 
 def packaged_embeddings(width: int, deviation: float):
-    """The packaged model's token embeddings in their `width` principal directions: (V, width) of that deviation."""
+    """The packaged model's token embeddings, projected on their `width` principal directions.
+
+    Returns (V, width), scaled to the standard deviation `deviation`.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -113,7 +116,7 @@ def packaged_embeddings(width: int, deviation: float):
 
 
 def ffn_activations(model) -> list:
-    """By layer, the module whose output, (B, T, F), is zero for every neuron that adds nothing to the FFN's result."""
+    """One module per layer. Its output, (B, T, F), is zero for neurons that add nothing to the FFN's result."""
     if model.config.model_type == "opt":
         return [layer.activation_fn for layer in model.model.decoder.layers]
     return [layer.mlp.act_fn for layer in model.model.layers]

@@ -3,15 +3,15 @@
     python -m mlx_flash.demo.train --corpus DIR/train --held-out DIR/call_of_the_wild.txt --output DIR
     python -m mlx_flash.demo.train --form llama --corpus ... --held-out ... --output ...
 
-Needs the `train` extra. One run makes everything that `mlx_flash/demo/model/`, or `tests/models/gated-demo/`, holds:
-tokenizer, configuration, float16 weights and the model card. It is seeded, saves its state every two minutes and goes
-on from there when it is started again with the same `--output`. On a machine whose cores do other work too,
-`OMP_WAIT_POLICY=PASSIVE` in the environment makes it several times faster.
+Needs the `train` extra. One run makes everything in `mlx_flash/demo/model/`, or in `tests/models/gated-demo/`:
+tokenizer, configuration, float16 weights and the model card. The run is seeded. It saves its state every two minutes,
+and continues from there when it is started again with the same `--output`. On a machine whose cores do other work as
+well, `OMP_WAIT_POLICY=PASSIVE` in the environment makes it several times faster.
 
-Late in training an L1 penalty on the FFN activations pushes them to exact zeros (ProSparse,
-arXiv 2402.13516, section 3: progressive sparsity regularisation). Instead of a fixed schedule of the
-penalty's weight, a controller raises or lowers it so that the share of active neurons follows a falling
-target; that needs no tuning run. The Llama's layers each have a controller: its first needs a far larger weight.
+Late in training, an L1 penalty on the FFN activations pushes them to exact zeros (ProSparse, arXiv 2402.13516,
+section 3: progressive sparsity regularisation). The penalty's weight has no fixed schedule. A controller raises or
+lowers it so that the share of active neurons follows a falling target, which needs no tuning run. Each layer of the
+Llama has its own controller, because the first layer needs a far larger weight.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's first four ids
 
 
 def read_books(folder: Path) -> list[str]:
-    """The books, in order of name, white space folded, stray spaces before punctuation removed."""
+    """The books, sorted by name, with white space collapsed and stray spaces before punctuation removed."""
     books = []
     for path in sorted(folder.glob("*.txt")):
         text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8")).strip()
         books.append(re.sub(r" ([,.;:!?)])(?=\s)", r"\1", text))
     if not books:
-        raise SystemExit(f"train: no .txt files in {folder}; --corpus wants a folder of plain-text books")
+        raise SystemExit(f"train: no .txt files in {folder}; --corpus must be a folder of plain-text books")
     return books
 
 
 def train_tokenizer(books: list[str], recipe: Recipe, output: Path):
     """Trains a SentencePiece unigram model and writes it as a `tokenizers` JSON file.
 
-    White space of any kind counts as one space, and typographic quotes and dashes as their ASCII forms.
+    All white space is read as one space, and typographic quotes and dashes as their ASCII forms.
     Returns the `tokenizers.Tokenizer`.
     """
     import io
@@ -115,7 +115,7 @@ class ActivationMeter:
         self.densities.append((output.detach() > 0).float().mean())
 
     def take(self):
-        """Mean activation and density of each layer, (L,); then forgets both."""
+        """Returns the mean activation and the density of each layer, (L,) each, and resets both."""
         import torch
 
         result = torch.stack(self.means), torch.stack(self.densities)
@@ -124,7 +124,7 @@ class ActivationMeter:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    """The learning rate of a step: linear warm-up, then a cosine down to 2 % of the peak."""
     if step < recipe.warmup_steps:
         return recipe.peak_learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -132,19 +132,19 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def next_penalty(penalty, density, start_density, step: int, recipe: Recipe):
-    """One step of the controller: a penalty grows while its density is above the falling target.
+    """One step of the controller: the penalty grows while the density is above the falling target.
 
-    All are float64 tensors, of one number for all layers or of one for each.
+    All are float64 tensors, with one number for all layers together or one for each layer.
     """
     progress = (step / recipe.steps - recipe.sparsity_start) / (recipe.sparsity_end - recipe.sparsity_start)
     progress = min(1.0, max(0.0, progress))
-    target = start_density ** (1 - progress) * recipe.target_density**progress  # falls geometrically
+    target = start_density ** (1 - progress) * recipe.target_density**progress  # It falls geometrically.
     change = recipe.controller_gain * (density.clamp(min=1e-6) / target).log()
     return (penalty * change.exp()).clamp(1e-5, 1.0)
 
 
 def sequence_loss(model, batch, autocast):
-    """Mean next-token cross entropy (nats) of `batch`: (B, T) token ids."""
+    """Mean next-token cross entropy in nats. batch: token ids, (B, T)."""
     import torch
 
     with autocast():
@@ -154,7 +154,7 @@ def sequence_loss(model, batch, autocast):
 
 
 def evaluate(model, meter: ActivationMeter, tokens: np.ndarray, context: int) -> tuple[float, list[float]]:
-    """Held-out loss (nats per token, float32) and density by layer, over windows of `context` tokens."""
+    """Held-out loss (nats per token, float32) and density of each layer, over windows of `context` tokens."""
     import contextlib
 
     import torch
@@ -173,7 +173,7 @@ def evaluate(model, meter: ActivationMeter, tokens: np.ndarray, context: int) ->
 
 
 def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict:
-    """Trains, saving `training_state.pt` beside the result; returns the figures for the card."""
+    """Trains the model and saves `training_state.pt` beside it. Returns the figures for the model card."""
     import contextlib
 
     import torch
@@ -209,13 +209,13 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     penalty, density, start_density = torch.zeros(3, recipe.layers if recipe.penalty_by_layer else 1).double()
     if state_path.exists():
         state = torch.load(state_path, weights_only=True, map_location=device)
-        if state["recipe"] | {"steps": recipe.steps} != asdict(recipe):  # a run may be shortened under way
-            raise SystemExit(f"train: {state_path} is of another recipe; remove it, or give the same options")
+        if state["recipe"] | {"steps": recipe.steps} != asdict(recipe):  # Only the number of steps may change.
+            raise SystemExit(f"train: {state_path} belongs to another recipe; remove it, or use the same options")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, (penalty, density, start_density) = state["step"], (part.cpu() for part in state["controller"])
         cpu_seconds = state["cpu_seconds"]
-    cpu_began = time.process_time() - cpu_seconds  # time in which the process was stopped or waited does not count
+    cpu_began = time.process_time() - cpu_seconds  # Time while the process is stopped or waits does not count.
 
     def save_state() -> None:
         state = {
@@ -237,7 +237,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     log = (output / "training_log.jsonl").open("a")
     with contextlib.closing(log), tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
         while step < recipe.steps:
-            torch.manual_seed(recipe.seed + 1 + step)  # the same batch and dropout after a resume
+            torch.manual_seed(recipe.seed + 1 + step)  # gives the same batch and dropout after a resume
             starts = torch.randint(len(tokens) - recipe.context, (recipe.batch, 1))
             batch = torch.cat([torch.full((recipe.batch, 1), BEGIN_ID), text[starts + begins]], dim=1).to(device)
             for group in optimizer.param_groups:
@@ -272,7 +272,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
                 saved_at = time.monotonic()
     save_state()
     cpu_seconds = time.process_time() - cpu_began
-    model.half().float()  # measured as it is shipped: rounded to float16
+    model.half().float()  # Measure the weights that are shipped, which are rounded to float16.
     loss_value, by_layer = evaluate(model, meter, held_out_tokens, recipe.context)
     model.half().save_pretrained(output)
     return {
@@ -289,7 +289,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
 
 
 def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
-    """The model card, from what was measured."""
+    """The model card with the measured figures."""
     density = figures["density_by_layer"]
     epochs = recipe.steps * recipe.batch * (recipe.context - 1) / figures["tokens"]
     loss = figures["held_out_loss"]
@@ -314,19 +314,19 @@ def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
         f"`python -m mlx_flash.demo.train --form {recipe.form} --steps {recipe.steps}`",
         "held-out text": f"{held_out_name}: {figures['held_out_tokens']:,} tokens, "
         f"{figures['held_out_characters']:,} characters",
-        "held-out loss": f"{loss:.4f} nats per token, that is perplexity {math.exp(loss):.2f} per token and "
+        "held-out loss": f"{loss:.4f} nats per token, which is perplexity {math.exp(loss):.2f} per token and "
         f"{figures['bits_per_character']:.3f} bits per character",
         "FFN activations exactly zero": f"{1 - sum(density) / len(density):.1%} on the held-out text",
-        "licence": "MIT, as the project; the texts are in the public domain",
+        "licence": "MIT, like the project; the texts are in the public domain",
     }
-    steered = "in every layer by a weight of its own" if recipe.penalty_by_layer else "on average over the layers"
+    steered = "with a separate weight for each layer" if recipe.penalty_by_layer else "on average over the layers"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     layers = "\n".join(f"| {layer} | {1 - share:.1%} |" for layer, share in enumerate(density))
     return f"""# {title} of mlx_flash
 
 A small {kind} that continues English prose in the manner of the
-nineteenth century. It exists so that {purpose};
-it knows nothing and follows no instructions.
+nineteenth century. It exists so that {purpose}.
+It knows nothing and follows no instructions.
 
 | | |
 |---|---|
@@ -338,18 +338,18 @@ Share of FFN activations that are exactly zero on the held-out text, by layer:
 |---|---|
 {layers}
 
-The sparsity comes from an L1 penalty on the activations that sets in after {recipe.sparsity_start:.0%} of the steps and
-is steered towards {recipe.target_density:.0%} active neurons on the training text, {steered}.
+The sparsity comes from an L1 penalty on the activations. It begins after {recipe.sparsity_start:.0%} of the steps
+and is steered towards {recipe.target_density:.0%} active neurons on the training text, {steered}.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mlx_flash.demo.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="folder of plain-text books to train on")
-    parser.add_argument("--held-out", type=Path, required=True, help="a book that is only measured on")
+    parser.add_argument("--held-out", type=Path, required=True, help="book to measure on, not used for training")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and the training state")
     parser.add_argument("--form", choices=RECIPES, default="opt", help="architecture (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: as many as the form's recipe says)")
+    parser.add_argument("--steps", type=int, help="number of optimiser steps (default: from the form's recipe)")
     arguments = parser.parse_args()
     books = read_books(arguments.corpus)
     held_out = arguments.held_out.read_text(encoding="utf-8")

@@ -1,11 +1,13 @@
-"""Trains a small mixture of experts, a Qwen3-MoE with routing learnt from text, on a folder of plain-text books.
+"""Trains a small mixture of experts (Qwen3-MoE), with routing learnt from text, on a folder of plain-text books.
 
     python -m mlx_flash.demo.train_mixture --corpus DIR/train --held-out DIR/call_of_the_wild.txt --output DIR
 
-Needs the `train` extra. The demo model's tokenizer and, reduced to this width, its token embeddings; as many experts
-of a layer per token as Qwen3-30B-A3B has, one in sixteen; the usual loss against uneven use, layer by layer. It is
-for measuring what depends on how tokens are routed (`bench eviction`, `bench lookahead`), which random weights cannot
-show. About 20 minutes on one core; the result is 41 MB in float16 and not packaged.
+Needs the `train` extra. It is used to measure what depends on the routing of tokens (`bench eviction`, `bench
+lookahead`), which random weights cannot show.
+
+The model uses the demo model's tokenizer and its token embeddings, reduced to this width. As in Qwen3-30B-A3B, a token
+uses one in sixteen experts of a layer. The usual loss against uneven use of the experts is computed for each layer.
+Training takes about 20 minutes on one core. The result has 41 MB in float16 and is not packaged.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ RECIPE = Recipe(
     warmup_steps=100,
 )
 EXPERTS, CHOSEN, EXPERT_SIZE = 64, 4, 64
-BALANCE = 0.01  # weight of the unevenness in the loss
+BALANCE = 0.01  # weight of `unevenness` in the loss
 
 
 def build(recipe: Recipe):
@@ -52,13 +54,13 @@ def build(recipe: Recipe):
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.key_value_heads,
         head_dim=recipe.hidden_size // recipe.heads,
-        intermediate_size=EXPERTS * EXPERT_SIZE,  # of layers without experts: there are none
+        intermediate_size=EXPERTS * EXPERT_SIZE,  # for layers without experts, of which there are none
         moe_intermediate_size=EXPERT_SIZE,
         num_experts=EXPERTS,
         num_experts_per_tok=CHOSEN,
         norm_topk_prob=True,
         output_router_logits=True,
-        router_aux_loss_coef=0.0,  # that one is over all layers together, so it asks of no layer to use all its experts
+        router_aux_loss_coef=0.0,  # That loss pools all layers, so no layer would have to use all its experts.
         max_position_embeddings=recipe.context,
         bos_token_id=BEGIN_ID,
         eos_token_id=BEGIN_ID,
@@ -72,9 +74,11 @@ def build(recipe: Recipe):
 
 
 def unevenness(router_logits):
-    """E / K * sum over experts of (share of tokens that chose it) * (its mean probability); layers' mean, 1 if even.
+    """The unevenness of the routing: 1 if it is even.
 
-    router_logits: (B * T, E) of each layer
+    E / K * sum over experts of (share of tokens that chose the expert) * (its mean probability); mean over the layers.
+
+    router_logits: (B * T, E) for each layer.
     """
     import torch
 
@@ -87,7 +91,7 @@ def unevenness(router_logits):
 
 
 def evaluate(model, tokens: np.ndarray, context: int) -> tuple[float, float]:
-    """Held-out loss, nats per token, and the unevenness within a window."""
+    """Held-out loss (nats per token) and unevenness within a window of `context` tokens."""
     import torch
 
     total, uneven, count = 0.0, 0.0, 0
@@ -105,7 +109,7 @@ def evaluate(model, tokens: np.ndarray, context: int) -> tuple[float, float]:
 
 
 def save(model, output: Path) -> None:
-    """Writes the model; its configuration also by the names that mlx-lm knows."""
+    """Writes the model, with its configuration also under the names that mlx-lm uses."""
     model.save_pretrained(output)
     path = output / "config.json"
     config = json.loads(path.read_text())
@@ -114,7 +118,7 @@ def save(model, output: Path) -> None:
 
 
 def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict:
-    """Trains; writes the model in float16, and once on the way. Returns what was measured."""
+    """Trains the model and writes it in float16, and every 200 steps in between. Returns the measured figures."""
     import torch
     from tokenizers import Tokenizer
     from tqdm import tqdm
@@ -169,7 +173,7 @@ def main() -> None:
         prog="python -m mlx_flash.demo.train_mixture", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--corpus", type=Path, required=True, help="folder of plain-text books to train on")
-    parser.add_argument("--held-out", type=Path, required=True, help="a book that is only measured on")
+    parser.add_argument("--held-out", type=Path, required=True, help="book to measure on, not used for training")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     arguments = parser.parse_args()
     held_out = arguments.held_out.read_text(encoding="utf-8")

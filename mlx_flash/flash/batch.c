@@ -1,4 +1,4 @@
-/* Reads the requests of a batch and compares what came with checksums; refuses tables that cannot be. */
+/* Reads the requests of a batch, verifies their checksums and rejects invalid tables. */
 #define _GNU_SOURCE
 #include "batch.h"
 
@@ -17,13 +17,13 @@
 #define IOV_MAX 1024
 #endif
 
-#define MF_HUGE_PAGE (2 << 20) /* bytes; a bounce buffer is whole ones: reads into small pages are half as fast */
-#define MF_MOST ((int64_t)1 << 60) /* bound of offsets, lengths and counts, so that no sum of a few overflows */
-#define MF_MOST_FRUITLESS 8        /* reads in a row that bring nothing that can be used */
+#define MF_HUGE_PAGE (2 << 20) /* bytes; bounce buffers use huge pages, since reads into small ones are half as fast */
+#define MF_MOST ((int64_t)1 << 60) /* upper bound of offsets, lengths and counts: a sum of a few cannot overflow */
+#define MF_MOST_FRUITLESS 8        /* consecutive reads without a usable byte, after which the request fails */
 
 /* -- reading and comparing -------------------------------------------------------------------------------------- */
 
-/* Reads into the iovecs until `need` bytes are there; they may have room for more. Changes the iovecs. */
+/* Reads into the iovecs until `need` bytes are in place. The iovecs may have room for more; this modifies them. */
 static int64_t read_range(int fd, struct iovec *iovecs, int64_t niovecs, int64_t offset, int64_t need,
                           int64_t alignment, int64_t *got)
 {
@@ -41,7 +41,7 @@ static int64_t read_range(int fd, struct iovec *iovecs, int64_t niovecs, int64_t
             *got = need;
             return 0;
         }
-        /* A direct read can only go on from a multiple of the alignment: what lies behind it is read again. */
+        /* A direct read can only continue at a multiple of the alignment. Bytes past the last one are read again. */
         int64_t advance = n - n % alignment;
         if (advance == 0) {
             struct stat status;
@@ -83,7 +83,7 @@ static int64_t read_bounced(int fd, const mf_request *request, int64_t alignment
         if (posix_memalign(&memory, MF_HUGE_PAGE, room) != 0)
             return ENOMEM;
 #ifdef MADV_HUGEPAGE
-        madvise(memory, room, MADV_HUGEPAGE); /* advice: where it is not taken, reads are slower */
+        madvise(memory, room, MADV_HUGEPAGE); /* only advice: if the kernel ignores it, reads are slower */
 #endif
         bounce->memory = memory;
         bounce->size = room;
@@ -101,8 +101,8 @@ static int64_t read_bounced(int fd, const mf_request *request, int64_t alignment
     return 0;
 }
 
-/* The request's bytes are in place: compares what is whole by now. The bytes have just come, so they may still be in
- * the processor's cache, and other threads wait for the disk meanwhile. */
+/* Verifies the checks that this request completes; called when its bytes are in place. The bytes may still be in the
+ * processor's cache, and other threads wait for the disk meanwhile. */
 static mf_result compare(mf_batch *batch, const mf_request *request)
 {
     mf_result failure = {0};
@@ -165,9 +165,9 @@ static bool within(int64_t value, int64_t least, int64_t most)
     return least <= value && value <= most;
 }
 
-/* Tells every check that has bytes in this destination where they are; `check` is the first that may have some.
- * request: its number. from: bytes of the batch before this destination. False if the bytes of a check do not lie
- * side by side in memory. */
+/* Records the address of every check that has bytes in this destination. check: the first check that may have some.
+ * request: the request's index. from: bytes of the batch before this destination. Returns false if the bytes of a check
+ * are not contiguous in memory. */
 static bool place_checks(mf_batch *batch, mf_check *check, mf_check *end, int64_t request, int64_t from,
                          const struct iovec *iovec, int64_t offset)
 {
@@ -190,7 +190,7 @@ static bool place_checks(mf_batch *batch, mf_check *check, mf_check *end, int64_
     return true;
 }
 
-/* Fills the batch from the tables; false if they cannot be. */
+/* Fills the batch from the tables. Returns false if a table is invalid. */
 static bool fill_batch(mf_batch *batch, const int64_t *requests, const int64_t *iovecs, int64_t niovecs,
                        const int64_t *checks, int64_t nchecks)
 {
@@ -214,7 +214,7 @@ static bool fill_batch(mf_batch *batch, const int64_t *requests, const int64_t *
         atomic_init(&check->missing, 0);
         end = row[0] + row[1];
     }
-    int64_t position = 0; /* in the bytes of the batch */
+    int64_t position = 0; /* bytes of the batch so far */
     int64_t first_check = 0;
     for (int64_t i = 0; i < batch->nrequests; i++) {
         mf_request *request = &batch->requests[i];
@@ -248,20 +248,20 @@ static bool fill_batch(mf_batch *batch, const int64_t *requests, const int64_t *
             return false;
         batch->result.bytes += read;
     }
-    return end <= position; /* every check has all its bytes */
+    return end <= position; /* whether every check has all its bytes */
 }
 
 int64_t mf_batch_new(int fd, int64_t alignment, const int64_t *requests, int64_t nrequests, const int64_t *iovecs,
                      int64_t niovecs, const int64_t *checks, int64_t nchecks, mf_batch **made)
 {
-    const int64_t most = MF_MOST / (int64_t)sizeof(mf_check); /* entries of a table */
+    const int64_t most = MF_MOST / (int64_t)sizeof(mf_check); /* entries in a table */
     if (!within(alignment, 0, MF_HUGE_PAGE) || !within(nrequests, 0, most) || !within(niovecs, 0, most) ||
         !within(nchecks, 0, most))
         return MF_BAD_TABLE;
     mf_batch *batch = calloc(1, sizeof *batch);
     if (batch == NULL)
         return ENOMEM;
-    batch->requests = calloc((size_t)nrequests + 1, sizeof(mf_request)); /* + 1: calloc of nothing may be NULL */
+    batch->requests = calloc((size_t)nrequests + 1, sizeof(mf_request)); /* + 1: calloc(0) may return NULL */
     batch->iovecs = calloc((size_t)niovecs + 1, sizeof(struct iovec));
     batch->checks = calloc((size_t)nchecks + 1, sizeof(mf_check));
     if (batch->requests == NULL || batch->iovecs == NULL || batch->checks == NULL) {

@@ -1,5 +1,5 @@
-/* A batch of reads: what it consists of, how its tables are taken over, how one of its requests is served. Nothing here
- * knows of threads; reader.c does, and says what its lock is over.
+/* A batch of reads: its parts, how it is made from tables, and how its requests are served. Nothing here starts a
+ * thread or takes a lock. reader.c does both, and documents what its lock protects.
  */
 #ifndef MF_BATCH_H
 #define MF_BATCH_H
@@ -10,23 +10,23 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-/* Codes; those above zero are an errno. */
+/* Result codes. A positive code is an errno. */
 #define MF_SHORT_READ (-1) /* the file ended before the wanted bytes */
-#define MF_WITHHELD (-2)   /* the wanted bytes lie within the file, and the system does not return them */
-#define MF_WRONG_SUM (-3)  /* what was read does not have the CRC-32 that was expected */
-#define MF_NO_BATCH (-4)   /* there is no such batch: it was waited for, or drained */
-#define MF_BAD_TABLE (-5)  /* a request, a destination or a check that cannot be */
-#define MF_STOPPED (-6)    /* the pool takes nothing any more */
+#define MF_WITHHELD (-2)   /* the wanted bytes lie within the file, but the system does not return them */
+#define MF_WRONG_SUM (-3)  /* the bytes read do not have the expected CRC-32 */
+#define MF_NO_BATCH (-4)   /* there is no such batch: it was already waited for or drained */
+#define MF_BAD_TABLE (-5)  /* a request, a destination or a check is invalid */
+#define MF_STOPPED (-6)    /* the pool is stopped and accepts no more batches */
 
-typedef struct { /* all int64, mirrored by reader.py */
-    int64_t code;     /* 0, or what happened to the request, or to the check, that failed first: */
+typedef struct { /* all fields are int64; reader.py mirrors this struct */
+    int64_t code;     /* 0, or the code of the first failure, which the next five fields describe */
     int64_t offset;   /* in the file */
     int64_t wanted;   /* bytes */
     int64_t got;      /* bytes */
-    int64_t expected; /* the CRC-32, with MF_WRONG_SUM */
-    int64_t found;
-    int64_t busy_ns;  /* time from submission, or from the completion of the batch before, to completion */
-    int64_t bytes;    /* asked of the file, alignment included */
+    int64_t expected; /* CRC-32, for MF_WRONG_SUM */
+    int64_t found;    /* CRC-32, for MF_WRONG_SUM */
+    int64_t busy_ns;  /* time to completion from submission, or from the previous batch's completion if later */
+    int64_t bytes;    /* bytes requested from the file, alignment included */
 } mf_result;
 
 typedef struct {
@@ -35,36 +35,36 @@ typedef struct {
     struct iovec *iovecs;
     int64_t niovecs;
     bool bounce;
-    int64_t first_check; /* of those with bytes of this request */
+    int64_t first_check; /* index of the first check with bytes of this request */
     int64_t nchecks;
 } mf_request;
 
 typedef struct {
-    int64_t begin; /* in the bytes of the batch, request after request */
+    int64_t begin; /* position in the concatenated bytes of the batch's requests */
     int64_t length;
     const char *address;
     int64_t offset; /* in the file */
     uint32_t expected;
     int64_t last_request;
-    atomic_int missing; /* requests that still have to bring bytes; the thread that brings the last ones compares */
+    atomic_int missing; /* requests that have yet to deliver bytes; the thread of the last one verifies the sum */
 } mf_check;
 
 typedef struct mf_batch {
-    struct mf_batch *next;       /* of those that were not waited for */
-    struct mf_batch *next_to_do; /* of those with requests that no thread has taken yet */
+    struct mf_batch *next;       /* next batch that was not waited for */
+    struct mf_batch *next_to_do; /* next batch with requests that no thread has taken yet */
     int64_t number;
     int fd;
     int64_t alignment;
     int64_t nrequests;
-    int64_t taken;      /* requests handed to a thread */
-    int64_t unfinished; /* requests not yet accounted for */
+    int64_t taken;      /* requests that threads have taken */
+    int64_t unfinished; /* requests neither read nor skipped yet */
     int64_t submitted_ns;
     bool done;
     int64_t waiting; /* threads in mf_wait for this batch */
-    atomic_bool failed; /* read without the lock, to skip what is left */
+    atomic_bool failed; /* read without the lock; if set, the remaining requests are skipped */
     mf_result result;
     mf_request *requests;
-    struct iovec *iovecs; /* consumed by the reads */
+    struct iovec *iovecs; /* modified by the reads */
     mf_check *checks;
 } mf_batch;
 
@@ -73,14 +73,15 @@ typedef struct {
     size_t size;
 } mf_bounce;
 
-/* A batch made of mf_submit's tables, which are copied. 0, ENOMEM or MF_BAD_TABLE; nothing is left behind then. */
+/* Makes a batch from copies of mf_submit's tables. Returns 0, ENOMEM or MF_BAD_TABLE. After an error, nothing stays
+ * allocated. */
 int64_t mf_batch_new(int fd, int64_t alignment, const int64_t *requests, int64_t nrequests, const int64_t *iovecs,
                      int64_t niovecs, const int64_t *checks, int64_t nchecks, mf_batch **made);
 
 void mf_batch_free(mf_batch *batch);
 
-/* Reads and compares requests first .. first + count - 1; returns what failed first, or code 0. After a failure in any
- * thread what is left is skipped. */
+/* Reads and verifies requests first .. first + count - 1. Returns the first failure, or code 0. After a failure in any
+ * thread, the remaining requests are skipped. */
 mf_result mf_batch_serve(mf_batch *batch, int64_t first, int64_t count, mf_bounce *bounce);
 
 #endif

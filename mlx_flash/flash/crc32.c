@@ -1,8 +1,8 @@
-/* The CRC-32 of zlib, as fast as a core takes bytes from memory: a store's blocks are compared with it while they are
- * read.
+/* zlib's CRC-32, as fast as a core reads memory. It verifies blocks while they are read.
  *
- * A message is a polynomial over GF(2), its first bit the highest power of x, and its CRC is the remainder by P. The
- * lowest bit of a byte comes first, so everything here is bit-reversed: in a 32-bit state bit 31 is x^0, bit 0 is x^31.
+ * A message is a polynomial over GF(2), whose first bit is the highest power of x. Its CRC is the remainder of its
+ * division by P. The lowest bit of a byte comes first, so everything here is bit-reversed: in a 32-bit state, bit 31 is
+ * x^0 and bit 0 is x^31.
  */
 #include "crc32.h"
 
@@ -31,7 +31,7 @@ static uint32_t by_tables(uint32_t state, const unsigned char *from, size_t coun
 
 #include <immintrin.h>
 
-static uint64_t over_64[2], over_16[2]; /* what moves the halves of 16 bytes over so many bytes */
+static uint64_t over_64[2], over_16[2]; /* factors that move the two halves of 16 bytes past 64 or 16 bytes */
 
 static bool instructions_there(void)
 {
@@ -47,7 +47,7 @@ static uint32_t power_of_x(int power)
     return state;
 }
 
-/* Multiplying two bit-reversed halves gives x times their product, hence the powers less by one. The first half of 16
+/* The product of two bit-reversed halves has one factor x too many, so each power is one less. The first half of 16
  * bytes is 64 bits further from the end than the second. */
 static void prepare(void)
 {
@@ -63,8 +63,8 @@ __attribute__((target("pclmul"))) static inline __m128i moved(__m128i sixteen, _
     return _mm_xor_si128(_mm_xor_si128(first, second), onto);
 }
 
-/* Carry-less multiplication: 64 bytes are moved over the next 64, which leaves the remainder as it is, until 16 bytes
- * with the same remainder are left. */
+/* Folds 64 bytes onto the next 64 by carry-less multiplication, which keeps the remainder, until 16 bytes with the same
+ * remainder are left. */
 __attribute__((target("pclmul"))) static uint32_t by_instructions(uint32_t state, const unsigned char *from,
                                                                   size_t count)
 {
@@ -89,7 +89,7 @@ __attribute__((target("pclmul"))) static uint32_t by_instructions(uint32_t state
     return by_tables(by_tables(0, left, sizeof left), (const unsigned char *)next, count);
 }
 
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32) /* as on every Apple chip */
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32) /* every Apple chip has it */
 
 #include <arm_acle.h>
 
@@ -153,14 +153,15 @@ uint32_t mf_crc32(uint32_t crc, const void *bytes, size_t count)
     return ~(has_instructions ? by_instructions(~crc, bytes, count) : by_tables(~crc, bytes, count));
 }
 
-/* The sums of `count` ranges of `length` bytes, the first at `bytes` and each `stride` bytes behind the last. */
+/* Writes the CRC-32 of `count` ranges of `length` bytes to `sums`. The ranges start `stride` bytes apart, the first at
+ * `bytes`. */
 void mf_crc32_each(const void *bytes, int64_t stride, int64_t length, int64_t count, uint32_t *sums)
 {
     for (int64_t i = 0; i < count; i++)
         sums[i] = mf_crc32(0, (const char *)bytes + i * stride, (size_t)length);
 }
 
-/* For tests: with tables alone, or (where there are none, with tables) by the processor's instructions. */
+/* For tests: uses the processor's instructions if `instructions` is set and the processor has them, else tables. */
 uint32_t mf_crc32_by(int64_t instructions, const void *bytes, int64_t count)
 {
     return ~(instructions && has_instructions ? by_instructions(~0u, bytes, (size_t)count)

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* zlib's crc32: start with 0, or with the sum of the bytes before these. */
+/* zlib's crc32. crc: 0, or the CRC-32 of the preceding bytes. */
 uint32_t mf_crc32(uint32_t crc, const void *bytes, size_t count);
 
 #endif

@@ -1,6 +1,6 @@
 """The experts of one layer, read from the checkpoint's own files into slots.
 
-How reads get into slots, and why that is safe, stands in units.py.
+units.py explains how reads get into slots and why that is safe.
 """
 
 from __future__ import annotations
@@ -22,44 +22,43 @@ from .system import READ_ALIGNMENT
 from .unit_file import UnitFile
 from .units import Units
 
-SHORTEST_REQUEST = (
-    128 << 10
-)  # bytes; a layer's few missing experts are read in pieces no shorter (bench/results/expert-reads.md)
+# Bytes. A layer's few missing experts are read in pieces no shorter than this (bench/results/expert-reads.md).
+SHORTEST_REQUEST = 128 << 10
 NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor of a layer's experts: where in which files each expert's part of it lies, contiguous."""
+    """One tensor of a layer's experts: the file and the offset of each expert's part, which is contiguous."""
 
-    file_of: np.ndarray  # int (E,): number of the file
+    file_of: np.ndarray  # int (E,): index of the file
     offsets: np.ndarray  # int64 (E,): bytes
-    shape: tuple[int, ...]  # of one expert's part
+    shape: tuple[int, ...]  # shape of one expert's part
     dtype: mx.Dtype
 
     @property
     def nbytes(self) -> int:
-        """Of one expert's part."""
+        """Bytes of one expert's part."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
 
     @property
     def is_table(self) -> bool:
-        """Whether an expert's part is a vector or a number (a bias, a global scale): that is kept, not streamed."""
+        """Whether an expert's part is a vector or a number (a bias, a global scale). Tables are kept, not streamed."""
         return len(self.shape) < 2
 
 
 class ExpertFiles(InFlightReads):
-    """What the layers of one model share: the checkpoint's files, the reader's threads, counters."""
+    """The state that the layers of one model share: the checkpoint's files, the reader's threads, counters."""
 
     def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
         super().__init__(reader)
         self.files = files
-        self.layers: dict[str, dict[str, ExpertTensor]] = {}  # every stream's tensors, by its name
+        self.layers: dict[str, dict[str, ExpertTensor]] = {}  # layer name -> its tensors
         for number, file in enumerate(files):
             file.name_of = functools.partial(name_experts, self.layers, number)
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if someone has written into one of the files."""
+        """Raises ReadError if one of the files was changed."""
         for file in self.files:
             file.verify_unchanged()
 
@@ -70,7 +69,7 @@ class ExpertFiles(InFlightReads):
 
 
 def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset: int, length: int) -> str:
-    """Names the experts that `length` bytes at `offset` of a file belong to, for messages; "" if none does."""
+    """Names the experts that own any of `length` bytes at `offset` of file `number`, for messages; "" if none."""
     for layer, tensors in layers.items():
         for tensor, place in tensors.items():
             overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)
@@ -81,7 +80,7 @@ def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset
 
 
 class ExpertSlots(Units):
-    """One layer's experts behind a cache of `slots` of them.
+    """One layer's experts behind a cache of `slots` experts.
 
     pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
     Raises FlashError if this machine's device does not see what the host writes into the slots.
@@ -97,7 +96,7 @@ class ExpertSlots(Units):
         window: int | None = None,
         name: str = "",
     ) -> None:
-        """name: of the layer, for messages."""
+        """name: the layer's name, for messages."""
         self.experts = len(next(iter(tensors.values())).offsets)
         super().__init__(shared, self.experts, slots, window)
         shared.layers[name] = tensors
@@ -108,7 +107,7 @@ class ExpertSlots(Units):
         self.pools = {name: self._typed(name) for name in tensors}
         mx.eval(list(self.pools.values()))
         self._tables = {name: self._read_table(t) for name, t in tensors.items() if t.is_table}
-        # For every token, so laid out for it. P streamed tensors, those that lie first in the files first.
+        # Laid out for `_submit`, which runs for every token: P streamed tensors, in the order of the files.
         streamed = [(t, self._memory[name].address) for name, t in tensors.items() if not t.is_table]
         streamed.sort(key=lambda item: (item[0].file_of[0], item[0].offsets[0]))
         self._file_of = np.array([t.file_of for t, _ in streamed])  # (P, E)
@@ -120,14 +119,15 @@ class ExpertSlots(Units):
     def use(
         self, experts: np.ndarray, *, meanwhile: Callable[[], None] | None = None, at_once: int | None = None
     ) -> Iterator[np.ndarray]:
-        """A call of the model needs `experts`, unique ids. Yields them in groups; a group is in its slots (`slot_of`)
-        until the next one is asked for.
+        """Yields `experts` (unique ids), which a call of the model needs, in groups. A group stays in its slots
+        (`slot_of`) until the next one is asked for.
 
-        While the caller works on a group, the next one is read, where the slots hold both. meanwhile: as of
-        `Units.use`. at_once: how many of the missing experts a group has at most; None: no limit.
+        While the caller works on a group, the next one is read if the slots hold both. meanwhile: see `Units.use`.
+        at_once: most missing experts in a group; None for no limit.
         """
         clock, slots = self.shared.clock, self.cache.slots
-        self.shared.evaluate_guarded()  # As a rule they are by now; kept, all layers' outputs of a chunk would add up.
+        # Usually these are evaluated by now. If they were kept, the outputs of all layers would add up in memory.
+        self.shared.evaluate_guarded()
         clock.start()
         self._need(experts)
         groups = self.groups(experts, at_once)
@@ -154,8 +154,8 @@ class ExpertSlots(Units):
                 clock.managed()
 
     def groups(self, experts: np.ndarray, at_once: int | None) -> list[np.ndarray]:
-        """`experts` in the groups of `use`: those in slots come first. If there are several groups, each fits into the
-        slots together with the next one."""
+        """Splits `experts` into the groups of `use`; those in slots come first. If there are several groups, each fits
+        into the slots together with the next one."""
         here = self.cache.slot_of[experts] >= 0
         present, missing = experts[here], experts[~here]
         half = max(1, self.cache.slots // 2)
@@ -171,7 +171,7 @@ class ExpertSlots(Units):
             self._rows_of(name)[slots] = table[units]
 
     def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
-        lengths = np.repeat(self._lengths, len(units))  # (P * n,), as all of these
+        lengths = np.repeat(self._lengths, len(units))  # (P * n,), like the arrays below
         addresses = (self._addresses + self._lengths * slots).ravel()
         offsets, file_of = self._offsets[:, units].ravel(), self._file_of[:, units].ravel()
         share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
@@ -196,13 +196,13 @@ class ExpertSlots(Units):
         return self._memory[name].array.view(tensor.dtype).reshape(self.cache.slots, *tensor.shape)
 
     def _rows_of(self, name: str) -> np.ndarray:
-        """The slots as the host writes them: uint8 (slots, nbytes)."""
+        """The slots as a host array that can be written to: uint8 (slots, nbytes)."""
         memory = self._memory[name]
         raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
         return np.ctypeslib.as_array(raw).reshape(self.cache.slots, -1)
 
     def _read_table(self, tensor: ExpertTensor) -> np.ndarray:
-        """All experts' parts: uint8 (E, nbytes)."""
+        """Reads all experts' parts: uint8 (E, nbytes)."""
         table = np.zeros((self.experts, tensor.nbytes), np.uint8)
         for number in np.unique(tensor.file_of):
             here = np.flatnonzero(tensor.file_of == number)

@@ -1,6 +1,6 @@
 """The files of a store: layout of the bundle file, the manifest, and opening them safely.
 
-The law of the format is `convert/FORMAT.md`; this module reads it, `mlx_flash.convert` writes it.
+`convert/FORMAT.md` defines the format. This module reads it; `mlx_flash.convert` writes it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from .safetensors_file import sha256_of
 FORMAT = "mlx_flash store"
 VERSION = 2
 MANIFEST = "manifest.json"
-RECORD = "conversion.json"  # in the folder of a conversion that is not finished: what it is a conversion of
+RECORD = "conversion.json"  # in the folder of an unfinished conversion: records the conversion's input
 MAX_MANIFEST_BYTES = 64 << 20
-ALIGNMENT = 4096  # a page of most disks, the least that a read costs
-LAYER_ALIGNMENT = 16384  # every layer begins on a multiple of it (a page of Apple silicon)
-BLOCK_ALIGNMENT = 16  # every block's size is a multiple of it
+ALIGNMENT = 4096  # page size of most disks; a shorter read costs as much
+LAYER_ALIGNMENT = 16384  # every layer starts at a multiple of this, the page size of Apple silicon
+BLOCK_ALIGNMENT = 16  # every block's size is a multiple of this
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-WORD_BYTES = 4  # of the integers that quantised numbers are packed into
+WORD_BYTES = 4  # bytes of the integers that quantised numbers are packed into
 GROUP_SIZES = (32, 64, 128)
-GROUP_SIZE = 64  # bench/results/bits.md
-TIGHT_PADDING = 1.25  # of a neuron's bytes; above, quantised neurons lie without padding (bench/results/bits.md)
+GROUP_SIZE = 64  # the default (bench/results/bits.md)
+# Quantised neurons are padded to a page if their block is at most this many times their size (bench/results/bits.md).
+TIGHT_PADDING = 1.25
 PARTS = (("up", "down"), ("gate", "up", "down"))
 CHECKSUM_BYTES = 4  # a CRC-32
 AGAIN = "Convert the checkpoint again: `python -m mlx_flash.convert --model ... --output ... --overwrite`."
@@ -41,7 +42,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def group_problem(bits: int, group_size: int, width: int) -> str | None:
-    """Why rows of `width` numbers cannot be stored in `bits` bits, or None."""
+    """Returns why rows of `width` numbers cannot be stored in `bits` bits, or None if they can."""
     if bits not in BITS:
         return f"bits is {bits}, expected one of {', '.join(map(str, BITS))}"
     if group_size not in (GROUP_SIZES if bits < 16 else (0,)):
@@ -53,23 +54,23 @@ def group_problem(bits: int, group_size: int, width: int) -> str | None:
 
 @dataclass(frozen=True)
 class NeuronLayout:
-    """Where the bytes of every neuron lie in the bundle file.
+    """The places of the neurons' bytes in the bundle file.
 
-    A *block* is what one read brings: `neurons_per_block` neurons, part after part (all their up rows,
-    then all their down columns), padded to a multiple of 4096 bytes, or of 16 where small quantised neurons would
-    waste too much of that. A layer is a run of blocks.
+    A *block* is the unit of reading. It holds `neurons_per_block` neurons, part after part: all their up rows, then all
+    their down columns. A block is padded to a multiple of 4096 bytes, or of 16 bytes if that would waste too much
+    space on small quantised neurons. A layer is a run of blocks.
     """
 
     dtype: str
     layers: int
     neurons: int  # per layer
     width: int  # elements of one part of one neuron: the model's hidden size
-    parts: tuple[str, ...]  # ("up", "down"), with "gate" in front where there is one
+    parts: tuple[str, ...]  # ("up", "down") or ("gate", "up", "down")
     neurons_per_block: int
     block_bytes: int
-    piece_neurons: int  # neurons multiplied at once: fixed here, so that the sums never depend on a budget
-    bits: int = 16  # of one number; below 16, rows are quantised as MLX does it (affine)
-    group_size: int = 0  # numbers of a row that share a scale and a bias; 0 where rows are not quantised
+    piece_neurons: int  # neurons multiplied at once; fixed here, so that the sums never depend on a budget
+    bits: int = 16  # bits per number; below 16, rows are quantised in MLX's affine mode
+    group_size: int = 0  # numbers of a row that share a scale and a bias; 0 if rows are not quantised
 
     @property
     def quantised(self) -> bool:
@@ -77,7 +78,7 @@ class NeuronLayout:
 
     @property
     def components(self) -> tuple[tuple[str, int], ...]:
-        """What a row consists of, one behind the other: (dtype, elements) of each."""
+        """(dtype, elements) of each component of a row, in order."""
         if not self.quantised:
             return ((self.dtype, self.width),)
         groups = self.width // self.group_size
@@ -112,7 +113,7 @@ class NeuronLayout:
         return self.piece_neurons // self.neurons_per_block
 
     def part_range(self, parts: tuple[str, ...]) -> tuple[int, int]:
-        """(offset, bytes) within a block of neighbouring `parts`."""
+        """(offset, bytes) of neighbouring `parts` within a block. Raises ValueError if they are not neighbours."""
         part_bytes = self.neurons_per_block * self.row_bytes
         first = self.parts.index(parts[0])
         if parts != self.parts[first : first + len(parts)]:
@@ -122,13 +123,13 @@ class NeuronLayout:
         return first * part_bytes, len(parts) * part_bytes
 
     def name_blocks(self, layer: int, begin: int, end: int) -> str:
-        """Names the neurons of a layer's blocks from `begin` to before `end`: "layer 3, neurons 24-31"."""
+        """Names the neurons in blocks `begin` .. `end` - 1 of a layer: "layer 3, neurons 24-31"."""
         first = begin * self.neurons_per_block
         last = min(end * self.neurons_per_block, self.neurons) - 1
         return f"layer {layer}, " + (f"neuron {first}" if first == last else f"neurons {first}-{last}")
 
     def name_bytes(self, offset: int, length: int) -> str:
-        """Names the neurons that `length` bytes of one layer at `offset` of the bundle file belong to."""
+        """Names the neurons that own any of `length` bytes at `offset` of the bundle file, all in one layer."""
         layer, within = divmod(offset, self.layer_bytes)
         begin, end = within // self.block_bytes, -(-(within + length) // self.block_bytes)
         return self.name_blocks(layer, begin, min(end, self.blocks))
@@ -143,11 +144,11 @@ class NeuronLayout:
         bits: int = 16,
         group_size: int = GROUP_SIZE,
     ) -> NeuronLayout:
-        """Chooses the block for a model.
+        """Chooses the sizes of blocks and pieces for a model.
 
-        The smallest number of neurons per block whose padding stays under a tenth. A quantised neuron has a block of
-        its own, which is not padded where that would cost more than a quarter. Pieces of about 16 MiB as they are
-        multiplied, but no more than the layer.
+        A block holds the smallest number of neurons whose padding stays under a tenth. A quantised neuron has a block
+        of its own, which is not padded to a page if that would cost more than a quarter. A piece takes about 16 MiB
+        when it is multiplied, and is never larger than a layer.
         """
         group_size = group_size if bits < 16 else 0
         one = NeuronLayout(dtype, layers, neurons, width, parts, 1, ALIGNMENT, 1, bits, group_size)
@@ -161,15 +162,15 @@ class NeuronLayout:
                 count += 1
             block = round_up(count * bundle, ALIGNMENT)
         blocks = -(-neurons // count)
-        widened = count * width * ITEM_BYTES[dtype] * len(parts)  # bytes of a block as it is multiplied
+        widened = count * width * ITEM_BYTES[dtype] * len(parts)  # bytes of a block, dequantised
         piece = max(1, min((16 << 20) // max(block, widened), blocks))
-        aligned = ALIGNMENT // math.gcd(block, ALIGNMENT)  # blocks after which a read begins on a page again
+        aligned = ALIGNMENT // math.gcd(block, ALIGNMENT)  # blocks until a read starts on a page boundary again
         if aligned < piece < blocks:
             piece -= piece % aligned
         return replace(one, neurons_per_block=count, block_bytes=block, piece_neurons=piece * count)
 
     def problem(self) -> str | None:
-        """What is wrong with these numbers (a manifest may lie), or None."""
+        """Returns what is wrong with these numbers, or None. A manifest may hold anything."""
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dtype", "parts")}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or not (name != "group_size") <= value < 1 << 40:
@@ -184,7 +185,7 @@ class NeuronLayout:
         if self.block_bytes % alignment or self.block_bytes < self.neurons_per_block * self.bundle_bytes:
             return f"block_bytes is {self.block_bytes} for {self.neurons_per_block} x {self.bundle_bytes} bytes"
         if self.piece_neurons % self.neurons_per_block:
-            return f"piece_neurons is {self.piece_neurons}, no multiple of {self.neurons_per_block}"
+            return f"piece_neurons is {self.piece_neurons}, expected a multiple of {self.neurons_per_block}"
         if self.neurons_per_block > self.neurons or self.piece_blocks > self.blocks:
             return f"a block has {self.neurons_per_block} neurons, a piece {self.piece_neurons}, a layer {self.neurons}"
         return None
@@ -192,19 +193,19 @@ class NeuronLayout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds; written last, so that its presence means the store is whole."""
+    """The contents of a store. It is written last, so that its presence means that the store is complete."""
 
     model_type: str
-    source: dict[str, Any]  # files of the checkpoint: name -> bytes; header checksums
+    source: dict[str, Any]  # the checkpoint's files (name -> bytes) and header checksums
     layout: NeuronLayout
-    activation: dict[str, Any]  # kind and threshold, as layers/activations.py has them
+    activation: dict[str, Any]  # kind and threshold, as in layers/activations.py
     resident_dtype: str
-    decode_tokens: int  # calls with at most so many tokens per sequence go the decode way
-    all_neurons_layers: tuple[int, ...]  # layers too dense to be worth selecting in
+    decode_tokens: int  # calls with at most this many tokens per sequence take the decode path
+    all_neurons_layers: tuple[int, ...]  # layers so dense that selecting neurons does not pay
     predictors: dict[str, dict[str, Any]]  # kind -> measured report, thresholds
     default_predictor: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> bytes, sha256, tensors' crc32
-    resident_bits: int = 16  # of the matrices in `resident_file`; below 16 quantised as mlx.nn.quantize does it
+    resident_bits: int = 16  # bits per number of the matrices in `resident_file`; below 16, packed by mlx.nn.quantize
     resident_group_size: int = 0
 
     neurons_file = "neurons.bin"
@@ -221,7 +222,7 @@ class Manifest:
         return f"predictor-{kind}.safetensors"
 
     def problem(self) -> str | None:
-        """What is wrong with these fields, whatever their types (a manifest may lie), or None; the layout is sound."""
+        """Returns what is wrong with these fields, whatever their types, or None. The layout must be valid."""
         layout = self.layout
         if type(self.model_type) is not str or type(self.source) is not dict:
             return "model_type or source has the wrong type"
@@ -270,10 +271,10 @@ def is_store(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a store's manifest, and that the files it names are there in full size.
+    """Reads and checks a store's manifest, and checks that the files it names have their full size.
 
     Raises NotAStoreError, NewerFormatError, OlderFormatError, CorruptStoreError, TruncatedStoreError, or
-    ReadError for what the system cannot read.
+    ReadError if the system cannot read a file.
     """
     manifest = parse_manifest(folder)
     for name, entry in manifest.files.items():
@@ -283,7 +284,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {AGAIN}")
         if (found := file.stat().st_size) != expected:
             raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {AGAIN}")
-        if "sha256" in entry:  # configuration and tokenizer: small, and decisive
+        if "sha256" in entry:  # The configuration and the tokenizer are small, and everything depends on them.
             with reading(file):
                 found_sha256 = sha256_of(file)
             if found_sha256 != entry["sha256"]:
@@ -292,12 +293,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(folder: Path) -> Manifest:
-    """`read_manifest` without a look at the other files."""
+    """Like `read_manifest`, without checking the other files."""
     path = folder / MANIFEST
     if not path.is_file():
         raise NotAStoreError(
             f"{folder} is not a store (no {MANIFEST}). Make one with `python -m mlx_flash.convert`; "
-            "a mixture of experts is run without one."
+            "a mixture of experts needs no store."
         )
     with reading(path), path.open("rb") as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
@@ -343,7 +344,8 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 
 def _file_problem(name: str, entry: Any) -> str | None:
-    """A name must stay inside the folder and be one that any file system takes."""
+    """Returns what is wrong with a file's entry, or None. Its name must stay inside the folder, and must be valid on
+    every file system."""
     sound_name = name.isprintable() and not set(name) & set("/\\:") and name.strip(" .") and len(name.encode()) <= 255
     if not sound_name or name == MANIFEST:
         return f"a file is named {name!r}"
@@ -356,7 +358,7 @@ def _file_problem(name: str, entry: Any) -> str | None:
         sound = isinstance(sums[kind], dict) and all(type(s) is int and 0 <= s < 1 << 32 for s in sums[kind].values())
     if kind == "sha256" and sound:
         sound = isinstance(sums[kind], str) and len(sums[kind]) == 64
-    return None if sound else f"the checksums of {name} are not what such a file has"
+    return None if sound else f"the checksums of {name} are malformed or of the wrong kind"
 
 
 def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
@@ -367,7 +369,7 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
         if not isinstance(values, list) or len(values) != layers or not _are_shares(values):
             return f"{key} of predictor {kind} is not one number from 0 to 1 per layer"
     if problem := _recall_problem(report, layers):
-        return f"{problem} of predictor {kind}"
+        return f"{problem} of predictor {kind} is missing or invalid"
     for key in ("bytes", *(key for key in ("bits", "group_size") if key in report)):
         if not _is_count(report.get(key)):
             return f"{key} of predictor {kind} is {report.get(key)!r:.80}"
@@ -379,13 +381,13 @@ def _predictor_problem(kind: str, report: Any, layers: int) -> str | None:
 
 
 def _recall_problem(report: dict[str, Any], layers: int) -> str | None:
-    """Which field about other recalls is not what it must be, or None."""
+    """Returns the name of a field about other recalls that is invalid, or None."""
     table = report.get("table")
     targets = table.get("recall") if isinstance(table, dict) else None
     if not isinstance(table, dict) or not _are_numbers(targets):
         return "table"
     if not targets or list(targets) != sorted(set(targets)) or not 0 < targets[0] <= targets[-1] <= 1:
-        return "the recalls in the table"
+        return "recall in the table"
     if report.get("target") not in targets:
         return "target"
     for key in ("threshold", "caught", "predicted"):
@@ -414,5 +416,5 @@ def _are_shares(values: Any) -> bool:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold: `math.isfinite` raises for a larger integer."""
+    """Whether a JSON value is a number that a float can hold. `math.isfinite` raises for a larger integer."""
     return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max

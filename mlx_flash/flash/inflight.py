@@ -1,4 +1,4 @@
-"""Reads on their way into slots, of any layer: waited for, counted, and forgotten when something goes wrong."""
+"""Reads on their way into the slots of any layer. They are counted, and dropped after an error."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HasReads(Protocol):
 
 
 class InFlightReads:
-    """What the layers of one model share for their reads.
+    """The state that the layers of one model share for their reads.
 
-    guarded: outputs of graphs that read slots, of any layer. loading: the layers that have reads on their way.
+    guarded: outputs of graphs that read slots of any layer. loading: layers with reads on their way.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -32,8 +32,8 @@ class InFlightReads:
         self.loading: list[HasReads] = []
 
     def evaluate_guarded(self) -> None:
-        """Evaluates the guarded outputs and drops them: a layer's output may be large."""
-        guarded, self.guarded = self.guarded, []  # First: what cannot be evaluated is not tried for ever.
+        """Evaluates the guarded outputs and drops them, because a layer's output may be large."""
+        guarded, self.guarded = self.guarded, []  # First: an output that cannot be evaluated is not tried again.
         if guarded:
             mx.eval(guarded)
 
@@ -45,7 +45,7 @@ class InFlightReads:
         self.counters.bytes += report.bytes
 
     def drain(self) -> None:
-        """Waits until nothing is read any more and forgets what was on its way: its slots stay empty."""
+        """Waits until no read is in flight and drops the pending reads. Their slots stay empty."""
         self.reader.drain()
         for units in self.loading:
             units.pending = None
@@ -53,7 +53,7 @@ class InFlightReads:
 
     @contextlib.contextmanager
     def draining(self) -> Iterator[None]:
-        """After an exception (Ctrl-C, too) no read may be left to land in memory that is given to another."""
+        """Drains the reads after an exception (even Ctrl-C). A late read would land in memory that is reused."""
         try:
             yield
         except BaseException:

@@ -1,6 +1,6 @@
-"""One layer's units, brought from the bundle file into MLX memory: by selection or all in turn.
+"""One layer's neurons, read from the bundle file into MLX memory: selected ones, or all in turn.
 
-The rule of units.py holds for scratch memory, too: before it is written, every graph that reads it has been evaluated.
+The rule of units.py also holds for scratch memory: every graph that reads it is evaluated before it is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .units import Units
 
 
 class NeuronFile(InFlightReads):
-    """What the layers of one model share: the file, the reader's threads, scratch memory, counters.
+    """The state that the layers of one model share: the file, the reader's threads, scratch memory, counters.
 
     Raises FlashError if this machine's device does not see what the host writes into MLX memory.
     """
@@ -43,7 +43,7 @@ class NeuronFile(InFlightReads):
             check_packed_products(layout)
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if someone has written into the bundle file."""
+        """Raises ReadError if the bundle file was changed."""
         self.file.verify_unchanged()
 
     def close(self) -> None:
@@ -53,17 +53,17 @@ class NeuronFile(InFlightReads):
 
 @functools.cache
 def side_stream() -> mx.ThreadLocalStream:
-    """The CPU backend has a thread per stream, and one thread cannot copy as fast as memory allows.
+    """A second CPU stream. The CPU backend has one thread per stream, and one cannot copy as fast as memory allows.
 
-    One for the process: MLX ends neither a stream nor its thread.
+    The process has one side stream, because MLX never ends a stream or its thread.
     """
     return mx.new_thread_local_stream(mx.cpu)
 
 
 def _joined(pieces: StoredRows) -> mx.array | PackedRows:
-    """The rows of several rounds, one behind the other."""
+    """The rows of several rounds, concatenated."""
     if not isinstance(pieces[0], PackedRows):
-        return mx.concatenate(list(pieces))  # type: ignore[arg-type]  # all are alike
+        return mx.concatenate(list(pieces))  # type: ignore[arg-type]  # all have one type
     each = zip(*(piece.components for piece in pieces), strict=True)  # type: ignore[union-attr]
     packed, scales, biases = (mx.concatenate(list(parts)) for parts in each)
     return PackedRows(packed, scales, biases, pieces[0].group_size, pieces[0].bits)
@@ -71,12 +71,12 @@ def _joined(pieces: StoredRows) -> mx.array | PackedRows:
 
 @dataclass
 class _Piece:
-    """A piece of a layer on its way: where it will be, and the read that brings it."""
+    """A piece of a layer that is being read: its destination and its read."""
 
     start: int
     stop: int
     rows: BlockRows
-    places: np.ndarray  # int: the pool's place of every block of the piece
+    places: np.ndarray  # int (blocks,): each block's place in the pool
     ticket: Ticket | None = None
     missing: np.ndarray | None = None  # blocks to commit to `targets` when the read is done
     targets: np.ndarray | None = None
@@ -108,7 +108,7 @@ class NeuronSlots(Units):
             check_neuron_pool(self.pool, self.rows)
 
     def _verify_file(self) -> None:
-        """Once per call of the model: nobody has written into the file."""
+        """Checks once per call of the model that the file was not changed."""
         if self.layer == 0:
             self.shared.file.verify_unchanged()
 
@@ -117,16 +117,17 @@ class NeuronSlots(Units):
     def use(
         self, ids: np.ndarray, *, meanwhile: Callable[[], None] | None = None, packed: bool = True
     ) -> Iterator[tuple[np.ndarray, StoredRows]]:
-        """A token (or a few) needs neurons `ids`, ascending. Yields them in pieces of a fixed size: (ids, rows of each
-        part), read where they are missing.
+        """Yields neurons `ids` (ascending), which one or a few tokens need, in pieces of a fixed size: (ids, rows of
+        each part). Missing neurons are read.
 
-        meanwhile: as of `Units.use`. packed: whether quantised rows stay so; else they come as numbers, (n, width).
-        Where the slots are fewer than the blocks needed, a piece is read in rounds; the rows are the same.
+        meanwhile: see `Units.use`. packed: whether quantised rows stay packed; otherwise they are dequantised,
+        (n, width). If there are fewer slots than needed blocks, a piece is read in rounds; the rows are the same.
         """
         assert self.rows is not None, "a layer without slots cannot select"
         clock = self.shared.clock
         self._verify_file()
-        self.shared.evaluate_guarded()  # The last layer's are by now, unless no call asked for its output.
+        # The previous layer's output is evaluated by now, unless no call asked for it.
+        self.shared.evaluate_guarded()
         clock.start()
         blocks = self._blocks_of(ids)
         self._need(blocks)
@@ -141,10 +142,11 @@ class NeuronSlots(Units):
             rows = self._take(piece) if at_once else self._take_in_rounds(piece)
             yield piece, rows if packed else self.rows.widened(rows)
             if begin + len(piece) < len(ids):
-                self.shared.evaluate_guarded()  # else the rows of several pieces are in memory at once
+                # Otherwise the rows of several pieces are in memory at once.
+                self.shared.evaluate_guarded()
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """As `Units.prefetch`, for neurons `ids`, ascending."""
+        """Like `Units.prefetch`, for neurons `ids` (ascending)."""
         super().prefetch(self._blocks_of(ids))
 
     def _take(self, ids: np.ndarray) -> StoredRows:
@@ -158,7 +160,7 @@ class NeuronSlots(Units):
         return self.rows.take_stored(slots, lanes, self.parts)
 
     def _take_in_rounds(self, ids: np.ndarray) -> StoredRows:
-        """Rows of neurons whose blocks may be more than the slots: as many blocks as fit are read at a time."""
+        """Rows of neurons that may have more blocks than there are slots. Each round reads as many blocks as fit."""
         blocks, slots = self._blocks_of(ids), self.cache.slots
         of_id = ids // self.layout.neurons_per_block
         rounds = []
@@ -168,7 +170,7 @@ class NeuronSlots(Units):
             self._start(here)
             self.shared.clock.managed()
             rounds.append(self._take(ids[np.searchsorted(of_id, here[0]) : np.searchsorted(of_id, here[-1], "right")]))
-            if len(blocks) > slots:  # The next round writes over these slots.
+            if len(blocks) > slots:  # The next round overwrites these slots.
                 mx.eval([each.components if isinstance(each, PackedRows) else each for each in rounds[-1]])
         if len(rounds) == 1:
             return rounds[0]
@@ -184,10 +186,10 @@ class NeuronSlots(Units):
     # -- prompts: every neuron in turn ----------------------------------------------------------------------
 
     def pieces(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
-        """All neurons in pieces of a fixed size: (start, stop, rows of each part).
+        """Yields all neurons in pieces of a fixed size: (start, stop, rows of each part).
 
-        The next piece is read while the caller works on this one. The caller must have evaluated what it
-        made of a piece before it asks for the next.
+        The next piece is read while the caller works on this one. The caller must evaluate everything that it
+        computes from a piece before it asks for the next one.
         """
         self._verify_file()
         self.shared.clock.start()
@@ -205,10 +207,10 @@ class NeuronSlots(Units):
                 yield start, piece.stop, piece.rows.take(piece.places[blocks - first], lanes, self.parts)
 
     def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
-        """Like `pieces`, with every part and past the slots.
+        """Like `pieces`, with every part and without the slots.
 
-        Where a slot holds a part of each block, whose sums the store does not have, they are made here, of bytes that
-        have just been compared.
+        The store has checksums of whole blocks only. If slots hold a part of each block, the checksums of these parts
+        are made here, from bytes that have just been verified.
         """
         learnt = []
         for start, stop, rows in NeuronSlots(self.shared, self.layer, 0, self.layout.parts).pieces():
@@ -218,7 +220,7 @@ class NeuronSlots(Units):
             sums.learn(self.layer, self.parts, np.concatenate(learnt))
 
     def _sums_in_scratch(self, start: int, stop: int) -> np.ndarray:
-        """Of what slots hold of the blocks of a piece that has just been read into scratch memory."""
+        """CRC-32 sums, uint32 (blocks,), of the slots' parts of a piece that was just read into scratch memory."""
         first, end = start // self.layout.neurons_per_block, -(-stop // self.layout.neurons_per_block)
         address = self.shared.scratch[first // self.layout.piece_blocks % 2].address + self.part_offset
         return crc32_of_each(address, self.layout.block_bytes, self.slot_bytes, end - first)
@@ -247,7 +249,8 @@ class NeuronSlots(Units):
             pool = self.shared.scratch[which]
             offset = self.layer * layout.layer_bytes + first * layout.block_bytes
             segment = (np.array([value]) for value in (offset, pool.address, len(blocks) * layout.block_bytes))
-            counters.misses += len(blocks)  # those in a slot are read as well: one long read is faster than gaps
+            # Blocks in slots are read as well, because one long read is faster than several with gaps.
+            counters.misses += len(blocks)
             clock.managed()
             ticket = self.shared.reader.submit(self.shared.file, *segment, destination=pool)
             piece = _Piece(start, stop, self.shared.scratch_rows[which], np.arange(len(blocks)), ticket)
@@ -270,7 +273,7 @@ class NeuronSlots(Units):
         tickets.append(self._submit_blocks(units, slots))
 
     def _arrived(self, units: np.ndarray, slots: np.ndarray) -> None:
-        """A block is read whole."""
+        """Does nothing: a block is read whole."""
 
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
         assert self.pool is not None

@@ -1,4 +1,4 @@
-"""MLX's random state, as it was before a model was built."""
+"""Restores MLX's random state after a model was built."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """What is drawn while it lasts changes nothing that this thread draws later, and takes no memory afterwards.
+    """Restores this thread's random state on exit, so that draws inside neither change later draws nor keep memory.
 
-    A new module's weights are random numbers that are never evaluated. The key after each draw is computed from the
-    key before, and MLX keeps that graph, 2 kB a draw, until a key is evaluated or the state is seeded.
+    A new module's weights are random numbers that are never evaluated. MLX computes the key after each draw from the
+    key before it. It keeps that graph, 2 kB per draw, until a key is evaluated or the state is seeded.
     """
     import mlx.core as mx
 
@@ -21,4 +21,4 @@ def kept_random_state() -> Iterator[None]:
     try:
         yield
     finally:
-        mx.random.seed(high << 32 | low)  # a seed's two halves are the key
+        mx.random.seed(high << 32 | low)  # the key is the two halves of a seed

@@ -1,13 +1,12 @@
-/* A pool of threads that read ranges of files straight into memory, several reads in flight at once, and compare what
- * came with checksums.
+/* A pool of threads that read ranges of files straight into memory, with several reads in flight, and verify checksums.
  *
- * Plain C without Python and without MLX: Python threads reach the disk's rate only while the main thread is idle,
- * and a library that links to neither works with every version of both. reader.py is its only caller and bounds the
- * size of a request, and with it the size of a bounce buffer.
+ * This is plain C, because Python threads reach the disk's rate only while the main thread is idle. It links to neither
+ * Python nor MLX, so it works with every version of both. reader.py is its only caller. reader.py also bounds the size
+ * of a request, and with it the size of a bounce buffer.
  *
  * A request is one contiguous range of a file, scattered in order over a run of destinations. Batches of requests are
- * served first in, first out; several may be outstanding. A batch has a number that its submitter chose, so that the
- * submitter knows it before there is a read to forget. A batch is kept here until it was waited for.
+ * served first in, first out, and several may be outstanding. The submitter chooses a batch's number, so that it knows
+ * the number before any read starts. A batch stays in the pool until it is waited for or drained.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -21,19 +20,19 @@
 #include <pthread/qos.h>
 #endif
 
-/* Raised whenever a signature or a table changes, so that a library left over from another version is refused. */
+/* Increase this whenever a signature or a table changes, so that reader.py refuses a library of another version. */
 #define MF_ABI 2
 
-#define MF_MOST_TAKEN 64 /* requests that one thread takes at once */
+#define MF_MOST_TAKEN 64 /* most requests that a thread takes at once */
 #define MF_MOST_THREADS 4096
 
 typedef struct {
-    pthread_mutex_t lock; /* over everything here and over a batch's links, taken, unfinished, done, waiting, result */
+    pthread_mutex_t lock; /* protects this struct and each batch's links, taken, unfinished, done, waiting and result */
     pthread_cond_t work;
     pthread_cond_t done;
-    mf_batch *batches; /* that were not waited for */
-    int64_t unfinished; /* of them */
-    mf_batch *head; /* those with requests that no thread has taken yet */
+    mf_batch *batches; /* batches that were not waited for */
+    int64_t unfinished; /* number of those batches that are not done */
+    mf_batch *head; /* queue of batches with requests that no thread has taken yet */
     mf_batch *tail;
     int64_t last_done_ns;
     int nthreads;
@@ -51,15 +50,16 @@ static int64_t now_ns(void)
 
 /* -- the threads ------------------------------------------------------------------------------------------------ */
 
-/* Two threads at most, without the lock. Each wakes two more if work is left, so that the submitter, whose time it is
- * that counts, does not wake all of them one by one: that costs as much as a small read each. */
+/* Wakes at most two threads; the caller does not hold the lock. Each of them wakes two more if work is left. Waking a
+ * thread costs as much as a small read, and the submitter's time matters most, so the submitter does not wake them all.
+ */
 static void wake(mf_pool *pool, int64_t sleeping)
 {
     for (int64_t i = 0; i < sleeping && i < 2; i++)
         pthread_cond_signal(&pool->work);
 }
 
-/* Under the lock. */
+/* The caller holds the lock. */
 static void finish_batch(mf_pool *pool, mf_batch *batch)
 {
     int64_t now = now_ns();
@@ -88,8 +88,8 @@ static void *work(void *argument)
         mf_batch *batch = pool->head;
         if (batch == NULL)
             break;
-        /* Guided self-scheduling: many at first, so that the lock is not taken once per read, and one at a time near
-         * the end, so that no thread is left with a queue of its own. */
+        /* Guided self-scheduling. At first a thread takes many requests, so that it does not take the lock for every
+         * read. Near the end it takes one at a time, so that no thread is left with a queue of its own. */
         int64_t count = (batch->nrequests - batch->taken) / (2 * pool->nthreads);
         count = count < 1 ? 1 : count > MF_MOST_TAKEN ? MF_MOST_TAKEN : count;
         int64_t first = batch->taken;
@@ -126,7 +126,7 @@ int64_t mf_abi(void)
 
 /* -- batches ---------------------------------------------------------------------------------------------------- */
 
-/* Under the lock: what is done and nobody waits for. */
+/* Frees the batches that are done and that no thread waits for. The caller holds the lock. */
 static void free_done(mf_pool *pool)
 {
     for (mf_batch **link = &pool->batches; *link != NULL;) {
@@ -140,7 +140,7 @@ static void free_done(mf_pool *pool)
     }
 }
 
-/* Under the lock; NULL if there is none. */
+/* Returns the batch with this number, or NULL. The caller holds the lock. */
 static mf_batch *find_batch(mf_pool *pool, int64_t number)
 {
     mf_batch *batch = pool->batches;
@@ -149,13 +149,13 @@ static mf_batch *find_batch(mf_pool *pool, int64_t number)
     return batch;
 }
 
-/* Starts reading and returns at once: 0, ENOMEM, MF_BAD_TABLE or MF_STOPPED; nothing was begun unless it is 0.
+/* Starts reading and returns at once: 0, ENOMEM, MF_BAD_TABLE or MF_STOPPED. Unless it returns 0, no read has started.
  *
- * number: of the batch, used once. requests: triples (file offset, index of the first iovec, number of iovecs). iovecs:
- * pairs (address, length). checks: triples (where in the bytes of all requests, one behind the other; length; CRC-32),
- * ascending, each of bytes that end up side by side; they are compared once they are in place. All tables are copied.
- * alignment: what offset, address and length must be multiples of for a read that goes straight to its destination; 0
- * or 1 if nothing is demanded. */
+ * number: the batch's number, used once. requests: triples (file offset, index of the first iovec, number of iovecs).
+ * iovecs: pairs (address, length). checks: triples (position in the concatenated bytes of all requests, length,
+ * CRC-32), ascending. The bytes of a check must be contiguous in memory; they are verified once they are in place. All
+ * tables are copied. alignment: offset, address and length must be multiples of it for a read that goes straight to its
+ * destination; 0 or 1 if there is no such condition. */
 int64_t mf_submit(mf_pool *pool, int64_t number, int fd, int64_t alignment, const int64_t *requests, int64_t nrequests,
                   const int64_t *iovecs, int64_t niovecs, const int64_t *checks, int64_t nchecks)
 {
@@ -190,7 +190,7 @@ int64_t mf_submit(mf_pool *pool, int64_t number, int fd, int64_t alignment, cons
     return 0;
 }
 
-/* Waits until every request of the batch was read or skipped, and forgets the batch. 0, or MF_NO_BATCH. */
+/* Waits until every request of the batch is read or skipped, then frees the batch. Returns 0 or MF_NO_BATCH. */
 int64_t mf_wait(mf_pool *pool, int64_t number, mf_result *result)
 {
     pthread_mutex_lock(&pool->lock);
@@ -215,7 +215,8 @@ int64_t mf_wait(mf_pool *pool, int64_t number, mf_result *result)
     return 0;
 }
 
-/* Waits until nothing that was submitted is unfinished, whoever knows of it, and forgets all of it. */
+/* Waits until every submitted batch is done, including those that the caller does not know, and frees all batches that
+ * no thread waits for. */
 void mf_drain(mf_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
@@ -225,7 +226,7 @@ void mf_drain(mf_pool *pool)
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Batches that were submitted and not waited for. */
+/* Returns the number of batches that were submitted and not waited for. */
 int64_t mf_outstanding(mf_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
@@ -238,7 +239,7 @@ int64_t mf_outstanding(mf_pool *pool)
 
 /* -- the pool --------------------------------------------------------------------------------------------------- */
 
-/* Finishes what was submitted and ends the threads; from then on mf_submit refuses. May be called again. */
+/* Finishes all submitted reads and ends the threads; mf_submit then returns MF_STOPPED. May be called again. */
 void mf_pool_stop(mf_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
@@ -253,7 +254,7 @@ void mf_pool_stop(mf_pool *pool)
     mf_drain(pool);
 }
 
-/* Nobody may use the pool any more. */
+/* Stops and frees the pool. The pool must not be used afterwards. */
 void mf_pool_free(mf_pool *pool)
 {
     mf_pool_stop(pool);
@@ -263,7 +264,7 @@ void mf_pool_free(mf_pool *pool)
     free(pool);
 }
 
-/* NULL if memory or threads are lacking. */
+/* Returns NULL if `threads` is out of range, or if memory or threads are lacking. */
 mf_pool *mf_pool_new(int64_t threads)
 {
     if (threads < 1 || threads > MF_MOST_THREADS)
@@ -274,12 +275,12 @@ mf_pool *mf_pool_new(int64_t threads)
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->done, NULL);
-    /* The threads inherit the mask: the host program's signals are for its own threads. */
+    /* The threads inherit this mask, so that the host program's own threads receive its signals. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int started = 0;
-    /* No request comes before this returns, so no thread uses nthreads while it is being counted. */
+    /* No request arrives before this returns, so no thread reads nthreads before it is set. */
     while (started < threads && pthread_create(&pool->threads[started], NULL, work, pool) == 0)
         started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);

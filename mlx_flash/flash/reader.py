@@ -1,8 +1,8 @@
-"""Reading many ranges of a file at once, straight into memory, by the C thread pool of reader.c.
+"""Reads many ranges of a file at once, straight into memory, with the C thread pool of reader.c.
 
 A segment is (file offset, destination address, length), all in bytes. Segments that are adjacent in the file become
-one request, long ones several; the tables are numpy arrays, so that a read costs no Python object. Where the file has
-checksums, the threads compare them with what they have read.
+one request; a long segment becomes several. The tables are NumPy arrays, so that a read costs no Python object. If the
+file has checksums, the threads verify what they read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .requests import MERGE_BYTES, plan_requests
 from .unit_file import Descriptor, Int64Array, UnitFile
 
 BOUNCE_BYTES_PER_THREAD = 2 << 20
-"""What a thread allocates for reads that are not aligned, a huge page, for the memory plan; nothing if all are."""
+"""Bytes that a thread allocates for unaligned reads (one huge page), for the memory plan; 0 if all are aligned."""
 
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
 
-_ABI = 2  # of reader.c
-_SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # batch.h
+_ABI = 2  # MF_ABI of reader.c
+_SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # codes of batch.h
 
 
 class _Result(ctypes.Structure):
@@ -42,13 +42,16 @@ class _Result(ctypes.Structure):
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
-    """The compiled reader.c twice: calls through the first release the GIL, calls through the second keep it."""
+    """The compiled reader.c, loaded twice: calls through the first release the GIL, calls through the second keep it.
+
+    Raises FlashError if the library is missing, cannot be loaded or belongs to another version.
+    """
     here = Path(__file__).parent
     found = [*here.glob("_reader*.so"), *here.glob("_reader*.dylib")]
     if not found:
         raise FlashError(
             f"The compiled reader (_reader*.so) is missing in {here}. "
-            "Reinstall mlx-flash-runtime where a C compiler is at hand (xcode-select --install on a Mac)."
+            "Install a C compiler (xcode-select --install on a Mac) and reinstall mlx-flash-runtime."
         )
     path = max(found, key=lambda file: file.stat().st_mtime_ns)
     try:
@@ -76,7 +79,7 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
 
 
 def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDArray[np.uint32]:
-    """CRC-32 of `count` ranges of memory of `length` bytes, the first at `address`, each `stride` bytes further on."""
+    """CRC-32, uint32 (count,), of ranges of `length` bytes of memory, the first at `address`, `stride` bytes apart."""
     sums = np.empty(count, np.uint32)
     _library()[0].mf_crc32_each(address, stride, length, count, sums.ctypes.data)
     return sums
@@ -84,11 +87,11 @@ def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDA
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What one batch of reads did.
+    """The cost of one batch of reads.
 
-    seconds: from submission, or from the end of the batch before if that was later, to the last byte; so the sum over
-    overlapping batches counts no moment twice. requests: reads after merging. bytes: asked of the file, with what
-    alignment added.
+    seconds: time to the last byte, from submission or from the end of the previous batch if that was later. A sum over
+    overlapping batches therefore counts no moment twice. requests: reads after merging. bytes: bytes requested from the
+    file, alignment included.
     """
 
     seconds: float
@@ -97,7 +100,7 @@ class ReadReport:
 
 
 class Ticket:
-    """A batch of reads under way; `Reader.wait` takes it once. It keeps its file open and its destination alive."""
+    """A batch of reads in flight. Pass it to `Reader.wait` once. It keeps its file open and its destination alive."""
 
     __slots__ = ("_descriptor", "destination", "file", "number", "requests")
 
@@ -109,22 +112,22 @@ class Ticket:
         self._descriptor: Descriptor | None = descriptor
 
 
-_numbers = itertools.count(1)  # of tickets, of all readers
+_numbers = itertools.count(1)  # ticket numbers, unique across readers
 
 
 class _Pool:
-    """reader.c's pool, whose memory is freed when nothing has it any more: not under a call of another thread."""
+    """The pool of reader.c. Its memory is freed with the last reference to it, so never during a thread's call."""
 
     def __init__(self, threads: int) -> None:
         self.library, self.keeping_gil = _library()
         self._pid = os.getpid()
         self.pointer: int | None = self.library.mf_pool_new(threads)
         if self.pointer is None:
-            raise FlashError(f"The system refused {threads} reader threads; ask for fewer.")
+            raise FlashError(f"The system refused to start {threads} reader threads. Use fewer threads.")
 
     @property
     def forked(self) -> bool:
-        """Whether this is a child process, which has the pool's memory but not its threads, and perhaps its lock."""
+        """Whether this is a forked child. It has the pool's memory without its threads, and the lock may be taken."""
         return os.getpid() != self._pid
 
     def __del__(self) -> None:
@@ -133,21 +136,21 @@ class _Pool:
 
 
 class Reader:
-    """A pool of `threads` reader threads. Raises UsageError if `threads` is below 1.
+    """A pool of `threads` reader threads. Raises UsageError if `threads` is below 1, FlashError if they cannot start.
 
-    The memory at the addresses must stay alive, and unread by any other thread, until the ticket was waited for.
+    The memory at the addresses must stay alive until the ticket was waited for, and no other thread may read it.
     """
 
     def __init__(self, threads: int = 16) -> None:
         if threads < 1:
-            raise UsageError(f"{threads} reader threads were asked for; at least 1 is needed.")
+            raise UsageError(f"threads is {threads}, expected at least 1.")
         self._pool: _Pool | None = _Pool(threads)
-        self._outstanding: set[Ticket] = set()  # keeps files and destinations; what is under way is known to reader.c
+        self._outstanding: set[Ticket] = set()  # keeps files and destinations alive; reader.c counts the reads
         self.threads = threads
 
     @property
     def outstanding(self) -> int:
-        """Batches that were submitted and not waited for; 0 once the reader is closed."""
+        """Number of batches that were submitted and not waited for; 0 once the reader is closed."""
         pool = self._pool
         return 0 if pool is None or pool.forked else pool.library.mf_outstanding(pool.pointer)
 
@@ -161,19 +164,18 @@ class Reader:
         request_bytes: int = MERGE_BYTES,
         destination: object = None,
     ) -> Ticket:
-        """Starts reading segments of `file` and returns at once. Where the file has sums, all that is read is compared
-        with them as it comes.
+        """Starts reading segments of `file` and returns at once. If the file has sums, every read is verified.
 
         Args:
-            file: to read from.
-            offsets, addresses, lengths: (n,) int64, in bytes; in ascending offset, so that neighbours are found. One
-                number for `lengths` is that of every segment, and quicker.
-            request_bytes: what a request aims at, at most MERGE_BYTES: a few long segments in shorter requests keep
-                more threads busy.
-            destination: whatever owns the memory that is read into, so that it outlives the read.
+            file: the file to read.
+            offsets, addresses, lengths: (n,) int64, in bytes. Offsets ascend, so that neighbours are found. A single
+                number for `lengths` is the length of every segment, and faster.
+            request_bytes: target size of a request, at most MERGE_BYTES. Smaller requests keep more threads busy with a
+                few long segments.
+            destination: owner of the memory that is read into, kept alive until the read has ended.
 
-        Raises ReadError if a segment lies outside the file, if the reader or the file is closed or in a forked child;
-        ValueError if the arrays disagree.
+        Raises ReadError if a segment lies outside the file, if the reader or the file is closed, or in a forked child;
+        ValueError if the arrays disagree; MemoryError.
         """
         pool, descriptor = self._usable(), file._descriptor
         if descriptor is None:
@@ -182,7 +184,7 @@ class Reader:
         checks = NO_CHECKS if file.sums is None else file.sums.checks(offsets, lengths)
         ticket = Ticket(file, descriptor, len(requests), destination)
         try:
-            self._outstanding.add(ticket)  # first: an interrupt behind the call would lose what is under way
+            self._outstanding.add(ticket)  # first, since an interrupt after the call would lose the ticket
             # The GIL is kept: this only copies tables, and taking the GIL back from a busy thread costs 5 ms.
             code = pool.keeping_gil.mf_submit(
                 pool.pointer, ticket.number, descriptor.number, file.alignment,
@@ -197,11 +199,11 @@ class Reader:
             raise
 
     def wait(self, ticket: Ticket) -> ReadReport:
-        """Blocks until the ticket's bytes are in place and compared.
+        """Blocks until the ticket's bytes are in place and verified.
 
-        After an error the destinations hold anything. A ticket is waited for once; others are not affected.
-        Raises ReadError if a byte could not be read or a checksum differs; it names the file and, where known, the
-        units.
+        After an error, the contents of the destinations are undefined. A ticket can be waited for once; other tickets
+        are not affected. Raises ReadError if a byte could not be read or a checksum differs; it names the file and, if
+        known, the units.
         """
         pool, result = self._usable(), _Result()
         code = pool.library.mf_wait(pool.pointer, ticket.number, ctypes.byref(result))
@@ -220,7 +222,7 @@ class Reader:
         addresses: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer] | int,
     ) -> ReadReport:
-        """`submit` and `wait` in one. If it is interrupted, all reads of this reader have ended and are void."""
+        """`submit` and `wait` in one call. An interrupt ends all reads of this reader and voids their tickets."""
         try:
             return self.wait(self.submit(file, offsets, addresses, lengths))
         except ReadError:
@@ -230,14 +232,14 @@ class Reader:
             raise
 
     def drain(self) -> None:
-        """Blocks until no read is under way, whoever knows of it. Tickets not yet waited for are void."""
+        """Blocks until no read is in flight, even of lost tickets. Tickets not yet waited for become void."""
         pool, known = self._pool, tuple(self._outstanding)
         if pool is not None and not pool.forked:
             pool.library.mf_drain(pool.pointer)
         self._outstanding.difference_update(known)
 
     def close(self) -> None:
-        """Lets outstanding reads finish, then ends the threads. Tickets not yet waited for are void."""
+        """Lets outstanding reads finish, then ends the threads. Tickets not yet waited for become void."""
         pool, known = self._pool, tuple(self._outstanding)
         self._pool = None
         if pool is not None and not pool.forked:
@@ -245,7 +247,7 @@ class Reader:
         self._outstanding.difference_update(known)
 
     def _usable(self) -> _Pool:
-        """Raises ReadError in a forked child, in which nothing would ever be read, and where the reader is closed."""
+        """The pool. Raises ReadError if the reader is closed, or in a forked child, where no thread would ever read."""
         pool = self._pool
         if pool is None:
             raise ReadError("The reader is closed.")
@@ -270,9 +272,9 @@ class Reader:
 
 
 def _refusal(code: int, reads: int) -> Exception:
-    """Why reader.c did not take a batch."""
+    """The exception for a batch that reader.c refused."""
     if code == errno.ENOMEM:
-        return MemoryError(f"No memory for a table of {reads} reads.")
+        return MemoryError(f"There is no memory for a table of {reads} reads.")
     if code == _STOPPED:
         return ReadError("The reader is closed.")
     return ValueError(
@@ -281,26 +283,26 @@ def _refusal(code: int, reads: int) -> Exception:
 
 
 def _failure(file: UnitFile, result: _Result) -> ReadError:
-    """What happened to a read, in a sentence, and what to do."""
+    """The error for a failed read: what happened, and what to do."""
     name = file.name_of(result.offset, result.wanted)
     where = f"{file.path}: {name}: " if name else f"{file.path}: "
     what = f"reading {result.wanted} bytes at {result.offset}"
     if result.code == _SHORT_READ:
         problem = (
-            f"the file ends early: wanted {result.wanted} bytes at {result.offset}, got {result.got}; it is truncated: "
-            "run `python -m mlx_flash.check` on a store, download a checkpoint again"
+            f"the file ends early: wanted {result.wanted} bytes at {result.offset}, got {result.got}. It is truncated: "
+            "run `python -m mlx_flash.check` on a store, or download a checkpoint again"
         )
     elif result.code == _WITHHELD:
         problem = (
-            f"{what} brought only {result.got}, again and again, though the file has them. "
-            "Check the disk, or the network that it is reached by"
+            f"{what} returned only {result.got} bytes, again and again, although the file has them all. "
+            "Check the disk, or the network connection to it"
         )
     elif result.code == _WRONG_SUM:
         problem = (
             f"the {result.wanted} bytes read at {result.offset} have the checksum {result.found:08x}, expected "
             f"{result.expected:08x}: the disk returned other bytes than were written, or the file was changed. "
-            "Run `python -m mlx_flash.check` on a store, download a checkpoint again; if the file is whole, check the "
-            "disk and the memory of this machine"
+            "Run `python -m mlx_flash.check` on a store, or download a checkpoint again. If the file is intact, check "
+            "the disk and the memory of this machine"
         )
     else:
         problem = f"{what} failed: {os.strerror(result.code)} (error {result.code}). Check the disk and the file"

@@ -1,4 +1,4 @@
-"""Segments of a file -> the requests that read them: neighbours merged, long ones cut, aligned ones apart."""
+"""Turns segments of a file into read requests: merges neighbours, cuts long segments, keeps aligned ones apart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .system import READ_ALIGNMENT
 from .unit_file import Int64Array, UnitFile
 
 MERGE_BYTES = 1 << 20
-"""What a request aims at: shorter adjacent segments are merged up to about this, longer ones cut into such pieces."""
+"""Target size of a request. Shorter adjacent segments are merged up to about this; longer ones are cut to it."""
 
 
 def plan_requests(
@@ -44,8 +44,8 @@ def plan_requests(
     if outside.any():
         at = int(np.argmax(outside))
         raise ReadError(
-            f"{file.path} has {file.size} bytes; {lengths[at]} bytes at {offsets[at]} lie outside of it. "
-            "The file and its index disagree: run `python -m mlx_flash.check` on a store; download a checkpoint again."
+            f"{file.path} has {file.size} bytes; {lengths[at]} bytes at {offsets[at]} lie outside it. The file and its "
+            "index disagree. Run `python -m mlx_flash.check` on a store, or download a checkpoint again."
         )
     if not lengths.all():
         some = lengths > 0
@@ -66,10 +66,10 @@ def plan_requests(
 def _plan_rows(
     file: UnitFile, offsets: npt.NDArray[np.integer], addresses: npt.NDArray[np.integer], length: int
 ) -> tuple[Int64Array, Int64Array] | None:
-    """`plan_requests` for what a token needs: blocks of one length, which are all aligned or may all be bounced; None
-    for whatever else it is given.
+    """`plan_requests` for the blocks of a token, which have one length and are all aligned or all bounced; None for any
+    other input.
 
-    Called for every layer of every token, so it does with a third of the array operations.
+    It runs for every layer of every token, and needs only a third of the array operations.
     """
     n = len(offsets)
     if not (n and offsets.dtype == addresses.dtype == np.int64 and 0 < length < MERGE_BYTES // 2):
@@ -77,7 +77,7 @@ def _plan_rows(
     if not offsets.shape == addresses.shape == (n,):
         return None
     steps = offsets[1:] - offsets[:-1]
-    if n > 1 and steps.min() < length:  # not ascending, or one over the other
+    if n > 1 and steps.min() < length:  # not ascending, or overlapping
         return None
     if not 0 <= offsets[0] <= offsets[-1] <= file.size - length:
         return None
@@ -102,7 +102,7 @@ def _plan_rows(
 
 
 def _cut(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, request_bytes: int) -> tuple[Int64Array, ...]:
-    """Segments with the long ones in pieces, so that one segment keeps several threads busy and bounce buffers small.
+    """Cuts long segments into pieces, so that one keeps several threads busy and bounce buffers stay small.
 
     Pieces are request_bytes long and end on multiples of READ_ALIGNMENT in the file, so that no block is read twice;
     the last one is 0.5 to 1.5 times as long (and up to READ_ALIGNMENT more).
@@ -119,11 +119,11 @@ def _cut(offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, reques
 def _first_segments(
     offsets: Int64Array, addresses: Int64Array, lengths: Int64Array, alignment: int, request_bytes: int
 ) -> Int64Array:
-    """The index of the first segment of each request: (n,) three times -> (r,)."""
+    """The index of the first segment of each request: three arrays (n,) -> (r,)."""
     n = len(offsets)
     starts = np.ones(n, np.bool_)
     starts[1:] = offsets[1:] != offsets[:-1] + lengths[:-1]
-    long = lengths >= request_bytes // 2  # gain nothing by being merged
+    long = lengths >= request_bytes // 2  # merging gains them nothing
     starts[1:] |= long[1:] | long[:-1]
     if alignment > 1:
         # An unaligned segment sends its whole request through the bounce buffer, so no aligned one joins it.

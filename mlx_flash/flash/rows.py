@@ -1,4 +1,4 @@
-"""Neurons' rows as MLX takes them from a pool of blocks, packed where the store is quantised."""
+"""Rows of neurons that MLX gathers from a pool of blocks; packed if the store is quantised."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .pool import AlignedPool
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Quantised rows (n, width) as a store has them, grouped along the width.
+    """Quantised rows (n, width) as stored, grouped along the width.
 
-    packed: uint32 (n, width * bits / 32); scales, biases: (n, width / group_size). A row's number is q * scale + bias.
+    packed: uint32 (n, width * bits / 32); scales, biases: (n, width / group_size). A number is q * scale + bias.
     """
 
     packed: mx.array
@@ -30,16 +30,16 @@ class PackedRows:
         return self.packed, self.scales, self.biases
 
     def dequantised(self, dtype: mx.Dtype, stream: mx.ThreadLocalStream | None = None) -> mx.array:
-        """The rows (n, width) themselves."""
+        """The dequantised rows, (n, width) in `dtype`."""
         scales, biases = (part.astype(dtype, stream=stream) for part in (self.scales, self.biases))
         return mx.dequantize(self.packed, scales, biases, group_size=self.group_size, bits=self.bits, stream=stream)
 
     def project(self, x: mx.array) -> mx.array:
-        """x rows^T: (N, width) -> (N, n)"""
+        """x @ rows.T: (N, width) -> (N, n)"""
         return self._product(x, transpose=True)
 
     def combine(self, h: mx.array) -> mx.array:
-        """h rows: (N, n) -> (N, width)"""
+        """h @ rows: (N, n) -> (N, width)"""
         return self._product(h, transpose=False)
 
     def _product(self, x: mx.array, transpose: bool) -> mx.array:
@@ -50,15 +50,15 @@ class PackedRows:
 
 
 StoredRows = tuple[mx.array | PackedRows, ...]
-"""Rows of each part: (n, width), or packed where the store is quantised."""
+"""Rows of each part: (n, width), or packed if the store is quantised."""
 
 
 class BlockRows:
-    """The neurons' rows in a pool of blocks, as strided views that are gathered from without another copy.
+    """The rows of neurons in a pool of blocks, as strided views. Rows are gathered from them without another copy.
 
-    Rows begin at multiples of no common stride (a block may be padded), so a view overlaps itself: its row r begins
-    r * grain_bytes into the pool. A quantised row has three views, of its packed numbers, scales and biases: gathered
-    one by one they lie as `mx.dequantize` wants them, which copies slices of a row first.
+    A block may be padded, so rows have no common stride. A view therefore overlaps itself: its row r begins at byte
+    r * grain_bytes of the pool. A quantised row has three views, of its packed numbers, scales and biases. Gathered one
+    by one, they have the layout that `mx.dequantize` needs; it would first copy slices of a row.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BlockRows:
         self.grain_bytes = math.gcd(self.block_bytes, layout.row_bytes)
         rows = (pool.nbytes - layout.row_bytes) // self.grain_bytes + 1
         self.views = []
-        begin = 0  # of a component within its row
+        begin = 0  # byte offset of a component within its row
         for name, elements in layout.components:
             dtype = getattr(mx, name)
             typed = pool.array.view(dtype)
@@ -83,14 +83,15 @@ class BlockRows:
         self.dtype = mx.float32 if layout.quantised and side is not None else getattr(mx, layout.dtype)
 
     def take(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> tuple[mx.array, ...]:
-        """Copies of the rows of `parts`: each (n, width), for places `blocks` in the pool and `lanes` in them.
+        """Copies of the rows of `parts`, each (n, width).
 
-        In the layout's dtype; dequantised on the CPU backend in float32.
+        blocks: int (n,), places in the pool. lanes: int (n,), positions of the neurons in these blocks. The rows have
+        the layout's dtype, or float32 if they are dequantised on the CPU backend.
         """
         return self.widened(self.take_stored(blocks, lanes, parts))
 
     def widened(self, stored: StoredRows) -> tuple[mx.array, ...]:
-        """What `take_stored` gave as numbers, (n, width) for each part."""
+        """The rows that `take_stored` returned, dequantised: (n, width) for each part."""
         streams = self._streams(len(stored))
         return tuple(
             each.dequantised(self.dtype, stream) if isinstance(each, PackedRows) else each
@@ -98,7 +99,7 @@ class BlockRows:
         )
 
     def take_stored(self, blocks: np.ndarray, lanes: np.ndarray, parts: tuple[str, ...]) -> StoredRows:
-        """The same without dequantising."""
+        """Like `take`, without dequantising."""
         layout = self.layout
         start = (blocks.astype(np.int64) * self.block_bytes + lanes * layout.row_bytes) // self.grain_bytes
         part_step = layout.neurons_per_block * layout.row_bytes // self.grain_bytes
@@ -114,5 +115,5 @@ class BlockRows:
         return tuple(result)
 
     def _streams(self, parts: int) -> list[mx.ThreadLocalStream | None]:
-        """Parts are gathered side by side."""
+        """The stream of each part. Parts are gathered in parallel."""
         return [None] + [self.side] * (parts - 1)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read with suspicion, and the checksums of a store's files."""
+"""Headers of safetensors files, validated as they are read, and the checksums of a store's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK_BYTES = 4 << 20
-MAX_HEADER_BYTES = 100_000_000  # the bound of safetensors itself
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -25,17 +25,17 @@ DTYPE_BYTES = {
 class TensorEntry:
     """One tensor of a safetensors file, as its header has it."""
 
-    dtype: str  # safetensors' name, "F16"
+    dtype: str  # the name in safetensors, such as "F16"
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The header of a safetensors file, its length field included, and the tensors in the order of their bytes.
+    """The header of a safetensors file, including its length field, and the tensors in the order of their bytes.
 
-    The tensors then cover every byte behind the header, each in the size that its shape and dtype need.
-    Raises ValueError, saying what is wrong; nothing is allocated on the word of the file alone.
+    The tensors cover every byte after the header, and each has the size that its shape and dtype need. Otherwise this
+    raises ValueError with the reason. A size that the file claims is checked before memory is allocated for it.
     """
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
@@ -51,7 +51,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
     if len(text) < length or not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     if any("\ud800" <= character <= "\udfff" for character in "".join(header)):
-        raise ValueError("its header names a tensor with half of a surrogate pair, which is not text")
+        raise ValueError("its header names a tensor with half of a surrogate pair, which is not valid text")
     start = 8 + length
     entries = [(name, _entry(name, fields, start)) for name, fields in header.items() if name != "__metadata__"]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))

@@ -1,5 +1,5 @@
-"""What is tried on this machine before a model runs: shared memory, through the views that are computed with, and
-products with packed rows, in the shapes that are used."""
+"""Tests that run on this machine before a model does. They cover shared memory, through the views that a model computes
+with, and products with packed rows, in the shapes that occur."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .host_arrays import to_numpy
 from .pool import AlignedPool
 from .rows import BlockRows, PackedRows
 
-SEEDS = (1, 2)  # twice: a device's cache may hold what was written first
-EDGE_BYTES = 4096  # of an expert's part, at either end; all of a short one
-# Rows of a product. MLX's kernels have a remainder of eight (or 64) rows, and add up parts from 1024 and 8192 on.
+SEEDS = (1, 2)  # two rounds, because a device's cache may hold the bytes of the first
+EDGE_BYTES = 4096  # bytes tested at either end of an expert's part; a short part is tested whole
+# Rows of a product. MLX's kernels treat a remainder of 8 (or 64) rows apart, and sum in parts from 1024 and 8192 on.
 NEURONS_TRIED = (1, 7, 63, 64, 1025, 9000)
-TOLERANCE = 0.02  # of the largest number of a result
+TOLERANCE = 0.02  # relative to the largest number of a result
 
 
 def check_neuron_pool(pool: AlignedPool, rows: BlockRows) -> None:
     """Writes blocks from the host and takes their rows on the device. Raises FlashError if they differ.
 
-    The first and the last block of the pool are written over.
+    This overwrites the first and the last block of the pool.
     """
     layout = rows.layout
     places = np.unique([0, pool.nbytes // rows.block_bytes - 1])
@@ -41,7 +41,7 @@ def check_neuron_pool(pool: AlignedPool, rows: BlockRows) -> None:
         ]
         mx.eval(taken)
         for index, components in enumerate(taken):
-            begins = (index * layout.neurons_per_block + lanes) * layout.row_bytes  # in the block
+            begins = (index * layout.neurons_per_block + lanes) * layout.row_bytes  # byte offsets in the block
             expected = [
                 contents[begin : begin + layout.row_bytes]
                 for contents, begin in zip(np.repeat(written, 2, axis=0), begins, strict=True)
@@ -52,7 +52,7 @@ def check_neuron_pool(pool: AlignedPool, rows: BlockRows) -> None:
 def check_expert_pools(memory: Mapping[str, AlignedPool], pools: Mapping[str, mx.array]) -> None:
     """Writes into slots from the host and reads them on the device. Raises FlashError if they differ.
 
-    pools: a layer's arrays (slots, ...), by name, over `memory`. Parts of their first and last slot are written over.
+    pools: a layer's arrays (slots, ...) over `memory`, by name. This overwrites parts of their first and last slots.
     """
     for seed in SEEDS:
         random = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def check_expert_pools(memory: Mapping[str, AlignedPool], pools: Mapping[str, mx
                 seen.append(mx.take(columns, mx.array(slots), axis=0).view(mx.uint8))
                 expected.append(written)
                 if edge == row_bytes:
-                    break  # one edge is all of it
+                    break  # the edge is the whole part
         mx.eval(seen)
         for found, written in zip(seen, expected, strict=True):
             _must_be_equal(to_numpy(found), written)
@@ -80,12 +80,12 @@ def _must_be_equal(seen: np.ndarray, written: np.ndarray) -> None:
     if not np.array_equal(seen, written):
         raise FlashError(
             "self-test failed: the device does not see what the host writes into shared memory. This machine "
-            "or this version of MLX cannot stream safely; please report it with `pip show mlx`."
+            "or this version of MLX cannot stream safely. Please report this with the output of `pip show mlx`."
         )
 
 
 def check_packed_products(layout: NeuronLayout) -> None:
-    """Compares this device's products with packed rows with those of dequantised ones, for as many rows as occur.
+    """Compares this device's products of packed rows with those of dequantised rows, for the row counts that occur.
 
     Kernels for such products have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
     """
@@ -96,7 +96,7 @@ def check_packed_products(layout: NeuronLayout) -> None:
     numbers = one_of_each.dequantised(dtype).astype(mx.float32)  # (64, width)
     most = min(layout.neurons, layout.piece_neurons)
     for count in sorted({min(count, most) for count in (*NEURONS_TRIED, most)}):
-        which = mx.arange(count) % 64  # the same rows over and over: as many numbers as there are would be too many
+        which = mx.arange(count) % 64  # repeats 64 rows, since different ones would take too much memory
         rows = PackedRows(*(mx.take(part, which, axis=0) for part in packed), layout.group_size, layout.bits)  # type: ignore[call-arg, arg-type]
         for tokens in (1, 2):
             x = mx.random.normal((tokens, layout.width), key=mx.random.key(tokens)).astype(dtype)
@@ -111,5 +111,5 @@ def check_packed_products(layout: NeuronLayout) -> None:
                 if not mx.isfinite(error).item() or (error > TOLERANCE * mx.abs(expected).max()).item():
                     raise FlashError(
                         "self-test failed: products with quantised rows are wrong on this device with this version of "
-                        "MLX. Use a store of 16 bits, and please report it with `pip show mlx`."
+                        "MLX. Use a 16-bit store, and please report this with the output of `pip show mlx`."
                     )

@@ -1,7 +1,7 @@
-"""Which unit sits in which slot: the book-keeping of one layer's cache, without any bytes.
+"""The bookkeeping of one layer's cache: which unit is in which slot. It holds no bytes.
 
-The paper (section 3.3) keeps the active rows contiguous and moves the tail into holes; here a unit stays in
-its slot until another takes it, and the layer gathers by slot number. Nothing is ever moved.
+The paper (LLM in a flash, section 3.3) keeps the active rows contiguous and moves the tail into holes. Here a unit
+stays in its slot until another unit takes it, and the layer gathers by slot number. Nothing is ever moved.
 """
 
 from __future__ import annotations
@@ -10,30 +10,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-HALF_LIFE = 32  # calls; 16 to 64 do equally well, much less or more does worse (bench/results/activations.md)
-LARGEST_USE_WEIGHT = 1e30  # scores are brought down before a float32 could overflow
+HALF_LIFE = 32  # calls; 16 to 64 work equally well, much less or more works worse (bench/results/activations.md)
+LARGEST_USE_WEIGHT = 1e30  # scores are scaled down before a float32 could overflow
 NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass
 class EventLog:
-    """What happened in a cache, for somebody who looks on: ids of the units used and read, call by call."""
+    """The history of a cache, for observers: ids of the units used and read, call by call."""
 
     used: list[np.ndarray] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
 
 
 class SlotCache:
-    """An id-to-slot map with eviction by fading use, or by a sliding window.
+    """An id-to-slot map that evicts by decaying use, or by a sliding window.
 
-    units: how many units the layer has; slots: how many fit. window: None, or k: units used within the last k calls
-    are kept, the oldest going first, and all older ones go in order of their slot (paper, section 3.2); a window
-    longer than any text is least-recent use. With None the unit of the lowest score goes:
+    units: number of units of the layer. slots: number of slots. window: k or None.
+
+    With a window of k, units that were not used within the last k calls are evicted first, in order of their slot; then
+    the least recently used (paper, section 3.2). A window longer than any text evicts the least recently used. Without
+    a window, the unit with the lowest score is evicted:
 
         score = sum over the calls that used the unit of 2 ** (-age in calls / HALF_LIFE)
 
-    which is least-recent use for a short half-life, most frequent use for an endless one. Scores are kept for units
-    without a slot as well. Instead of all fading at every call, later uses weigh more.
+    A short half-life evicts the least recently used unit, an endless one the least frequently used. Units without a
+    slot keep their scores. Scores do not decay at every call; instead, later uses weigh more.
     """
 
     def __init__(self, units: int, slots: int, window: int | None = None) -> None:
@@ -43,20 +45,20 @@ class SlotCache:
         self.slots = min(slots, units)
         self.slot_of = np.full(units, -1, np.int32)
         self.unit_of = np.full(self.slots, -1, np.int32)
-        self.score = np.zeros(units, np.float32)  # times `use_weight`
-        self.use_weight = 1.0  # what a use adds now
+        self.score = np.zeros(units, np.float32)  # scores times `use_weight`
+        self.use_weight = 1.0  # added to the score by a use now
         self.use_weight_growth = 2 ** (1 / HALF_LIFE)
-        self.last_used = np.full(self.slots, -1, np.int64)  # call; kept for a window only
+        self.last_used = np.full(self.slots, -1, np.int64)  # number of the call; kept for a window only
         self.clock = 0
-        self.resident = 0  # how many slots are taken
-        self.event_log: EventLog | None = None  # None: nobody looks on
+        self.resident = 0  # number of occupied slots
+        self.event_log: EventLog | None = None  # None: events are not recorded
 
     @property
     def free(self) -> int:
         return self.slots - self.resident
 
     def mark_used(self, units: np.ndarray) -> int:
-        """Begins a token that needs `units` (unique ids): marks their use. Returns how many are here."""
+        """Starts a call that needs `units` (unique ids) and marks their use. Returns how many of them are in slots."""
         self.clock += 1
         if self.event_log is not None:
             self.event_log.used.append(units)
@@ -73,10 +75,10 @@ class SlotCache:
         return len(here)
 
     def reserve(self, units: np.ndarray, taken: np.ndarray = NO_SLOTS) -> tuple[np.ndarray, np.ndarray]:
-        """Makes room for `units` (unique ids, at most `slots` of them), in none of the slots `taken`, which look empty.
+        """Makes room for `units` (unique ids, at most `slots` of them), but not in the slots `taken`, which look empty.
 
-        Returns the missing units and the slots they shall be read into, both int32; those slots are empty
-        until `commit`. None of `units` that is here is evicted.
+        Returns the missing units and the slots to read them into, both int32. Those slots are empty until `commit`.
+        Units among `units` that are in slots are not evicted.
         """
         slots = self.slot_of[units]
         absent = slots < 0
@@ -86,14 +88,14 @@ class SlotCache:
         targets = self._victims(len(missing), keep=np.concatenate((slots[~absent], taken)))
         old = self.unit_of[targets]
         old = old[old >= 0]
-        self.resident -= len(old)  # first: interrupted here, or below, it may be too low, but never too high
+        self.resident -= len(old)  # first: an interrupt here or below may leave it too low, never too high
         self.slot_of[old] = -1
         self.unit_of[targets] = -1
         return missing, targets
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
-        """The bytes of `units` now lie in `slots`."""
-        self.unit_of[slots] = units  # first: interrupted, no unit is said to be in a slot that looks empty
+        """Records that the bytes of `units` are in `slots`."""
+        self.unit_of[slots] = units  # first: after an interrupt, no unit has a slot that looks empty
         self.last_used[slots] = self.clock
         self.slot_of[units] = slots
         self.resident += len(units)
@@ -101,19 +103,19 @@ class SlotCache:
             self.event_log.read.append(units)
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
-        """The slots to fill next: empty ones, then the least worth keeping; ascending. None of `keep`."""
+        """The slots to fill next, ascending: empty slots, then those with the lowest scores, but none of `keep`."""
         if count == self.slots:
             return np.arange(count, dtype=np.int32)
         scores = self.eviction_scores()
         if self.resident < self.slots:
             empty = np.flatnonzero(self.unit_of < 0)
-            scores[empty] = empty - self.slots  # below zero, in order
+            scores[empty] = empty - self.slots  # negative, in order of the slots
         scores[keep] = np.inf
         return np.sort(np.argpartition(scores, count - 1)[:count]).astype(np.int32)
 
     def eviction_scores(self) -> np.ndarray:
-        """Eviction score per slot, (slots,), >= 0: the lowest goes first; undefined for empty slots."""
+        """Eviction score per slot, (slots,), >= 0. The lowest is evicted first. Undefined for empty slots."""
         if self.window is None:
             return self.score[self.unit_of]
         used = np.maximum(self.last_used, self.clock - self.window)
-        return (used * self.slots + np.arange(self.slots)).astype(np.float64)  # no equals: by slot number
+        return (used * self.slots + np.arange(self.slots)).astype(np.float64)  # the slot number breaks ties

@@ -1,4 +1,4 @@
-"""Counters and timers: what was read, what was found in the cache, where the time went."""
+"""Counters and timers: bytes read, cache hits, and where the time went."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass
 class Counters:
-    """Sums over calls. Seconds are wall-clock; bytes are those asked of the file."""
+    """Sums over calls. Seconds are wall-clock time; bytes are those requested from the file."""
 
     hits: int = 0  # blocks needed and found in a slot
     misses: int = 0  # blocks needed and read
     prefetched_used: int = 0  # units read on a guess that the next call needed; they count as misses
     prefetched_unused: int = 0  # units read on a guess that the next call did not need
-    reads: int = 0  # requests to the operating system, neighbours merged
+    reads: int = 0  # requests to the operating system, after merging neighbours
     bytes: int = 0
-    read_s: float = 0.0  # the device was busy
-    wait_s: float = 0.0  # the model waited for reads: to be handed over, and to end
-    manage_s: float = 0.0  # ids, maps, slots
-    total_s: float = 0.0  # whole calls of the model
+    read_s: float = 0.0  # time when the disk was busy
+    wait_s: float = 0.0  # time when the model submitted reads or waited for their end
+    manage_s: float = 0.0  # time spent on ids, maps and slots
+    total_s: float = 0.0  # time of whole calls of the model
+
+    @property
+    def early(self) -> int:
+        """The deprecated name of `prefetched_used`."""
+        return self.prefetched_used
+
+    @property
+    def vain(self) -> int:
+        """The deprecated name of `prefetched_unused`."""
+        return self.prefetched_unused
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -32,9 +42,9 @@ class Counters:
 
 
 class Clock:
-    """Shares the time of one thread out among the timers: each span from one mark to the next counts once.
+    """Divides the time of one thread among the timers. Each span from one mark to the next counts once.
 
-    A callee may charge its own spans; its caller then charges only what came after them.
+    A callee may charge its own spans. Its caller then charges only the time after them.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -42,17 +52,17 @@ class Clock:
         self._mark = 0.0
 
     def start(self) -> None:
-        """A span begins; the time since the last mark is not counted here."""
+        """Starts a span. The time since the last mark is not counted here."""
         self._mark = time.perf_counter()
 
-    computed = start  # The model's own work is what is left of the whole.
+    computed = start  # The model's own work is the rest of the total.
 
     def managed(self) -> None:
-        """The span since the last mark went into ids, maps and slots."""
+        """Charges the span since the last mark to ids, maps and slots."""
         self._counters.manage_s += self._span()
 
     def waited(self) -> None:
-        """The span since the last mark went into waiting for reads."""
+        """Charges the span since the last mark to waiting for reads."""
         self._counters.wait_s += self._span()
 
     def _span(self) -> float:
@@ -62,7 +72,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Statistics:
-    """One generation: the prompt's counters and the decoded tokens' apart."""
+    """Statistics of one generation, with separate counters for the prompt and the decoded tokens."""
 
     prompt: Counters
     decode: Counters
@@ -70,7 +80,7 @@ class Statistics:
     first_token_s: float
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Of several generations together; `first_token_s` is the sum."""
+        """The statistics of both generations together; `first_token_s` is the sum."""
         return Statistics(
             prompt=self.prompt + other.prompt,
             decode=self.decode + other.decode,
@@ -86,11 +96,11 @@ class Statistics:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Read rate while the device was busy, while decoding."""
+        """Read rate while decoding, over the time when the disk was busy; None if nothing was read."""
         return self.decode.bytes / self.decode.read_s if self.decode.read_s else None
 
     def per_token(self) -> dict[str, float]:
-        """Means per decoded token; `compute_s` is what is left of the time."""
+        """Means per decoded token; `compute_s` is the rest of the time."""
         n = max(1, self.decoded_tokens)
         d = self.decode
         return {
@@ -103,7 +113,7 @@ class Statistics:
         }
 
     def lines(self, predictor: str) -> list[str]:
-        """Two lines for people: what was read, and where the time went."""
+        """Two lines for the user: the reads, and where the time went."""
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
         rate = self.bytes_per_second

@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, read by MLX: errors name file and tensor, and checksums are compared."""
+"""The tensors of safetensors files, read by MLX. Errors name the file and the tensor, and checksums are verified."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAFETENSORS_NAMES = {
 
 
 def lazily_loaded(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file, not yet read. Raises ReadError, or ValueError for a file that is none."""
+    """The tensors of a safetensors file, not yet read. Raises ReadError, or ValueError if it is not such a file."""
     try:
         loaded: Any = mx.load(str(path))
         return dict(loaded)
@@ -45,19 +45,19 @@ def lazily_loaded(path: Path) -> dict[str, mx.array]:
 
 
 def is_as_entered(array: mx.array, entry: TensorEntry) -> bool:
-    """Whether MLX, which reads a header for itself, has found the shape and the dtype that we have."""
+    """Whether MLX, which reads the header itself, found the shape and the dtype of `entry`."""
     same_type = entry.dtype == SAFETENSORS_NAMES[array.dtype]
     return tuple(array.shape) == entry.shape and (same_type or (entry.dtype[:3] == "F8_" and array.dtype == mx.uint8))
 
 
 def evaluated(array: mx.array, path: Path, name: str, entry: TensorEntry | None = None) -> mx.array:
-    """The same array, read from its file. entry: where the file has it, if that is known.
+    """The same array, read from its file. entry: its entry in the file's header, if known.
 
-    Raises ReadError. MLX takes an array for evaluated after it has failed: it must not be used then.
+    Raises ReadError. The array must not be used after an error, because MLX then treats it as evaluated.
     """
     try:
         mx.eval(array)
-    except RuntimeError as error:  # MLX says no more than that it could not read
+    except RuntimeError as error:  # MLX says only that it could not read
         problem: Exception = error
         with contextlib.suppress(OSError):
             if entry is not None and (size := path.stat().st_size) < entry.end:
@@ -67,15 +67,15 @@ def evaluated(array: mx.array, path: Path, name: str, entry: TensorEntry | None 
 
 
 class StoredTensors:
-    """The tensors of a safetensors file; each is compared with its CRC-32 when it is taken.
+    """The tensors of a safetensors file. Each is verified against its CRC-32 when it is taken.
 
-    `arrays` has those that were not taken yet, none of them read: what is used of them is shape, dtype and size.
+    `arrays` holds the tensors that were not taken yet. They are not read: only their shape, dtype and size are used.
 
-    Raises ReadError if the file cannot be read, CorruptStoreError if its header is not the one of the checksums.
+    Raises ReadError if the file cannot be read, CorruptStoreError if its header does not match the checksums.
     """
 
     def __init__(self, path: Path, sums: dict[str, int], again: str = AGAIN) -> None:
-        """sums: CRC-32 by name of the tensor, of the header under the empty name. again: what to do about damage."""
+        """sums: tensor name -> CRC-32, with the header's under the empty name. again: the remedy named in errors."""
         self.path, self.again, self._sums = path, again, sums
         try:
             with reading(path, "its header"):
@@ -88,19 +88,19 @@ class StoredTensors:
         for name in self.arrays.keys() | self.entries.keys() | sums.keys() - {""}:
             array, entry = self.arrays.get(name), self.entries.get(name)
             if array is None or entry is None or name not in sums or not is_as_entered(array, entry):
-                raise CorruptStoreError(f"{path}: tensor {name} is not what its checksum belongs to. {again}")
+                raise CorruptStoreError(f"{path}: tensor {name} is not the one that its checksum belongs to. {again}")
 
     def take(self, name: str) -> mx.array:
-        """A tensor as it is stored, read. Raises KeyError, ReadError, or CorruptStoreError if its bytes are others."""
+        """Reads a tensor as it is stored. Raises KeyError, ReadError, or CorruptStoreError if its checksum differs."""
         array = evaluated(self.arrays.pop(name), self.path, name, self.entries[name])
         if zlib.crc32(to_bytes(array).data) != self._sums[name]:
             raise self._damaged(name)
         return array
 
     def compare(self, names: Iterable[str]) -> None:
-        """Compares tensors with their checksums, as they lie in the file, a piece in memory at a time.
+        """Compares the bytes of tensors in the file with their checksums, with one piece in memory at a time.
 
-        Raises as `take` does.
+        Raises the errors of `take`.
         """
         with reading(self.path), self.path.open("rb") as file:
             for name in names:

@@ -1,4 +1,4 @@
-"""Everything that differs between macOS and Linux: opening a file past the page cache, and asking about memory."""
+"""Everything that differs between macOS and Linux: opening a file past the page cache, fsync, memory figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import mlx.core as mx
 import psutil
 
 READ_ALIGNMENT = 4096
-"""Bytes that file offset, address and length of a direct read are multiples of (the block size of Apple's SSDs)."""
+"""Bytes. File offset, address and length of a direct read are multiples of this, the block size of Apple's SSDs."""
 
 POOL_ALIGNMENT = 16384 if sys.platform == "darwin" else 4096
-"""Bytes that the start of a memory pool is a multiple of: the size of a page."""
+"""Bytes. A memory pool starts at a multiple of this, the size of a page."""
 
 # bsd/sys/fcntl.h; Python's fcntl module does not have both on every build.
 _F_RDAHEAD = 45
@@ -28,7 +28,7 @@ _HUGE_PAGE = 2 << 20  # on x86-64, and on arm64 with pages of 4 KiB
 # include/uapi/asm-generic/mman-common.h; Python's mmap module has no MADV_COLLAPSE before 3.13.
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
-# malloc.h of glibc, and the most that its own rule would set.
+# From glibc's malloc.h, and the highest threshold that glibc's own rule sets.
 _M_MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 
@@ -47,7 +47,7 @@ def open_for_reading(path: str | os.PathLike[str], direct: bool) -> tuple[int, b
         if fd is not None:
             return fd, True
     fd = os.open(path, flags)
-    # Units lie anywhere in the file: the kernel's read-ahead would fetch bytes that nobody asked for.
+    # Units lie anywhere in the file, so the kernel's read-ahead would fetch bytes that no read needs.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return fd, False
 
@@ -64,7 +64,7 @@ def _bypass_cache_on_macos(fd: int) -> bool:
 
 
 def _open_direct_on_linux(path: str | os.PathLike[str], flags: int) -> int | None:
-    """A descriptor that has proved direct reads at READ_ALIGNMENT, or None where the file system refuses them."""
+    """A descriptor on which a direct read at READ_ALIGNMENT worked, or None if the file system refuses such reads."""
     refused = (errno.EINVAL, errno.EOPNOTSUPP)
     try:
         fd = os.open(path, flags | os.O_DIRECT)
@@ -85,14 +85,14 @@ def _open_direct_on_linux(path: str | os.PathLike[str], flags: int) -> int | Non
 
 
 def current_memory_bytes() -> int:
-    """Memory of this process now: resident bytes on Linux, the physical footprint on macOS, which counts Metal's."""
+    """Memory of this process now: resident bytes on Linux; on macOS the physical footprint, with Metal's memory."""
     if sys.platform == "darwin":
         return _macos_footprint()[0]
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has had since it was started, counted as in `current_memory_bytes`."""
+    """The most memory that this process has had since its start, counted as in `current_memory_bytes`."""
     if sys.platform == "darwin":
         return _macos_footprint()[1]
     # Not ru_maxrss: Linux carries it over exec, so a child of a large process starts with its parent's peak.
@@ -103,7 +103,7 @@ def peak_memory_bytes() -> int:
 
 
 def _macos_footprint() -> tuple[int, int]:
-    """(now, at most so far), from proc_pid_rusage; libproc.h and sys/resource.h, struct rusage_info_v4."""
+    """(bytes now, peak bytes), from proc_pid_rusage; libproc.h and sys/resource.h, struct rusage_info_v4."""
     words = (ctypes.c_uint64 * 37)()  # 16 bytes of identity, then 35 numbers
     if ctypes.CDLL("/usr/lib/libproc.dylib").proc_pid_rusage(os.getpid(), 4, words):
         raise OSError("proc_pid_rusage failed")
@@ -111,10 +111,11 @@ def _macos_footprint() -> tuple[int, int]:
 
 
 def use_huge_pages(address: int, nbytes: int) -> bool:
-    """Moves whole aligned 2 MiB of memory into huge pages on Linux, bytes and addresses kept; whether all went there.
+    """Moves aligned 2 MiB ranges of memory into huge pages on Linux, without changing contents or addresses. Returns
+    whether all of them were moved.
 
-    A read into scattered pages of 4 KiB is a long list of them for the kernel, the disk and a hypervisor; into a huge
-    page it is one entry. Nothing but speed depends on it; macOS has pages of 16 KiB and no such call.
+    A read into scattered 4 KiB pages is a long list for the kernel, the disk and a hypervisor; a huge page is one
+    entry. Only speed depends on this. macOS has 16 KiB pages and no such call.
     """
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
@@ -122,7 +123,7 @@ def use_huge_pages(address: int, nbytes: int) -> bool:
         return False
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # The first lets the kernel do it in its own time, the second (from Linux 6.1 on) asks for it now.
+    # The first call lets the kernel do it in its own time; the second (Linux 6.1 and later) asks for it now.
     return madvise(start, length, _MADV_HUGEPAGE) == 0 and madvise(start, length, _MADV_COLLAPSE) == 0
 
 
@@ -135,18 +136,18 @@ def mark_in_use(fd: int) -> None:
 
 
 def sync_to_disk(fd: int) -> None:
-    """fsync that also holds after a power cut: macOS's own leaves the bytes in the drive's cache (fsync(2))."""
+    """An fsync whose effect survives a power cut. macOS's own leaves the bytes in the drive's cache (fsync(2))."""
     if sys.platform == "darwin":
         import fcntl
 
-        with contextlib.suppress(OSError):  # a file system that has no such thing
+        with contextlib.suppress(OSError):  # a file system without this call
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
     os.fsync(fd)
 
 
 def available_memory_bytes() -> int:
-    """Bytes that can still be allocated without swapping: the machine's, or less where a memory cgroup says so."""
+    """Bytes that can still be allocated without swapping: the machine's, or less under a memory cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     if sys.platform != "linux":
         return available
@@ -159,7 +160,7 @@ def available_memory_bytes() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """`available_memory_bytes`, and on Metal no more than it recommends: beyond, it would be swapped or refused."""
+    """`available_memory_bytes`, on Metal at most what Metal recommends: more would be swapped or refused."""
     available = available_memory_bytes()
     if mx.default_device() == mx.cpu:
         return available
@@ -167,7 +168,7 @@ def usable_memory_bytes() -> int:
 
 
 def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
-    """What the memory cgroups of a process leave free, in bytes; None if none of them sets a limit.
+    """Bytes that the memory cgroups of a process leave free; None if none of them sets a limit.
 
     membership: the text of /proc/self/cgroup. mount: where the cgroup file systems are mounted.
     """
@@ -181,7 +182,7 @@ def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
             usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
-        # Every ancestor's limit holds too. In a container the path is the host's and may not exist below this mount.
+        # The limits of all ancestors hold. In a container the path is the host's and may not exist below this mount.
         group = root / path.lstrip("/")
         while True:
             limit_bytes, used_bytes = _number(group / limit), _number(group / usage)
@@ -203,7 +204,7 @@ def _number(path: Path) -> int | None:
 
 
 def _statistic(path: Path, key: str) -> int:
-    """One value of a memory.stat file, in bytes; 0 if it is not there."""
+    """One value of a memory.stat file, in bytes; 0 if it is missing."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -216,17 +217,17 @@ def _statistic(path: Path, key: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Hands memory that was freed back to the system; glibc keeps much of what many small arrays leave behind."""
+    """Returns freed memory to the system. glibc otherwise keeps much of what many small arrays leave behind."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(ctypes.c_size_t(0))
 
 
 @contextlib.contextmanager
 def large_memory_given_back() -> Iterator[None]:
-    """While it lasts, memory of at least 1 MiB goes back to the system as soon as it is freed, where glibc is used.
+    """Inside this context, glibc returns memory of at least 1 MiB to the system as soon as it is freed.
 
-    It else keeps pieces of up to 32 MiB in its heap, between those that are still in use: more than 100 MB after a
-    prompt. Afterwards it does so again: what every token allocates comes quicker from the heap.
+    Otherwise glibc keeps pieces of up to 32 MiB in its heap, between those that are still in use: more than 100 MB
+    after a prompt. On exit it does so again, because the heap serves the allocations of every token faster.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if change is None:

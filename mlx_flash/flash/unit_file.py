@@ -1,4 +1,4 @@
-"""A file that units are read from: what is known of it when it is opened, and whether it is still the same."""
+"""A file that units are read from, with its state when it was opened and a check that it is still the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class Descriptor:
-    """An open file, which is closed when nothing has it any more: under a read its number cannot become another's."""
+    """An open file, closed with the last reference to it. Its number cannot become another file's during a read."""
 
     __slots__ = ("number",)
 
@@ -28,18 +28,18 @@ class Descriptor:
         self.number = number
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # someone closed it by its number
+        with contextlib.suppress(OSError):  # it was closed by its number
             os.close(self.number)
 
 
 class Sums(Protocol):
-    """The checksums of what is read of a file; unit_sums.py has them for every kind of unit."""
+    """The checksums of a file's units; unit_sums.py has them for every kind of unit."""
 
     def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
-        """What the segments that `Reader.submit` is given are compared with: (m, 3) int64, ascending.
+        """The checks for segments that are passed to `Reader.submit`: (m, 3) int64, ascending.
 
-        Where in the bytes of all segments, one segment behind the other; how many bytes; the CRC-32 (of zlib) that
-        they have. Raises ValueError if bytes of a segment have no sum.
+        A row has a position in the concatenated bytes of all segments, the number of bytes, and their CRC-32 (zlib's).
+        Raises ValueError if bytes of a segment have no sum.
         """
         ...
 
@@ -47,10 +47,10 @@ class Sums(Protocol):
 class UnitFile:
     """A file that units are read from, open for positional reads.
 
-    path: as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system may
-    refuse. alignment: bytes that a read is aligned to, 1 if it need not be. name_of: (offset, bytes) -> which units
-    lie there, for messages ("layer 3, neurons 24-31"); "" where that is not known. sums: of what every read is compared
-    with; None to compare nothing.
+    path: the path as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system
+    may refuse. alignment: bytes that reads are aligned to; 1 if they need not be. name_of: (offset, bytes) -> the units
+    there, for messages ("layer 3, neurons 24-31"); "" if unknown. sums: checksums that verify every read; None to
+    verify nothing.
     Raises ReadError if `path` is not a readable regular file.
     """
 
@@ -72,22 +72,22 @@ class UnitFile:
 
     @property
     def fd(self) -> int:
-        """The descriptor's number, -1 once the file is closed."""
+        """The descriptor's number; -1 once the file is closed."""
         descriptor = self._descriptor
         return -1 if descriptor is None else descriptor.number
 
     @property
     def identity(self) -> tuple[int, int, int, int]:
-        """What changes with every change of the contents: inode, size, time of writing, time of any change (ns)."""
+        """(inode, size, mtime, ctime), times in ns. It changes with every change of the contents."""
         return identity_of(self._opened)
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if someone may have written into the file since it was opened.
+        """Raises ReadError if the file may have been written to since it was opened.
 
-        Size and time of writing can be put back, the time of the last change (ctime) cannot. It also moves when a link
-        is made or removed or when mode or owner are set, which is seen in them and leaves the bytes as they were. When
-        it moves alone, the file was written to and its time put back; or it was renamed, or its extended attributes
-        set: that cannot be told apart, and counts as a change.
+        A program can restore a file's size and mtime, but not its ctime. The ctime also changes with links, mode and
+        owner. These changes are visible in the file's status and leave the bytes as they were. If only the ctime has
+        changed, the file was written to and its mtime restored, or it was renamed, or its extended attributes were set.
+        These cases look alike, so all of them count as a change.
         """
         descriptor = self._descriptor
         if descriptor is None:
@@ -100,17 +100,17 @@ class UnitFile:
         if identity_of(now) == identity_of(then):
             return
         if now.st_size != then.st_size:
-            how = f"it has {now.st_size} bytes, and had {then.st_size}"
+            how = f"it has {now.st_size} bytes and had {then.st_size}"
         elif now.st_mtime_ns != then.st_mtime_ns:
-            how = "it was written to, or its time set"
+            how = "it was written to, or its modification time was set"
         elif _links_and_rights(now) != _links_and_rights(then):
             self._opened = now
             return
         else:
-            how = "it was written to and its time put back, or it was renamed or given other attributes"
+            how = "it was written to and its modification time restored, or it was renamed or given other attributes"
         raise ReadError(
             f"{self.path} was changed while it was in use ({how}). "
-            "Leave the files of a store or a checkpoint alone while a model runs; start again."
+            "Do not change the files of a store or a checkpoint while a model runs. Start again."
         )
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class UnitFile:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:
-    """(inode, size, mtime, ctime) of a file: another tuple means that its bytes may be others."""
+    """(inode, size, mtime, ctime) of a file, times in ns. If the tuple differs, the bytes may differ."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

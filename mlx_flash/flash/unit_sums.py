@@ -1,6 +1,6 @@
-"""CRC-32 sums of what is read by the unit: the blocks of a store, and ranges of a checkpoint's own files.
+"""CRC-32 sums of units: the blocks of a store, and ranges of a checkpoint's own files.
 
-`UnitFile.sums` is one of these. The reader's threads compare; this module knows which sums belong to a read.
+`UnitFile.sums` is one of these classes. This module knows which sums belong to a read; the reader's threads compare.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from .unit_file import Int64Array, UnitFile
 UInt32Array = npt.NDArray[np.uint32]
 
 RANGE_BYTES = 1 << 20
-"""Of a unit, so many bytes at most have a sum of their own: more would keep one thread busy when all is read."""
+"""At most this many bytes of a unit share a sum. A longer range would keep one thread busy after the last read."""
 
-SUMS_FORMAT = "mlx_flash sums 2"  # 1 did not say which SHA-256 the file had
-WINDOW_BYTES = 16 << 20  # read at once where sums are made
+SUMS_FORMAT = "mlx_flash sums 2"  # version 1 did not record the file's SHA-256
+WINDOW_BYTES = 16 << 20  # bytes per read while sums are made
 
 
 class BlockSums:
-    """The sums of a store's blocks, and of parts of blocks that were learnt. layout: the store's. sums: uint32 (layers,
-    blocks), of whole blocks."""
+    """The sums of a store's blocks, and of parts of blocks that were learnt.
+
+    layout: the store's layout. sums: uint32 (layers, blocks), of whole blocks.
+    """
 
     def __init__(self, layout: NeuronLayout, sums: UInt32Array) -> None:
         self._layout = layout
-        # (layer, where in each block, bytes) -> (blocks,)
+        # (layer, offset in each block, bytes) -> (blocks,)
         self._sums = {(layer, 0, layout.block_bytes): row for layer, row in enumerate(sums)}
 
     def learn(self, layer: int, parts: tuple[str, ...], sums: UInt32Array) -> None:
-        """sums: (blocks,), of neighbouring `parts` of every block of a layer."""
+        """Adds the sums of neighbouring `parts` of every block of a layer. sums: uint32 (blocks,)."""
         self._sums.setdefault((layer, *self._layout.part_range(parts)), sums)
 
     def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
-        """As `Sums.checks`: of one layer, the same parts of single blocks, or runs of whole blocks."""
+        """See `Sums.checks`. The segments of one layer are the same parts of single blocks, or runs of whole blocks."""
         if len(offsets) == 0:
             return NO_CHECKS
         block_bytes = self._layout.block_bytes
@@ -69,7 +71,7 @@ class BlockSums:
 
 
 def read_block_sums(folder: Path, manifest: Manifest) -> BlockSums:
-    """Those of a store. Raises CorruptStoreError, or ReadError for a disk's error."""
+    """The sums of a store's blocks. Raises CorruptStoreError, or ReadError for a disk error."""
     path = folder / manifest.neurons_checksums_file
     try:
         table = path.read_bytes()
@@ -83,21 +85,24 @@ def read_block_sums(folder: Path, manifest: Manifest) -> BlockSums:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Ranges of a file that have sums: (n,) int64, ascending, none over another, at most RANGE_BYTES long."""
+    """Ranges of a file that have sums: (n,) int64, ascending, without overlaps, at most RANGE_BYTES long."""
 
     offsets: Int64Array
     lengths: Int64Array
 
     @staticmethod
     def of_units(offsets: Int64Array, lengths: Int64Array) -> Ranges:
-        """Those of units, or parts of them, each read as a whole: (m,) and (m,), in any order, one perhaps twice."""
+        """The ranges of units, or parts of units, that are each read as a whole.
+
+        offsets, lengths: int64 (m,), in any order; a unit may occur twice. Raises ValueError if units overlap.
+        """
         begins, pieces = _pieces(lengths)
         owner = np.repeat(np.arange(len(lengths)), pieces)
         nbytes = np.minimum(RANGE_BYTES, lengths[owner] - begins)
         both = np.unique(np.stack((offsets[owner] + begins, nbytes), axis=1), axis=0)
         ranges = Ranges(both[:, 0].copy(), both[:, 1].copy())
         if (ranges.offsets[1:] < ranges.offsets[:-1] + ranges.lengths[:-1]).any():
-            raise ValueError("units of a file lie one over the other")
+            raise ValueError("units of a file overlap, expected separate ranges of bytes")
         return ranges
 
     def __eq__(self, other: object) -> bool:
@@ -109,14 +114,14 @@ class Ranges:
 
 
 def _pieces(lengths: npt.NDArray[np.integer]) -> tuple[Int64Array, Int64Array]:
-    """Where within its unit each of the pieces of units begins (m,), and how many pieces each unit has (n,)."""
+    """The offset of each piece in its unit, (m,), and the number of pieces of each unit, (n,)."""
     pieces = -(-lengths.astype(np.int64) // RANGE_BYTES)
     rank = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return rank * RANGE_BYTES, pieces
 
 
 class RangeSums:
-    """The sums of ranges of a file. sums: uint32 (n,). file_sha256: of the whole file, of sums that were kept."""
+    """The sums of ranges of a file. sums: uint32 (n,). file_sha256: the whole file's, for sums that were kept."""
 
     def __init__(self, ranges: Ranges, sums: UInt32Array, file_sha256: str | None = None) -> None:
         self.ranges = ranges
@@ -124,7 +129,7 @@ class RangeSums:
         self.file_sha256 = file_sha256
 
     def checks(self, offsets: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int) -> Int64Array:
-        """As `Sums.checks`: of whole units, or parts, that `Ranges.of_units` was given."""
+        """See `Sums.checks`. The segments are whole units, or parts, that were passed to `Ranges.of_units`."""
         lengths = np.broadcast_to(np.asarray(lengths), offsets.shape)
         begins, pieces = _pieces(lengths)
         owner = np.repeat(np.arange(len(offsets)), pieces)
@@ -140,9 +145,10 @@ class RangeSums:
         return np.stack((position[owner] + begins, nbytes, self.sums[found]), axis=1).astype(np.int64)
 
     def to_bytes(self, identity: dict[str, Any], file_sha256: str) -> bytes:
-        """A file that keeps them: a line of JSON, then offsets, lengths (int64) and sums (uint32), little-endian.
+        """The contents of a file that keeps the sums: a line of JSON, then offsets and lengths (int64) and sums
+        (uint32), all little-endian.
 
-        identity: what the sums are of; plain JSON. file_sha256: of the whole file, when the sums were made.
+        identity: plain JSON that identifies the file. file_sha256: the whole file's, when the sums were made.
         """
         arrays = (self.ranges.offsets.astype("<i8"), self.ranges.lengths.astype("<i8"), self.sums.astype("<u4"))
         body = b"".join(array.tobytes() for array in arrays)
@@ -152,7 +158,7 @@ class RangeSums:
 
     @staticmethod
     def from_bytes(data: bytes, identity: dict[str, Any]) -> RangeSums | None:
-        """What `to_bytes` gave; None if it is of something else, or damaged."""
+        """The inverse of `to_bytes`; None if `data` has another identity or is damaged."""
         line, _, body = data.partition(b"\n")
         try:
             head = json.loads(line)
@@ -178,8 +184,8 @@ def make_sums(
 ) -> RangeSums:
     """Reads the whole file once and makes the sums of `ranges`.
 
-    hashed: gets all bytes, in order. progress: gets the bytes read each time. Raises ReadError, also if the file is
-    changed meanwhile.
+    hashed: receives all bytes, in order. progress: receives the number of bytes of each read. Raises ReadError, also if
+    the file is changed meanwhile.
     """
     buffers = [np.zeros(WINDOW_BYTES + file.alignment, np.uint8) for _ in range(2)]
     sums = np.zeros(len(ranges.offsets), np.uint32)

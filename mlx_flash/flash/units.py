@@ -1,10 +1,10 @@
-"""The one door between a layer and its units on the SSD; neurons.py and experts.py are the two kinds of unit behind it.
+"""The interface between a layer and its units on the SSD. neurons.py and experts.py implement it for two kinds of unit.
 
-A layer names the units that a call needs (`use`), those that the next call may need (`prefetch`), and what it computed
-from their slots (`guard`).
+A layer names the units that a call needs (`use`), the units that the next call may need (`prefetch`), and the outputs
+that it computed from their slots (`guard`).
 
-MLX does not see what the host writes into its buffers, so one rule holds: before a slot is written, every graph that
-reads it has been evaluated. Bytes arrive in slots through `_start` and, in a prompt, through `NeuronSlots.pieces`. Both
+MLX does not see what the host writes into its buffers, so one rule holds: every graph that reads a slot is evaluated
+before the slot is written. Bytes arrive in slots through `_start` and, in a prompt, through `NeuronSlots.pieces`. Both
 evaluate the guarded outputs first.
 """
 
@@ -22,12 +22,12 @@ from .inflight import InFlightReads
 from .reader import Ticket
 from .slot_cache import NO_SLOTS, SlotCache
 
-FADING = 0.9  # What is remembered about prefetches weighs so much less after each of them.
+FADING = 0.9  # The weight of earlier prefetches is multiplied by this at each new one.
 
 
 @dataclass(frozen=True)
 class PendingReads:
-    """Units on their way into a layer's slots. guess: no call has asked for them yet."""
+    """Units on their way into a layer's slots. guess: whether no call has asked for them yet."""
 
     tickets: list[Ticket]
     units: np.ndarray
@@ -36,7 +36,7 @@ class PendingReads:
 
 
 class PrefetchRecord:
-    """How well a layer's prefetches did lately: units that were needed, and units that were not."""
+    """The recent success of a layer's prefetches: units that were needed, and units that were not."""
 
     def __init__(self) -> None:
         self.used = self.unused = 0.0
@@ -53,8 +53,8 @@ class PrefetchRecord:
 class Units(ABC):
     """One layer's units behind a cache of slots.
 
-    shared: the files, the reader and the counters of the model's layers. count: how many units the layer has. cache:
-    which unit is in which slot. In every array of units here, int (n,), an id from 0 to count - 1 stands at most once.
+    shared: the files, the reader and the counters of the model's layers. count: the number of units of the layer.
+    cache: which unit is in which slot. Every array of units here is int (n,), with distinct ids from 0 to count - 1.
     """
 
     def __init__(self, shared: InFlightReads, units: int, slots: int, window: int | None) -> None:
@@ -65,30 +65,31 @@ class Units(ABC):
 
     @property
     def all_resident(self) -> bool:
-        """Whether every unit is in its slot, so that nothing will be read any more."""
+        """Whether every unit is in its slot, so that no more reads are needed."""
         return self.cache.resident == self.count
 
     @property
     def slot_of(self) -> np.ndarray:
-        """The slot of every unit, int32 (units,); -1 for a unit that is in none."""
+        """The slot of every unit, int32 (units,); -1 for a unit without a slot."""
         return self.cache.slot_of
 
     @abstractmethod
     def use(self, units: np.ndarray, *, meanwhile: Callable[[], None] | None = None) -> Iterator[Any]:
-        """A call of the model needs `units`: yields them in groups, as the kind of unit computes with them.
+        """Yields `units`, which a call of the model needs, in groups. The kind of unit defines what a group is.
 
-        A group's memory stays as it is until the next group is asked for; before that the caller guards what it
-        computes from it. meanwhile: called when the reads are under way, before the wait for them.
+        A group's memory does not change until the next group is asked for. Before that, the caller guards what it
+        computes from the group. meanwhile: called after the reads have started, before the wait for them.
         """
 
     def guard(self, *outputs: mx.array) -> None:
-        """Names graphs that read slots: they are evaluated before any slot of the model is written again."""
+        """Registers outputs of graphs that read slots. They are evaluated before a slot of the model is written."""
         self.shared.guarded += outputs
 
     def prefetch(self, units: np.ndarray) -> None:
-        """Starts to read those of `units` that are missing, because the token under way may need them in this layer.
+        """Starts to read those of `units` that are missing, because the current token may need them in this layer.
 
-        A wrong guess costs time and never changes a result. Units that do not fit into the slots together are not read.
+        A wrong guess costs time and never changes a result. If `units` do not fit into the slots together, none of them
+        is read.
         """
         if self.all_resident or len(units) > self.cache.slots:
             return
@@ -98,7 +99,7 @@ class Units(ABC):
         self.shared.clock.managed()
 
     def _need(self, units: np.ndarray) -> None:
-        """A call of the model needs `units`: they are the last to be evicted, and a guess proves right or wrong."""
+        """Records that a call of the model needs `units`: they are evicted last, and a pending guess is scored."""
         if (pending := self.pending) is not None:
             used = int(np.count_nonzero(self._among(pending.units, units)))
             unused = len(pending.units) - used
@@ -112,9 +113,9 @@ class Units(ABC):
         self.cache.mark_used(units)
 
     def _start(self, units: np.ndarray, keep: np.ndarray = NO_SLOTS, guess: bool = False) -> None:
-        """Starts to read those of `units` that are missing and not on their way yet; they fit into the slots together.
+        """Starts to read those of `units` that are missing and not on their way yet. All fit into the slots together.
 
-        keep: resident units that must not make room. The reads join those that are on their way.
+        keep: resident units that must not be evicted. The new reads join those that are on their way.
         """
         pending, needed, taken = self.pending, len(units), NO_SLOTS
         if pending is not None:
@@ -133,7 +134,7 @@ class Units(ABC):
         clock.computed()
         with self.shared.draining():
             if pending is None:
-                self.shared.loading.append(self)  # First: `drain` finds the reads, whatever interrupts this.
+                self.shared.loading.append(self)  # First, so that `drain` finds the reads after an interrupt.
                 self.pending = PendingReads([], missing, targets, guess)
             else:
                 both = np.concatenate((pending.units, missing)), np.concatenate((pending.slots, targets))
@@ -142,7 +143,7 @@ class Units(ABC):
         clock.waited()
 
     def _finish(self, units: np.ndarray | None = None) -> None:
-        """Waits until the units on their way are in their slots; not if all of `units` are in slots without them."""
+        """Waits until the units on their way are in their slots, unless all of `units` are in slots already."""
         pending = self.pending
         if pending is None or (units is not None and (self.cache.slot_of[units] >= 0).all()):
             return
@@ -151,7 +152,7 @@ class Units(ABC):
         with self.shared.draining():
             for ticket in pending.tickets:
                 self.shared.wait(ticket)
-            self.pending = None  # First: nothing waits for these tickets again if this is interrupted here.
+            self.pending = None  # First, so that an interrupt here does not make anything wait for these tickets again.
             self.shared.loading.remove(self)
         clock.waited()
         self._arrived(pending.units, pending.slots)
@@ -159,7 +160,7 @@ class Units(ABC):
         clock.managed()
 
     def _among(self, units: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Which of `units` are among `others`: bool, (len(units),)."""
+        """Whether each of `units` is among `others`: bool (len(units),)."""
         found = np.zeros(len(self.cache.slot_of), np.bool_)
         found[others] = True
         return found[units]
@@ -170,4 +171,4 @@ class Units(ABC):
 
     @abstractmethod
     def _arrived(self, units: np.ndarray, slots: np.ndarray) -> None:
-        """The bytes that were read of `units` lie in `slots`: adds those that are not read from the disk."""
+        """Called when the bytes read of `units` are in `slots`. Adds the bytes that are not read from the disk."""

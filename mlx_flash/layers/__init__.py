@@ -1,1 +1,1 @@
-"""What stands in a model where its feed-forward layers stood."""
+"""Streamed layers, which replace a model's feed-forward layers."""

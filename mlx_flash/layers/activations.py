@@ -1,4 +1,4 @@
-"""How a neuron fires: the activations that leave most neurons exactly zero."""
+"""Activations that leave most neurons exactly zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("relu", "relu2", "drelu")
 
 @dataclass(frozen=True)
 class Activation:
-    """What becomes of a neuron's pre-activations: u of the up projection and, in a gated FFN, g of the gate.
+    """A neuron's activation, from the pre-activation u of the up projection and, in a gated FFN, g of the gate.
 
     | kind    | ungated     | gated              | known as                                                      |
     |---------|-------------|--------------------|---------------------------------------------------------------|
@@ -23,7 +23,7 @@ class Activation:
     | `relu2` | r(u)^2      | r(g)^2 u           | squared ReLU (Primer)                                         |
     | `drelu` |             | r(g) max(u, 0)     | dReLU (TurboSparse, section 3)                                |
 
-    where r(v) = v if v > threshold, else 0.
+    where r(v) = v if v > threshold, else 0. Raises ValueError for an unknown kind or a threshold below 0.
     """
 
     kind: str = "relu"
@@ -36,7 +36,7 @@ class Activation:
                 f"activation {self.kind!r} with threshold {self.threshold!r:.80}: expected one of {', '.join(KINDS)} "
                 "and a threshold of at least 0"
             )
-        object.__setattr__(self, "threshold", float(self.threshold))  # JSON has integers of any size
+        object.__setattr__(self, "threshold", float(self.threshold))  # a JSON integer may have any size
 
     def __call__(self, *before: Any, xp: ModuleType = mx) -> Any:
         """before: (u,) or (g, u), each (..., F), of `xp` (mlx.core or numpy) -> (..., F), 0 where inactive."""
@@ -49,13 +49,16 @@ class Activation:
         return h
 
     def score(self, *before: Any, xp: ModuleType = mx) -> Any:
-        """Arguments as above -> (..., F), above 0 where the neuron is active.
+        """Arguments of `__call__` -> (..., F), above 0 where the neuron is active.
 
-        Of a gated neuron that dReLU does not stop, an up pre-activation of exactly 0 counts as active.
+        Without dReLU, a gated neuron counts as active even if its up pre-activation is exactly 0.
         """
         first = before[0] - self.threshold if self.threshold else before[0]
         return xp.minimum(first, before[1]) if self.kind == "drelu" and len(before) == 2 else first
 
     def may_fire(self, first: mx.array) -> mx.array:
-        """Bool: where a neuron can be active, judged by its first pre-activation alone (the gate's if there is one)."""
+        """Whether each neuron can be active, judged by its first pre-activation alone (the gate's if there is one).
+
+        first: (..., F) -> bool (..., F)
+        """
         return first > self.threshold

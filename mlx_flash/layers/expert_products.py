@@ -1,10 +1,10 @@
-"""The products of a mixture's experts, in two arrangements: which of them gives the same bits depends on the backend.
+"""The products of a mixture's experts, in two arrangements. The backend decides which of them keeps the same bits.
 
-MLX's CPU backend computes every (token, expert) pair by itself, whatever else is in the call, and so has mlx-lm's
-bits when a call holds some of the pairs only. Its Metal backend chooses among kernels that round differently, by the
-pairs in a call and by how many matrices the weight array has. Both depend on the memory budget here: the weight array
-is the slots, and a call holds what was read together. So a prompt's products go expert by expert there, two plain
-matrices at a time, whose shapes the prompt alone decides (docs/metal.md).
+MLX's CPU backend computes every (token, expert) pair by itself, whatever else is in the call. A call with only some of
+the pairs therefore has mlx-lm's bits. The Metal backend chooses among kernels that round differently, by the number of
+pairs in a call and by the number of matrices in the weight array. Here both depend on the memory budget: the weight
+array is the slots, and a call holds the experts that were read together. On Metal, a prompt's products therefore go
+expert by expert. Each product has two plain matrices, whose shapes depend on the prompt alone (docs/metal.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from ..flash.host_arrays import to_numpy
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
-WIDENED_AT_ONCE = 16  # experts that are there in 32 bits beside their slots
+WIDENED_AT_ONCE = 16  # most experts that are in memory in 32 bits, beside their slots
 
 
 def kernels_vary() -> bool:
@@ -27,9 +27,9 @@ def kernels_vary() -> bool:
 
 
 def by_pair(inner: Any, x: mx.array, slots: np.ndarray, sorted_indices: bool) -> mx.array:
-    """Every pair by itself, as mlx-lm's switch layers do it. x: (n, D), slots: (n,), ascending -> (n, D)
+    """Computes every pair by itself, like mlx-lm's switch layers. x: (n, D), slots: (n,), ascending -> (n, D)
 
-    inner: a `SwitchGLU` or `SwitchMLP` whose arrays are slots. sorted_indices: what mlx-lm says of so many pairs.
+    inner: a `SwitchGLU` or `SwitchMLP` whose arrays are slots. sorted_indices: mlx-lm's flag for this many pairs.
     """
     x, indices = x[:, None], mx.array(slots.astype(np.uint32))  # (n, 1, D)
     if "fc1" in inner:
@@ -40,9 +40,9 @@ def by_pair(inner: Any, x: mx.array, slots: np.ndarray, sorted_indices: bool) ->
 
 
 def by_expert(inner: Any, x: mx.array, slots: np.ndarray) -> mx.array:
-    """One expert after the other, all its tokens at once. x: (n, D), slots: (n,), equal ones together -> (n, D)
+    """Computes one expert after another, with all its tokens at once. x: (n, D), slots: (n,), grouped -> (n, D)
 
-    No shape in here depends on how many slots there are, or on which other experts are in the call.
+    No shape in here depends on the number of slots, or on the other experts in the call.
     """
     begins = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
     ends = [*begins[1:], len(slots)]
@@ -59,7 +59,7 @@ def _expert(inner: Any, x: mx.array, slot: int) -> mx.array:
 
 
 def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
-    """x: (m, D) -> (m, O), by the one matrix in `slot` of a `SwitchLinear` or `QuantizedSwitchLinear`."""
+    """x: (m, D) -> (m, O), with the matrix in `slot` of a `SwitchLinear` or `QuantizedSwitchLinear`."""
     if "scales" not in linear:
         y = x @ linear.weight[slot].T  # (m, D) @ (D, O)
     else:
@@ -69,7 +69,7 @@ def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
         if scale is None:
             bias = None if biases is None else biases[slot]
             y = mx.quantized_matmul(x, weight[slot], scales[slot], bias, **settings)
-        else:  # `quantized_matmul` takes no scale of a whole matrix; such matrices have no biases
+        else:  # `quantized_matmul` does not take a scale of a whole matrix; such matrices have no biases
             one, first = slice(slot, slot + 1), mx.zeros((1,), mx.uint32)
             settings |= {"rhs_indices": first, "global_scale": scale[one]}
             y = mx.gather_qmm(x[None], weight[one], scales[one], **settings)[0]
@@ -77,14 +77,16 @@ def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
 
 
 def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
-    """Whether a projection's tensor, by its name in there, is widened for a product: MLX's CPU backend has `gather_mm`
-    in float32 alone. Scales in 16 bits belong to packed weights, which are not widened."""
+    """Whether a projection's tensor is widened for a product: MLX's CPU backend has `gather_mm` only in float32.
+
+    tensor: its name in the projection. 16-bit scales belong to packed weights, which are not widened.
+    """
     return tensor == "weight" and dtype in SIXTEEN_BITS and mx.default_device() == mx.cpu
 
 
 class Widened(nn.Module):
-    """A `SwitchLinear` in 16 bits for MLX's CPU backend, whose `gather_mm` takes float32 alone: the slots that a call
-    uses are widened for it."""
+    """A 16-bit `SwitchLinear` for MLX's CPU backend, whose `gather_mm` takes only float32. It widens the slots that a
+    call uses."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Widened(nn.Module):
         return mx.concatenate(outputs)[mx.array(back)].reshape(*numbers.shape, 1, -1)
 
     def _product(self, x: mx.array, numbers: np.ndarray, slots: np.ndarray, sorted_indices: bool) -> mx.array:
-        """numbers: (...), each one of `slots`, which are ascending."""
+        """numbers: (...), slot numbers out of `slots`. slots: (n,), ascending."""
         weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
         y = mx.gather_mm(
             x.astype(mx.float32),

@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer, in slots: mlx-lm's own products over slot numbers instead of ids."""
+"""The experts of a mixture-of-experts layer, in slots. mlx-lm's own products run over slot numbers instead of ids."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_va
 from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 
-SORTED_FROM = 64  # (token, expert) pairs from which mlx-lm's switch layers sort them
-EXPERTS_AT_ONCE = 16  # of a prompt, multiplied while as many are read
+SORTED_FROM = 64  # mlx-lm's switch layers sort (token, expert) pairs if there are at least this many
+EXPERTS_AT_ONCE = 16  # experts of a prompt that are multiplied while as many are read
 AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
 
 
 class StreamedExperts(nn.Module):
-    """Takes the place of a `SwitchGLU` or `SwitchMLP` of mlx-lm. x: (..., D), indices: (..., K) -> (..., K, D).
+    """Replaces a `SwitchGLU` or `SwitchMLP` of mlx-lm. x: (..., D), indices: (..., K) -> (..., K, D).
 
-    The router has chosen: every expert that it named is used, whatever is in the cache. How a (token, expert) pair is
-    computed never depends on the cache either. For a few tokens it is computed as in mlx-lm, and so it is for a prompt
-    on MLX's CPU backend; on Metal a prompt's products go expert by expert (expert_products.py).
+    Every expert that the router chose is used, whatever is in the cache. The computation of a (token, expert) pair does
+    not depend on the cache either. For a few tokens it is the same as in mlx-lm, and for a prompt on MLX's CPU backend
+    as well. On Metal, a prompt's products go expert by expert (expert_products.py).
     """
 
     def __init__(self, inner: nn.Module, units: ExpertSlots) -> None:
-        """inner: the layer whose place this takes. units: their tensors are named `projection.tensor`, as inner's."""
+        """inner: the layer that this replaces. units: its experts, with tensors named `projection.tensor`."""
         super().__init__()
         self._inner = inner
         self.units = units
@@ -39,13 +39,13 @@ class StreamedExperts(nn.Module):
                 inner[projection] = Widened(inner[projection])
 
     def look_ahead(self, following: StreamedExperts, router: nn.Module, trial: LookAheadTrial, leads: bool) -> None:
-        """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
+        """Makes this layer guess which experts `following`, the next layer, needs, and read them where that pays.
 
-        The guess is what the next layer's router says of this layer's input: this layer's experts and the next
-        attention add little to the residual in between, and the norms are taken as equal.
+        The guess applies the next layer's router to this layer's input. This layer's experts and the next attention add
+        little to the residual in between, and the two norms are treated as equal.
 
-        router: of the next layer, x (..., D) -> scores (..., E). trial: the model's. leads: whether this layer tells it
-        when a token begins.
+        router: the next layer's, x (..., D) -> scores (..., E). trial: the model's. leads: whether this layer tells the
+        trial when a token begins.
         """
         units = following.units
         self.ahead = LookAhead(
@@ -66,7 +66,7 @@ class StreamedExperts(nn.Module):
         expert_by_expert = many and kernels_vary()
         if ahead is not None:
             ahead.token_begins()
-        if units.all_resident and not expert_by_expert:  # Then no expert moves any more, and no id is read back.
+        if units.all_resident and not expert_by_expert:  # Then experts no longer move, and no id is read back.
             if self._slot_of is None:
                 self._slot_of = mx.array(units.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
@@ -98,7 +98,7 @@ class StreamedExperts(nn.Module):
     def _of_group(
         self, x: mx.array, needed: np.ndarray, group: np.ndarray, expert_by_expert: bool
     ) -> tuple[np.ndarray, mx.array]:
-        """The (token, expert) pairs of the experts of `group`: their numbers (n,), and their outputs (n, D)."""
+        """The (token, expert) pairs with experts of `group`: their indices (n,), and their outputs (n, D)."""
         pairs, choices = needed.reshape(-1), needed.shape[-1]
         in_group = np.zeros(self.experts, np.bool_)
         in_group[group] = True
@@ -113,8 +113,11 @@ class StreamedExperts(nn.Module):
 
 
 def likeliest(scores: np.ndarray, units: ExpertSlots, choices: int) -> np.ndarray:
-    """The experts that a guess is about: of the `choices` likeliest of each token those in slots, which must stay, and
-    the likeliest missing ones, which are worth reading, as far as they fit. scores: float32 (..., E)."""
+    """The experts to prefetch, among the `choices` likeliest of each token. scores: float32 (..., E).
+
+    These are the experts in slots, which must stay, and then the likeliest missing ones, which are worth reading. The
+    result has at most as many experts as there are slots.
+    """
     tokens = scores.reshape(-1, scores.shape[-1])  # (N, E)
     by_rank = np.argsort(-tokens, axis=1)[:, :choices].T.ravel()
     likely = by_rank[np.sort(np.unique(by_rank, return_index=True)[1])] if len(tokens) > 1 else by_rank

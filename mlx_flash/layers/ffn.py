@@ -1,4 +1,4 @@
-"""The whole feed-forward network of a sparse model, whose place a streamed one takes."""
+"""The whole feed-forward network of a sparse model, which a streamed one replaces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .activations import Activation
 class FFN(nn.Module):
     """`down(f(up(x)))` or `down(f(gate(x), up(x)))`. x: (..., D) -> (..., D).
 
-    names: what the checkpoint calls its matrices, (up, down) or (gate, up, down).
+    names: the checkpoint's names of the matrices, (up, down) or (gate, up, down).
     """
 
     def __init__(

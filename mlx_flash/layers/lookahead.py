@@ -1,4 +1,4 @@
-"""Look-ahead: which units the next layer will need, guessed from this layer's input and read while this layer works."""
+"""Look-ahead: guesses from a layer's input which units the next layer needs, and reads them while the layer works."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ GUESS_AGAIN = 32  # calls after which a layer whose guesses are mostly wrong tri
 class LookAhead:
     """Guesses for one layer, made in the layer before it.
 
-    units: of the layer that is guessed for. score: this layer's input (..., D) -> an array that tells the units apart.
-    choose: (that array, what this layer itself needs), both on the host -> the units to read. trial: the model's, which
-    decides whether guesses are made. leads: whether this layer tells the trial when a token begins.
+    units: the units of the layer that the guesses are for. score: this layer's input (..., D) -> an array that rates
+    the units. choose: (that array, the units that this layer itself needs), both on the host -> the units to read.
+    trial: the model's trial, which decides whether to guess. leads: whether this layer tells the trial when a token
+    begins.
     """
 
     def __init__(
@@ -32,18 +33,18 @@ class LookAhead:
     ) -> None:
         self.units, self.trial, self.leads = units, trial, leads
         self._score, self._choose = score, choose
-        self._skipped = 0  # calls without a guess, since the last one
+        self._skipped = 0  # calls since the last guess
 
     def token_begins(self) -> None:
-        """A call of this layer begins."""
+        """Called when a call of this layer begins. Tells the trial, if this layer leads."""
         if self.leads:
             self.trial.token_started()
 
     def guess(self, x: mx.array) -> mx.array | None:
-        """What `prefetch` takes, to be evaluated with the call's own read-back; None where a guess is of no use.
+        """The guess for `prefetch`, to be evaluated with the call's own read-back; None if a guess would not help.
 
-        x: (..., D), this layer's input. A layer whose guesses are mostly wrong makes one only now and then: its first
-        ones may mislead.
+        x: (..., D), this layer's input. A layer whose guesses are mostly wrong still makes one now and then, because
+        its first guesses may mislead.
         """
         if self.units.all_resident or not self.trial.guessing:
             return None
@@ -54,5 +55,6 @@ class LookAhead:
         return self._score(x)
 
     def prefetch(self, guess: mx.array, needed: np.ndarray) -> None:
-        """Starts to read what `guess`, which is evaluated, says. needed: what this layer needs, in its kind's form."""
+        """Starts to read the units of an evaluated `guess`. needed: the units that this layer needs, as `choose` takes
+        them."""
         self.units.prefetch(self._choose(to_numpy(guess, copy=False), needed))

@@ -1,4 +1,4 @@
-"""Whether reading ahead pays on this machine: found out by trying, again and again, while tokens are made."""
+"""Tests repeatedly, while tokens are generated, whether reading ahead pays on this machine."""
 
 from __future__ import annotations
 
@@ -6,36 +6,37 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-WARM_UP = 24  # tokens before the first trial: a cold cache is no measure
-TURN = 6  # tokens of one turn of a trial that count; one before them does not
-TURNS = 4  # with, without, with, without: what drifts hits both
+WARM_UP = 24  # tokens before the first trial, because a cold cache is not representative
+TURN = 6  # measured tokens per turn of a trial; the token before them is not measured
+TURNS = 4  # with, without, with, without, so that drift affects both
 TERM = 400  # tokens until the next trial
 
 
 class LookAheadTrial:
-    """Guessing costs a second call of every predictor and some reads in vain, and hides what would be waited for.
+    """Decides whether to guess, by comparing the times of tokens with and without guesses.
 
-    Which weighs more depends on the disk, the cores and the budget; the text does not depend on it.
+    Guessing costs a second call of every predictor and some unused reads, and hides the wait for reads. Which weighs
+    more depends on the disk, the cores and the budget. The text does not depend on it.
     """
 
     def __init__(
         self, clock: Callable[[], float] = time.perf_counter, warm_up: int = WARM_UP, guessing: bool = True
     ) -> None:
-        """guessing: until the first trial."""
+        """guessing: whether to guess until the first trial."""
         self.guessing = guessing
         self._fixed = False
         self._clock = clock
         self._last: float | None = None
         self._left = warm_up  # tokens of the current turn or term
-        self._turn = -1  # of a trial; -1 outside of one
+        self._turn = -1  # the turn of a trial; -1 outside a trial
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def fix(self, guessing: bool) -> None:
-        """From now on guesses are made always, or never: there is no trial any more."""
+        """Ends the trials: from now on, guesses are made always or never."""
         self.guessing, self._fixed = guessing, True
 
     def token_started(self) -> None:
-        """A token begins."""
+        """Called when a token begins."""
         if self._fixed:
             return
         now = self._clock()

@@ -1,4 +1,4 @@
-"""The streamed feed-forward layer, over the neurons that matter: y = f(x U^T + b) D + c, or y = f(x G^T, x U^T) D."""
+"""The streamed feed-forward layer, over selected neurons: y = f(x U^T + b) D + c, or y = f(x G^T, x U^T) D."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 from .predictors import ExactPredictor, Predictor
 
-PACKED_TOKENS = 2  # for so few, products with quantised rows are quicker than dequantising them (bench/results/bits.md)
+# Up to this many tokens, products with quantised rows are faster than dequantising them (bench/results/bits.md).
+PACKED_TOKENS = 2
 
 
 class StreamedNeurons(nn.Module):
-    """Takes the place of a model's MLP. x: (B, T, D) -> (B, T, D).
+    """Replaces a model's MLP. x: (B, T, D) -> (B, T, D).
 
-    Up to `decode_tokens` tokens per sequence go the decode way: the predictor names each position's neurons,
-    their union is fetched, and each position computes with its own. Longer calls, and layers without a
-    predictor, use all neurons. Sums run over ascending neuron ids in pieces that the store fixes, so the
-    result does not depend on what the cache holds.
+    Up to `decode_tokens` tokens per sequence take the decode path: the predictor selects the neurons of each position,
+    their union is read, and each position computes with its own. Longer calls, and layers without a predictor, use all
+    neurons. Sums run over ascending neuron ids in pieces that the store fixes, so the result does not depend on the
+    contents of the cache.
     """
 
     def __init__(self, units: NeuronSlots, activation: Activation, decode_tokens: int, bias: bool) -> None:
@@ -43,10 +44,10 @@ class StreamedNeurons(nn.Module):
     def look_ahead(
         self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial, leads: bool
     ) -> None:
-        """From now on, guesses what `following`, the next layer, will need, and starts to read it, where that pays.
+        """Makes this layer guess which neurons `following`, the next layer, needs, and read them where that pays.
 
         norm, following_norm: the norms whose outputs the two layers take. trial: the model's. leads: whether this layer
-        tells it when a token begins.
+        tells the trial when a token begins.
         """
         predictor = following.predictor
         if self.predictor is None or predictor is None or (change := norm_change(norm, following_norm)) is None:
@@ -59,13 +60,13 @@ class StreamedNeurons(nn.Module):
         self.ahead = LookAhead(following.units, score, lambda mask, _: _union(mask), trial, leads)
 
     def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
-        """One that knows which neurons can be active: it has the first projection, which is read here."""
+        """A predictor that computes which neurons can be active. Reads the first projection, which it keeps."""
         rows = []
         for _, _, (first, *_) in self.units.whole_bundles():
             rows.append(first.astype(dtype))
             mx.eval(rows)
         matrix = mx.concatenate(rows)
-        mx.eval(matrix)  # here: another thread, as a server has, could not
+        mx.eval(matrix)  # here, because another thread (such as a server's) cannot evaluate it
         gated = len(self.units.layout.parts) == 3
         return ExactPredictor(matrix, self.up_bias if "up_bias" in self and not gated else None, self._activation)
 
@@ -93,7 +94,7 @@ class StreamedNeurons(nn.Module):
         return y
 
     def _products(self, x: mx.array, rows: StoredRows, ids: slice | mx.array) -> list[mx.array]:
-        """Pre-activations (N, n) by all of neurons `ids`' rows but the down rows."""
+        """Pre-activations (N, n) of neurons `ids`, one array for each part in `rows` but the down rows."""
         products = [_project(x, matrix) for matrix in rows[:-1]]
         if "up_bias" in self and products:
             products[-1] = products[-1] + self.up_bias[ids]
@@ -136,17 +137,17 @@ def _combine(h: mx.array, rows: mx.array | PackedRows) -> mx.array:
 
 
 def _union(mask: np.ndarray) -> np.ndarray:
-    """Ids that any row chooses, ascending. mask: bool (N, F)."""
+    """Ids of the neurons that any row selects, ascending. mask: bool (N, F)."""
     return np.flatnonzero(mask.any(axis=0) if len(mask) > 1 else mask[0])
 
 
 def norm_change(norm: nn.Module, following_norm: nn.Module) -> tuple[mx.array, mx.array] | None:
-    """(scale, shift), (D,) each, with which this norm's output becomes nearly the next one's; None where this norm
-    erases what the next one would need.
+    """(scale, shift), (D,) each, that turn this norm's output into nearly the next one's; None if this norm erases
+    numbers that the next one needs.
 
-    An FFN and an attention add little to the residual, and the next layer's norm sees nearly what this one saw. Norms
-    differ only in weights w and biases b: x = n w + b here gives n w' + b' = x (w' / w) + (b' - b w' / w) there, for
-    the same n.
+    An FFN and an attention add little to the residual, so the next layer's norm sees nearly the same input. The norms
+    differ only in weights w and biases b. For the same n, x = n w + b here gives
+    n w' + b' = x (w' / w) + (b' - b w' / w) there.
     """
     weight = norm.weight.astype(mx.float32)
     if (mx.abs(weight).min() < 1e-3 * mx.abs(weight).max()).item():

@@ -1,6 +1,6 @@
-"""Who says which neurons a token needs. Each is called with x: (N, D) and answers (mask, activations).
+"""Predictors, which select the neurons that a token needs. Each maps x: (N, D) to (mask, activations).
 
-mask: bool (N, F). activations: (N, F), a resident projection's, where they are known anyway, else None.
+mask: bool (N, F). activations: (N, F), the output of a resident projection if it is known anyway, else None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Predictor(Protocol):
 
 
 class ExactPredictor:
-    """The first projection itself, resident: the gate (F, D) of a gated FFN, else up with its bias (F,) or None."""
+    """Keeps the first projection resident: the gate (F, D) of a gated FFN, else up with its bias (F,) or None."""
 
     def __init__(self, matrix: mx.array, bias: mx.array | None, activation: Activation) -> None:
         self.matrix = matrix
@@ -30,24 +30,26 @@ class ExactPredictor:
         return self.activation.may_fire(first), first
 
     def before(self, x: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """Pre-activations of neurons start .. stop. x: (N, D) -> (N, stop - start)"""
+        """Pre-activations of neurons start .. stop - 1. x: (N, D) -> (N, stop - start)"""
         first = x @ self.matrix[start:stop].T  # (N, D) @ (D, n)
         return first if self.bias is None else first + self.bias[start:stop]
 
 
 class LowRankPredictor:
-    """The paper's (section 3.1): two thin layers. a: (D, r), b: (r, F), c: (F,); a neuron is chosen if
+    """The predictor of the paper (LLM in a flash, section 3.1): two thin layers. a: (D, r), b: (r, F), c: (F,).
+
+    A neuron is selected if
 
         x a b + c > threshold
 
-    The store's c has the threshold in it, and is float32.
+    The store's c is float32, with the threshold already subtracted.
     """
 
     def __init__(self, a: mx.array, b: mx.array, c: mx.array) -> None:
         self.a, self.b, self.c = a, b, c
 
     def score(self, x: mx.array) -> mx.array:
-        """x: (N, D) -> (N, F): above 0 where a neuron is chosen."""
+        """x: (N, D) -> (N, F), above 0 where a neuron is selected."""
         return (x @ self.a) @ self.b + self.c
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -55,7 +57,7 @@ class LowRankPredictor:
 
 
 class ImportedPredictor(LowRankPredictor):
-    """As PowerInfer publishes them: a ReLU between the two layers. h: (r,); a neuron is chosen if
+    """A predictor as PowerInfer publishes them, with a ReLU between the two layers. h: (r,). A neuron is selected if
 
     relu(x a + h) b + c > 0
     """
@@ -69,11 +71,11 @@ class ImportedPredictor(LowRankPredictor):
 
 
 class ShadowPredictor:
-    """The up projection, of a gated FFN the gate, at a few bits: weight, scales, biases of `mx.quantize` over its
-    transpose (D, F).
+    """The up projection (of a gated FFN, the gate) at a few bits: weight, scales and biases from `mx.quantize` of its
+    transpose W (D, F).
 
-    A neuron is chosen if the coarse pre-activation x W + c > 0, c (F,), float32, being the bias less the threshold.
-    (D, F) is grouped along the neurons; on the CPU backend that product is three times faster than the other way up.
+    A neuron is selected if its coarse pre-activation x W + c is above 0. c: float32 (F,), the bias minus the threshold.
+    W is grouped along the neurons. On the CPU backend that product is three times as fast as one with W transposed.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class ShadowPredictor:
         self.group_size = group_size
 
     def score(self, x: mx.array) -> mx.array:
-        """x: (N, D) -> (N, F): above 0 where a neuron is chosen."""
+        """x: (N, D) -> (N, F), above 0 where a neuron is selected."""
         return self._coarse(x) + self.c
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -102,12 +104,12 @@ class ShadowPredictor:
         )
 
     def self_test(self) -> None:
-        """Compares this device's product of packed bits with the one of dequantised numbers, for one row and eight.
+        """Compares this device's product of packed bits with that of dequantised numbers, for 1 row and for 8.
 
         Kernels for this product have been wrong on some GPUs (ml-explore/mlx issue 4201). Raises FlashError.
         """
         words, scales = self.group_size * self.bits // 32, self.scales.shape[1]
-        for group in {0, scales - 1}:  # of the result's columns: enough to see it, and little memory
+        for group in {0, scales - 1}:  # groups of columns; two show an error and take little memory
             weights = mx.dequantize(
                 self.weight[:, group * words : (group + 1) * words],
                 self.scales[:, group : group + 1],
@@ -124,5 +126,5 @@ class ShadowPredictor:
                     continue
                 raise FlashError(
                     "self-test failed: products of packed bits are wrong on this device with this version of MLX. "
-                    "Use --predictor lowrank or exact, and please report it with `pip show mlx`."
+                    "Use --predictor lowrank or exact, and please report this with the output of `pip show mlx`."
                 )

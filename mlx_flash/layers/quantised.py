@@ -1,4 +1,4 @@
-"""Resident matrices in 4 or 8 bits: MLX's own quantised modules where it has quick products for them, else widened."""
+"""Resident matrices in 4 or 8 bits: MLX's own quantised modules where their products are fast, else widened ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import mlx.nn as nn
 
 from ..flash.host_arrays import to_numpy
 
-PIECE_NUMBERS = 4 << 20  # dequantised at once
+PIECE_NUMBERS = 4 << 20  # numbers that are dequantised at once
 
 
 def matrices_of(model: Any) -> dict[str, nn.Module]:
-    """Linear layers and embeddings by the name of their weight: what can be quantised."""
+    """The modules that can be quantised (linear layers and embeddings), by the name of their weight."""
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -28,7 +28,7 @@ def companions(weight: str) -> tuple[str, str]:
 
 
 def widen(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
-    """The numbers (n, m) in float32, evaluated, made piece by piece: `mx.dequantize` needs twice its result.
+    """The numbers (n, m) in float32, evaluated. Made in pieces, because `mx.dequantize` takes twice its result.
 
     packed: uint32 (n, m * bits / 32); scales, biases: (n, m / group_size).
     """

@@ -1,4 +1,4 @@
-"""A stored predictor at one recall: where its thresholds lie, and what it was measured to do there."""
+"""A stored predictor at one recall: its thresholds, and the quality that was measured there."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class PredictorSetting:
-    """A stored predictor with its threshold set for `target`, the share of the active neurons that it is to catch.
+    """A stored predictor with its threshold set for `target`, the share of the active neurons that it should find.
 
-    Measured on calibration text that it was not trained on; one number per layer, in order.
+    The figures were measured on calibration text that it was not trained on, with one number per layer, in order.
     """
 
     kind: str
     target: float
-    shifts: tuple[float, ...]  # to add to the thresholds that the store's `c` has in it
-    caught: tuple[float, ...]  # share of the active neurons that is chosen
-    predicted: tuple[float, ...]  # share of the neurons that is chosen
-    active: tuple[float, ...]  # share that is truly active
+    shifts: tuple[float, ...]  # added to the thresholds that are subtracted in the store's `c`
+    caught: tuple[float, ...]  # share of the active neurons that are selected
+    predicted: tuple[float, ...]  # share of all neurons that are selected
+    active: tuple[float, ...]  # share of all neurons that are really active
     perplexity: dict[str, float] | None  # `dense`, `predicted`, `tokens`: measured with all layers at `made_for`
     made_for: float
 
     @staticmethod
     def of(kind: str, report: dict[str, Any], recall: float | None = None) -> PredictorSetting:
-        """What the manifest reports of `kind`, between two targets of its table by the straight line.
+        """The setting of `kind` from its report in the manifest, interpolated linearly between targets of its table.
 
         Raises UsageError for a recall outside the table.
         """
@@ -37,8 +37,8 @@ class PredictorSetting:
         target = made_for if recall is None else recall
         if not targets[0] <= target <= targets[-1]:
             raise UsageError(
-                f"recall is {target}; this store's {kind} predictor can be set from {targets[0]} to {targets[-1]} "
-                f"(it was made for {made_for}). Choose one of these, or --predictor exact, which misses nothing."
+                f"recall is {target}; this store's {kind} predictor expects {targets[0]} to {targets[-1]} "
+                f"(it was made for {made_for}). Choose one in between, or --predictor exact, which misses nothing."
             )
         shifts, caught, predicted = (
             tuple(float(np.interp(target, targets, [float(value) for value in row])) for row in table[name])
@@ -50,7 +50,8 @@ class PredictorSetting:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """Of all layers together, as `--json` prints it; perplexity_change is relative, None if it was not measured."""
+        """The figures of all layers together, as `--json` prints them. perplexity_change is relative, or None if it was
+        not measured."""
         predicted, active = float(np.mean(self.predicted)), float(np.mean(self.active))
         change = None if self.perplexity is None else self.perplexity["predicted"] / self.perplexity["dense"] - 1
         return {
@@ -65,7 +66,7 @@ class PredictorSetting:
         }
 
     def describe(self) -> str:
-        """One line."""
+        """One line for the user."""
         its = self.measured
         text = (
             f"predictor {self.kind}, set to catch {self.target:.4g} of the active neurons: caught {its['recall']:.1%}, "

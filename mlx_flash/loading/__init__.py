@@ -1,1 +1,1 @@
-"""From a folder to a model within a memory budget: the plan, and how each kind of model is built."""
+"""Loads a model from a folder within a memory budget: plans its memory and builds each kind of model."""

@@ -1,4 +1,4 @@
-"""config.json of a checkpoint or a store, and which kind of model it describes."""
+"""Reads config.json of a checkpoint or a store, and finds which kind of model it describes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 def holds_mixture(source: Path, small: Path | None = None) -> bool:
-    """Whether a folder is the checkpoint of a mixture of experts. small: where its configuration and its index are
-    read; None: in the folder. Raises CheckpointError or UnsupportedModelError.
+    """Whether a folder is the checkpoint of a mixture of experts.
+
+    small: the folder that its configuration and its index are read from; None for `source`. Raises CheckpointError or
+    UnsupportedModelError.
     """
     if is_store(source):
         return False
@@ -39,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_config
 
     if not is_store(folder):
-        files_in(folder)  # raises for what is not a file, or is too large
+        files_in(folder)  # raises an error for entries that are not files or are too large
     vocabulary, ends = None, None
     for name in CONFIG_FILES:
         path = folder / name
@@ -49,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             content = path.read_bytes()
         try:
             if not isinstance(found := json.loads(content), dict):
-                raise ValueError(f"it holds no JSON object but {found!r:.20}")
+                raise ValueError(f"it holds {found!r:.20}, expected a JSON object")
         except (ValueError, RecursionError) as error:
             if is_store(folder):
                 raise CorruptStoreError(f"{path}: {error}. Convert the checkpoint again.") from None
@@ -60,12 +62,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         ends = found.get("eos_token_id")
     try:
         config: dict[str, Any] = load_config(folder)
-        if ends == 0:  # of generation_config.json: mlx-lm takes it for none
+        if ends == 0:  # mlx-lm ignores a stop token 0 of generation_config.json
             config["eos_token_id"] = 0
     except RecursionError:
         raise CheckpointError(
             f"{folder / CONFIG_FILES[0]} is nested too deep. Download the checkpoint again."
         ) from None
-    except (OSError, TypeError, ValueError) as error:  # now, and not a moment ago
+    except (OSError, TypeError, ValueError) as error:  # the file changed after it was read above
         raise unreadable(folder, error, " or ".join(CONFIG_FILES)) from None
     return config

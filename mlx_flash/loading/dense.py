@@ -1,4 +1,4 @@
-"""A store and a plan of its memory -> the model: resident weights read, the FFNs streamed, predictors in place."""
+"""Builds the model of a store by its memory plan: reads the resident weights, streams the FFNs, adds predictors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .options import LoadOptions
 from .plan import Plan
 from .runtime import Runtime, evaluate_constants
 
-# Cheap enough to be asked twice. Nothing depends on a guess but time.
+# Predictors that are cheap enough to run twice. Only time depends on a guess.
 LOOK_AHEAD_PREDICTORS = STORED_PREDICTORS
 
 
@@ -44,12 +44,12 @@ def build(
     options: LoadOptions,
     say: Callable[[str], None],
 ) -> Any:
-    """Makes of a model with random weights, never evaluated, the one that runs; its `flash` is the Runtime.
+    """Turns a model with random, never evaluated weights into the one that runs. Its `flash` is the Runtime.
 
-    kind: of the predictor, with its `setting` if it is a stored one.
+    kind: the kind of predictor, with its `setting` if it is a stored one. say: called with notes.
 
-    Raises CorruptStoreError or MissingTensorError if what the store in `folder` holds does not fit the model or its
-    checksums, ReadError if it cannot be read.
+    Raises CorruptStoreError or MissingTensorError if the contents of the store in `folder` do not match the model or
+    the checksums, ReadError if they cannot be read.
     """
     layout = manifest.layout
     dtype = compute_dtype(manifest.resident_dtype)
@@ -91,11 +91,11 @@ def build(
 
 
 def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype) -> None:
-    """Reads, compares and widens tensor by tensor, the largest first: there is never a second copy beside all of them.
+    """Reads, verifies and widens tensor by tensor, the largest first, so that there is never a second copy of them all.
 
-    Quantised matrices stay so where products with them are quick. On the CPU backend, what tokens are multiplied with
-    is laid out input by input, which is quicker: the output matrix of OPT-1.3B takes 27 ms instead of 45
-    (bench/results/host.md).
+    Quantised matrices stay packed where their products are fast. On the CPU backend, the matrices that tokens are
+    multiplied with are laid out input by input, which is faster: the output matrix of OPT-1.3B takes 27 ms instead of
+    45 (bench/results/host.md).
     """
     from mlx.utils import tree_flatten
     from tqdm import tqdm
@@ -105,7 +105,7 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
     bits, group_size = manifest.resident_bits, manifest.resident_group_size
     packed = {name for name in matrices_of(model) if name in stored and stored[name].dtype == mx.uint32}
     if packed and bits == 16:
-        raise CorruptStoreError(f"{path} is quantised, the manifest says it is not. Convert the checkpoint again.")
+        raise CorruptStoreError(f"{path} is quantised, but the manifest says it is not. Convert the checkpoint again.")
     turned = _matmul_weights(model) if mx.default_device() == mx.cpu else set()
     if backend_multiplies_packed() and packed:
         turned -= packed
@@ -144,17 +144,17 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
 
 
 def backend_multiplies_packed() -> bool:
-    """Whether quantised matrices stay so in memory: not on MLX's CPU backend, whose products with them are slow."""
+    """Whether quantised matrices stay packed in memory. MLX's CPU backend is slow at products with them."""
     return bool(mx.default_device() != mx.cpu)
 
 
 def _column_major(matrix: mx.array) -> mx.array:
-    """The same float32 matrix (n, m), laid out column by column; four times as fast as MLX's own copy does it."""
-    mx.eval(matrix)  # first: what it is made from must be gone before there is a second one
+    """The same float32 matrix (n, m), laid out column by column. This is four times as fast as MLX's own copy."""
+    mx.eval(matrix)  # first, so that its inputs are freed before there is a second matrix
     result = mx.zeros(matrix.shape[::-1])
     mx.eval(result)
     target, source = to_numpy(result, copy=False), to_numpy(matrix, copy=False)
-    for row in range(0, len(source), 16):  # 16 numbers: a line of the processor's cache
+    for row in range(0, len(source), 16):  # 16 numbers fill a line of the processor's cache
         target[:, row : row + 16] = source[row : row + 16].T
     return result.T
 
@@ -211,7 +211,7 @@ def _make_predictor(
 
 
 def _predictor_shapes(kind: str, own: dict[str, mx.array], manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """What the tensors of one layer's predictor must be, by their names."""
+    """The expected shapes of the tensors of one layer's predictor, by name."""
     width, neurons = manifest.layout.width, manifest.layout.neurons
     if kind == "shadow":
         report = manifest.predictors[kind]
@@ -223,33 +223,33 @@ def _predictor_shapes(kind: str, own: dict[str, mx.array], manifest: Manifest) -
 
 
 def compute_dtype(stored: str) -> mx.Dtype:
-    """Metal computes in the stored type; on MLX's CPU backend anything but float32 is slow."""
+    """The dtype to compute in: the stored one on Metal, float32 on MLX's CPU backend, where any other is slow."""
     return mx.float32 if mx.default_device() == mx.cpu else getattr(mx, stored)
 
 
 def slot_parts(manifest: Manifest, kind: str) -> tuple[str, ...]:
-    """What a slot holds: the exact predictor has the first projection (up, or the gate) resident already."""
+    """The parts that a slot holds. The exact predictor already has the first projection (up, or the gate) resident."""
     return manifest.layout.parts[1:] if kind == "exact" else manifest.layout.parts
 
 
 def stored_tensors(folder: Path, manifest: Manifest, name: str) -> StoredTensors:
-    """Those of one of a store's files, not yet read. Raises ReadError or CorruptStoreError."""
+    """The tensors of one of a store's files, not yet read. Raises ReadError or CorruptStoreError."""
     return StoredTensors(folder / name, manifest.files[name]["crc32"])
 
 
 def predictor_tensors(folder: Path, manifest: Manifest, kind: str) -> StoredTensors | None:
-    """Those of a stored predictor; None for the kinds that need none. Raises ReadError or CorruptStoreError."""
+    """The tensors of a stored predictor; None for the other kinds. Raises ReadError or CorruptStoreError."""
     return stored_tensors(folder, manifest, Manifest.predictor_file(kind)) if kind in STORED_PREDICTORS else None
 
 
 def in_compute_dtype(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A predictor's tensor in the type it is computed with, not yet read: packed bits and thresholds stay."""
+    """A predictor's tensor, not yet read, in the dtype to compute in. Packed bits and thresholds keep their own."""
     packed = not mx.issubdtype(tensor.dtype, mx.floating)
     return tensor if packed or name.endswith(".c") else tensor.astype(dtype)
 
 
 def resident_sizes(folder: Path, manifest: Manifest, item_bytes: int) -> list[int]:
-    """Bytes of every resident weight, as it will lie in memory; a packed one's scales and biases are listed apart."""
+    """Bytes of every resident weight in memory. The scales and biases of a packed weight are listed separately."""
     tensors = stored_tensors(folder, manifest, Manifest.resident_file).arrays
     packed = {name for name, tensor in tensors.items() if tensor.dtype == mx.uint32}
     if backend_multiplies_packed():

@@ -1,8 +1,8 @@
-"""A mixture-of-experts checkpoint as it is -> mlx-lm's model of it, and where in its files every expert lies.
+"""Opens a mixture-of-experts checkpoint as it is: mlx-lm's model of it, and the place of every expert in its files.
 
-mlx-lm builds the model, lazily; where each expert's bytes lie is learnt by watching its `sanitize`: a tensor that it
-passes on is found by identity, one that it makes with `mx.stack` by what was stacked. An operator such as `a *= 2`
-keeps the identity and shows in the graph. No family is named here.
+mlx-lm builds the model lazily. The places of the experts' bytes are found by watching its `sanitize`. A tensor that
+`sanitize` passes on is found by its identity; a tensor that it makes with `mx.stack` is found by the stacked tensors.
+An operator such as `a *= 2` keeps the identity, but shows in the graph. No family is named here.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from ..source.compared_copies import no_room, temporary_folder
 from ..source.model_kind import error_line, switch_layers
 from ..source.quantisation import foreign_quantisation, group_problem
 
-MODELOPT = "hf_quant_config.json"  # which mlx-lm takes for config.json's quantization_config
-CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # what mlx-lm reads
+MODELOPT = "hf_quant_config.json"  # mlx-lm uses it as config.json's quantization_config
+CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that mlx-lm reads
 UNQUANTISED = (
     "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
     "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
 )
-WATCHING = threading.Lock()  # held while `mx.stack` is another function
-# MLX's primitives in the graph of a tensor that is read, or of a stack of such: numbers come out of them as they were.
+WATCHING = threading.Lock()  # held while `mx.stack` is replaced
+# MLX's primitives in the graph of a tensor that is read, or of a stack of such tensors. They do not change the numbers.
 LOADED = {"Load", "ExpandDims", "Reshape", "Stack", "Concatenate"}
 
 
 @dataclass
 class Provenance:
-    """Which of the checkpoint's tensors a model's parameter is: one, or as many as were stacked along a new axis."""
+    """The checkpoint's tensors behind every parameter: one tensor, or those that were stacked along a new axis."""
 
     sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> tensors, in the order of the stack
     stacked: set[str] = field(default_factory=set)  # parameters (E, ...) made of E tensors (...)
-    arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` gave them back: what is changed later is seen
-    tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's, as `sanitize` got them
+    arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` returned them, so that later changes show
+    tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's tensors, as `sanitize` got them
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
-        """Calls `sanitize`, and notes what became of every tensor. One at a time, whatever the threads.
+        """Calls `sanitize` and records what it makes of every tensor. Only one call runs at a time, in all threads.
 
-        weights: name in the checkpoint -> array, not yet read; what comes back: name in the model -> array.
+        weights: name in the checkpoint -> array, not yet read. Returns name in the model -> array.
         """
-        self.tensors = dict(weights)  # alive, so that no identity is given to another array
+        self.tensors = dict(weights)  # kept alive, so that no other array gets the same identity
         name_of = {id(array): name for name, array in self.tensors.items()}
         stacks: dict[int, tuple[Any, list[Any]]] = {}
 
@@ -89,29 +89,29 @@ class Provenance:
 
 @dataclass
 class Mixture:
-    """A lazily loaded model, and where the experts of each of its switch layers lie."""
+    """A lazily loaded model, and the places of the experts of its switch layers."""
 
     model: Any
     config: dict[str, Any]
     files: list[Path]
-    switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> where its E parts lie
-    sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, where that is known
-    entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors: number of the file, entry of its header
-    tensors: dict[str, mx.array]  # the same, lazily loaded
+    switches: dict[str, dict[str, ExpertTensor]]  # path in the model -> "up_proj.weight" -> places of its E parts
+    sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, if known
+    entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors -> (index of the file, entry in its header)
+    tensors: dict[str, mx.array]  # the checkpoint's tensors, lazily loaded
 
     @property
     def experts(self) -> int:
-        """Experts of a layer, the most."""
+        """The largest number of experts in a layer."""
         return max(len(next(iter(tensors.values())).offsets) for tensors in self.switches.values())
 
     @property
     def expert_bytes(self) -> int:
-        """All tensors of one expert, of the layer with the largest ones."""
+        """Bytes of all tensors of one expert, in the layer with the largest experts."""
         return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.switches.values())
 
     @property
     def table_bytes(self) -> int:
-        """All experts' small tensors (such as biases) of all layers, which are kept beside the slots."""
+        """Bytes of all experts' small tensors (such as biases) in all layers, which are kept beside the slots."""
         tensors = [tensor for tensors in self.switches.values() for tensor in tensors.values()]
         return sum(tensor.nbytes * len(tensor.offsets) for tensor in tensors if tensor.is_table)
 
@@ -132,15 +132,15 @@ class Mixture:
                 yield name, array
 
     def stream(self, shared: ExpertFiles, slots: Sequence[int], window: int | None) -> None:
-        """Puts a streamed layer in every switch layer's place.
+        """Replaces every switch layer with a streamed layer.
 
-        slots: experts that each layer holds in memory, in the order of `switches`. window: of the eviction, in
-        tokens; None for the least used lately.
+        slots: number of experts that each layer holds in memory, in the order of `switches`. window: tokens of the
+        eviction window; None to evict the least used.
         """
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
             parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
-        trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for a guess that does not
+        trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for useless guesses
         for path, following in pairwise(self.switches):
             (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)
             if (router := router_of(beside, next_name)) is not None:
@@ -148,14 +148,15 @@ class Mixture:
                 leads = False
 
     def layers(self) -> list[StreamedExperts]:
-        """Those that `stream` put in."""
+        """The layers that `stream` put into the model."""
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
 def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
-    """Builds the model without reading a weight. small: where its configuration and index are read; None: in `folder`.
+    """Builds the model without reading a weight.
 
-    Raises CheckpointError or UnsupportedModelError.
+    small: the folder that its configuration and index are read from; None for `folder`. Raises CheckpointError or
+    UnsupportedModelError.
     """
     from mlx_lm.utils import _get_classes
 
@@ -183,8 +184,8 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
         model, config = _load_by_mlx_lm(small, classes)
     except FlashError:
         raise
-    except Exception as error:  # mlx-lm raises plain ones
-        remedy = "Are all shards there, and config.json theirs?"
+    except Exception as error:  # mlx-lm raises plain exceptions
+        remedy = "Check that all shards are there and that config.json belongs to them."
         if quantised:
             remedy = f"It is quantised ({quantised}). {UNQUANTISED}"
         raise CheckpointError(f"mlx-lm cannot load {folder}: {error_line(error)}. {remedy}") from None
@@ -201,7 +202,7 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
         switches[path] = parts
     if not switches:
         raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
-    provenance.arrays.clear()  # each keeps its file open
+    provenance.arrays.clear()  # each array keeps its file open
     tensors, provenance.tensors = provenance.tensors, {}
     return Mixture(model, config, files, switches, provenance.sources, entries, tensors)
 
@@ -213,14 +214,14 @@ def locate(
     provenance: Provenance,
     entries: dict[str, tuple[int, TensorEntry]],
 ) -> ExpertTensor:
-    """Where in the files each expert's part of a parameter lies, E parts of the same size.
+    """The places of a parameter's E parts in the files, one part per expert, all of the same size.
 
     Args:
-        folder: of the checkpoint, for messages.
+        folder: the checkpoint's folder, for messages.
         key: the parameter's path in the model, "model.layers.0.mlp.switch_mlp.up_proj.weight".
-        array: it, (E, ...) of any dtype, as the loaded model has it; not read.
-        provenance: what became of the checkpoint's tensors.
-        entries: name in the checkpoint -> (number of the file, entry of its header: bytes from begin to end).
+        array: the parameter, (E, ...) of any dtype, as the loaded model has it; not read.
+        provenance: the checkpoint's tensors behind the parameters.
+        entries: name in the checkpoint -> (index of the file, entry in its header with bytes from begin to end).
 
     Raises UnsupportedModelError if the bytes in the files are not what the model computes with.
     """
@@ -232,7 +233,7 @@ def locate(
     changed = provenance.arrays.get(key) is not array or not is_as_loaded(array)
     if changed or len(found) != wanted or any(entry.end - entry.begin != whole for _, entry in found):
         raise UnsupportedModelError(
-            f"the experts of {folder} ({key}) do not lie in the checkpoint as they are computed with: mlx-lm changes "
+            f"the experts of {folder} ({key}) are not stored in the form that the model computes with: mlx-lm changes "
             f"them when it loads them. Convert it once: `mlx_lm.convert --hf-path {folder} --mlx-path OUTPUT` (with -q "
             "--q-bits 4 for 4 bits), and run OUTPUT."
         )
@@ -247,24 +248,24 @@ def locate(
 
 
 def is_as_loaded(array: mx.array) -> bool:
-    """Whether evaluating an array would do no more than read a file's tensors, and stack them; it is not evaluated."""
+    """Whether evaluating an array would only read tensors of a file and stack them. The array is not evaluated."""
     primitives = primitives_of(array)
     return "Load" in primitives and primitives <= LOADED
 
 
 def primitives_of(array: mx.array) -> set[str]:
-    """Names of MLX's primitives that evaluating an array would run; none if it is evaluated."""
+    """Names of MLX's primitives that evaluating an array would run; empty if it is already evaluated."""
     graph = io.StringIO()
     mx.export_to_dot(graph, array)
     return set(re.findall(r'label ="(\w+)", shape=rectangle', graph.getvalue()))
 
 
 def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tuple[Any, dict[str, Any]]:
-    """mlx-lm's `load_model`, lazily, for classes that bring their own tensors; (model, configuration).
+    """Calls mlx-lm's `load_model` lazily, for classes that bring their own tensors. Returns (model, configuration).
 
-    folder: of the configuration.
-    mlx-lm takes every model*.safetensors of a folder, in the order of the file system. So it is given a folder with
-    the configuration alone, and one file without tensors.
+    folder: the folder with the configuration.
+    mlx-lm takes every model*.safetensors of a folder, in the order of the file system. It is therefore given a folder
+    with only the configuration and one file without tensors.
     """
     from mlx_lm.utils import load_model
 
@@ -293,7 +294,7 @@ def _modelopt_problem(content: bytes) -> str | None:
 
 
 def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
-    """The tensors that count, by name, not yet read. Raises CheckpointError or ReadError."""
+    """The tensors in `counted`, by name, not yet read. Raises CheckpointError or ReadError."""
     weights: dict[str, mx.array] = {}
     for file in sorted({file for file, _ in counted.values()}):
         try:
@@ -303,27 +304,28 @@ def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.
         for name, array in loaded.items():
             holder, entry = counted.get(name, (None, None))
             if entry is None or (holder == file and not is_as_entered(array, entry)):
-                raise unreadable(file, ValueError(f"MLX finds another tensor {name} in it"), "its header")
+                raise unreadable(file, ValueError(f"MLX finds a different tensor {name} in it"), "its header")
             if holder == file:
                 weights[name] = array
     return weights
 
 
 def _check_scales(folder: Path, model: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Raises CheckpointError for more scales than numbers: mlx-lm infers groups of none, and MLX divides by that."""
+    """Raises CheckpointError for more scales than numbers. mlx-lm would infer groups of 0, and MLX divide by that."""
     for path, module in model.named_modules():
         scales, weight = weights.get(f"{path}.scales"), module.get("weight")
         if scales is not None and isinstance(weight, mx.array) and scales.shape[-1:] > weight.shape[-1:]:
             raise CheckpointError(
-                f"{folder}: {path}.scales has {scales.shape[-1]} columns; by config.json its matrix has no more than "
+                f"{folder}: {path}.scales has {scales.shape[-1]} columns, but in config.json its matrix has only "
                 f"{weight.shape[-1]}. Download the checkpoint again."
             )
 
 
 def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | None:
-    """What packed the numbers in a way that is not MLX's own, for the case that mlx-lm cannot read it; or None.
+    """The kind of quantisation if it is not MLX's own, else None. The error names it if mlx-lm cannot read it.
 
-    Raises UnsupportedModelError for a way whose experts mlx-lm unpacks or packs anew while it loads.
+    Raises UnsupportedModelError for a quantisation whose experts mlx-lm unpacks or packs anew while it loads,
+    CheckpointError for one that config.json describes wrongly.
     """
     config = read_config(small)
     if problem := group_problem(config):
@@ -331,13 +333,14 @@ def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | Non
     kind = foreign_quantisation(config, files_in(small), dtype_of)
     if kind and any(name.endswith(".qweight") for name in dtype_of):
         raise UnsupportedModelError(
-            f"{folder} is quantised ({kind}), and its experts cannot be computed with as they lie there. {UNQUANTISED}"
+            f"{folder} is quantised ({kind}), and its experts are not stored in the form that the model computes with. "
+            f"{UNQUANTISED}"
         )
     return kind
 
 
 def router_of(parent: Any, name: str) -> nn.Module | None:
-    """What scores the experts that `parent` holds as `name`, if that is no more than one product; else None."""
+    """The module that scores the experts at `name` in `parent`, if it is a single product; else None."""
     width = (parent[name].experts,)
     for candidate in ("gate", "router"):
         router = getattr(parent, candidate, None)
@@ -347,7 +350,7 @@ def router_of(parent: Any, name: str) -> nn.Module | None:
 
 
 def parent_of(model: Any, path: str) -> tuple[Any, Any]:
-    """The module, or list, that holds what `path` names, and its key there."""
+    """The module or list that holds the module at `path`, and its key there."""
     *parents, last = path.split(".")
     where = model
     for name in parents:

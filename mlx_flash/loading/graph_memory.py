@@ -1,12 +1,12 @@
-"""How much memory MLX takes to evaluate a graph, computed from the graph alone.
+"""Computes from a graph alone how much memory MLX takes to evaluate it.
 
-The arrays of a graph are made and dropped as MLX 0.32 does it:
+The arrays of a graph are made and dropped as in MLX 0.32:
 
 - `eval` takes them in an order that transforms.cpp fixes: breadth first from the end, at most 20 wide, backwards.
-- A view has no memory of its own. An operation number by number takes over the memory of an operand that nothing else
-  needs. `matmul` copies an operand whose rows do not lie one behind the other.
-- On the CPU an array is dropped when the last operation that reads it has run. On Metal it is held until its command
-  buffer is done, and the host runs ahead of it: nothing is sure to be dropped before the end of an `eval`.
+- A view has no memory of its own. An elementwise operation takes over the memory of an operand that nothing else needs.
+  `matmul` copies an operand whose rows are not contiguous.
+- On the CPU, an array is dropped when the last operation that reads it has run. On Metal, it is held until its command
+  buffer is done. The host runs ahead of that, so no array is sure to be dropped before the end of an `eval`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.core as mx
 
 EVAL_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 
-# What MLX calls its operations.
+# Names of MLX's operations.
 # fmt: off
 VIEWS = frozenset((
     "AsStrided", "Broadcast", "BroadcastAxes", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice",
@@ -46,7 +46,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a graph; `name` is what the graph calls it."""
+    """One array of a graph; `name` is its name there."""
 
     name: str
     shape: Shape
@@ -67,11 +67,11 @@ class Operation:
 
 @dataclass
 class Graph:
-    """inputs, outputs: of the function that was traced, in its order."""
+    """The graph of a traced function. inputs, outputs: the function's, in its order."""
 
     inputs: list[Array] = field(default_factory=list)
     outputs: list[Array] = field(default_factory=list)
-    makes: dict[str, Operation] = field(default_factory=dict)  # by the name of the array made
+    makes: dict[str, Operation] = field(default_factory=dict)  # name of an array -> the operation that makes it
 
 
 def trace(function: Callable[..., list[mx.array]], *inputs: mx.array) -> Graph:
@@ -101,7 +101,7 @@ def trace(function: Callable[..., list[mx.array]], *inputs: mx.array) -> Graph:
 
 @contextmanager
 def _describable() -> Iterator[None]:
-    """`mx.contiguous` has no description; a product with one makes a new array just as well."""
+    """Replaces `mx.contiguous`, which MLX cannot describe, with a product by 1, which also makes a new array."""
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: array * 1  # type: ignore[assignment]
     try:
@@ -112,10 +112,10 @@ def _describable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of `mx.eval` and what follows it.
+    """One call of `mx.eval`, and the memory that is used right after it.
 
-    arrays: that are asked for. besides: bytes that are taken while they are there, and given back. brings: arrays that
-    come from elsewhere then, such as the result of what used them.
+    arrays: names of the arrays to evaluate. besides: bytes that are taken while these arrays exist, and given back.
+    brings: arrays that then come from elsewhere, such as the result of a layer that used them.
     """
 
     arrays: Sequence[str]
@@ -130,10 +130,11 @@ class _Stored:
 
 
 def peak_bytes(graph: Graph, evaluations: Sequence[Evaluation], held: Sequence[Array], drops_late: bool) -> int:
-    """The most bytes that `held`, inputs that nobody else keeps, and what is made of them take at once.
+    """The most bytes that `held` and the arrays made by the operations take at once.
 
-    held: what is there before. Inputs that are neither held nor brought count nothing: they are resident anyway.
-    drops_late: only at the end of an evaluation, as on Metal.
+    held: inputs that are in memory before, and that nothing else keeps. Inputs that are neither held nor brought do not
+    count, because they are resident anyway. drops_late: whether arrays are dropped only at the end of an evaluation, as
+    on Metal.
     """
     return _Memory(graph, evaluations, held, drops_late).peak
 
@@ -145,8 +146,8 @@ class _Memory:
         self.drops_late = drops_late
         self.live = self.peak = 0
         self.late: list[int] = []
-        self.sizes: dict[str, int] = {}  # of memory
-        self.sharing: Counter[str] = Counter()  # arrays that live in a memory
+        self.sizes: dict[str, int] = {}  # memory -> bytes
+        self.sharing: Counter[str] = Counter()  # memory -> number of arrays in it
         self.stored: dict[str, _Stored] = {}
         self.uses = _uses(graph, evaluations)  # how often each array will still be read
         self.all_uses = dict(self.uses)
@@ -191,14 +192,14 @@ class _Memory:
         return self.stored[array.name].strides if array.name in self.stored else row_major(array.shape)
 
     def _taken_over(self, operation: Operation, strides: list[Shape], output: Array) -> str | None:
-        """The operand whose memory the result may have: nothing else needs it, and it is as large."""
+        """The operand whose memory the result may take over, because nothing else needs it and it has the same size."""
         if operation.name not in IN_PLACE:
             return None
         for array, stride in zip(operation.inputs, strides, strict=True):
             stored = self.stored.get(array.name)
             if (
                 stored is not None
-                and self.all_uses[array.name] == 1  # else an earlier reader may not have run yet
+                and self.all_uses[array.name] == 1  # otherwise an earlier reader may not have run yet
                 and self.sharing[stored.memory] == 1
                 and self.sizes.get(stored.memory) == array.nbytes == output.nbytes
                 and is_row_major(array.shape, stride)
@@ -237,7 +238,7 @@ class _Memory:
 
 
 def _uses(graph: Graph, evaluations: Sequence[Evaluation]) -> Counter[str]:
-    """How often each array is read by what is needed for `evaluations`, these included."""
+    """How often each array is read by the operations that `evaluations` need, and by the evaluations themselves."""
     uses = Counter(name for evaluation in evaluations for name in evaluation.arrays)
     seen: set[Operation] = set()
     names = list(uses)
@@ -268,7 +269,7 @@ def eval_order(graph: Graph, wanted: Sequence[str], done: set[str]) -> list[Oper
             degree[operation] += 1
             if degree[operation] == 1:
                 waiting.append(inputs_of(operation))
-    tape: list[list[Operation]] = [open_inputs(wanted)]  # of each operation in the order, what it reads
+    tape: list[list[Operation]] = [open_inputs(wanted)]  # for each operation in the order, its inputs
     order: list[Operation] = []
     later: list[tuple[int, int]] = []  # place in the tape, input to continue with
     place = 0
@@ -287,7 +288,7 @@ def eval_order(graph: Graph, wanted: Sequence[str], done: set[str]) -> list[Oper
     return order[::-1]
 
 
-# -- where an array's numbers lie ----------------------------------------------------------------------------------
+# -- the layout of an array ----------------------------------------------------------------------------------------
 
 
 def row_major(shape: Shape) -> Shape:
@@ -303,7 +304,7 @@ def is_row_major(shape: Shape, strides: Shape) -> bool:
 
 
 def _copied_bytes(operation: Operation, strides: list[Shape]) -> int:
-    """Of operands that an operation copies first, because their numbers do not lie as it wants them."""
+    """Bytes of the operands that an operation copies first, because it needs another layout."""
     if operation.name in COPIES_ROWS:
         operands = list(zip(operation.inputs, strides, strict=True))[:2]
         return sum(array.nbytes for array, stride in operands if not _is_matrix(array.shape, stride))
@@ -314,7 +315,7 @@ def _copied_bytes(operation: Operation, strides: list[Shape]) -> int:
 
 
 def _is_matrix(shape: Shape, strides: Shape) -> bool:
-    """Whether the last two axes are those of a matrix that lies row by row or column by column."""
+    """Whether the last two axes form a row-major or column-major matrix."""
     if len(shape) < 2:
         return True
     (rows, columns), (step, one) = shape[-2:], strides[-2:]
@@ -324,7 +325,7 @@ def _is_matrix(shape: Shape, strides: Shape) -> bool:
 
 
 def _view(operation: Operation, strides: Shape, shape: Shape) -> Shape | None:
-    """The strides of a result (of `shape`) that is a view of the first input; None where numbers are copied."""
+    """The strides of a result (of `shape`) that is a view of the first input; None if numbers are copied."""
     if operation.name not in VIEWS:
         return None
     before = operation.inputs[0].shape
@@ -345,7 +346,7 @@ def _view(operation: Operation, strides: Shape, shape: Shape) -> Shape | None:
 
 
 def _reshaped(before: Shape, strides: Shape, shape: Shape) -> Shape | None:
-    """Strides after axes were only cut into several or had length 1; None where others were joined."""
+    """The strides if axes were only split, or have length 1; None if axes were joined."""
     axes = [(length, stride) for length, stride in zip(before, strides, strict=True) if length != 1]
     result, left, step = [], 1, 0
     for length in shape:

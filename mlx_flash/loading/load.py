@@ -1,4 +1,4 @@
-"""A path or a Hugging Face id -> (model, tokenizer), as mlx-lm gives them, with the FFN streamed."""
+"""Loads a path or a Hugging Face id as (model, tokenizer), like mlx-lm, with the FFN streamed."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def load(
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
         options: see LoadOptions.
         say: called with the plan and notes, before anything large is allocated.
-        fields: of LoadOptions, one by one: `load(path, memory="6GB", context=4096)`.
+        fields: the fields of LoadOptions, in place of `options`: `load(path, memory="6GB", context=4096)`.
 
     Returns:
         (model, tokenizer) for `mlx_flash.stream_generate` or mlx-lm's own functions. `model.flash` is the Runtime.
 
     A mixture of experts is read from the checkpoint as it is, without a conversion.
 
-    What is read of a store is compared with its checksums, always.
+    Everything that is read of a store is compared with its checksums.
 
-    MLX's settings are the process's. Until the last model is closed (`model.flash.close()`), MLX keeps at most 32 MiB
-    of freed buffers (`mx.set_cache_limit`); where there is no g++, `mx.compile` is switched off for good on the CPU
-    backend, which cannot compile without one. Its random state (`mx.random.state`) is left as it was.
+    MLX's settings belong to the process. Until the last model is closed (`model.flash.close()`), MLX keeps at most
+    32 MiB of freed buffers (`mx.set_cache_limit`). On the CPU backend, `mx.compile` needs g++; without it, `mx.compile`
+    is switched off for good. The random state (`mx.random.state`) does not change.
 
     Raises:
-        BudgetError, UsageError, StoreError and its kinds, CheckpointError, ConversionError, ReadError.
+        BudgetError, UsageError, StoreError and its subclasses, CheckpointError, ConversionError, ReadError.
     """
     with _planned(path, _options(options, fields), say) as planned:
         say(planned.plan.describe())
@@ -76,22 +76,22 @@ def plan(
     say: Callable[[str], None] = lambda _: None,
     **fields: Any,
 ) -> Plan:
-    """The memory plan that `load` would keep to, of a process such as this one. No weights are read.
+    """The memory plan that `load` would follow in a process such as this one. No weights are read.
 
-    Arguments are those of `load`; `verify` does not change it. Nothing is downloaded, and nothing but the demo model
-    converted: the plan of a checkpoint that has to be converted counts what its predictors take, so it must have been.
-    A memory of `loading.plan.ENDLESS` is never refused; `Plan.smallest` is then of interest.
+    The arguments are those of `load`; `verify` does not change the plan. Nothing is downloaded, and only the demo model
+    is converted. The plan counts the memory of predictors, so a checkpoint that needs a conversion must already be
+    converted. A memory of `loading.plan.ENDLESS` is never refused; it serves to get `Plan.smallest`.
 
-    Raises what `load` raises, UsageError for a checkpoint that was not converted yet.
+    Raises the errors of `load`, and UsageError for a checkpoint that was not converted yet.
     """
-    given = replace(_options(options, fields), verify=False)  # which would make checksums
+    given = replace(_options(options, fields), verify=False)  # verify would make checksums
     with _planned(path, given, say, prepare=False) as planned:
-        BUFFER_CACHE.release()  # no model will be closed
+        BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
         return planned.plan
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
-    """Raises TypeError or UsageError."""
+    """`options`, or those made from `fields`, after a check. Raises TypeError or UsageError."""
     if options is not None and (fields or not isinstance(options, LoadOptions)):
         raise TypeError("expected either a LoadOptions or its fields, by name")
     given = LoadOptions(**fields) if options is None else options
@@ -103,10 +103,10 @@ def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions
 def _planned(
     path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], prepare: bool = True
 ) -> Iterator[Planned]:
-    """What `path` names, ready to be loaded while this is open. prepare: download and convert it, if it must be."""
+    """The model at `path`, ready to be loaded inside this context. prepare: download and convert it if needed."""
     name = None if path is None else os.fspath(path)
     source = resolve_source(name, options.revision, say, fetch=prepare)
-    _import_mlx_lm()  # a second, which a name that is refused does not take
+    _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         yield _plan(source, name, options, say, prepare or name is None, copies)
 
@@ -119,17 +119,17 @@ def _plan(
     prepare: bool,
     copies: contextlib.ExitStack,
 ) -> Planned:
-    """name: what a user called the folder `source`. copies: keeps those of small files until all is loaded."""
+    """name: the user's name for the folder `source`. copies: keeps copies of small files until all is loaded."""
     if problem := _unencodable(source):
         raise UsageError(f"{source!s} cannot be used: {problem}. Rename it.")
     small = source
     if options.verify and not is_store(source):
-        files_in(source)  # raises for what is not a file, or leads out of the folder
+        files_in(source)  # raises an error for entries that are not files or lead out of the folder
         small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
     if holds_mixture(source, small):
         return _plan_mixture(source, small, options, say, copies)
     if not is_store(source):
-        activation_of(read_config(source), source)  # refused here, before a conversion is begun
+        activation_of(read_config(source), source)  # raises its errors before a conversion starts
         read_generation_config(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
@@ -149,25 +149,26 @@ def _converted_before(source: Path, name: str | None) -> Path:
 def _plan_mixture(
     source: Path, small: Path, options: LoadOptions, say: Callable[[str], None], copies: contextlib.ExitStack
 ) -> Planned:
-    """small: where the configuration, the tokenizer and the index are read."""
+    """small: the folder that the configuration, the tokenizer and the index are read from."""
     if options.predictor != "auto":
         raise UsageError(
-            f"{source} is a mixture of experts: its router chooses, no predictor ({options.predictor}) does."
+            f"{source} is a mixture of experts: its router chooses, not a predictor ({options.predictor}). "
+            "Leave predictor out."
         )
     if options.recall is not None:
         raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
     _check_compiler(say)
     config, defaults = read_config(small), read_generation_config(small)
-    tokenizer = load_tokenizer(small, config)  # first: the plan counts what the process has by then
+    tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
     mixture = open_mixture(source, small)
-    copies.close()  # the first time, all weights are read and compared now
+    copies.close()  # before the first load reads and compares all weights
     plan, build = plan_mixture(source, mixture, options)
     return Planned(plan, tokenizer, defaults, build)
 
 
 def _unencodable(path: Path) -> str | None:
-    """Why MLX, which wants UTF-8, cannot open what lies at a path; None: it can."""
+    """Returns why MLX, which needs UTF-8, cannot open files at a path; None if it can."""
     try:
         str(path.resolve()).encode()
     except UnicodeEncodeError:
@@ -178,17 +179,17 @@ def _unencodable(path: Path) -> str | None:
 def _import_mlx_lm() -> None:
     try:
         import_module("mlx_lm.utils")
-    except ValueError as error:  # it raises the limit of open files when it is imported
+    except ValueError as error:  # mlx-lm raises the limit of open files when it is imported
         raise FlashError(f"mlx-lm cannot be loaded: {error}. Allow 4096 open files: `ulimit -Hn 4096`.") from None
 
 
 def _check_compiler(say: Callable[[str], None]) -> None:
-    """`mx.compile` on the CPU backend runs g++; where there is none, compile is switched off."""
+    """Switches `mx.compile` off on the CPU backend if there is no g++, which it needs. Raises FlashError."""
     folder = os.environ.get("TMPDIR")
     if mx.default_device() == mx.cpu and folder and not os.access(folder, os.W_OK | os.X_OK):
         raise FlashError(
-            f"TMPDIR is {folder}, which is not a folder that can be written to; MLX compiles there. Set it to one, or "
-            "unset it."
+            f"TMPDIR is {folder}, which is not a folder that can be written to; MLX compiles there. Set it to a "
+            "writable folder, or unset it."
         )
     if mx.default_device() == mx.cpu and shutil.which("g++") is None:
         mx.disable_compile()

@@ -1,7 +1,7 @@
-"""What a model needs beside weights and slots: its KV cache and its work space, read off its own graph.
+"""The memory that a model needs beside weights and slots: its KV cache and its work space, from its own graph.
 
-The model is called without weights, and MLX hands out the graph of a prompt chunk at the end of the context;
-graph_memory.py says what that takes. So no family, kind of attention or kind of cache is named here.
+The model is called without weights. MLX returns the graph of a prompt chunk at the end of the context, and
+graph_memory.py computes its memory. No family, kind of attention or kind of cache is named here.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ from ..defaults import KV_STEP_TOKENS, PREFILL_TOKENS
 from ..flash.files import round_up
 from .graph_memory import Evaluation, peak_bytes, trace
 
-LOGITS_COPIES = 8  # of a token's logits, in float32, while the next one is chosen: log-probabilities, sorted, a mask
-# A recurrence without a kernel of its own is a loop over tokens, and its graph is as long: what many tokens need is
-# then extrapolated from so few.
+# Float32 copies of a token's logits while the next token is chosen: log-probabilities, sorted, a mask.
+LOGITS_COPIES = 8
+# A recurrence without a kernel of its own is a loop over tokens, and its graph grows with them. The needs of many
+# tokens are then extrapolated from this few.
 LOOPED_TOKENS = 32
-# For these widths of a head MLX takes a kernel on Metal that keeps no scores of a prompt, where keys and values are
-# equally wide: scaled_dot_product_attention.cpp, has_fused_kernel and use_fallback, MLX 0.32.
+# For these widths of a head, MLX uses a Metal kernel that keeps no scores of a prompt, if keys and values are equally
+# wide (MLX 0.32, scaled_dot_product_attention.cpp, has_fused_kernel and use_fallback).
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a streamed layer is called with."""
+    """The size of the arguments of a streamed layer."""
 
     tokens: int
-    width: int  # numbers of a token
-    item_bytes: int  # of a number
-    choices: int  # units that each token names; 1 where the layer itself finds out
+    width: int  # numbers per token
+    item_bytes: int  # bytes per number
+    choices: int  # units that each token names; 1 if the layer itself finds them
 
 
 StreamedNeed = Callable[[Call], int]
-"""Bytes that a streamed layer takes until it has an answer."""
+"""Bytes that a streamed layer takes until it has its result."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """In bytes, for the planned context."""
+    """The needs of a model for the planned context, in bytes."""
 
     kv_cache: int
-    workspace: int  # of the largest step; a part of the cache that grows is there twice
-    vocabulary: int  # tokens that the model has logits for
-    choices: int  # units that a token names in a layer, at most; 1 where layers find out themselves
+    workspace: int  # of the largest step, in which a growing part of the cache exists twice
+    vocabulary: int  # number of tokens that the model has logits for
+    choices: int  # most units that a token names in a layer; 1 if the layers find them
 
 
 def needs_of(
@@ -58,14 +59,14 @@ def needs_of(
     dtype: mx.Dtype | None = None,
     as_on_metal: bool = False,
 ) -> Needs:
-    """Of a model that mlx-lm makes a prompt cache for; nothing is evaluated, and the model is left as it was.
+    """The needs of a model that mlx-lm makes a prompt cache for. Nothing is evaluated, and the model does not change.
 
     Args:
-        model: its weights may be unread or random.
-        layers: those that are streamed: the module, or list, that holds one, its key there, and what it needs.
-        context: tokens that are planned for.
-        dtype: that the weights will have; None for those that they have.
-        as_on_metal: computes for Metal, wherever this runs.
+        model: the model, whose weights may be unread or random.
+        layers: the streamed layers, each as the module or list that holds it, its key there, and its need.
+        context: number of tokens to plan for.
+        dtype: dtype that the weights will have; None for their present dtypes.
+        as_on_metal: whether to compute for Metal, wherever this runs.
 
     Raises ValueError for a model that MLX cannot describe, and whatever the model raises.
     """
@@ -90,27 +91,27 @@ def needs_of(
     finally:
         for (parent, key, _), module in zip(layers, held, strict=True):
             parent[key] = module
-    # All that grows with the tokens grows in proportion, and nothing faster.
+    # Memory grows with the tokens at most in proportion.
     work = -(-(prompt.peak_bytes(drops_late, logits=False) - prompt.kv_bytes) * tokens // prompt.tokens)
     work = max(work, token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes)
     return Needs(prompt.kv_bytes, work, prompt.vocabulary, prompt.choices)
 
 
 class _Calls:
-    """What the streamed layers are called with during a step, and what they return."""
+    """The arguments of the streamed layers during a step, and their results."""
 
     def __init__(self) -> None:
         self.begin([])
 
     def begin(self, answers: Sequence[mx.array]) -> None:
-        """answers: for each call; beyond them an answer is made up."""
+        """Starts a step. answers: the result of each call; a call beyond them returns zeros."""
         self.asked: list[tuple[mx.array, ...]] = []
         self.besides: list[int] = []
         self.answers = answers
 
 
 class _StandIn:
-    """In the place of a streamed layer: what it is called with will be evaluated, what it returns is new memory."""
+    """Takes the place of a streamed layer. Its arguments will be evaluated, and its result is new memory."""
 
     def __init__(self, calls: _Calls, need: StreamedNeed) -> None:
         self.calls, self.need = calls, need
@@ -174,7 +175,7 @@ class _Step:
         return self.logits.shape[-1]
 
     def peak_bytes(self, drops_late: bool, logits: bool) -> int:
-        """The prompt cache included. logits: whether they are computed, as of the last token of a prompt."""
+        """Peak bytes of the step, with the prompt cache. logits: whether they are computed, as for a prompt's end."""
         evaluations = [
             Evaluation(asked, besides, [answer])
             for asked, besides, answer in zip(self.asked, self.besides, self.answers, strict=True)
@@ -188,13 +189,13 @@ class _Step:
 
 
 def _like(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """An array of that shape, never evaluated. dtype: of floating numbers; None: as it is."""
+    """An array of the same shape, never evaluated. dtype: the dtype if `array` is floating; None to keep it."""
     same = dtype is None or not mx.issubdtype(array.dtype, mx.floating)
     return mx.zeros(array.shape, array.dtype if same else dtype)
 
 
 def _answers(model: Any, calls: _Calls, tokens: int) -> list[mx.array]:
-    """Arrays like those that the streamed layers return when the model is called with so many tokens."""
+    """Arrays like those that the streamed layers return when the model is called with `tokens` tokens."""
     from mlx_lm.models.cache import make_prompt_cache
 
     calls.begin([])
@@ -207,12 +208,12 @@ def _answer_shape(x: mx.array, indices: mx.array | None = None) -> tuple[int, ..
 
 
 def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
-    """A prompt cache as it is after so many tokens; nothing in it is evaluated."""
+    """A prompt cache as it is after `tokens` tokens. Nothing in it is evaluated."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
     parts = _parts(cache)
-    # A cache with a window is as it will be once the window is full; one that keeps all grows in a simple way.
+    # A cache with a window keeps its size once the window is full. A cache that keeps all tokens is enlarged below.
     window = max((_window(part) or 1 for part in parts), default=1)
     filled = 0
     while filled < min(tokens, window):
@@ -240,12 +241,12 @@ def _grows(part: Any) -> bool:
 
 
 def _window(part: Any) -> int | None:
-    """How many tokens a part of a prompt cache keeps; None: all."""
+    """How many tokens a part of a prompt cache keeps; None for all."""
     return getattr(part, "max_size", None) or getattr(part, "chunk_size", None)
 
 
 def _cache_arrays(cache: list[Any]) -> list[tuple[mx.array, Callable[[mx.array], None]]]:
-    """Every array in a prompt cache, and how to put another one there."""
+    """Every array in a prompt cache, with a function that replaces it."""
     found: list[tuple[mx.array, Callable[[mx.array], None]]] = []
     for part in _parts(cache):
         for name, value in vars(part).items():
@@ -259,7 +260,7 @@ def _cache_arrays(cache: list[Any]) -> list[tuple[mx.array, Callable[[mx.array],
 
 @contextmanager
 def _fused_as_on_metal(wanted: bool) -> Iterator[None]:
-    """While it lasts, attention is one operation wherever MLX fuses it on Metal."""
+    """Inside this context, attention is one operation wherever MLX fuses it on Metal."""
     real = mx.fast.scaled_dot_product_attention
 
     def attention(q: mx.array, k: mx.array, v: mx.array, *rest: Any, **options: Any) -> mx.array:

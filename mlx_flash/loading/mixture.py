@@ -1,4 +1,4 @@
-"""A mixture-of-experts checkpoint -> a model whose experts are streamed from it, within a memory budget."""
+"""Plans and loads a mixture-of-experts checkpoint, with its experts streamed, within a memory budget."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from .verification import attach_sums, differs
 def plan_mixture(
     folder: Path, mixture: Mixture, options: LoadOptions
 ) -> tuple[Plan, Callable[[Callable[[str], None]], Any]]:
-    """The plan for the checkpoint in `folder`, and what loads its model; the model's `flash` is the Runtime.
+    """The plan for the checkpoint in `folder`, and a function that loads its model. The model's `flash` is the Runtime.
 
-    folder: of the checkpoint; its config.json is that of a mixture (`is_mixture`). mixture: the checkpoint's, as
-    `open_mixture` gives it. With `options.verify`, what is read is compared with checksums, made now if this was not
-    done before: all tensors that are loaded once, and every expert at every read.
+    folder: the checkpoint's folder, whose config.json is that of a mixture (`is_mixture`). mixture: the checkpoint's,
+    from `open_mixture`. With `options.verify`, everything that is read is compared with checksums: tensors that are
+    loaded once, and every expert at every read. Loading makes the checksums if they were not made before.
 
-    Raises BudgetError, CheckpointError or UnsupportedModelError; loading it, ReadError.
+    Raises BudgetError, CheckpointError or UnsupportedModelError. Loading raises ReadError.
     """
     positions = number_of(mixture.config, "max_position_embeddings", options.context)
     context = min(options.context, positions)
     try:
         needs = needs_of(mixture.model, streamed_layers(mixture), context)
-    except Exception as error:  # mlx-lm's model and MLX raise plain ones
+    except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
         raise CheckpointError(
             f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
             "Download the checkpoint again."
@@ -52,7 +52,7 @@ def plan_mixture(
     layers = len(mixture.switches)
     resident = [array.nbytes for _, array in mixture.resident()]
     computing = needs.workspace + reading_bytes(options.threads, aligned=False)  # experts lie anywhere in their files
-    loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # before there are slots
+    loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # the slots come later
     demand = Demand(
         process=process_bytes(),
         resident=sum(resident) + mixture.table_bytes,
@@ -85,14 +85,14 @@ def plan_mixture(
 
 
 def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
-    """Those of a mixture, as `needs_of` wants them."""
+    """The streamed layers of a mixture, in the form of `needs_of`."""
     drops_late = mx.default_device() != mx.cpu
     needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
     return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
 
 
 def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
-    """Opens all of them or, if one cannot be opened, none. direct: past the page cache, where the disk allows it."""
+    """Opens all files, or none if one cannot be opened. direct: read past the page cache, where the disk allows it."""
     opened: list[UnitFile] = []
     try:
         for file in files:
@@ -105,9 +105,9 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
 
 
 def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
-    """For each file of a mixture, what is read of it: its header, its parts of experts, its other tensors.
+    """The ranges that are read of each file of a mixture: its header, its parts of experts, its other tensors.
 
-    Raises ReadError, also for a header that says something else than when the model was built.
+    Raises ReadError, also for a header that changed after the model was built.
     """
     tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
     of_experts = mixture.of_experts
@@ -125,7 +125,7 @@ def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
 
 
 def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
-    """The header of a mixture's file, read again; ReadError if it is not the one that the model was built by."""
+    """The header of a mixture's file, read again. Raises ReadError if the model was built from another one."""
     counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
     with reading(file.path, "its header"):
         try:
@@ -138,20 +138,20 @@ def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
 
 
 def compare_headers(mixture: Mixture, files: Sequence[UnitFile]) -> None:
-    """Compares the headers, by which the model was built, with the sums of files. Raises ReadError."""
+    """Compares the headers that the model was built from with the sums of the files. Raises ReadError."""
     for number, file in enumerate(files):
         if not _matches(file, 0, _header_of(mixture, number, file)):
             raise differs(file.path, "its header")
 
 
 def _matches(file: UnitFile, offset: int, found: bytes | memoryview) -> bool:
-    """Whether bytes are those that a file with sums had at `offset`."""
+    """Whether bytes match the sums of a file at `offset`."""
     assert file.sums is not None
     if not len(found):
         return True
     try:
         checks = file.sums.checks(np.array([offset]), len(found))
-    except ValueError:  # it has no sums of so many bytes there
+    except ValueError:  # the file has no sums for this range
         return False
     return all(zlib.crc32(found[at : at + count]) == expected for at, count, expected in checks.tolist())
 
@@ -159,13 +159,13 @@ def _matches(file: UnitFile, offset: int, found: bytes | memoryview) -> bool:
 def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> None:
     """Reads every parameter that is not an expert's, tensor by tensor, the largest first.
 
-    files: the mixture's, with sums of all tensors, which are compared; None: nothing is compared.
-    Raises ReadError.
+    files: the mixture's files, whose sums are compared with all tensors; None to compare nothing.
+    Raises ReadError, or UnsupportedModelError if a tensor cannot be compared.
     """
     from tqdm import tqdm
 
     if files is None:
-        mixture.tensors.clear()  # each would stay in memory beside what is made of it
+        mixture.tensors.clear()  # each would stay in memory beside the arrays made of it
     known = {source for names in mixture.sources.values() for source in names}
     unknown = [name for name in mixture.tensors if name not in known]
     arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
@@ -186,13 +186,13 @@ def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> 
             if name in of_experts and not primitives_of(tensor):
                 raise UnsupportedModelError(
                     f"{mixture.files[0].parent}: mlx-lm makes more than experts of {name}, and --verify cannot compare "
-                    "what it reads of it. Run it without."
+                    "the bytes that it reads of it. Run it without --verify."
                 )
     mixture.tensors.clear()
 
 
 def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[str]) -> None:
-    """Compares those of the checkpoint's tensors that have been read with their sums, and lets go of them."""
+    """Compares the checkpoint's tensors that were read with their sums, and releases them. Raises ReadError."""
     for name in names:
         if (tensor := mixture.tensors.get(name)) is not None and not primitives_of(tensor):
             number, entry = mixture.entries[name]
@@ -202,7 +202,7 @@ def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[s
 
 
 def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
-    """What to say when a parameter could not be read: the tensor that it is, or the first one that cannot be read."""
+    """The error for a parameter that cannot be read. It names the parameter's tensor, or the first unreadable one."""
     of_experts = mixture.of_experts
     wanted = mixture.sources.get(parameter)
     known: list[tuple[Path, str]] = []
@@ -222,13 +222,13 @@ def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadEr
             return unreadable(path, EOFError(str(changed)))
     if wanted and known:
         return unreadable(known[0][0], error, f"tensor {known[0][1]}")
-    return unreadable(mixture.files[0].parent, error, f"what {parameter} is made of")
+    return unreadable(mixture.files[0].parent, error, f"a tensor of {parameter}")
 
 
 def number_of(config: dict[str, Any], key: str, otherwise: int) -> int:
-    """From a configuration, or from the part of it that is for the text model; `otherwise` if it is in neither.
+    """A number from a configuration, or from its part for the text model; `otherwise` if it is in neither.
 
-    Raises CheckpointError for what is no positive whole number.
+    Raises CheckpointError if it is not a positive whole number.
     """
     text = config.get("text_config")
     value = config.get(key, text.get(key) if isinstance(text, dict) else None)

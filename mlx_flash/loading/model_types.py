@@ -1,4 +1,4 @@
-"""config.json -> the classes of its model, its family and its activation; or why it cannot be run."""
+"""Finds the classes, the family and the activation of the model in a config.json, or why it cannot be run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..layers.activations import Activation
 from ..models.family import Family
 from ..source.model_kind import SEE, is_mixture, mlx_lm_knows, refuse_own_code
 
-# What mlx-lm's models raise for a configuration that describes none.
+# Errors that mlx-lm's models raise for a configuration that does not describe a model.
 CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
 
 
@@ -26,9 +26,9 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def model_arguments(args_class: Any, config: dict[str, Any]) -> Any:
-    """The model's arguments. Raises one of CONFIG_ERRORS, ValueError for a number of another type than its field's.
+    """The model's arguments. Raises one of CONFIG_ERRORS, ValueError for a number that does not have its field's type.
 
-    MLX says of 4.0 heads no more than "std::bad_cast", and that only when it computes.
+    For 4.0 heads, MLX only says "std::bad_cast", and only when it computes.
     """
     args = args_class.from_dict(config)
     for name, hint in get_type_hints(args_class).items():
@@ -55,12 +55,12 @@ def family_of(config: dict[str, Any], where: object) -> Family:
     families = f"ReLU models ({', '.join(family_types())})"
     if is_mixture(config, where):
         raise UnsupportedModelError(
-            f"{where} is a mixture of experts ({model_type}), which needs no conversion: it is run as it is."
+            f"{where} is a mixture of experts ({model_type}), which needs no conversion. Run it as it is."
         )
     if mlx_lm_knows(config):
         raise UnsupportedModelError(
-            f"{where} ({model_type}) is none of the {families}, nor a mixture of experts in mlx-lm's switch_layers: "
-            f"flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
+            f"{where} ({model_type}) is neither one of the {families} nor a mixture of experts in mlx-lm's "
+            f"switch_layers, so flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
         )
     raise UnsupportedModelError(
         f"{where} is of model type {model_type!r}, which neither mlx_flash nor the installed mlx-lm knows. Two kinds "
@@ -69,7 +69,7 @@ def family_of(config: dict[str, Any], where: object) -> Family:
 
 
 def activation_of(config: dict[str, Any], where: object) -> Activation:
-    """What the neurons of a configuration's model pass. Raises UnsupportedModelError, naming what was found."""
+    """The activation of a configuration's model. Raises UnsupportedModelError, naming what was found."""
     family = family_of(config, where)
     found = config.get(family.activation_key)
     unnamed = ""
@@ -78,13 +78,13 @@ def activation_of(config: dict[str, Any], where: object) -> Activation:
         remedy = f'if its own code computes {wanted}, add "{key}": "{wanted}"'
         unnamed = f" by default (its config.json has no {key}; {remedy})"
     if not isinstance(found, str) or found not in family.activations:
-        # Of these types mlx-lm computes the default activation, whatever the configuration says.
+        # For these types, mlx-lm computes the default activation, whatever the configuration says.
         own = found == family.default_activation and mlx_lm_knows(config)
         runtime = "mlx-lm itself" if own else "a runtime that computes it and loads it whole"
         raise UnsupportedModelError(
             f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is neither a "
             f"ReLU model ({' or '.join(family.activations)} there) nor a mixture of experts, so flash loading would "
-            f"gain nothing; {runtime} runs it, if it fits into memory. What would gain: {family.instead}."
+            f"gain nothing; {runtime} runs it, if it fits into memory. Use {family.instead} instead."
         )
     try:
         return family.activation_named(found, config)
@@ -93,7 +93,7 @@ def activation_of(config: dict[str, Any], where: object) -> Activation:
 
 
 def _module(model_type: object) -> ModuleType | None:
-    """The file of a model type; None if there is none."""
+    """The module of a model type; None if there is none."""
     name = f"{models.__name__}.{model_type}"
     if not str(model_type).isidentifier() or find_spec(name) is None:
         return None

@@ -1,4 +1,4 @@
-"""How a model is loaded."""
+"""The options for loading a model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .plan import parse_memory
 class LoadOptions:
     """The options of `load` and `plan`.
 
-    revision: of the Hugging Face repository: a branch, a tag or a commit; None for its main branch.
-    memory: budget for the whole process, "6GB" or bytes; None for a share of what is free.
+    revision: a branch, tag or commit of the Hugging Face repository; None for its main branch.
+    memory: budget for the whole process, "6GB" or bytes; None for a share of the free memory.
     predictor: "auto" (the store's default), "none", "exact", "lowrank", "shadow" or "imported".
-    recall: share of the active neurons that a stored predictor is to catch; None for what the store was made for.
-    window: evict by a sliding window of so many tokens; None for the least used lately.
-    threads: reader threads.
-    context: tokens the plan makes room for (at most the model's positions).
-    io: "direct" past the page cache, or "buffered".
-    verify: compare what is read of a mixture's checkpoint with checksums, every expert at every read; the first such
-        load makes them: it reads the whole checkpoint.
+    recall: share of the active neurons that a stored predictor should find; None for the store's own target.
+    window: evict by a sliding window of this many tokens; None to evict the least used.
+    threads: number of reader threads.
+    context: number of tokens that the plan makes room for (at most the model's positions).
+    io: "direct" to read past the page cache, or "buffered".
+    verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
+        first such load reads the whole checkpoint to make the checksums.
     """
 
     revision: str | None = None
@@ -37,7 +37,7 @@ class LoadOptions:
 
     @property
     def budget(self) -> int | None:
-        """Bytes. Raises UsageError for a text that is no size."""
+        """The budget in bytes, or None. Raises UsageError if `memory` is not a size."""
         return None if self.memory is None else parse_memory(self.memory)
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan: what goes where, computed before anything is allocated, printed, and kept to."""
+"""The memory plan: what goes where in memory. It is computed before anything is allocated, printed, and kept to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ..errors import BudgetError, UsageError
 from ..flash.files import NeuronLayout
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-FREE_SHARE = 0.7  # of the free memory is taken when no budget is given
+SHARES = (0.25, 0.5)  # of the units, for the budgets that a plan proposes
+FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
-RUN_TO_RUN_BYTES = 4 << 20  # by which the measured size of the process differs from one run to the next
-ENDLESS = 2**62  # bytes: as good as no bound
+RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
+ENDLESS = 2**62  # bytes; in effect no limit
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 
 
@@ -34,9 +35,9 @@ def parse_memory(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a model asks for, apart from slots. All in bytes."""
+    """The memory that a model needs apart from slots, in bytes."""
 
-    process: int  # the process as it is now
+    process: int  # size of the process now
     resident: int
     predictors: int
     kv_cache: int
@@ -49,34 +50,36 @@ class Demand:
 
 @dataclass(frozen=True)
 class PlanNotes:
-    """What is said beside the figures of a plan."""
+    """The notes beside the figures of a plan."""
 
     resident: str = "attention, embeddings, norms"
     predictors: str = ""
-    slots: str = ""  # after what is said anyway
+    slots: str = ""  # appended to the note that all plans have
 
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """What slots are for."""
+    """The units that slots hold."""
 
     layers: int
     per_layer: int
-    least: int  # slots that a layer must have
+    least: int  # fewest slots of a layer
     name: str  # "... of 64 <name>"
 
 
 @dataclass(frozen=True)
 class Plan:
+    """A memory plan. Sizes are in bytes."""
+
     budget: int
     demand: Demand
     units: UnitCounts
-    slots: tuple[int, ...]  # of each layer
+    slots: tuple[int, ...]  # number of slots of each layer
     slot_bytes: int
     context: int  # tokens
     notes: PlanNotes
-    free: int  # bytes of the machine's memory, when the plan was made
-    smallest: int  # budget that would do
+    free: int  # free memory of the machine when the plan was made
+    smallest: int  # smallest budget for this model
     everything: int  # budget with which all units are resident
 
     @property
@@ -85,7 +88,7 @@ class Plan:
 
     @property
     def slot_share(self) -> float:
-        """Of all blocks, those that fit into slots."""
+        """The share of all blocks that fit into slots."""
         return sum(self.slots) / (self.units.layers * self.units.per_layer)
 
     @property
@@ -93,9 +96,14 @@ class Plan:
         return self.demand.total + self.slots_bytes
 
     def bytes_for(self, share: float) -> int:
-        """The budget with which this share of the units is resident, or the smallest if that is more."""
+        """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
         units = self.units.layers * self.units.per_layer * self.slot_bytes
         return max(self.smallest, self.everything - int((1 - share) * units))
+
+    def budgets(self) -> dict[str, int]:
+        """Budgets worth a choice, in bytes: the smallest, and those with a share of the units in memory ("25%")."""
+        shares = {f"{share:.0%}": self.bytes_for(share) for share in SHARES}
+        return {"smallest": self.smallest, **shares, "100%": self.everything}
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by kind, as `--json` prints them."""
@@ -126,15 +134,16 @@ class Plan:
         lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
         if (wanted := self.total - self.demand.process) > self.free:
             lines.append(
-                f"note: {wanted / 1e9:.2f} GB of this are still to be taken, and {self.free / 1e9:.2f} GB are free: "
-                "the system will have to swap. Close other programs, or give less (--memory; without it, what is free "
-                "is shared out)."
+                f"note: {wanted / 1e9:.2f} GB of this are not allocated yet, but only {self.free / 1e9:.2f} GB are "
+                "free, so the system will have to swap. Close other programs, or choose a smaller --memory (without "
+                "it, the budget is a share of the free memory)."
             )
         return "\n".join(["memory plan", *lines])
 
 
 def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
-    """From the share of a layer's neurons that a token needs, that of its blocks: those with any such neuron."""
+    """The share of each layer's blocks that a token needs, from the share of its neurons. A block is needed if any of
+    its neurons is."""
     sound = [min(1.0, max(1e-3, share)) for share in shares]  # a manifest may hold any number
     return [1 - (1 - share) ** layout.neurons_per_block for share in sound]
 
@@ -142,16 +151,16 @@ def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
 def distribute_slots(total: int, need: Sequence[float], least: int, most: int) -> tuple[int, ...]:
     """Slots of each layer in proportion to `need`, each within [least, most], `total` in all or as many as fit.
 
-    So every layer keeps the blocks of about as many tokens.
+    Every layer then keeps the blocks of about the same number of tokens.
     """
     total = min(total, most * len(need))
     low, high = 0.0, most / min(need)
-    for _ in range(64):  # by halves: the scale at which the sum is `total`, or a little less
+    for _ in range(64):  # bisects for the scale at which the sum is `total`, or a little less
         scale = (low + high) / 2
         fits = sum(_bounded(scale * n, least, most) for n in need) <= total
         low, high = (scale, high) if fits else (low, scale)
     slots = [_bounded(low * n, least, most) for n in need]
-    while left := total - sum(slots):  # by rounding down, less than one for each layer
+    while left := total - sum(slots):  # rounding down leaves less than one for each layer
         for layer in [i for i, count in enumerate(slots) if count < most][:left]:
             slots[layer] += 1
     return tuple(slots)
@@ -174,9 +183,9 @@ def make_plan(
 ) -> Plan:
     """The plan of a model whose neurons are streamed.
 
-    selects: False where every token uses all neurons, which works without slots.
-    need: share of each layer's blocks that a token needs; None: the same in every layer.
-    notes: what is to be said beside the figures.
+    selects: False if every token uses all neurons, which works without slots.
+    need: share of each layer's blocks that a token needs; None if it is the same in every layer.
+    notes: the notes beside the figures.
     Raises BudgetError.
     """
     least = min(MIN_SLOTS, layout.blocks) if selects else 0
@@ -194,11 +203,11 @@ def plan_for_budget(
     need: Sequence[float] | None = None,
     notes: PlanNotes = PlanNotes(),
 ) -> Plan:
-    """Shares out a budget; without one, FREE_SHARE of the free memory, but no more than the model can use.
+    """Divides a budget. Without one, it divides FREE_SHARE of the free memory, but no more than the model can use.
 
-    need: what each layer's slots shall be in proportion to; None: the same in every layer.
-    notes: what is to be said beside the figures.
-    Raises BudgetError, which names the smallest budget that would do.
+    need: the slots of each layer are in proportion to it; None for the same number in every layer.
+    notes: the notes beside the figures.
+    Raises BudgetError, which names the smallest budget that suffices.
     """
     smallest = demand.total + units.layers * units.least * slot_bytes
     everything = demand.total + units.layers * units.per_layer * slot_bytes
@@ -211,8 +220,9 @@ def plan_for_budget(
         budget = min(budget, ENDLESS)
         found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB)"
         most = budget
-    # Rounded up, so that the figure can be typed back and is enough in another process too.
+    # Rounded up, so that the figure can be typed back and suffices in another process.
     smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
+    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
     if smallest > most:
         if smallest - demand.kv_cache <= most:
             found += ", or lower --context"
@@ -222,8 +232,9 @@ def plan_for_budget(
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
             f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
+            at_most,
+            units.layers * units.per_layer * slot_bytes,
         )
     total = (budget - demand.total) // slot_bytes
     slots = distribute_slots(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
     return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)

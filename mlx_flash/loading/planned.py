@@ -1,4 +1,4 @@
-"""A model that is ready to be loaded: everything that could be refused has been looked at."""
+"""A model that is ready to be loaded, after all checks that could refuse it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from .plan import Plan
 
 
 class Planned(NamedTuple):
-    """build: called with what is told notes; loads the weights, and returns the model."""
+    """A model that is ready to be loaded.
+
+    build: loads the weights and returns the model; it passes notes to the function that it is called with.
+    """
 
     plan: Plan
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""What a loaded model streams with: `model.flash`."""
+"""The streaming side of a loaded model: `model.flash`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StreamedLayer(Protocol):
 
 
 class AnyStreamer(Protocol):
-    """What the streamers of neurons and of experts have in common."""
+    """The common interface of the streamers of neurons and of experts."""
 
     counters: Counters
 
@@ -43,7 +43,7 @@ class AnyStreamer(Protocol):
 
 
 class _BufferCache:
-    """How many freed buffers MLX keeps: few while a model of ours is loaded, what it was before once none is."""
+    """Limits the freed buffers that MLX keeps while a model is loaded, and restores the limit after the last model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,7 +52,7 @@ class _BufferCache:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Around the loading of a model. If that succeeds, `release` must follow when the model is closed."""
+        """Wraps the loading of a model. If that succeeds, `release` must be called when the model is closed."""
         with self._lock:
             before = mx.set_cache_limit(MLX_CACHE_BYTES)
             if not self._models:
@@ -79,22 +79,22 @@ class Runtime:
     plan: Plan
     streamer: AnyStreamer
     layers: Sequence[StreamedLayer]
-    predictor: str  # who says which units a token needs: the kind of predictor in use, or "router"
-    vocabulary: int  # tokens that the model knows
-    positions: int  # tokens that it can look back on, whatever is planned
-    manifest: Manifest | None = None  # of the store; None where the checkpoint itself is read
-    setting: PredictorSetting | None = None  # of a stored predictor: its recall, and what it was measured to do
-    defaults: GenerationConfig = field(default_factory=GenerationConfig)  # how the model is sampled by its authors
+    predictor: str  # the kind of predictor that selects a token's units, or "router"
+    vocabulary: int  # number of tokens that the model knows
+    positions: int  # most tokens that the model can attend to, whatever the plan
+    manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
+    setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
+    defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 
     def evaluate_guarded(self) -> None:
-        """Evaluates what still reads slots, because MLX cannot do so in another thread; a chunk of a prompt leaves the
-        last layer's output undone."""
+        """Evaluates the outputs that still read slots, because MLX cannot do so in another thread. After a chunk of a
+        prompt, the last layer's output is not evaluated yet."""
         self.streamer.evaluate_guarded()
 
     def fix_look_ahead(self, guessing: bool) -> None:
-        """From now on every layer guesses what the next one needs, or none does: no trial decides.
+        """Makes every layer guess the next layer's units, or none, and ends the trials that decide about it.
 
         The text does not depend on it.
         """
@@ -103,13 +103,13 @@ class Runtime:
                 layer.ahead.trial.fix(guessing)
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if someone has written into the files that units are read from."""
+        """Raises ReadError if a file that units are read from was changed."""
         self.streamer.verify_unchanged()
 
     def close(self) -> None:
         """Stops the reader's threads and closes the files. The model cannot be used afterwards.
 
-        With the last model that is closed MLX keeps as many freed buffers again as before the first one was loaded.
+        When the last model is closed, MLX again keeps as many freed buffers as before the first one was loaded.
         """
         self.streamer.close()
         if not self._closed:
@@ -118,16 +118,16 @@ class Runtime:
 
 
 def evaluate_constants(model: Any) -> None:
-    """Evaluates every array that a module has, parameter or not: the frequencies of a scaled rotation, for instance.
+    """Evaluates every array that a module has, even if it is not a parameter (the frequencies of a scaled rotation).
 
-    What is not evaluated can only be evaluated by the thread that made it.
+    An array that is not evaluated can only be evaluated by the thread that made it.
     """
     found: list[mx.array] = []
 
     def look(value: Any) -> None:
         if isinstance(value, mx.array):
             found.append(value)
-        elif isinstance(value, nn.Module):  # it has its own turn
+        elif isinstance(value, nn.Module):  # the loop below visits it
             return
         elif isinstance(value, dict):
             look(list(value.values()))

@@ -1,17 +1,17 @@
-"""A store -> its model without weights, and the plan for it."""
+"""Builds the model of a store without weights, and its plan."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..defaults import STORED_PREDICTORS
 from ..errors import CorruptStoreError, UsageError
-from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, read_manifest
+from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, NeuronLayout, read_manifest
 from ..flash.plain_files import reading
 from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
 from ..layers.activations import Activation
@@ -24,7 +24,7 @@ from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer
 from . import dense
 from .config import read_config
-from .memory_needs import Call, needs_of
+from .memory_needs import Call, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
@@ -33,7 +33,11 @@ from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, 
 
 
 def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack) -> Planned:
-    """copies: keeps those of small files until all is loaded. Raises StoreError and its kinds, BudgetError."""
+    """The plan for the store in `folder`, ready to be loaded.
+
+    copies: keeps copies of small files until all is loaded. Raises StoreError and its subclasses, BudgetError and
+    UsageError.
+    """
     manifest = read_manifest(folder)
     small = copies.enter_context(_small_files_of(folder, manifest))
     config = read_config(small)
@@ -45,7 +49,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
     if kind in STORED_PREDICTORS:
         setting = PredictorSetting.of(kind, manifest.predictors[kind], options.recall)
     elif options.recall is not None:
-        raise UsageError(f"recall is for a predictor that may miss a neuron; {kind} has no threshold. Leave it out.")
+        raise UsageError(f"recall is for a predictor that may miss neurons; {kind} has no threshold. Leave recall out.")
     _check_counts(config, manifest, folder)
     model_class, args_class = model_classes(config)
     try:
@@ -60,7 +64,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
     name_themselves(tokenizer, small, folder)
     if len(model.layers) != manifest.layout.layers:
         raise CorruptStoreError(
-            f"{folder / 'config.json'} speaks of {len(model.layers)} layers, the manifest of "
+            f"{folder / 'config.json'} has {len(model.layers)} layers, but the manifest has "
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
@@ -75,8 +79,10 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
 
 
 def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
-    """Of its configuration and tokenizer, compared with the manifest; a file that was put beside them is compared with
-    nothing, and passed over where it cannot be one of theirs. Raises CorruptStoreError or ReadError.
+    """Copies of the files of the configuration and the tokenizer, after comparing them with the manifest.
+
+    A file that is not in the manifest is not compared. It is ignored if it is a link or too large. Raises
+    CorruptStoreError or ReadError.
     """
 
     def compare(path: Path, _: os.stat_result, content: bytes) -> None:
@@ -94,7 +100,7 @@ def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractCont
 
 
 def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> None:
-    """Before a model is built from them. Raises CorruptStoreError."""
+    """Checks the counts in the configuration before a model is built from them. Raises CorruptStoreError."""
     layout = manifest.layout
     tensors = len(manifest.files[Manifest.resident_file]["crc32"]) + layout.layers * len(layout.parts)
     longest = max(layout.neurons, layout.width)
@@ -105,7 +111,7 @@ def _check_counts(config: dict[str, Any], manifest: Manifest, folder: Path) -> N
 
 
 def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
-    """Neurons of another shape or activation than the model's give wrong text. Raises CorruptStoreError."""
+    """Checks the neurons' shape and activation, because wrong ones give wrong text. Raises CorruptStoreError."""
     from mlx.utils import tree_flatten
 
     parameters: Any = tree_flatten(ffn.parameters())
@@ -119,7 +125,7 @@ def _check_ffn(ffn: Any, manifest: Manifest, folder: Path) -> None:
     own = getattr(ffn, "_activation", Activation())
     if sorted(found) != sorted(expected) or activation != own:
         raise CorruptStoreError(
-            f"{folder / 'config.json'} speaks of an FFN {sorted(found)} with {own}, the manifest of {sorted(expected)} "
+            f"{folder / 'config.json'} has an FFN {sorted(found)} with {own}, but the manifest has {sorted(expected)} "
             f"with {activation}. Convert the checkpoint again."
         )
 
@@ -147,30 +153,50 @@ def _plan(
             f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
             "Convert the checkpoint again."
         ) from None
-    offset, slot_bytes = layout.part_range(parts)
-    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
+    at_load = 0
     if kind == "exact":
         matrix = layout.neurons * layout.width * dtype.size
         predictor_bytes = layout.layers * matrix
-        # The last matrix is put together of its pieces.
-        computing = max(computing, matrix + need(Call(0, layout.width, dtype.size, 1)) - needs.kv_cache)
+        # The last matrix is concatenated from its pieces.
+        at_load = matrix + need(Call(0, layout.width, dtype.size, 1))
     else:
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    loading = loading_excess_bytes(sizes) - needs.kv_cache - predictor_bytes
-    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # of blocks, and of what slots hold of them
-    demand = Demand(
-        process=process_bytes(),
-        resident=sum(sizes),
-        predictors=predictor_bytes,
-        kv_cache=needs.kv_cache,
-        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
-    )
+    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, at_load)
+    slot_bytes = layout.part_range(parts)[1]
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
     return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
+
+
+def demand_of(
+    layout: NeuronLayout,
+    parts: tuple[str, ...],
+    resident: Sequence[int],
+    predictors: int,
+    needs: Needs,
+    threads: int,
+    at_load: int = 0,
+) -> Demand:
+    """The memory that a store's model needs apart from its slots.
+
+    parts: kept in slots. resident: bytes of each resident tensor, as it is in memory. predictors: bytes of all of them.
+    threads: of the reader. at_load: bytes that loading needs at most beside what stays.
+    """
+    offset, slot_bytes = layout.part_range(parts)
+    computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
+    # The KV cache is empty while the model is loaded, and the predictors come last.
+    loading = max(at_load, loading_excess_bytes(resident) - predictors) - needs.kv_cache
+    sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # sums of blocks and of the slots' parts
+    return Demand(
+        process=process_bytes(),
+        resident=sum(resident),
+        predictors=predictors,
+        kv_cache=needs.kv_cache,
+        workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
+    )
 
 
 def _notes(manifest: Manifest, kind: str) -> PlanNotes:

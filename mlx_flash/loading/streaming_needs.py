@@ -1,4 +1,4 @@
-"""What a process takes beside weights and slots, and streamed layers: as long as they are there, and in a step."""
+"""The memory that a process takes beside weights and slots, and that streamed layers take during a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..flash.system import current_memory_bytes
 from ..layers.expert_products import WIDENED_AT_ONCE, is_widened
 from .memory_needs import Call, StreamedNeed
 
-PROCESS_MARGIN_BYTES = 48 << 20  # what the process still grows by: threads, and what malloc keeps of what was freed
+PROCESS_MARGIN_BYTES = 48 << 20  # later growth of the process: threads, and freed memory that malloc keeps
 
 
 def process_bytes() -> int:
-    """Of this process, with all that a generation will load and start, and room to grow."""
+    """Bytes of this process, with everything that a generation loads and starts, and room to grow."""
     import_module("mlx_lm.generate")
     # A device's queues, libraries and threads come with the first operation.
     mx.eval(mx.softmax(mx.ones((8, 8)) @ mx.ones((8, 8))))
@@ -26,9 +26,9 @@ def process_bytes() -> int:
 
 
 def loading_excess_bytes(sizes: Iterable[int]) -> int:
-    """What loading takes beyond what stays: the largest tensors first, each with a copy of itself.
+    """Bytes that loading takes beyond the tensors themselves: largest first, each with a copy of itself.
 
-    sizes: of the tensors, in bytes.
+    sizes: sizes of the tensors, in bytes.
     """
     loaded = most = 0
     for size in sorted(sizes, reverse=True):
@@ -38,19 +38,19 @@ def loading_excess_bytes(sizes: Iterable[int]) -> int:
 
 
 def reading_bytes(threads: int, aligned: bool) -> int:
-    """Of the reader: a buffer per thread, if reads are not `aligned` to pages."""
+    """Bytes of the reader: a buffer per thread, if reads are not `aligned` to pages."""
     return 0 if aligned else threads * BOUNCE_BYTES_PER_THREAD
 
 
 def scratch_bytes(layout: NeuronLayout) -> int:
-    """Of a store's reader: two pieces of a layer for prompts."""
+    """Bytes of a store's scratch memory: two pieces of a layer, for prompts."""
     return 2 * layout.piece_blocks * layout.block_bytes
 
 
 def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
-    """Of an FFN: a piece of its neurons' rows, gathered and widened, and what is made of them.
+    """The need of an FFN: a piece of its neurons' rows, gathered and widened, and the arrays made of them.
 
-    selects_up_to: tokens that go the decode path, 0 if none does.
+    selects_up_to: most tokens of a call that takes the decode path, 0 if none does.
     """
     parts, neurons, width = len(layout.parts), layout.piece_neurons, layout.width
 
@@ -59,7 +59,7 @@ def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
         gathered = neurons * layout.bundle_bytes
         widened = 0
         if layout.quantised:
-            # `mx.dequantize` on the CPU backend needs its result once more, and two parts are made side by side.
+            # On the CPU backend, `mx.dequantize` needs its result once more, and two parts are made in parallel.
             widened = (parts + 2) * neurons * width * item_bytes
         elif item_bytes != ITEM_BYTES[layout.dtype]:
             widened = parts * neurons * width * item_bytes
@@ -71,16 +71,17 @@ def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
 
 
 def experts_need(tensors: dict[str, ExpertTensor], drops_late: bool) -> StreamedNeed:
-    """Of a layer of experts: what is made of (token, expert) pairs, and experts that are widened for a product.
+    """The need of a layer of experts: arrays of (token, expert) pairs, and experts that are widened for a product.
 
-    tensors: as `Mixture.switches` has them, "up_proj.weight" and so on. drops_late: as on Metal (graph_memory.py).
+    tensors: an entry of `Mixture.switches`, with names such as "up_proj.weight". drops_late: whether arrays are dropped
+    late, as on Metal (graph_memory.py).
     """
     hidden = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) > 1)
     matrices = [t for name, t in tensors.items() if is_widened(name.rsplit(".", 1)[1], t.dtype)]
 
     def need(call: Call) -> int:
         pairs = call.tokens * call.choices
-        # Two projections side by side, each in 16 bits and in 32.
+        # Two projections in parallel, each in 16 bits and in 32.
         widened = 2 * min(WIDENED_AT_ONCE, pairs) * max((3 * tensor.nbytes for tensor in matrices), default=0)
         # Tokens sorted by expert, up, gate and their product, down; then all pairs once more, as they were sorted.
         made = 4 * (call.width + hidden) if drops_late else max(2 * call.width, call.width + 3 * hidden)

@@ -1,4 +1,4 @@
-"""`--verify`: sums of what is read of a checkpoint, made once and kept in the cache folder."""
+"""`--verify`: checksums of the parts of a checkpoint that are read, made once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..flash.unit_sums import Ranges, RangeSums, make_sums
 from ..source.cached import SUMS, SUMS_SUFFIX
 from ..source.resolve import cache_folder
 
-Identity = tuple[int, int, int, int]  # as `identity_of` gives it
+Identity = tuple[int, int, int, int]  # the result of `identity_of`
 SHA256 = re.compile("[0-9a-f]{64}")
 GIT_SHA1 = re.compile("[0-9a-f]{40}")
 NO_RANGES = Ranges(np.zeros(0, np.int64), np.zeros(0, np.int64))
-LONGEST_HEAD = 64 << 10  # bytes of the first line of a file of sums
-MOST_BYTES = 256 << 20  # of such a file: 20 for each range
+LONGEST_HEAD = 64 << 10  # most bytes of the first line of a file of sums
+MOST_BYTES = 256 << 20  # most bytes of the rest, with 20 for each range
 
 
 def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Reader, say: Callable[[str], None]) -> None:
-    """From now on, what is read of the files is compared with sums.
+    """Attaches sums to the files, so that from now on every read is compared with them.
 
-    Where they are not kept from an earlier time, for exactly these files, all files that lack them are read once and
-    compared with the SHA-256 that the Hub has of them, as far as that is known here.
+    Sums may be kept from an earlier time, for exactly these files. Files without such sums are read once. They are
+    compared with the SHA-256 that the Hub has of them, if it is known here.
 
-    units: for each file, what will be read of it.
-    Raises CheckpointError if a file is not what the Hub has, ReadError if one cannot be read.
+    units: for each file, the ranges that will be read of it.
+    Raises CheckpointError if a file differs from the Hub's, ReadError if one cannot be read.
     """
     from tqdm import tqdm
 
@@ -53,8 +53,8 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
     unknown = [file.path.name for file, _, expected, _ in missing if expected is None]
     if unknown:
         say(
-            f"note: no SHA-256 from the Hub is known of {len(unknown)} of {len(files)} files ({unknown[0]}...): their "
-            "checksums are made of what they hold now"
+            f"note: no SHA-256 from the Hub is known for {len(unknown)} of {len(files)} files ({unknown[0]}...): their "
+            "checksums are made from their present contents"
         )
     total = sum(file.size for file, *_ in missing)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=total < 500e6, leave=False) as bar:
@@ -70,14 +70,14 @@ def attach_sums(files: Sequence[UnitFile], units: Sequence[Ranges], reader: Read
                 _keep(file.path, file.identity, sums, digest.hexdigest())
                 _remove_stale(_place(file.path).parent)
             except OSError as error:
-                say(f"note: the checksums of {file.path.name} cannot be kept, the next run makes them again: {error}")
+                say(f"note: the checksums of {file.path.name} cannot be kept; the next run makes them again: {error}")
 
 
 def compare_small_file(path: Path, status: os.stat_result, content: bytes) -> None:
-    """Compares a small file with what the Hub has of it, as far as that is known, and with its bytes at an earlier
-    time; where none is kept of exactly this file, its checksum is kept now.
+    """Compares a small file with the Hub's checksum, if it is known, and with the checksum kept at an earlier time. If
+    none is kept for exactly this file, its checksum is kept now.
 
-    status: of the file, when it was opened. content: all that was read of it. Raises CheckpointError or ReadError.
+    status: the file's status when it was opened. content: its whole contents. Raises CheckpointError or ReadError.
     """
     sha256 = hashlib.sha256(content).hexdigest()
     etag = _etag(path)
@@ -87,31 +87,32 @@ def compare_small_file(path: Path, status: os.stat_result, content: bytes) -> No
         raise _not_the_hubs(path, "SHA-1 in git", found, etag)
     identity = identity_of(status)
     if (kept := _kept(path, identity)) is None:
-        with contextlib.suppress(OSError):  # that this folder cannot be written to is said of the weights
+        with contextlib.suppress(OSError):  # `attach_sums` notes that the cache folder cannot be written to
             _keep(path, identity, RangeSums(NO_RANGES, np.zeros(0, np.uint32)), sha256)
     elif kept.file_sha256 != sha256:
         raise differs(path)
 
 
 def differs(path: Path, what: str = "") -> ReadError:
-    """The error to raise where other bytes were read than when the checksums were made. what: of the file."""
+    """The error for bytes that differ from those that the checksums were made of. what: the part of the file."""
     return ReadError(
         f"{path}{what and f': {what}'} does not match its checksum: the disk returned other bytes than it did before. "
-        "Start again; if it stays, check the disk and the memory of this machine, and download the file again."
+        "Start again. If the error persists, check the disk and the memory of this machine, and download the file "
+        "again."
     )
 
 
 def known_sha256(path: Path) -> str | None:
-    """What the Hub has of a file in large file storage, by what huggingface_hub noted when it downloaded it.
+    """The Hub's SHA-256 of a file in large file storage, as huggingface_hub noted it at the download; None if unknown.
 
-    A file that was written to after its note is still meant to be that file: only its bytes can show that it is.
+    A file that was written to after its note should still be that file. Only its bytes can show that it is.
     """
     etag = _etag(path)
     return etag if etag is not None and SHA256.fullmatch(etag) else None
 
 
 def _etag(path: Path) -> str | None:
-    """The Hub's ETag of a file: its SHA-256 in large file storage, else its SHA-1 as a blob of git; None: not known."""
+    """The Hub's ETag of a file: its SHA-256 in large file storage, else its SHA-1 as a git blob; None if unknown."""
     if (blob := _blob(path)) is not None:
         return blob.name
     try:
@@ -123,13 +124,13 @@ def _etag(path: Path) -> str | None:
 
 
 def _blob(path: Path) -> Path | None:
-    """The file in huggingface_hub's cache that a link there leads to: its name is its ETag."""
+    """The file that a link in huggingface_hub's cache leads to, or None. Its name is its ETag."""
     real = path.resolve()
     return real if real.parent.name == "blobs" else None
 
 
 def _git_sha1(content: bytes) -> str:
-    """The name that git gives a file's contents: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    """Git's name for a file's contents (https://git-scm.com/book/en/v2/Git-Internals-Git-Objects)."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -144,7 +145,7 @@ def _not_the_hubs(path: Path, kind: str, found: str, expected: str) -> Checkpoin
 
 
 def _note_of(path: Path) -> Path:
-    """Where `hf download --local-dir` notes what it downloaded."""
+    """The file in which `hf download --local-dir` notes a file's download."""
     return path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
 
 
@@ -154,13 +155,13 @@ def _named(path: Path, identity: Identity) -> dict[str, Any]:
 
 
 def _place(path: Path) -> Path:
-    """One for each path, so that the sums of a file that was replaced are replaced."""
+    """The file for a path's sums. There is one for each path, so that a replaced file replaces its sums."""
     name = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     return cache_folder() / SUMS / f"{name}{SUMS_SUFFIX}"
 
 
 def _kept(path: Path, identity: Identity) -> RangeSums | None:
-    """The sums that were made of exactly this file."""
+    """The sums that are kept for exactly this file, or None."""
     with contextlib.suppress(OSError), _regular(_place(path)) as file:
         head, rest = file.readline(LONGEST_HEAD), file.read(MOST_BYTES)
         return RangeSums.from_bytes(head + rest, _named(path, identity)) if head.endswith(b"\n") else None
@@ -168,7 +169,7 @@ def _kept(path: Path, identity: Identity) -> RangeSums | None:
 
 
 def _regular(path: Path) -> BinaryIO:
-    """Opened for reading, without waiting for what is not a file. Raises OSError."""
+    """Opens a regular file for reading, without blocking on any other kind. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -177,7 +178,7 @@ def _regular(path: Path) -> BinaryIO:
 
 
 def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
-    """Written beside and renamed; no sync, since they have a checksum of their own. Raises OSError."""
+    """Writes sums to a temporary file and renames it, without a sync: they have their own checksum. Raises OSError."""
     place = _place(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f"{place.name}.{os.getpid()}{threading.get_native_id()}.partial")
@@ -189,7 +190,7 @@ def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes the sums of files that are gone, and what is none; what cannot be looked at stays."""
+    """Removes sums of files that are gone, and files without valid sums. A file that cannot be read stays."""
     for path in folder.glob(f"*{SUMS_SUFFIX}"):
         with contextlib.suppress(OSError):
             try:

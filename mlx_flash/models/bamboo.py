@@ -1,7 +1,7 @@
 """Bamboo and TurboSparse-Mistral: Mistral with dReLU, relu(gate) relu(up).
 
-TurboSparse's checkpoints hold a predictor beside each FFN (`mlp.predictor`), which its published code consults. It is
-not part of the function that was trained, and is left out: predictors are made at conversion.
+TurboSparse's checkpoints hold a predictor beside each FFN (`mlp.predictor`), which its published code uses. It is not
+part of the trained function. It is left out here, because predictors are made at conversion.
 """
 
 from __future__ import annotations

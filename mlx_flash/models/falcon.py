@@ -1,6 +1,6 @@
 """Falcon with ReLU, which mlx-lm lacks.
 
-Attention is multi-query (7B), grouped (40B) or plain (RW), and stands beside the FFN or before it.
+Attention is multi-query (7B), grouped (40B) or plain (RW). It runs in parallel with the FFN or before it.
 """
 
 from __future__ import annotations
@@ -59,29 +59,30 @@ class ModelArgs(RopeArgs):
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % shared:
             raise ValueError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {heads} and {shared} keys do not divide"
+                f"hidden_size is {self.hidden_size}, num_attention_heads {heads}, with {shared} keys per token: "
+                "expected each to be a multiple of the next"
             )
         norms = self.num_ln_in_parallel_attn
         if norms not in ((None, 1, 2) if self.new_decoder_architecture else (None, 1)):
-            raise ValueError(f"num_ln_in_parallel_attn is {norms}, which this architecture does not have")
+            raise ValueError(f"num_ln_in_parallel_attn is {norms}, which is not supported for this architecture")
         if self.new_decoder_architecture and not self.parallel_attn:
             raise ValueError("new_decoder_architecture with parallel_attn false is not supported")
 
     @property
     def num_key_value_heads(self) -> int:
-        """How many keys, and values, a token has."""
+        """Number of keys, and of values, per token."""
         if self.new_decoder_architecture:
             return self.num_kv_heads or self.num_attention_heads
         return 1 if self.multi_query else self.num_attention_heads
 
     @property
     def two_norms(self) -> bool:
-        """Whether attention and FFN, side by side, have a norm each."""
+        """Whether attention and FFN run in parallel with a norm each."""
         return self.new_decoder_architecture and self.num_ln_in_parallel_attn != 1
 
 
 class DecoderLayer(nn.Module):
-    """Attention and `mlp`, side by side with one norm or two, or one after the other."""
+    """Attention and `mlp`, in parallel with one norm or two, or one after the other."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class DecoderLayer(nn.Module):
         rotated = 0 if args.alibi else width // heads
         self.self_attn = FusedAttention(width, heads, args.num_key_value_heads, args.bias, rotated, args.rope_theta)
         activation = FAMILY.activation_of(args)
-        # Typed by what it is called with: a layer that streams its neurons takes this place.
+        # Typed as a callable, because a layer that streams its neurons replaces it.
         self.mlp: Callable[[mx.array], mx.array] = FFN(
             FAMILY.matrices, width, args.ffn_hidden_size or 0, activation, args.bias
         )
@@ -112,7 +113,7 @@ class DecoderLayer(nn.Module):
 
 
 class FalconModel(nn.Module):
-    """Everything but the output matrix; the names of its parts are those of the checkpoint."""
+    """Everything but the output matrix. Its parts have the names of the checkpoint."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class Model(InParts, nn.Module):
         return [layer.ffn_norm for layer in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """`transformer.h.N.self_attention` becomes `self_attn`, as the other families call it."""
+        """Renames `transformer.h.N.self_attention` to `self_attn`, its name in the other families."""
         renamed = {}
         for name, weight in weights.items():
             if not name.startswith(("transformer.", "lm_head.")):

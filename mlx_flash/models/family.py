@@ -1,4 +1,4 @@
-"""What a family of models says of its feed-forward neurons: where they lie in a checkpoint, and how they fire."""
+"""The description of a family's feed-forward neurons: their place in a checkpoint and their activation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ..layers.activations import Activation
 
 @dataclass(frozen=True)
 class Family:
-    """Each file of a model type has one, as FAMILY. Names are those after the model's own `sanitize`.
+    """The feed-forward neurons of a family. Every file of a model type has one, as FAMILY.
 
-    Row i of every matrix but the last, (F, D), and column i of the last, (D, F), make neuron i. A model whose FFN is
-    streamed has its biases as `up_bias` and `down_bias` in the FFN's place.
+    Names are those after the model's own `sanitize`. Neuron i consists of row i of every matrix but the last, (F, D),
+    and column i of the last, (D, F). A model with a streamed FFN has the biases `up_bias` and `down_bias` in place of
+    the FFN's own.
     """
 
-    ffn: str  # the FFN's place in the model; `{}` stands for the layer
+    ffn: str  # the FFN's path in the model; `{}` stands for the layer
     matrices: tuple[str, ...]  # (up, down) or (gate, up, down)
-    activations: Mapping[str, str]  # what the configuration calls it -> the kind of Activation; others are not sparse
+    activations: Mapping[str, str]  # name in the configuration -> kind of Activation; other names are not sparse
     activation_key: str = "hidden_act"
-    default_activation: str | None = None  # where the configuration does not say
-    threshold_keys: Mapping[str, str] = field(default_factory=dict)  # of an activation that has a threshold
-    instead: str = "a relufied version of it"  # of a model that is not sparse
+    default_activation: str | None = None  # used if the configuration names none
+    threshold_keys: Mapping[str, str] = field(default_factory=dict)  # activation -> the key of its threshold
+    instead: str = "a relufied version of it"  # what errors suggest in place of a model that is not sparse
     parts: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,6 @@ class Family:
         return self.activation_named(name, vars(args))
 
     def activation_named(self, name: str, settings: Mapping[str, Any]) -> Activation:
-        """One of `activations`, with the threshold that a configuration has for it. Raises ValueError."""
+        """One of `activations`, with its threshold from a configuration. Raises ValueError."""
         threshold = settings.get(self.threshold_keys[name], 0.0) if name in self.threshold_keys else 0.0
         return Activation(self.activations[name], threshold)

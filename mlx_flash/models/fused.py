@@ -1,4 +1,4 @@
-"""Attention whose queries, keys and values come of one matrix, as Falcon and Persimmon have it."""
+"""Attention with one matrix for queries, keys and values, as in Falcon and Persimmon."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 
 
 class FusedAttention(nn.Module):
-    """Heads H in groups G that share a key and a value; the matrix's rows go group by group: H / G queries, key, value.
+    """Attention with H heads in G groups, each of which shares a key and a value.
 
-    G = 1 is multi-query attention, G = H the plain one.
+    G = 1 is multi-query attention, G = H plain attention. The matrix's rows go group by group: H / G queries, the key,
+    the value.
 
-    rotated: numbers of each head's that are rotated by position. 0: none are; ALiBi instead, which adds to the score
-    of a key at position p a bias of slope x p.
-    norm_eps: of the norms on queries and keys; None: there are none.
+    rotated: how many numbers of a head are rotated by position. If 0, ALiBi takes the place of the rotation: it adds a
+    bias of slope * p to the score of a key at position p.
+    norm_eps: epsilon of the norms on queries and keys; None if there are no such norms.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class FusedAttention(nn.Module):
         return self.dense(out.transpose(0, 2, 1, 3).reshape(x.shape))  # (B, H, T, d) -> (B, T, D)
 
     def _with_alibi(self, mask: mx.array | str | None, length: int, total: int, cache: Any | None) -> mx.array:
-        """What is added to the scores, (H, T, L) or (B, H, T, L): biases, and -inf or nearly where `mask` forbids.
+        """The numbers added to the scores, (H, T, L) or (B, H, T, L): biases, and nearly -inf where `mask` forbids.
 
-        Rounded to bfloat16 as transformers does: from position 257 on it shows.
+        Biases are rounded to bfloat16 as in transformers. This makes a difference from position 257 on.
         """
         end = cache.offset if cache is not None else total  # keys, without padding: an int, or (B,)
         begin = mx.array(end)[..., None] - total  # (1,) or (B, 1)
@@ -72,7 +73,11 @@ class FusedAttention(nn.Module):
 
 
 def alibi_slopes(heads: int) -> mx.array:
-    """bfloat16 (H,): 2^(-8 i / n), i = 1 to n, the power of two n <= H; then, for the rest, every other one of 2n."""
+    """The slopes of H heads, bfloat16 (H,).
+
+    With n the largest power of two up to H, the first n slopes are 2^(-8 i / n) for i = 1 to n. The others are every
+    second slope of 2n heads.
+    """
     n = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2 ** (-8 * i / (2 * n)) for i in range(1, 2 * (heads - n), 2)]

@@ -1,4 +1,4 @@
-"""Llama with an FFN that is sparse: ReLU-Llama and ProSparse. mlx-lm's own Llama computes SiLU whatever is asked."""
+"""Llama with a sparse FFN: ReLU-Llama and ProSparse. mlx-lm's own Llama always computes SiLU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAMILY = Family(
 
 @dataclass
 class ModelArgs(RopeArgs, llama.ModelArgs):
-    """mlx-lm's, with Hugging Face's defaults for what decides the computation."""
+    """mlx-lm's arguments, with Hugging Face's defaults for keys that change the computation."""
 
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
@@ -36,11 +36,11 @@ class ModelArgs(RopeArgs, llama.ModelArgs):
         if self.mlp_bias:
             raise ValueError("mlp_bias is true: a gated FFN with biases is not supported")
         if set(self.layer_types or []) - {"full_attention"}:
-            raise ValueError("layer_types has other than full attention, which is not supported here")
+            raise ValueError("layer_types has other entries than full_attention, which are not supported here")
 
 
 class Model(InParts, llama.Model):
-    """mlx-lm's, in parts."""
+    """mlx-lm's model, in parts."""
 
     family = FAMILY
 

@@ -1,4 +1,4 @@
-"""Mistral with ReLU: Llama whose attention may look back on a window only."""
+"""Mistral with ReLU: Llama whose attention may be limited to a sliding window."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import llama
 FAMILY = replace(
     llama.FAMILY,
     activations={"relu": "relu"},
-    instead="a relufied version (PowerInfer/TurboSparse-Mistral-Instruct), its mixture-of-experts sibling Mixtral",
+    instead="a relufied version (PowerInfer/TurboSparse-Mistral-Instruct) or its mixture-of-experts sibling Mixtral",
 )
 
 
@@ -20,14 +20,14 @@ class ModelArgs(llama.ModelArgs):
     sliding_window: int | None = 4096
 
     def __post_init__(self) -> None:
-        self.layer_types = None  # the window is every layer's
+        self.layer_types = None  # every layer has the window
         super().__post_init__()
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 1 token, or null")
 
 
 class Model(llama.Model):
-    """Keys that fell out of the window stay in the cache, masked: so it is trimmed and batched as any other."""
+    """Keys outside the window stay in the cache, masked. The cache is therefore trimmed and batched like any other."""
 
     family = FAMILY
 

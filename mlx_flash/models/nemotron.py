@@ -1,4 +1,4 @@
-"""Nemotron (Minitron, Nemotron-4): squared ReLU natively, norms that multiply by one more than their weight."""
+"""Nemotron (Minitron, Nemotron-4): squared ReLU, and norms that multiply by their weight plus one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILY = Family(
 
 @dataclass
 class ModelArgs(RopeArgs, nemotron.ModelArgs):
-    """mlx-lm's, with Hugging Face's defaults."""
+    """mlx-lm's arguments, with Hugging Face's defaults."""
 
     num_key_value_heads: int | None = None
     max_position_embeddings: int = 4096
@@ -35,7 +35,7 @@ class ModelArgs(RopeArgs, nemotron.ModelArgs):
 
 
 class Model(InParts, nemotron.Model):
-    """mlx-lm's, in parts."""
+    """mlx-lm's model, in parts."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -45,7 +45,7 @@ class Model(InParts, nemotron.Model):
 
     @property
     def ffn_norms(self) -> list[nn.Module]:
-        """The norm whose output each layer's FFN takes, as a LayerNorm whose weight is what it multiplies by."""
+        """The norm whose output each layer's FFN takes, as a LayerNorm with its weight plus one."""
         return [_plain(layer.post_attention_layernorm) for layer in self.layers]
 
 

@@ -1,4 +1,4 @@
-"""OPT (and what shares its architecture, such as Galactica): a decoder with learned positions and a two-matrix FFN."""
+"""OPT and models that share its architecture (Galactica): a decoder with learned positions and a two-matrix FFN."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,12 +56,12 @@ class ModelArgs(BaseModelArgs):
 
     @property
     def word_dims(self) -> int:
-        """Width of the token embeddings and of what enters the output matrix."""
+        """Width of the token embeddings and of the output matrix's input."""
         return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
 
     @property
     def has_final_norm(self) -> bool:
-        """Post-norm models end in a layer's own norm and have none of the decoder's."""
+        """Whether the decoder has a last norm. Post-norm models have none, because their layers end in a norm."""
         return self.do_layer_norm_before and not self._remove_final_layer_norm
 
 
@@ -109,7 +109,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and ``mlp``, each with a residual, normed before (most OPT models) or after it (opt-350m)."""
+    """Attention and ``mlp``, each with a residual. Norms come before (most OPT models) or after them (opt-350m)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
         self.norm_before = args.do_layer_norm_before
         self.self_attn = Attention(args)
         self.self_attn_layer_norm = nn.LayerNorm(args.hidden_size, affine=affine)
-        # Typed by what it is called with: a layer that streams its neurons takes this place.
+        # Typed as a callable, because a layer that streams its neurons replaces it.
         self.mlp: Callable[[mx.array], mx.array] = MLP(args)
         self.final_layer_norm = nn.LayerNorm(args.hidden_size, affine=affine)
 
@@ -131,7 +131,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output matrix; the names of its parts are those of the checkpoint."""
+    """Everything but the output matrix. Its parts have the names of the checkpoint."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -170,8 +170,8 @@ class Decoder(nn.Module):
             positions = mx.arange(offset, offset + length)
         else:
             positions = offset[..., None] + mx.arange(length)  # (B, 1) + (T,) -> (B, T)
-        # A batch cache counts from minus the left padding, so padding has negative positions. It is masked: any row
-        # will do, but one outside the table would read foreign memory.
+        # A batch cache counts from minus the left padding, so padding has negative positions. Padding is masked, so any
+        # row will do. A row outside the table would read foreign memory.
         return mx.clip(positions, 0, self.max_positions - 1) + POSITION_ROWS_RESERVED
 
 
@@ -208,20 +208,20 @@ class Model(nn.Module):
 
         Args:
             inputs: (B, T) token ids.
-            offset: tokens that precede ``inputs``: an int, or (B,) with one number for each sequence, which is
-                negative where the sequence begins with that many padding tokens.
+            offset: number of tokens before ``inputs``: an int, or (B,) with one number for each sequence. A number -p
+                means that the sequence begins with p padding tokens.
 
         Returns:
             (B, T, D)
 
         Raises:
-            ValueError: an int offset leads past the model's positions. An array's values would need a
-                synchronisation to check; positions past the end then all get the last row.
+            ValueError: an int offset leads past the model's positions. The values of an array are not checked, which
+                would need a synchronisation; positions past the end get the last row.
         """
         return self.model.decoder.embed(inputs, offset)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """What follows the last layer. hidden: (B, T, D) -> (B, T, vocab_size)"""
+        """The last norm and the output matrix. hidden: (B, T, D) -> (B, T, vocab_size)"""
         h = self.model.decoder.finish(hidden)
         if self.args.tie_word_embeddings:
             return self.model.decoder.embed_tokens.as_linear(h)
@@ -233,15 +233,15 @@ class Model(nn.Module):
 
     @property
     def ffn_norms(self) -> list[nn.LayerNorm] | None:
-        """The norm whose output each layer's FFN takes; None where the FFN takes the residual itself."""
+        """The norm whose output each layer's FFN takes; None if the FFN takes the residual itself."""
         return [layer.final_layer_norm for layer in self.layers] if self.args.do_layer_norm_before else None
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Checkpoint names to this module's.
+        """Changes the checkpoint's names to this module's names.
 
         ``[model.]decoder.layers.N.fc1.weight`` becomes ``model.decoder.layers.N.mlp.fc1.weight``; ``fc2`` likewise.
-        Names that are already this module's stay as they are. Dropped: the output matrix of a tied model, a final
-        norm that the configuration rules out, and the version buffer of old checkpoints.
+        Names of this module stay as they are. The output matrix of a tied model, a final norm that the configuration
+        rules out, and the version buffer of old checkpoints are dropped.
         """
         renamed = {}
         for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""A model in the parts that streaming and conversion ask for: `head(layers(embed(tokens)))`."""
+"""A model in the parts that streaming and conversion use: `head(layers(embed(tokens)))`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mlx_lm.models.base import create_attention_mask
 
 
 class InParts:
-    """A base for Model, before mlx-lm's own: a decoder with names as Llama's, unless overridden.
+    """A base class of Model, before mlx-lm's own: a decoder with Llama's names, unless they are overridden.
 
-    Besides what stands here, each layer has `mlp` (whose place a streamed one takes) and `self_attn`, and is called as
-    `layer(h, mask, cache)`; `ffn_norms` are the norms whose outputs the FFNs take.
+    Each layer has `self_attn` and `mlp`, which a streamed layer replaces, and is called as `layer(h, mask, cache)`. The
+    model also has `ffn_norms`, the norms whose outputs the FFNs take.
     """
 
     args: Any
@@ -42,20 +42,20 @@ class InParts:
         return self.model.norm
 
     def window(self, cache: Any | None, length: int) -> int | None:
-        """How many tokens attention may look back on, itself included, in a call of `length` tokens; None: all."""
+        """How many tokens a token attends to, itself included, in a call of `length` tokens; None for all."""
         return None
 
     def embed(self, inputs: mx.array, offset: int | mx.array = 0) -> mx.array:
-        """The hidden states that enter layer 0; positions are the attention's affair. (B, T) -> (B, T, D)"""
+        """The hidden states that enter layer 0; attention adds the positions. (B, T) -> (B, T, D)"""
         return self.embedding(inputs)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """What follows the last layer. (B, T, D) -> (B, T, vocab_size)"""
+        """The last norm and the output matrix. (B, T, D) -> (B, T, vocab_size)"""
         out = self.final_norm(hidden)
         return self.embedding.as_linear(out) if self.args.tie_word_embeddings else self.lm_head(out)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Checkpoint names to this module's. Dropped: the output matrix of a tied model, and tables of rotations."""
+        """The checkpoint's tensors without the output matrix of a tied model and without tables of rotations."""
         tied = self.args.tie_word_embeddings
         return {
             name: weight

@@ -1,4 +1,4 @@
-"""Persimmon, which mlx-lm lacks: squared ReLU, norms on queries and keys, half of each head rotated, biases."""
+"""Persimmon, which mlx-lm lacks. It has squared ReLU, norms on queries and keys, biases, and heads rotated by half."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         norm_eps = eps if args.qk_layernorm else None
         self.self_attn = FusedAttention(width, heads, heads, True, args.rotated, args.rope_theta, norm_eps)
         activation = FAMILY.activation_of(args)
-        # Typed by what it is called with: a layer that streams its neurons takes this place.
+        # Typed as a callable, because a layer that streams its neurons replaces it.
         self.mlp: Callable[[mx.array], mx.array] = FFN(
             FAMILY.matrices, width, args.intermediate_size, activation, bias=True
         )
@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
 
 
 class PersimmonModel(nn.Module):
-    """Everything but the output matrix; the names of its parts are those of the checkpoint."""
+    """Everything but the output matrix. Its parts have the names of the checkpoint."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Phi with ReLU, as Phi-2 was relufied: attention and FFN side by side. mlx-lm's own Phi computes GELU only."""
+"""Phi with ReLU, such as the relufied Phi-2: attention and FFN run in parallel. mlx-lm's own Phi computes only GELU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILY = Family(
 
 @dataclass
 class ModelArgs(RopeArgs, phi.ModelArgs):
-    """mlx-lm's, with Hugging Face's defaults for what decides the computation."""
+    """mlx-lm's arguments, with Hugging Face's defaults for keys that change the computation."""
 
     num_key_value_heads: int | None = None
     partial_rotary_factor: float = 0.5
@@ -41,7 +41,7 @@ class ModelArgs(RopeArgs, phi.ModelArgs):
 
 
 class Model(InParts, phi.Model):
-    """mlx-lm's, in parts."""
+    """mlx-lm's model, in parts."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -55,5 +55,5 @@ class Model(InParts, phi.Model):
 
     @property
     def ffn_norms(self) -> list[nn.Module]:
-        """The norm whose output each layer's FFN takes, and its attention too."""
+        """The norm whose output each layer's FFN and attention take."""
         return [layer.input_layernorm for layer in self.layers]

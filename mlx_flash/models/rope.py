@@ -1,4 +1,4 @@
-"""How a configuration says what is rotated: transformers 4 at its top level, transformers 5 in `rope_parameters`."""
+"""Rotary settings of a configuration: transformers 4 has them at the top level, transformers 5 in `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 
 def at_top_level(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same configuration as transformers 4 wrote it: `rope_theta`, `partial_rotary_factor`, `rope_scaling`."""
+    """The configuration in transformers 4's form, with `rope_theta`, `partial_rotary_factor` and `rope_scaling`."""
     nested = config.get("rope_parameters")
     if not isinstance(nested, Mapping):
         return dict(config)
@@ -21,7 +21,7 @@ def at_top_level(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RopeArgs(BaseModelArgs):
-    """A base for ModelArgs that reads both forms."""
+    """A base class of ModelArgs that reads both forms. Raises ValueError for settings that mlx-lm cannot use."""
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any]) -> Any:
@@ -31,14 +31,14 @@ class RopeArgs(BaseModelArgs):
         return super().from_dict(flat)
 
     def refuse_rope_scaling(self) -> None:
-        """For models that would ignore it. Raises ValueError."""
+        """Raises ValueError for a rope_scaling, which the model would ignore."""
         scaling: Any = getattr(self, "rope_scaling", None)
         if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
             raise ValueError(f"rope_scaling is {scaling}, which is not supported for this model type: expected none")
 
 
 def _problem(config: Mapping[str, Any]) -> str | None:
-    """What mlx-lm would stumble over, or pass over, in a configuration as `at_top_level` gives it; or None."""
+    """Returns what mlx-lm would fail on, or ignore, in a configuration from `at_top_level`; or None."""
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), (Mapping, type(None))):
             return f"{key} is {config[key]!r:.80}, expected an object or null"

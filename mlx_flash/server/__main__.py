@@ -26,10 +26,10 @@ KEY_VARIABLE = "MLX_FLASH_API_KEY"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server"),
-        description="Serves one model with the OpenAI API, and a page to talk to it. Requests queue; one is worked on "
-        "at a time. The address goes to standard output, everything else to standard error. Where a request does not "
-        "say temperature, top_p, top_k, min_p or repetition_penalty, the model's generation_config.json does, else "
-        "OpenAI's defaults hold (temperature 1).",
+        description="Serves one model with the OpenAI API, and a page to chat in. Requests wait in a queue; one is "
+        "answered at a time. The address goes to standard output, everything else to standard error. If a request "
+        "does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from the model's "
+        "generation_config.json, else from OpenAI's defaults (temperature 1).",
     )
     add_model_arguments(parser)
     http = parser.add_argument_group("server")
@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"what clients must send as a bearer token; needed for any --host but a loopback one (default: "
+        help=f"bearer token that clients must send; required unless --host is a loopback address (default: "
         f"${KEY_VARIABLE}, which other users of this machine cannot see)",
     )
     add_lifeline_argument(http)
@@ -54,9 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Signals:
-    """Ctrl-C or SIGTERM: while the model loads, at once; then the engine ends what it does; a second one insists.
+    """Handles Ctrl-C and SIGTERM. While the model loads, they end the server at once.
 
-    `code` is the exit code then: that of a server that was told to end is 0.
+    Later, the first one asks the engine to stop, and a second one ends the server at once. `code` is then the exit
+    code: 130 after Ctrl-C, 0 after SIGTERM.
     """
 
     CODES: ClassVar = {signal.SIGINT: 130, signal.SIGTERM: TERMINATED["server"]}
@@ -88,17 +89,20 @@ def main(arguments: argparse.Namespace) -> int:
     obey_lifeline(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise UsageError("the API key is empty or has characters that a header cannot carry.")
+        raise UsageError(
+            "the API key is empty or has characters that a header cannot carry. Use printable ASCII without spaces "
+            "at either end."
+        )
     if arguments.memory is not None:
-        parse_memory(arguments.memory)  # what means nothing is refused before a port is open
+        parse_memory(arguments.memory)  # Refuse an invalid size before a port is opened.
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)
     if key is None and not is_loopback(bound):
         bound.close()
         raise UsageError(
-            f"--host {arguments.host} can be reached from other machines: an API key is needed, --api-key or "
-            f"{KEY_VARIABLE}. Without one only 127.0.0.1 is served."
+            f"--host {arguments.host} can be reached from other machines, so an API key is required. Give one with "
+            f"--api-key or {KEY_VARIABLE}, or use --host 127.0.0.1."
         )
     from ..source.resolve import demo_folder
     from .app import make_app

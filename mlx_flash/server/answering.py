@@ -1,4 +1,4 @@
-"""A job in the engine's queue and the client that waits for it: whole answers, streams, and clients that go away."""
+"""Queues a job for a request and answers its client, in one piece or as a stream. A client that leaves ends its job."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .jobs import End, Item, Job, Piece, Sampling
 from .openai_api import Answer
 from .streams import EventStream, unless_gone
 
-LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to clients that split text into lines
-KEEP_ALIVE_S = 15  # a comment now and then in a stream that has nothing to say, so that no proxy gives up
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # Some clients split lines at these.
+KEEP_ALIVE_S = 15  # An idle stream sends a comment after this time, so that proxies do not close it.
 
 
 class Waiting:
-    """A job, submitted; its items come out as they are made. Belongs to the event loop."""
+    """Submits a job and receives its items. Belongs to the event loop."""
 
     def __init__(self, engine: Engine, **job: Any) -> None:
-        self._items: asyncio.Queue[Item] = asyncio.Queue()  # not more of them than tokens
+        self._items: asyncio.Queue[Item] = asyncio.Queue()  # at most one per token
         self._loop = asyncio.get_running_loop()
         self.job = Job(tell=self._tell, **job)
         engine.submit(self.job)
 
     def _tell(self, item: Item) -> None:
-        """In the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        """Receives an item in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed, so nothing waits for the item.
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
     async def next(self) -> Piece | End | None:
-        """The next item, None if there was none for KEEP_ALIVE_S. Raises what ended the job."""
+        """The next item; None if there was none for KEEP_ALIVE_S. Raises the error that ended the job."""
         try:
-            async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation
+            async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation.
                 item = await self._items.get()
         except TimeoutError:
             return None
@@ -62,7 +62,7 @@ async def answer(
     stream: bool,
     include_usage: bool,
 ) -> Response:
-    """Queues the job and answers. Raises ApiError, or Gone if the client does not wait for it.
+    """Queues a job and returns its answer. Raises ApiError, or Gone if the client leaves.
 
     continues: whether the answer's text continues the prompt's.
     """
@@ -116,7 +116,7 @@ async def _events(waiting: Waiting, form: Answer, include_usage: bool) -> AsyncG
         yield _data(form.end(item))
         if include_usage:
             yield _data(form.usage(item))
-    except ApiError as error:  # too late for a status
+    except ApiError as error:  # It is too late for an HTTP status.
         yield _data(error.body())
     yield "data: [DONE]\n\n"
 

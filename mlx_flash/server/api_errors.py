@@ -1,4 +1,4 @@
-"""What a request is answered with when it cannot be served, in OpenAI's form."""
+"""The error that answers a request which cannot be served, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer other than 200. `body()` is {"error": {"message", "type", "param", "code"}}."""
+    """An answer with a status other than 200. `body()` is {"error": {"message", "type", "param", "code"}}."""
 
     def __init__(
         self,

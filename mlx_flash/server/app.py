@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the server, as an ASGI application."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_MODEL = "default"
-FRESH = {"Cache-Control": "no-cache"}  # a newer server must not meet an older page
+FRESH = {"Cache-Control": "no-cache"}  # A newer server must not be used with an older page.
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
-    """The server's ASGI application. host: what it is bound to. key: the API key, None for none."""
+    """The server's ASGI application. host: the name or address it is bound to. key: the API key; None: no key."""
     routes = Routes(engine)
     app = Starlette(
         routes=[
             *routes.api("/v1"),
-            *routes.api(""),  # for clients whose base URL lacks it
+            *routes.api(""),  # for clients whose base URL lacks /v1
             Route("/health", routes.health),
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
@@ -71,7 +71,7 @@ class Routes:
         self.created = now()
 
     def api(self, prefix: str) -> list[Route]:
-        """OpenAI's paths."""
+        """The routes of OpenAI's API."""
         return [
             Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
             Route(f"{prefix}/completions", self.complete, methods=["POST"]),
@@ -109,11 +109,11 @@ class Routes:
         )
 
     def _known(self, model: str | None) -> None:
-        """Raises ApiError for any other model than the one there is."""
+        """Raises ApiError if `model` does not name the loaded model."""
         if model not in (None, "", DEFAULT_MODEL, self.engine.name):
             raise ApiError(
                 404,
-                f"there is no model {model!r:.200} here; the one that runs is {self.engine.name!r}.",
+                f"there is no model {model!r:.200}; this server runs {self.engine.name!r}.",
                 param="model",
                 code="model_not_found",
             )
@@ -146,13 +146,13 @@ class Routes:
 
     async def events(self, request: Request) -> Response:
         self.engine.check_ready()
-        if request.method == "HEAD":  # the events themselves have no end
+        if request.method == "HEAD":  # The stream of events would never end.
             return Response(headers=EventStream.HEADERS, media_type=EventStream.media_type)
         return EventStream(self.engine.hub.listen())
 
     async def page(self, _request: Request) -> Response:
         if not (PAGE / "index.html").is_file():
-            raise ApiError(404, "this installation has no page.")
+            raise ApiError(404, "this installation lacks the page. Reinstall mlx-flash-runtime.")
         return FileResponse(PAGE / "index.html", headers=FRESH)
 
 
@@ -160,7 +160,9 @@ def _check_encoding(request: Request) -> None:
     """Raises ApiError for a compressed body."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise ApiError(415, f"the body is encoded as {encoding!r:.40}; send it as it is.", code="unsupported_encoding")
+        raise ApiError(
+            415, f"the body is encoded as {encoding!r:.40}; send it without encoding.", code="unsupported_encoding"
+        )
 
 
 def _answer(error: ApiError) -> Response:
@@ -173,17 +175,17 @@ async def _refused(_request: Request, error: Exception) -> Response:
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # The client has left, so it is never read.
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such path, another method."""
+    """Answers Starlette's own errors: an unknown path, or a method that is not allowed."""
     assert isinstance(error, HTTPException)
     message, headers = f"{request.method} {request.url.path:.200}: {error.detail}.", error.headers
     if error.status_code == 405:
-        # Starlette's files do not say which methods they have.
+        # Starlette's static files do not list their methods.
         methods = sorted((headers or {}).get("Allow", "GET, HEAD").split(", "))
-        message = f"{request.url.path:.200} cannot be asked by {request.method:.20}; use {' or '.join(methods)}."
+        message = f"{request.url.path:.200} does not allow {request.method:.20}; use {' or '.join(methods)}."
         headers = {"Allow": ", ".join(methods)}
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers)
 

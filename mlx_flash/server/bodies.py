@@ -1,4 +1,4 @@
-"""Request bodies: bounded each, and all of them together, in bytes and in time."""
+"""Reads request bodies. Limits the size and the time of each, and the size of all together."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from starlette.requests import Request
 
 from .api_errors import ApiError
 
-# A hostile body can take thirty times its size once it is parsed, and the plan's process has little room.
-MOST_BYTES = 1 << 20  # of one body, or BYTES_PER_TOKEN for each token of the context if that is more
+# A hostile body can take thirty times its size once it is parsed, and the memory plan leaves little room for it.
+MOST_BYTES = 1 << 20  # size limit of one body, or BYTES_PER_TOKEN for each token of the context if that is more
 BYTES_PER_TOKEN = 16
-MOST_BODIES = 4  # of that size, at the same time
-BODY_S = 60.0  # in which a body must have come
-HELD_S = 2.0  # after which one that still comes gives way, where there is no room for another
+MOST_BODIES = 4  # number of bodies of that size that may be held at the same time
+BODY_S = 60.0  # time limit for receiving a body
+HELD_S = 2.0  # After this time an unfinished body may be dropped to make room for another.
 
 
 class _Body:
-    """One that is coming, and then understood."""
+    """A body that is being received, then parsed."""
 
     def __init__(self, began: float) -> None:
         self.began, self.bytes = began, 0
         self.chunks: list[bytes] = []
         self.coming = True
-        self.limit: asyncio.Timeout | None = None  # of the wait for its next bytes
+        self.limit: asyncio.Timeout | None = None  # timeout of the wait for its next bytes
 
 
 class Bodies:
     def __init__(self) -> None:
-        self._held: list[_Body] = []  # the oldest first
+        self._held: list[_Body] = []  # oldest first
 
     @property
     def held_bytes(self) -> int:
@@ -38,9 +38,9 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def body_of(self, request: Request, context: int) -> AsyncIterator[bytes]:
-        """The whole body, counted until the block ends. context: the planned tokens. Raises ApiError."""
+        """The whole body; it counts as held until the block ends. context: in tokens. Raises ApiError."""
         most = max(MOST_BYTES, BYTES_PER_TOKEN * context)
-        if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number
+        if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number.
             raise _too_large(most)
         body = _Body(asyncio.get_running_loop().time())
         self._held.append(body)
@@ -60,7 +60,7 @@ class Bodies:
                 break
             except TimeoutError:
                 raise ApiError(408, "the body did not arrive in time; send it again, faster.") from None
-            if body not in self._held:  # it gave way, and more of it came at the same moment
+            if body not in self._held:  # It was dropped while more of it arrived.
                 raise ApiError(408, "the body did not arrive in time; send it again, faster.")
             if body.bytes + len(chunk) > most:
                 raise _too_large(most)
@@ -71,16 +71,16 @@ class Bodies:
         body.coming = False
 
     def _make_room(self, newest: _Body) -> None:
-        """Ends the oldest body that is still coming. Raises ApiError where none has had its time."""
+        """Drops the oldest unfinished body. Raises ApiError if none is older than HELD_S."""
         now = asyncio.get_running_loop().time()
         for body in self._held:
             if body is not newest and body.coming and now - body.began > HELD_S:
                 self._let_go(body)
                 assert body.limit is not None
-                with contextlib.suppress(RuntimeError):  # its time is up already
+                with contextlib.suppress(RuntimeError):  # Its timeout has expired already.
                     body.limit.reschedule(now)
                 return
-        raise ApiError(429, "too much is being sent at once; try again later.", retry_after_s=5)
+        raise ApiError(429, "too many bytes are being received at once; try again later.", retry_after_s=5)
 
     def _let_go(self, body: _Body) -> None:
         if body in self._held:

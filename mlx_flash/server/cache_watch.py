@@ -1,4 +1,4 @@
-"""What the engine looks like now: which units of each layer are resident, which a token hit and which it read."""
+"""The state of the engine's caches: which units of each layer are resident, and which were hit or read since then."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from ..flash.slot_cache import EventLog, SlotCache
 
-MOST_BINS = 64  # of a layer; neighbouring units share one
+MOST_BINS = 64  # maximum bins per layer; neighbouring units share one
 
 
 class CacheWatch:
-    """Watches the caches of a loaded model. All but `resident` belongs to the thread that runs the model.
+    """Watches the caches of a loaded model. Except for `resident`, use it only in the thread that runs the model.
 
-    Nothing is recorded, and nothing is spent, until `watch(True)`.
+    Until `watch(True)`, nothing is recorded and it costs nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,33 +24,33 @@ class CacheWatch:
 
     @property
     def slots(self) -> list[int]:
-        """Of each layer."""
+        """The number of slots of each layer."""
         return [cache.slots for cache in self.caches]
 
     @property
     def resident(self) -> list[int]:
-        """Units in slots, of each layer."""
+        """The number of units in slots, of each layer."""
         return [cache.resident for cache in self.caches]
 
     def watch(self, on: bool) -> None:
-        """From now on, uses and reads are recorded, or no more."""
+        """Starts or stops recording uses and reads."""
         if on != self.watching:
             self.watching = on
             for cache in self.caches:
                 cache.event_log = EventLog() if on else None
 
     def forget(self) -> None:
-        """Drops what was recorded so far."""
+        """Drops the records so far."""
         for cache in self.caches:
             if cache.event_log is not None:
                 cache.event_log = EventLog()
 
     def layers(self) -> list[list[str]]:
-        """Per layer [resident, hit, read] since the last call, each base64 of a uint8 for every bin (`binned`)."""
+        """[resident, hit, read] of each layer since the last call, each in base64, one uint8 per bin (see `binned`)."""
         return [[_packed(mask) for mask in self._masks(cache)] for cache in self.caches]
 
     def _masks(self, cache: SlotCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bool (units,) each: in a slot now; used without having been read for it; read."""
+        """Three masks, bool (units,) each: in a slot now; used from a slot (hit); read."""
         used, read = (np.zeros(len(cache.slot_of), np.bool_) for _ in range(2))
         if cache.event_log is not None:
             log, cache.event_log = cache.event_log, EventLog()
@@ -62,7 +62,10 @@ class CacheWatch:
 
 
 def binned(mask: np.ndarray) -> np.ndarray:
-    """Shares of neighbouring units: bool (units,) -> uint8 (min(units, MOST_BINS),); 255 is all, any is at least 1."""
+    """The share of set units in each bin of neighbouring units: bool (units,) -> uint8 (min(units, MOST_BINS),).
+
+    255 means all; at least 1 if any is set.
+    """
     units = len(mask)
     bins = min(units, MOST_BINS)
     bin_of = np.arange(units) * bins // units

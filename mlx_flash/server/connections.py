@@ -1,4 +1,4 @@
-"""uvicorn's connections, bounded: how many, and how long one may be silent, in either direction."""
+"""Limits on uvicorn's connections: their number, and how long each may be silent, in either direction."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from .api_errors import ApiError
 
 # macOS gives a process 256 descriptors, and the model's files need some of them.
-MOST = 128  # connections; one more makes room for itself if another waits for a request
-REQUEST_S = 30.0  # from connecting, or from the last answer, until a request's headers are there
-READING_S = 60.0  # until a client that reads nothing of its answer counts as gone
+MOST = 128  # number of connections; one more replaces a connection that waits for a request
+REQUEST_S = 30.0  # from connecting, or from the last answer, until a request's headers have arrived
+READING_S = 60.0  # After this time a client that does not read its answer counts as gone.
 
 
 class Connection(H11Protocol):
-    """One connection, from being made to being lost."""
+    """One connection, with time limits for its requests and for the reading of its answers."""
 
     _request_limit: asyncio.TimerHandle | None = None
     _reading_limit: asyncio.TimerHandle | None = None
 
     @property
     def _latest(self) -> RequestResponseCycle | None:
-        """The last request, None before the first."""
+        """The last request; None before the first."""
         return self.cycle
 
     @property
     def waiting(self) -> bool:
-        """Whether no request of it is being answered."""
+        """Whether none of its requests is being answered."""
         return self._latest is None or self._latest.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -51,7 +51,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._begin_waiting()
-        super().on_response_complete()  # which handles a request that has come meanwhile
+        super().on_response_complete()  # It handles a request that has arrived meanwhile.
 
     def _begin_waiting(self) -> None:
         if self._request_limit is not None:
@@ -62,7 +62,7 @@ class Connection(H11Protocol):
         if self._latest is None and self.conn.trailing_data[0]:
             self._refuse(ApiError(408, f"the request did not arrive within {REQUEST_S:g} s."))
         else:
-            self.transport.abort()  # close() would wait for one that does not read
+            self.transport.abort()  # close() would wait for a client that does not read.
 
     # -- clients that do not read ----------------------------------------------------------------------------
 
@@ -75,15 +75,15 @@ class Connection(H11Protocol):
         if self._reading_limit is not None:
             self._reading_limit.cancel()
 
-    # -- what is not HTTP ------------------------------------------------------------------------------------
+    # -- requests that are not valid HTTP --------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "this is not a valid HTTP/1.1 request."))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers, unless an answer has begun, and closes."""
+        """Sends the error, unless an answer has begun, and closes the connection."""
         if (cycle := self._latest) is not None and not cycle.response_complete:
-            cycle.disconnected = True  # the application's own answer goes nowhere
+            cycle.disconnected = True  # The application's own answer is not sent.
             cycle.message_event.set()
         if cycle is None or cycle.response_complete or not cycle.response_started:
             body = json.dumps(error.body()).encode()
@@ -92,16 +92,16 @@ class Connection(H11Protocol):
             try:
                 for event in (begin, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
-            except h11.LocalProtocolError:  # in no state to answer
+            except h11.LocalProtocolError:  # An answer is not possible in this state.
                 pass
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: the request is answered without an upgrade."""
+        """Does nothing: the request is answered without an upgrade."""
 
 
 def _make_room(newest: Connection) -> None:
-    """Closes the connection that has waited longest. If all are in use, the newest's request is refused by Guard."""
+    """Closes the connection that has waited longest. If all are in use, Guard refuses the newest one's request."""
     waiting = [
         one
         for one in newest.connections

@@ -1,7 +1,7 @@
-"""One model, one generation at a time, in one thread: MLX's arrays belong to the thread that makes them.
+"""Runs one model in one thread, one generation at a time. MLX's arrays belong to the thread that makes them.
 
-Why no batches: each row of one needs its own KV cache, and the plan has room for one context. A step would read the
-union of the units that its rows need: less for each token, but more than one alone waits for.
+There are no batches: each row of a batch needs its own KV cache, and the plan has room for one context. A step would
+also read the union of the units that its rows need. That is less per token, but each request waits longer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .monitor import Monitor
 from .stops import StopWords
 
 QUEUE_LIMIT = 64
-LEAST_REUSED = 16  # tokens of the last request; a shorter beginning in common saves nothing
+LEAST_REUSED = 16  # tokens; reusing a shorter common prefix with the last request saves nothing
 LOADING = "loading"
 READY = "ready"
 FAILED = "failed"
@@ -38,13 +38,15 @@ log = logging.getLogger(__name__)
 
 
 class _Ended(Exception):
-    """Nobody wants the rest: the client left, or the server stops."""
+    """The rest of the answer is not wanted: the client has left, or the server stops."""
 
 
 class Engine:
-    """`run` belongs to the thread that shall own the model; everything else may be called from any thread.
+    """The queue of jobs and the loop that serves them.
 
-    name: what the model is called in the API. path: where it is, for people to read.
+    Call `run` from the thread that should own the model. Everything else may be called from any thread.
+
+    name: the model's name in the API. path: the model's location, for people to read. limit: of the queue, in jobs.
     """
 
     def __init__(self, name: str, path: str, limit: int = QUEUE_LIMIT) -> None:
@@ -55,11 +57,11 @@ class Engine:
         self.tokenizer: Any = None
         self.monitor: Monitor | None = None
         self.templates = TemplateProcess()
-        self.job: Job | None = None  # that is being worked on
+        self.job: Job | None = None  # the job that is running
         self.started = time.monotonic()
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
-        # SimpleQueue: a signal handler may put into it while this thread is in any other of its methods.
+        # A SimpleQueue, because a signal handler may put into it while this thread is inside another of its methods.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
 
@@ -70,7 +72,7 @@ class Engine:
         return self.state == READY
 
     def check_ready(self) -> None:
-        """Raises ApiError while there is no model."""
+        """Raises ApiError if the model is not ready."""
         if self.state == LOADING:
             raise ApiError(503, "the model is being loaded; try again soon.", code="loading", retry_after_s=2)
         if self.state == FAILED:
@@ -87,7 +89,7 @@ class Engine:
             if len(self._waiting) >= self.limit:
                 raise ApiError(
                     429,
-                    f"{len(self._waiting)} requests are waiting already, as many as may; try again later.",
+                    f"the queue is full: {len(self._waiting)} requests are waiting; try again later.",
                     code="queue_full",
                     retry_after_s=5,
                 )
@@ -95,7 +97,7 @@ class Engine:
         self._wake.put(None)
 
     def stop(self) -> None:
-        """Ends the running generation within a token, and `run`. Safe in a signal handler."""
+        """Ends the running generation within one token, then `run`. Safe in a signal handler."""
         self._stopping = True
         self._wake.put(None)
 
@@ -107,17 +109,17 @@ class Engine:
     # -- the model's thread ---------------------------------------------------------------------------------
 
     def run(self, load: Callable[[], tuple[Any, Any]]) -> None:
-        """Loads, then serves until `stop`. Raises what `load` raises."""
+        """Loads the model, then serves jobs until `stop`. Raises the errors of `load`."""
         try:
             self.model, self.tokenizer = load()
-            from ..text.prompt_cache import ReusedPromptCache  # mlx-lm's import is a part of loading
+            from ..text.prompt_cache import ReusedPromptCache  # The import of mlx-lm is part of loading.
 
             self._turns = ReusedPromptCache(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except Exception as error:
             self.failure, self.state = foreseen(error) or str(error) or type(error).__name__, FAILED
             raise
-        except BaseException:  # a signal
+        except BaseException:  # such as a signal
             self.state = STOPPED
             raise
         try:
@@ -193,13 +195,13 @@ class Engine:
         sampling = job.sampling
         if sampling.seed is not None or common_prefix(turns.tokens, job.ids) < LEAST_REUSED:
             turns.forget()
-        # A seed of one request must not show in the next one's text.
+        # The seed of one request must not affect the text of the next.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
         continues = job.ids if job.continues else []
         stop = StopWords(job.stop)
-        shown = 0  # characters
+        shown = 0  # number of characters
         reader = None if job.top_logprobs is None else LogprobReader(self.tokenizer, continues)
-        held: list[TokenLogprob] = []  # of tokens whose text has not been shown
+        held: list[TokenLogprob] = []  # for tokens whose text has not been shown
         responses = turns.stream_generate(
             self.tokenizer,
             job.ids,
@@ -220,7 +222,7 @@ class Engine:
                 if reason is not None:
                     text += stop.finish()
                 shown += len(text)
-                ends = reason is not None and not stop.found  # tokens without a text of their own belong to it as well
+                ends = reason is not None and not stop.found  # Tokens without text of their own are then included.
                 told = len(held) if ends else bisect_left(held, shown, key=lambda entry: entry.offset)
                 if text or told:
                     job.tell(Piece(text, tuple(held[:told])))

@@ -1,4 +1,4 @@
-"""Server-sent events from the engine's thread to whoever listens at /events."""
+"""Server-sent events from the engine's thread to the listeners at /events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 KEEP_ALIVE_S = 15
-MOST_HELD = 64  # events; a listener that is slower loses the oldest
+MOST_HELD = 64  # maximum events held for a listener; a slow one loses the oldest
 
 
 class EventHub:
@@ -37,18 +37,18 @@ class EventHub:
 
     def _send(self, text: str | None) -> None:
         for queue, loop in list(self._listeners.items()):
-            with contextlib.suppress(RuntimeError):  # its loop is closed
+            with contextlib.suppress(RuntimeError):  # The listener's loop is closed.
                 loop.call_soon_threadsafe(_put, queue, text)
 
     async def listen(self) -> AsyncGenerator[str, None]:
-        """What there is to send, the last state first, a comment when there was nothing for KEEP_ALIVE_S."""
+        """Yields the last state, then every event, and a comment if there was none for KEEP_ALIVE_S."""
         queue: asyncio.Queue[str | None] = asyncio.Queue(MOST_HELD)
         self._listeners[queue] = asyncio.get_running_loop()
         try:
             yield self._last_state
             while not self._closed:
                 try:
-                    async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation
+                    async with asyncio.timeout(KEEP_ALIVE_S):  # Python 3.11's wait_for may swallow a cancellation.
                         text = await queue.get()
                 except TimeoutError:
                     text = ": still here\n\n"

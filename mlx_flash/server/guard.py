@@ -1,4 +1,4 @@
-"""Who may use the server: an API key where there is one, and no page of another site through the user's browser."""
+"""Access control: checks the API key if there is one, and refuses requests from pages of other sites."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ANSWER_HEADERS = (
 
 
 class Guard:
-    """Around the whole application.
+    """Wraps the application and refuses requests that are not allowed.
 
-    Without a key, a name that an attacker points at 127.0.0.1 must not make his page ours (DNS rebinding): the Host
-    must be a loopback name, or the one bound to. With or without one, a request that a page of another origin sends
-    is refused. With a key, everything but /health and the page's own files demands it.
+    Without a key, the Host must be a loopback name, or the name that the server is bound to. This prevents DNS
+    rebinding, where an attacker points the name of his own page at 127.0.0.1. With a key, every request needs it,
+    except those for /health and the page's own files. In both cases, requests from pages of another origin are refused.
 
-    It also bounds how many requests are answered at once: `connections.MOST`.
+    At most `connections.MOST` requests are answered at once.
     """
 
     def __init__(self, app: ASGIApp, host: str, key: str | None) -> None:
@@ -61,7 +61,7 @@ class Guard:
             self._check(scope)
             await self.app(scope, receive, send_more)
         except (ApiError, asyncio.CancelledError) as refused:
-            # Cancelled by uvicorn: the server stops, and this client has taken longer than it waits.
+            # uvicorn cancels the request if the server stops and this client takes longer than the grace period.
             error = refused if isinstance(refused, ApiError) else ApiError(503, "the server is stopping.")
             if not begun:
                 await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
@@ -71,7 +71,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         if self.answering > connections.MOST:
             raise ApiError(
-                503, f"{connections.MOST} requests are being answered, as many as may; try again later.",
+                503, f"{connections.MOST} requests are being answered, which is the limit; try again later.",
                 code="too_many_requests", retry_after_s=5,
             )  # fmt: skip
         headers = Headers(scope=scope)
@@ -85,7 +85,7 @@ class Guard:
             )
         for origin in headers.getlist("origin"):
             if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-                raise ApiError(403, f"pages of {origin!r:.80} may not use this server.", code="origin_not_allowed")
+                raise ApiError(403, f"pages from {origin!r:.80} may not use this server.", code="origin_not_allowed")
         path = scope["path"]
         if self.key is None or path in ("/", "/health", "/favicon.ico") or path.startswith("/page/"):
             return
@@ -97,7 +97,7 @@ class Guard:
 
 
 def _in_origin_form(scope: Scope) -> Scope:
-    """A request for a whole URL, as clients send it to a proxy, as one for its path: the URL's host is its Host."""
+    """Turns a request for a whole URL, as sent to a proxy, into one for its path, with the URL's host as Host."""
     target = ABSOLUTE.fullmatch(scope.get("raw_path") or b"")
     if target is None:
         return scope
@@ -107,6 +107,6 @@ def _in_origin_form(scope: Scope) -> Scope:
 
 
 def _name_of(host: str) -> str:
-    """Without the port and the brackets of an IPv6 address; empty if it is more than those, as with "user@"."""
+    """The name without its port and without the brackets of an IPv6 address; empty if invalid, such as "user@"."""
     found = HOST.fullmatch(host)
     return "" if found is None else (found[1] or found[2]).lower()

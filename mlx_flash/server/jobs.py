@@ -1,4 +1,4 @@
-"""One request on its way through the engine, and what it is told."""
+"""A request in the engine, and the items that the engine sends back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..text.sampling import Sampling
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of probabilities, before temperature: of the chosen token, and of the likeliest ones.
+    """The natural logarithm of the probability of a chosen token, and of the likeliest ones, before temperature.
 
-    added: what the token adds to the text, in UTF-8; it may begin or end within a character.
-    offset: of the character that it begins in, from the beginning of the answer.
+    added: the token's part of the text, in UTF-8; it may begin or end inside a character.
+    offset: index in the answer of the character that the token begins in.
     """
 
     token: int
@@ -27,7 +27,7 @@ class TokenLogprob:
 
     @property
     def text(self) -> str:
-        """As OpenAI writes it: "bytes:\\xf0\\x9f" for parts of characters."""
+        """The text in OpenAI's form: "bytes:\\xf0\\x9f" for parts of characters."""
         try:
             return self.added.decode()
         except UnicodeDecodeError:
@@ -36,7 +36,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that may be shown, and the tokens that it came from if they were asked for."""
+    """Text that may be shown, and the probabilities of its tokens if they were asked for."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """Nothing more comes. finish_reason: "stop" or "length"."""
+    """The end of an answer. finish_reason: "stop" or "length"."""
 
     finish_reason: str
     prompt_tokens: int
@@ -57,9 +57,9 @@ Item = Piece | End | Exception
 
 @dataclass
 class Job:
-    """A request: a prompt within the planned context, and where the answer goes.
+    """A request: a prompt that fits the planned context, and a callback for its answer.
 
-    tell: called in the engine's thread with every Piece, then with End, or with the exception that ended it.
+    tell: called in the engine's thread with every Piece, then with End, or with the exception that ended the job.
     """
 
     ids: list[int]
@@ -67,8 +67,8 @@ class Job:
     sampling: Sampling
     tell: Callable[[Item], None]
     stop: tuple[str, ...] = ()
-    top_logprobs: int | None = None  # None: no probabilities are wanted; 0: the chosen token's only
-    continues: bool = False  # the answer's text continues the prompt's, rather than to stand alone
+    top_logprobs: int | None = None  # None: no probabilities; 0: only that of the chosen token
+    continues: bool = False  # whether the answer's text continues the prompt's
     prefix: str = "cmpl"
     id: str = ""
     created: int = 0
@@ -79,7 +79,7 @@ class Job:
         self.created = self.created or int(time.time())
 
     def leave(self) -> None:
-        """Nobody wants the answer any more."""
+        """Says that the client has left, so that the answer is no longer needed."""
         self._left.set()
 
     @property

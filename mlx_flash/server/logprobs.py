@@ -1,4 +1,4 @@
-"""The probabilities of tokens, in words."""
+"""The probabilities of an answer's tokens, with the text that each token adds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .jobs import TokenLogprob
 
 
 class LogprobReader:
-    """Follows one answer, token by token, and says what each of them adds to its text."""
+    """Reads the probabilities of one answer, token by token, and finds the text that each token adds."""
 
     def __init__(self, tokenizer: Any, continues: Sequence[int]) -> None:
-        """continues: as of the answer's own Detokenizer."""
+        """continues: the same as for the answer's own Detokenizer."""
         self._detokenizer = Detokenizer(tokenizer, continues)
         self._begin_character(0)
 
     def read(self, response: Any, top: int) -> TokenLogprob:
-        """Of a response's token, which is the next one, and of the `top` likeliest ones in its place."""
+        """The log-probabilities of a response's token, which must be the next one, and of the `top` likeliest."""
         logprobs = to_numpy(response.logprobs, np.float32)  # (V,)
         best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top]
         best = best[np.argsort(-logprobs[best], kind="stable")]
@@ -41,6 +41,6 @@ class LogprobReader:
             self._begin_character(len(self._detokenizer.text))
 
     def _begin_character(self, characters: int) -> None:
-        """characters: of the text that are complete."""
+        """characters: number of complete characters in the text."""
         self._characters = characters
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -11,22 +11,22 @@ from prometheus_client.registry import Collector
 
 TOTALS = {
     "requests": "Requests that were begun.",
-    "failed": "Of those, requests that ended in an error.",
+    "failed": "Requests that ended in an error.",
     "prompt_tokens": "Tokens of prompts, cached ones included.",
-    "generated_tokens": "Tokens made.",
+    "generated_tokens": "Tokens generated.",
     "bytes_read": "Bytes of units read from the disk.",
-    "seconds_generating": "Seconds in which a request was worked on.",
+    "seconds_generating": "Seconds spent on requests.",
 }
 LAST = {
-    "tokens_per_second": "Tokens per second, of the request ended last.",
-    "first_token_s": "Seconds until the first token, of the request ended last.",
-    "hit_rate": "Share of the units needed that were in a slot, of the request ended last.",
-    "bytes_per_token": "Bytes read per token, of the request ended last.",
+    "tokens_per_second": "Tokens per second of the last request that ended.",
+    "first_token_s": "Seconds until the first token of the last request that ended.",
+    "hit_rate": "Share of needed units that were in a slot, in the last request that ended.",
+    "bytes_per_token": "Bytes read per token in the last request that ended.",
 }
 
 
 def exposition(stats: dict[str, Any]) -> bytes:
-    """stats: what /stats says."""
+    """The metrics as Prometheus text. stats: the answer of /stats."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(stats))
     return generate_latest(registry)
@@ -44,12 +44,12 @@ class _Snapshot(Collector):
             if stats["last"] is not None and stats["last"][name] is not None:
                 yield GaugeMetricFamily(f"mlx_flash_last_{name}", text, value=stats["last"][name])
         for name, text, value in (
-            ("requests_running", "Requests being worked on.", int(stats["now"] is not None)),
+            ("requests_running", "Requests that are running.", int(stats["now"] is not None)),
             ("requests_waiting", "Requests in the queue.", stats["queue"]["waiting"]),
             ("memory_bytes", "Memory of this process.", stats["memory"]["current_bytes"]),
-            ("memory_peak_bytes", "The most memory that this process has had.", stats["memory"]["peak_bytes"]),
+            ("memory_peak_bytes", "Peak memory of this process.", stats["memory"]["peak_bytes"]),
             ("memory_budget_bytes", "The memory budget.", stats["memory"]["budget_bytes"]),
-            ("resident_share", "Share of all units that are in a slot.", stats["resident"]["share"]),
+            ("resident_share", "Share of all units that are in slots.", stats["resident"]["share"]),
             ("uptime_seconds", "Seconds since the start.", stats["uptime_s"]),
         ):
             yield GaugeMetricFamily(f"mlx_flash_{name}", text, value=value)

@@ -1,4 +1,4 @@
-"""What the engine is doing and has done: /stats, and the events for those who look on."""
+"""The state and the totals of the engine, for /stats and for event streams."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..text.generation import FlashResponse
 
 SHORTEST_EVENT_GAP_S = 0.05
-SPEED_OVER_S = 2.0  # the speed shown is that of the last tokens
+SPEED_OVER_S = 2.0  # The speed shown is the mean of the tokens of this time.
 
 
 class Monitor:
-    """Told by the engine's thread what happens; read by any thread (whole values replace each other)."""
+    """Records what the engine does. The engine's thread writes; any thread may read, as values are replaced whole."""
 
     def __init__(self, model: Any, hub: EventHub) -> None:
         self.live = CacheWatch(model)
@@ -35,17 +35,17 @@ class Monitor:
 
     def begin(self, job: Job) -> None:
         self._job = job
-        self.cached = 0  # tokens of the prompt that need not be read
+        self.cached = 0  # tokens of the prompt that are in the cache already
         self._began = time.perf_counter()
         self._bytes_before = self._counters.bytes
         self._response: FlashResponse | None = None
-        self._shown = Counters()  # of the decoded tokens that events have told of
+        self._shown = Counters()  # counts of the decoded tokens that events have reported
         self._shown_tokens = 0
         self._event_at = 0.0
         self._times.clear()
 
     def prompt(self, done: int) -> None:
-        """So many tokens of the prompt have been read, besides those that were cached."""
+        """Records the progress of a prompt. done: tokens read, without the cached ones."""
         self.live.watch(self.hub.listening)
         self.live.forget()
         job, done = self._job, self.cached + done
@@ -82,13 +82,13 @@ class Monitor:
             self._publish_tokens(response.statistics, count, speed)
 
     def _publish_tokens(self, statistics: Statistics, count: int, speed: float) -> None:
-        """Tells of the tokens since the last event: means of each, and where their units were."""
+        """Publishes an event for the tokens since the last one: means per token, and the state of the units."""
         between = Statistics(Counters(), statistics.decode - self._shown, count - self._shown_tokens, 0.0)
         self._shown, self._shown_tokens = statistics.decode, count
         means = _means(between)
         means["bytes"] = means.pop("bytes_per_token")
         layers = self.live.layers() if self.live.watching else []
-        self.live.watch(True)  # who has just come sees units from the next event on
+        self.live.watch(True)  # A new listener gets units from the next event on.
         self.hub.publish(
             "token", {"id": self._job.id, "n": count, "tokens_per_second": speed, **means, "layers": layers}
         )
@@ -116,7 +116,7 @@ class Monitor:
 
 
 def _means(statistics: Statistics | None) -> dict[str, Any]:
-    """Of a decoded token; without any, nothing."""
+    """The means per decoded token; zeros and None without any."""
     if statistics is None:
         return {
             "hit_rate": None,

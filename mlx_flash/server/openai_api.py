@@ -1,7 +1,7 @@
-"""OpenAI's requests, checked, and its answers.
+"""OpenAI's requests and answers: parses and checks the requests, and builds the answers.
 
-Parameters that are not named here are ignored, as most servers do. Those that would change the answer and that nothing
-here does are refused: NOT_DONE lists them.
+Unknown parameters are ignored, as in most servers. Parameters that would change the answer, but are not supported, are
+refused; NOT_DONE lists them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .api_errors import ApiError
 from .jobs import End, Job, Piece, Sampling, TokenLogprob
 
 MOST_STOPS = 256
-FIRST_ERROR = Field(fail_fast=True)  # of a list: a large body may hold a million, and each takes memory
+FIRST_ERROR = Field(fail_fast=True)  # Stop at the first error in a list: a large body may hold a million of them.
 R = TypeVar("R", bound=BaseModel)
-OTHER_KIND = {"string_type", "list_type"}  # of a value that may be a text or a list: which of the two it is not
+OTHER_KIND = {"string_type", "list_type"}  # These errors only say which kind a text-or-list value is not.
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
-# Parameters of OpenAI and of other servers that change the answer and cannot be followed here, with the values that
-# change nothing. null is always one of them.
+# Unsupported parameters of OpenAI and of other servers that change the answer, with their values that change nothing.
+# null always changes nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "adapters", "prompt_embeds", "n_predict"), ()),
@@ -54,7 +54,7 @@ INSTEAD = {
     "repeat_penalty": "send repetition_penalty",
     **dict.fromkeys(("thinking", "enable_thinking", "documents"), "send chat_template_kwargs"),
 }
-# What the server itself says to the function that applies a template; not for chat_template_kwargs.
+# Arguments that the server itself passes to the function that applies a template; not allowed in chat_template_kwargs.
 RESERVED = {
     *("messages", "conversation", "conversations", "tools", "chat_template", "tokenizer_kwargs", "tokenize"),
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"),
@@ -63,24 +63,24 @@ RESERVED = {
 
 
 def _whole(value: Any) -> Any:
-    """A whole number written as 20.0 is 20."""
+    """Converts a whole number written as 20.0 into 20."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _count_or_off(value: Any) -> Any:
-    """false, which chats have for off, is null."""
+    """Converts false into None. Chat requests write false for off."""
     return None if value is False else _whole(value)
 
 
 def _is_text(kind: str) -> str:
     if kind not in TEXT_PARTS:
-        raise PydanticCustomError("part", "this model reads text only, expected 'text'")
+        raise PydanticCustomError("part", "this model reads only text, expected 'text'")
     return kind
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**64)]
-Tokens = Annotated[Whole, Field(ge=-1, lt=2**64)]  # Python refuses to write integers of thousands of digits
+Tokens = Annotated[Whole, Field(ge=-1, lt=2**64)]  # Python refuses to print integers of thousands of digits.
 
 
 class _Strict(BaseModel):
@@ -97,7 +97,7 @@ class Part(_Strict):
 
 
 class Message(_Strict):
-    model_config = ConfigDict(strict=True, extra="allow")  # a template may want more: names, tool calls
+    model_config = ConfigDict(strict=True, extra="allow")  # A template may use more, such as names and tool calls.
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[str | Part], FIRST_ERROR] | None = None
 
@@ -108,7 +108,7 @@ class Message(_Strict):
         return "".join(part if isinstance(part, str) else part.text for part in self.content or [])
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates want it: one text; functions, which came before tools, as tools."""
+        """The message as chat templates expect it: the content as one text, and the older functions as tools."""
         message = {**(self.model_extra or {}), "role": self.role, "content": self.text}
         if self.role == "function":
             message["role"] = "tool"
@@ -118,7 +118,7 @@ class Message(_Strict):
 
 
 class _Request(_Strict):
-    """What chat and plain completions have in common."""
+    """The common part of chat and text completion requests."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     not_done: ClassVar[dict[str, tuple[Any, ...]]] = NOT_DONE
@@ -142,12 +142,12 @@ class _Request(_Strict):
 
     @property
     def prompt_name(self) -> str:
-        """The parameter that the prompt is in."""
+        """The name of the parameter that holds the prompt."""
         raise NotImplementedError
 
     @property
     def asked(self) -> int | None:
-        """Tokens that the answer may have; None: as many as fit."""
+        """Maximum tokens of the answer; None: as many as fit."""
         return None if self.max_tokens == -1 else self.max_tokens
 
     @property
@@ -157,7 +157,7 @@ class _Request(_Strict):
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens are wanted beside each; None: no probabilities at all."""
+        """The number of likeliest tokens to report for each token; None: no probabilities."""
         raise NotImplementedError
 
     @property
@@ -169,7 +169,7 @@ class _Request(_Strict):
         return tuple(word for word in words if word)
 
     def sampling(self, vocabulary: int, model: GenerationConfig) -> Sampling:
-        """What is not asked for is as the model's own settings have it, else OpenAI's. Raises ApiError."""
+        """The settings in the request; the others from the model's own, else OpenAI's defaults. Raises ApiError."""
         asked: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -185,22 +185,22 @@ class _Request(_Strict):
         return replace(Sampling(logit_bias=bias).with_defaults(model), **given)
 
     def check(self) -> None:
-        """Raises ApiError for what nobody here can do."""
+        """Raises ApiError for parameters that are not supported."""
         for name, harmless in self.not_done.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and not any(value == each and type(value) in _kinds(each) for each in harmless):
                 instead = INSTEAD.get(name, "leave it out")
-                raise ApiError(400, f"{name} is not possible here: {instead}.", param=name, code="unsupported")
+                raise ApiError(400, f"{name} is not supported: {instead}.", param=name, code="unsupported")
         if self.n not in (None, 1):
-            raise ApiError(400, f"n is {self.n}; one answer at a time is made here, so n must be 1.", param="n")
-        if 0 < (self.repetition_penalty or 0) < 0.01:  # logits would overflow
+            raise ApiError(400, f"n is {self.n}; this server makes one answer per request, so n must be 1.", param="n")
+        if 0 < (self.repetition_penalty or 0) < 0.01:  # Logits would overflow.
             raise ApiError(400, "repetition_penalty is below 0.01, expected 0.01 to 10.", param="repetition_penalty")
         if self.response_format is not None and self.response_format.get("type") != "text":
-            raise ApiError(400, "only response_format {'type': 'text'} is possible here.", param="response_format")
+            raise ApiError(400, "only response_format {'type': 'text'} is supported.", param="response_format")
 
 
 def _kinds(value: Any) -> tuple[type, ...]:
-    """true is not 1 here, and 1.0 is."""
+    """The types that count as equal to a value: 1.0 equals 1, but true does not."""
     return (int, float) if type(value) is int else (type(value),)
 
 
@@ -247,7 +247,7 @@ class ChatRequest(_Request):
         return None if self.tool_choice == "none" else self.tools or None
 
     def template_variables(self) -> dict[str, Any]:
-        """What the template may use beside messages and tools."""
+        """The variables for the template, besides messages and tools."""
         effort = self.reasoning_effort
         variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
         if effort == "none":
@@ -261,7 +261,7 @@ class ChatRequest(_Request):
         if self.tool_choice not in (None, "auto", "none"):
             raise ApiError(
                 400,
-                "no call of a tool can be forced here: tool_choice must be 'auto' or 'none'.",
+                "a tool call cannot be forced: tool_choice must be 'auto' or 'none'.",
                 param="tool_choice",
                 code="unsupported",
             )
@@ -271,17 +271,19 @@ class ChatRequest(_Request):
                 message = "tools must be functions: {'type': 'function', 'function': {'name': ...}}."
                 raise ApiError(400, message, param="tools")
         if taken := RESERVED & (self.chat_template_kwargs or {}).keys():
-            message = f"chat_template_kwargs may not have {min(taken)}: the server says that to the template itself."
+            message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
             raise ApiError(400, message, param="chat_template_kwargs")
         if self.continue_final_message and not self._ends_within_an_answer:
-            message = "continue_final_message needs a last message of the assistant, with a text and no tool calls."
+            message = (
+                "continue_final_message needs a last message from the assistant, with text and without tool calls."
+            )
             raise ApiError(400, message, param="continue_final_message")
         if self.continue_final_message and self.add_generation_prompt:
-            message = "continue_final_message and add_generation_prompt exclude each other."
+            message = "continue_final_message and add_generation_prompt exclude each other. Send only one of them."
             raise ApiError(400, message, param="continue_final_message")
 
     def check_without_template(self) -> None:
-        """Raises ApiError for what only a chat template could use."""
+        """Raises ApiError for parameters that need a chat template."""
         given = {"tools": self.tools_for_template(), "chat_template_kwargs": self.chat_template_kwargs}
         for name, value in given.items():
             if value:
@@ -289,7 +291,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[Any]  # a text or token ids, or one of them in a list
+    prompt: str | list[Any]  # a text or token ids, or a list with one of these
     max_tokens: Tokens | None = 16
     logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_count_or_off)] = None
     echo: bool | None = None
@@ -313,14 +315,14 @@ class CompletionRequest(_Request):
         if self.max_tokens == 0:
             raise ApiError(400, "max_tokens is 0, expected at least 1, or -1 for as many as fit.", param="max_tokens")
         if self.echo:
-            raise ApiError(400, "echo is not possible here: put the prompt before the answer.", param="echo")
+            raise ApiError(400, "echo is not supported: put the prompt before the answer yourself.", param="echo")
         if self.suffix:
-            raise ApiError(400, "suffix is not possible here: these models only continue a text.", param="suffix")
+            raise ApiError(400, "suffix is not supported: these models only continue a text.", param="suffix")
         if self.best_of not in (None, 1):
             raise ApiError(400, f"best_of is {self.best_of}, expected 1.", param="best_of")
 
     def one_prompt(self) -> str | list[int]:
-        """Raises ApiError for several, and for what is neither text nor token ids."""
+        """The only prompt. Raises ApiError for several, and for one that is neither a text nor token ids."""
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
             if len(prompt) > 1:
@@ -332,7 +334,7 @@ class CompletionRequest(_Request):
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """Raises ApiError for what is not JSON, or names the first parameter that is wrong."""
+    """Parses a request. Raises ApiError for invalid JSON, or for the first invalid parameter, which it names."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -346,7 +348,7 @@ def parse(kind: type[R], body: bytes) -> R:
 
 
 def _json_fault(error: str) -> str:
-    """error: what the parser says, with the place."""
+    """The message for invalid JSON. error: the parser's message, with the place."""
     what, at, place = error.partition(" at line ")
     if "surrogate" in what or "hex escape" in what:
         what = "an escape such as \\ud800 is half of a character; send both halves, or the character itself in UTF-8"
@@ -356,7 +358,7 @@ def _json_fault(error: str) -> str:
 
 
 def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:
-    """One entry of logit_bias, checked."""
+    """Checks one entry of logit_bias. Returns (token id, bias)."""
     if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
         message = f"logit_bias has a key {key!r:.40}, expected token ids from 0 to {vocabulary - 1}."
         raise ApiError(400, message, param="logit_bias")
@@ -369,7 +371,7 @@ def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:
 
 
 class Answer:
-    """The answers to one request, in chat's form or in plain completions'."""
+    """Builds the answers to one request, in the form of chat or text completions."""
 
     def __init__(self, job: Job, model: str, chat: bool) -> None:
         self.job, self.model, self.chat = job, model, chat
@@ -385,7 +387,7 @@ class Answer:
         return {**self._head("chat.completion" if self.chat else "text_completion", [choice]), "usage": _usage(end)}
 
     def begin(self) -> dict[str, Any] | None:
-        """What a stream begins with; None for nothing."""
+        """The first chunk of a stream; None if there is none."""
         return self._chunk({"role": "assistant", "content": ""}, None, None) if self.chat else None
 
     def piece(self, piece: Piece) -> dict[str, Any]:
@@ -396,7 +398,7 @@ class Answer:
         return self._chunk({} if self.chat else "", None, end.finish_reason)
 
     def usage(self, end: End) -> dict[str, Any]:
-        """The chunk after the last one, where it is asked for: no choices."""
+        """The final chunk with the usage and no choices, if it was asked for."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head(kind, []), "usage": _usage(end)}
 
@@ -427,8 +429,9 @@ class Answer:
 
 
 def _by_text(entry: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens, the likeliest first. Where several have one text, it names the chosen one or the likeliest
-    of them; the others are named by their ids.
+    """Text -> log-probability of the likeliest tokens, likeliest first.
+
+    If several tokens have the same text, it names the chosen one, or else the likeliest; the others are named by id.
     """
     owner = {each.text: each.token for each in reversed(entry.top)}
     if any(each.token == entry.token for each in entry.top):

@@ -1,4 +1,4 @@
-"""A request's messages or prompt -> token ids, within the planned context."""
+"""Encodes a request's messages or prompt to token ids that fit the planned context."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .api_errors import ApiError
 from .engine import Engine
 from .openai_api import ChatRequest, CompletionRequest
 
-_encoding = threading.Lock()  # a tokenizer is not made for two threads that encode
+_encoding = threading.Lock()  # A tokenizer must not encode in two threads at once.
 
 
 def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
-    """By the model's chat template. Without one, the texts are joined, and the model continues the last one.
+    """The token ids of the messages, by the model's chat template.
 
-    Raises ApiError.
+    Without a template, the texts are joined by blank lines, and the model continues the last one. Raises ApiError.
     """
     from ..text.chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
     from ..text.generation import encode_prompt
@@ -34,7 +34,7 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
         if tools and not takes_tools(tokenizer, tools):
             raise ApiError(
                 400,
-                "this model's chat template has no place for tools: leave them out, or send tool_choice 'none'.",
+                "this model's chat template does not support tools: leave them out, or send tool_choice 'none'.",
                 param="tools",
             )
         prompt = prompt_text(
@@ -52,7 +52,7 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
 
 
 def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
-    """Raises ApiError."""
+    """The token ids of a prompt. Raises ApiError."""
     from ..text.generation import encode_prompt
 
     prompt = request.one_prompt()
@@ -64,7 +64,7 @@ def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
 
 @contextlib.contextmanager
 def _refusals(engine: Engine, param: str) -> Iterator[None]:
-    """What is wrong with a prompt, or with the model's files that make it, as ApiError."""
+    """Raises errors of a prompt, or of the model's files that encode it, as ApiError."""
 
     try:
         yield
@@ -79,9 +79,9 @@ def _refusals(engine: Engine, param: str) -> Iterator[None]:
 
 
 def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> int:
-    """How many tokens the answer may have: those asked for, or as many as fit into the planned context (None).
+    """Maximum tokens of the answer: `asked`, or as many as fit into the planned context (None).
 
-    Raises ApiError for a prompt that leaves no room for any.
+    Raises ApiError for a prompt that leaves no room for a token.
     """
     flash = engine.model.flash
     context, vocabulary = flash.plan.context, flash.vocabulary

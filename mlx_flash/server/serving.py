@@ -1,4 +1,4 @@
-"""HTTP in a thread of its own, so that the main thread, which signals go to, can own the model."""
+"""Runs the HTTP server in its own thread, so that the main thread, which gets the signals, can own the model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from starlette.types import ASGIApp
 from ..errors import FlashError, UsageError
 from . import connections
 
-GRACE_S = 3  # for connections that are still open when the server stops
-QUIET_S = 60.0  # between two lines of one kind in the log
-BACKLOG = 64  # connections that the system holds, and how many are accepted at once
+GRACE_S = 3  # time for connections that are still open when the server stops
+QUIET_S = 60.0  # time between two lines of one kind in the log
+BACKLOG = 64  # number of connections that the system holds, and that are accepted at once
 
 log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens soon; port 0 for any free one. Raises FlashError if the port is taken."""
+    """A bound, listening socket; port 0 takes any free one.
+
+    Raises UsageError for an invalid host, FlashError if the port cannot be used.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"--host {host!r:.80} is no address of this machine: {error}.") from None
-    # With the protocol named, or asyncio would not set TCP_NODELAY: each answer would wait for an acknowledgement.
+        raise UsageError(f"--host {host!r:.80} is not an address of this machine: {error}.") from None
+    # Without a named protocol asyncio does not set TCP_NODELAY, and each answer would wait for an acknowledgement.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,7 +57,7 @@ def url_of(bound: socket.socket) -> str:
 
 
 class Sparing(logging.Filter):
-    """Lets one line of a kind into the log every QUIET_S: clients must not fill the disk."""
+    """Lets one line of each kind into the log per QUIET_S, so that clients cannot fill the disk."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +75,11 @@ class Sparing(logging.Filter):
         return not said
 
 
-SPARING = Sparing()  # one for all: a logger takes it once
+SPARING = Sparing()  # A single instance, because a logger adds the same filter only once.
 
 
 class HttpThread:
-    """uvicorn on a bound socket, from `with` to its end."""
+    """Runs uvicorn on a bound socket inside a `with` block."""
 
     def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
         config = uvicorn.Config(
@@ -85,7 +88,7 @@ class HttpThread:
             timeout_keep_alive=int(connections.REQUEST_S),
         )  # fmt: skip
         logger = logging.getLogger("uvicorn.error")
-        logger.setLevel(logging.ERROR)  # its warnings are of clients, a line each
+        logger.setLevel(logging.ERROR)  # Its warnings are about clients, one line for each.
         for kept in (logger, log):
             kept.addFilter(SPARING)
         self._server = uvicorn.Server(config)
@@ -107,7 +110,7 @@ class HttpThread:
 
 
 def _tell(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """asyncio's complaints. It finds a thousand times a second that no descriptor is left for a connection."""
+    """Logs asyncio's errors. Without a free descriptor for a connection, it reports one a thousand times a second."""
     error = context.get("exception")
     expected = error is None or isinstance(error, OSError)
     log.error(f"{context['message']}: %s", error, exc_info=None if expected else error)

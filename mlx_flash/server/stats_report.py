@@ -1,4 +1,4 @@
-"""What /stats says: the model, the plan, and how it goes. All sizes in bytes."""
+"""The answer of /stats: the model, the plan, memory and speed. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .engine import Engine
 
 
 def statistics(engine: Engine) -> dict[str, Any]:
-    """Needs a loaded model."""
+    """The answer of /stats. The model must be loaded."""
     flash, monitor = engine.model.flash, engine.monitor
     assert monitor is not None
     units = flash.plan.units
@@ -46,5 +46,5 @@ def statistics(engine: Engine) -> dict[str, Any]:
 
 
 def _unit_bytes(flash: Any) -> int:
-    """Of a whole unit; a slot may lack a part that is resident (the exact predictor's)."""
+    """Bytes of a whole unit. A slot may be smaller, without a part that is resident (for the exact predictor)."""
     return flash.manifest.layout.block_bytes if flash.manifest is not None else flash.plan.slot_bytes

@@ -1,4 +1,4 @@
-"""Stop words: text is held back for as long as it may be the beginning of one."""
+"""Stop words: holds text back while it may be the beginning of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopWords:
-    """Text goes in piece by piece and comes out up to the first of `words`, which is never shown, nor a part of it."""
+    """Passes text on, piece by piece, up to the first of `words`. No part of the stop word itself is passed on."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
@@ -14,26 +14,26 @@ class StopWords:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """What may be shown now. Once a word is complete, `found` is set and nothing more comes."""
+        """The text that may be shown now. Once a stop word is complete, `found` is set, and later calls return ""."""
         if self.found:
             return ""
         text = self.held + text
         found = [(place + len(word), place) for word in self.words if (place := text.find(word)) >= 0]
         if found:
             self.found, self.held = True, ""
-            return text[: min(found)[1]]  # complete first, wherever tokens begin and end
+            return text[: min(found)[1]]  # The word that ends first counts, however the text was split into tokens.
         keep = max((_overlap(text, word) for word in self.words), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """The end of the text: what was held back after all."""
+        """Ends the text. Returns the text that was held back."""
         held, self.held = self.held, ""
         return held
 
 
 def _overlap(text: str, word: str) -> int:
-    """The most characters at the end of `text` with which `word` begins."""
+    """The length of the longest end of `text` that is a beginning of `word`, shorter than the whole word."""
     for length in range(min(len(word) - 1, len(text)), 0, -1):
         if text.endswith(word[:length]):
             return length

@@ -1,4 +1,4 @@
-"""Answers that notice at once when the client goes away, whatever is being waited for."""
+"""Answers that notice at once when the client leaves, even while they wait for something else."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Gone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled if the client goes away first: then Gone is raised.
+    """The result of `work`. If the client leaves first, `work` is cancelled and Gone is raised.
 
-    The request's body must have been read.
+    The request's body must have been read before.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
@@ -31,8 +31,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
     finally:
         leaving.cancel()
         working.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # told above, or of no more interest
-            await working  # so that what it holds is given back
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # An error was raised above, or is not needed.
+            await working  # Wait until it has released its resources.
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -41,7 +41,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, until `events` ends or the client goes away; `events` is closed in any case."""
+    """Sends server-sent events until `events` ends or the client leaves. `events` is closed in both cases."""
 
     media_type = "text/event-stream"
     HEADERS: ClassVar = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

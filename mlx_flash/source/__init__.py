@@ -1,1 +1,1 @@
-"""From what a user names to a folder with sound files: the Hub, checkpoints, the cache folder."""
+"""Turns the model that a user names into a folder with valid files: the Hub, checkpoints, the cache folder."""

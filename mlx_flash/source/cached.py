@@ -1,4 +1,4 @@
-"""What lies in the cache folder, and its removal: never of what is in use, or of what is not of this package."""
+"""The entries of the cache folder, and their removal. Entries in use and files of other programs are never removed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
 
 HISTORY = "chat-history"
-REPORT = "last-error.txt"  # the traceback of the latest error that should not happen
+REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
-SUMS = "sums"  # a folder; `--verify` makes its files, of what is read in place from a checkpoint
+SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
-MATRICES = "mlx_flash-matrices-"  # how the name of a benchmark's temporary folder beside a store begins
-_STORE = re.compile(r".+-[0-9a-f]{12}")  # as resolve.cached_store_path names them
+MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder beside a store
+_STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_path gives
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
 _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
@@ -28,13 +28,13 @@ _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in the cache folder that this package made."""
+    """A file or folder in the cache folder that this package made."""
 
     path: Path
-    kind: str  # what `_kind_of` says
+    kind: str  # one of the names that `_kind_of` returns
     nbytes: int
-    source: str | None  # folder of the checkpoint; None where that was not written down
-    used: float  # when it was last used, in seconds since 1970
+    source: str | None  # folder of the checkpoint; None if it was not recorded
+    used: float  # time of the last use, in seconds since 1970
     superseded: bool  # a store of the same source was used later
 
     @property
@@ -43,9 +43,9 @@ class Entry:
 
 
 def remember(store: Path, source: Path) -> None:
-    """Notes beside a store in the cache folder what it was made of, and that it is used now."""
+    """Records beside a store in the cache folder which checkpoint it was made from, and that it is used now."""
     note = _note_of(store)
-    with contextlib.suppress(OSError):  # a cache folder that cannot be written to costs only the list
+    with contextlib.suppress(OSError):  # If the folder cannot be written to, only the list knows less.
         text = json.dumps({"source": str(source.resolve())})
         if not note.is_file() or note.read_text(encoding="utf-8", errors="replace") != text:
             note.write_text(text, encoding="utf-8")
@@ -53,7 +53,7 @@ def remember(store: Path, source: Path) -> None:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Everything in the cache folder that this package made, by name. Nothing is followed out of it."""
+    """Everything in the cache folder that this package made, sorted by name. Links are not followed."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):
@@ -74,7 +74,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def remove(entry: Entry) -> bool:
-    """Removes it; False if it is in use, and then nothing was touched. Raises OSError."""
+    """Removes the entry; returns False, and removes nothing, if it is in use. Raises OSError."""
     with contextlib.ExitStack() as stack:
         if entry.kind == "benchmark's matrices" and not stack.enter_context(_alone_with_folder(entry.path)):
             return False
@@ -85,12 +85,12 @@ def remove(entry: Entry) -> bool:
         if entry.kind == "block sums":
             for path in _sums_in(entry.path):
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty: something else is in it
+            with contextlib.suppress(OSError):  # not empty: it holds a file of another program
                 entry.path.rmdir()
         elif entry.kind in ("store", "partial conversion"):
-            # Out of the way at once: a store that is removed in part must not be taken for one.
+            # Rename it first: a partly removed store must not be mistaken for a whole one.
             gone = entry.path.with_name(f".{entry.name}{_REMOVED}")
-            if gone.is_dir():  # a removal of the same name was interrupted
+            if gone.is_dir():  # left by an interrupted removal of the same name
                 shutil.rmtree(gone)
             entry.path.rename(gone)
             shutil.rmtree(gone)
@@ -105,7 +105,7 @@ def remove(entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Until the end, `remove` leaves a benchmark's folder alone."""
+    """Marks a benchmark's folder as in use inside this context, so that `remove` does not remove it."""
     from ..flash.system import mark_in_use
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -118,7 +118,7 @@ def in_use(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone_with_folder(folder: Path) -> Iterator[bool]:
-    """Whether no process is within `in_use` of the folder, which holds until the end."""
+    """Yields True if no process is inside `in_use` of the folder; none can enter it inside this context."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +131,7 @@ def _alone_with_folder(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _alone_with(path: Path) -> Iterator[bool]:
-    """Whether no process converts into a store's folder or runs it, which holds until the end."""
+    """Yields True if no process converts into a store's folder or runs it; none can start inside this context."""
     from filelock import FileLock, Timeout
 
     remains = _REMAINS.fullmatch(path.name)
@@ -144,7 +144,7 @@ def _alone_with(path: Path) -> Iterator[bool]:
                 stack.callback(lock.unlink, missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 neurons = stack.enter_context((path / Manifest.neurons_file).open("rb"))
-                fcntl.flock(neurons, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who runs it holds a shared one
+                fcntl.flock(neurons, fcntl.LOCK_EX | fcntl.LOCK_NB)  # A process that runs it holds a shared lock.
         except (Timeout, BlockingIOError):
             yield False
             return
@@ -163,7 +163,7 @@ def _kind_of(path: Path) -> str | None:
         if path.name.startswith(MATRICES) and path.is_dir():
             return "benchmark's matrices"
         if _REMAINS.fullmatch(path.name) and path.is_dir():
-            return "remains"  # of a removal, or a replacement, that was interrupted
+            return "remains"  # left by an interrupted removal or replacement
         if _STORE.fullmatch(path.name) and FORMAT.encode() in (path / MANIFEST).read_bytes():
             return "store"
         name = path.name.removesuffix(_PARTIAL)
@@ -175,7 +175,7 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _sums_in(folder: Path) -> list[Path]:
-    """The files in the folder of sums that this package made, those of an interrupted run included."""
+    """The files in the folder of sums that this package made, including those of an interrupted run."""
     return [
         path
         for path in folder.iterdir()
@@ -204,7 +204,7 @@ def _last_used(path: Path, note: Path) -> float:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes on the disk, as far as they can be seen."""
+    """Bytes used on the disk, without files that cannot be read."""
     total = 0
     for each in (path, *(path.rglob("*") if path.is_dir() else ())):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint count: one rule for a folder and for a repository's listing (docs/checkpoints.md)."""
+"""Selects the files of a checkpoint that count, from a folder or a repository's listing (docs/checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..flash.plain_files import reading
 # Configuration, tokenizer, chat template and generation settings.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes")
 
-# Kind by kind, the better first: the index that lists the shards, the single file, the shards where no index is.
+# (index of the shards, single file, pattern of shards without an index) for each kind of file, best kind first.
 WEIGHT_FILES = (
     ("model.safetensors.index.json", "model.safetensors", "model*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
-    (None, None, "*.safetensors"),  # under another name
+    (None, None, "*.safetensors"),  # other names
 )
 WEIGHT_PATTERNS = tuple(pattern for _, _, pattern in WEIGHT_FILES)
 
-MAX_SMALL_BYTES = 64 << 20  # the largest known tokenizer.json has 33 MB, the largest known index 15 MB
-MAX_CONFIG_BYTES = 16 << 20  # JSON takes up to 30 times its size in memory; a config that lists every expert has 5 MB
-TEMPLATES_FOLDER = "additional_chat_templates"  # the only subfolder that is read, by transformers
+MAX_SMALL_BYTES = 64 << 20  # The largest known tokenizer.json has 33 MB, the largest known index 15 MB.
+MAX_CONFIG_BYTES = 16 << 20  # JSON takes up to 30 times its size in memory; a config that lists every expert has 5 MB.
+TEMPLATES_FOLDER = "additional_chat_templates"  # the only subfolder that transformers reads
 
 KINDS_OF_ENTRIES = {
     stat.S_IFDIR: "a folder",
@@ -41,37 +41,37 @@ KINDS_OF_ENTRIES = {
 class WeightFiles:
     """The files that hold a checkpoint's weights."""
 
-    index: str | None  # the name of the index, if there is one
+    index: str | None  # name of the index, if there is one
     names: list[str]  # sorted
-    index_map: dict[str, str]  # tensor -> file, as the index has it; empty without one
+    index_map: dict[str, str]  # tensor -> file, from the index; empty without one
 
 
 def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
-    """Those names that fit one of the patterns, sorted.
+    """The names that match one of the patterns, sorted.
 
-    None in a subfolder, such as `original/params.json`, and none that is hidden: macOS leaves a `._NAME` beside every
-    file on a disk that is not its own.
+    Names in a subfolder, such as `original/params.json`, are left out. So are hidden names: macOS leaves a `._NAME`
+    beside every file on a disk with a foreign file system.
     """
     visible = [name for name in names if "/" not in name and not name.startswith(".")]
     return sorted(name for name in visible if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def small_files(names: Collection[str]) -> list[str]:
-    """What belongs to a checkpoint besides its weights; an index belongs to the weights."""
+    """The files of a checkpoint other than its weights. An index belongs to the weights."""
     return [name for name in matching(names, SMALL_FILES) if not name.endswith(".index.json")]
 
 
 def further_templates(names: Collection[str]) -> list[str]:
-    """The chat templates with names of their own, which lie in a subfolder; of a repository's listing."""
+    """The named chat templates in a repository's listing, which are in a subfolder."""
     prefix = f"{TEMPLATES_FOLDER}/"
     below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return [prefix + name for name in matching(below, ["*.jinja"])]
 
 
 def small_files_in(folder: Path) -> list[str]:
-    """Every file of a local checkpoint or store that is not weights, an index included, below its folder.
+    """Every file of a local checkpoint or store that does not hold weights, an index included, relative to its folder.
 
-    Raises ReadError. What the files are is not looked at: see `files_in`.
+    Raises ReadError. The files themselves are not checked; `files_in` does that.
     """
     templates = folder / TEMPLATES_FOLDER
     with reading(folder, "the list of its files"):
@@ -81,9 +81,9 @@ def small_files_in(folder: Path) -> list[str]:
 
 
 def weight_files(names: Collection[str], read: Callable[[str], str], where: object) -> WeightFiles:
-    """Which of the named files hold the weights. read(name) gives the text of an index.
+    """The files, out of `names`, that hold the weights. read(name): returns the text of an index.
 
-    Raises CheckpointError if there are no weights, or shards are lacking, or the index is not one.
+    Raises CheckpointError if there are no weights, if shards are missing, or if the index is invalid.
     """
     names = matching(names, ("*",))
     for index, single, pattern in WEIGHT_FILES:
@@ -105,7 +105,8 @@ def files_in(folder: Path) -> list[str]:
     """Names of the files of a local checkpoint that count, sorted.
 
     Raises CheckpointError for a link that leaves the folder (unless it leads to the blobs of the same repository in
-    the Hub's cache), for what is not a file, and for a small file that is larger than any real one; ReadError.
+    the Hub's cache), for an entry that is not a file, and for a small file that is larger than any real one. Raises
+    ReadError if something cannot be read.
     """
     home = folder.resolve()
     with reading(folder, "the list of its files"):
@@ -134,24 +135,24 @@ def files_in(folder: Path) -> list[str]:
 
 
 def _check_link(path: Path, home: Path) -> None:
-    """home: the checkpoint's folder, resolved."""
+    """Raises CheckpointError for a link out of the checkpoint. home: the checkpoint's folder, resolved."""
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: a circle
+    except (OSError, RuntimeError):  # RuntimeError: links that form a loop
         raise CheckpointError(f"{path} is a link that leads nowhere. Download the file again.") from None
     # huggingface_hub: .../models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/ETAG
     of_the_hub = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not of_the_hub and home not in target.parents:
         raise CheckpointError(
-            f"{path} is a link to {target}, which is outside of the checkpoint's folder and is not read. "
-            "Put the file itself there."
+            f"{path} is a link to {target}, which is outside the checkpoint's folder and is not read. "
+            "Put the file itself into the folder."
         )
 
 
 def weights_in(folder: Path, small: Path | None = None) -> WeightFiles:
-    """The files of a local folder that hold the weights. small: where its index is read; None: in the folder.
+    """The files of a local folder that hold the weights. small: folder from which the index is read; None: `folder`.
 
-    Raises CheckpointError, as `files_in` does, or ReadError.
+    Raises CheckpointError or ReadError, as `files_in` does.
     """
 
     def read(name: str) -> str:
@@ -163,7 +164,7 @@ def weights_in(folder: Path, small: Path | None = None) -> WeightFiles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is. Raises CheckpointError or ReadError."""
+    """The content of config.json. Raises CheckpointError or ReadError."""
     path = folder / "config.json"
     if "config.json" not in files_in(folder):
         raise CheckpointError(
@@ -176,12 +177,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Download the checkpoint again.") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download the checkpoint again.")
+        raise CheckpointError(f"{path} is not a JSON object. Download the checkpoint again.")
     return config
 
 
 def _index_map(names: Collection[str], text: str, where: object, index: str, single: str | None) -> dict[str, str]:
-    """Tensor -> shard. single: the file with all weights that is there as well, if one is."""
+    """Tensor -> shard. single: the single file with all weights, if that exists as well."""
     suffix = Path(index.removesuffix(".index.json")).suffix
     try:
         index_map = dict(json.loads(text)["weight_map"])
@@ -189,7 +190,7 @@ def _index_map(names: Collection[str], text: str, where: object, index: str, sin
         if not shards or not all(shard.endswith(suffix) and "/" not in shard for shard in shards):
             raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(f"{where}: {index} is no index of shards. Download the checkpoint again.") from None
+        raise CheckpointError(f"{where}: {index} is not an index of shards. Download the checkpoint again.") from None
     if missing := [shard for shard in shards if shard not in names]:
         beside = f" If {single} holds the whole model, remove {index}." if single else ""
         raise CheckpointError(

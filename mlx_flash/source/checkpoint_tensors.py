@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint counts, where several files have one of its name (docs/checkpoints.md)."""
+"""Chooses the tensor that counts if several files of a checkpoint have one of the same name (docs/checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ from .model_kind import error_line
 
 @dataclass(frozen=True)
 class Choice:
-    """chosen: tensor -> file. doubles: of those that nothing decides between, tensor -> all files that have it."""
+    """The files chosen for the tensors of a checkpoint.
+
+    chosen: tensor -> file. doubles: tensor -> all files that have it, for tensors where neither the index nor a single
+    holder decides.
+    """
 
     chosen: dict[str, str]
     doubles: dict[str, list[str]]
 
 
 def choose(held: Mapping[str, Collection[str]], index_map: Mapping[str, str]) -> Choice:
-    """For every tensor, the file whose tensor counts; names alone decide, in no order but their own.
+    """Chooses the file that counts for every tensor. The result depends on names alone, not on the order of `held`.
 
-    The file that the index names; where there is no index, or that file does not have the tensor, the one that has
-    it. Several that have it must hold the same bytes, which is for the caller to see: they are `doubles`.
+    It is the file that the index names. Without an index, or if that file lacks the tensor, it is the file that has it.
+    If several have it, the tensor is listed in `doubles`, and the caller must check that they hold the same bytes.
 
-    held: file -> names of its tensors. index_map: tensor -> file, as the index has it.
+    held: file -> names of its tensors. index_map: tensor -> file, from the index.
     """
     holders: dict[str, list[str]] = {}
     for file in sorted(held):
@@ -46,16 +50,19 @@ def choose(held: Mapping[str, Collection[str]], index_map: Mapping[str, str]) ->
 
 
 def tensors_in(folder: Path, small: Path | None = None) -> dict[str, tuple[Path, TensorEntry]]:
-    """Name -> (file, entry) of every tensor that counts of a checkpoint in safetensors files; headers are read, and
-    of tensors that stand in several files the bytes. small: where the index is read; None: in the folder.
+    """Name -> (file, entry) of every tensor that counts in a checkpoint of safetensors files.
 
-    Raises CheckpointError for what cannot be read, and for two tensors of one name between which nothing decides.
+    Only headers are read, and the bytes of tensors that are in several files. small: folder from which the index is
+    read; None: `folder`.
+
+    Raises CheckpointError for invalid files, and for two different tensors of one name if no index names a file.
+    Raises ReadError for files that cannot be read.
     """
     weights = weights_in(folder, small)
     if weights.names[0].endswith(".bin"):
         raise CheckpointError(
-            f"{folder} has PyTorch files only ({weights.names[0]}), and its tensors are read where they lie, in "
-            "safetensors files. Look for a checkpoint with *.safetensors."
+            f"{folder} has only PyTorch files ({weights.names[0]}), but this model is read in place from safetensors "
+            "files. Look for a checkpoint with *.safetensors."
         )
     headers = {name: entries_of(folder / name) for name in weights.names}
     choice = choose(headers, weights.index_map)
@@ -69,13 +76,13 @@ def tensors_in(folder: Path, small: Path | None = None) -> dict[str, tuple[Path,
 
 def two_of_a_name(folder: Path, name: str, first: str, other: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: the tensor {name} stands in {first} and, with other numbers, in {other}, and no index says which "
+        f"{folder}: the tensor {name} is in {first} and, with other values, in {other}, and no index says which one "
         "counts. Remove the file that does not belong to the checkpoint, or download it again."
     )
 
 
 def entries_of(file: Path) -> dict[str, TensorEntry]:
-    """The header of a safetensors file. Raises CheckpointError or ReadError."""
+    """Tensor -> entry, from the header of a safetensors file. Raises CheckpointError or ReadError."""
     try:
         with reading(file, "its header"):
             return read_header(file)[1]
@@ -84,7 +91,7 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
 
 
 def malformed(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is no readable safetensors file: {error_line(error)}. Download it again.")
+    return CheckpointError(f"{file} is not a valid safetensors file: {error_line(error)}. Download it again.")
 
 
 def _same(first: Path, one: TensorEntry, other: Path, two: TensorEntry) -> bool:
@@ -104,16 +111,17 @@ def _same(first: Path, one: TensorEntry, other: Path, two: TensorEntry) -> bool:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much a checkpoint holds: what its configuration claims is compared with this before a model is built."""
+    """The size of a checkpoint. The counts in its configuration are compared with it before a model is built."""
 
     tensors: int
-    longest: int  # dimension of any of them
+    longest: int  # the longest dimension of any tensor
 
 
 def extent_of(folder: Path, small: Path | None = None) -> Extent:
-    """From headers alone; of PyTorch files, whose shapes only torch knows, from their lists of contents and sizes.
+    """The Extent of a checkpoint, from its headers.
 
-    small: where the index is read; None: in the folder.
+    Only torch can read the shapes in a PyTorch file, so its list of contents and its size are used instead.
+    small: folder from which the index is read; None: `folder`. Raises CheckpointError or ReadError.
     """
     tensors = longest = 0
     for name in weights_in(folder, small).names:
@@ -129,7 +137,7 @@ def extent_of(folder: Path, small: Path | None = None) -> Extent:
 
 
 def _entries_of_bin(file: Path) -> int:
-    """How many arrays a PyTorch file has; 0 if it is not one, which is for torch to say."""
+    """The number of arrays in a PyTorch file; 0 if it is not one (torch reports that later)."""
     try:
         with zipfile.ZipFile(file) as archive:
             return len(archive.namelist())

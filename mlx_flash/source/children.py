@@ -1,4 +1,4 @@
-"""Processes that this one starts: they run no code of the working directory, and do not outlive it."""
+"""Child processes: they run no code from the working directory, and they do not outlive this process."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import subprocess
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-INTERRUPTED_S = 2.0  # for a child to end by the Ctrl-C that a terminal sent to both
-TERMINATED_S = 3.0  # then to end by SIGTERM; together less than stopping.GRACE_S
+INTERRUPTED_S = 2.0  # time for a child to end by the Ctrl-C that the terminal sent to both
+TERMINATED_S = 3.0  # time after SIGTERM; both together are less than stopping.GRACE_S
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """This process's environment for a child `python -m`, with `more`.
+    """The environment for a child `python -m`: that of this process, and `more`.
 
-    `-m` would look for modules in the working directory first, which may be a checkpoint's folder: PYTHONSAFEPATH
-    forbids it. (The option -P would not do: a packaged app is its own interpreter, and knows -m only.) But where this
-    package itself was found there, in a clone that is not installed, the child must find it there as well.
+    `-m` looks for modules in the working directory first, which may be a checkpoint's folder. PYTHONSAFEPATH prevents
+    that. (The option -P cannot be used: a packaged app is its own interpreter, and knows only -m.) If this package
+    itself is in the working directory, as in a clone that is not installed, the child must find it there as well.
     """
     safe = {} if PACKAGE.parent == Path.cwd() else {"PYTHONSAFEPATH": "1"}
     return {**os.environ, **safe, **more}
@@ -26,8 +26,8 @@ def child_environment(**more: str) -> dict[str, str]:
 def run_child(command: list[str]) -> int:
     """Runs `command --exit-with-stdin` to its end and returns its exit code.
 
-    What ends this wait ends the child: an exception by signals, and this process's end, however it comes, by the end
-    of the child's standard input.
+    An exception during the wait ends the child by signals. If this process ends for any reason, the child's standard
+    input closes, which ends the child as well.
     """
     child = subprocess.Popen(
         [*command, "--exit-with-stdin"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=child_environment()
@@ -43,7 +43,7 @@ def run_child(command: list[str]) -> int:
 
 
 def _end(child: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Waits for it, asks it to end, and kills it; at once if another exception comes."""
+    """Waits for the child, sends SIGTERM, and kills it; kills it at once if another exception comes."""
     try:
         for ask, seconds in ((lambda: None, patience_s), (child.terminate, TERMINATED_S)):
             ask()
@@ -51,5 +51,5 @@ def _end(child: subprocess.Popen[bytes], patience_s: float) -> None:
                 child.wait(seconds)
                 return
     finally:
-        child.kill()  # nothing, if it has ended
+        child.kill()  # has no effect if it has ended
         child.wait()

@@ -1,7 +1,7 @@
-"""The small files of a model, read once and compared: libraries are given copies, so they use what was compared.
+"""Reads the small files of a model once and compares them. Libraries get copies, so they use the compared bytes.
 
-A configuration or a tokenizer is read by several libraries, each with its own calls, and a disk may return other bytes
-to each of them.
+Several libraries read a configuration or a tokenizer, each with its own calls, and a faulty disk may return different
+bytes to each of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Compare = Callable[[Path, os.stat_result, bytes], None]
 
 @contextlib.contextmanager
 def compared_copies(folder: Path, names: Sequence[str], compare: Compare) -> Iterator[Path]:
-    """A temporary folder with copies of some files of `folder`; an error that names it is raised with `folder`.
+    """A temporary folder with copies of some files of `folder`. Errors raised inside name `folder` instead of it.
 
-    names: of the files, below `folder`. compare: called with a file, its status when it was opened, and its bytes;
-    raises what it finds.
+    names: the files, relative to `folder`. compare: called with a file, its status when it was opened, and its bytes;
+    it raises an error for bytes that differ.
 
     Raises ReadError for a file that cannot be read, CheckpointError for one that is larger than any real one,
     FlashError if there is no room for the copies.
@@ -36,8 +36,8 @@ def compared_copies(folder: Path, names: Sequence[str], compare: Compare) -> Ite
                 status, content = os.fstat(file.fileno()), file.read(MAX_SMALL_BYTES + 1)
             if len(content) > MAX_SMALL_BYTES:
                 raise CheckpointError(
-                    f"{folder / name} has more than {MAX_SMALL_BYTES >> 20} MiB, which no file of its kind has. Remove "
-                    "it, or download it again."
+                    f"{folder / name} has more than {MAX_SMALL_BYTES >> 20} MiB, which is too large for a file of its "
+                    "kind. Remove it, or download it again."
                 )
             compare(folder / name, status, content)
             try:
@@ -53,9 +53,9 @@ def compared_copies(folder: Path, names: Sequence[str], compare: Compare) -> Ite
 
 
 def name_themselves(tokenizer: Any, copy: Path, folder: Path) -> None:
-    """Lets a library's tokenizer say, and read again, the files of `folder` instead of their copies.
+    """Replaces the paths of the copies in a library's tokenizer by those of `folder`, for messages and later reads.
 
-    Those of sentencepiece read their vocabulary again when they are copied or pickled.
+    Sentencepiece tokenizers read their vocabulary again when they are copied or pickled.
     """
     own = getattr(tokenizer, "_tokenizer", tokenizer)
     for place in (vars(own), getattr(own, "init_kwargs", {})):
@@ -64,7 +64,7 @@ def name_themselves(tokenizer: Any, copy: Path, folder: Path) -> None:
 
 
 def _renamed(value: Any, copy: Path, folder: Path) -> Any:
-    """A text with the path of `folder` where that of `copy` was, also where its white space was folded."""
+    """A text with the path of `copy` replaced by that of `folder`, even if its white space was collapsed."""
     if isinstance(value, str):
         for path in (str(copy), " ".join(str(copy).split())):
             value = value.replace(path, str(folder))
@@ -73,7 +73,7 @@ def _renamed(value: Any, copy: Path, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Removed at the end. Raises FlashError where there cannot be one."""
+    """A temporary folder that is removed at the end. Raises FlashError if it cannot be made."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="mlx-flash-")
     except OSError as error:
@@ -83,8 +83,8 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def no_room(error: Exception) -> FlashError:
-    """The error to raise where a temporary folder cannot be written to."""
+    """The error to raise if a temporary folder cannot be written to."""
     return FlashError(
-        f"the system's folder for temporary files cannot take a copy of the model's small files: {reason_of(error)}. "
-        "Make room there, or let TMPDIR name another folder."
+        f"the model's small files cannot be copied into the system's temporary folder: {reason_of(error)}. "
+        "Make room there, or set TMPDIR to another folder."
     )

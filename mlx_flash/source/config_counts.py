@@ -1,6 +1,7 @@
-"""Counts in a config.json against what the checkpoint holds: nothing is built for a billion layers that are not there.
+"""Checks the counts in a config.json against the checkpoint's tensors.
 
-A model is built from its configuration alone, an object for each layer at least, before any tensor is asked for.
+A model is built from its configuration alone, with at least one object per layer, before any tensor is read. Without
+this check, a config.json that claims a billion layers would use up all memory.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# How configurations call what there is an object for; the last words of a key, such as num_hidden_layers, n_layer.
+# The last words of keys that count objects, such as num_hidden_layers or n_layer.
 _LAYERS = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages?|loops?)$")
 _OTHERS = re.compile(r"(?:^|_)(?:heads?|experts?|groups?|mult|embedders?|codebooks?)$")
 _LISTS = re.compile(r"(?:^|_)(?:layers?|blocks?|types?|pattern|configs?)$")
 
 FEW = 256
-"""So many objects cost nothing. Some keys, such as max_window_layers, keep the value of a larger sibling."""
+"""Up to this many objects cost nothing. Some keys, such as max_window_layers, keep the value of a larger sibling."""
 
 
 def count_problem(config: Any, tensors: int, longest: int, depth: int = 0) -> str | None:
-    """Which count in a configuration, or in a part of it, is more than the checkpoint can have; None if all fit.
+    """Names a count in a configuration, or in a part of it, that is too large for the checkpoint; None if all fit.
 
-    tensors: of the checkpoint, at least one per layer. longest: its longest dimension, at least one row per head or
-    expert.
+    tensors: number of tensors in the checkpoint (at least one per layer). longest: its longest dimension (at least one
+    row per head or expert).
     """
     if depth > 32:
         return "it is nested more than 32 deep"

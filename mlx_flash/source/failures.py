@@ -1,4 +1,4 @@
-"""Errors that this package does not raise itself, MLX's among them, in a sentence with a remedy."""
+"""Describes errors that this package does not raise itself, such as MLX's, in a sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ PACKAGES = ("mlx-flash-runtime", "mlx", "mlx-lm", "numpy", "transformers")
 
 
 def foreseen(error: Exception) -> str | None:
-    """The sentence for what may happen on a sound machine with a sound program; None for anything else."""
+    """The sentence for an error that a correct program can meet, such as too little memory; None for other errors."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
         return f"there is not enough memory: {error_line(error)}. Lower --memory or --context, or close other programs."
     if text.startswith("[metal]"):
-        return f"the GPU reports an error: {error_line(error)}. Try again; if it stays, restart the computer."
+        return f"the GPU reports an error: {error_line(error)}. Try again; if that fails too, restart the computer."
     return None
 
 
 def sentence(error: Exception) -> str:
-    """What to tell a user. The traceback of what nobody foresaw is written to a file, which the sentence names."""
+    """The sentence to show to a user. For an unexpected error it names a file to which the traceback is written."""
     if (known := foreseen(error)) is not None:
         return known
     report = _write_report(error)
     where = f"Its traceback is in {report}" if report is not None else "Its traceback is above"
-    return f"an error that should not happen: {error_line(error)}. {where}: please report it, with what you did."
+    return f"unexpected error: {error_line(error)}. {where}. Please report it and what you did."
 
 
 def _write_report(error: Exception) -> Path | None:
-    """Where the traceback was written; None if that failed and it was printed. No arguments, no text of a user's."""
+    """Writes the traceback to a file and returns its path; prints it and returns None if that fails.
+
+    The report holds neither arguments nor any text of the user's.
+    """
     lines = [f"{name} {_version(name)}" for name in PACKAGES] + [f"Python {platform.python_version()}"]
     lines += [platform.platform(), "", *traceback.format_exception(error)]
     try:

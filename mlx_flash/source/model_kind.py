@@ -1,4 +1,4 @@
-"""Which kind of model a checkpoint's config.json describes; nothing of the checkpoint is read for that, or run."""
+"""Finds the kind of model that a config.json describes, without reading weights or running code of the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ SEE = 'The README\'s section "Which models" has the details.'
 
 
 def refuse_own_code(config: Mapping[str, Any], where: object) -> None:
-    """Raises UnsupportedModelError for a model that only code out of its checkpoint could build.
+    """Raises UnsupportedModelError for a model that only code from its checkpoint can build.
 
-    mlx-lm has such code named under `model_file`, and runs it when it is told to trust it.
+    In mlx-lm, `model_file` names such code, and mlx-lm runs it when it is told to trust it.
     """
     if (file := config.get("model_file")) is not None:
         raise UnsupportedModelError(
-            f"{where} cannot be run: its config.json names {file!r} as code of the checkpoint's own that builds the "
-            f"model, and no code out of a checkpoint is ever run here. {SEE}"
+            f"{where} cannot be run: its config.json names {file!r}, code in the checkpoint that builds the model, "
+            f"and code from a checkpoint is never run. {SEE}"
         )
 
 
 def is_mixture(config: dict[str, Any], where: object) -> bool:
     """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
 
-    where: what holds the config.json, for messages.
+    where: the folder or repository of the config.json, for messages.
 
-    Raises CheckpointError if mlx-lm has a family of models with such layers for it, and cannot build one.
+    Raises CheckpointError if mlx-lm's family for it has such layers, but the model cannot be built.
     """
     if (classes := _mlx_lm_classes(config)) is None:
         return False
@@ -48,7 +48,7 @@ def is_mixture(config: dict[str, Any], where: object) -> bool:
 
 
 def switch_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """(path in the model, module) of those of mlx-lm's modules that hold experts, in the order of the layers."""
+    """Yields (path in the model, module) of the mlx-lm modules that hold experts, in the order of the layers."""
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))]
@@ -56,7 +56,7 @@ def switch_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def mlx_lm_knows(config: dict[str, Any]) -> bool:
-    """Whether mlx-lm has a model of this configuration's type, of whatever kind."""
+    """Whether mlx-lm has a model of this configuration's type."""
     return _mlx_lm_classes(config) is not None
 
 
@@ -66,17 +66,17 @@ def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
 
     try:
         return _get_classes(config)  # type: ignore[no-any-return]
-    except Exception:  # whatever it lacks: then it is none that could be run
+    except Exception:  # The configuration lacks something, so the model cannot be run.
         return None
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; MLX's list every way to call a function."""
+    """The first line of an error's message. MLX's messages go on to list every way to call a function."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def error_line(error: Exception) -> str:
-    """What another library's error says, in a line; its name where the rest is only a key, or nothing."""
+    """Another library's error in one line, with the class's name unless the message is a sentence; no full stop."""
     text = " ".join(str(error).split())
     plain = isinstance(error, (ValueError, RuntimeError)) and text
     return (text if plain else f"{type(error).__name__}: {text}")[:300].rstrip(".")

@@ -1,11 +1,11 @@
-"""How a checkpoint's numbers are packed, told by its tensors, and by its configuration where that says more."""
+"""Finds out how a checkpoint's numbers are packed, from its tensors, and from its configuration for the details."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What only such files have: the end of a tensor's name -> the kind. The first that fits is said.
+# (end of a tensor's name that only this kind has, kind). The first that matches is reported.
 _SUFFIXES = (
     (".g_idx", "GPTQ"),
     (".qzeros", "AWQ or GPTQ"),
@@ -33,9 +33,9 @@ _NAMES = {
 
 
 def foreign_quantisation(config: Mapping[str, Any], files: Collection[str], dtype_of: Mapping[str, str]) -> str | None:
-    """What packed the numbers of a checkpoint, such as "GPTQ, 4 bits"; None if they are plain, or MLX's own.
+    """The format of a checkpoint's packed numbers, such as "GPTQ, 4 bits"; None if they are plain or in MLX's format.
 
-    files: names of the small files beside it. dtype_of: tensor -> type, as the file has it ("F8_E4M3", "float16").
+    files: names of its small files. dtype_of: tensor -> type, as written in the file ("F8_E4M3", "float16").
     """
     found = next((kind for suffix, kind in _SUFFIXES if any(name.endswith(suffix) for name in dtype_of)), None)
     if found is None and any(dtype.upper().startswith(("F8_", "FLOAT8")) for dtype in dtype_of.values()):
@@ -50,7 +50,7 @@ def foreign_quantisation(config: Mapping[str, Any], files: Collection[str], dtyp
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `quantization_config` of a configuration, or of the part of it that is for the text model; {} if none is."""
+    """The `quantization_config` of a configuration, or of its part for the text model; {} if there is none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         if isinstance(settings := part.get("quantization_config"), dict):
@@ -59,9 +59,9 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def group_problem(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with a group of no numbers, in the settings or in those of one tensor; None if there is none.
+    """Describes a group size of 0 in the settings, or in those of one tensor; None if there is none.
 
-    MLX divides by it, and the process ends with SIGFPE.
+    MLX would divide by it, and the process would end with SIGFPE.
     """
     for name in ("quantization", "quantization_config"):
         for part in (config, config.get("text_config")):
@@ -74,7 +74,7 @@ def _group_of_none(settings: Any, where: str) -> str | None:
     if isinstance(settings, list):
         found = (_group_of_none(part, where) for part in settings)
     elif isinstance(settings, Mapping):
-        if settings.get("group_size", 1) == 0:  # also false
+        if settings.get("group_size", 1) == 0:  # `false` counts as 0.
             return where
         found = (_group_of_none(part, f"{where}.{name}") for name, part in settings.items())
     else:
@@ -83,9 +83,9 @@ def _group_of_none(settings: Any, where: str) -> str | None:
 
 
 def mlx_settings(config: Mapping[str, Any], path: str) -> tuple[int, int] | None:
-    """(group size, bits) of the matrix at `path` as mlx-lm's config.json has them; None where it is not affine.
+    """(group size, bits) of the matrix at `path`, from mlx-lm's config.json; None if it is not affine.
 
-    Without `quantization`, `quantization_config` may be a copy of it, as mlx-lm writes it.
+    mlx-lm writes `quantization`, and `quantization_config` as a copy; the copy is used if only that is present.
     """
     settings = config.get("quantization", config.get("quantization_config"))
     if not isinstance(settings, dict):

@@ -1,4 +1,4 @@
-"""What --model names -> a folder: a store, a checkpoint that is converted first, or a repository to download."""
+"""Turns the value of --model into a folder: a store, a checkpoint to convert first, or a repository to download."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def demo_folder() -> Path:
 def find_checkpoint(
     model: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None, fetch: bool = True
 ) -> Path:
-    """A local folder as it is; a Hugging Face repository id through huggingface_hub's cache. fetch: or from the Hub.
+    """The folder of a checkpoint or store, named by a local folder or a Hugging Face repository id.
+
+    A repository is looked up in huggingface_hub's cache. fetch: whether it may be downloaded from the Hub.
 
     Raises UsageError if there is no such folder, repository or revision, CheckpointError if the repository holds no
     model, ConversionError if the Hub cannot be reached.
@@ -39,13 +41,13 @@ def find_checkpoint(
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of nobody, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of an unknown user, a zero byte
         raise UsageError(f"{model:.80} cannot be a folder: {error}.") from None
     if not model:
         raise UsageError("--model is empty; leave it out for the demo model.")
     if is_folder:
         if revision is not None:
-            raise UsageError(f"{model} is a folder, and a revision belongs to a Hugging Face repository. Leave it out.")
+            raise UsageError(f"{model} is a folder; only a Hugging Face repository has a revision. Leave it out.")
         return folder
     if exists:
         raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
@@ -57,9 +59,9 @@ def find_checkpoint(
 
 
 def cache_folder() -> Path:
-    """Where checkpoints are converted to when nobody said where: $MLX_FLASH_CACHE, or the system's cache folder.
+    """The folder for stores made without an explicit output: $MLX_FLASH_CACHE, or the system's cache folder.
 
-    Raises UsageError where the system knows no home folder that it would be in.
+    Raises UsageError if the folder depends on a home folder that the system does not know.
     """
     chosen = os.environ.get("MLX_FLASH_CACHE")
     try:
@@ -68,17 +70,20 @@ def cache_folder() -> Path:
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Caches" / "mlx_flash"
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
-    except RuntimeError:  # a user without a home, or "~name" of one who does not exist
-        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, and" if chosen else "there is no place for the cache folder:"
+    except RuntimeError:  # a user without a home folder, or "~name" of a user who does not exist
+        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, but" if chosen else "there is no place for the cache folder:"
         raise UsageError(
             f"{where} this system knows no such home folder. Set MLX_FLASH_CACHE to the full path of a folder."
         ) from None
 
 
 def resolve_source(model: str | None, revision: str | None, say: Callable[[str], None], fetch: bool = True) -> Path:
-    """The folder of the store or of the checkpoint that a folder or a repository id names; None is the demo model."""
+    """The folder of the store or checkpoint that `model` names: a folder or a repository id; None: the demo model.
+
+    Raises the errors of `find_checkpoint`, and UsageError for a folder that holds neither a store nor a checkpoint.
+    """
     if model is None and revision is not None:
-        raise UsageError("a revision belongs to a Hugging Face repository: name one, or leave the revision out.")
+        raise UsageError("a revision was given without a repository. Name one with --model, or leave the revision out.")
     source = demo_folder() if model is None else find_checkpoint(model, revision, say, fetch)
     if not is_store(source) and "config.json" not in files_in(source):
         raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
@@ -86,15 +91,15 @@ def resolve_source(model: str | None, revision: str | None, say: Callable[[str],
 
 
 def find_store(model: str | None, say: Callable[[str], None] = lambda _: None, revision: str | None = None) -> Path:
-    """The store for a store's folder, a checkpoint's folder or a repository id; None is the demo model."""
+    """The store for a store's folder, a checkpoint's folder or a repository id; None: the demo model."""
     return ensure_store(resolve_source(model, revision, say), model, say)
 
 
 def ensure_store(source: Path, model: str | None, say: Callable[[str], None]) -> Path:
-    """`source` itself if it is a store, else what it is converted to. model: what it was called.
+    """`source` itself if it is a store, else the store that it is converted to. model: the name that the user gave.
 
-    A checkpoint is converted into the cache folder, once, by a process of its own (so that its memory is not this
-    process's); a second process waits for the first.
+    A checkpoint is converted once, into the cache folder. A separate process does it, so that its memory does not count
+    as this process's. A second process that wants the same store waits for the first.
     """
     if is_store(source):
         return source
@@ -116,9 +121,9 @@ def ensure_store(source: Path, model: str | None, say: Callable[[str], None]) ->
 
 
 def cached_store_path(source: Path, model: str | None) -> tuple[Path, int]:
-    """(where in the cache folder the store of a checkpoint belongs, bytes of the checkpoint)."""
-    # Small files by their content, which is in the store too: their times are set anew by many a copy. Weights by
-    # size and time, since their content would take minutes.
+    """(path of a checkpoint's store in the cache folder, bytes of the checkpoint's weights)."""
+    # Small files are identified by their content, because a copy may change their times. Weights are identified by size
+    # and time, because hashing them would take minutes.
     weights = {name: (source / name).stat() for name in weights_in(source).names}
     state = [[name, status.st_size, status.st_mtime_ns] for name, status in weights.items()]
     small = {name: sha256_of(source / name) for name in matching(files_in(source), SMALL_FILES)}
@@ -141,7 +146,7 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
             "folder."
         ) from None
     try:
-        # Of the conversion itself: held by one that was started by hand, or that ends because its parent was killed.
+        # The converter's own lock, held by a conversion that was started by hand, or that is ending after its parent.
         its_own = Path(f"{os.path.realpath(target)}.lock")
         if not is_store(target) and its_own.exists():
             _acquired(its_own, waiting, say).release()
@@ -155,11 +160,11 @@ def _convert_into_cache(source: Path, target: Path, size: int, say: Callable[[st
                 "MLX_FLASH_CACHE to a folder on another one."
             )
     finally:
-        lock.release()  # `with lock` would acquire it a second time, and let go of one
+        lock.release()  # `with lock` would acquire it a second time, and release it only once.
 
 
 def _acquired(path: Path, waiting: str, say: Callable[[str], None]) -> FileLock:
-    """The lock, held; says `waiting` if it has to wait."""
+    """Acquires and returns the lock; says `waiting` if it has to wait."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)

@@ -1,1 +1,1 @@
-"""From messages to tokens and back: templates, tokenizers, sampling, generation."""
+"""Messages to tokens and back: templates, tokenizers, sampling, generation."""

@@ -1,7 +1,7 @@
-"""Messages -> the prompt that the model's chat template makes of them. There is no other way to one in this package.
+"""Applies the model's chat template: messages -> prompt. All of this package's prompts from messages come from here.
 
 A template that came with the model is rendered by transformers' own function, in a process that can be killed. A
-template that lives in mlx-lm's or transformers' code (DeepSeek V3.2) is called here, as mlx-lm calls it.
+template in the code of mlx-lm or transformers (DeepSeek V3.2) is called here, as mlx-lm calls it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ..source.model_kind import error_line
 from .encoding import encode
 from .template_process import TemplateProcess
 
-LEAST_CHARACTERS = 1 << 22  # that a prompt may have, or CHARACTERS_PER_TOKEN for each token if that is more
+LEAST_CHARACTERS = 1 << 22  # limit of a prompt's characters, or CHARACTERS_PER_TOKEN for each token if that is more
 CHARACTERS_PER_TOKEN = 32
 
 Message = dict[str, Any]
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether there is one, in the checkpoint or in code. tokenizer: mlx-lm's TokenizerWrapper."""
+    """Whether the model has a chat template, in the checkpoint or in code. tokenizer: mlx-lm's TokenizerWrapper."""
     return tokenizer.chat_template is not None or tokenizer.has_chat_template
 
 
 def takes_tools(tokenizer: Any, tools: list[dict[str, Any]]) -> bool:
-    """Whether the template that is used with these tools mentions tools at all."""
+    """Whether the template that is used with these tools mentions tools."""
     return _in_code(tokenizer) or "tools" in _template_of(tokenizer, tools)
 
 
 def prompt_ids(process: TemplateProcess, tokenizer: Any, messages: Sequence[Message], *, most: int) -> list[int]:
-    """The token ids of `prompt_text`, at most `most`. Raises what that function raises, and what `tokens_of` does."""
+    """The token ids of `prompt_text`, at most `most`. Raises the errors of `prompt_text` and `tokens_of`."""
     return tokens_of(tokenizer, prompt_text(process, tokenizer, messages, most=most), most=most)
 
 
@@ -48,19 +48,19 @@ def prompt_text(
     generation_prompt: bool = True,
     continues: bool = False,
 ) -> str | list[int]:
-    """The prompt; token ids where the tokenizer has a method of its own that gives them. For any thread.
+    """The prompt as a text, or as token ids if the tokenizer's own method makes them. Any thread may call it.
 
     Args:
-        process: that renders templates.
+        process: the process that renders templates.
         tokenizer: mlx-lm's TokenizerWrapper; it has a chat template.
-        messages: OpenAI's, each content one text. Arguments of tool calls may be JSON texts or objects.
-        most: tokens that the prompt may have. It bounds the text, and is not exact.
+        messages: in OpenAI's form, each content one text. Arguments of tool calls may be JSON texts or objects.
+        most: tokens that the prompt may have. It limits the text only roughly.
         tools: JSON schemas in OpenAI's form.
-        variables: more that the template may use, such as enable_thinking.
+        variables: further variables for the template, such as enable_thinking.
         generation_prompt: whether the prompt ends with the beginning of an answer.
         continues: whether the last message is the beginning of the answer; then there is no generation prompt.
 
-    Raises ChatTemplateFailure for what the template raises, ChatTemplateError for a template beyond its limits.
+    Raises ChatTemplateFailure for errors of the template, ChatTemplateError if it exceeds a limit.
     """
 
     def make(messages: Sequence[Message]) -> str | list[int]:
@@ -75,15 +75,15 @@ def prompt_text(
         return make(_with_arguments(messages, _as_object))
     except ChatTemplateFailure:
         if any(message.get("tool_calls") for message in messages):
-            # Some templates put the JSON text of the arguments into the prompt. If this one does not, the first error
-            # is the one to tell of.
+            # Some templates put the JSON text of the arguments into the prompt. If this one fails with it too, the
+            # first error is raised.
             with contextlib.suppress(ChatTemplateFailure):
                 return make(_with_arguments(messages, _as_text))
         raise
 
 
 def tokens_of(tokenizer: Any, prompt: str | list[int], *, most: int) -> list[int]:
-    """The token ids of what `prompt_text` gives; for one thread at a time. Raises TooManyTokens, TokenizerError."""
+    """The token ids of `prompt_text`'s result; for one thread at a time. Raises TooManyTokens, TokenizerError."""
     return prompt if isinstance(prompt, list) else encode(tokenizer, prompt, special_tokens=False, most=most)
 
 
@@ -95,7 +95,7 @@ def _in_code(tokenizer: Any) -> bool:
 
 
 def _call(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) -> str | list[int]:
-    """A template in mlx-lm's code gives a text, a tokenizer's own method token ids."""
+    """The prompt from code: a text from a template of mlx-lm, or token ids from the tokenizer's own method."""
     gives_text = tokenizer._chat_template is not None
     try:
         made = tokenizer.apply_chat_template(list(messages), tokenize=not gives_text, **options)
@@ -107,9 +107,9 @@ def _call(tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]) 
 def _template_of(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
     try:
         template = tokenizer.get_chat_template(None, tools or None)
-    except ValueError:  # several, and none of them is the default
+    except ValueError:  # There are several templates, and none is the default.
         names = ", ".join(sorted(map(str, tokenizer.chat_template)))
-        raise ChatTemplateFailure(f"the model has several chat templates ({names:.200}) and no default one.") from None
+        raise ChatTemplateFailure(f"the model has several chat templates ({names:.200}) but no default.") from None
     if not isinstance(template, str):
         raise ChatTemplateFailure(f"the model's chat template is {template!r:.80}, expected a text.")
     return template
@@ -126,7 +126,7 @@ def _render(
     template = _template_of(tokenizer, options["tools"])
     if "developer" not in template:
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
-    # A missing value is left out, as transformers does; mlx-lm says whether the model has tokens for thoughts.
+    # Values of None are left out, as transformers does; mlx-lm knows whether the model has tokens for thoughts.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     arguments = tokenizer.special_tokens_map | {"enable_thinking": tokenizer.has_thinking} | variables | options
 
@@ -137,7 +137,7 @@ def _render(
     text = render(messages)
     if (asked := _last_question(messages)) in text:
         return text
-    # Some templates know only contents that are lists of parts, and render nothing of a text.
+    # Some templates expect contents that are lists of parts, and ignore a plain text.
     try:
         of_parts = render([m | {"content": [{"type": "text", "text": m.get("content", "")}]} for m in messages])
     except ChatTemplateFailure:
@@ -151,7 +151,7 @@ def _last_question(messages: Sequence[Message]) -> str:
 
 
 def _with_arguments(messages: Sequence[Message], form: Callable[[Any], Any]) -> list[Message]:
-    """The messages, the arguments of their tool calls in another form."""
+    """The messages with the arguments of their tool calls converted by `form`."""
 
     def changed(call: Any) -> Any:
         function = call.get("function") if isinstance(call, dict) else None
@@ -168,7 +168,7 @@ def _with_arguments(messages: Sequence[Message], form: Callable[[Any], Any]) -> 
 
 
 def _as_object(arguments: Any) -> Any:
-    """The object that a JSON text describes; anything else as it is."""
+    """The object in a JSON text; any other value unchanged."""
     if not isinstance(arguments, str):
         return arguments
     try:

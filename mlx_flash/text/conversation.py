@@ -1,4 +1,4 @@
-"""What was said so far, as prompts within the planned context; with a chat template, or as one continuous text."""
+"""A conversation, turned into prompts that fit the planned context: by a chat template, or as one continuous text."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from .encoding import encode
 from .generation import encode_prompt
 from .template_process import TemplateProcess
 
-MOST_CONTEXTS = 4  # of tokens in a prompt whose turns are not dropped yet
+MOST_CONTEXTS = 4  # size limit, in contexts, of a prompt before its oldest turns are dropped
 
 
 @dataclass
 class Turn:
     question: str
     answer: str
-    tokens: list[int]  # of both, where there is no template
+    tokens: list[int]  # question and answer; only the answer if there is a template
 
 
 @dataclass(frozen=True)
 class Prompt:
     tokens: list[int]
-    dropped: int  # turns, to make room
+    dropped: int  # number of turns dropped to make room
     dropped_tokens: int
 
 
 class Conversation:
-    """The turns, and the prompt that the next question makes of them.
+    """The turns of a conversation; makes the prompt for the next question.
 
-    Without a template, questions and answers are one text, with a space before each question but the first. Its tokens
-    stay as they were read and made.
+    Without a template, questions and answers form one text, with a space before each question but the first. Their
+    tokens are kept, not encoded again.
     """
 
     def __init__(self, tokenizer: Any, context: int, system_prompt: str | None = None, template: bool = True) -> None:
-        """context: tokens that prompt and answer may have together."""
+        """context: number of tokens for prompt and answer together."""
         self.tokenizer = tokenizer
         self.context = context
         self.has_template = template and has_chat_template(tokenizer)
@@ -45,16 +45,19 @@ class Conversation:
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
     def ask(self, question: str, room: int) -> Prompt:
-        """The prompt. Where it would leave less than `room` tokens for the answer, the oldest turns are dropped until
-        half of the context is free, or none is left: each time, what remains must be read again from its beginning.
+        """The prompt for a question.
 
-        Raises UsageError, and drops none, if the question alone is too long; ChatTemplateError, TokenizerError.
+        If it leaves less than `room` tokens for the answer, the oldest turns are dropped until half of the context is
+        free, or no turn is left. Half, because after each drop the rest must be read again from its beginning.
+
+        Raises UsageError, and drops nothing, if the question alone is too long. Raises ChatTemplateError or
+        TokenizerError if the prompt cannot be made.
         """
         size = len(self._tokens([], question))
         if size > self.context:
             raise UsageError(
-                f"that makes {size} tokens, the plan has room for {self.context} of question and answer together; "
-                "ask for less at once, or start with a larger --context."
+                f"the question makes a prompt of {size} tokens, and the plan has room for {self.context}, answer "
+                "included. Shorten it, or start with a larger --context."
             )
         before = len(tokens := self._tokens(self.turns, question))
         dropped = 0
@@ -66,7 +69,7 @@ class Conversation:
         return Prompt(tokens, dropped, before - len(tokens))
 
     def answered(self, question: str, answer: str, made: list[int]) -> None:
-        """Adds a turn. made: the answer's tokens."""
+        """Adds a turn. made: tokens of the answer."""
         own = [] if self.has_template else self._text_tokens(question, first=not self.turns)
         ends = self.tokenizer.eos_token_ids
         self.turns.append(Turn(question, answer, own + [token for token in made if token not in ends]))
@@ -87,17 +90,17 @@ class Conversation:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
-        # The turns fit into the context, and so does the question alone, or its size is to be told.
+        # The turns fit into the context. So does the question, unless `ask` is about to report its size.
         return prompt_ids(self._process, self.tokenizer, messages, most=MOST_CONTEXTS * self.context)
 
     def _start(self) -> list[int]:
-        """The token that every text begins with, where the tokenizer has one."""
+        """The token that begins every text, if the tokenizer has one."""
         begin = encode_prompt(self.tokenizer, "")[:1]
         return begin if begin == [self.tokenizer.bos_token_id] else []
 
     def _text_tokens(self, question: str, first: bool) -> list[int]:
         if first:
-            tokens = encode_prompt(self.tokenizer, question)  # as `generate` does
+            tokens = encode_prompt(self.tokenizer, question)  # the same tokens as in `generate`
             start = self._start()
             return tokens[len(start) :] if tokens[: len(start)] == start else tokens
         text = question if question[:1].isspace() else f" {question}"

@@ -1,7 +1,7 @@
-"""Token ids -> text, token by token: what the tokenizer's `decode` says, as early as it is certain.
+"""Decodes token ids to text, token by token, and hands out text as soon as later tokens cannot change it.
 
-At any time the text is a prefix of `decode` of all tokens, and at the end it is equal to it. docs/text.md says what
-that means for each kind of tokenizer, and names those whose `decode` takes back what it said.
+At any time the text is a prefix of `decode` of all tokens; at the end they are equal. docs/text.md explains what that
+means for each kind of tokenizer, and names those whose `decode` changes earlier text.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from mlx_lm import tokenizer_utils
 from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-WINDOW_TOKENS = 32  # decoded again for each token; older ones no longer change what it adds
+WINDOW_TOKENS = 32  # tokens that are decoded again for each new one; older ones do not affect its text
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-REPLACEMENT = "\ufffd"  # stands for bytes that are not a character, or not yet
-MOST_REPLACEMENTS = 3  # that one unfinished character may decode to
+REPLACEMENT = "\ufffd"  # stands for bytes that are not a character, or not a complete one yet
+MOST_REPLACEMENTS = 3  # An unfinished character decodes to at most this many.
 # transformers' clean-up of spaces replaces only pieces of text that consist of these characters.
 CLEANED_UP = " .?!,'nmtsver"
 
 
 class Detokenizer(tokenizer_utils.StreamingDetokenizer):
-    """mlx-lm's interface, for every tokenizer of transformers; decodes a window of recent tokens for each new one.
+    """A detokenizer with mlx-lm's interface, for every tokenizer of transformers.
 
-    Special tokens are text, as they are for `decode`; the caller leaves out those that end a text. Ids that the
-    tokenizer does not know add nothing.
+    For each new token it decodes a window of recent tokens. Special tokens are text, as they are for `decode`; the
+    caller leaves out those that end a text. Ids that the tokenizer does not know add nothing.
 
-    A byte-level vocabulary whose file names another decoder (Mistral's tekken) gets the byte-level one: the tokenizer
-    that is passed in is changed, so its own `decode` is right as well.
+    A byte-level vocabulary whose file names another decoder (Mistral's tekken) gets the byte-level decoder. This
+    changes the tokenizer that is passed in, so its own `decode` is right as well.
     """
 
     def __init__(self, tokenizer: Any, continues: Sequence[int] = ()) -> None:
-        """tokenizer: transformers' or mlx-lm's wrapper of one.
+        """tokenizer: a tokenizer of transformers, or mlx-lm's wrapper of one.
 
-        continues: tokens of a text that the new one continues. Without them the new text stands alone: where a
-        tokenizer writes a space before each word (sentencepiece), its first space is left out, as `decode` does. With
-        them, that space stands between the two texts, and is kept, unless nothing but a special token comes before it.
-        A character that they begin and do not end belongs to the new text.
+        continues: tokens of the text that the new text continues. Without them the new text stands alone. If the
+        tokenizer writes a space before each word (sentencepiece), the first space is then left out, as in `decode`.
+        With them, that space separates the two texts. It is kept, unless only special tokens come before it. A
+        character that is unfinished at the end of `continues` belongs to the new text.
         """
         super().__init__()
         self._tokenizer = getattr(tokenizer.decode, "__self__", tokenizer)  # the one inside a wrapper
         use_byte_level_decoder(self._tokenizer)
-        self._pieces: dict[int, str | None] = {}  # of the tokens that came up
+        self._pieces: dict[int, str | None] = {}  # the vocabulary's entries for tokens seen so far
         self._byte_level = _decoder_types(self._tokenizer) == ["ByteLevel"]
-        self._late = not _never_takes_back(self._tokenizer)  # each token's text waits for the next token
+        self._late = not _never_takes_back(self._tokenizer)  # whether each token's text waits for the next token
         self._uncertain = CLEANED_UP if _cleans_up(self._tokenizer) else ""
         self._context = self._context_of(continues) if continues else ([], [], "")
         self.reset()
@@ -61,25 +61,25 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         self.offset = 0
         self._parts: list[str] = []
         self._window = before + begun
-        self._decoded = len(before)  # tokens of the window; the others have been added since
-        self._text = self._decode(before)  # of these
-        self._said = said  # what has been handed out of it
+        self._decoded = len(before)  # number of the window's tokens that are decoded in _text
+        self._text = self._decode(before)  # the text of these tokens
+        self._said = said  # the part of _text that has been handed out
 
     @property
     def text(self) -> str:
-        """All that is certain so far."""
+        """All text that is certain so far."""
         return "".join(self._parts)
 
     @property
     def last_segment(self) -> str:
-        """What became certain since this was last asked for."""
+        """The text that became certain since the last call."""
         new = "".join(self._parts[self.offset :])
         self.offset = len(self._parts)
         return new
 
     @property
     def holds_back(self) -> bool:
-        """Whether tokens have been added whose text is not certain yet."""
+        """Whether the text of some added tokens is not certain yet."""
         return self._said != self._text or self._decoded != len(self._window)
 
     def add_token(self, token: int) -> None:
@@ -87,20 +87,21 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         if not self._knows(token):
             return
         self._window.append(token)
-        # decode makes a run of byte tokens into characters or, if one byte of it is wrong, all of it into U+FFFD.
+        # `decode` turns a run of byte tokens into characters or, if one byte is wrong, the whole run into U+FFFD.
         if not self._is_byte(token):
             self._read()
             self._shorten()
 
     def finalize(self) -> None:
-        """Nothing more comes: all text is certain."""
+        """Ends the text: all of it becomes certain."""
         if self.tokens:
             self._read(last=True)
 
     def added_by(self, tokens: Sequence[int]) -> list[bytes]:
-        """UTF-8 that each of these would add if it came next; of a token that holds a part of a character, its bytes.
+        """The UTF-8 bytes that each of these tokens would add if it came next.
 
-        The bytes of all tokens of a text, joined, are the text's, where they are valid UTF-8.
+        A token that holds a part of a character gives its bytes. The joined bytes of all tokens of a text are those of
+        the text, if they are valid UTF-8.
         """
         before = self._decode(self._window)
         return [self._added_by(token, before) for token in tokens]
@@ -118,7 +119,8 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
 
     def _read(self, last: bool = False) -> None:
         text = self._decode(self._window)
-        if not text.startswith(self._said):  # taken back: that stays, and the newest tokens' text comes behind it
+        # `decode` changed text that has been handed out. Keep that text, and append the text of the newest tokens.
+        if not text.startswith(self._said):
             self._hand_out(self._text, len(self._text))
             self._window, self._said, self._text = self._window[self._decoded :], "", ""
             text = self._decode(self._window)
@@ -131,7 +133,7 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
             self._said = text[:end]
 
     def _certain(self, text: str) -> int:
-        """How many characters of the window's text stay as they are, whatever comes."""
+        """The number of characters of the window's text that no later token can change."""
         end = len(text)
         while end > len(text) - MOST_REPLACEMENTS and text[:end].endswith(REPLACEMENT):
             end -= 1
@@ -140,7 +142,7 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         return min(end, _common(self._text, text)) if self._late else end
 
     def _shorten(self) -> None:
-        """Forgets the window's older tokens, if the others say the same from the last character handed out."""
+        """Drops the window's older tokens if that does not change the text from the last character handed out."""
         if len(self._window) <= WINDOW_TOKENS or not self._said:
             return
         window = self._window[-WINDOW_TOKENS // 2 :]
@@ -151,8 +153,10 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
             self._decoded = len(window)
 
     def _context_of(self, tokens: Sequence[int]) -> tuple[list[int], list[int], str]:
-        """Of a text to be continued: tokens at its end; byte tokens behind them, of a character that it does not end;
-        and the text before that character."""
+        """Splits the end of a text to be continued.
+
+        Returns (tokens at its end, byte tokens after them of an unfinished character, text before that character).
+        """
         special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
         special.update(self._tokenizer.all_special_ids)
         window: list[int] = []
@@ -161,18 +165,18 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
                 break
             if self._knows(token):
                 window.insert(0, token)
-        run = len(window)  # where the bytes at the end begin
+        run = len(window)  # start of the byte tokens at the end
         while run and self._bytes_of(window[run - 1]) is not None:
             run -= 1
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(b"".join(self._bytes_of(token) or b"" for token in window[run:]))
-        unfinished = len(utf8.getstate()[0])  # bytes
+        unfinished = len(utf8.getstate()[0])  # number of bytes
         if self._byte_level:
             text = self._decode(window)
             return window, [], text[:-1] if unfinished else text
         end = len(window) - unfinished
-        # Bytes that come would belong to the same run, so its characters are left out if there are others. If not, it
-        # begins with a whole one.
+        # New bytes would belong to the same run, so the run's characters are left out if other tokens come before it.
+        # If not, the window begins with a whole character.
         inside = (b"\x80" <= (self._bytes_of(token) or b"") < b"\xc0" for token in window[:end])
         start = next((place for place, is_inside in enumerate(inside) if not is_inside), end)
         before = window[:run] or window[start:end]
@@ -184,10 +188,10 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         return str(self._tokenizer.decode(list(tokens))) if tokens else ""
 
     def _piece(self, token: int) -> str | None:
-        """As the vocabulary has it; None for an id that it does not have."""
+        """The token's entry in the vocabulary; None for an unknown id."""
         if token not in self._pieces:
             self._pieces[token] = None
-            with contextlib.suppress(Exception):  # of an id past the vocabulary; each kind has its own
+            with contextlib.suppress(Exception):  # Each kind of tokenizer raises its own error for an unknown id.
                 piece = self._tokenizer.convert_ids_to_tokens(token)
                 self._decode([token])
                 self._pieces[token] = piece if isinstance(piece, str) else None
@@ -197,14 +201,14 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         return self._piece(token) is not None
 
     def _is_byte(self, token: int) -> bool:
-        """Whether it is one byte of a sentencepiece vocabulary."""
+        """Whether the token is a byte token of a sentencepiece vocabulary."""
         if self._byte_level:
             return False
         piece = self._piece(token) or ""
         return BYTE_TOKEN.fullmatch(piece) is not None and self._decode([token]) != piece
 
     def _bytes_of(self, token: int) -> bytes | None:
-        """Its bytes, where it has the same ones in every context; else None."""
+        """The token's bytes if they are the same in every context, else None."""
         piece = self._piece(token) or ""
         if self._byte_level:
             values = [_byte_values().get(character) for character in piece]
@@ -217,7 +221,7 @@ _loading = threading.Lock()
 
 @contextlib.contextmanager
 def used_by_mlx_lm() -> Iterator[None]:
-    """Within, what mlx-lm loads has this detokenizer. Its own cannot even be made of a vocabulary with gaps."""
+    """Makes mlx-lm use this detokenizer inside the context. mlx-lm's own fails for a vocabulary with gaps."""
     names = ("NaiveStreamingDetokenizer", "SPMStreamingDetokenizer", "BPEStreamingDetokenizer")
     with _loading:
         theirs = {name: getattr(tokenizer_utils, name) for name in names}
@@ -231,7 +235,7 @@ def used_by_mlx_lm() -> Iterator[None]:
 
 
 def use_byte_level_decoder(tokenizer: Any) -> None:
-    """Lets a tokenizer that splits texts into bytes decode them as such, whatever its file says."""
+    """Gives a tokenizer that splits texts into bytes a byte-level decoder, even if its file names another."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or "ByteLevel" in _decoder_types(tokenizer):
         return
@@ -246,7 +250,7 @@ def _decoder_types(tokenizer: Any) -> list[str]:
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
-    """The steps of a part of a tokenizer, as in tokenizer.json; of one that is written in Python, one unknown step."""
+    """The steps of a part of a tokenizer, as in tokenizer.json; one unknown step for a part written in Python."""
 
     def flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
         inner = next((step[key] for key in ("decoders", "pretokenizers", "normalizers") if key in step), None)
@@ -257,19 +261,19 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
     try:
         return list(flat(json.loads(part.__getstate__())))
-    except Exception:  # tokenizers raises plain ones
+    except Exception:  # The tokenizers library raises plain Exceptions.
         return [{"type": "Custom"}]
 
 
 def _never_takes_back(tokenizer: Any) -> bool:
-    """Whether a further token is known to leave `decode`'s text as it is, unfinished characters and clean-up aside."""
+    """Whether a new token never changes `decode`'s earlier text, apart from unfinished characters and clean-up."""
     kind = type(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or (
         kind.decode is not PreTrainedTokenizerBase.decode or kind._decode is not PreTrainedTokenizerFast._decode
     ):
         return False
     decoder = tokenizer.backend_tokenizer.decoder
-    joined = False  # the tokens are one text by then
+    joined = False  # whether a step has joined the tokens into one text
     for step in [] if decoder is None else _steps(decoder):
         name = step["type"]
         if name in ("ByteLevel", "Fuse"):
@@ -286,7 +290,7 @@ def _never_takes_back(tokenizer: Any) -> bool:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether `decode` removes spaces before punctuation: where that is asked for, but not of a BPE vocabulary."""
+    """Whether `decode` removes spaces before punctuation. It does if its settings say so, but not for BPE."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
@@ -295,13 +299,13 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def _common(a: str, b: str) -> int:
-    """With how many equal characters both begin."""
+    """The length of the common prefix."""
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @functools.cache
 def _byte_values() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: itself, or one that has no visible form."""
+    """Character of a byte-level vocabulary -> its byte: the character's own, or one without a visible form."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     itself = {character: ord(character) for character in alphabet if character < "\u0100"}
     others = sorted(set(range(256)) - set(itself.values()))

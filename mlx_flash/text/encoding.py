@@ -1,4 +1,4 @@
-"""Text -> token ids, in pieces where it is long, and with every tokenizer's errors as ours."""
+"""Encodes texts to token ids: checks the length of long texts in parts, and turns tokenizers' errors into ours."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ..errors import TokenizerError, UsageError
 
-PART_CHARACTERS = 1 << 15  # of a text that are encoded at once as long as it may be too long
+PART_CHARACTERS = 1 << 15  # characters per part while the length of a text is checked
 
 
 class TooManyTokens(UsageError):
-    """A text of more tokens than it may have; `at_least` are in it."""
+    """A text with too many tokens: at least `at_least`."""
 
     def __init__(self, at_least: int) -> None:
         super().__init__(f"the prompt has more than {at_least} tokens. Shorten it.")
@@ -20,7 +20,7 @@ class TooManyTokens(UsageError):
 
 
 def too_long(flash: Any, found: str, enlarge: str) -> str:
-    """What to say of a prompt that does not fit. found: "70 tokens". enlarge: how to plan for more."""
+    """The message for a prompt that does not fit. found: such as "70 tokens". enlarge: how to get a larger context."""
     context, positions = flash.plan.context, flash.positions
     remedy = "Shorten it: this model takes no more."
     if context < positions:
@@ -29,18 +29,18 @@ def too_long(flash: Any, found: str, enlarge: str) -> str:
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool, most: int | None = None) -> list[int]:
-    """The token ids of a text. special_tokens: whether the tokenizer adds its own, such as one to begin with.
+    """The token ids of a text. special_tokens: whether the tokenizer adds its own, such as one at the beginning.
 
-    A tokenizer takes some hundred bytes for every character, for all of a text at once, so a long text is first
-    counted part by part: TooManyTokens is raised if it has more than `most` tokens (None: any number will do).
-    Raises TokenizerError for what the tokenizer raises.
+    A tokenizer needs some hundred bytes of memory per character, for the whole text at once. So the tokens of a long
+    text are first counted part by part. Raises TooManyTokens if there are more than `most` (None: no limit), and
+    TokenizerError for errors of the tokenizer.
     """
     if most is not None and len(text) > PART_CHARACTERS:
         count = 0
         for begin in range(0, len(text), PART_CHARACTERS):
             with tokenizer_errors(tokenizer):
                 part = tokenizer.encode(text[begin : begin + PART_CHARACTERS], add_special_tokens=False)
-            count += len(part) - 1  # where the text is cut, one token may be two
+            count += len(part) - 1  # The cut may split one token into two.
             if count > most:
                 raise TooManyTokens(count)
     with tokenizer_errors(tokenizer):
@@ -48,13 +48,13 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool, most: int | None 
 
 
 def is_from_library(error: BaseException) -> bool:
-    """Whether this may be a tokenizer's error: the panics of Rust libraries are not Exceptions."""
+    """Whether a tokenizer may have raised this error. The panics of Rust libraries are not Exceptions."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def tokenizer_errors(tokenizer: Any) -> Iterator[None]:
-    """Whatever a tokenizer raises is raised as TokenizerError; its files may say anything."""
+    """Raises any error of a tokenizer as TokenizerError. Its files may hold anything, so any error is possible."""
     try:
         yield
     except BaseException as error:
@@ -64,5 +64,5 @@ def tokenizer_errors(tokenizer: Any) -> Iterator[None]:
         said = " ".join(str(error).split())[:300].rstrip(".")
         raise TokenizerError(
             f"the tokenizer{where} cannot encode this text: {type(error).__name__}: {said}. "
-            "If it encodes no other text either, download its files again."
+            "If it cannot encode any other text either, download its files again."
         ) from None

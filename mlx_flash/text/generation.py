@@ -1,8 +1,8 @@
-"""generate and stream_generate: mlx-lm's, with our statistics, and the first token shown as soon as it is known.
+"""generate and stream_generate, like mlx-lm's, with our statistics and without a delay of one token.
 
-mlx-lm starts the next token before it hands out this one. Here a token's reads make the host wait anyway, so
-that would only delay every token by one; and mlx-lm's loop raises the wired-memory limit, which a process that
-is meant to stay small must not do.
+mlx-lm starts the next token before it hands out this one. Here the host waits for a token's reads anyway, so that
+would only delay every token by one. mlx-lm's loop also raises the wired-memory limit, which a process that should stay
+small must not do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .encoding import encode, too_long
 
 @dataclass
 class FlashResponse(GenerationResponse):
-    """mlx-lm's response, and what streaming did so far. `peak_memory` is the process's, in GB."""
+    """mlx-lm's response with the statistics of streaming so far. `peak_memory` is that of the process, in GB."""
 
     statistics: Statistics | None = None
 
@@ -48,14 +48,16 @@ def stream_generate(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     detokenizer: Detokenizer | None = None,
 ) -> Iterator[FlashResponse]:
-    """Yields text as it is made; the arguments mean what they mean in mlx-lm.
+    """Yields text while it is generated. The arguments have the same meaning as in mlx-lm.
 
-    The texts, joined, are `tokenizer.decode` of the tokens, without the one that ends the text. detokenizer: makes text
-    of tokens instead, such as `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's.
+    The joined texts are `tokenizer.decode` of the tokens, without the one that ends the text.
 
-    Ends with finish_reason "length" when `max_tokens` or the planned context is full (-1: only then).
-    Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store
-    cannot be read.
+    max_tokens: -1 for as many as fit into the planned context. detokenizer: replaces the default one, such as
+    `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's.
+
+    The last response has finish_reason "length" if `max_tokens` or the end of the planned context is reached, else
+    "stop". Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store cannot
+    be read.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer, Detokenizer)
@@ -68,7 +70,7 @@ def stream_generate(
     known = model.flash.vocabulary
     if not 0 <= min(ids) <= max(ids) < known:
         raise UsageError(
-            f"the prompt has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {known - 1}. "
+            f"the prompt has token ids from {min(ids)} to {max(ids)}, but the model knows only 0 to {known - 1}. "
             "Does the tokenizer belong to this model?"
         )
     if taken > context:
@@ -77,7 +79,7 @@ def stream_generate(
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
     if not 1 <= prefill_step_size <= PREFILL_TOKENS:
         raise UsageError(f"prefill_step_size is {prefill_step_size}; the plan makes room for 1 to {PREFILL_TOKENS}.")
-    room = context - taken + 1  # the last token is never fed back
+    room = context - taken + 1  # The last token is never fed back.
     limit = room if max_tokens == -1 else min(max_tokens, room)
     return _stream(
         model,
@@ -96,9 +98,9 @@ def stream_generate(
 def generate(
     model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, verbose: bool = False, **kwargs: Any
 ) -> str:
-    """The whole text at once; the other arguments are those of `stream_generate`.
+    """Returns the whole text at once. The other arguments and the errors are those of `stream_generate`.
 
-    verbose: print the text as it is made, and then what it took, to standard output as mlx-lm does.
+    verbose: print the text while it is generated, then the statistics, to standard output as mlx-lm does.
     """
     if not verbose:
         return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
@@ -108,14 +110,14 @@ def generate(
         print(response.text, end="", flush=True)
         text += response.text
     print("\n" + "=" * 10)
-    assert response is not None  # there is one token at least
+    assert response is not None  # There is at least one token.
     for line in summary(response, model):
         print(line)
     return text
 
 
 def summary(response: FlashResponse, model: Any) -> list[str]:
-    """mlx-lm's three lines of a whole answer, and ours."""
+    """mlx-lm's three lines about a whole answer, followed by ours."""
     statistics = response.statistics
     assert statistics is not None
     return [
@@ -128,9 +130,9 @@ def summary(response: FlashResponse, model: Any) -> list[str]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array, most: int | None = None) -> list[int]:
-    """Token ids; special tokens are added to a text that does not begin with one, as mlx-lm does.
+    """The token ids of a prompt. Special tokens are added to a text that does not begin with one, as in mlx-lm.
 
-    Raises TokenizerError; TooManyTokens for a long text of more than `most` (None: any number will do).
+    Raises TokenizerError, and TooManyTokens for a long text of more than `most` tokens (None: no limit).
     """
     if isinstance(prompt, str):
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
@@ -140,13 +142,13 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array, most: int 
 
 
 def cached_tokens(cache: list[Any]) -> int:
-    """Tokens that a prompt cache holds; a model may have layers, or parts of layers, that do not count them."""
+    """The number of tokens in a prompt cache. Some models have layers, or parts of layers, that do not count them."""
     parts = [part for entry in cache for part in getattr(entry, "caches", [entry])]
     return max((int(part.offset) for part in parts if hasattr(part, "offset")), default=0)
 
 
 class _TokenLoop:
-    """The model, called and timed; prompt and decoded tokens are counted apart, and those of other generations not."""
+    """Calls and times the model. Prompt and decoded tokens are counted separately, without other generations'."""
 
     def __init__(self, model: Any, cache: list[Any]) -> None:
         self.model, self.cache = model, cache
@@ -156,7 +158,7 @@ class _TokenLoop:
         self.decoded = 0
 
     def prefill(self, ids: list[int], step: int, progress: Callable[[int, int], None]) -> None:
-        """All but the last token, `step` at a time; like mlx-lm, which feeds the last one by itself."""
+        """Feeds all tokens but the last, `step` at a time. `decode` feeds the last one, as in mlx-lm."""
         done, total = 0, len(ids)
         progress(0, total)
         while total - done > 1:
@@ -171,13 +173,13 @@ class _TokenLoop:
             progress(done, total)
 
     def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
-        """One token in, the next one and its log-probabilities (V,) out."""
+        """Feeds one token, (1,). Returns the next token and the log-probabilities it was chosen from, (V,)."""
         with self._counting("decode") as counters:
             began = time.perf_counter()
             chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
             mx.eval(chosen, logprobs)
             counters.total_s += time.perf_counter() - began
-        self.model.flash.verify_unchanged()  # while this token was made, too
+        self.model.flash.verify_unchanged()  # The files must not have changed while this token was computed.
         self.decoded += 1
         if self.decoded == 1:
             self.first_token_s = time.perf_counter() - self.began
@@ -185,7 +187,7 @@ class _TokenLoop:
 
     @contextlib.contextmanager
     def _counting(self, kind: str) -> Iterator[Counters]:
-        """Within, no other generation calls the model, and what it counts is this one's."""
+        """Locks the model for this generation, and adds the counts inside the context to this generation's."""
         counters: Counters = self.model.flash.streamer.counters
         with self.model.flash.lock:
             before = counters.copy()

@@ -1,4 +1,4 @@
-"""generation_config.json: how the model's authors sample from it, and which tokens end its text."""
+"""Reads generation_config.json: the sampling settings of the model's authors, and the tokens that end its text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..errors import CheckpointError
 
 NAME = "generation_config.json"
 MOST_BYTES = 1 << 20
-MOST_TOKENS = 1 << 31  # where the vocabulary is not known
+MOST_TOKENS = 1 << 31  # limit of token ids if the vocabulary's size is not known
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """sampling: those of temperature, top_p, top_k, min_p and repetition_penalty that the file sets."""
+    """The settings in a generation_config.json.
+
+    sampling: the values among temperature, top_p, top_k, min_p and repetition_penalty that the file sets.
+    """
 
     sampling: dict[str, Any] = field(default_factory=dict)
 
@@ -46,15 +49,15 @@ SETTINGS: dict[str, tuple[Callable[[Any], float | None], str]] = {
 
 
 def read_generation_config(folder: Path, vocabulary: int | None = None) -> GenerationConfig:
-    """The file in the folder of a store or a checkpoint; without one, nothing is set. vocabulary: as `vocabulary_of`.
+    """Reads the file in the folder of a store or a checkpoint. If there is none, nothing is set.
 
-    `do_sample: false` is a temperature of 0, whatever else the file says. Raises CheckpointError for a file that
-    has values that mean nothing, ReadError for one that cannot be read.
+    vocabulary: from `vocabulary_of`. `do_sample: false` means a temperature of 0, even if the file sets another.
+    Raises CheckpointError for a file with invalid values, ReadError for one that cannot be read.
     """
     path = folder / NAME
     values = _read(path)
     check_end_tokens(path, values, vocabulary)
-    for name in ("bos_token_id", "pad_token_id"):  # nothing uses them, and published files have -1 in them
+    for name in ("bos_token_id", "pad_token_id"):  # They are not used, and published files contain -1.
         if not _are_numbers(values.get(name)):
             raise _wrong(path, name, values[name], "a token id or a list of them")
     if not isinstance(sample := values.get("do_sample"), bool | None):
@@ -71,7 +74,7 @@ def read_generation_config(folder: Path, vocabulary: int | None = None) -> Gener
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from ..flash.plain_files import reading  # with NumPy, which `--help` does not wait for
+    from ..flash.plain_files import reading  # It imports NumPy, which `--help` must not wait for.
 
     with reading(path):
         if not path.exists():
@@ -89,14 +92,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def vocabulary_of(config: dict[str, Any]) -> int | None:
-    """The tokens that the model of a config.json knows, which may be more than its tokenizer does; None: not said."""
+    """The model's number of tokens, from its config.json; it may exceed the tokenizer's. None: not given there."""
     parts = (config, config.get("text_config"))
     sizes = [part.get("vocab_size") for part in parts if isinstance(part, dict)]
     return next((size for size in sizes if type(size) is int and size > 0), None)
 
 
 def check_end_tokens(path: Path, values: dict[str, Any], vocabulary: int | None) -> None:
-    """Raises CheckpointError for an eos_token_id that is not a token of the model. path: the file with these values."""
+    """Raises CheckpointError for an eos_token_id that is not a token of the model. path: the file of these values."""
     if (ends := values.get("eos_token_id")) is None:
         return
     most = MOST_TOKENS if vocabulary is None else vocabulary

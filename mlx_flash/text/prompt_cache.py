@@ -1,4 +1,4 @@
-"""One KV cache, the plan's, kept over the turns of a conversation: only what is new of a prompt is read."""
+"""The planned KV cache, kept over the turns of a conversation, so that only the new part of a prompt is read."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .generation import FlashResponse, stream_generate
 
 
 class ReusedPromptCache:
-    """`stream_generate` for whole prompts, of which what the cache holds from the last call is not read again.
+    """`stream_generate` for whole prompts, which does not read again what the cache holds from the last call.
 
-    The cache is trimmed to where it and a prompt part, if its kind allows that (mlx-lm's can_trim_prompt_cache); else
-    it serves prompts that go on from it, and others begin with an empty one. A token that was decoded stays as it was
-    decoded: read again as part of a prompt, it might leave other last bits.
+    The cache is trimmed to its common prefix with the prompt, if its kind allows that (mlx-lm's can_trim_prompt_cache).
+    If not, it is used for prompts that continue it, and any other prompt begins with an empty cache. A decoded token
+    stays in the cache as it was decoded; reading it again as part of a prompt might change its last bits.
 
     For one thread at a time.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tokens: list[int] = []  # in the cache
-        self.reused = 0  # of the last prompt: tokens that were in the cache already
+        self.tokens: list[int] = []  # tokens in the cache
+        self.reused = 0  # number of the last prompt's tokens that were in the cache already
         self._cache: list[Any] = make_prompt_cache(model)
 
     def forget(self) -> None:
-        """Begins anew, and gives the memory back."""
+        """Empties the cache and frees its memory."""
         self.tokens = []
         self._cache = make_prompt_cache(self.model)
         mx.clear_cache()
@@ -44,18 +44,18 @@ class ReusedPromptCache:
         prompt_progress_callback: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generator[FlashResponse, None, None]:
-        """`mlx_flash.stream_generate`, its errors included; `prompt_tokens` of its responses are the new ones.
+        """Like `mlx_flash.stream_generate`, with the same errors; `prompt_tokens` in the responses counts the new ones.
 
-        The iterator may be closed, and the callback may raise: what the cache holds by then is kept for the next call.
+        The iterator may be closed, and the callback may raise: the next call then uses what the cache holds by then.
         After any other error the cache is empty.
         """
         try:
             self.reused = self._keep(prompt)
-        except BaseException:  # MLX takes an array that it failed to make for a made one
+        except BaseException:  # MLX counts an array whose evaluation failed as evaluated.
             self.forget()
             raise
         rest = prompt[self.reused :]
-        whole = True  # the cache holds self.tokens, and no layer more or less of them than another
+        whole = True  # whether every layer's cache holds exactly self.tokens
 
         def progress(done: int, total: int) -> None:
             nonlocal whole
@@ -80,7 +80,7 @@ class ReusedPromptCache:
             made: list[int] = []
             try:
                 for response in responses:
-                    self.tokens = [*prompt, *made]  # the newest token has not been put in
+                    self.tokens = [*prompt, *made]  # The newest token is not in the cache yet.
                     made.append(response.token)
                     whole = True
                     yield response
@@ -93,8 +93,8 @@ class ReusedPromptCache:
         return stream()
 
     def _keep(self, prompt: list[int]) -> int:
-        """Makes the cache hold the beginning of the prompt, as far as it can; returns how many tokens that is."""
-        fed = prompt[:-1]  # the last one must go through the model, for what follows it
+        """Trims the cache to the beginning of the prompt. Returns the number of tokens that it keeps."""
+        fed = prompt[:-1]  # The last token must go through the model, which gives the next one.
         common = common_prefix(self.tokens, fed)
         surplus = len(self.tokens) - common
         if surplus and (
@@ -108,15 +108,16 @@ class ReusedPromptCache:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """With how many equal tokens both begin."""
+    """The number of tokens in the common prefix."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def make_room(cache: list[Any], tokens: int) -> None:
-    """Lets a KV cache in use grow to `tokens` in whole steps, as the plan counts it.
+    """Grows a KV cache in use to hold `tokens`, rounded up to whole steps, as the plan counts it.
 
-    mlx-lm's own would cut off the rest of a step and begin a new one there, and so become up to a step larger.
+    mlx-lm would cut off the unused part of the last step and begin a new step there. The cache would then be up to a
+    step larger than planned.
     """
     size = round_up(tokens, KV_STEP_TOKENS)
     for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):

@@ -1,4 +1,4 @@
-"""How tokens are chosen: settings, the model's own defaults for them, and mlx-lm's samplers made of them."""
+"""Sampling: the settings, the model's own defaults for them, and the mlx-lm samplers that follow them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .generation_config import GenerationConfig
 if TYPE_CHECKING:
     import mlx.core as mx
 
-GREEDY_TEMPERATURE = 1e-3  # a lower temperature is 0: divided by it, half-precision numbers would overflow
-GREEDY_TOP_P = 1e-6  # a smaller one keeps the likeliest token alone
-PENALTY_TOKENS = 20  # that penalties look back on, mlx-lm's default
+GREEDY_TEMPERATURE = 1e-3  # A lower temperature counts as 0: division by it would overflow half-precision numbers.
+GREEDY_TOP_P = 1e-6  # A smaller value keeps only the likeliest token.
+PENALTY_TOKENS = 20  # number of recent tokens that penalties consider; mlx-lm's default
 
-Processor = Callable[["mx.array", "mx.array"], "mx.array"]  # tokens so far (n,), logits (1, V) -> logits
+Processor = Callable[["mx.array", "mx.array"], "mx.array"]  # (tokens so far (n,), logits (1, V)) -> logits
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; OpenAI's defaults. 0 is off, or greedy for a temperature."""
+    """The settings for choosing a token, with OpenAI's defaults. 0 means off; for the temperature, greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -35,11 +35,11 @@ class Sampling:
     logit_bias: dict[int, float] = field(default_factory=dict)
 
     def with_defaults(self, model: GenerationConfig) -> Sampling:
-        """The model's own settings instead of these, where it has some."""
+        """These settings, replaced by the model's own where it has some."""
         return replace(self, **model.sampling)
 
     def describe(self) -> str:
-        """Those that change anything, in a line."""
+        """The settings that have an effect, in one line."""
         settings = {"top-p": (self.top_p, 1.0), "top-k": (self.top_k, 0), "min-p": (self.min_p, 0.0)}
         named = [f"{name} {value:g}" for name, (value, off) in settings.items() if value != off]
         chosen = ["greedy"] if self.greedy else [f"temperature {self.temperature:g}", *named]
@@ -48,7 +48,7 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether repetition is penalised at all."""
+        """Whether repetition is penalised."""
         return self.repetition_penalty not in (0, 1)
 
     @property
@@ -63,14 +63,14 @@ def make_sampler(sampling: Sampling, vocabulary: int) -> Callable[[mx.array], mx
 
     if sampling.greedy:
         return greedy_sampler  # type: ignore[no-any-return]
-    top_k = sampling.top_k if sampling.top_k < vocabulary else 0  # of all tokens: it is off
+    top_k = sampling.top_k if sampling.top_k < vocabulary else 0  # As large as the vocabulary means off.
     return make_mlx_lm_sampler(  # type: ignore[no-any-return]
         sampling.temperature, sampling.top_p, sampling.min_p, top_k=top_k
     )
 
 
 def make_processors(sampling: Sampling, cached: Callable[[], Sequence[int]]) -> list[Processor]:
-    """mlx-lm's, for a prompt of which `cached()` is in the cache already: they see those tokens as well."""
+    """mlx-lm's logits processors, which also see `cached()`, the prompt's tokens that are in the cache already."""
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors
 
@@ -94,41 +94,50 @@ def make_processors(sampling: Sampling, cached: Callable[[], Sequence[int]]) -> 
     return [seeing_all(processor) for processor in processors]
 
 
-# -- the arguments of commands that make text by themselves --------------------------------------------------
+# -- the arguments of commands that generate text ------------------------------------------------------------
 
 
 def add_sampling_arguments(group: Any, max_tokens: int) -> None:
-    """To a parser or a group of one; `max_tokens` is the default."""
+    """Adds the arguments to a parser or to a group of one; `max_tokens` is the default."""
     group.add_argument(
-        "--max-tokens", "-m", type=int, default=max_tokens, metavar="N", help="tokens to make (default: %(default)s)"
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help="tokens to generate (default: %(default)s)",
     )
     group.add_argument(
         "--temp",
         type=float,
-        help="sampling temperature, 0 is greedy (default, here and below: what the model's generation_config.json "
-        "says; else 0)",
+        help="sampling temperature, 0 is greedy (default: from the model's generation_config.json, as for the other "
+        "sampling options; else 0)",
     )
     group.add_argument("--top-p", type=float, help="nucleus sampling, 1 is off (default: 1)")
-    group.add_argument("--top-k", type=int, help="sample among the k likeliest, 0 is off (default: 0)")
-    group.add_argument("--min-p", type=float, help="drop what is this much less likely, 0 is off (default: 0)")
+    group.add_argument("--top-k", type=int, help="sample among the k likeliest tokens, 0 is off (default: 0)")
     group.add_argument(
-        "--repetition-penalty", type=float, metavar="P", help="for tokens of late, 1 is off (default: 1)"
+        "--min-p",
+        type=float,
+        help="drop tokens below this share of the likeliest token's probability, 0 is off (default: 0)",
     )
-    group.add_argument("--seed", type=int, help="seed of the sampler")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="P", help="penalise recent tokens, 1 is off (default: 1)"
+    )
+    group.add_argument("--seed", type=int, help="seed of the sampler (default: random)")
 
 
 def check_sampling(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for numbers that mean nothing; before anything is loaded."""
+    """Raises UsageError for invalid numbers, before anything is loaded."""
     if arguments.max_tokens < 1:
         raise UsageError(f"--max-tokens is {arguments.max_tokens}, expected at least 1.")
-    if arguments.temp is not None and not 0 <= arguments.temp <= 1e3:  # beyond, logits underflow
+    if arguments.temp is not None and not 0 <= arguments.temp <= 1e3:  # Above it, logits underflow.
         raise UsageError(f"--temp is {arguments.temp}, expected 0 to 1000.")
     if arguments.top_p is not None and not 0 <= arguments.top_p <= 1:
         raise UsageError(f"--top-p is {arguments.top_p}, expected 0 to 1.")
     if arguments.min_p is not None and not 0 <= arguments.min_p <= 1:
         raise UsageError(f"--min-p is {arguments.min_p}, expected 0 to 1.")
     penalty = arguments.repetition_penalty
-    if penalty is not None and not 0.01 <= penalty <= 10:  # below, logits overflow
+    if penalty is not None and not 0.01 <= penalty <= 10:  # Below 0.01, logits overflow.
         raise UsageError(f"--repetition-penalty is {penalty}, expected 0.01 to 10.")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
         raise UsageError(f"--seed is {arguments.seed}, expected 0 to 2**64 - 1.")
@@ -137,7 +146,7 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 
 
 def sampling_of(arguments: argparse.Namespace, model: GenerationConfig) -> Sampling:
-    """What the arguments say, what they leave open as the model's own settings have it; greedy if those are silent."""
+    """The settings from the arguments; the others from the model's own settings; greedy if neither sets any."""
     given = {
         "temperature": arguments.temp,
         "top_p": arguments.top_p,
@@ -151,11 +160,11 @@ def sampling_of(arguments: argparse.Namespace, model: GenerationConfig) -> Sampl
 
 
 def seeded_sampler(sampling: Sampling, vocabulary: int) -> Callable[[mx.array], mx.array]:
-    """`make_sampler`'s, compiled and seeded."""
+    """The sampler of `make_sampler`, compiled and seeded."""
     import mlx.core as mx
 
     sampler = make_sampler(sampling, vocabulary)
-    mx.eval(sampler(mx.zeros((1, vocabulary))))  # compiled here, not in the first token's time
+    mx.eval(sampler(mx.zeros((1, vocabulary))))  # Compile now, so that the first token does not wait for it.
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     return sampler

@@ -1,4 +1,4 @@
-"""The process that renders chat templates, seen from this side: started when it is needed, limited, killed."""
+"""Starts, limits and ends the process that renders chat templates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 from ..errors import ChatTemplateError, ChatTemplateFailure
 from ..source.children import child_environment
 
-SECONDS = 10.0  # that one rendering may take
-MEMORY_BYTES = 128 << 20  # that one rendering may take beyond its input; macOS does not enforce it
-WAIT_SECONDS = 60.0  # for the renderings of others
+SECONDS = 10.0  # time limit of one rendering
+MEMORY_BYTES = 128 << 20  # memory limit of one rendering, beyond its input; macOS does not enforce it
+WAIT_SECONDS = 60.0  # time to wait for the renderings of other threads
 WORKER = "mlx_flash.text.template_worker"
 
 _Worker = subprocess.Popen[bytes]
 
 
 class TemplateProcess:
-    """Renders a chat template outside this process; for any thread, one rendering at a time."""
+    """Renders chat templates in another process. Any thread may use it; it does one rendering at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,12 +32,15 @@ class TemplateProcess:
         self._closed = threading.Event()
 
     def render(self, arguments: dict[str, Any], characters: int) -> str:
-        """What transformers' `render_jinja_template(**arguments)` makes of one conversation; at most `characters`.
+        """The text of one conversation from transformers' `render_jinja_template(**arguments)`.
 
-        Raises ChatTemplateFailure for what the template raises, ChatTemplateError for one that exceeds a limit.
+        characters: its maximum length. Raises ChatTemplateFailure for errors of the template, ChatTemplateError if a
+        limit is exceeded.
         """
         if not self._lock.acquire(timeout=WAIT_SECONDS):
-            raise ChatTemplateError(f"other prompts kept the model's chat template busy for {WAIT_SECONDS:g} s.")
+            raise ChatTemplateError(
+                f"other prompts kept the model's chat template busy for {WAIT_SECONDS:g} s. Try again."
+            )
         try:
             answer = self._ask({"characters": characters, "arguments": arguments})
         finally:
@@ -55,7 +58,7 @@ class TemplateProcess:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Ends the process, also in the middle of a rendering, which raises ChatTemplateError; so do later ones."""
+        """Ends the process, even during a rendering. That rendering and all later ones raise ChatTemplateError."""
         self._closed.set()
         if (worker := self._worker) is not None:
             worker.kill()
@@ -64,17 +67,17 @@ class TemplateProcess:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         line = json.dumps(request).encode() + b"\n"
-        if self._worker is not None and self._worker.poll() is not None:  # killed by somebody, while it was idle
+        if self._worker is not None and self._worker.poll() is not None:  # It was killed while idle.
             self._end()
         worker = self._worker or self._start()
         assert worker.stdin is not None and worker.stdout is not None
         answer = b""
         try:
-            with contextlib.suppress(OSError):  # it is gone, then there is no answer either
+            with contextlib.suppress(OSError):  # The process has ended; the empty answer shows that below.
                 worker.stdin.write(line)
                 worker.stdin.flush()
                 answer = worker.stdout.readline()
-        except BaseException:  # a signal: the answer would be taken for the next one's
+        except BaseException:  # such as a signal: the next request would get this one's answer
             self._end()
             raise
         if not answer.endswith(b"\n"):
@@ -86,9 +89,9 @@ class TemplateProcess:
 
     def _start(self) -> _Worker:
         if self._closed.is_set():
-            raise ChatTemplateError("the chat template is not applied any more: this process is about to end.")
+            raise ChatTemplateError("the chat template cannot be applied: this process is about to end.")
         try:
-            # A group of its own: a Ctrl-C of the terminal is not for it.
+            # It gets its own process group, so that a Ctrl-C in the terminal does not reach it.
             worker = subprocess.Popen(
                 [sys.executable, "-m", WORKER, str(SECONDS), str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
@@ -100,7 +103,7 @@ class TemplateProcess:
         except OSError as error:
             raise ChatTemplateError(f"the process that applies the chat template cannot be started: {error}.") from None
         self._worker, self._finalizer = worker, weakref.finalize(self, _end, worker)
-        if self._closed.is_set():  # meanwhile
+        if self._closed.is_set():  # `close` was called meanwhile.
             worker.kill()
         assert worker.stdout is not None
         try:
@@ -112,12 +115,12 @@ class TemplateProcess:
             code = self._end()
             raise ChatTemplateError(
                 f"the process that applies the chat template cannot be started: it ended with code {code}. "
-                "Install transformers and jinja2 again."
+                "Reinstall transformers and jinja2."
             )
         return worker
 
     def _end(self) -> int | None:
-        """Kills the worker. Returns its exit code, where there is one."""
+        """Kills the worker. Returns its exit code; None if there is no worker."""
         worker, self._worker = self._worker, None
         if worker is None:
             return None
@@ -129,6 +132,6 @@ def _end(worker: _Worker) -> None:
     worker.kill()
     worker.wait()
     for pipe in (worker.stdin, worker.stdout):
-        with contextlib.suppress(OSError):  # what is still buffered for it
+        with contextlib.suppress(OSError):  # Closing writes what is still buffered, which fails.
             if pipe is not None:
                 pipe.close()

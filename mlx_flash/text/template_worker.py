@@ -1,7 +1,7 @@
-"""A process that renders chat templates. `template_process` runs it; it imports nothing else of this package.
+"""The process that renders chat templates. `template_process` runs it; it imports nothing else from this package.
 
 A chat template is a program that came with the model, so it runs in a process that can be limited and killed. Standard
-input has one request per line, standard output one answer per line, both JSON. The process ends with its input.
+input has one request per line, standard output one answer per line, both in JSON. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from importlib.util import find_spec
 from typing import Any
 
 RENDERER = "transformers.utils.chat_template_utils"
-MEMORY_PER_BYTE = 64  # of a request: what its JSON may take as Python objects, and once more as a copy
-MOST_SAID = 300  # characters of an error
+MEMORY_PER_BYTE = 64  # memory per byte of a request: its JSON as Python objects, and a copy of them
+MOST_SAID = 300  # maximum characters of an error
 
 
 def main(seconds: float, memory_bytes: int) -> None:
-    """Each rendering may take `seconds`, and `memory_bytes` beyond what its request takes."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends the process, also in the middle of a C function
+    """Answers requests. Each may take `seconds`, and `memory_bytes` of memory beyond its request's own."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIGALRM ends the process, even inside a C function.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     render = load_renderer()
     _answer({})
@@ -37,10 +37,10 @@ def main(seconds: float, memory_bytes: int) -> None:
 
 
 def load_renderer() -> Callable[..., tuple[list[str], Any]]:
-    """transformers' `render_jinja_template`, so that a prompt is what transformers makes of the template.
+    """transformers' `render_jinja_template`, so that prompts are the same as those of transformers.
 
-    `import transformers` takes seconds and 60 MB. The one file that renders needs almost none of it, so that file is
-    imported with stand-ins for what it imports; if it comes to need more, the whole package is imported.
+    `import transformers` takes seconds and 60 MB. The file with this function needs almost none of it, so it is
+    imported with stand-ins for its own imports. If a later version needs more, the whole package is imported.
     """
     spec = find_spec("transformers")
     if spec is not None and spec.submodule_search_locations:
@@ -58,7 +58,7 @@ def load_renderer() -> Callable[..., tuple[list[str], Any]]:
                 is_torch_available=lambda: False,
                 is_vision_available=lambda: False,
             ),
-            "numpy": _module("numpy", generic=()),  # `isinstance(value, numpy.generic)` is false for what JSON has
+            "numpy": _module("numpy", generic=()),  # `isinstance(value, numpy.generic)` is false for values from JSON.
         }
         sys.modules.update(stand_ins)
         try:
@@ -76,9 +76,11 @@ def _module(name: str, **contents: Any) -> types.ModuleType:
 
 
 def answer_to(line: bytes, render: Callable[..., tuple[list[str], Any]]) -> dict[str, Any]:
-    """{"text"}, {"refused"} for what the template raises on purpose, {"failed"} for other errors, {"limit"} for a size.
+    """The answer to a request: {"text"}, or else one of three errors.
 
-    line: JSON of {"characters": the most that the text may have, "arguments": of `render`}.
+    {"refused"}: the template raised an error on purpose. {"failed"}: another error. {"limit"}: a limit was exceeded.
+
+    line: JSON of {"characters": maximum length of the text, "arguments": of `render`}.
     """
     try:
         request = json.loads(line)
@@ -87,17 +89,18 @@ def answer_to(line: bytes, render: Callable[..., tuple[list[str], Any]]) -> dict
             return {"limit": f"makes a text of more than {request['characters']} characters"}
         return {"text": text}
     except MemoryError:
-        return {"limit": "takes more memory than it may"}
+        return {"limit": "needs more memory than its limit"}
     except Exception as error:
         said = " ".join(str(error)[: 2 * MOST_SAID].split())[:MOST_SAID].rstrip(".")
-        said = "".join(character if character.isprintable() else "?" for character in said)  # it goes to a terminal
+        # The text is shown in a terminal.
+        said = "".join(character if character.isprintable() else "?" for character in said)
         if type(error).__name__ == "TemplateError":
             return {"refused": said}
         return {"failed": f"{type(error).__name__}: {said}"}
 
 
 def limit_memory(more_bytes: int) -> None:
-    """To so much beyond what the process has now. Linux only: macOS does not enforce this limit."""
+    """Limits memory to `more_bytes` beyond what the process has now. Linux only: macOS does not enforce this limit."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             wanted = int(file.read().split()[0]) * resource.getpagesize() + more_bytes

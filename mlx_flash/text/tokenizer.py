@@ -1,4 +1,4 @@
-"""A model's tokenizer, as mlx-lm wraps it; or which of its files is wrong."""
+"""Loads a model's tokenizer with mlx-lm's wrapper, or reports which of its files is wrong."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
-    """mlx-lm's TokenizerWrapper, with our Detokenizer. Raises CheckpointError if no tokenizer files are usable."""
+    """mlx-lm's TokenizerWrapper with our Detokenizer.
+
+    config: the model's config.json, for its eos_token_id. Raises CheckpointError if there are no usable tokenizer
+    files, ReadError if one cannot be read.
+    """
     from mlx_lm.utils import load_tokenizer as load_mlx_lm_tokenizer
 
     from .detokenizer import used_by_mlx_lm
 
     if not is_store(folder):
-        files_in(folder)  # raises for what is not a file, or leads out of the folder
+        files_in(folder)  # raises an error for entries that are not files, or that lead out of the folder
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
-    # Families that transformers lacks bring code of their own: it would ask whether to run it, or warn of them.
+    # For families that transformers lacks, it would ask whether to run the checkpoint's own code, or print a warning.
     warns = logging.getLogger("transformers.configuration_utils")
     level = warns.level
     warns.setLevel(logging.ERROR)
@@ -37,10 +41,10 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         with used_by_mlx_lm():
             extra = {"trust_remote_code": False} | _older_template(folder)
             tokenizer = load_mlx_lm_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
-        # It warns once of a text that is longer than `model_max_length`; what is too long is refused here, by the plan.
+        # transformers warns once about a text longer than `model_max_length`. Here the plan limits the length.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         return tokenizer
-    except BaseException as error:  # tokenizers raises plain ones, which name no file
+    except BaseException as error:  # The tokenizers library raises plain Exceptions, which name no file.
         if not is_from_library(error):
             raise
         raise _tokenizer_error(folder, error) from None
@@ -49,7 +53,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
 
 
 def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
-    """What to raise for another library's error: one that names the file, if one of them cannot be read."""
+    """Our error for another library's error. It names the file, if one cannot be read or has a known fault."""
     present = [name for name in small_files([path.name for path in folder.iterdir() if path.is_file()])]
     for name in present:
         try:
@@ -63,11 +67,11 @@ def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
     with reading(folder):
         if fault := fault_in(folder):
             return CheckpointError(f"the tokenizer in {folder} cannot be loaded: {fault}. {remedy}")
-    if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):  # Rust's
+    if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):  # from Rust
         return unreadable(folder, error, f"one of {', '.join(present)}")
     if set(present) <= WITHOUT_VOCABULARY:
         return CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded: no file there has a vocabulary (expected tokenizer.json, "
+            f"the tokenizer in {folder} cannot be loaded: no file has a vocabulary (expected tokenizer.json, "
             f"tokenizer.model, vocab.json or another; found {', '.join(present)}). {remedy}"
         )
     problem = error_line(error) if isinstance(error, Exception) else first_line(error)
@@ -77,7 +81,7 @@ def _tokenizer_error(folder: Path, error: BaseException) -> FlashError:
 
 
 def _older_template(folder: Path) -> dict[str, Any]:
-    """The chat template of chat_template.json, which transformers reads for processors only; {} beside a newer one."""
+    """The template of chat_template.json, which transformers reads only for processors; {} if there is a newer one."""
     path, settings = folder / "chat_template.json", folder / "tokenizer_config.json"
     if not path.is_file() or (folder / "chat_template.jinja").is_file():
         return {}

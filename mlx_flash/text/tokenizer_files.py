@@ -1,4 +1,4 @@
-"""What is wrong with a tokenizer's files, in our words: the libraries that load them name neither file nor field."""
+"""Finds faults in a tokenizer's files. The libraries that load them report neither the file nor the field."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OBJECTS = (
     *("chat_template.json", "config.json"),
 )
 TEXTS = ("chat_template.jinja", "merges.txt", "vocab.txt")
-# Beside which a tokenizer needs one with its vocabulary; the names of those differ.
+# A tokenizer with only these files has no vocabulary. The names of files with a vocabulary differ.
 WITHOUT_VOCABULARY = {
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json", "generation_config.json"),
     *("chat_template.json", "chat_template.jinja", "merges.txt"),
@@ -23,7 +23,7 @@ TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def fault_in(folder: Path) -> str | None:
-    """The first fault of the files, as "NAME what it is, expected what"; None if none is found. Raises OSError."""
+    """The first fault in the files, as "NAME has X, expected Y"; None if none is found. Raises OSError."""
     for path in (*(folder / name for name in TEXTS), *sorted(folder.glob("additional_chat_templates/*.jinja"))):
         if path.is_file() and (fault := _text_fault(path)):
             return f"{path.relative_to(folder)} {fault}"
@@ -57,7 +57,7 @@ def _object_fault(path: Path) -> str | None:
 
 
 def _unusable(content: bytes) -> str | None:
-    """What the library of fast tokenizers says of a tokenizer.json."""
+    """The error of the tokenizers library for a tokenizer.json; None if it loads."""
     from tokenizers import Tokenizer
 
     try:
@@ -68,7 +68,7 @@ def _unusable(content: bytes) -> str | None:
 
 
 def _wrong_fields(name: str, found: dict[str, Any]) -> Iterable[tuple[str, Any, str]]:
-    """(field, value, what was expected) of each that cannot be used."""
+    """Yields (field, value, expected) for each unusable field."""
 
     def check(field: str, valid: Callable[[Any], bool], expected: str) -> Iterable[tuple[str, Any, str]]:
         if found.get(field) is not None and not valid(found[field]):

@@ -601,5 +601,5 @@ def test_units_longer_than_a_range(tmp_path: Path) -> None:
         write(path, contents.tobytes())
         with pytest.raises(ReadError, match=f"read at {2 * RANGE_BYTES + 500} have the checksum"):
             reader.read(file, offsets[2:], target.ctypes.data + offsets[2:], lengths[2:])
-    with pytest.raises(ValueError, match="one over the other"):
+    with pytest.raises(ValueError, match="units of a file overlap"):
         Ranges.of_units(np.array([0, 5]), np.array([6, 6]))

@@ -1,15 +1,15 @@
-// Talking to the server: JSON, server-sent events over fetch (EventSource cannot send a key), errors as sentences.
+// Requests to the server: JSON, server-sent events over fetch (EventSource cannot send a key), errors as sentences.
 
 const KEY = "mlx_flash.key";
 
-let ownKey = null; // where sessionStorage is switched off
+let ownKey = null; // the key, in case sessionStorage is disabled
 
 export function setKey(key) {
   ownKey = key;
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // then until the page is left
+    // Storage is disabled: the key lasts as long as the page.
   }
 }
 
@@ -18,12 +18,12 @@ function headers(more = {}) {
   try {
     key ??= sessionStorage.getItem(KEY);
   } catch {
-    // switched off
+    // Storage is disabled.
   }
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
-/** The server answered, and not with what was asked for. */
+/** The server answered with an error. */
 export class Refused extends Error {
   constructor(status, message, code = null) {
     super(message);
@@ -32,7 +32,7 @@ export class Refused extends Error {
   }
 }
 
-/** The server did not answer, or broke off. */
+/** The server did not answer, or the connection broke. */
 export class Gone extends Error {}
 
 async function refusal(response) {
@@ -58,7 +58,7 @@ export async function get(path, signal) {
     return await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Gone("The server broke off.");
+    throw new Gone("The connection to the server broke.");
   }
 }
 
@@ -76,8 +76,8 @@ export async function health() {
 }
 
 /**
- * The events of a stream: {event, data} each, data as text. `alive` is called for whatever arrives, comments too.
- * Ends when the server closes; throws Gone when the connection breaks.
+ * Yields the events of a stream as {event, data}, with data as text. `alive` is called whenever something arrives,
+ * comments included. Ends when the server closes the stream; throws Gone when the connection breaks.
  */
 export async function* stream(path, { signal, body, alive = () => {} } = {}) {
   const post = body && { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
@@ -112,13 +112,13 @@ export async function* stream(path, { signal, body, alive = () => {} } = {}) {
     if (error.name === "AbortError") throw error;
     throw new Gone("The connection to the server broke.");
   } finally {
-    reader.cancel().catch(() => {}); // tells the server, where the reader was left early
+    reader.cancel().catch(() => {}); // tells the server if the stream was left early
   }
 }
 
 /**
- * One answer: {id, text, finish, usage} per chunk, each but `id` only where it is there.
- * Throws Refused when the server reports an error, Gone when it ends without having said that it is done.
+ * Yields the chunks of one answer as {id, text, finish, usage}; all but `id` may be empty.
+ * Throws Refused if the server reports an error, Gone if the stream ends before "[DONE]".
  */
 export async function* answer(messages, sampling, signal) {
   const body = { model: "default", messages, stream: true, stream_options: { include_usage: true }, ...sampling };

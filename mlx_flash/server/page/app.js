@@ -1,4 +1,4 @@
-// Joins the parts: the connection, the conversation, the settings, the panel.
+// Connects the parts of the page: the connection, the conversation, the settings, the panel.
 
 import { answer, get, Gone, Refused, setKey } from "./api.js";
 import { Connection } from "./connection.js";
@@ -22,10 +22,10 @@ const messages = new Messages(at("log"), at("empty"), at("scroll"), at("composer
 const prompt = at("prompt");
 
 let asking = null; // the AbortController of the answer that is arriving
-let ownId = null; // its id, as /events names it
-let context = null; // tokens the server planned for, prompt and answer together
+let ownId = null; // the id of that answer in /events
+let context = null; // tokens that the server planned for, prompt and answer together
 
-// Saying something.
+// Sending messages.
 
 function send() {
   const content = prompt.value.trim();
@@ -80,7 +80,7 @@ async function ask() {
   }
 }
 
-/** Marks an answer that did not end well; what has come of it is kept. */
+/** Marks an answer that failed or was stopped; the text that has arrived is kept. */
 function ended(message, error) {
   const some = message.content !== "";
   if (error.name === "AbortError") {
@@ -96,7 +96,7 @@ function ended(message, error) {
 }
 
 function explained({ message, code }) {
-  const more = code === "context_length_exceeded" ? " Begin a new chat, or ask for fewer tokens." : "";
+  const more = code === "context_length_exceeded" ? " Start a new chat, or ask for fewer tokens." : "";
   return message.charAt(0).toUpperCase() + message.slice(1) + more;
 }
 
@@ -126,7 +126,7 @@ function draft() {
   try {
     localStorage.setItem(DRAFT_KEY, prompt.value);
   } catch {
-    // then it is lost with the page
+    // Storage is disabled: the draft is lost with the page.
   }
   controls();
 }
@@ -140,7 +140,7 @@ at("stop").addEventListener("click", stop);
 at("new-chat").addEventListener("click", newChat);
 prompt.addEventListener("input", draft);
 prompt.addEventListener("keydown", (event) => {
-  // isComposing: Enter that chooses a word of an input method is not meant for us.
+  // isComposing: this Enter chooses a word of an input method, so it does not send.
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   send();
@@ -154,15 +154,15 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && asking && !at("key-dialog").open) stop();
 });
 
-// Whether the server is there.
+// The state of the server.
 
 const STATES = {
   connecting: ["Connecting", ""],
   ready: ["Connected", ""],
   loading: ["Loading", "The model is loading. You can write meanwhile."],
   failed: ["Failed", "The server could not load its model: "],
-  locked: ["Locked", "The server asks for an API key."],
-  gone: ["Disconnected", "The server does not answer. What you write is kept; the page connects again by itself."],
+  locked: ["Locked", "The server requires an API key."],
+  gone: ["Disconnected", "The server does not answer. Your text is kept; the page reconnects by itself."],
 };
 
 connection.addEventListener("state", ({ detail: { state, detail } }) => {
@@ -184,7 +184,7 @@ connection.addEventListener("activity", ({ detail }) => {
 });
 connection.addEventListener("token", ({ detail }) => inside.token(detail));
 
-/** Whether an event belongs to this page's request. Its prompt is read before the first chunk names its id. */
+/** Whether an event belongs to this page's request. Its id is unknown until the first chunk arrives. */
 const own = ({ id }) => asking !== null && (ownId === null || ownId === id);
 
 let statsTimer = null;
@@ -198,7 +198,7 @@ async function stats() {
     settings.context = context;
     settings.recommended = found.model.sampling;
     const { id } = found.model;
-    const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // of a folder, its own
+    const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // for a path, the folder's name
     messages.model = name;
     at("model").textContent = name;
     at("model").title = found.model.path;
@@ -215,7 +215,7 @@ async function stats() {
 }
 document.addEventListener("visibilitychange", stats);
 
-// The key, where the server wants one.
+// The API key, if the server requires one.
 
 let tried = false;
 function askKey(reason) {
@@ -236,7 +236,7 @@ at("key-form").addEventListener("submit", () => {
 try {
   prompt.value = localStorage.getItem(DRAFT_KEY) ?? "";
 } catch {
-  // switched off
+  // Storage is disabled.
 }
 messages.show(conversation.messages);
 controls();

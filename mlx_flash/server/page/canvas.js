@@ -1,14 +1,14 @@
-// What the drawings share: sharp pixels, the theme's colours, one frame per change and none without.
+// The base of the drawings: sharp pixels, the theme's colours, and a new frame only after a change.
 
 const NAMES = ["text", "quiet", "grid", "empty", "resident", "reading", "management", "compute", "good"];
 
-/** The colours of style.css as they are now. */
+/** The current colours of style.css. */
 function colours() {
   const style = getComputedStyle(document.documentElement);
   return Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
-/** Draws when told to, at most once a frame, and when its size or the theme changes. */
+/** Draws on request, at most once per frame, and when its size or the theme changes. */
 export class Drawing {
   #frame = null;
   #colours = null;

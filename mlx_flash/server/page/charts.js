@@ -1,13 +1,14 @@
-// The last 60 tokens: where their time went, and what they read.
+// Charts of the last 60 tokens: where their time went, and how much they read.
 
 import { Drawing, roundUp } from "./canvas.js";
 import { bytes, milliseconds, plain } from "./format.js";
 
 const TOKENS = 60;
 const TOP = 16; // room for the axis' label above the top line
-const LEAST_S = 0.001; // that an axis spans
+const LEAST_S = 0.001; // minimum range of an axis
 const LEAST_BYTES = 1e5;
-const OUTLIER = 2; // times what 95 % of the tokens took: a bar so long is cut off, with a notch, or it would flatten all others
+// A bar longer than this many times the 95th percentile is cut off with a notch: it would flatten all others.
+const OUTLIER = 2;
 const PARTS = [
   ["wait_s", "reading"],
   ["manage_s", "management"],
@@ -18,7 +19,7 @@ const PARTS = [
 class Window extends Drawing {
   tokens = [];
 
-  /** `count`: so many tokens, of which `token` holds the means. */
+  /** Adds `count` tokens; `token` holds their means. */
   add(token, count) {
     this.tokens = [...this.tokens, ...Array(Math.min(count, TOKENS)).fill(token)].slice(-TOKENS);
     this.redraw();
@@ -29,7 +30,7 @@ class Window extends Drawing {
     return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : NaN;
   }
 
-  /** Lines at the bottom, the middle and the top, and what the top stands for. */
+  /** Draws lines at the bottom, the middle and the top, and labels the top. */
   frame(context, width, height, colours, left, right = "") {
     context.strokeStyle = colours.grid;
     context.lineWidth = 1;
@@ -93,7 +94,7 @@ export class ReadLines extends Window {
       context.globalAlpha = 1;
     }
     this.#line(context, read, colours.reading, []);
-    // A token that needed nothing has no hit rate: the line is broken there.
+    // A token that needed no units has no hit rate; the line has a gap there.
     const rate = this.tokens.map(({ hit_rate }, i) => (hit_rate === null ? null : [x(i), y(hit_rate)]));
     this.#line(context, rate, colours.good, [4, 3]);
   }

@@ -1,14 +1,14 @@
-// Is the server there? Asks /health until it is, then listens at /events until that ends, then asks again.
+// The connection to the server: asks /health until the server is ready, listens to /events until they end, and repeats.
 
 import { Gone, Refused, health, stream } from "./api.js";
 
 const FIRST_WAIT_MS = 400;
 const LONGEST_WAIT_MS = 5000;
-const SILENCE_MS = 45000; // the server sends a comment every 15 s: after three of them missed, nobody is there
+const SILENCE_MS = 45000; // The server sends a comment every 15 s; after three missed ones it counts as gone.
 
 /**
- * Events: "state" (detail {state, detail}), "token" and "activity" (detail: what /events sent).
- * State: "connecting", "ready", "loading", "failed", "locked" (wants another key), "gone".
+ * Events: "state" (detail {state, detail}), "token" and "activity" (detail: the data from /events).
+ * State: "connecting", "ready", "loading", "failed", "locked" (needs another key), "gone".
  */
 export class Connection extends EventTarget {
   state = "connecting";
@@ -20,7 +20,7 @@ export class Connection extends EventTarget {
     addEventListener("online", () => this.check());
     let wait = FIRST_WAIT_MS;
     for (;;) {
-      if (document.hidden) await this.#sleep(null); // a hidden page costs the server nothing
+      if (document.hidden) await this.#sleep(null); // A hidden page must not load the server.
       const began = performance.now();
       const found = await health();
       if (found.state === "ready") {
@@ -28,7 +28,7 @@ export class Connection extends EventTarget {
         if (locked) {
           this.#set("locked", locked);
           await this.#sleep(null);
-          this.#set("connecting"); // so that a second refusal is told of, too
+          this.#set("connecting"); // so that a second refusal is reported as well
           continue;
         }
       } else {
@@ -40,19 +40,19 @@ export class Connection extends EventTarget {
     }
   }
 
-  /** Something suggests that the state has changed, or may change: look now. */
+  /** Checks the state now, because it may have changed. */
   check() {
     if (document.hidden) this.#listening?.abort();
     this.#wake();
   }
 
-  /** A request was refused for its key, or found nobody. */
+  /** Checks the state after a failed request: the key may be wrong, or the server gone. */
   suspect(error) {
     if (error instanceof Gone || error.status === 401 || error.status === 503) this.#listening?.abort();
     this.#wake();
   }
 
-  /** Until the stream ends. Returns what the server says of the key, if that is why. */
+  /** Listens until the stream ends. Returns the server's message if it refused the key, else null. */
   async #listen() {
     const controller = new AbortController();
     this.#listening = controller;
@@ -85,7 +85,7 @@ export class Connection extends EventTarget {
     this.dispatchEvent(new CustomEvent("state", { detail: { state, detail } }));
   }
 
-  /** `ms`: null waits until woken. */
+  /** Waits `ms` milliseconds, or until woken; null: only until woken. */
   #sleep(ms) {
     return new Promise((resolve) => {
       const timer = ms === null ? null : setTimeout(resolve, ms);

@@ -1,12 +1,13 @@
-// The conversation as data: what was said, how each answer ended; kept over a reload, within bounds.
+// The data of the conversation: its messages, and how each answer ended. It survives a reload, up to a maximum size.
 
 const KEY = "mlx_flash.conversation";
 const MOST_MESSAGES = 200;
 const MOST_CHARACTERS = 500_000;
 
 /**
- * A message: {role: "user" | "assistant", content, state, note, tokens}; `tokens`: of the conversation up to here.
- * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (the server broke off), "error" (nothing came).
+ * A message: {role: "user" | "assistant", content, state, note, tokens}.
+ * tokens: size of the conversation up to and including this message.
+ * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
  */
 export class Conversation {
   messages = [];
@@ -18,7 +19,7 @@ export class Conversation {
       const stored = JSON.parse(localStorage.getItem(KEY) ?? "[]");
       this.messages = stored.filter((m) => ["user", "assistant"].includes(m?.role) && typeof m.content === "string");
     } catch {
-      // switched off, or not ours
+      // Storage is disabled, or holds other data.
     }
     for (const message of this.messages) {
       if (message.state === "streaming") {
@@ -26,7 +27,7 @@ export class Conversation {
         message.note = "Interrupted: the page was reloaded.";
       }
     }
-    // Leaving breaks the answer's connection off: that is not to be written down as the server's doing.
+    // Leaving the page breaks the connection of a running answer. That must not be stored as the server's fault.
     addEventListener("pagehide", () => {
       this.keep();
       this.#left = true;
@@ -38,12 +39,12 @@ export class Conversation {
     return this.messages.at(-1);
   }
 
-  /** Tokens of the conversation, as far as the server has told. */
+  /** The last known number of tokens in the conversation. */
   get tokens() {
     return this.messages.findLast((message) => message.tokens)?.tokens ?? 0;
   }
 
-  /** What the model is given: questions with their answers, and the last question. One without an answer is left out. */
+  /** The messages for the model: questions with their answers, and the last question. Unanswered ones are left out. */
   turns() {
     const turns = [];
     this.messages.forEach(({ role, content }, i) => {
@@ -63,7 +64,7 @@ export class Conversation {
     return message;
   }
 
-  /** Takes the last answer back, so that it can be given again. */
+  /** Removes the last answer, so that it can be generated again. */
   takeBack() {
     if (this.last?.role === "assistant") this.messages.pop();
     this.keep();
@@ -74,12 +75,12 @@ export class Conversation {
     this.keep();
   }
 
-  /** Within a second: while an answer arrives. */
+  /** Stores the conversation within a second; for use while an answer arrives. */
   keepSoon() {
     this.#timer ??= setTimeout(() => this.keep(), 1000);
   }
 
-  /** Writes it down; the oldest messages are dropped from what is written beyond the bounds. */
+  /** Stores the conversation. Above the maximum size, the oldest messages are not stored. */
   keep() {
     clearTimeout(this.#timer);
     this.#timer = null;
@@ -93,7 +94,7 @@ export class Conversation {
     try {
       localStorage.setItem(KEY, JSON.stringify(kept));
     } catch {
-      // full or switched off: the conversation lasts as long as the page
+      // Storage is full or disabled: the conversation lasts as long as the page.
     }
   }
 }

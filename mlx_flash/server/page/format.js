@@ -1,8 +1,8 @@
-// Numbers as people read them. MB is 1e6 bytes and GB 1e9, as everywhere in this project.
+// Formats numbers for people. MB is 1e6 bytes and GB 1e9, as everywhere in this project.
 
 export const NONE = "–";
 
-/** Three digits or so: 0.0421 -> "0.042", 4.213 -> "4.21", 42.13 -> "42.1", 4213 -> "4213". */
+/** About three digits: 0.0421 -> "0.042", 4.213 -> "4.21", 42.13 -> "42.1", 4213 -> "4213". */
 export function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   if (value === 0) return "0";
@@ -26,7 +26,7 @@ export function milliseconds(seconds) {
   return Number.isFinite(seconds) ? `${short(1e3 * seconds)} ms` : NONE;
 }
 
-/** A number without the zeros behind its point: "0.200 MB" -> "0.2 MB". */
+/** A number without trailing zeros: "0.200 MB" -> "0.2 MB". */
 export function plain(text) {
   return text.replace(/\.(\d*?)0+ /, (_, digits) => (digits ? `.${digits} ` : " "));
 }

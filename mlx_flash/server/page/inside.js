@@ -1,11 +1,11 @@
-// The panel beside the chat: what the engine does while it speaks.
+// The panel beside the chat, which shows what the engine does while it answers.
 
 import { ReadLines, TimeBars } from "./charts.js";
 import { bytes, milliseconds, NONE, percent, short } from "./format.js";
 import { LayerStrips } from "./layers.js";
 
 const OPEN_KEY = "mlx_flash.inside";
-const FIGURES_MS = 250; // between two changes of a figure: faster cannot be read
+const FIGURES_MS = 250; // time between two updates of the figures; faster ones cannot be read
 const PLAN = {
   process: "Process",
   resident_weights: "Resident weights",
@@ -42,12 +42,12 @@ export class Inside {
       try {
         localStorage.setItem(OPEN_KEY, String(open));
       } catch {
-        // then for this visit only
+        // Storage is disabled: the choice lasts as long as the page.
       }
     });
   }
 
-  /** What /stats says. */
+  /** Shows the data of /stats. */
   stats({ model, plan, memory, resident, last, now }) {
     const { kind, layers, unit_size, units_per_layer } = model;
     const [name, whole] = unit_size > 1 ? ["blocks", `blocks of ${unit_size} ${kind}`] : [kind, kind];
@@ -76,7 +76,7 @@ export class Inside {
     if (!now) this.#tiles(last);
   }
 
-  /** An `event: state` of /events: {state, done, total}. `own`: it is this page's request. */
+  /** Shows an `event: state` of /events: {state, done, total}. `own`: whether it is this page's request. */
   activity({ state, done, total }, own) {
     const whose = own ? "" : ", for another client";
     const reading = state === "prompt";
@@ -91,7 +91,7 @@ export class Inside {
     if (known) progress.value = done / total;
   }
 
-  /** An `event: token` of /events. */
+  /** Shows an `event: token` of /events. */
   token(token) {
     this.layers.show(token.layers);
     // An event may stand for several tokens: it holds their means.

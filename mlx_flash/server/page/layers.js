@@ -1,5 +1,6 @@
-// A strip per layer: its units, in the order of their ids, in up to 64 cells. A cell's ground says how many of its units
-// are resident; its upper half lights up where some were used from a slot, its lower half where some were just read.
+// A strip per layer, with its units in the order of their ids, in up to 64 cells. The background of a cell shows how
+// many of its units are resident. Its upper half lights up if some were used from a slot, its lower half if some were
+// read.
 
 import { Drawing } from "./canvas.js";
 import { percent } from "./format.js";
@@ -8,12 +9,12 @@ const TALLEST = 26; // CSS pixels per layer
 const SHORTEST = 5;
 const HIGHEST = 300;
 const MARGIN = 26; // for the layers' numbers
-const LABEL_EVERY = 14; // pixels in height that a number needs
-const CALM_MS = 500; // between two drawings, for those who asked for less motion
+const LABEL_EVERY = 14; // height of a number in pixels
+const CALM_MS = 500; // time between two drawings for users who prefer less motion
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-/** A byte's share -> opacity: one unit of twenty is to be seen. */
+/** A byte's share -> opacity, so that one unit in twenty can be seen. */
 const strength = (share) => 0.3 + 0.7 * Math.sqrt(share / 255);
 
 const decode = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -22,8 +23,8 @@ export class LayerStrips extends Drawing {
   #layers = []; // per layer [resident, hit, read], each a Uint8Array of one byte per cell
   #units = 0;
   #name = "units";
-  #whole = ""; // the layers in words
-  #share = 0; // resident
+  #whole = ""; // description of the layers
+  #share = 0; // share of the units that are resident
   #drawn = 0;
   #pointed = null; // {layer, cell}
 
@@ -37,9 +38,9 @@ export class LayerStrips extends Drawing {
     });
   }
 
-  /** `name`: of units. `resident`: of each layer, how many units are; drawn evenly until events say which. */
+  /** `name`: of the units. `resident`: resident units of each layer; drawn evenly until an event names them. */
   describe(name, layers, units, { units: resident, share }, whole) {
-    // Another server at the same address, or one that began anew.
+    // Another server at the same address, or one that was restarted.
     const other = this.#layers.length !== layers || this.#units !== units || share === 0;
     this.#name = name;
     this.#units = units;
@@ -59,7 +60,7 @@ export class LayerStrips extends Drawing {
     this.redraw();
   }
 
-  /** `layers`: per layer three base64 strings, as /events sends them; none where the engine was not yet watched. */
+  /** `layers`: per layer three base64 strings, as /events sends them; empty if the engine was not watched yet. */
   show(layers) {
     if (!layers.length) return;
     this.#layers = layers.map((strings) => strings.map(decode));

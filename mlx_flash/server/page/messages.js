@@ -1,8 +1,8 @@
-// The conversation on the screen. What a model or a user wrote only ever becomes a text node.
+// The conversation on the screen. Text from a model or a user is only ever put into text nodes.
 
 import { NONE } from "./format.js";
 
-const NEAR_PX = 48; // so near the end counts as reading along
+const NEAR_PX = 48; // Within this distance from the end, the view follows new text.
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -14,7 +14,7 @@ function element(tag, className, text) {
 export class Messages {
   #shown = []; // {message, article, text, foot}
   #frame = null;
-  #along = true; // the end of the conversation is in sight
+  #along = true; // whether the end of the conversation is visible
   #model = "Model";
 
   constructor(log, empty, scroll, composer, onRetry) {
@@ -24,7 +24,7 @@ export class Messages {
     this.composer = composer;
     this.onRetry = onRetry;
     addEventListener("scroll", () => (this.#along = this.#below() < NEAR_PX), { capture: true, passive: true });
-    // What grows below, an input of many lines or the settings, must not hide the end from somebody who reads it.
+    // If the input or the settings below grow, the end must stay visible for a user who reads it.
     const resized = new ResizeObserver(() => this.#along && this.toEnd());
     resized.observe(scroll);
     resized.observe(composer);
@@ -49,7 +49,7 @@ export class Messages {
     this.toEnd();
   }
 
-  /** Draws the last message again, with the next frame. */
+  /** Draws the last message again in the next frame. */
   update() {
     this.#frame ??= requestAnimationFrame(() => {
       this.#frame = null;
@@ -76,7 +76,7 @@ export class Messages {
     if (!last) return;
     const along = this.#along;
     const { message, text } = last;
-    // Appending keeps a selection that somebody is making in what is there.
+    // Appending keeps the user's selection in the earlier text.
     if (message.content.startsWith(text.data)) text.appendData(message.content.slice(text.data.length));
     else text.data = message.content;
     for (const shown of this.#shown.slice(-3)) this.#foot(shown, shown === last);
@@ -98,18 +98,18 @@ export class Messages {
     if (retry) {
       const button = element("button", "retry", "Retry");
       button.type = "button";
-      button.title = "Throw this answer away and ask again";
+      button.title = "Discard this answer and ask again";
       button.addEventListener("click", this.onRetry);
       foot.append(button);
     }
   }
 
-  // On a wide screen the chat scrolls; on a narrow one the page does, below the composer that sticks to its end.
+  // On a wide screen the chat scrolls. On a narrow one the page scrolls, under the composer at its bottom.
   get #pageScrolls() {
     return getComputedStyle(this.scroll).overflowY !== "auto";
   }
 
-  /** Pixels of the conversation that are below what can be seen. */
+  /** Pixels of the conversation below the visible part. */
   #below() {
     if (!this.#pageScrolls) return this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
     return this.log.getBoundingClientRect().bottom - this.composer.getBoundingClientRect().top;
@@ -122,7 +122,7 @@ export class Messages {
   }
 }
 
-/** What is said under an answer that ended well. */
+/** The note under a complete answer. */
 export function summary({ tokens, seconds, finish }) {
   const parts = [`${tokens ?? NONE} tokens`];
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} per second`);

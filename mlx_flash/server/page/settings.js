@@ -1,15 +1,15 @@
-// Sampling settings: kept, checked by the fields themselves, and as the API wants them.
+// The sampling settings: stored, checked by their fields, and converted for the API.
 
 const KEY = "mlx_flash.sampling";
 const DEFAULTS = { temperature: null, top_p: null, max_tokens: null, seed: null }; // null: see #automatic
-const WITHOUT_OWN = { temperature: 0.7, top_p: 0.95 }; // for a model whose authors recommend nothing
-const OPENAI = { temperature: 1, top_p: 1 }; // what the server takes where the authors leave one out
+const WITHOUT_OWN = { temperature: 0.7, top_p: 0.95 }; // for a model without recommended settings
+const OPENAI = { temperature: 1, top_p: 1 }; // the server's defaults for settings that the model's authors leave out
 const LONGEST_DEFAULT = 1024;
 
 export class Settings {
   #values = { ...DEFAULTS };
-  #context = null; // tokens the server planned for
-  #recommended = {}; // by the model's authors
+  #context = null; // tokens that the server planned for
+  #recommended = {}; // settings recommended by the model's authors
 
   constructor(form, summary, reset) {
     this.form = form;
@@ -21,7 +21,7 @@ export class Settings {
         if (stored[name] === null || Number.isFinite(stored[name])) this.#values[name] = stored[name];
       }
     } catch {
-      // switched off, or not ours
+      // Storage is disabled, or holds other data.
     }
     this.#fill();
     for (const field of this.fields) field.addEventListener("input", () => this.#take());
@@ -32,7 +32,7 @@ export class Settings {
     });
   }
 
-  /** How the model is sampled by its authors, from /stats. */
+  /** The settings that the model's authors recommend, from /stats. */
   set recommended(sampling) {
     this.#recommended = sampling ?? {};
     for (const [name, value] of Object.entries(this.#automatic())) {
@@ -47,7 +47,7 @@ export class Settings {
     this.#describe();
   }
 
-  /** What holds for an empty field. */
+  /** The values for empty fields. */
   #automatic() {
     const { temperature, top_p } = { ...(this.#recommends() ? OPENAI : WITHOUT_OWN), ...this.#recommended };
     return { temperature, top_p };
@@ -57,13 +57,13 @@ export class Settings {
     return Object.keys(this.#recommended).length > 0;
   }
 
-  /** A quarter of the planned context bounds an answer that nobody bounded. */
+  /** The user's limit of an answer; by default a quarter of the planned context, at most LONGEST_DEFAULT. */
   #maxTokens() {
     const quarter = this.#context ? Math.floor(this.#context / 4) : LONGEST_DEFAULT;
     return this.#values.max_tokens ?? Math.max(1, Math.min(LONGEST_DEFAULT, quarter));
   }
 
-  /** False, and the wrong field is shown, where a value is out of its range. */
+  /** Whether all values are valid; if not, shows the wrong field. */
   valid() {
     const wrong = this.fields.find((field) => !field.checkValidity());
     if (!wrong) return true;
@@ -72,12 +72,12 @@ export class Settings {
     return false;
   }
 
-  /** For the request, in a conversation of `used` tokens. Where our own bound might not fit, the server takes what is left. */
+  /** The settings for a request in a conversation of `used` tokens. A default limit that might not fit is left out. */
   sampling(used) {
     const most = this.#maxTokens();
     const fits = this.#values.max_tokens !== null || used + 1.5 * most < this.#context;
     const asked = {
-      ...(this.#recommends() ? {} : WITHOUT_OWN), // else the server adds what the authors recommend
+      ...(this.#recommends() ? {} : WITHOUT_OWN), // The server adds recommended settings itself.
       ...Object.fromEntries(Object.entries(this.#values).filter(([, value]) => value !== null)),
     };
     delete asked.max_tokens;
@@ -100,7 +100,7 @@ export class Settings {
     try {
       localStorage.setItem(KEY, JSON.stringify(this.#values));
     } catch {
-      // then for this visit only
+      // Storage is disabled: the settings last as long as the page.
     }
     this.#describe();
   }

@@ -1,4 +1,4 @@
-// Light, dark, or as the system is. A classic script in the head: the page is never painted in the wrong one.
+// The theme: light, dark, or the system's. A classic script in the head, so that the page never shows the wrong one.
 (() => {
   const KEY = "mlx_flash.theme";
   const CHOICES = ["auto", "light", "dark"];
@@ -8,7 +8,7 @@
       const choice = localStorage.getItem(KEY);
       return CHOICES.includes(choice) ? choice : "auto";
     } catch {
-      return "auto"; // storage is switched off
+      return "auto"; // Storage is disabled.
     }
   };
 
@@ -29,7 +29,7 @@
       try {
         localStorage.setItem(KEY, choice);
       } catch {
-        // then for this visit only
+        // Storage is disabled: the theme lasts as long as the page.
       }
       apply(choice);
       button.textContent = `Theme: ${choice}`;

@@ -143,7 +143,7 @@ def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
 
 
 def compare(chosen: np.ndarray, guess: np.ndarray, resident: np.ndarray) -> dict[str, float]:
-    """Units per token that are chosen, guessed, missed, caught by the guess, or read in vain. Masks: bool (T, U)"""
+    """Units per token that are chosen, guessed, missed, caught by the guess, or read and not used. Masks: bool (T, U)"""
     read = guess & ~resident
     counts = {
         "chosen": chosen,
@@ -181,9 +181,9 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print("recall, size and missed: shares of the chosen units; caught and in vain: shares of the missed units")
+    print("recall, size and missed: shares of the chosen units; caught and unused: shares of the missed units")
     print(f"{'unit':<8}{'slots':>6}  {'guess from':<24}{'shift':>6}", end="")
-    print("".join(f"{head:>9}" for head in ("recall", "size", "missed", "caught", "in vain")))
+    print("".join(f"{head:>9}" for head in ("recall", "size", "missed", "caught", "unused")))
     for row in result["mean"]:
         cells = (f"{row[key]:.1%}" for key in ("recall", "size", "missed_share", "caught", "in_vain"))
         print(f"{row['unit']:<8}{row['slots']:>6.0%}  {row['state']:<24}{row['shift']:>6}", end="")
@@ -191,7 +191,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]], shares: tuple[float, ...]) -> None:
-    """Draws misses caught against bytes read in vain: a panel for every share of slots, a line for every state."""
+    """Draws misses caught against unused bytes: a panel for every share of slots, a line for every state."""
     unit = "expert" if rows[0]["unit"] == "expert" else "neuron"
     panels = figure.subplots(1, len(shares), sharey=True)
     for axes, share in zip(panels, shares, strict=True):
@@ -199,7 +199,7 @@ def draw(figure: Any, rows: list[dict[str, Any]], shares: tuple[float, ...]) -> 
             line = [r for r in rows if r["unit"] == unit and r["slots"] == share and r["state"] == state]
             axes.plot([r["in_vain"] for r in line], [r["caught"] for r in line], "o-", color=colour, label=state, ms=4)
         axes.set_title(f"{share:.0%} of the {unit}s have a slot")
-        axes.set_xlabel("bytes read in vain / bytes missing")
+        axes.set_xlabel("unused bytes read / bytes missing")
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.25)

@@ -143,7 +143,7 @@ def residents(chosen: np.ndarray, slots: int) -> np.ndarray:
 
 
 def compare(chosen: np.ndarray, guess: np.ndarray, resident: np.ndarray) -> dict[str, float]:
-    """Units per token that are chosen, guessed, missed, caught by the guess, or read and not used. Masks: bool (T, U)"""
+    """Units per token: chosen, guessed, missed, caught by the guess, or read and not used. Masks: bool (T, U)."""
     read = guess & ~resident
     counts = {
         "chosen": chosen,

@@ -119,7 +119,7 @@ def test_the_command(store: Path) -> None:
     command = [sys.executable, "-c", "from mlx_flash.cli.main import main; main()", "plan", "--model", str(store)]
     done = subprocess.run([*command, "--context", "64"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("memory plan\n"), done.stderr
-    assert "smallest that will do" in done.stdout and "25% of the blocks in memory" in done.stdout
+    assert "smallest that is enough" in done.stdout and "25% of the blocks in memory" in done.stdout
     done = subprocess.run([*command, "--json", "--memory", "2GB"], capture_output=True, text=True)
     printed = json.loads(done.stdout)
     assert list(printed["budgets"]) == ["smallest", "25%", "50%", "100%"] and printed["budget"] <= 2 * 10**9

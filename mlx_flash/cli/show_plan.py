@@ -23,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     from ..loading.load import plan
+    from ..loading.plan import RUN_TO_RUN_BYTES
 
     made = plan(arguments.model, options_of(arguments), say=say)
     points = made.budgets()
@@ -30,9 +31,9 @@ def main(arguments: argparse.Namespace) -> None:
         print(json.dumps({**made.as_dict(), "context": made.context, "slot_share": made.slot_share, "budgets": points}))
         return
     print(made.describe())
-    print("budgets (--memory)")
+    print(f"budgets (--memory), each with {RUN_TO_RUN_BYTES >> 20} MiB to spare")
     for name, size in points.items():
-        what = "that will do" if name == "smallest" else f"of the {made.units.name.split()[0]} in memory"
+        what = "that is enough" if name == "smallest" else f"of the {made.units.name.split()[0]} in memory"
         print(f"  {-(-size // 10**6):>8} MB  {name} {what}")
 
 

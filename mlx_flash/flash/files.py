@@ -34,7 +34,7 @@ GROUP_SIZE = 64  # the default (bench/results/bits.md)
 TIGHT_PADDING = 1.25
 PARTS = (("up", "down"), ("gate", "up", "down"))
 CHECKSUM_BYTES = 4  # a CRC-32
-AGAIN = "Convert the checkpoint again: `python -m mlx_flash.convert --model ... --output ... --overwrite`."
+AGAIN = "Convert the checkpoint again: `mlxflash convert --model ... --output ... --overwrite`."
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -297,7 +297,7 @@ def parse_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise NotAStoreError(
-            f"{folder} is not a store (no {MANIFEST}). Make one with `python -m mlx_flash.convert`; "
+            f"{folder} is not a store (no {MANIFEST}). Make one with `mlxflash convert`; "
             "a mixture of experts needs no store."
         )
     with reading(path), path.open("rb") as file:

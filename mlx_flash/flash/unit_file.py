@@ -91,7 +91,7 @@ class UnitFile:
         """
         descriptor = self._descriptor
         if descriptor is None:
-            raise ReadError(f"{self.path} is closed.")
+            raise ReadError(f"{self.path} is closed, as its model is (`model.flash.close()`). Load the model again.")
         try:
             now = os.fstat(descriptor.number)
         except OSError as error:

@@ -218,7 +218,7 @@ def plan_for_budget(
         most = demand.process + free
     else:
         budget = min(budget, ENDLESS)
-        found = f"the memory budget is {budget / 1e9:.3f} GB. Give more (--memory {{}}MB)"
+        found = f"the memory budget is {budget / 1e6:.0f} MB. Give more (--memory {{}}MB)"
         most = budget
     # Rounded up, so that the figure can be typed back and suffices in another process.
     smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
@@ -230,7 +230,8 @@ def plan_for_budget(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
-            f"{demand.workspace / 1e6:.0f} MB work space); {found.format(smallest_mb)}.",
+            f"{demand.workspace / 1e6:.0f} MB work space, {(smallest - demand.total) / 1e6:.0f} MB fewest slots, "
+            f"{RUN_TO_RUN_BYTES / 1e6:.0f} MB to spare); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
             at_most,
             units.layers * units.per_layer * slot_bytes,

@@ -216,6 +216,8 @@ def write(name: str, folder: Path) -> None:
     logits = logits_of(model, tokens)
     greedy, lead = greedy_of(model, tokens[:1])
     shares = active_shares(model, tokens)
+    if len(shares) != model.config.num_hidden_layers:
+        raise SystemExit(f"{name}: the name of the FFN's last matrix is unknown; add it to active_shares")
     if lead < 2e-2 or len(set(greedy)) < 4 or not all(0.15 < share < 0.8 for share in shares):
         raise SystemExit(f"{name}: a poor example (lead {lead:.4f}, greedy {greedy}, active {shares}); change the seed")
 

@@ -46,8 +46,8 @@ def page() -> str:
         "# Commands and their flags",
         "",
         "Each is a word of `mlxflash`, and a module that `python -m mlx_flash.COMMAND` runs, except `plan`. Two more",
-        "words are missing here: `mlxflash bench COMMAND --help` and `mlxflash app --help` print their flags. This page",
-        "is written by `python tests/flag_tables.py`, from the parsers; a test compares the two.",
+        "words are missing here: `mlxflash bench COMMAND --help` and `mlxflash app --help` print their flags. This",
+        "page is written by `python tests/flag_tables.py`, from the parsers; a test compares the two.",
     ]
     before = run.started_as
     for name, module in MODULES.items():

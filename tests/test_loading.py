@@ -398,3 +398,13 @@ def test_damaged_quantised_matrices(
     change_manifest(folder)
     with pytest.raises(expected, match=words):
         load(folder)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_it_is_converted(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    checkpoint = Path(shutil.copytree(tiny.checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    with pytest.raises(CheckpointError, match=r"bare has no tokenizer files"):
+        load(checkpoint)
+    assert not (tmp_path / "cache").exists()

@@ -20,7 +20,7 @@ from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
 from ..text.generation_config import read_generation_config
-from ..text.tokenizer import load_tokenizer
+from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .expert_files import open_mixture
 from .mixture import plan_mixture
@@ -131,6 +131,7 @@ def _plan(
     if not is_store(source):
         activation_of(read_config(source), source)  # raises its errors before a conversion starts
         read_generation_config(source)
+        require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
     return plan_store(folder, options, copies)

@@ -18,6 +18,12 @@ from .tokenizer_files import WITHOUT_VOCABULARY, fault_in
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError if the folder has no file of a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
+
+
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """mlx-lm's TokenizerWrapper with our Detokenizer.
 
@@ -30,8 +36,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
 
     if not is_store(folder):
         files_in(folder)  # raises an error for entries that are not files, or that lead out of the folder
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(f"{folder} has no tokenizer files (expected one of {', '.join(TOKENIZER_FILES)}).")
+    require_tokenizer(folder)
     # For families that transformers lacks, it would ask whether to run the checkpoint's own code, or print a warning.
     warns = logging.getLogger("transformers.configuration_utils")
     level = warns.level

@@ -102,6 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
     names = arguments.sides.split(",") if arguments.sides else list(contest.titles)
     if unknown := [name for name in names if name not in contest.titles]:
         raise UsageError(f"--sides: {', '.join(unknown)} unknown, expected some of {','.join(contest.titles)}.")
+    if len({*names}) < len(names):
+        raise UsageError("--sides: a name stands there twice. Name each once.")
     rounds = arguments.rounds or contest.rounds
     few = min(arguments.baseline_tokens or contest.slow_tokens or arguments.tokens, arguments.tokens)
     counts = {name: few if name in contest.slow else arguments.tokens for name in names}

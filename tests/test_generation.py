@@ -349,3 +349,29 @@ def test_generations_at_once_count_their_own(model: Any, endless: Any) -> None:
     for name in ("hits", "misses", "reads", "bytes"):
         assert getattr(together, name) == getattr(counted, name)
     assert all(each is not None and each.decode.hits + each.decode.misses for each in last)
+
+
+def test_after_a_sampler_s_error_another_thread_may_generate(
+    tiny: Tiny, endless: Any, open_model: Callable[..., Any]
+) -> None:
+    """The failed token's unevaluated outputs belong to the thread that began them."""
+    model = open_model(tiny.store, slots=20, predictor="lowrank")
+    expected = tokens_of(stream_generate(model, endless, PROMPT, max_tokens=3))
+
+    def fails(logprobs: mx.array) -> mx.array:
+        raise ValueError("the sampler's own")
+
+    with pytest.raises(ValueError, match="the sampler's own"):
+        list(stream_generate(model, endless, PROMPT, max_tokens=3, sampler=fails))
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(tokens_of(stream_generate(model, endless, PROMPT, max_tokens=3)))
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [expected]

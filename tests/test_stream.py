@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -320,6 +322,84 @@ def test_a_guess_is_counted_as_what_it_turned_out_to_be(bench_of: Callable[..., 
     assert used.bytes == 11 * bench.layout.block_bytes and (stream.prefetched.used, stream.prefetched.unused) == (2, 8)
     stream.prefetch(np.arange(NEURONS))  # more than there are slots
     assert stream.pending is None and bench.idle
+
+
+@pytest.mark.parametrize("slots", [4, 10, 25, 49])
+def test_guesses_and_needs_add_up_to_what_is_read(bench_of: Callable[..., Bench], slots: int) -> None:
+    bench = bench_of(1)
+    stream, counters, rng = bench.stream(slots), bench.streamer.counters, np.random.default_rng(slots)
+    before, needed = counters.copy(), 0
+    for _ in range(400):
+        ids = np.flatnonzero(rng.random(NEURONS) < rng.random() * slots / NEURONS)
+        if len(ids) > slots:  # In rounds, a unit may be read again within a call.
+            continue
+        if rng.random() < 0.5:
+            stream.prefetch(ids)
+        elif len(ids):
+            bench.check(gathered(stream, ids), ids)
+            needed += len(ids)
+    did = counters - before
+    assert did.prefetched_used > 0 and did.prefetched_unused > 0
+    assert did.hits + did.misses == needed and did.hits > 0
+    pending = stream.pending
+    on_their_way = 0 if pending is None else len(pending.units)
+    counted = did.misses + did.prefetched_unused + (on_their_way if pending is not None and pending.guess else 0)
+    assert counted == did.bytes // bench.layout.block_bytes + on_their_way
+
+
+class InterruptedAt:
+    """A KeyboardInterrupt before line number `at` that runs in the engine's cache and units."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __enter__(self) -> InterruptedAt:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: Any, event: str, _: Any) -> Any:
+        return self._line if Path(frame.f_code.co_filename).stem in ("slot_cache", "units") else None
+
+    def _line(self, frame: Any, event: str, _: Any) -> Any:
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+@pytest.mark.parametrize(("slots", "window"), [(5, None), (12, 2)])
+def test_an_interrupt_at_any_line_leaves_the_cache_right(
+    bench_of: Callable[..., Bench], slots: int, window: int | None
+) -> None:
+    """Each call after it has the stored rows, and each unit one slot."""
+    bench = bench_of(3)
+    calls = [np.arange(0, 12), np.arange(6, 30), np.arange(20, 44), np.arange(3, 15), np.arange(24, 36)]
+
+    def disturbed(stream: NeuronSlots) -> None:
+        stream.prefetch(calls[1])
+        gathered(stream, calls[2])
+        list(stream.pieces())
+        gathered(stream, calls[3])
+
+    for at in itertools.count():
+        stream = bench.stream(slots, window=window)
+        gathered(stream, calls[0])
+        with contextlib.suppress(KeyboardInterrupt), InterruptedAt(at) as interrupted:
+            disturbed(stream)
+        if interrupted.left >= 0:
+            break
+        bench.check_pieces(stream)
+        for ids in calls:
+            bench.check(gathered(stream, ids), ids)
+        unit_of, slot_of = stream.cache.unit_of, stream.cache.slot_of
+        assert [slot_of[unit] for unit in unit_of[unit_of >= 0]] == np.flatnonzero(unit_of >= 0).tolist()
+        assert stream.cache.resident == np.count_nonzero(slot_of >= 0) == np.count_nonzero(unit_of >= 0)
+    assert at > 100
 
 
 def test_what_is_on_its_way_outlives_its_layer(bench_of: Callable[..., Bench]) -> None:

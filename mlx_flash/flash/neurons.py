@@ -139,8 +139,7 @@ class NeuronSlots(Units):
             meanwhile()
         for begin in range(0, len(ids), self.layout.piece_neurons):
             piece = ids[begin : begin + self.layout.piece_neurons]
-            rows = self._take(piece) if at_once else self._take_in_rounds(piece)
-            yield piece, rows if packed else self.rows.widened(rows)
+            yield piece, self._rows_of(piece, at_once, packed)  # Bound to no name, so that the caller can drop them.
             if begin + len(piece) < len(ids):
                 # Otherwise the rows of several pieces are in memory at once.
                 self.shared.evaluate_guarded()
@@ -148,6 +147,12 @@ class NeuronSlots(Units):
     def prefetch(self, ids: np.ndarray) -> None:
         """Like `Units.prefetch`, for neurons `ids` (ascending)."""
         super().prefetch(self._blocks_of(ids))
+
+    def _rows_of(self, ids: np.ndarray, at_once: bool, packed: bool) -> StoredRows:
+        """Rows of neurons of a piece. at_once: whether their blocks were all asked for."""
+        assert self.rows is not None
+        rows = self._take(ids) if at_once else self._take_in_rounds(ids)
+        return rows if packed else self.rows.widened(rows)
 
     def _take(self, ids: np.ndarray) -> StoredRows:
         """Rows of neurons whose blocks are in slots or on their way."""
@@ -194,6 +199,7 @@ class NeuronSlots(Units):
         self._verify_file()
         self.shared.clock.start()
         self._finish()
+        self.cache.recover()
         with self.shared.draining():
             ready = self._start_piece(0)
             for start in range(0, self.layout.neurons, self.layout.piece_neurons):

@@ -52,13 +52,28 @@ class SlotCache:
         self.clock = 0
         self.resident = 0  # number of occupied slots
         self.event_log: EventLog | None = None  # None: events are not recorded
+        self._changing = False  # still True after an interrupt within `reserve` or `commit`
 
     @property
     def free(self) -> int:
         return self.slots - self.resident
 
+    def recover(self) -> None:
+        """Makes the map right again after an interrupt (Ctrl-C) in the middle of a change.
+
+        `unit_of` is right at every moment: it changes in one step, before the bytes of a slot are overwritten and after
+        new ones are there. The other methods call this first. Code that reads `slot_of` before them calls it as well.
+        """
+        if self._changing:
+            occupied = np.flatnonzero(self.unit_of >= 0)
+            self.slot_of[:] = -1
+            self.slot_of[self.unit_of[occupied]] = occupied
+            self.resident = len(occupied)
+            self._changing = False
+
     def mark_used(self, units: np.ndarray) -> int:
         """Starts a call that needs `units` (unique ids) and marks their use. Returns how many of them are in slots."""
+        self.recover()
         self.clock += 1
         if self.event_log is not None:
             self.event_log.used.append(units)
@@ -80,6 +95,7 @@ class SlotCache:
         Returns the missing units and the slots to read them into, both int32. Those slots are empty until `commit`.
         Units among `units` that are in slots are not evicted.
         """
+        self.recover()
         slots = self.slot_of[units]
         absent = slots < 0
         missing = units[absent]
@@ -88,17 +104,22 @@ class SlotCache:
         targets = self._victims(len(missing), keep=np.concatenate((slots[~absent], taken)))
         old = self.unit_of[targets]
         old = old[old >= 0]
-        self.resident -= len(old)  # first: an interrupt here or below may leave it too low, never too high
+        self._changing = True
+        self.resident -= len(old)  # first: it is never too high, not even after an interrupt
         self.slot_of[old] = -1
         self.unit_of[targets] = -1
+        self._changing = False
         return missing, targets
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
         """Records that the bytes of `units` are in `slots`."""
-        self.unit_of[slots] = units  # first: after an interrupt, no unit has a slot that looks empty
+        self.recover()
+        self._changing = True
+        self.unit_of[slots] = units
         self.last_used[slots] = self.clock
         self.slot_of[units] = slots
         self.resident += len(units)
+        self._changing = False
         if self.event_log is not None:
             self.event_log.read.append(units)
 

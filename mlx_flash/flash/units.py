@@ -88,8 +88,8 @@ class Units(ABC):
     def prefetch(self, units: np.ndarray) -> None:
         """Starts to read those of `units` that are missing, because the current token may need them in this layer.
 
-        A wrong guess costs time and never changes a result. If `units` do not fit into the slots together, none of them
-        is read.
+        A wrong guess costs time and never changes a result; a disk error while it is read ends the call like any other.
+        If `units` do not fit into the slots together, none of them is read.
         """
         if self.all_resident or len(units) > self.cache.slots:
             return
@@ -104,13 +104,20 @@ class Units(ABC):
             used = int(np.count_nonzero(self._among(pending.units, units)))
             unused = len(pending.units) - used
             if pending.guess:
-                self.shared.counters.prefetched_used += used
-                self.shared.counters.prefetched_unused += unused
-                self.prefetched.count(used, unused)
+                self._count_guess(used, unused)
                 self.pending = replace(pending, guess=False)
+            else:  # They are an earlier guess that was counted as unused and that no call has waited for.
+                self._count_guess(used, -used)
             if len(units) + unused > self.cache.slots:  # The units that no call needs must make room.
                 self._finish()
+                self.shared.counters.misses += used  # They were read for this call, and `_start` finds them in slots.
+                self.shared.counters.hits -= used
         self.cache.mark_used(units)
+
+    def _count_guess(self, used: int, unused: int) -> None:
+        self.shared.counters.prefetched_used += used
+        self.shared.counters.prefetched_unused += unused
+        self.prefetched.count(used, unused)
 
     def _start(self, units: np.ndarray, keep: np.ndarray = NO_SLOTS, guess: bool = False) -> None:
         """Starts to read those of `units` that are missing and not on their way yet. All fit into the slots together.
@@ -147,6 +154,8 @@ class Units(ABC):
         pending = self.pending
         if pending is None or (units is not None and (self.cache.slot_of[units] >= 0).all()):
             return
+        if pending.guess:  # No call has asked for them.
+            self._count_guess(0, len(pending.units))
         clock = self.shared.clock
         clock.managed()
         with self.shared.draining():

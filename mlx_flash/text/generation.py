@@ -191,7 +191,13 @@ class _TokenLoop:
         counters: Counters = self.model.flash.streamer.counters
         with self.model.flash.lock:
             before = counters.copy()
-            yield counters
+            try:
+                yield counters
+            except BaseException:
+                # Only this thread can evaluate what it began, and the next generation may come from another one.
+                with contextlib.suppress(Exception):
+                    self.model.flash.evaluate_guarded()
+                raise
             self.counted[kind] += counters - before
 
     def statistics(self) -> Statistics:

@@ -83,7 +83,7 @@ def fetches(
     while time.perf_counter() - began < seconds:
         for stream in streams:
             empty_slots(stream)
-            list(stream.use(np.sort(rng.choice(stream.experts, missing, replace=False))))
+            list(stream.use(np.sort(rng.choice(stream.count, missing, replace=False))))
             calls += 1
     did = counters - before
     return {

@@ -85,7 +85,7 @@ def record(
     taps = []
     for place in (found := list(places(model))):
         inner, of_layer = place.block[place.name], (states or {}).get(place.index, {})
-        trace = LayerTrace(place.index, inner.units.experts, 1)
+        trace = LayerTrace(place.index, inner.units.count, 1)
         taps.append(RouterTap(inner, trace, place.router() if of_layer else None, of_layer))
         place.block[place.name] = taps[-1]
     try:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -19,6 +18,7 @@ import pytest
 from conftest import QUANTISED  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupts import InterruptAt  # type: ignore[import-not-found]
 
 from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash import neurons as stream_module
@@ -347,31 +347,6 @@ def test_guesses_and_needs_add_up_to_what_is_read(bench_of: Callable[..., Bench]
     assert counted == did.bytes // bench.layout.block_bytes + on_their_way
 
 
-class InterruptedAt:
-    """A KeyboardInterrupt before line number `at` that runs in the engine's cache and units."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __enter__(self) -> InterruptedAt:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame: Any, event: str, _: Any) -> Any:
-        return self._line if Path(frame.f_code.co_filename).stem in ("slot_cache", "units") else None
-
-    def _line(self, frame: Any, event: str, _: Any) -> Any:
-        if event == "line":
-            self.left -= 1
-            if self.left < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._line
-
-
 @pytest.mark.parametrize(("slots", "window"), [(5, None), (12, 2)])
 def test_an_interrupt_at_any_line_leaves_the_cache_right(
     bench_of: Callable[..., Bench], slots: int, window: int | None
@@ -386,12 +361,15 @@ def test_an_interrupt_at_any_line_leaves_the_cache_right(
         list(stream.pieces())
         gathered(stream, calls[3])
 
-    for at in itertools.count():
+    def in_book_keeping(path: str) -> bool:
+        return Path(path).stem in ("slot_cache", "units")
+
+    for line in itertools.count(1):
         stream = bench.stream(slots, window=window)
         gathered(stream, calls[0])
-        with contextlib.suppress(KeyboardInterrupt), InterruptedAt(at) as interrupted:
+        with contextlib.suppress(KeyboardInterrupt), InterruptAt(line, in_book_keeping) as lines:
             disturbed(stream)
-        if interrupted.left >= 0:
+        if lines.count < line:
             break
         bench.check_pieces(stream)
         for ids in calls:
@@ -399,7 +377,7 @@ def test_an_interrupt_at_any_line_leaves_the_cache_right(
         unit_of, slot_of = stream.cache.unit_of, stream.cache.slot_of
         assert [slot_of[unit] for unit in unit_of[unit_of >= 0]] == np.flatnonzero(unit_of >= 0).tolist()
         assert stream.cache.resident == np.count_nonzero(slot_of >= 0) == np.count_nonzero(unit_of >= 0)
-    assert at > 100
+    assert line > 100
 
 
 def test_what_is_on_its_way_outlives_its_layer(bench_of: Callable[..., Bench]) -> None:

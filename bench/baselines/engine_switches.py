@@ -14,12 +14,12 @@ def keep_nothing_between_calls(model: Any, window: int | None) -> None:
     """Empties every layer's slots before each call. window: as in `mlx_flash.load`."""
     for layer in model.flash.layers:
         cache = layer.units.cache
-        layer.units.cache = EmptiedCache(len(cache.slot_of), cache.slots, window)
+        layer.units.cache = EmptiedCache(layer.units.count, cache.slots, window)
 
 
 def empty_slots(slots: ExpertSlots) -> None:
     """Empties the slots of a layer of experts."""
-    slots.cache = SlotCache(slots.experts, slots.cache.slots)
+    slots.cache = SlotCache(slots.count, slots.cache.slots)
 
 
 class EmptiedCache(SlotCache):

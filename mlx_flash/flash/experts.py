@@ -24,7 +24,6 @@ from .units import Units
 
 # Bytes. A layer's few missing experts are read in pieces no shorter than this (bench/results/expert-reads.md).
 SHORTEST_REQUEST = 128 << 10
-NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class ExpertSlots(Units):
         name: str = "",
     ) -> None:
         """name: the layer's name, for messages."""
-        self.experts = len(next(iter(tensors.values())).offsets)
-        super().__init__(shared, self.experts, slots, window)
+        super().__init__(shared, len(next(iter(tensors.values())).offsets), slots, window)
         shared.layers[name] = tensors
         self.tensors = tensors
         self._memory = {
@@ -138,7 +136,7 @@ class ExpertSlots(Units):
         for turn, group in enumerate(groups):
             clock.start()
             self._finish(group)
-            following = groups[turn + 1] if turn + 1 < len(groups) else NOTHING
+            following = groups[turn + 1] if turn + 1 < len(groups) else experts[:0]
             overlaps = 0 < len(following) <= slots - len(group)
             if overlaps:
                 self._start(following, keep=group)
@@ -203,7 +201,7 @@ class ExpertSlots(Units):
 
     def _read_table(self, tensor: ExpertTensor) -> np.ndarray:
         """Reads all experts' parts: uint8 (E, nbytes)."""
-        table = np.zeros((self.experts, tensor.nbytes), np.uint8)
+        table = np.zeros((self.count, tensor.nbytes), np.uint8)
         for number in np.unique(tensor.file_of):
             here = np.flatnonzero(tensor.file_of == number)
             here = here[np.argsort(tensor.offsets[here], kind="stable")]

@@ -139,7 +139,7 @@ class NeuronSlots(Units):
             meanwhile()
         for begin in range(0, len(ids), self.layout.piece_neurons):
             piece = ids[begin : begin + self.layout.piece_neurons]
-            yield piece, self._rows_of(piece, at_once, packed)  # Bound to no name, so that the caller can drop them.
+            yield piece, self._piece_rows(piece, at_once, packed)  # Bound to no name, so that the caller can drop them.
             if begin + len(piece) < len(ids):
                 # Otherwise the rows of several pieces are in memory at once.
                 self.shared.evaluate_guarded()
@@ -148,7 +148,7 @@ class NeuronSlots(Units):
         """Like `Units.prefetch`, for neurons `ids` (ascending)."""
         super().prefetch(self._blocks_of(ids))
 
-    def _rows_of(self, ids: np.ndarray, at_once: bool, packed: bool) -> StoredRows:
+    def _piece_rows(self, ids: np.ndarray, at_once: bool, packed: bool) -> StoredRows:
         """Rows of neurons of a piece. at_once: whether their blocks were all asked for."""
         assert self.rows is not None
         rows = self._take(ids) if at_once else self._take_in_rounds(ids)
@@ -239,9 +239,7 @@ class NeuronSlots(Units):
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
         if absent <= self.cache.free and self.rows is not None:
-            clock.managed()
-            self.shared.evaluate_guarded()
-            clock.computed()
+            self._before_writing()
             missing, targets = self.cache.reserve(blocks)
             places = self.cache.slot_of[blocks].copy()
             places[places < 0] = targets

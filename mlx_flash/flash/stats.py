@@ -55,8 +55,6 @@ class Clock:
         """Starts a span. The time since the last mark is not counted here."""
         self._mark = time.perf_counter()
 
-    computed = start  # The model's own work is the rest of the total.
-
     def managed(self) -> None:
         """Charges the span since the last mark to ids, maps and slots."""
         self._counters.manage_s += self._span()

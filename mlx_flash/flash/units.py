@@ -5,7 +5,7 @@ that it computed from their slots (`guard`).
 
 MLX does not see what the host writes into its buffers, so one rule holds: every graph that reads a slot is evaluated
 before the slot is written. Bytes arrive in slots through `_start` and, in a prompt, through `NeuronSlots.pieces`. Both
-evaluate the guarded outputs first.
+call `_before_writing` first.
 """
 
 from __future__ import annotations
@@ -135,10 +135,7 @@ class Units(ABC):
             self.shared.counters.misses += needed - hits
         if not len(missing):
             return
-        clock = self.shared.clock
-        clock.managed()
-        self.shared.evaluate_guarded()
-        clock.computed()
+        self._before_writing()
         with self.shared.draining():
             if pending is None:
                 self.shared.loading.append(self)  # First, so that `drain` finds the reads after an interrupt.
@@ -147,7 +144,13 @@ class Units(ABC):
                 both = np.concatenate((pending.units, missing)), np.concatenate((pending.slots, targets))
                 self.pending = PendingReads(list(pending.tickets), *both, guess)
             self._submit(missing, targets, self.pending.tickets)
-        clock.waited()
+        self.shared.clock.waited()
+
+    def _before_writing(self) -> None:
+        """Keeps the rule: whatever reads slots is evaluated before bytes arrive in them."""
+        self.shared.clock.managed()
+        self.shared.evaluate_guarded()
+        self.shared.clock.start()  # The device's work is not management.
 
     def _finish(self, units: np.ndarray | None = None) -> None:
         """Waits until the units on their way are in their slots, unless all of `units` are in slots already."""
@@ -170,7 +173,7 @@ class Units(ABC):
 
     def _among(self, units: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether each of `units` is among `others`: bool (len(units),)."""
-        found = np.zeros(len(self.cache.slot_of), np.bool_)
+        found = np.zeros(self.count, np.bool_)
         found[others] = True
         return found[units]
 

@@ -58,7 +58,7 @@ class StreamedExperts(nn.Module):
 
     @property
     def experts(self) -> int:
-        return self.units.experts
+        return self.units.count
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         many = indices.size >= SORTED_FROM

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from interrupts import InterruptAt  # type: ignore[import-not-found]
 from outcomes import outcome, say  # type: ignore[import-not-found]
 from reading import MODEL, PROMPT, TOKENS, answer, loaded, mixture, models  # type: ignore[import-not-found]
 
@@ -22,28 +20,8 @@ from mlx_flash.source.resolve import find_store
 ENGINE = str(Path(mlx_flash.flash.__file__).parent)
 
 
-class InterruptAt:
-    """Raises KeyboardInterrupt at the given line that the engine runs, counted from 1; 0: never."""
-
-    def __init__(self, line: int) -> None:
-        self.line, self.count = line, 0
-
-    def __enter__(self) -> InterruptAt:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame: FrameType, _event: str, _argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(ENGINE) else None
-
-    def _line(self, _frame: FrameType, event: str, _argument: Any) -> Any:
-        if event == "line":
-            self.count += 1
-            if self.count == self.line:
-                raise KeyboardInterrupt
-        return self._line
+def in_engine(path: str) -> bool:
+    return path.startswith(ENGINE)
 
 
 def interrupt(rng: random.Random, runs: int, work: Path) -> None:
@@ -51,12 +29,12 @@ def interrupt(rng: random.Random, runs: int, work: Path) -> None:
     for path, options in models(work, silent=False):
         model, tokenizer = loaded(path, **options)
         expected = answer(model, tokenizer)
-        with InterruptAt(0) as lines:
+        with InterruptAt(0, in_engine) as lines:
             answer(model, tokenizer)
         for _ in range(runs // 3):
             injected = False
             try:
-                with InterruptAt(rng.randrange(1, lines.count)):
+                with InterruptAt(rng.randrange(1, lines.count), in_engine):
                     answer(model, tokenizer)
             except KeyboardInterrupt:
                 injected = True

@@ -13,7 +13,8 @@ from mlx_lm.sample_utils import make_sampler as make_mlx_lm_sampler
 
 from mlx_flash.errors import CheckpointError, CorruptStoreError
 from mlx_flash.loading.load import load
-from mlx_flash.server.openai_api import ChatRequest, parse
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.text.generation_config import MOST_BYTES, GenerationConfig, read_generation_config
 from mlx_flash.text.sampling import Sampling, add_sampling_arguments, check_sampling, make_sampler, sampling_of
 

@@ -15,9 +15,12 @@ from serving import serving, until  # type: ignore[import-not-found]  # found be
 from templates import CHATML, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]  # found beside this file
 
 from mlx_flash.server.api_errors import ApiError
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_common import NOT_DONE, NOT_DONE_IN_CHAT, RESERVED, parse
+from mlx_flash.server.apis.openai_completions import CompletionRequest
+from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.engine import Engine
-from mlx_flash.server.openai_api import NOT_DONE, NOT_DONE_IN_CHAT, RESERVED, ChatRequest, CompletionRequest, parse
-from mlx_flash.server.prompts import encode_chat, encode_completion, room_for
+from mlx_flash.server.prompts import encode_dialogue, encode_prompt_of, room_for
 from mlx_flash.text import template_process
 from mlx_flash.text.generation_config import GenerationConfig
 from mlx_flash.text.sampling import Sampling
@@ -27,6 +30,18 @@ from mlx_flash.text.tokenizer import load_tokenizer
 HI = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 NONE = GenerationConfig()
+
+
+def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
+    """The token ids of a request's prompt."""
+    dialogue = request.question(Sampling()).of
+    assert isinstance(dialogue, Dialogue)
+    return encode_dialogue(engine, dialogue)
+
+
+def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
+    (prompt,) = request.prompts()
+    return encode_prompt_of(engine, prompt)
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
@@ -143,8 +158,8 @@ def test_what_reaches_the_template(engine_of: Callable[..., Engine]) -> None:
         ({"tools": [TOOL]}, "tools"),  # the template does not support tools
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         *[({"chat_template_kwargs": {name: 1}}, "chat_template_kwargs") for name in sorted(RESERVED)],

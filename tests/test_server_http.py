@@ -195,7 +195,7 @@ def test_other_wrong_values(server: Server) -> None:
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [4096]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
         ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),

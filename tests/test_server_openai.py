@@ -183,7 +183,7 @@ def test_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 5}, "n"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
         ({"stop": ["a"] * 257}, "stop"),
@@ -191,7 +191,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"logit_bias": {"4096": 1}}, "logit_bias"),
         ({"logit_bias": {"word": 1}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"verbosity": "low"}, "verbosity"),

@@ -20,21 +20,32 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.flash.slot_cache import EventLog, SlotCache
 from mlx_flash.loading.load import load
-from mlx_flash.server import answering, jobs
+from mlx_flash.server import jobs
 from mlx_flash.server.answering import Waiting
 from mlx_flash.server.api_errors import ApiError
+from mlx_flash.server.apis.answer_form import event
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_common import parse
+from mlx_flash.server.apis.openai_completions import CompletionRequest
+from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import End
-from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
-from mlx_flash.server.prompts import encode_chat
-from mlx_flash.server.stops import StopWords
+from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.sampling import PENALTY_TOKENS, Sampling, make_processors
+from mlx_flash.text.stops import StopWords
 from mlx_flash.text.tokenizer import load_tokenizer
 
 TEXTS = st.text("ab ", max_size=30)
 WORDS = st.lists(st.text("ab ", min_size=1, max_size=4), max_size=4)
+
+
+def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
+    """The token ids of a request's prompt."""
+    dialogue = request.question(Sampling()).of
+    assert isinstance(dialogue, Dialogue)
+    return encode_dialogue(engine, dialogue)
 
 
 # -- stop words ----------------------------------------------------------------------------------------------
@@ -50,7 +61,7 @@ def test_stop_words_wherever_pieces_end(text: str, words: list[str], lengths: li
         assert text.startswith(shown) and not any(word in shown for word in words)
     shown += stop.finish()
     ends = [(text.find(word) + len(word), text.find(word)) for word in words if word in text]
-    assert stop.found == bool(ends)
+    assert (stop.found is not None) == bool(ends)
     assert shown == (text[: min(ends)[1]] if ends else text)
 
 
@@ -103,17 +114,19 @@ def test_no_json(body: bytes) -> None:
     assert caught.value.status == 400 and caught.value.code == "invalid_json"
 
 
-def test_one_prompt_at_a_time() -> None:
+def test_prompts() -> None:
     for prompt, one in (("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], [])):
-        assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).one_prompt() == one
+        assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompts() == [one]
     for several in (["a", "b"], [[1], [2]]):
-        with pytest.raises(ApiError, match="prompt has 2 parts"):
-            parse(CompletionRequest, json.dumps({"prompt": several}).encode()).one_prompt()
+        assert parse(CompletionRequest, json.dumps({"prompt": several}).encode()).prompts() == several
+    for wrong in ([["a"]], [1, "a"], ["a", 1], ["a"] * 65):
+        with pytest.raises(ApiError, match="prompt"):
+            parse(CompletionRequest, json.dumps({"prompt": wrong}).encode()).prompts()
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:
     text = "".join(map(chr, range(0x2030)))
-    line, empty = answering._data({"text": text}).splitlines()
+    line, empty = event({"text": text}).splitlines()
     assert json.loads(line.removeprefix("data: ")) == {"text": text} and not empty
 
 

@@ -18,9 +18,9 @@ from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
 from mlx_flash.server import engine
+from mlx_flash.server.apis.openai_common import by_text
 from mlx_flash.server.jobs import TokenLogprob
 from mlx_flash.server.logprobs import LogprobReader
-from mlx_flash.server.openai_api import _by_text
 from mlx_flash.text.detokenizer import Detokenizer
 
 VOCABULARY = 512
@@ -185,7 +185,7 @@ TOPS = st.dictionaries(st.integers(0, 20), st.sampled_from([b"", b"a", b"b", b"\
 def test_tokens_of_one_text_stay_as_many_as_they_are(tops: dict[int, bytes], chosen: int) -> None:
     top = tuple(TokenLogprob(token, added, -float(place)) for place, (token, added) in enumerate(tops.items()))
     entry = TokenLogprob(chosen, tops.get(chosen, b"a"), -1.5, 0, top)
-    named = _by_text(entry)
+    named = by_text(entry)
     assert list(named.values()) == [-float(place) for place in range(len(top))]
     assert {each.text for each in top} <= {*named}
     if chosen in tops:

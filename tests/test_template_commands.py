@@ -17,11 +17,14 @@ from templates import write_tokenizer  # type: ignore[import-not-found]  # found
 
 from mlx_flash.errors import ChatTemplateError
 from mlx_flash.loading.load import load
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_common import parse
+from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.engine import Engine
-from mlx_flash.server.openai_api import ChatRequest, parse
-from mlx_flash.server.prompts import encode_chat
+from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text import template_process
 from mlx_flash.text.conversation import Conversation
+from mlx_flash.text.sampling import Sampling
 from mlx_flash.text.template_process import TemplateProcess
 from mlx_flash.text.tokenizer import load_tokenizer
 
@@ -29,6 +32,13 @@ SYSTEM, HI = {"role": "system", "content": "Be"}, {"role": "user", "content": "h
 SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}" + SAID
 FOREVER = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
+    """The token ids of a request's prompt."""
+    dialogue = request.question(Sampling()).of
+    assert isinstance(dialogue, Dialogue)
+    return encode_dialogue(engine, dialogue)
 
 
 @pytest.fixture

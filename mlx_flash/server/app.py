@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,19 +17,20 @@ from starlette.types import ASGIApp
 
 from .answering import answer
 from .api_errors import ApiError
+from .apis.openai_chat import ChatForm, ChatRequest
+from .apis.openai_common import parse
+from .apis.openai_completions import CompletionForm, CompletionRequest
 from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .guard import Guard
 from .metrics import exposition
-from .openai_api import ChatRequest, CompletionRequest, model_list, now, parse
-from .prompts import encode_chat, encode_completion, room_for
+from .preparing import jobs_for
 from .stats_report import statistics
 from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"
 DEFAULT_MODEL = "default"
 FRESH = {"Cache-Control": "no-cache"}  # A newer server must not be used with an older page.
-R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
@@ -68,7 +69,7 @@ class Routes:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.bodies = Bodies()
-        self.created = now()
+        self.created = int(time.time())
 
     def api(self, prefix: str) -> list[Route]:
         """The routes of OpenAI's API."""
@@ -80,12 +81,13 @@ class Routes:
         ]
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatRequest, encode_chat)
+        return await self._answer(request, ChatRequest, ChatForm)
 
     async def complete(self, request: Request) -> Response:
-        return await self._answer(request, CompletionRequest, encode_completion)
+        return await self._answer(request, CompletionRequest, CompletionForm)
 
-    async def _answer(self, request: Request, kind: type[R], encode: Callable[[Engine, R], list[int]]) -> Response:
+    async def _answer(self, request: Request, kind: type[Any], form: type[Any]) -> Response:
+        """Answers a request. kind: its class, form: that of its answers; both belong to one API."""
         engine = self.engine
         engine.check_ready()
         _check_encoding(request)
@@ -93,20 +95,9 @@ class Routes:
             asked = parse(kind, body)
             asked.check()
             self._known(asked.model)
-            ids = await asyncio.to_thread(encode, engine, asked)
-        return await answer(
-            request,
-            engine,
-            ids=ids,
-            max_tokens=room_for(engine, ids, asked.asked, asked.prompt_name),
-            sampling=asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults),
-            stop=asked.stops(),
-            top_logprobs=asked.top,
-            chat=isinstance(asked, ChatRequest),
-            continues=asked.continues,
-            stream=bool(asked.stream),
-            include_usage=asked.include_usage,
-        )
+            question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
+            jobs = await asyncio.to_thread(jobs_for, engine, question)
+        return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
 
     def _known(self, model: str | None) -> None:
         """Raises ApiError if `model` does not name the loaded model."""
@@ -119,13 +110,16 @@ class Routes:
             )
 
     async def models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": model_list(self.engine.name, self.created)})
+        return JSONResponse({"object": "list", "data": [self._listed()]})
 
     async def model(self, request: Request) -> Response:
         if not request.path_params["name"]:
             return await self.models(request)
         self._known(request.path_params["name"])
-        return JSONResponse(model_list(self.engine.name, self.created)[0])
+        return JSONResponse(self._listed())
+
+    def _listed(self) -> dict[str, Any]:
+        return {"id": self.engine.name, "object": "model", "created": self.created, "owned_by": "mlx_flash"}
 
     async def health(self, _request: Request) -> Response:
         engine = self.engine

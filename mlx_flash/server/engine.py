@@ -11,7 +11,6 @@ import os
 import queue
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -21,11 +20,11 @@ from ..errors import FlashError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
+from .answer_progress import AnswerInProgress
 from .api_errors import ApiError
 from .events import EventHub
-from .jobs import End, Job, Piece, TokenLogprob
+from .jobs import End, Job, Progress
 from .monitor import Monitor
-from .stops import StopWords
 
 QUEUE_LIMIT = 64
 LEAST_REUSED = 16  # tokens; reusing a shorter common prefix with the last request saves nothing
@@ -55,6 +54,10 @@ class Engine:
         self.hub = EventHub()
         self.model: Any = None
         self.tokenizer: Any = None
+        self.format: Any = None  # the tokenizer's AnswerFormat
+        self.grammars: Any = None
+        self.template_variables: dict[str, Any] = {}  # for the chat template, where a request sets none
+        self.thinking_tokens: int | None = None  # most tokens of an answer's thoughts; None: no limit
         self.monitor: Monitor | None = None
         self.templates = TemplateProcess()
         self.job: Job | None = None  # the job that is running
@@ -112,8 +115,10 @@ class Engine:
         """Loads the model, then serves jobs until `stop`. Raises the errors of `load`."""
         try:
             self.model, self.tokenizer = load()
+            from ..text.answer_parts import AnswerFormat
             from ..text.prompt_cache import ReusedPromptCache  # The import of mlx-lm is part of loading.
 
+            self.format = AnswerFormat(self.tokenizer)
             self._turns = ReusedPromptCache(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except Exception as error:
@@ -177,7 +182,6 @@ class Engine:
 
         from ..text.detokenizer import Detokenizer
         from ..text.prompt_cache import common_prefix
-        from .logprobs import LogprobReader
 
         monitor, turns = self.monitor, self._turns
         assert monitor is not None
@@ -189,6 +193,8 @@ class Engine:
         def progress(done: int, total: int) -> None:
             if done < total:
                 monitor.prompt(done)
+                if 0 < done < total - 1:  # The last token is read with the first of the answer.
+                    job.tell(Progress(turns.reused + done, turns.reused + total))
                 check()
 
         check()
@@ -197,38 +203,32 @@ class Engine:
             turns.forget()
         # The seed of one request must not affect the text of the next.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
-        continues = job.ids if job.continues else []
-        stop = StopWords(job.stop)
-        shown = 0  # number of characters
-        reader = None if job.top_logprobs is None else LogprobReader(self.tokenizer, continues)
-        held: list[TokenLogprob] = []  # for tokens whose text has not been shown
+        answer = AnswerInProgress(job, self.tokenizer, self.format)
+        processors = make_processors(sampling, lambda: job.ids[: turns.reused])
         responses = turns.stream_generate(
             self.tokenizer,
             job.ids,
             job.max_tokens,
             sampler=make_sampler(sampling, self.model.flash.vocabulary),
-            logits_processors=make_processors(sampling, lambda: job.ids[: turns.reused]),
+            logits_processors=[*processors, *answer.processors],
             prompt_progress_callback=progress,
-            detokenizer=Detokenizer(self.tokenizer, continues),
+            detokenizer=Detokenizer(self.tokenizer, answer.continues),
         )
         monitor.cached = turns.reused
         with closing(responses):
             for response in responses:
                 monitor.token(response)
-                if reader is not None and response.token not in self.tokenizer.eos_token_ids:
-                    held.append(reader.read(response, job.top_logprobs or 0))
-                text = stop.feed(response.text)
-                reason = "stop" if stop.found else response.finish_reason
-                if reason is not None:
-                    text += stop.finish()
-                shown += len(text)
-                ends = reason is not None and not stop.found  # Tokens without text of their own are then included.
-                told = len(held) if ends else bisect_left(held, shown, key=lambda entry: entry.offset)
-                if text or told:
-                    job.tell(Piece(text, tuple(held[:told])))
-                    held = held[told:]
-                if reason is not None:
-                    return End(reason, len(job.ids), turns.reused, response.generation_tokens)
+                for item in answer.take(response):
+                    job.tell(item)
+                if answer.finish_reason is not None:
+                    return End(
+                        answer.finish_reason,
+                        len(job.ids),
+                        turns.reused,
+                        response.generation_tokens,
+                        answer.thought_tokens,
+                        answer.stop_word,
+                    )
                 check()
         raise AssertionError("a generation ends with a reason")
 

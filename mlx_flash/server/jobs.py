@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..text.answer_parts import Thought, ToolCall
 from ..text.sampling import Sampling
 
 
@@ -43,23 +44,54 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How many tokens of the prompt have been read, the cached ones included."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class End:
-    """The end of an answer. finish_reason: "stop" or "length"."""
+    """The end of an answer.
+
+    finish_reason: "stop", "length" or "tool_calls". stop_word: the one that ended the text. thought_tokens: how many of
+    the generated tokens belong to thoughts.
+    """
 
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    thought_tokens: int = 0
+    stop_word: str | None = None
 
 
-Item = Piece | End | Exception
+Item = Thought | Piece | ToolCall | Progress | End | Exception
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How a chat's answer is divided and steered.
+
+    tools: those that may be called, in OpenAI's form. one_call: whether the answer ends after one call. grammar and the
+    following: see text/guide.py.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    one_call: bool = False
+    thinking_tokens: int | None = None
+    grammar: Any = None
+    call_grammar: Any = None
+    may_think: bool = True
+    may_call: bool = False
 
 
 @dataclass
 class Job:
     """A request: a prompt that fits the planned context, and a callback for its answer.
 
-    tell: called in the engine's thread with every Piece, then with End, or with the exception that ended the job.
+    tell: called in the engine's thread with every item, the last of which is End, or the exception that ended the job.
     """
 
     ids: list[int]
@@ -69,14 +101,12 @@ class Job:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # None: no probabilities; 0: only that of the chosen token
     continues: bool = False  # whether the answer's text continues the prompt's
-    prefix: str = "cmpl"
+    steering: Steering | None = None  # None: the answer is one text
     id: str = ""
-    created: int = 0
     _left: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.id = self.id or f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = self.created or int(time.time())
+        self.id = self.id or new_id("job")
 
     def leave(self) -> None:
         """Says that the client has left, so that the answer is no longer needed."""
@@ -85,3 +115,7 @@ class Job:
     @property
     def left(self) -> bool:
         return self._left.is_set()
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

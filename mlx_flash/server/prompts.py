@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from ..errors import ChatTemplateError, FlashError
 from ..text.encoding import TooManyTokens, too_long
 from .api_errors import ApiError
+from .apis.question import Dialogue
 from .engine import Engine
-from .openai_api import ChatRequest, CompletionRequest
 
 _encoding = threading.Lock()  # A tokenizer must not encode in two threads at once.
 
 
-def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
+def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
     """The token ids of the messages, by the model's chat template.
 
     Without a template, the texts are joined by blank lines, and the model continues the last one. Raises ApiError.
@@ -24,13 +24,15 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
     from ..text.generation import encode_prompt
 
     tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
-    messages, tools = [message.plain() for message in request.messages], request.tools_for_template()
+    messages, tools = dialogue.messages, dialogue.usable_tools
     if not has_chat_template(tokenizer):
-        request.check_without_template()
+        for name, value in {"tools": tools, "chat_template_kwargs": dialogue.variables}.items():
+            if value:
+                raise ApiError(400, f"this model has no chat template, so {name} cannot be used.", param=name)
         text = "\n\n".join(message["content"] for message in messages)
-        with _refusals(engine, "messages"), _encoding:
+        with _refusals(engine, dialogue.param), _encoding:
             return encode_prompt(tokenizer, text, most=context)
-    with _refusals(engine, "messages"):
+    with _refusals(engine, dialogue.param):
         if tools and not takes_tools(tokenizer, tools):
             raise ApiError(
                 400,
@@ -43,19 +45,18 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
             messages,
             most=context,
             tools=tools,
-            variables=request.template_variables(),
-            generation_prompt=request.add_generation_prompt is not False,
-            continues=request.continues,
+            variables=engine.template_variables | dialogue.variables,
+            generation_prompt=dialogue.generation_prompt,
+            continues=dialogue.continues,
         )
         with _encoding:
             return tokens_of(tokenizer, prompt, most=context)
 
 
-def encode_completion(engine: Engine, request: CompletionRequest) -> list[int]:
+def encode_prompt_of(engine: Engine, prompt: str | list[int]) -> list[int]:
     """The token ids of a prompt. Raises ApiError."""
     from ..text.generation import encode_prompt
 
-    prompt = request.one_prompt()
     if not isinstance(prompt, str):
         return prompt
     with _refusals(engine, "prompt"), _encoding:

@@ -59,5 +59,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with contextlib.aclosing(self.events) as events:
             async for event in events:
+                if not event:
+                    continue
                 await send({"type": "http.response.body", "body": event.encode(errors="replace"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_flash.server.openai_api import ChatRequest, CompletionRequest
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_completions import CompletionRequest
 
 ANSWER_TOKENS = 3  # tokens of a valid request; few, because the fuzzer looks for errors, not for long texts
 ERROR = {

@@ -27,7 +27,9 @@ from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.loading.plan import parse_memory
 from mlx_flash.server.api_errors import ApiError
-from mlx_flash.server.openai_api import ChatRequest, CompletionRequest, parse
+from mlx_flash.server.apis.openai_chat import ChatRequest
+from mlx_flash.server.apis.openai_common import parse
+from mlx_flash.server.apis.openai_completions import CompletionRequest
 from mlx_flash.source.checkpoint_files import weight_files
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.generation_config import GenerationConfig
@@ -98,9 +100,9 @@ def index(data: bytes) -> None:
 def request(data: bytes) -> None:
     for kind in (ChatRequest, CompletionRequest):
         with contextlib.suppress(ApiError):
-            asked = parse(kind, data)
+            asked: Any = parse(kind, data)
             asked.check()
-            asked.sampling(512, GenerationConfig())
+            asked.question(asked.sampling(512, GenerationConfig()))
 
 
 def memory(data: bytes) -> None:

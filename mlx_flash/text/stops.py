@@ -11,17 +11,20 @@ class StopWords:
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
         self.held = ""
-        self.found = False
+        self.found: str | None = None  # the stop word that ended the text
 
     def feed(self, text: str) -> str:
         """The text that may be shown now. Once a stop word is complete, `found` is set, and later calls return ""."""
-        if self.found:
+        if self.found is not None:
             return ""
         text = self.held + text
-        found = [(place + len(word), place) for word in self.words if (place := text.find(word)) >= 0]
+        found = [(place + len(word), place, word) for word in self.words if (place := text.find(word)) >= 0]
         if found:
-            self.found, self.held = True, ""
-            return text[: min(found)[1]]  # The word that ends first counts, however the text was split into tokens.
+            _, place, self.found = min(
+                found
+            )  # The word that ends first counts, however the text was split into tokens.
+            self.held = ""
+            return text[:place]
         keep = max((_overlap(text, word) for word in self.words), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

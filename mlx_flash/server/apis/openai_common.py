@@ -1,4 +1,4 @@
-"""OpenAI's requests and answers: parses and checks the requests, and builds the answers.
+"""What OpenAI's chat and text completions have in common: parses and checks requests, and builds parts of answers.
 
 Unknown parameters are ignored, as in most servers. Parameters that would change the answer, but are not supported, are
 refused; NOT_DONE lists them.
@@ -6,18 +6,19 @@ refused; NOT_DONE lists them.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..text.generation_config import GenerationConfig
-from .api_errors import ApiError
-from .jobs import End, Job, Piece, Sampling, TokenLogprob
+from ...text.generation_config import GenerationConfig
+from ...text.sampling import Sampling
+from ..api_errors import ApiError
+from ..jobs import End, TokenLogprob
 
 MOST_STOPS = 256
+MOST_ANSWERS = 4  # for one prompt
 FIRST_ERROR = Field(fail_fast=True)  # Stop at the first error in a list: a large body may hold a million of them.
 R = TypeVar("R", bound=BaseModel)
 OTHER_KIND = {"string_type", "list_type"}  # These errors only say which kind a text-or-list value is not.
@@ -35,7 +36,6 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("length_penalty", "typical_p", "tfs_z", "repeat_penalty"), (1,)),
     **dict.fromkeys(("repetition_context_size", "presence_context_size", "frequency_context_size"), (20,)),
     "top_n_sigma": (-1, 0),
-    "grammar": ("",),
     "json_schema": ({},),
 }
 NOT_DONE_IN_CHAT: dict[str, tuple[Any, ...]] = {
@@ -67,7 +67,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _count_or_off(value: Any) -> Any:
+def count_or_off(value: Any) -> Any:
     """Converts false into None. Chat requests write false for off."""
     return None if value is False else _whole(value)
 
@@ -83,20 +83,20 @@ Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**64)]
 Tokens = Annotated[Whole, Field(ge=-1, lt=2**64)]  # Python refuses to print integers of thousands of digits.
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class Part(_Strict):
+class Part(StrictModel):
     type: Annotated[str, AfterValidator(_is_text)]
     text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
-class Message(_Strict):
+class Message(StrictModel):
     model_config = ConfigDict(strict=True, extra="allow")  # A template may use more, such as names and tool calls.
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[str | Part], FIRST_ERROR] | None = None
@@ -117,7 +117,7 @@ class Message(_Strict):
         return message
 
 
-class _Request(_Strict):
+class OpenAiRequest(StrictModel):
     """The common part of chat and text completion requests."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -141,19 +141,9 @@ class _Request(_Strict):
     response_format: dict[str, Any] | None = None
 
     @property
-    def prompt_name(self) -> str:
-        """The name of the parameter that holds the prompt."""
-        raise NotImplementedError
-
-    @property
     def asked(self) -> int | None:
         """Maximum tokens of the answer; None: as many as fit."""
         return None if self.max_tokens == -1 else self.max_tokens
-
-    @property
-    def continues(self) -> bool:
-        """Whether the answer's text continues the prompt's."""
-        raise NotImplementedError
 
     @property
     def top(self) -> int | None:
@@ -191,146 +181,15 @@ class _Request(_Strict):
             if value is not None and not any(value == each and type(value) in _kinds(each) for each in harmless):
                 instead = INSTEAD.get(name, "leave it out")
                 raise ApiError(400, f"{name} is not supported: {instead}.", param=name, code="unsupported")
-        if self.n not in (None, 1):
-            raise ApiError(400, f"n is {self.n}; this server makes one answer per request, so n must be 1.", param="n")
+        if self.n is not None and not 1 <= self.n <= MOST_ANSWERS:
+            raise ApiError(400, f"n is {self.n}, expected 1 to {MOST_ANSWERS}.", param="n")
         if 0 < (self.repetition_penalty or 0) < 0.01:  # Logits would overflow.
             raise ApiError(400, "repetition_penalty is below 0.01, expected 0.01 to 10.", param="repetition_penalty")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise ApiError(400, "only response_format {'type': 'text'} is supported.", param="response_format")
 
 
 def _kinds(value: Any) -> tuple[type, ...]:
     """The types that count as equal to a value: 1.0 equals 1, but true does not."""
     return (int, float) if type(value) is int else (type(value),)
-
-
-class ChatRequest(_Request):
-    not_done: ClassVar[dict[str, tuple[Any, ...]]] = NOT_DONE | NOT_DONE_IN_CHAT
-
-    messages: Annotated[list[Message], Field(min_length=1), FIRST_ERROR]
-    max_completion_tokens: Tokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[dict[str, Any]], FIRST_ERROR] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-    @property
-    def prompt_name(self) -> str:
-        return "messages"
-
-    @property
-    def asked(self) -> int | None:
-        most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return most if most is not None and most > 0 else None
-
-    @property
-    def top(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def continues(self) -> bool:
-        """Whether the last message is the beginning of the answer, and the model continues it."""
-        if self.continue_final_message is not None:
-            return self.continue_final_message
-        return self._ends_within_an_answer and not self.add_generation_prompt
-
-    @property
-    def _ends_within_an_answer(self) -> bool:
-        last = self.messages[-1]
-        return last.role == "assistant" and bool(last.text) and not (last.model_extra or {}).get("tool_calls")
-
-    def tools_for_template(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.tools or None
-
-    def template_variables(self) -> dict[str, Any]:
-        """The variables for the template, besides messages and tools."""
-        effort = self.reasoning_effort
-        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
-        if effort == "none":
-            variables["enable_thinking"] = False
-        return variables | (self.chat_template_kwargs or {})
-
-    def check(self) -> None:
-        super().check()
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise ApiError(
-                400,
-                "a tool call cannot be forced: tool_choice must be 'auto' or 'none'.",
-                param="tool_choice",
-                code="unsupported",
-            )
-        for tool in self.tools or ():
-            function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or "name" not in function:
-                message = "tools must be functions: {'type': 'function', 'function': {'name': ...}}."
-                raise ApiError(400, message, param="tools")
-        if taken := RESERVED & (self.chat_template_kwargs or {}).keys():
-            message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
-            raise ApiError(400, message, param="chat_template_kwargs")
-        if self.continue_final_message and not self._ends_within_an_answer:
-            message = (
-                "continue_final_message needs a last message from the assistant, with text and without tool calls."
-            )
-            raise ApiError(400, message, param="continue_final_message")
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "continue_final_message and add_generation_prompt exclude each other. Send only one of them."
-            raise ApiError(400, message, param="continue_final_message")
-
-    def check_without_template(self) -> None:
-        """Raises ApiError for parameters that need a chat template."""
-        given = {"tools": self.tools_for_template(), "chat_template_kwargs": self.chat_template_kwargs}
-        for name, value in given.items():
-            if value:
-                raise ApiError(400, f"this model has no chat template, so {name} cannot be used.", param=name)
-
-
-class CompletionRequest(_Request):
-    prompt: str | list[Any]  # a text or token ids, or a list with one of these
-    max_tokens: Tokens | None = 16
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_count_or_off)] = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: Whole | None = None
-
-    @property
-    def prompt_name(self) -> str:
-        return "prompt"
-
-    @property
-    def continues(self) -> bool:
-        return True
-
-    @property
-    def top(self) -> int | None:
-        return self.logprobs
-
-    def check(self) -> None:
-        super().check()
-        if self.max_tokens == 0:
-            raise ApiError(400, "max_tokens is 0, expected at least 1, or -1 for as many as fit.", param="max_tokens")
-        if self.echo:
-            raise ApiError(400, "echo is not supported: put the prompt before the answer yourself.", param="echo")
-        if self.suffix:
-            raise ApiError(400, "suffix is not supported: these models only continue a text.", param="suffix")
-        if self.best_of not in (None, 1):
-            raise ApiError(400, f"best_of is {self.best_of}, expected 1.", param="best_of")
-
-    def one_prompt(self) -> str | list[int]:
-        """The only prompt. Raises ApiError for several, and for one that is neither a text nor token ids."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
-            if len(prompt) > 1:
-                raise ApiError(400, f"prompt has {len(prompt)} parts; send prompts one by one.", param="prompt")
-            prompt = prompt[0]
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
-            raise ApiError(400, "prompt is neither a text nor a list of token ids.", param="prompt")
-        return prompt
 
 
 def parse(kind: type[R], body: bytes) -> R:
@@ -370,65 +229,7 @@ def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:
 # -- answers -------------------------------------------------------------------------------------------------
 
 
-class Answer:
-    """Builds the answers to one request, in the form of chat or text completions."""
-
-    def __init__(self, job: Job, model: str, chat: bool) -> None:
-        self.job, self.model, self.chat = job, model, chat
-
-    def whole(self, pieces: list[Piece], end: End) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        logprobs = self._logprobs([entry for piece in pieces for entry in piece.logprobs])
-        choice: dict[str, Any] = {"index": 0, "finish_reason": end.finish_reason, "logprobs": logprobs}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return {**self._head("chat.completion" if self.chat else "text_completion", [choice]), "usage": _usage(end)}
-
-    def begin(self) -> dict[str, Any] | None:
-        """The first chunk of a stream; None if there is none."""
-        return self._chunk({"role": "assistant", "content": ""}, None, None) if self.chat else None
-
-    def piece(self, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(piece.logprobs)
-        return self._chunk({"content": piece.text} if self.chat else piece.text, logprobs, None)
-
-    def end(self, end: End) -> dict[str, Any]:
-        return self._chunk({} if self.chat else "", None, end.finish_reason)
-
-    def usage(self, end: End) -> dict[str, Any]:
-        """The final chunk with the usage and no choices, if it was asked for."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind, []), "usage": _usage(end)}
-
-    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.job.id,
-            "object": kind,
-            "created": self.job.created,
-            "model": self.model,
-            "choices": choices,
-        }
-
-    def _chunk(self, content: dict[str, Any] | str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta" if self.chat else "text": content, "logprobs": logprobs, "finish_reason": reason}
-        return self._head("chat.completion.chunk" if self.chat else "text_completion", [choice])
-
-    def _logprobs(self, entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-        if self.job.top_logprobs is None:
-            return None
-        if self.chat:
-            return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
-        return {
-            "tokens": [entry.text for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [_by_text(entry) for entry in entries],
-            "text_offset": [entry.offset for entry in entries],
-        }
-
-
-def _by_text(entry: TokenLogprob) -> dict[str, float]:
+def by_text(entry: TokenLogprob) -> dict[str, float]:
     """Text -> log-probability of the likeliest tokens, likeliest first.
 
     If several tokens have the same text, it names the chosen one, or else the likeliest; the others are named by id.
@@ -440,7 +241,7 @@ def _by_text(entry: TokenLogprob) -> dict[str, float]:
     return {name: each.logprob for name, each in zip(names, entry.top, strict=True)}
 
 
-def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
+def chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
     return {**_one_logprob(entry), "top_logprobs": [_one_logprob(each) for each in entry.top]}
 
 
@@ -448,18 +249,13 @@ def _one_logprob(entry: TokenLogprob) -> dict[str, Any]:
     return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.added)}
 
 
-def _usage(end: End) -> dict[str, Any]:
+def usage_of(ends: list[End], answers: int) -> dict[str, Any]:
+    """The tokens of all choices. answers: for each prompt, which counts once."""
+    prompts, generated = ends[::answers], sum(end.generated_tokens for end in ends)
     return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.generated_tokens,
-        "total_tokens": end.prompt_tokens + end.generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
+        "prompt_tokens": sum(end.prompt_tokens for end in prompts),
+        "completion_tokens": generated,
+        "total_tokens": sum(end.prompt_tokens for end in prompts) + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(end.thought_tokens for end in ends)},
     }
-
-
-def model_list(name: str, created: int) -> list[dict[str, Any]]:
-    return [{"id": name, "object": "model", "created": created, "owned_by": "mlx_flash"}]
-
-
-def now() -> int:
-    return int(time.time())

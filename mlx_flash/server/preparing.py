@@ -1,0 +1,72 @@
+"""Turns what a request asks into jobs for the engine: token ids, room, grammars."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..errors import FlashError
+from .api_errors import ApiError
+from .apis.question import Dialogue, Question
+from .engine import Engine
+from .jobs import Steering
+from .prompts import encode_dialogue, encode_prompt_of, room_for
+
+
+def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
+    """The arguments of a Job for each answer, in order. Takes long enough to need a thread. Raises ApiError."""
+    of = question.of
+    if isinstance(of, Dialogue):
+        steering = steering_of(engine, of)
+        kinds = [(encode_dialogue(engine, of), of.param, of.continues)]
+    else:
+        steering = None
+        kinds = [(encode_prompt_of(engine, prompt), "prompt", True) for prompt in of]
+    jobs = []
+    for ids, param, continues in kinds:
+        for number in range(question.answers):
+            sampling = question.sampling
+            if sampling.seed is not None and number:
+                sampling = replace(sampling, seed=(sampling.seed + number) % 2**64)
+            jobs.append(
+                {
+                    "ids": ids,
+                    "max_tokens": room_for(engine, ids, question.max_tokens, param),
+                    "sampling": sampling,
+                    "stop": question.stop,
+                    "top_logprobs": question.top_logprobs,
+                    "continues": continues,
+                    "steering": steering,
+                }
+            )
+    return jobs
+
+
+def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
+    """How the answer to a dialogue is divided and steered. Raises ApiError for grammars that cannot be used."""
+    tools = dialogue.usable_tools
+    forced = tools is not None and dialogue.tool_choice == "required"
+    grammar = call_grammar = None
+    param = "tool_choice"
+    try:
+        if forced:
+            grammar = engine.grammars.tool_calls(tools, name=dialogue.tool_name, several=not dialogue.one_call)
+        elif (structure := dialogue.structure) is not None:
+            param = structure.param
+            make = getattr(engine.grammars, structure.kind)
+            grammar = make() if structure.kind == "json_object" else make(structure.value)
+        param = "tools"
+        if tools and not forced and any(tool["function"].get("strict") for tool in tools):
+            call_grammar = engine.grammars.tool_body(tools)
+    except FlashError as error:
+        raise ApiError(400, str(error), param=param, code="invalid_grammar") from None
+    budget = dialogue.thinking_tokens if dialogue.thinking_tokens is not None else engine.thinking_tokens
+    return Steering(
+        tools=tools,
+        one_call=dialogue.one_call,
+        thinking_tokens=budget,
+        grammar=grammar,
+        call_grammar=call_grammar,
+        may_think=dialogue.variables.get("enable_thinking") is not False,
+        may_call=tools is not None and not forced,
+    )

@@ -1,0 +1,102 @@
+"""Steers an answer while it is generated: ends thoughts that are too long, and keeps the rest to a grammar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .answer_parts import CALL, HEADER, THOUGHT, AnswerParts
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class Guide:
+    """A logits processor for one answer. `took` must be told of each chosen token, after `parts` was fed its text.
+
+    parts: the parts of the answer. thinking_tokens: most tokens of its thoughts (None: no limit). grammar: for all that
+    follows the thoughts (None: free). call_grammar: for the inside of a tool call, up to the end of its end marker,
+    where `grammar` is not in force (None: free). may_think, may_call: whether the answer may begin with thoughts, or
+    with a tool call, instead of what `grammar` allows.
+    """
+
+    def __init__(
+        self,
+        parts: AnswerParts,
+        *,
+        thinking_tokens: int | None = None,
+        grammar: Any = None,
+        call_grammar: Any = None,
+        may_think: bool = True,
+        may_call: bool = False,
+    ) -> None:
+        self.parts, self.thinking_tokens = parts, thinking_tokens
+        self.grammar, self.call_grammar = grammar, call_grammar
+        self.thought_tokens = 0  # number of tokens of the thoughts so far
+        known = parts.format.tokenizer
+        self._think = list(known.think_start_tokens or ()) if may_think and known.has_thinking else []
+        self._call = list(known.tool_call_start_tokens or ()) if may_call and known.has_tool_calling else []
+        self._forced: list[int] = []  # token ids that must come next
+        self._kind = parts.kind
+        self._constraint: Any = None
+        self._nested = False  # whether the constraint is that of a tool call
+        self._openers: list[list[int]] = []  # token ids that may come next, instead of what the grammar allows
+        if self._kind not in (THOUGHT, HEADER):
+            self._begin_grammar()
+        elif self._kind == THOUGHT and thinking_tokens == 0:
+            self._forced = parts.format.closes_thoughts
+
+    @property
+    def active(self) -> bool:
+        """Whether it may have to change logits."""
+        return self.thinking_tokens is not None or self.grammar is not None or self.call_grammar is not None
+
+    def __call__(self, _tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits (1, V) -> logits (1, V), with -inf for the tokens that may not come next."""
+        import mlx.core as mx
+
+        if self._forced:
+            masked, also = mx.full(logits.shape, -mx.inf, logits.dtype), self._forced[:1]
+        elif self._constraint is not None:
+            masked, also = self._constraint.mask(logits), [opener[0] for opener in self._openers]
+        else:
+            return logits
+        tokens = mx.arange(logits.shape[-1])
+        for token in also:
+            masked = mx.where(tokens == token, logits, masked)
+        return masked
+
+    def took(self, token: int) -> None:
+        """Follows a chosen token. Raises the errors of the grammar."""
+        before, self._kind = self._kind, self.parts.kind
+        if THOUGHT in (before, self._kind):
+            self.thought_tokens += 1
+        if self._forced:
+            self._forced = self._forced[1:]
+        elif opener := next((opener for opener in self._openers if opener[0] == token), None):
+            self._constraint, self._forced = None, opener[1:]
+        elif self._kind == THOUGHT and self.thinking_tokens is not None and self.thought_tokens >= self.thinking_tokens:
+            self._forced = self.parts.format.closes_thoughts
+        elif self._constraint is not None and self._kind not in (THOUGHT, HEADER):
+            self._constraint.accept(token)
+        self._openers = []
+        if self._kind in (THOUGHT, HEADER):
+            self._constraint = None
+        elif before in (THOUGHT, HEADER):
+            self._begin_grammar()
+        elif before != self._kind and (self._constraint is None or self._nested):
+            self._begin_nested()
+
+    def _begin_grammar(self) -> None:
+        """Begins what follows the thoughts."""
+        self._nested = False
+        if self.grammar is None:
+            self._begin_nested()
+            return
+        self._constraint = self.grammar.begin()
+        first = not self.thought_tokens
+        self._openers = [opener for opener in (self._think if first else [], self._call) if opener]
+
+    def _begin_nested(self) -> None:
+        """Begins or ends the inside of a tool call."""
+        self._nested = self._kind == CALL and self.call_grammar is not None
+        self._constraint = self.call_grammar.begin() if self._nested else None

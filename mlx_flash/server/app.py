@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from .answering import answer
 from .api_errors import ApiError
+from .apis.error_forms import error_response
 from .apis.openai_chat import ChatForm, ChatRequest
 from .apis.openai_common import parse
 from .apis.openai_completions import CompletionForm, CompletionRequest
@@ -159,13 +160,9 @@ def _check_encoding(request: Request) -> None:
         )
 
 
-def _answer(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _answer(error)
+    return error_response(request.scope, error)
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
@@ -175,14 +172,16 @@ async def _left(_request: Request, _error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answers Starlette's own errors: an unknown path, or a method that is not allowed."""
     assert isinstance(error, HTTPException)
-    message, headers = f"{request.method} {request.url.path:.200}: {error.detail}.", error.headers
+    message, headers = f"{request.method} {request.url.path:.200}: {error.detail}.", dict(error.headers or {})
     if error.status_code == 405:
         # Starlette's static files do not list their methods.
-        methods = sorted((headers or {}).get("Allow", "GET, HEAD").split(", "))
+        methods = sorted(headers.get("Allow", "GET, HEAD").split(", "))
         message = f"{request.url.path:.200} does not allow {request.method:.20}; use {' or '.join(methods)}."
         headers = {"Allow": ", ".join(methods)}
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers)
+    response = error_response(request.scope, ApiError(error.status_code, message))
+    response.headers.update(headers)
+    return response
 
 
-async def _unexpected(_request: Request, error: Exception) -> Response:
-    return _answer(ApiError(500, f"this request failed: {type(error).__name__}: {error}"))
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return error_response(request.scope, ApiError(500, f"this request failed: {type(error).__name__}: {error}"))

@@ -8,11 +8,11 @@ import re
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import connections
 from .api_errors import ApiError
+from .apis.error_forms import error_response
 
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
@@ -64,7 +64,7 @@ class Guard:
             # uvicorn cancels the request if the server stops and this client takes longer than the grace period.
             error = refused if isinstance(refused, ApiError) else ApiError(503, "the server is stopping.")
             if not begun:
-                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_more)
+                await error_response(scope, error)(scope, receive, send_more)
         finally:
             self.answering -= 1
 

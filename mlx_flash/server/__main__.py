@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
@@ -16,6 +17,7 @@ from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command
 from ..cli.terminal import say
 from ..errors import UsageError
 from ..loading.plan import parse_memory
+from ..text.chat_template import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -50,7 +52,35 @@ def make_parser() -> argparse.ArgumentParser:
         f"${KEY_VARIABLE}, which other users of this machine cannot see)",
     )
     add_lifeline_argument(http)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--chat-template-args",
+        metavar="JSON",
+        type=_json_object,
+        default={},
+        help="variables for the chat template where a request sets none, such as '{\"enable_thinking\": false}'",
+    )
+    answers.add_argument(
+        "--thinking-budget",
+        metavar="N",
+        type=whole_number(0, 10**9),
+        help="most tokens of an answer's thoughts where a request sets no limit; then they are ended and the answer "
+        "begins (default: no limit)",
+    )
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The object in a JSON text. Raises ArgumentTypeError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
+    if taken := RESERVED_VARIABLES & value.keys():
+        raise argparse.ArgumentTypeError(f"it may not have {min(taken)}, which the server sets")
+    return value
 
 
 class Signals:
@@ -112,6 +142,7 @@ def main(arguments: argparse.Namespace) -> int:
     if Path(path).is_dir():
         path = str(Path(path).resolve())
     engine = Engine(arguments.model or "demo", path)
+    engine.template_variables, engine.thinking_tokens = arguments.chat_template_args, arguments.thinking_budget
     with HttpThread(make_app(engine, arguments.host, key), bound), Signals(engine) as signals:
         print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
         try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ...text.answer_parts import Thought, ToolCall
+from ...text.chat_template import RESERVED_VARIABLES
 from ..api_errors import ApiError
 from ..jobs import End, Piece, new_id
 from .answer_form import Answered, AnswerForm, event
@@ -15,7 +16,6 @@ from .openai_common import (
     FIRST_ERROR,
     NOT_DONE,
     NOT_DONE_IN_CHAT,
-    RESERVED,
     Message,
     OpenAiRequest,
     Tokens,
@@ -94,7 +94,7 @@ class ChatRequest(OpenAiRequest):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_tools(self.tools)
-        if taken := RESERVED & (self.chat_template_kwargs or {}).keys():
+        if taken := RESERVED_VARIABLES & (self.chat_template_kwargs or {}).keys():
             message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
             raise ApiError(400, message, param="chat_template_kwargs")
         if self.continue_final_message and not self._ends_within_an_answer:

@@ -457,9 +457,5 @@ def _usage(end: End) -> dict[str, Any]:
     }
 
 
-def model_list(name: str, created: int) -> list[dict[str, Any]]:
-    return [{"id": name, "object": "model", "created": created, "owned_by": "mlx_flash"}]
-
-
 def now() -> int:
     return int(time.time())

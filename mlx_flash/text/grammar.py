@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +25,15 @@ from .token_bytes import token_bytes
 if TYPE_CHECKING:
     import mlx.core as mx
 
-MOST_CHARACTERS = 1 << 16  # of a Lark grammar or a regular expression
-MOST_BRACKETS = 64  # open at once in one: llguidance's parsers are recursive, and a thread's stack may be small
+MOST_CHARACTERS = {"the Lark grammar": 1 << 14, "the regular expression": 1 << 12}
+MOST_BRACKETS = 64  # open at once in either
+# llguidance compiles recursively: a thousand rules that lead to each other fill the 8 MB of Linux's first thread, and a
+# full stack ends the process. Only the pages that are used take memory.
+COMPILE_STACK_BYTES = 128 << 20
 # The work that one grammar, and one token of an answer, may take. llguidance's own limits allow a lexer of 500 MB.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
-    "step_lexer_fuel": 500_000,  # about 35 ms
+    "step_lexer_fuel": 200_000,  # about 15 ms
     "step_max_items": 50_000,
     "max_items_in_row": 2000,
     "max_lexer_states": 20_000,  # 1 to 2 KB each
@@ -39,6 +44,7 @@ LIMITS = {
 # until the limit of tokens, because after each one another is still allowed. Indented JSON would need whitespace whose
 # length depends on the depth.
 JSON_STYLE = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
+_STACK_SIZE = threading.Lock()  # The size of new threads' stacks is a setting of the process.
 FINISHED = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons to stop that are not errors
 
 
@@ -74,6 +80,8 @@ class Grammars:
         """Text that the regular expression matches as a whole. The syntax is that of Rust's regex crate."""
         from llguidance import regex_to_lark
 
+        if not text:  # // begins a comment in Lark.
+            raise GrammarError("the regular expression is empty, expected one that matches some text.")
         _check_text(text, "the regular expression")
         return self.lark(f"start: /{regex_to_lark(text, use_ascii='')}/", "the regular expression")
 
@@ -84,13 +92,14 @@ class Grammars:
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        if what == "the Lark grammar":
+        if what in MOST_CHARACTERS:
             _check_text(text, what)
         vocabulary = self._vocabulary()[0]
         # With forcing, llguidance would ask the tokenizer how it splits text of which there is only one. Without, the
         # model chooses among all the ways to write it.
         compiled = LLMatcher.grammar_from_lark(text + '\n%llguidance {"no_forcing": true}\n')
-        matcher = LLMatcher(vocabulary, compiled, log_level=0, limits=LLParserLimits(**LIMITS))
+        limits = LLParserLimits(**LIMITS)
+        matcher = _with_large_stack(lambda: LLMatcher(vocabulary, compiled, log_level=0, limits=limits))
         if matcher.is_error():
             raise GrammarError(f"{what} cannot be used: {_said(matcher.get_error())}")
         grammar = Grammar(matcher, self.vocabulary, self.eos)
@@ -221,13 +230,32 @@ def json_rule(schema: dict[str, Any]) -> str:
 
 
 def _check_text(text: str, what: str) -> None:
-    if len(text) > MOST_CHARACTERS:
-        raise GrammarError(f"{what} has {len(text)} characters, expected at most {MOST_CHARACTERS}. Simplify it.")
+    if len(text) > MOST_CHARACTERS[what]:
+        raise GrammarError(f"{what} has {len(text)} characters, expected at most {MOST_CHARACTERS[what]}. Simplify it.")
     depth = 0
     for character in text:
         depth = max(0, depth + (character in "([{") - (character in ")]}"))
         if depth > MOST_BRACKETS:
             raise GrammarError(f"{what} opens more than {MOST_BRACKETS} brackets at once. Nest it less deeply.")
+
+
+def _with_large_stack(compile: Callable[[], Any]) -> Any:
+    """The result of `compile`, called in a thread of its own."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(compile())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _STACK_SIZE:
+        before = threading.stack_size(COMPILE_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="compile-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
 
 
 def _said(message: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,6 +16,9 @@ from ..errors import GrammarError
 
 MOST_BYTES = 1 << 17  # of a schema as JSON without annotations
 MOST_DEPTH = 48  # levels of brackets in a schema; serde_json stops at 128, and a thread's stack may be small
+MOST_PROPERTIES = 1000  # of one object
+MOST_PATTERN = 1 << 11  # characters of a pattern
+MOST_DIVISOR = 10_000  # product of all values of multipleOf; llguidance makes as many states, without a limit
 MOST_REPEATED = 4096  # the largest length or count that a schema may ask for or allow
 EXACT = 1 << 53  # Up to here float64 holds every integer.
 
@@ -58,6 +61,7 @@ class _Check:
         self.places: set[Place] = set()  # of schemas
         self.references: list[tuple[Place, Place]] = []
         self.parts = 0
+        self.divisors: set[int] = set()
 
     def error(self, place: Place, problem: str) -> GrammarError:
         keyword = place[-1] if place else "its root"
@@ -95,6 +99,8 @@ class _Check:
             return self.schema(value, place)
         if keyword in MAPS_OF_SCHEMAS:
             self.expect(value, dict, place, "an object of schemas")
+            if len(value) > MOST_PROPERTIES:
+                raise self.error(place, f"has {len(value)} entries, expected at most {MOST_PROPERTIES}")
             return {self.text(name, place): self.schema(each, (*place, name)) for name, each in value.items()}
         if keyword in COUNTS:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_REPEATED:
@@ -105,9 +111,14 @@ class _Check:
         if keyword == "multipleOf":
             if not 0 < self.exact(value, place) <= EXACT:
                 raise self.error(place, f"is {_shown(value)}, expected a positive number up to 2**53")
+            self.divisors.add(int("".join(map(str, Decimal(str(value)).as_tuple().digits)).rstrip("0")))
+            if math.prod(self.divisors) > MOST_DIVISOR:
+                raise self.error(place, f"is {_shown(value)}, expected few digits, all values together")
             return value
         if keyword in TEXTS:
             self.text(value, place)
+            if keyword == "pattern" and len(value) > MOST_PATTERN:
+                raise self.error(place, f"has {len(value)} characters, expected at most {MOST_PATTERN}")
             if keyword == "$ref":
                 self.references.append((place, self.target(value, place)))
             return value
@@ -173,8 +184,8 @@ class _Check:
     def number(self, value: Any, place: Place) -> int | float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise self.error(place, f"is {_shown(value)}, expected a number")
-        if abs(value) > 1e18:
-            raise self.error(place, f"is {value:.6g}, expected a number between -1e18 and 1e18")
+        if abs(value) > 1e19:
+            raise self.error(place, f"is {value:.6g}, expected a number between -1e19 and 1e19")
         return value
 
     def exact(self, value: Any, place: Place) -> int | float:
@@ -206,11 +217,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return str(value)[:60] if not isinstance(value, int) or abs(value) < 1e60 else "a huge number"
-
-
-def strings_of(schema: Any) -> Iterator[str]:
-    """All texts in a schema, also those that are names."""
-    if isinstance(schema, str):
-        yield schema
-    for each in schema if isinstance(schema, list) else schema.items() if isinstance(schema, dict) else ():
-        yield from strings_of(list(each) if isinstance(each, tuple) else each)

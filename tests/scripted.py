@@ -1,7 +1,8 @@
 """A tiny random mixture that says what a test has written for it, by its own engine.
 
 Everything is real (the prompt, the caches, the experts, the sampler) but one thing: a first logits processor adds a
-large number to the logit of the token that the script says next. A grammar may still forbid that token.
+large number to the logit of the token that the script says next. A grammar may still forbid that token: the model then
+says another one, and the script goes on.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Scripted:
 
 
 def _saying(words: list[int]) -> Callable[[mx.array, mx.array], mx.array]:
-    """A logits processor that says these tokens. A token that is forbidden is skipped."""
+    """A logits processor that says these tokens."""
     start: list[int] = []
 
     def process(seen: mx.array, logits: mx.array) -> mx.array:

@@ -13,9 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 from mixtures import make_mixture  # type: ignore[import-not-found]  # found beside this file
-from templates import TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
+from templates import SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
+
+from tokenizers import Tokenizer
 
 from mlx_flash.loading.load import load
+from mlx_flash.source.resolve import demo_folder
 from mlx_flash.text import prompt_cache
 
 VOCABULARY = 288  # 256 bytes, the special tokens, and some that the tokenizer lacks
@@ -25,10 +28,16 @@ END = "</s>"
 Script = Callable[[str], str]  # the text of the whole prompt -> what the model says
 
 
-def make_scripted(folder: Path, template: str = "agent", **changes: Any) -> Path:
-    """Writes the checkpoint: one token per byte, the template of tests/chat_templates."""
-    make_mixture(folder, "qwen3_moe", vocab_size=VOCABULARY, max_position_embeddings=1 << 17, **changes)
-    return Path(write_tokenizer(folder, TEMPLATES[template]))
+def make_scripted(folder: Path, template: str = "agent", words: bool = False) -> Path:
+    """Writes the checkpoint: one token per byte, or the demo's tokens (words), and a template of tests/chat_templates."""
+    vocabulary = 4096 + 32 if words else VOCABULARY
+    make_mixture(folder, "qwen3_moe", vocab_size=vocabulary, max_position_embeddings=1 << 17)
+    write_tokenizer(folder, TEMPLATES[template])
+    if words:
+        tokenizer = Tokenizer.from_file(str(demo_folder() / "tokenizer.json"))
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 class Scripted:

@@ -1,10 +1,10 @@
 """Structured output: holds an answer to a JSON schema, a Lark grammar or a regular expression, token by token.
 
-`Grammars` belongs to a loaded model and compiles grammars. A `Grammar` can be used for many answers. Each answer has its
-own `Constraint`, which sets the logits of all tokens that cannot follow to -inf. llguidance does the parsing.
+`Grammars` belongs to a loaded model and compiles grammars. A `Grammar` can be used for many answers. Each answer has
+its own `Constraint`, which sets the logits of all tokens that cannot follow to -inf. llguidance does the parsing.
 
-llguidance's own functions for MLX run a Metal kernel, so they fail on other backends. Here it fills a bit mask of NumPy,
-and `mx.where` applies it everywhere.
+llguidance's own functions for MLX run a Metal kernel, so they fail on other backends. Here it fills a bit mask of
+NumPy, and `mx.where` applies it everywhere.
 """
 
 from __future__ import annotations

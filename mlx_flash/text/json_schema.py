@@ -22,10 +22,8 @@ MOST_DIVISOR = 10_000  # product of all values of multipleOf; llguidance makes a
 MOST_REPEATED = 4096  # the largest length or count that a schema may ask for or allow
 EXACT = 1 << 53  # Up to here float64 holds every integer.
 
-ANNOTATIONS = frozenset(
-    "title description default examples $schema $comment deprecated readOnly writeOnly contentMediaType "
-    "contentEncoding contentSchema".split()
-)
+ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$comment", "deprecated", "readOnly"}
+ANNOTATIONS |= {"writeOnly", "contentMediaType", "contentEncoding", "contentSchema"}
 ONE_SCHEMA = {"items", "additionalItems", "additionalProperties"}
 LISTS_OF_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 MAPS_OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}

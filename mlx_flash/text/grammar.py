@@ -38,6 +38,7 @@ LIMITS = {
     "max_items_in_row": 2000,
     "max_lexer_states": 20_000,  # 1 to 2 KB each
     "max_grammar_size": 200_000,
+    "precompute_large_lexemes": False,  # It fails for long texts of tool calls, and saves a few ms per answer.
     "verbose_errors": False,  # Long messages repeat the grammar and the state of the parser.
 }
 # JSON on one line, as json.dumps writes it with or without spaces. With free whitespace a small model writes newlines

@@ -271,7 +271,8 @@ def _text(lark: Lark, form: Format, schema: dict[str, Any], values: list[str] | 
         return f"{start} ({' | '.join(map(quoted, values))}) {lark.spelled(end)}"
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     found = f"{start} {lark.ended(text_terminal(form.stops, form, least, most), end)}"
-    if form.cdata:  # for texts with < or & or a newline
+    # CDATA holds texts with < or & or a newline. With a long count as well, llguidance would compile for seconds.
+    if form.cdata and int(most or 0) <= 256:
         inner = text_terminal(("]]>", "</param>", "</function>"), form, least, most, strips=False)
         found = f"{found} | {lark.spelled('<![CDATA[')} {lark.ended(inner, ']]>' + end)}"
     return f"({found})"

@@ -1,10 +1,10 @@
 """Structured output: holds an answer to a JSON schema, a Lark grammar or a regular expression, token by token.
 
-`Grammars` belongs to a loaded model and compiles grammars. A `Grammar` can be used for many answers. Each answer has its
-own `Constraint`, which sets the logits of all tokens that cannot follow to -inf. llguidance does the parsing.
+`Grammars` belongs to a loaded model and compiles grammars. A `Grammar` can be used for many answers. Each answer has
+its own `Constraint`, which sets the logits of all tokens that cannot follow to -inf. llguidance does the parsing.
 
-llguidance's own functions for MLX run a Metal kernel, so they fail on other backends. Here it fills a bit mask of NumPy,
-and `mx.where` applies it everywhere.
+llguidance's own functions for MLX run a Metal kernel, so they fail on other backends. Here it fills a bit mask of
+NumPy, and `mx.where` applies it everywhere.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ LIMITS = {
     "max_items_in_row": 2000,
     "max_lexer_states": 20_000,  # 1 to 2 KB each
     "max_grammar_size": 200_000,
+    "precompute_large_lexemes": False,  # It fails for long texts of tool calls, and saves a few ms per answer.
     "verbose_errors": False,  # Long messages repeat the grammar and the state of the parser.
 }
 # JSON on one line, as json.dumps writes it with or without spaces. With free whitespace a small model writes newlines

@@ -20,12 +20,11 @@ MOST_PROPERTIES = 1000  # of one object
 MOST_PATTERN = 1 << 11  # characters of a pattern
 MOST_DIVISOR = 10_000  # product of all values of multipleOf; llguidance makes as many states, without a limit
 MOST_REPEATED = 4096  # the largest length or count that a schema may ask for or allow
+LARGEST = (1 << 63) - 1024  # the largest bound that llguidance compiles
 EXACT = 1 << 53  # Up to here float64 holds every integer.
 
-ANNOTATIONS = frozenset(
-    "title description default examples $schema $comment deprecated readOnly writeOnly contentMediaType "
-    "contentEncoding contentSchema".split()
-)
+ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$comment", "deprecated", "readOnly"}
+ANNOTATIONS |= {"writeOnly", "contentMediaType", "contentEncoding", "contentSchema"}
 ONE_SCHEMA = {"items", "additionalItems", "additionalProperties"}
 LISTS_OF_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 MAPS_OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}
@@ -92,7 +91,7 @@ class _Check:
         """Checks the value of one keyword and returns it without annotations."""
         if keyword in LISTS_OF_SCHEMAS or (keyword == "items" and isinstance(value, list)):
             self.expect(value, list, place, "a list of schemas")
-            if not value and keyword != "prefixItems":
+            if not value:
                 raise self.error(place, "is empty, expected at least one schema")
             return [self.schema(each, (*place, str(i))) for i, each in enumerate(value)]
         if keyword in ONE_SCHEMA:
@@ -107,7 +106,12 @@ class _Check:
                 raise self.error(place, f"is {_shown(value)}, expected 0 to {MOST_REPEATED}")
             return value
         if keyword in NUMBERS:
-            return _rounded(self.number(value, place), NUMBERS[keyword])
+            towards = NUMBERS[keyword]
+            bound = self.number(value, place)
+            if bound * towards > LARGEST:
+                raise self.error(place, f"is {_shown(value)}, expected a number between -2**63 and 2**63")
+            # A tighter bound keeps every promise that the looser one makes.
+            return _rounded(max(bound, -LARGEST) if towards > 0 else min(bound, LARGEST), towards)
         if keyword == "multipleOf":
             if not 0 < self.exact(value, place) <= EXACT:
                 raise self.error(place, f"is {_shown(value)}, expected a positive number up to 2**53")
@@ -184,8 +188,6 @@ class _Check:
     def number(self, value: Any, place: Place) -> int | float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise self.error(place, f"is {_shown(value)}, expected a number")
-        if abs(value) > 1e19:
-            raise self.error(place, f"is {value:.6g}, expected a number between -1e19 and 1e19")
         return value
 
     def exact(self, value: Any, place: Place) -> int | float:

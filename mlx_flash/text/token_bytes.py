@@ -48,7 +48,7 @@ def _is_marker(content: str) -> bool:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether tokens are written in the byte-level alphabet, else in pieces with "▁". Raises GrammarError for others."""
+    """Whether tokens are in the byte-level alphabet, else in pieces with "▁". Raises GrammarError for others."""
     steps = decoder_types(tokenizer)
     if not cleans_up(tokenizer):
         if "ByteLevel" in steps:

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 from mixtures import make_mixture  # type: ignore[import-not-found]  # found beside this file
 from templates import SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
-
 from tokenizers import Tokenizer
 
 from mlx_flash.loading.load import load
@@ -29,7 +28,7 @@ Script = Callable[[str], str]  # the text of the whole prompt -> what the model 
 
 
 def make_scripted(folder: Path, template: str = "agent", words: bool = False) -> Path:
-    """Writes the checkpoint: one token per byte, or the demo's tokens (words), and a template of tests/chat_templates."""
+    """Writes the checkpoint, with a template of tests/chat_templates. words: the demo's tokens, else one per byte."""
     vocabulary = 4096 + 32 if words else VOCABULARY
     make_mixture(folder, "qwen3_moe", vocab_size=vocabulary, max_position_embeddings=1 << 17)
     write_tokenizer(folder, TEMPLATES[template])

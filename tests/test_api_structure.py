@@ -136,3 +136,42 @@ def test_what_is_not_supported_is_named(client: openai.OpenAI, options: Any, par
     with pytest.raises(openai.BadRequestError, match=word) as caught:
         chat(client, **options)
     assert caught.value.param == param
+
+
+# -- tools ---------------------------------------------------------------------------------------------------
+
+LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+WAIT: Any = {"type": "function", "function": {"name": "wait", "parameters": NOTHING}}
+NAMED: Any = {"type": "function", "function": {"name": "look"}}
+
+
+def test_a_call_is_forced(client: openai.OpenAI, scripted: Scripted) -> None:
+    scripted.script = lambda prompt: f"{THOUGHT}I would rather talk."
+    for choice, name in (("required", None), (NAMED, "look")):
+        done = chat(client, tools=[LOOK, WAIT], tool_choice=choice, parallel_tool_calls=False).choices[0]
+        assert done.finish_reason == "tool_calls" and done.message.content is None
+        (call,) = done.message.tool_calls
+        assert call.function.name in ("look", "wait") if name is None else call.function.name == name
+        if call.function.name == "look":
+            jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
+def test_several_calls_may_be_forced(client: openai.OpenAI, scripted: Scripted) -> None:
+    one = f'<tool_call>\n{{"name": "look", "arguments": {WANTED}}}\n</tool_call>'
+    scripted.script = lambda prompt: f"{one}\n{one}"
+    calls = chat(client, tools=[LOOK], tool_choice="required").choices[0].message.tool_calls
+    assert [json.loads(call.function.arguments) for call in calls] == [json.loads(WANTED)] * 2
+
+
+def test_strict_tools_are_held_to_their_schema(client: openai.OpenAI, scripted: Scripted) -> None:
+    strict: Any = {"type": "function", "function": {**LOOK["function"], "strict": True}}
+    broken = WANTED.replace("21", "2199").replace("Rome", "Oslo")
+    scripted.script = lambda prompt: (
+        f'{THOUGHT}I look.\n<tool_call>\n{{"name": "look", "arguments": {broken}}}\n</tool_call>'
+    )
+    done = chat(client, tools=[strict]).choices[0]
+    assert done.message.content.startswith("I look.") and done.finish_reason == "tool_calls"
+    jsonschema.validate(json.loads(done.message.tool_calls[0].function.arguments), SCHEMA)
+    loose = chat(client, tools=[LOOK]).choices[0].message.tool_calls[0]
+    assert json.loads(loose.function.arguments) == json.loads(broken)

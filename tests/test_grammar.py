@@ -204,7 +204,7 @@ def test_every_end_token_ends_an_answer_and_none_comes_early() -> None:
 def test_logits_beyond_the_tokenizer_are_never_allowed(dtype: mx.Dtype) -> None:
     of = walks(more=77)
     ids = allowed_ids(of.grammars.regex("(?s:.+)").begin(), dtype)
-    assert 0 < len(ids) and max(ids) < of.vocabulary - 77
+    assert len(ids) > 0 and max(ids) < of.vocabulary - 77
     with pytest.raises(ValueError, match=r"expected logits \(1, "):
         of.grammars.regex("a").begin().mask(mx.zeros((1, 5)))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -320,6 +322,18 @@ def test_options_reach_the_model(client: openai.OpenAI, scripted: Scripted) -> N
     assert scripted.prompts[-1].endswith("<think>\n\n</think>\n\n")
     ignored: dict[str, Any] = {"prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "user": "u"}
     ask(client, **ignored, include=["reasoning.encrypted_content"], background=False, temperature=0, top_p=0.9)
+
+
+class Weather(pydantic.BaseModel):
+    degrees: int
+
+
+def test_the_clients_own_parser(client: openai.OpenAI, server: Server, scripted: Scripted, monkeypatch: Any) -> None:
+    schemas: list[Any] = []
+    monkeypatch.setattr(server.engine, "grammars", SimpleNamespace(json_schema=schemas.append))
+    scripted.script = lambda prompt: '{"degrees": 22}'
+    parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather).output_parsed
+    assert parsed == Weather(degrees=22) and schemas[0]["properties"]["degrees"]["type"] == "integer"
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,"}]}

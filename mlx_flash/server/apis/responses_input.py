@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -120,69 +121,83 @@ def with_references(items: Sequence[Any], recent: RecentItems) -> list[Any]:
 
 def messages_of(instructions: str | None, items: Sequence[Any]) -> list[dict[str, Any]]:
     """The items as messages in the form of chat completions."""
-    made = _Messages()
+    turns = _Turns()
     if instructions:
-        made.add_above("system", instructions)
+        turns.add_above("system", instructions)
     for item in items:
         if isinstance(item, ReasoningItem):
-            made.thoughts = _joined(made.thoughts, item.text)
+            turns.thoughts += [item.text] if item.text else []
         elif isinstance(item, FunctionCallItem):
-            made.add_call(item)
+            turns.add_call(item)
         elif isinstance(item, FunctionOutputItem):
-            made.add({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
+            turns.add("tool", item.text, tool_call_id=item.call_id)
         elif item.role == "assistant":
-            made.add_answer(item.text)
+            turns.add_answer(item.text)
         elif item.role in ABOVE:
-            made.add_above(item.role, item.text)
+            turns.add_above(item.role, item.text)
         else:
-            made.add({"role": item.role, "content": item.text})
-    made.place_thoughts()
-    return made.messages
+            turns.add(item.role, item.text)
+    turns.place_thoughts()
+    return [turn.message() for turn in turns.turns]
 
 
-class _Messages:
+@dataclass
+class _Turn:
+    role: str
+    texts: list[str]
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def message(self) -> dict[str, Any]:
+        message = {"role": self.role, **self.more, "content": "\n\n".join(filter(None, self.texts))}
+        if self.thoughts:
+            message["reasoning_content"] = "\n\n".join(self.thoughts)
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
+class _Turns:
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.thoughts = ""  # those of the assistant message that follows
+        self.turns: list[_Turn] = []
+        self.thoughts: list[str] = []  # of the answer that follows
 
-    def add(self, message: dict[str, Any]) -> None:
+    def add(self, role: str, text: str, **more: Any) -> None:
         self.place_thoughts()
-        self.messages.append(message)
+        self.turns.append(_Turn(role, [text], more=more))
 
     def add_above(self, role: str, text: str) -> None:
         """Adds instructions. Those at the beginning become one message, since many templates read only one."""
-        if len(self.messages) == 1 and self.messages[0]["role"] in ABOVE:
-            self.messages[0]["content"] = _joined(self.messages[0]["content"], text)
+        if len(self.turns) == 1 and self.turns[0].role in ABOVE and not self.thoughts:
+            self.turns[0].texts.append(text)
         else:
-            self.add({"role": role, "content": text})
+            self.add(role, text)
 
     def add_answer(self, text: str) -> None:
-        last = self._last_answer()
-        if last is None or (last["content"] and "tool_calls" not in last):
-            last = self._begin_answer()
-        last["content"] = _joined(last["content"], text)
+        """Adds the text of an answer. A text next to another is a new answer, unless calls lie between them."""
+        answer = self._last_answer()
+        if any(answer.texts) and not answer.calls:
+            answer = self._begin_answer()
+        answer.texts.append(text)
         self.place_thoughts()
 
     def add_call(self, call: FunctionCallItem) -> None:
-        last = self._last_answer() or self._begin_answer()
         function = {"name": call.name, "arguments": call.arguments}
-        last.setdefault("tool_calls", []).append({"id": call.call_id, "type": "function", "function": function})
+        self._last_answer().calls.append({"id": call.call_id, "type": "function", "function": function})
         self.place_thoughts()
 
     def place_thoughts(self) -> None:
-        """Adds the thoughts that were found to the last answer; to an empty one if no answer precedes them."""
+        """Gives the thoughts to the last answer; to an empty one if the input has no answer in their place."""
         if self.thoughts:
-            last = self._last_answer() or self._begin_answer()
-            last["reasoning_content"] = _joined(last.get("reasoning_content", ""), self.thoughts)
-            self.thoughts = ""
+            self._last_answer().thoughts += self.thoughts
+            self.thoughts = []
 
-    def _last_answer(self) -> dict[str, Any] | None:
-        return self.messages[-1] if self.messages and self.messages[-1]["role"] == "assistant" else None
+    def _last_answer(self) -> _Turn:
+        """The last turn if it is an answer, else a new one."""
+        last = self.turns[-1] if self.turns else None
+        return last if last is not None and last.role == "assistant" else self._begin_answer()
 
-    def _begin_answer(self) -> dict[str, Any]:
-        self.messages.append({"role": "assistant", "content": ""})
-        return self.messages[-1]
-
-
-def _joined(first: str, second: str) -> str:
-    return f"{first}\n\n{second}" if first and second else first + second
+    def _begin_answer(self) -> _Turn:
+        self.turns.append(_Turn("assistant", []))
+        return self.turns[-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from .apis.error_forms import error_response
 from .apis.openai_chat import ChatForm, ChatRequest
 from .apis.openai_common import parse
 from .apis.openai_completions import CompletionForm, CompletionRequest
+from .apis.recent_items import RecentItems
+from .apis.responses import ResponsesRequest
+from .apis.responses_answer import ResponsesForm
 from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .guard import Guard
@@ -72,6 +77,7 @@ class Routes:
         self.names = tuple(dict.fromkeys((engine.name, *access.names)))
         self.strict_names = access.strict_names
         self.bodies = Bodies()
+        self.recent = RecentItems()
         self.created = int(time.time())
 
     def api(self, prefix: str) -> list[Route]:
@@ -79,6 +85,8 @@ class Routes:
         return [
             Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
             Route(f"{prefix}/completions", self.complete, methods=["POST"]),
+            Route(f"{prefix}/responses", self.respond, methods=["POST"]),
+            Route(f"{prefix}/responses/{{id}}", self.response, methods=["GET", "DELETE"]),
             Route(f"{prefix}/models", self.models),
             Route(f"{prefix}/models/{{name:path}}", self.model),
         ]
@@ -89,7 +97,13 @@ class Routes:
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, CompletionRequest, CompletionForm)
 
-    async def _answer(self, request: Request, kind: type[Any], form: type[Any]) -> Response:
+    async def respond(self, request: Request) -> Response:
+        return await self._answer(request, ResponsesRequest, partial(ResponsesForm, recent=self.recent))
+
+    async def response(self, request: Request) -> Response:
+        raise ApiError(404, f"there is no response {request.path_params['id']!r:.80}: this server keeps no responses.")
+
+    async def _answer(self, request: Request, kind: type[Any], form: Callable[..., Any]) -> Response:
         """Answers a request. kind: its class, form: that of its answers; both belong to one API."""
         engine = self.engine
         engine.check_ready()
@@ -99,6 +113,8 @@ class Routes:
             asked.check()
             if self.strict_names and asked.model:
                 self._known(asked.model)
+            if isinstance(asked, ResponsesRequest):
+                asked.find_references(self.recent)
             question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
             jobs = await asyncio.to_thread(jobs_for, engine, question)
         return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ...text.answer_parts import Thought, ToolCall
-from ...text.chat_template import RESERVED_VARIABLES
 from ..api_errors import ApiError
 from ..jobs import End, Piece, new_id
 from .answer_form import Answered, AnswerForm, event
@@ -73,7 +72,7 @@ class ChatRequest(OpenAiRequest):
             choice,
             name,
             one_call=self.parallel_tool_calls is False or name is not None,
-            variables=self.template_variables(),
+            variables=template_variables(self.reasoning_effort, self.chat_template_kwargs),
             generation_prompt=self.add_generation_prompt is not False,
             continues=self.continues,
             structure=structure_of(self.response_format, self.grammar),
@@ -81,22 +80,12 @@ class ChatRequest(OpenAiRequest):
         )
         return Question(dialogue, self.asked, sampling, self.stops(), self.top, self.n or 1)
 
-    def template_variables(self) -> dict[str, Any]:
-        """The variables for the template, besides messages and tools."""
-        effort = self.reasoning_effort
-        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
-        if effort == "none":
-            variables["enable_thinking"] = False
-        return variables | (self.chat_template_kwargs or {})
-
     def check(self) -> None:
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_tools(self.tools)
-        if taken := RESERVED_VARIABLES & (self.chat_template_kwargs or {}).keys():
-            message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
-            raise ApiError(400, message, param="chat_template_kwargs")
+        check_template_variables(self.chat_template_kwargs)
         if self.continue_final_message and not self._ends_within_an_answer:
             message = (
                 "continue_final_message needs a last message from the assistant, with text and without tool calls."
@@ -109,6 +98,21 @@ class ChatRequest(OpenAiRequest):
 
 Tool = dict[str, Any]
 ToolChoice = Literal["auto", "none", "required"]
+
+
+def template_variables(effort: str | None, given: dict[str, Any] | None) -> dict[str, Any]:
+    """The variables for the template, besides messages and tools. given: chat_template_kwargs."""
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        variables["enable_thinking"] = False
+    return variables | (given or {})
+
+
+def check_template_variables(given: dict[str, Any] | None) -> None:
+    """Raises ApiError for variables that the server sets. given: chat_template_kwargs."""
+    if taken := RESERVED & (given or {}).keys():
+        message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
+        raise ApiError(400, message, param="chat_template_kwargs")
 
 
 def tool_choice_of(given: str | dict[str, Any] | None, tools: list[Tool] | None) -> tuple[ToolChoice, str | None]:

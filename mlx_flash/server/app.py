@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from .answering import answer
 from .api_errors import ApiError
-from .apis.error_forms import error_response
+from .apis.anthropic import MessagesForm, MessagesRequest, TokenCountRequest, anthropic_model, anthropic_models
+from .apis.error_forms import error_response, speaks_anthropic
+from .apis.ollama import (
+    OllamaChatForm,
+    OllamaChatRequest,
+    OllamaGenerateForm,
+    OllamaGenerateRequest,
+    listed_name,
+)
 from .apis.openai_chat import ChatForm, ChatRequest
 from .apis.openai_common import parse
 from .apis.openai_completions import CompletionForm, CompletionRequest
@@ -25,7 +35,9 @@ from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .guard import Guard
 from .metrics import exposition
+from .ollama_model import AboutModel
 from .preparing import jobs_for
+from .prompts import encode_dialogue
 from .stats_report import statistics
 from .streams import EventStream, Gone
 
@@ -41,6 +53,7 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
         routes=[
             *routes.api("/v1"),
             *routes.api(""),  # for clients whose base URL lacks /v1
+            *routes.ollama(),
             Route("/health", routes.health),
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
@@ -73,12 +86,25 @@ class Routes:
         self.created = int(time.time())
 
     def api(self, prefix: str) -> list[Route]:
-        """The routes of OpenAI's API."""
+        """The routes of OpenAI's and Anthropic's APIs."""
         return [
             Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
             Route(f"{prefix}/completions", self.complete, methods=["POST"]),
+            Route(f"{prefix}/messages", self.messages, methods=["POST"]),
+            Route(f"{prefix}/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route(f"{prefix}/models", self.models),
             Route(f"{prefix}/models/{{name:path}}", self.model),
+        ]
+
+    def ollama(self) -> list[Route]:
+        about = AboutModel(self.engine)
+        return [
+            Route("/api/chat", self.ollama_chat, methods=["POST"]),
+            Route("/api/generate", self.ollama_generate, methods=["POST"]),
+            Route("/api/show", about.show, methods=["POST"]),
+            Route("/api/tags", about.tags),
+            Route("/api/ps", about.ps),
+            Route("/api/version", about.version),
         ]
 
     async def chat(self, request: Request) -> Response:
@@ -87,22 +113,46 @@ class Routes:
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, CompletionRequest, CompletionForm)
 
-    async def _answer(self, request: Request, kind: type[Any], form: type[Any]) -> Response:
-        """Answers a request. kind: its class, form: that of its answers; both belong to one API."""
+    async def messages(self, request: Request) -> Response:
+        return await self._answer(request, MessagesRequest, MessagesForm, any_model=True)
+
+    async def ollama_chat(self, request: Request) -> Response:
+        return await self._answer(request, OllamaChatRequest, OllamaChatForm, any_model=True)
+
+    async def ollama_generate(self, request: Request) -> Response:
+        return await self._answer(request, OllamaGenerateRequest, OllamaGenerateForm, any_model=True)
+
+    async def count_tokens(self, request: Request) -> Response:
+        async with self._parsed(request, TokenCountRequest) as asked:
+            ids = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
+        return JSONResponse({"input_tokens": len(ids)})
+
+    async def _answer(self, request: Request, kind: type[Any], form: type[Any], *, any_model: bool = False) -> Response:
+        """Answers a request. kind: its class, form: that of its answers; both belong to one API.
+
+        any_model: whether the request may name any model; the loaded one answers.
+        """
         engine = self.engine
-        engine.check_ready()
-        _check_encoding(request)
-        async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
-            asked = parse(kind, body)
-            asked.check()
-            self._known(asked.model)
+        async with self._parsed(request, kind) as asked:
+            if not any_model:
+                self._known(asked.model)
             question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
             jobs = await asyncio.to_thread(jobs_for, engine, question)
         return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
 
+    @contextlib.asynccontextmanager
+    async def _parsed(self, request: Request, kind: type[Any]) -> AsyncIterator[Any]:
+        """The checked request, an instance of `kind`. Its body counts as held until the block ends."""
+        self.engine.check_ready()
+        _check_encoding(request)
+        async with self.bodies.body_of(request, self.engine.model.flash.plan.context) as body:
+            asked = parse(kind, body)
+            asked.check()
+            yield asked
+
     def _known(self, model: str | None) -> None:
         """Raises ApiError if `model` does not name the loaded model."""
-        if model not in (None, "", DEFAULT_MODEL, self.engine.name):
+        if model not in (None, "", DEFAULT_MODEL, self.engine.name, listed_name(self.engine.name)):
             raise ApiError(
                 404,
                 f"there is no model {model!r:.200}; this server runs {self.engine.name!r}.",
@@ -110,12 +160,16 @@ class Routes:
                 code="model_not_found",
             )
 
-    async def models(self, _request: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        if speaks_anthropic(request.scope):
+            return JSONResponse(anthropic_models(self.engine.name, self.created))
         return JSONResponse({"object": "list", "data": [self._listed()]})
 
     async def model(self, request: Request) -> Response:
         if not request.path_params["name"]:
             return await self.models(request)
+        if speaks_anthropic(request.scope):
+            return JSONResponse(anthropic_model(self.engine.name, self.created))
         self._known(request.path_params["name"])
         return JSONResponse(self._listed())
 
@@ -145,7 +199,10 @@ class Routes:
             return Response(headers=EventStream.HEADERS, media_type=EventStream.media_type)
         return EventStream(self.engine.hub.listen())
 
-    async def page(self, _request: Request) -> Response:
+    async def page(self, request: Request) -> Response:
+        accepted = request.headers.get("accept", "*/*")
+        if "html" not in accepted and "*/*" not in accepted:
+            return PlainTextResponse("Ollama is running")  # the answer that Ollama's clients look for
         if not (PAGE / "index.html").is_file():
             raise ApiError(404, "this installation lacks the page. Reinstall mlx-flash-runtime.")
         return FileResponse(PAGE / "index.html", headers=FRESH)

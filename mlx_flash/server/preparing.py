@@ -67,6 +67,6 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
         thinking_tokens=budget,
         grammar=grammar,
         call_grammar=call_grammar,
-        may_think=dialogue.variables.get("enable_thinking") is not False,
+        may_think=dialogue.template_variables.get("enable_thinking") is not False,
         may_call=tools is not None and not forced,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..errors import ChatTemplateFailure
 from ..text.chat_template import has_chat_template, takes_tools
 from .apis.ollama import listed_name, timestamp
 from .engine import Engine
@@ -62,7 +64,9 @@ class AboutModel:
 
     def _capabilities(self) -> list[str]:
         format, tokenizer = self.engine.format, self.engine.tokenizer
-        tools = format.calls_tools and has_chat_template(tokenizer) and takes_tools(tokenizer, [{}])
+        tools = False
+        with contextlib.suppress(ChatTemplateFailure):  # there are several templates, and none is the default
+            tools = format.calls_tools and has_chat_template(tokenizer) and takes_tools(tokenizer, [{}])
         return ["completion", *(["tools"] if tools else []), *(["thinking"] if format.thinks else [])]
 
     def _listed(self) -> dict[str, Any]:

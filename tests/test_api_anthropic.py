@@ -94,7 +94,7 @@ def test_a_stream_makes_the_same_message(client: anthropic.Anthropic, scripted: 
     whole = ask(client, tools=[WEATHER])
     with client.messages.stream(**given(tools=[WEATHER])) as stream:
         kinds = [event.type for event in stream]
-        message = stream.get_final_message()
+        message: Any = stream.get_final_message()
     assert {"thinking", "text", "input_json", "signature", "message_stop"} <= set(kinds)
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
     assert message.content[0].thinking == "Hm." and message.content[1].text == "Yes."

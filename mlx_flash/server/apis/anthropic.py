@@ -50,7 +50,7 @@ class TextBlock(StrictModel):
     text: str
 
 
-class Block(StrictModel):
+class ContentBlock(StrictModel):
     """A text, thoughts, a tool call, or the result of one."""
 
     type: Annotated[str, AfterValidator(_is_readable)]
@@ -64,7 +64,7 @@ class Block(StrictModel):
     is_error: bool | None = None
 
     @model_validator(mode="after")
-    def _has_its_fields(self) -> Block:
+    def _has_its_fields(self) -> ContentBlock:
         for name in BLOCKS[self.type]:
             if getattr(self, name) is None:
                 raise PydanticCustomError("block", "a block of this type needs {name}", {"name": name})
@@ -77,21 +77,21 @@ class Block(StrictModel):
         return f"Error: {text}" if self.is_error else text
 
 
-def _joined_text(blocks: list[TextBlock] | list[Block]) -> str:
+def _joined_text(blocks: list[TextBlock] | list[ContentBlock]) -> str:
     return "\n".join(block.text for block in blocks if block.type == "text" and block.text)
 
 
-class Turn(StrictModel):
+class MessagesTurn(StrictModel):
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], FIRST_ERROR]
+    content: str | Annotated[list[ContentBlock], FIRST_ERROR]
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else _joined_text(self.content)
 
-    def of(self, kind: str) -> list[Block]:
+    def of(self, kind: str) -> list[ContentBlock]:
         """The blocks of one type."""
-        return [block for block in self.content if isinstance(block, Block) and block.type == kind]
+        return [block for block in self.content if isinstance(block, ContentBlock) and block.type == kind]
 
     def plain(self, tools: dict[str, str]) -> list[dict[str, Any]]:
         """The messages that chat templates expect. tools: id of a call -> name of its tool; calls are added to it."""
@@ -110,7 +110,7 @@ class Turn(StrictModel):
         return [*results, message] if message["content"] or not results else results
 
 
-def _plain_call(block: Block) -> dict[str, Any]:
+def _plain_call(block: ContentBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
 
 
@@ -137,13 +137,13 @@ class OfferedTool(StrictModel):
         return {"type": "function", "function": function}
 
 
-class Choice(StrictModel):
+class CallChoice(StrictModel):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(StrictModel):
+class ThinkingConfig(StrictModel):
     type: str
     budget_tokens: Annotated[Whole, Field(ge=0)] | None = None
 
@@ -156,11 +156,11 @@ class TokenCountRequest(StrictModel):
     """What a request has in common with one that only counts its tokens: all that makes the prompt."""
 
     model: str | None = None
-    messages: Annotated[list[Turn], Field(min_length=1), FIRST_ERROR]
+    messages: Annotated[list[MessagesTurn], Field(min_length=1), FIRST_ERROR]
     system: str | Annotated[list[TextBlock], FIRST_ERROR] | None = None
     tools: Annotated[list[OfferedTool], FIRST_ERROR] | None = None
-    tool_choice: Choice | None = None
-    thinking: Thinking | None = None
+    tool_choice: CallChoice | None = None
+    thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = None  # the older name of output_config.format
 

@@ -97,7 +97,7 @@ def test_pages_of_allowed_origins(server: Server, origin: str) -> None:
     answers = [
         server.post(CHAT, SHORT, headers={**KEY, "Origin": origin}),
         server.post(CHAT, {**SHORT, "stream": True}, headers={**KEY, "Origin": origin}),
-        server.post(CHAT, {**SHORT, "n": 2}, headers={**KEY, "Origin": origin}),
+        server.post(CHAT, {**SHORT, "n": 9}, headers={**KEY, "Origin": origin}),
         server.post(CHAT, SHORT, headers={"Origin": origin}),
         server.get("/nothing", headers={**KEY, "Origin": origin}),
     ]

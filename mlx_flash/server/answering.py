@@ -53,6 +53,7 @@ class Answering:
         """Submits the first job. Raises ApiError."""
         self.engine, self.form = engine, form
         self._jobs = jobs
+        form.prompt_tokens = len(jobs[0]["ids"])
         self.waiting = self._submit(0)
 
     def _submit(self, index: int) -> Waiting:
@@ -104,6 +105,8 @@ async def answer(
     request: Request, engine: Engine, jobs: list[dict[str, Any]], form: AnswerForm, stream: bool
 ) -> Response:
     """Queues the jobs and returns their answer. Raises ApiError, or Gone if the client leaves."""
+    if not jobs:
+        return JSONResponse(form.whole([]))
     answering = Answering(engine, jobs, form)
     if stream:
         return _JobStream(answering)

@@ -30,3 +30,11 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class PromptTooLong(ApiError):
+    """A prompt that does not fit the context. tokens: at least so many it has. most: so many it may have."""
+
+    def __init__(self, message: str, param: str, tokens: int, most: int) -> None:
+        super().__init__(400, message, param=param, code="context_length_exceeded")
+        self.tokens, self.most = tokens, most

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -20,7 +21,15 @@ from starlette.types import ASGIApp
 from .access import DEFAULT_MODEL, Access
 from .answering import answer
 from .api_errors import ApiError
-from .apis.error_forms import error_response
+from .apis.answer_form import AnswerForm
+from .apis.anthropic import MessagesForm, MessagesRequest, TokenCountRequest, anthropic_model, anthropic_models
+from .apis.error_forms import error_response, speaks_anthropic
+from .apis.ollama import (
+    OllamaChatForm,
+    OllamaChatRequest,
+    OllamaGenerateForm,
+    OllamaGenerateRequest,
+)
 from .apis.openai_chat import ChatForm, ChatRequest
 from .apis.openai_common import parse
 from .apis.openai_completions import CompletionForm, CompletionRequest
@@ -31,7 +40,9 @@ from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .guard import Guard
 from .metrics import exposition
+from .ollama_model import AboutModel
 from .preparing import jobs_for
+from .prompts import encode_dialogue
 from .stats_report import statistics
 from .streams import EventStream, Gone
 
@@ -46,6 +57,7 @@ def make_app(engine: Engine, access: Access) -> ASGIApp:
         routes=[
             *routes.api("/v1"),
             *routes.api(""),  # for clients whose base URL lacks /v1
+            *routes.ollama(),
             Route("/health", routes.health),
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
@@ -81,48 +93,70 @@ class Routes:
         self.created = int(time.time())
 
     def api(self, prefix: str) -> list[Route]:
-        """The routes of OpenAI's API."""
+        """The routes of OpenAI's and Anthropic's APIs."""
         return [
-            Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
-            Route(f"{prefix}/completions", self.complete, methods=["POST"]),
-            Route(f"{prefix}/responses", self.respond, methods=["POST"]),
+            self._answers(f"{prefix}/chat/completions", ChatRequest, ChatForm),
+            self._answers(f"{prefix}/completions", CompletionRequest, CompletionForm),
+            self._answers(f"{prefix}/responses", ResponsesRequest, partial(ResponsesForm, recent=self.recent)),
+            self._answers(f"{prefix}/messages", MessagesRequest, MessagesForm),
+            Route(f"{prefix}/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route(f"{prefix}/responses/{{id}}", self.response, methods=["GET", "DELETE"]),
             Route(f"{prefix}/models", self.models),
             Route(f"{prefix}/models/{{name:path}}", self.model),
         ]
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatRequest, ChatForm)
+    def ollama(self) -> list[Route]:
+        """The routes of Ollama's API."""
+        about = AboutModel(self.engine)
+        return [
+            self._answers("/api/chat", OllamaChatRequest, OllamaChatForm),
+            self._answers("/api/generate", OllamaGenerateRequest, OllamaGenerateForm),
+            Route("/api/show", about.show, methods=["POST"]),
+            Route("/api/tags", about.tags),
+            Route("/api/ps", about.ps),
+            Route("/api/version", about.version),
+        ]
 
-    async def complete(self, request: Request) -> Response:
-        return await self._answer(request, CompletionRequest, CompletionForm)
+    def _answers(self, path: str, kind: type[Any], form: Callable[..., AnswerForm]) -> Route:
+        """The route of requests that the model answers. kind: their class, form: that of the answers, of one API."""
 
-    async def respond(self, request: Request) -> Response:
-        return await self._answer(request, ResponsesRequest, partial(ResponsesForm, recent=self.recent))
+        async def respond(request: Request) -> Response:
+            engine = self.engine
+            async with self._parsed(request, kind) as asked:
+                if self.strict_names and asked.model:
+                    self._known(asked.model)
+                if isinstance(asked, ResponsesRequest):
+                    asked.find_references(self.recent)
+                question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
+                jobs = await asyncio.to_thread(jobs_for, engine, question)
+            return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
+
+        return Route(path, respond, methods=["POST"])
 
     async def response(self, request: Request) -> Response:
         raise ApiError(404, f"there is no response {request.path_params['id']!r:.80}: this server keeps no responses.")
 
-    async def _answer(self, request: Request, kind: type[Any], form: Callable[..., Any]) -> Response:
-        """Answers a request. kind: its class, form: that of its answers; both belong to one API."""
-        engine = self.engine
-        engine.check_ready()
+    async def count_tokens(self, request: Request) -> Response:
+        async with self._parsed(request, TokenCountRequest) as asked:
+            ids = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
+        return JSONResponse({"input_tokens": len(ids)})
+
+    @contextlib.asynccontextmanager
+    async def _parsed(self, request: Request, kind: type[Any]) -> AsyncIterator[Any]:
+        """The checked request, an instance of `kind`. Its body counts as held until the block ends."""
+        self.engine.check_ready()
         _check_encoding(request)
-        async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
+        async with self.bodies.body_of(request, self.engine.model.flash.plan.context) as body:
             asked = parse(kind, body)
             asked.check()
-            if self.strict_names and asked.model:
-                self._known(asked.model)
-            if isinstance(asked, ResponsesRequest):
-                asked.find_references(self.recent)
-            question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
-            jobs = await asyncio.to_thread(jobs_for, engine, question)
-        return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
+            yield asked
 
     def _known(self, model: str) -> str:
         """The name in the list of models. Raises ApiError if `model` does not name the loaded model."""
         if model == DEFAULT_MODEL:
             return self.engine.name
+        if model.removesuffix(":latest") in self.names:  # Ollama's clients add the tag.
+            model = model.removesuffix(":latest")
         if model not in self.names:
             raise ApiError(
                 404,
@@ -140,12 +174,16 @@ class Routes:
         context = self.engine.model.flash.plan.context
         return {**entry, "context_length": context, "max_model_len": context}
 
-    async def models(self, _request: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        if speaks_anthropic(request.scope):
+            return JSONResponse(anthropic_models(self.engine.name, self.created))
         return JSONResponse({"object": "list", "data": [self._entry(name) for name in self.names]})
 
     async def model(self, request: Request) -> Response:
         if not request.path_params["name"]:
             return await self.models(request)
+        if speaks_anthropic(request.scope) and not self.strict_names:
+            return JSONResponse(anthropic_model(self.engine.name, self.created))
         return JSONResponse(self._entry(self._known(request.path_params["name"])))
 
     async def health(self, _request: Request) -> Response:
@@ -171,7 +209,10 @@ class Routes:
             return Response(headers=EventStream.HEADERS, media_type=EventStream.media_type)
         return EventStream(self.engine.hub.listen())
 
-    async def page(self, _request: Request) -> Response:
+    async def page(self, request: Request) -> Response:
+        accepted = request.headers.get("accept", "*/*")
+        if "html" not in accepted and "*/*" not in accepted:
+            return PlainTextResponse("Ollama is running")  # the answer that Ollama's clients look for
         if not (PAGE / "index.html").is_file():
             raise ApiError(404, "this installation lacks the page. Reinstall mlx-flash-runtime.")
         return FileResponse(PAGE / "index.html", headers=FRESH)

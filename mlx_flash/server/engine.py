@@ -217,8 +217,10 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer, answer.continues),
         )
         monitor.cached = turns.reused
+        start, first = time.monotonic(), 0.0
         with closing(responses):
             for response in responses:
+                first = first or time.monotonic()
                 monitor.token(response)
                 for item in answer.take(response):
                     job.tell(item)
@@ -230,6 +232,8 @@ class Engine:
                         response.generation_tokens,
                         answer.thought_tokens,
                         answer.stop_word,
+                        first - start,
+                        time.monotonic() - first,
                     )
                 check()
         raise AssertionError("a generation ends with a reason")

@@ -56,7 +56,7 @@ class End:
     """The end of an answer.
 
     finish_reason: "stop", "length" or "tool_calls". stop_word: the one that ended the text. thought_tokens: how many of
-    the generated tokens belong to thoughts.
+    the generated tokens belong to thoughts. prompt_seconds: until the first token. answer_seconds: from there on.
     """
 
     finish_reason: str
@@ -65,6 +65,8 @@ class End:
     generated_tokens: int
     thought_tokens: int = 0
     stop_word: str | None = None
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
 
 
 Item = Thought | Piece | ToolCall | Progress | End | Exception

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import FlashError
-from ..text.tool_grammar import tool_body, tool_calls
 from .api_errors import ApiError
 from .apis.question import Dialogue, Question
 from .engine import Engine
@@ -45,6 +44,8 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
 
 def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
     """How the answer to a dialogue is divided and steered. Raises ApiError for grammars that cannot be used."""
+    from ..text.tool_grammar import tool_body, tool_calls  # It imports mlx-lm.
+
     tools = dialogue.usable_tools
     forced = dialogue.tool_choice == "required"
     grammar = call_grammar = None
@@ -69,6 +70,6 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
         thinking_tokens=budget,
         grammar=grammar,
         call_grammar=call_grammar,
-        may_think=(engine.template_variables | dialogue.variables).get("enable_thinking") is not False,
+        may_think=(engine.template_variables | dialogue.template_variables).get("enable_thinking") is not False,
         may_call=tools is not None and not forced,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..errors import ChatTemplateError, FlashError
 from ..text.encoding import TooManyTokens, too_long
-from .api_errors import ApiError
+from .api_errors import ApiError, PromptTooLong
 from .apis.question import Dialogue
 from .engine import Engine
 
@@ -45,7 +45,7 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
             messages,
             most=context,
             tools=tools,
-            variables=engine.template_variables | dialogue.variables,
+            variables=engine.template_variables | dialogue.template_variables,
             generation_prompt=dialogue.generation_prompt,
             continues=dialogue.continues,
         )
@@ -70,7 +70,7 @@ def _refusals(engine: Engine, param: str) -> Iterator[None]:
     try:
         yield
     except TooManyTokens as error:
-        raise _too_long(engine, f"more than {error.at_least} tokens", param) from None
+        raise _too_long(engine, f"more than {error.at_least} tokens", error.at_least, param) from None
     except ChatTemplateError as error:
         if engine.templates.closed:
             raise ApiError(503, "the server is stopping.", code="stopping") from None
@@ -93,11 +93,11 @@ def room_for(engine: Engine, ids: list[int], asked: int | None, param: str) -> i
             400, f"the prompt has token ids from {min(ids)} to {max(ids)}, expected 0 to {vocabulary - 1}.", param=param
         )
     if len(ids) >= context:
-        raise _too_long(engine, f"{len(ids)} tokens, the answer needs at least 1", param)
+        raise _too_long(engine, f"{len(ids)} tokens, the answer needs at least 1", len(ids), param)
     room = context - len(ids)
     return room if asked is None else min(asked, room)
 
 
-def _too_long(engine: Engine, found: str, param: str) -> ApiError:
+def _too_long(engine: Engine, found: str, tokens: int, param: str) -> ApiError:
     message = too_long(engine.model.flash, found, "start the server with a larger --context")
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+    return PromptTooLong(message, param, tokens, engine.model.flash.plan.context - 1)

@@ -43,15 +43,17 @@ class AnswerForm(ABC):
     """Builds the answer to one request, which may have several choices, made one after the other.
 
     A stream is `begin`, then for each choice its `item`s and its `end`, then `finish`; `failed` may end it anywhere.
-    Each returns what is sent, which may be nothing. id: of the answer.
+    Each returns what is sent, which may be nothing. id: of the answer. prompt_tokens: of the (first) prompt; it is set
+    before `begin`.
     """
 
     media_type = "text/event-stream"
     id: str
+    prompt_tokens = 0
 
     @abstractmethod
     def whole(self, answers: list[Answered]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The answer in one piece. answers: none if the request asks for nothing but that the model is loaded."""
 
     @abstractmethod
     def begin(self) -> str: ...

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from ..api_errors import ApiError
+from ..api_errors import ApiError, PromptTooLong
 
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -21,9 +21,15 @@ ANTHROPIC_TYPES = {
 }
 
 
+OVERLOADED = 529  # Anthropic's status in place of 503; its clients try again later
+
+
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    if isinstance(error, PromptTooLong):  # Clients recognise this by its text, and shorten the conversation.
+        message = f"prompt is too long: {error.tokens} tokens > {error.most} maximum: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def ollama_error(error: ApiError) -> dict[str, Any]:
@@ -37,9 +43,9 @@ def speaks_anthropic(scope: Scope) -> bool:
 
 def error_response(scope: Scope, error: ApiError) -> JSONResponse:
     """The answer with an error, in the form of the request's API."""
-    body = error.body()
+    body, status = error.body(), error.status
     if scope["path"].startswith("/api/"):
         body = ollama_error(error)
     elif speaks_anthropic(scope):
-        body = anthropic_error(error)
-    return JSONResponse(body, error.status, error.headers)
+        body, status = anthropic_error(error), OVERLOADED if status == 503 else status
+    return JSONResponse(body, status, error.headers)

@@ -23,7 +23,8 @@ class Dialogue:
     """Messages to be answered.
 
     messages, tools: in OpenAI's form, each content one text. one_call: whether the answer ends after one call.
-    variables: for the template. param: the name of the request's parameter with the messages.
+    variables: for the template. thinks: whether the model may think (None: as the template does); a model without a
+    template does not. param: the name of the request's parameter with the messages.
     """
 
     messages: list[dict[str, Any]]
@@ -32,11 +33,16 @@ class Dialogue:
     tool_name: str | None = None  # the tool that must be called
     one_call: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+    thinks: bool | None = None
     generation_prompt: bool = True
     continues: bool = False  # whether the last message is the beginning of the answer
     structure: Structure | None = None
     thinking_tokens: int | None = None  # None: the server's default
     param: str = "messages"
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.variables if self.thinks is None else {"enable_thinking": self.thinks} | self.variables
 
     @property
     def usable_tools(self) -> list[dict[str, Any]] | None:
@@ -45,7 +51,8 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks: to answer a dialogue, or to continue each of several prompts."""
+    """What a request asks: to answer a dialogue, or to continue each of several prompts. Without a prompt it asks only
+    whether the model is loaded."""
 
     of: Dialogue | Sequence[str | list[int]]
     max_tokens: int | None  # None: as many as fit

@@ -138,8 +138,12 @@ def random_schema(rng: random.Random, depth: int) -> dict[str, Any]:
         schema["multipleOf"] = rng.randint(2, 12)
     elif kind == "string":
         least = rng.randint(0, 5)
-        ways = [{}, {"minLength": least, "maxLength": least + rng.randint(0, 20)}, {"pattern": rng.choice(PATTERNS)}]
-        schema |= rng.choice([*ways, {"format": rng.choice(["date", "time", "uuid", "ipv4", "email"])}])
+        ways: list[dict[str, Any]] = [
+            {},
+            {"minLength": least, "maxLength": least + rng.randint(0, 20)},
+            {"pattern": rng.choice(PATTERNS)},
+        ]
+        schema |= rng.choice([*ways, {"format": rng.choice(("date", "time", "uuid", "ipv4", "email"))}])
     elif kind == "array":
         least = rng.randint(0, 2)
         schema |= {"items": random_schema(rng, depth - 1), "minItems": least, "maxItems": least + rng.randint(0, 3)}

@@ -217,6 +217,16 @@ def test_a_token_that_is_not_allowed_is_an_error() -> None:
         constraint.allowed()
 
 
+def test_an_answer_that_becomes_too_complex_does_not_harm_the_next() -> None:
+    grammar = walks().grammars.regex("(.*a.{20}){10}")
+    for _ in range(2):
+        constraint, rng = grammar.begin(), np.random.default_rng(0)
+        constraint.accept(int(rng.choice(np.flatnonzero(constraint.allowed()))))
+        with pytest.raises(GrammarError, match="cannot be continued in its grammar: lexer error: too many states"):
+            for _ in range(3000):
+                constraint.accept(int(rng.choice(np.flatnonzero(constraint.allowed()))))
+
+
 def test_a_tokenizer_without_an_end() -> None:
     grammars = Grammars(made("words in pieces (CTRL)"), 8)
     with pytest.raises(GrammarError, match="no token that ends a text"):

@@ -393,3 +393,13 @@ def test_hostile_grammars_are_bounded(name: str) -> None:
 def test_the_library_is_imported_only_when_it_is_used() -> None:
     code = "import sys, mlx_flash.text.grammar, mlx_flash.text.tool_grammar; assert 'llguidance' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_measuring_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_flash.bench.__main__ import make_parser
+
+    arguments = make_parser().parse_args(["grammars", "--schemas", "6"])
+    arguments.run(arguments)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["compiled"] == 6 and result["ended"] == result["valid"] > 3
+    assert result["mask_ms"]["median"] > 0 and result["vocabulary"] == 4096

@@ -168,7 +168,7 @@ def grown(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[st
 MADE_UP = st.recursive(LEAVES, grown, max_leaves=6)
 
 
-@settings(max_examples=120)
+@settings(max_examples=70)
 @given(MADE_UP, st.integers(0, 1000))
 def test_answers_fit_made_up_schemas(schema: dict[str, Any], seed: int) -> None:
     check(schema, range(seed, seed + 2), walks())

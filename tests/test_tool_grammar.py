@@ -139,7 +139,7 @@ def test_every_parser_has_a_grammar() -> None:
 @pytest.mark.parametrize("parser", MARKERS)
 def test_a_call_is_read_back(parser: str, tokens: bool) -> None:
     of, tools = walks(parser, tokens), carried(parser)
-    found = check(of, tool_calls(of.grammars, tools), tools, range(7))
+    found = check(of, tool_calls(of.grammars, tools), tools, range(4))
     assert all(len(read) == 1 for read in found)
     named = check(of, tool_calls(of.grammars, tools, name="get_weather"), tools, range(3))
     assert {read[0]["name"] for read in named} == {"get_weather"}

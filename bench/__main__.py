@@ -25,6 +25,7 @@ COMMANDS = {  # command -> its module
     "plan": "plan_shape",
     "eviction": "eviction",
     "host": "host_time",
+    "grammars": "grammars",
     "lookahead": "guesses",
     "ordering": "ordering",
     "density": "density",

@@ -62,6 +62,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         ids = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
+        ids = [ids] if isinstance(ids, int) else ids  # transformers' own
         self.eos = frozenset(number for number in ids if number is not None and 0 <= number < vocabulary)
         self._lock = threading.Lock()
         self._made: tuple[Any, dict[str, int]] | None = None
@@ -91,23 +92,17 @@ class Grammars:
 
         llguidance itself reads a schema after `%json` in the text. It ignores keywords that it does not know.
         """
-        from llguidance import LLMatcher, LLParserLimits
-
         if what in MOST_CHARACTERS:
             _check_text(text, what)
-        vocabulary = self._vocabulary()[0]
-        # With forcing, llguidance would ask the tokenizer how it splits text of which there is only one. Without, the
-        # model chooses among all the ways to write it.
-        compiled = LLMatcher.grammar_from_lark(text + '\n%llguidance {"no_forcing": true}\n')
-        limits = LLParserLimits(**LIMITS)
-        matcher = _with_large_stack(lambda: LLMatcher(vocabulary, compiled, log_level=0, limits=limits))
-        if matcher.is_error():
-            raise GrammarError(f"{what} cannot be used: {_said(matcher.get_error())}")
-        grammar = Grammar(matcher, self.vocabulary, self.eos)
+        grammar = Grammar(self._vocabulary()[0], text, self.vocabulary, self.eos)
+        constraint = grammar.begin()
+        if problem := constraint.problem():
+            raise GrammarError(f"{what} cannot be used: {problem}")
         try:
-            grammar.begin().allowed()  # Some errors appear only with the first token.
+            constraint.allowed()  # Some errors appear only with the first token.
         except GrammarError as error:
             raise GrammarError(f"{what} cannot be used: no token of this model can begin its text ({error})") from None
+        grammar.ready.append(constraint)
         return grammar
 
     def special_tokens(self) -> dict[str, int]:
@@ -126,20 +121,39 @@ class Grammars:
                         "text. Set eos_token_id in the model's config.json."
                     )
                 texts, special = token_bytes(self.tokenizer, self.vocabulary)
-                made = LLTokenizer(_Vocabulary(texts, special | self.eos, self.eos), eos_token=sorted(self.eos))
+                source = _Vocabulary(texts, special | self.eos, self.eos)
+                made = LLTokenizer(source, eos_token=sorted(self.eos))
+                source.tokens = []  # llguidance keeps the object, and has copied these.
                 self._made = made, {texts[number].decode(): number for number in sorted(special)}
             return self._made
 
 
 class Grammar:
-    """A compiled grammar. `begin` may be called from several threads."""
+    """A grammar that has been checked. `begin` may be called from several threads."""
 
-    def __init__(self, matcher: Any, vocabulary: int, eos: frozenset[int]) -> None:
-        self._matcher, self._vocabulary, self._eos = matcher, vocabulary, eos
+    def __init__(self, tokens: Any, text: str, vocabulary: int, eos: frozenset[int]) -> None:
+        from llguidance import LLMatcher
+
+        # With forcing, llguidance would ask the tokenizer how it splits text of which there is only one. Without, the
+        # model chooses among all the ways to write it.
+        self._compiled = LLMatcher.grammar_from_lark(text + '\n%llguidance {"no_forcing": true}\n')
+        self._tokens, self._vocabulary, self._eos = tokens, vocabulary, eos
+        self.ready: list[Constraint] = []  # begun while the grammar was checked
 
     def begin(self) -> Constraint:
-        """The constraint for one answer, at its beginning."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._eos)
+        """The constraint for one answer, at its beginning. It takes some milliseconds.
+
+        Every answer compiles the grammar anew. Copies of one matcher share the states of its lexer, so one answer could
+        use up the limit of all later ones, and they would wait for each other.
+        """
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            return self.ready.pop()
+        except IndexError:
+            limits = LLParserLimits(**LIMITS)
+            matcher = _with_large_stack(lambda: LLMatcher(self._tokens, self._compiled, log_level=0, limits=limits))
+            return Constraint(matcher, self._vocabulary, self._eos)
 
 
 class Constraint:
@@ -200,12 +214,17 @@ class Constraint:
         """Whether the answer may end here."""
         return self.ended or bool(self._matcher.is_accepting())
 
-    def _check(self) -> None:
-        """Raises the matcher's error. It only logs it, and then allows the end of the text, after half an answer."""
+    def problem(self) -> str:
+        """What is wrong with the grammar or with the answer so far, as a sentence; "" if nothing is."""
         reason = self._matcher.stop_reason()
         if self._matcher.is_error() or (reason != "NotStopped" and reason not in FINISHED):
-            said = _said(self._matcher.get_error() or reason)
-            raise GrammarError(f"the answer cannot be continued in its grammar: {said} Use a simpler grammar.")
+            return _said(self._matcher.get_error() or reason)
+        return ""
+
+    def _check(self) -> None:
+        # The matcher only logs its errors, and then allows the end of the text, after half an answer.
+        if problem := self.problem():
+            raise GrammarError(f"the answer cannot be continued in its grammar: {problem} Use a simpler grammar.")
 
 
 class _Vocabulary:

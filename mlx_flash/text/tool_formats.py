@@ -16,7 +16,7 @@ from .grammar import json_rule
 OPTIONAL_NEWLINE = "¶"  # in the texts of a format
 MOST_REFERENCES = 16  # $refs that lead to each other
 # Text of arguments: all but control characters. Parsers strip some of those, and no argument needs them.
-CHARACTER = r"[^\x00-\x08\x0b-\x1f\x7f]"
+CONTROL = r"\x00-\x08\x0b-\x1f\x7f"
 # Parsers read numbers with float() and then int(), which fails for infinity. These digits are exact.
 INTEGER = "/-?(0|[1-9][0-9]{0,14})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?([eE][-+]?[0-9]{1,2})?/"
@@ -257,7 +257,11 @@ def _json(form: Format, kind: str, schema: dict[str, Any], root: dict[str, Any])
         bounds = {"minimum": max(-LARGEST, schema.get("minimum", -LARGEST))}
         bounds["maximum"] = min(LARGEST, schema.get("maximum", LARGEST))
         schema = {**schema, **bounds}
-    return json_rule({**{name: root[name] for name in ("$defs", "definitions") if name in root}, **schema})
+    return json_rule({**_definitions(root), **schema})
+
+
+def _definitions(root: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in root.items() if name in ("$defs", "definitions")}
 
 
 def _text(lark: Lark, form: Format, schema: dict[str, Any], values: list[str] | None) -> str:
@@ -281,8 +285,9 @@ def _text(lark: Lark, form: Format, schema: dict[str, Any], values: list[str] | 
 def text_terminal(
     stops: Iterable[str], form: Format, least: int = 0, most: int | str = "", strips: bool | None = None
 ) -> str:
-    parts = [f"/{CHARACTER}{{{least},{most}}}/"]
-    parts += [f"~/(?s:.*){regex_literal(stop)}(?s:.*)/" for stop in stops]
+    single = "".join(regex_literal(stop) for stop in stops if len(stop) == 1)
+    parts = [f"/[^{CONTROL}{single}]{{{least},{most}}}/"]
+    parts += [f"~/(?s:.*){regex_literal(stop)}(?s:.*)/" for stop in stops if len(stop) > 1]
     if form.null:
         parts.append("~/(?i:null)/")
     if form.strips if strips is None else strips:
@@ -362,8 +367,7 @@ def _own_object(lark: Lark, form: Format, schema: dict[str, Any], root: dict[str
     if depth > MOST_REFERENCES:
         raise Unsupported("recursive values")
     inner = Format("{{", form.before, "", "}}", ",", quotes=form.quotes, stops=form.stops, own_values=True)
-    defined = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    return call_rule(lark, inner, "", {**defined, **schema})
+    return call_rule(lark, inner, "", {**_definitions(root), **schema})
 
 
 # -- types ---------------------------------------------------------------------------------------------------

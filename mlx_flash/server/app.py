@@ -210,7 +210,7 @@ class Routes:
         return EventStream(self.engine.hub.listen())
 
     async def page(self, request: Request) -> Response:
-        accepted = request.headers.get("accept", "*/*")
+        accepted = request.headers.get("accept") or "*/*"
         if "html" not in accepted and "*/*" not in accepted:
             return PlainTextResponse("Ollama is running")  # the answer that Ollama's clients look for
         if not (PAGE / "index.html").is_file():

@@ -19,9 +19,7 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-
-
-OVERLOADED = 529  # Anthropic's status in place of 503; its clients try again later
+OVERLOADED = 529  # Anthropic's status in place of 503
 
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def ollama_error(error: ApiError) -> dict[str, Any]:
 
 def speaks_anthropic(scope: Scope) -> bool:
     """Whether a request comes from a client of Anthropic's API, which shares some paths with OpenAI's."""
-    return "anthropic-version" in Headers(scope=scope) or "/messages" in scope["path"]
+    return "anthropic-version" in Headers(scope=scope) or "messages" in scope["path"].split("/")
 
 
 def error_response(scope: Scope, error: ApiError) -> JSONResponse:

@@ -212,7 +212,7 @@ def test_the_loop_with_a_tool(client: openai.OpenAI, scripted: Scripted, stream:
 
 def test_an_item_that_is_not_kept(client: openai.OpenAI) -> None:
     kept, unkept = ask(client).output[1].id, ask(client, store=False).output[1].id
-    ask(client, input=[USER, {"id": kept}, USER])
+    ask(client, input=[USER, {"id": kept}, USER], max_output_tokens=1)
     for ids in ([unkept], ["msg_unknown"], [kept, kept]):
         with pytest.raises(openai.BadRequestError, match="store: false") as caught:
             ask(client, input=[USER, *({"type": "item_reference", "id": id} for id in ids)])
@@ -318,10 +318,10 @@ def test_options_reach_the_model(client: openai.OpenAI, scripted: Scripted) -> N
     assert dialogue_of(text={"format": form, "verbosity": "low"}).structure == Structure("json_schema", schema, "text")
     assert dialogue_of(text={"format": {"type": "json_object"}}).structure == Structure("json_object", None, "text")
     assert dialogue_of(text={"format": {"type": "text"}}).structure is None
-    ask(client, reasoning={"effort": "none"})
+    ask(client, reasoning={"effort": "none"}, max_output_tokens=1)
     assert scripted.prompts[-1].endswith("<think>\n\n</think>\n\n")
     ignored: dict[str, Any] = {"prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "user": "u"}
-    ask(client, **ignored, include=["reasoning.encrypted_content"], background=False, temperature=0, top_p=0.9)
+    ask(client, **ignored, include=["reasoning.encrypted_content"], background=False, top_p=0.9, max_output_tokens=1)
 
 
 class Weather(pydantic.BaseModel):

@@ -20,9 +20,11 @@ from .flash.stats import Statistics
 from .loading.plan import parse_memory
 from .source.cached import HISTORY
 from .source.resolve import cache_folder
+from .text.answer_parts import AnswerFormat, AnswerParts, Part, Text, Thought
 from .text.sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
 
 PROMPT = ">>> "
+DIM, UNDIM = "\x1b[2m", "\x1b[22m"
 HELP = """\
 /reset         forget the conversation
 /stats         show speed, cache hits, bytes read per token and where the time went: last answer, all answers
@@ -38,7 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("chat"),
         description="Holds a conversation with a model that streams from the SSD. If standard input or output is not "
-        "a terminal, it answers line by line. Answers go to standard output, everything else to standard error.",
+        "a terminal, it answers line by line. Answers go to standard output; thoughts and everything else go to "
+        "standard error.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,6 +90,7 @@ class Chat:
         self.model, self.tokenizer = load_model(self.arguments, say)
         from .text.prompt_cache import ReusedPromptCache
 
+        self.format = AnswerFormat(self.tokenizer)
         self.turns: Any = ReusedPromptCache(self.model)
 
     def close(self) -> None:
@@ -111,7 +115,7 @@ class Chat:
                 f"note: the context of {self.plan.context} tokens is full: dropped the oldest {_turns(prompt.dropped)} "
                 f"({prompt.dropped_tokens} tokens), kept {_turns(len(self.conversation.turns))}"
             )
-        pieces: list[str] = []
+        shown = _Shown(self.format.begin(prompt.tokens) if self.conversation.has_template else None)
         made: list[int] = []
         response: Any = None
         responses = self.turns.stream_generate(
@@ -124,16 +128,15 @@ class Chat:
         )
         with contextlib.closing(responses), contextlib.suppress(PromptInterrupted):  # type: ignore[type-var]
             for response in responses:
-                print(response.text, end="", flush=True)
-                pieces.append(response.text)
+                shown.add(response.text)
                 made.append(response.token)
                 if interrupts.asked:
                     break
         if response is None:
             say("stopped while reading the prompt; your question was dropped")
             return
-        print(flush=True)
-        self.conversation.answered(question, "".join(pieces), made)
+        shown.finish(whole=response.finish_reason == "stop")
+        self.conversation.answered(question, shown.text, made)
         self._count(response.statistics)
         if interrupts.asked:
             say("stopped")
@@ -244,6 +247,53 @@ class Chat:
         gc.collect()
         mx.clear_cache()
         return_freed_memory()
+
+
+class _Shown:
+    """Prints an answer while it is generated. Thoughts go to standard error, dimmed on a terminal."""
+
+    def __init__(self, parts: AnswerParts | None) -> None:
+        """parts: None for an answer that is one text."""
+        self._parts = parts
+        self._thinking = False
+        self.text = ""
+
+    def add(self, text: str) -> None:
+        if self._parts is None:
+            self._print(text)
+        else:
+            self._show(self._parts.feed(text))
+
+    def finish(self, whole: bool) -> None:
+        """Ends the answer and its line. whole: whether the model itself ended it."""
+        if self._parts is not None:
+            self._show(self._parts.finish(whole))
+        self._end_thoughts()
+        print(flush=True)
+
+    def _show(self, parts: list[Part]) -> None:
+        for part in parts:
+            if isinstance(part, Text):
+                self._end_thoughts()
+                self._print(part.text)
+            elif isinstance(part, Thought):
+                if not self._thinking:
+                    self._thinking = True
+                    self._think(DIM if sys.stderr.isatty() else "")
+                self._think(part.text)
+
+    def _end_thoughts(self) -> None:
+        if self._thinking:
+            self._thinking = False
+            self._think(f"{UNDIM if sys.stderr.isatty() else ''}\n\n")
+
+    def _print(self, text: str) -> None:
+        self.text += text
+        print(text, end="", flush=True)
+
+    def _think(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # Thoughts that cannot be shown must not stop the answer.
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def _turns(count: int) -> str:

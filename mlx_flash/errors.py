@@ -5,7 +5,8 @@ exits with the class's `exit_code`.
 
     FlashError
     ├── UsageError
-    │   └── BudgetError
+    │   ├── BudgetError
+    │   └── GrammarError
     ├── StoreError
     │   ├── NotAStoreError
     │   ├── NewerFormatError
@@ -57,6 +58,10 @@ class BudgetError(UsageError):
     def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int, int, int]]:
         # Pickling an Exception calls the class with the message alone.
         return type(self), (str(self), self.smallest_bytes, self.full_bytes, self.units_bytes)
+
+
+class GrammarError(UsageError):
+    """A grammar, JSON schema or tool that answers cannot be held to, or an answer that cannot be continued."""
 
 
 class StoreError(FlashError):

@@ -15,6 +15,7 @@ MODULES = {  # the commands that have flags of their own
     "generate": "mlx_flash.generate",
     "chat": "mlx_flash.chat",
     "server": "mlx_flash.server.__main__",
+    "launch": "mlx_flash.launch",
     "plan": "mlx_flash.cli.show_plan",
     "convert": "mlx_flash.convert.__main__",
     "check": "mlx_flash.check",

@@ -26,7 +26,7 @@ FLOORS = (
     ("models", "text"),
     ("loading",),
     ("cli",),
-    ("server", "generate", "chat", "check", "cache"),
+    ("server", "generate", "chat", "launch", "check", "cache"),
     ("convert",),
     ("bench", "apps", "demo"),
 )

@@ -1,7 +1,8 @@
 """A tiny random mixture that says what a test has written for it, by its own engine.
 
 Everything is real (the prompt, the caches, the experts, the sampler) but one thing: a first logits processor adds a
-large number to the logit of the token that the script says next. A grammar may still forbid that token.
+large number to the logit of the token that the script says next. A grammar may still forbid that token: the model then
+says another one, and the script goes on.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 from mixtures import make_mixture  # type: ignore[import-not-found]  # found beside this file
-from templates import TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
+from templates import SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
+from tokenizers import Tokenizer
 
 from mlx_flash.loading.load import load
+from mlx_flash.source.resolve import demo_folder
 from mlx_flash.text import prompt_cache
 
 VOCABULARY = 288  # 256 bytes, the special tokens, and some that the tokenizer lacks
@@ -24,10 +27,16 @@ END = "</s>"
 Script = Callable[[str], str]  # the text of the whole prompt -> what the model says
 
 
-def make_scripted(folder: Path, template: str = "agent", **changes: Any) -> Path:
-    """Writes the checkpoint: one token per byte, the template of tests/chat_templates."""
-    make_mixture(folder, "qwen3_moe", vocab_size=VOCABULARY, max_position_embeddings=1 << 17, **changes)
-    return Path(write_tokenizer(folder, TEMPLATES[template]))
+def make_scripted(folder: Path, template: str = "agent", words: bool = False) -> Path:
+    """Writes the checkpoint, with a template of tests/chat_templates. words: the demo's tokens, else one per byte."""
+    vocabulary = 4096 + 32 if words else VOCABULARY
+    make_mixture(folder, "qwen3_moe", vocab_size=vocabulary, max_position_embeddings=1 << 17)
+    write_tokenizer(folder, TEMPLATES[template])
+    if words:
+        tokenizer = Tokenizer.from_file(str(demo_folder() / "tokenizer.json"))
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 class Scripted:
@@ -61,7 +70,7 @@ class Scripted:
 
 
 def _saying(words: list[int]) -> Callable[[mx.array, mx.array], mx.array]:
-    """A logits processor that says these tokens. A token that is forbidden is skipped."""
+    """A logits processor that says these tokens."""
     start: list[int] = []
 
     def process(seen: mx.array, logits: mx.array) -> mx.array:

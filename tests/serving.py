@@ -13,6 +13,7 @@ import httpx2 as httpx
 import pytest
 
 from mlx_flash.loading import load as loading
+from mlx_flash.server.access import Access
 from mlx_flash.server.app import make_app
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.serving import HttpThread, bind, url_of
@@ -63,8 +64,9 @@ def serving(
     limit: int = QUEUE_LIMIT,
     key: str | None = None,
     wait: bool = True,
+    access: Access | None = None,
 ) -> Iterator[Server]:
-    """Runs a server. wait: until the model is loaded."""
+    """Runs a server. wait: until the model is loaded. access: None for one that accepts only `key`."""
     engine = Engine(name, "somewhere", limit)
     bound = bind("127.0.0.1", 0)
     raised: list[BaseException] = []
@@ -76,7 +78,7 @@ def serving(
             raised.append(error)
 
     thread = threading.Thread(target=run)
-    with HttpThread(make_app(engine, "127.0.0.1", key), bound) as http:
+    with HttpThread(make_app(engine, access or Access(key=key)), bound) as http:
         thread.start()
         try:
             if wait:

@@ -153,3 +153,16 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI, options: dict[str, 
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **options)
     assert caught.value.param == param
+
+
+def test_the_server_s_own_defaults(client: openai.OpenAI, server: Server, scripted: Scripted) -> None:
+    engine = server.engine
+    engine.template_variables, engine.thinking_tokens = {"enable_thinking": False}, 3
+    try:
+        chat(client)
+        assert scripted.prompts[-1].endswith("<think>\n\n</think>\n\n")
+        done = chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+        assert not scripted.prompts[-1].endswith("</think>\n\n")
+        assert done.usage.completion_tokens_details.reasoning_tokens == 4
+    finally:
+        engine.template_variables, engine.thinking_tokens = {}, None

@@ -37,7 +37,7 @@ def test_help_lists_every_command() -> None:
         assert (
             listed
             == list(COMMANDS)
-            == [*("generate", "chat", "server", "plan", "convert", "check", "cache", "bench", "app")]
+            == [*("generate", "chat", "server", "launch", "plan", "convert", "check", "cache", "bench", "app")]
         )
 
 

@@ -272,9 +272,9 @@ def test_bytes_that_are_not_text() -> None:
 
 
 def detokenizer_bytes() -> dict[str, int]:
-    from mlx_flash.text.detokenizer import _byte_values
+    from mlx_flash.text.detokenizer import byte_values
 
-    return _byte_values()
+    return byte_values()
 
 
 def test_the_byte_level_alphabet() -> None:

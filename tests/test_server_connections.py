@@ -16,6 +16,7 @@ import pytest
 from serving import PATIENCE_S, Server, serving, until  # type: ignore[import-not-found]
 
 from mlx_flash.server import answering, bodies, connections
+from mlx_flash.server.access import Access
 from mlx_flash.server.guard import Guard
 from mlx_flash.server.jobs import Piece
 from mlx_flash.server.serving import HttpThread, Sparing, bind
@@ -243,7 +244,7 @@ def test_the_log_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_names_of_this_server() -> None:
-    guard = Guard(lambda *_: None, "127.0.0.1", None)  # type: ignore[arg-type, return-value]
+    guard = Guard(lambda *_: None, Access("127.0.0.1"))  # type: ignore[arg-type, return-value]
 
     def refused(host: str, target: str = "/health") -> bool:
         statuses: list[int] = []

@@ -16,12 +16,13 @@ from templates import CHATML, TEMPLATES, write_tokenizer  # type: ignore[import-
 
 from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.apis.openai_chat import ChatRequest
-from mlx_flash.server.apis.openai_common import NOT_DONE, NOT_DONE_IN_CHAT, RESERVED, parse
+from mlx_flash.server.apis.openai_common import NOT_DONE, NOT_DONE_IN_CHAT, parse
 from mlx_flash.server.apis.openai_completions import CompletionRequest
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.prompts import encode_dialogue, encode_prompt_of, room_for
 from mlx_flash.text import template_process
+from mlx_flash.text.chat_template import RESERVED_VARIABLES
 from mlx_flash.text.generation_config import GenerationConfig
 from mlx_flash.text.sampling import Sampling
 from mlx_flash.text.template_process import TemplateProcess
@@ -162,7 +163,7 @@ def test_what_reaches_the_template(engine_of: Callable[..., Engine]) -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
-        *[({"chat_template_kwargs": {name: 1}}, "chat_template_kwargs") for name in sorted(RESERVED)],
+        *[({"chat_template_kwargs": {name: 1}}, "chat_template_kwargs") for name in sorted(RESERVED_VARIABLES)],
         ({"chat_template_kwargs": {"self": 1}}, "messages"),
         ({"chat_template_kwargs": {"documents": 1}}, "messages"),
         ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),

@@ -71,6 +71,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags, with their values, that give another process these arguments; defaults are left out."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(parser)
+    flags: list[str] = []
+    for action in parser._actions:
+        value = getattr(arguments, action.dest)
+        if value != action.default:
+            flags.append(f"{action.option_strings[0]}" if action.nargs == 0 else f"{action.option_strings[0]}={value}")
+    return flags
+
+
 def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Any, Any]:
     """(model, tokenizer) loaded as the arguments say. say: receives the plan and notes. Raises the errors of `load`."""
     from ..loading.load import load

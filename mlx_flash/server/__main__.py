@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
@@ -16,6 +17,8 @@ from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command
 from ..cli.terminal import say
 from ..errors import UsageError
 from ..loading.plan import parse_memory
+from ..text.chat_template import RESERVED_VARIABLES
+from .access import ALL, Access, model_name
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -46,11 +49,67 @@ def make_parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"bearer token that clients must send; required unless --host is a loopback address (default: "
-        f"${KEY_VARIABLE}, which other users of this machine cannot see)",
+        help="token that clients must send, as a bearer token or as x-api-key; required unless --host is a loopback "
+        f"address (default: ${KEY_VARIABLE}, which other users of this machine cannot see)",
+    )
+    http.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        help="name of the model in the API, may be given several times: the first one is in the answers (default: the "
+        "last part of the folder's path, or the Hugging Face id)",
+    )
+    http.add_argument(
+        "--strict-names",
+        action="store_true",
+        help="refuse requests that name another model (default: every name stands for the loaded model)",
+    )
+    http.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of another origin use the server, such as http://localhost:3000, app://obsidian.md, "
+        "vscode-webview://*, null, or * for all; may be given several times (default: none)",
+    )
+    http.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="further name that clients may call the server by, such as host.docker.internal; may be given several "
+        "times (default: only those of this machine)",
     )
     add_lifeline_argument(http)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--chat-template-args",
+        metavar="JSON",
+        type=_json_object,
+        default={},
+        help="variables for the chat template where a request sets none, such as '{\"enable_thinking\": false}'",
+    )
+    answers.add_argument(
+        "--thinking-budget",
+        metavar="N",
+        type=whole_number(0, 10**9),
+        help="most tokens of an answer's thoughts where a request sets no limit; then they are ended and the answer "
+        "begins (default: no limit)",
+    )
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The object in a JSON text. Raises ArgumentTypeError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
+    if taken := RESERVED_VARIABLES & value.keys():
+        raise argparse.ArgumentTypeError(f"it may not have {min(taken)}, which the server sets")
+    return value
 
 
 class Signals:
@@ -88,11 +147,15 @@ class Signals:
 def main(arguments: argparse.Namespace) -> int:
     obey_lifeline(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE) or None
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise UsageError(
-            "the API key is empty or has characters that a header cannot carry. Use printable ASCII without spaces "
-            "at either end."
-        )
+    access = Access(
+        arguments.host,
+        key,
+        tuple(arguments.allow_host),
+        tuple(arguments.allow_origin),
+        tuple(arguments.name),
+        arguments.strict_names,
+    )
+    access.check()
     if arguments.memory is not None:
         parse_memory(arguments.memory)  # Refuse an invalid size before a port is opened.
     from .serving import HttpThread, bind, is_loopback, url_of
@@ -111,8 +174,11 @@ def main(arguments: argparse.Namespace) -> int:
     path = arguments.model if arguments.model is not None else str(demo_folder())
     if Path(path).is_dir():
         path = str(Path(path).resolve())
-    engine = Engine(arguments.model or "demo", path)
-    with HttpThread(make_app(engine, arguments.host, key), bound), Signals(engine) as signals:
+    engine = Engine(access.names[0] if access.names else model_name(arguments.model), path)
+    engine.template_variables, engine.thinking_tokens = arguments.chat_template_args, arguments.thinking_budget
+    if ALL in access.origins and key is None:
+        say("note: with --allow-origin '*' and without a key, every web page that you open can use this server")
+    with HttpThread(make_app(engine, access), bound), Signals(engine) as signals:
         print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
         try:
             engine.run(lambda: load_model(arguments, say))

@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from .access import DEFAULT_MODEL, Access
 from .answering import answer
 from .api_errors import ApiError
 from .apis.error_forms import error_response
@@ -35,13 +36,12 @@ from .stats_report import statistics
 from .streams import EventStream, Gone
 
 PAGE = Path(__file__).parent / "page"
-DEFAULT_MODEL = "default"
 FRESH = {"Cache-Control": "no-cache"}  # A newer server must not be used with an older page.
 
 
-def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
-    """The server's ASGI application. host: the name or address it is bound to. key: the API key; None: no key."""
-    routes = Routes(engine)
+def make_app(engine: Engine, access: Access) -> ASGIApp:
+    """The server's ASGI application."""
+    routes = Routes(engine, access)
     app = Starlette(
         routes=[
             *routes.api("/v1"),
@@ -61,7 +61,7 @@ def make_app(engine: Engine, host: str = "127.0.0.1", key: str | None = None) ->
             Exception: _unexpected,
         },
     )
-    return Guard(app, host, key)
+    return Guard(app, access)
 
 
 class _PageFiles(StaticFiles):
@@ -72,8 +72,10 @@ class _PageFiles(StaticFiles):
 
 
 class Routes:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, access: Access) -> None:
         self.engine = engine
+        self.names = tuple(dict.fromkeys((engine.name, *access.names)))
+        self.strict_names = access.strict_names
         self.bodies = Bodies()
         self.recent = RecentItems()
         self.created = int(time.time())
@@ -109,34 +111,42 @@ class Routes:
         async with self.bodies.body_of(request, engine.model.flash.plan.context) as body:
             asked = parse(kind, body)
             asked.check()
+            if self.strict_names and asked.model:
+                self._known(asked.model)
             if isinstance(asked, ResponsesRequest):
                 asked.find_references(self.recent)
-            self._known(asked.model)
             question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
             jobs = await asyncio.to_thread(jobs_for, engine, question)
         return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
 
-    def _known(self, model: str | None) -> None:
-        """Raises ApiError if `model` does not name the loaded model."""
-        if model not in (None, "", DEFAULT_MODEL, self.engine.name):
+    def _known(self, model: str) -> str:
+        """The name in the list of models. Raises ApiError if `model` does not name the loaded model."""
+        if model == DEFAULT_MODEL:
+            return self.engine.name
+        if model not in self.names:
             raise ApiError(
                 404,
                 f"there is no model {model!r:.200}; this server runs {self.engine.name!r}.",
                 param="model",
                 code="model_not_found",
             )
+        return model
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """A model in OpenAI's form. Once it is loaded, with the planned context, in the words of other servers."""
+        entry = {"id": name, "object": "model", "created": self.created, "owned_by": "mlx_flash"}
+        if not self.engine.ready:
+            return entry
+        context = self.engine.model.flash.plan.context
+        return {**entry, "context_length": context, "max_model_len": context}
 
     async def models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._listed()]})
+        return JSONResponse({"object": "list", "data": [self._entry(name) for name in self.names]})
 
     async def model(self, request: Request) -> Response:
         if not request.path_params["name"]:
             return await self.models(request)
-        self._known(request.path_params["name"])
-        return JSONResponse(self._listed())
-
-    def _listed(self) -> dict[str, Any]:
-        return {"id": self.engine.name, "object": "model", "created": self.created, "owned_by": "mlx_flash"}
+        return JSONResponse(self._entry(self._known(request.path_params["name"])))
 
     async def health(self, _request: Request) -> Response:
         engine = self.engine

@@ -116,9 +116,11 @@ class Engine:
         try:
             self.model, self.tokenizer = load()
             from ..text.answer_parts import AnswerFormat
+            from ..text.grammar import Grammars
             from ..text.prompt_cache import ReusedPromptCache  # The import of mlx-lm is part of loading.
 
             self.format = AnswerFormat(self.tokenizer)
+            self.grammars = Grammars(self.tokenizer, self.model.flash.vocabulary)
             self._turns = ReusedPromptCache(self.model)
             self.monitor = Monitor(self.model, self.hub)
         except Exception as error:

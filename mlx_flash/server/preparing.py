@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import FlashError
+from ..text.tool_grammar import tool_body, tool_calls
 from .api_errors import ApiError
 from .apis.question import Dialogue, Question
 from .engine import Engine
@@ -45,19 +46,20 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
 def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
     """How the answer to a dialogue is divided and steered. Raises ApiError for grammars that cannot be used."""
     tools = dialogue.usable_tools
-    forced = tools is not None and dialogue.tool_choice == "required"
+    forced = dialogue.tool_choice == "required"
     grammar = call_grammar = None
     param = "tool_choice"
     try:
-        if forced:
-            grammar = engine.grammars.tool_calls(tools, name=dialogue.tool_name, several=not dialogue.one_call)
+        if tools and forced:
+            grammar = tool_calls(engine.grammars, tools, name=dialogue.tool_name, several=not dialogue.one_call)
         elif (structure := dialogue.structure) is not None:
             param = structure.param
             make = getattr(engine.grammars, structure.kind)
             grammar = make() if structure.kind == "json_object" else make(structure.value)
         param = "tools"
-        if tools and not forced and any(tool["function"].get("strict") for tool in tools):
-            call_grammar = engine.grammars.tool_body(tools)
+        strict = any(tool["function"].get("strict") for tool in tools or ())
+        if tools and strict and not forced and engine.tokenizer.has_tool_calling:  # Other formats have no grammar.
+            call_grammar = tool_body(engine.grammars, tools)
     except FlashError as error:
         raise ApiError(400, str(error), param=param, code="invalid_grammar") from None
     budget = dialogue.thinking_tokens if dialogue.thinking_tokens is not None else engine.thinking_tokens
@@ -67,6 +69,6 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
         thinking_tokens=budget,
         grammar=grammar,
         call_grammar=call_grammar,
-        may_think=dialogue.variables.get("enable_thinking") is not False,
+        may_think=(engine.template_variables | dialogue.variables).get("enable_thinking") is not False,
         may_call=tools is not None and not forced,
     )

@@ -18,6 +18,12 @@ from .template_process import TemplateProcess
 
 LEAST_CHARACTERS = 1 << 22  # limit of a prompt's characters, or CHARACTERS_PER_TOKEN for each token if that is more
 CHARACTERS_PER_TOKEN = 32
+# Arguments of the function that applies a template; a user's variables may not have their names.
+RESERVED_VARIABLES = {
+    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenizer_kwargs", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"),
+    *("return_tensors", "padding", "truncation", "max_length", "sanitize_control_tokens"),
+}
 
 Message = dict[str, Any]
 

@@ -49,9 +49,9 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         self._tokenizer = getattr(tokenizer.decode, "__self__", tokenizer)  # the one inside a wrapper
         use_byte_level_decoder(self._tokenizer)
         self._pieces: dict[int, str | None] = {}  # the vocabulary's entries for tokens seen so far
-        self._byte_level = _decoder_types(self._tokenizer) == ["ByteLevel"]
+        self._byte_level = decoder_types(self._tokenizer) == ["ByteLevel"]
         self._late = not _never_takes_back(self._tokenizer)  # whether each token's text waits for the next token
-        self._uncertain = CLEANED_UP if _cleans_up(self._tokenizer) else ""
+        self._uncertain = CLEANED_UP if cleans_up(self._tokenizer) else ""
         self._context = self._context_of(continues) if continues else ([], [], "")
         self.reset()
 
@@ -211,7 +211,7 @@ class Detokenizer(tokenizer_utils.StreamingDetokenizer):
         """The token's bytes if they are the same in every context, else None."""
         piece = self._piece(token) or ""
         if self._byte_level:
-            values = [_byte_values().get(character) for character in piece]
+            values = [byte_values().get(character) for character in piece]
             return piece.encode() if None in values else bytes(values)  # type: ignore[arg-type]
         return bytes([int(piece[3:5], 16)]) if self._is_byte(token) else None
 
@@ -237,14 +237,14 @@ def used_by_mlx_lm() -> Iterator[None]:
 def use_byte_level_decoder(tokenizer: Any) -> None:
     """Gives a tokenizer that splits texts into bytes a byte-level decoder, even if its file names another."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or "ByteLevel" in _decoder_types(tokenizer):
+    if backend is None or "ByteLevel" in decoder_types(tokenizer):
         return
     parts = (backend.pre_tokenizer, backend.normalizer)
     if any(step["type"] == "ByteLevel" for part in parts if part is not None for step in _steps(part)):
         backend.decoder = decoders.ByteLevel()
 
 
-def _decoder_types(tokenizer: Any) -> list[str]:
+def decoder_types(tokenizer: Any) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return [step["type"] for step in _steps(backend.decoder)] if backend is not None and backend.decoder else []
 
@@ -289,7 +289,7 @@ def _never_takes_back(tokenizer: Any) -> bool:
     return True
 
 
-def _cleans_up(tokenizer: Any) -> bool:
+def cleans_up(tokenizer: Any) -> bool:
     """Whether `decode` removes spaces before punctuation. It does if its settings say so, but not for BPE."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
@@ -304,7 +304,7 @@ def _common(a: str, b: str) -> int:
 
 
 @functools.cache
-def _byte_values() -> dict[str, int]:
+def byte_values() -> dict[str, int]:
     """Character of a byte-level vocabulary -> its byte: the character's own, or one without a visible form."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     itself = {character: ord(character) for character in alphabet if character < "\u0100"}

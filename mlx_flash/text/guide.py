@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
+MOST_BREAKS = 2  # tokens of line breaks after the thoughts, where models write an empty line
+
+
 class Guide:
     """A logits processor for one answer. `took` must be told of each chosen token, after `parts` was fed its text.
 
@@ -40,6 +43,8 @@ class Guide:
         self._constraint: Any = None
         self._nested = False  # whether the constraint is that of a tool call
         self._openers: list[list[int]] = []  # token ids that may come next, instead of what the grammar allows
+        self._breaks = _line_breaks(known) if grammar is not None else frozenset[int]()
+        self._breaks_left = 0  # number of line breaks that may come before what the grammar allows
         if self._kind not in (THOUGHT, HEADER):
             self._begin_grammar()
         elif self._kind == THOUGHT and thinking_tokens == 0:
@@ -58,6 +63,7 @@ class Guide:
             masked, also = mx.full(logits.shape, -mx.inf, logits.dtype), self._forced[:1]
         elif self._constraint is not None:
             masked, also = self._constraint.mask(logits), [opener[0] for opener in self._openers]
+            also += self._breaks if self._breaks_left else ()
         else:
             return logits
         tokens = mx.arange(logits.shape[-1])
@@ -76,9 +82,12 @@ class Guide:
             self._constraint, self._forced = None, opener[1:]
         elif self._kind == THOUGHT and self.thinking_tokens is not None and self.thought_tokens >= self.thinking_tokens:
             self._forced = self.parts.format.closes_thoughts
+        elif self._breaks_left and before == self._kind and token in self._breaks:
+            self._breaks_left -= 1
+            return
         elif self._constraint is not None and self._kind not in (THOUGHT, HEADER):
             self._constraint.accept(token)
-        self._openers = []
+        self._openers, self._breaks_left = [], 0
         if self._kind in (THOUGHT, HEADER):
             self._constraint = None
         elif before in (THOUGHT, HEADER):
@@ -94,9 +103,16 @@ class Guide:
             return
         self._constraint = self.grammar.begin()
         first = not self.thought_tokens
+        self._breaks_left = 0 if first else MOST_BREAKS
         self._openers = [opener for opener in (self._think if first else [], self._call) if opener]
 
     def _begin_nested(self) -> None:
         """Begins or ends the inside of a tool call."""
         self._nested = self._kind == CALL and self.call_grammar is not None
         self._constraint = self.call_grammar.begin() if self._nested else None
+
+
+def _line_breaks(tokenizer: Any) -> frozenset[int]:
+    """The tokens that are one or two line breaks."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n")]
+    return frozenset(int(ids[0]) for ids in encoded if len(ids) == 1)

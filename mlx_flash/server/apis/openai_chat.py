@@ -15,7 +15,6 @@ from .openai_common import (
     FIRST_ERROR,
     NOT_DONE,
     NOT_DONE_IN_CHAT,
-    RESERVED,
     Message,
     OpenAiRequest,
     Tokens,

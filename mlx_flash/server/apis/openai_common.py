@@ -54,12 +54,6 @@ INSTEAD = {
     "repeat_penalty": "send repetition_penalty",
     **dict.fromkeys(("thinking", "enable_thinking", "documents"), "send chat_template_kwargs"),
 }
-# Arguments that the server itself passes to the function that applies a template; not allowed in chat_template_kwargs.
-RESERVED = {
-    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenizer_kwargs", "tokenize"),
-    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"),
-    *("return_tensors", "padding", "truncation", "max_length", "sanitize_control_tokens"),
-}
 
 
 def _whole(value: Any) -> Any:

@@ -117,7 +117,7 @@ export async function* stream(path, { signal, body, alive = () => {} } = {}) {
 }
 
 /**
- * Yields the chunks of one answer as {id, text, finish, usage}; all but `id` may be empty.
+ * Yields the chunks of one answer as {id, text, thoughts, finish, usage}; all but `id` may be empty.
  * Throws Refused if the server reports an error, Gone if the stream ends before "[DONE]".
  */
 export async function* answer(messages, sampling, signal) {
@@ -127,7 +127,14 @@ export async function* answer(messages, sampling, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Refused(500, chunk.error.message ?? String(chunk.error), chunk.error.code);
     const choice = chunk.choices?.[0];
-    yield { id: chunk.id, text: choice?.delta?.content ?? "", finish: choice?.finish_reason, usage: chunk.usage };
+    const { content, reasoning_content: thoughts } = choice?.delta ?? {};
+    yield {
+      id: chunk.id,
+      text: content ?? "",
+      thoughts: thoughts ?? "",
+      finish: choice?.finish_reason,
+      usage: chunk.usage,
+    };
   }
   throw new Gone("The connection to the server broke.");
 }

@@ -58,10 +58,11 @@ async function ask() {
       ownId = chunk.id ?? ownId;
       finish = chunk.finish ?? finish;
       usage = chunk.usage ?? usage;
-      if (!chunk.text) continue;
+      if (!chunk.text && !chunk.thoughts) continue;
       latest = performance.now();
       first ||= latest;
       message.content += chunk.text;
+      if (chunk.thoughts) message.thoughts = (message.thoughts ?? "") + chunk.thoughts;
       messages.update();
       conversation.keepSoon();
     }
@@ -82,7 +83,7 @@ async function ask() {
 
 /** Marks an answer that failed or was stopped; the text that has arrived is kept. */
 function ended(message, error) {
-  const some = message.content !== "";
+  const some = message.content !== "" || Boolean(message.thoughts);
   if (error.name === "AbortError") {
     message.state = "stopped";
     message.note = some ? "Stopped." : "Stopped before it began.";

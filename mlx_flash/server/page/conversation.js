@@ -5,7 +5,8 @@ const MOST_MESSAGES = 200;
 const MOST_CHARACTERS = 500_000;
 
 /**
- * A message: {role: "user" | "assistant", content, state, note, tokens}.
+ * A message: {role: "user" | "assistant", content, thoughts, state, note, tokens}.
+ * thoughts: what the model thought before an answer, if anything. They are never sent back.
  * tokens: size of the conversation up to and including this message.
  * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
  */
@@ -17,13 +18,18 @@ export class Conversation {
   constructor() {
     try {
       const stored = JSON.parse(localStorage.getItem(KEY) ?? "[]");
-      this.messages = stored.filter((m) => ["user", "assistant"].includes(m?.role) && typeof m.content === "string");
+      this.messages = stored.filter(
+        (m) =>
+          ["user", "assistant"].includes(m?.role) &&
+          typeof m.content === "string" &&
+          ["undefined", "string"].includes(typeof m.thoughts),
+      );
     } catch {
       // Storage is disabled, or holds other data.
     }
     for (const message of this.messages) {
       if (message.state === "streaming") {
-        message.state = message.content ? "partial" : "error";
+        message.state = message.content || message.thoughts ? "partial" : "error";
         message.note = "Interrupted: the page was reloaded.";
       }
     }
@@ -86,9 +92,10 @@ export class Conversation {
     this.#timer = null;
     if (this.#left) return;
     let kept = this.messages.slice(-MOST_MESSAGES);
-    let characters = kept.reduce((sum, { content }) => sum + content.length, 0);
+    const size = ({ content, thoughts }) => content.length + (thoughts?.length ?? 0);
+    let characters = kept.reduce((sum, message) => sum + size(message), 0);
     while (kept.length > 2 && characters > MOST_CHARACTERS) {
-      characters -= kept[0].content.length;
+      characters -= size(kept[0]);
       kept = kept.slice(1);
     }
     try {

@@ -11,8 +11,27 @@ function element(tag, className, text) {
   return made;
 }
 
+/** A fold with the thoughts before an answer; hidden if there are none. */
+function foldedThoughts(message) {
+  const details = element("details", "thoughts");
+  const [title, text] = [document.createTextNode("Thoughts"), document.createTextNode(message.thoughts ?? "")];
+  const summary = element("summary");
+  summary.append(title);
+  const body = element("div", "thought-text");
+  body.append(text);
+  details.append(summary, body);
+  details.hidden = !message.thoughts;
+  return { details, title, text };
+}
+
+/** Changes a text node to `wanted`. Appending keeps the user's selection in the earlier text. */
+function extend(node, wanted) {
+  if (wanted.startsWith(node.data)) node.appendData(wanted.slice(node.data.length));
+  else node.data = wanted;
+}
+
 export class Messages {
-  #shown = []; // {message, article, text, foot}
+  #shown = []; // {message, article, text, thoughts, foot}
   #frame = null;
   #along = true; // whether the end of the conversation is visible
   #model = "Model";
@@ -63,11 +82,12 @@ export class Messages {
     const text = document.createTextNode(message.content);
     const body = element("div", "text");
     body.append(text);
+    const thoughts = foldedThoughts(message);
     const foot = element("p", "foot");
-    article.append(body, foot);
+    article.append(thoughts.details, body, foot);
     this.log.append(article);
     this.#foot({ message, article, foot }, false);
-    this.#shown.push({ message, article, text, foot });
+    this.#shown.push({ message, article, text, thoughts, foot });
   }
 
   #finish() {
@@ -75,10 +95,12 @@ export class Messages {
     const last = this.#shown.at(-1);
     if (!last) return;
     const along = this.#along;
-    const { message, text } = last;
-    // Appending keeps the user's selection in the earlier text.
-    if (message.content.startsWith(text.data)) text.appendData(message.content.slice(text.data.length));
-    else text.data = message.content;
+    const { message, text, thoughts } = last;
+    extend(text, message.content);
+    extend(thoughts.text, message.thoughts ?? "");
+    thoughts.details.hidden = !message.thoughts;
+    const thinking = message.state === "streaming" && message.content === "";
+    thoughts.title.data = thinking ? "Thinking\u2026" : "Thoughts";
     for (const shown of this.#shown.slice(-3)) this.#foot(shown, shown === last);
     if (along) this.toEnd();
   }
@@ -87,7 +109,7 @@ export class Messages {
     const streaming = message.state === "streaming";
     article.dataset.state = message.state ?? "";
     article.setAttribute("aria-busy", String(streaming));
-    article.classList.toggle("waiting", streaming && message.content === "");
+    article.classList.toggle("waiting", streaming && message.content === "" && !message.thoughts);
     const note = message.note ?? "";
     const retry = last && message.role === "assistant" && !streaming;
     const state = `${note}|${retry}`;

@@ -1,0 +1,124 @@
+"""mlxflash launch, with programs that only write down how they were started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
+from processes import runs  # type: ignore[import-not-found]
+from serving import Server, serving  # type: ignore[import-not-found]
+
+from mlx_flash.launch import AGENTS
+
+AGENT = """#!{python}
+import json, os, sys, urllib.request
+said = {{"arguments": sys.argv[1:], "environment": dict(os.environ)}}
+said["models"] = json.load(urllib.request.urlopen("http://127.0.0.1:{port}/v1/models"))
+json.dump(said, open({out!r}, "w"))
+sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
+    with serving(load_speaker) as running:
+        yield running
+
+
+def launch(
+    folder: Path, port: int, *arguments: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """The finished command, and what the agent wrote down."""
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    out = folder / "said.json"
+    for name in AGENTS:
+        program = programs / name
+        program.write_text(AGENT.format(python=sys.executable, port=port, out=str(out)))
+        program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_flash.launch", *arguments],
+        env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return done, json.loads(out.read_text()) if out.exists() else None
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
+
+
+@pytest.mark.parametrize("name", sorted(AGENTS))
+def test_an_agent_gets_its_settings(name: str, server: Server, tmp_path: Path) -> None:
+    port = str(server.port)
+    elsewhere = {"ANTHROPIC_API_KEY": "mine", "CLAUDE_CODE_USE_BEDROCK": "1"}
+    done, said = launch(tmp_path, server.port, name, "--port", port, "--", "-p", "Say hello", **elsewhere)
+    assert done.returncode == 7, done.stderr  # the agent's own code
+    assert said["arguments"][-2:] == ["-p", "Say hello"]
+    environment = said["environment"]
+    if name == "claude":
+        assert environment["ANTHROPIC_BASE_URL"] == server.url and environment["ANTHROPIC_AUTH_TOKEN"] == "none"
+        assert environment["ANTHROPIC_MODEL"] == environment["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "demo"
+        assert not environment.keys() & {"ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK"}
+    elif name == "codex":
+        settings = dict(each.split("=", 1) for each in said["arguments"][1:-2:2])
+        assert settings["model_providers.mlx_flash.base_url"] == f'"{server.url}/v1"'
+        assert settings["model"] == '"demo"' and settings["model_provider"] == '"mlx_flash"'
+        assert environment[json.loads(settings["model_providers.mlx_flash.env_key"])] == "none"
+    else:
+        config = json.loads(environment["OPENCODE_CONFIG_CONTENT"])
+        assert config["provider"]["mlx_flash"]["options"]["baseURL"] == f"{server.url}/v1"
+        assert config["model"] == "mlx_flash/demo" and "demo" in config["provider"]["mlx_flash"]["models"]
+
+
+def test_a_running_server_keeps_its_model(server: Server, tmp_path: Path) -> None:
+    done, _ = launch(tmp_path, server.port, "claude", "--port", str(server.port), "--memory", "2GB", "--verify")
+    assert "a server runs at" in done.stderr and "--memory=2GB --verify has no effect" in done.stderr
+
+
+def test_a_server_is_started_and_ended(tmp_path: Path) -> None:
+    write_tokenizer(make_mixture(tmp_path / "model", "qwen3_moe"))
+    port = free_port()
+    model = ("--model", str(tmp_path / "model"), "--context", "300")
+    done, said = launch(tmp_path, port, "opencode", "--port", str(port), *model)
+    assert done.returncode == 7 and "memory plan" in done.stderr
+    assert "note: the server's context is 300 tokens" in done.stderr or "context_length" not in str(said["models"])
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert not [process for process in psutil.process_iter() if runs(process, str(port))]
+
+
+def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_flash.launch", "codex"],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.endswith("Install it: npm install -g @openai/codex\n")
+    done, said = launch(tmp_path, 1, "claude", "--port", str(port := free_port()), "--model", str(tmp_path / "none"))
+    assert done.returncode == 1 and said is None and "the server ended with code" in done.stderr
+    with socket.create_server(("127.0.0.1", port)) as other:
+        other.settimeout(1)
+        done, said = launch(tmp_path, 1, "claude", "--port", str(port), "--model", str(tmp_path / "none"))
+    assert done.returncode == 1 and said is None and "Choose another --port" in done.stderr
+
+
+def test_a_key_is_passed_on(load_speaker: Callable[[], Any], tmp_path: Path) -> None:
+    with serving(load_speaker, key="secret") as server:
+        port = str(server.port)
+        done, said = launch(tmp_path, server.port, "claude", "--port", port)
+        assert done.returncode == 1 and said is None and "Set MLX_FLASH_API_KEY" in done.stderr

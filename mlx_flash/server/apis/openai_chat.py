@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ...text.answer_parts import Thought, ToolCall
+from ...text.chat_template import RESERVED_VARIABLES
 from ..api_errors import ApiError
 from ..jobs import End, Piece, new_id
 from .answer_form import Answered, AnswerForm, event
@@ -110,7 +111,7 @@ def template_variables(effort: str | None, given: dict[str, Any] | None) -> dict
 
 def check_template_variables(given: dict[str, Any] | None) -> None:
     """Raises ApiError for variables that the server sets. given: chat_template_kwargs."""
-    if taken := RESERVED & (given or {}).keys():
+    if taken := RESERVED_VARIABLES & (given or {}).keys():
         message = f"chat_template_kwargs may not have {min(taken)}: the server sets it. Leave it out."
         raise ApiError(400, message, param="chat_template_kwargs")
 

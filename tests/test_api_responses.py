@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -328,12 +327,19 @@ class Weather(pydantic.BaseModel):
     degrees: int
 
 
-def test_the_clients_own_parser(client: openai.OpenAI, server: Server, scripted: Scripted, monkeypatch: Any) -> None:
-    schemas: list[Any] = []
-    monkeypatch.setattr(server.engine, "grammars", SimpleNamespace(json_schema=schemas.append))
+def test_the_clients_own_parser(client: openai.OpenAI, scripted: Scripted) -> None:
     scripted.script = lambda prompt: '{"degrees": 22}'
-    parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather).output_parsed
-    assert parsed == Weather(degrees=22) and schemas[0]["properties"]["degrees"]["type"] == "integer"
+    parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather)
+    assert parsed.output_parsed == Weather(degrees=22)
+    with client.responses.stream(model="demo", input=QUESTION, text_format=Weather) as stream:
+        assert stream.get_final_response().output_parsed == Weather(degrees=22)
+
+
+def test_a_forced_call(client: openai.OpenAI, scripted: Scripted) -> None:
+    scripted.script = lambda prompt: CALL
+    for choice in ("required", {"type": "function", "name": "get_weather"}):
+        (call,) = ask(client, tool_choice=choice).output
+        assert call.name == "get_weather" and json.loads(call.arguments) == {"city": "Paris"}
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,"}]}
@@ -361,6 +367,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text", "lacks a schema"),
         ({"text": {"format": {"type": "xml"}}}, "text", "xml"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "odd"}}}}, "text", "odd"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"max_output_tokens": 1.5}, "max_output_tokens", "max_output_tokens"),
     ],

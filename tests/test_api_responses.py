@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -212,7 +211,7 @@ def test_the_loop_with_a_tool(client: openai.OpenAI, scripted: Scripted, stream:
 
 def test_an_item_that_is_not_kept(client: openai.OpenAI) -> None:
     kept, unkept = ask(client).output[1].id, ask(client, store=False).output[1].id
-    ask(client, input=[USER, {"id": kept}, USER])
+    ask(client, input=[USER, {"id": kept}, USER], max_output_tokens=1)
     for ids in ([unkept], ["msg_unknown"], [kept, kept]):
         with pytest.raises(openai.BadRequestError, match="store: false") as caught:
             ask(client, input=[USER, *({"type": "item_reference", "id": id} for id in ids)])
@@ -318,22 +317,29 @@ def test_options_reach_the_model(client: openai.OpenAI, scripted: Scripted) -> N
     assert dialogue_of(text={"format": form, "verbosity": "low"}).structure == Structure("json_schema", schema, "text")
     assert dialogue_of(text={"format": {"type": "json_object"}}).structure == Structure("json_object", None, "text")
     assert dialogue_of(text={"format": {"type": "text"}}).structure is None
-    ask(client, reasoning={"effort": "none"})
+    ask(client, reasoning={"effort": "none"}, max_output_tokens=1)
     assert scripted.prompts[-1].endswith("<think>\n\n</think>\n\n")
     ignored: dict[str, Any] = {"prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "user": "u"}
-    ask(client, **ignored, include=["reasoning.encrypted_content"], background=False, temperature=0, top_p=0.9)
+    ask(client, **ignored, include=["reasoning.encrypted_content"], background=False, top_p=0.9, max_output_tokens=1)
 
 
 class Weather(pydantic.BaseModel):
     degrees: int
 
 
-def test_the_clients_own_parser(client: openai.OpenAI, server: Server, scripted: Scripted, monkeypatch: Any) -> None:
-    schemas: list[Any] = []
-    monkeypatch.setattr(server.engine, "grammars", SimpleNamespace(json_schema=schemas.append))
+def test_the_clients_own_parser(client: openai.OpenAI, scripted: Scripted) -> None:
     scripted.script = lambda prompt: '{"degrees": 22}'
-    parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather).output_parsed
-    assert parsed == Weather(degrees=22) and schemas[0]["properties"]["degrees"]["type"] == "integer"
+    parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather)
+    assert parsed.output_parsed == Weather(degrees=22)
+    with client.responses.stream(model="demo", input=QUESTION, text_format=Weather) as stream:
+        assert stream.get_final_response().output_parsed == Weather(degrees=22)
+
+
+def test_a_forced_call(client: openai.OpenAI, scripted: Scripted) -> None:
+    scripted.script = lambda prompt: CALL
+    for choice in ("required", {"type": "function", "name": "get_weather"}):
+        (call,) = ask(client, tool_choice=choice).output
+        assert call.name == "get_weather" and json.loads(call.arguments) == {"city": "Paris"}
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,"}]}
@@ -361,6 +367,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text", "lacks a schema"),
         ({"text": {"format": {"type": "xml"}}}, "text", "xml"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "odd"}}}}, "text", "odd"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"max_output_tokens": 1.5}, "max_output_tokens", "max_output_tokens"),
     ],

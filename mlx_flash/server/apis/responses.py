@@ -67,7 +67,7 @@ class ResponsesRequest(OpenAiRequest):
 
     @property
     def functions(self) -> list[dict[str, Any]]:
-        """The tools that can be called. Those of other kinds run on OpenAI's servers, or have no JSON arguments."""
+        """The tools that the model may call. Tools of other types are left out: many run on OpenAI's servers."""
         return [tool for tool in self.tools or () if tool.get("type") == "function"]
 
     def find_references(self, recent: RecentItems) -> None:

@@ -34,6 +34,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to reserve memory for, at most the model's positions (default: %(default)s)",
     )
     model.add_argument(
+        "--prompt-cache",
+        metavar="SIZE",
+        help="memory, such as 2GB, for earlier conversations, so that returning to one does not read all of it again; "
+        "it is part of --memory; 0 for none (default: a tenth of what --memory is more than the smallest budget, but "
+        "at most three times the KV cache of --context; the plan says how many tokens that holds)",
+    )
+    model.add_argument(
         "--predictor",
         default="auto",
         choices=PREDICTORS,

@@ -232,8 +232,9 @@ def test_the_description_has_every_part() -> None:
     lines = plan(DEMAND, LAYOUT, 6 * 10**9).describe().splitlines()
     assert lines[0] == "memory plan"
     figures = [float(line[18:27]) for line in lines[1:]]
-    assert len(figures) == 7 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
+    assert len(figures) == 8 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
     assert lines[-1].endswith("of 6.000 GB") and "of 16384 blocks" in lines[4] and "2048 tokens" in lines[5]
+    assert lines[6].startswith("  prompt caches") and re.search(r"about \d+ tokens of earlier conversations", lines[6])
 
 
 def test_a_plan_that_is_larger_than_what_is_free_says_so() -> None:

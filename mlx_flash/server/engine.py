@@ -28,7 +28,6 @@ from .monitor import Monitor
 from .stops import StopWords
 
 QUEUE_LIMIT = 64
-LEAST_REUSED = 16  # tokens; reusing a shorter common prefix with the last request saves nothing
 LOADING = "loading"
 READY = "ready"
 FAILED = "failed"
@@ -106,6 +105,10 @@ class Engine:
         with self._lock:
             return sum(not job.left for job in self._waiting)
 
+    @property
+    def prompt_caches(self) -> Any:
+        return self._turns.statistics()
+
     # -- the model's thread ---------------------------------------------------------------------------------
 
     def run(self, load: Callable[[], tuple[Any, Any]]) -> None:
@@ -176,7 +179,6 @@ class Engine:
         import mlx.core as mx
 
         from ..text.detokenizer import Detokenizer
-        from ..text.prompt_cache import common_prefix
         from .logprobs import LogprobReader
 
         monitor, turns = self.monitor, self._turns
@@ -193,8 +195,6 @@ class Engine:
 
         check()
         sampling = job.sampling
-        if sampling.seed is not None or common_prefix(turns.tokens, job.ids) < LEAST_REUSED:
-            turns.forget()
         # The seed of one request must not affect the text of the next.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
         continues = job.ids if job.continues else []
@@ -206,6 +206,7 @@ class Engine:
             self.tokenizer,
             job.ids,
             job.max_tokens,
+            fresh=sampling.seed is not None,
             sampler=make_sampler(sampling, self.model.flash.vocabulary),
             logits_processors=make_processors(sampling, lambda: job.ids[: turns.reused]),
             prompt_progress_callback=progress,

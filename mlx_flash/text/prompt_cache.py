@@ -4,9 +4,9 @@ The last conversation has the planned KV cache. Earlier ones are kept within the
 recently used one goes first. The longest usable prefix wins.
 
 The text of an answer must not depend on which conversations memory had room for. A prompt is read in chunks that end
-at multiples of a fixed number of tokens (512), its last chunk one token before its end, and the last token is fed alone,
-as decoded tokens are. Other chunks may change the last bits of a result. So a context is reused only at places where it
-is what another way to the same prompt would have made:
+at multiples of a fixed number of tokens (512). Its last chunk ends one token before its end, and the last token is fed
+alone, as decoded tokens are. Other chunks may change the last bits of a result. So a context is reused only at places
+where it is what another way to the same prompt would have made:
 
 1. A context that is wholly a prefix of the prompt is continued at its end, if it ends with a token that was fed alone,
    or with a whole chunk. Decoded tokens stay as they were decoded.

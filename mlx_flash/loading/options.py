@@ -20,8 +20,8 @@ class LoadOptions:
     window: evict by a sliding window of this many tokens; None to evict the least used.
     threads: number of reader threads.
     context: number of tokens that the plan makes room for (at most the model's positions).
-    prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; "0" for none. None for a tenth of what
-        the budget has beyond the smallest one, but at most three contexts. The last conversation has its own KV cache.
+    prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; "0" for none. None for a tenth of
+        what the budget has beyond the smallest one, but at most three contexts. The last conversation has its own.
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.

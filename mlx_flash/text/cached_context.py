@@ -71,6 +71,10 @@ class CachedContext:
             return last
         return next((place for place in reversed(self.stops) if place <= most and self.can_cut(place)), 0)
 
+    def answered(self, prompt: list[int]) -> bool:
+        """Whether tokens were decoded after this very prompt."""
+        return len(prompt) - 1 in self.ends and self.tokens[: len(prompt)] == prompt
+
     def can_cut(self, place: int) -> bool:
         trims = all(part.is_trimmable() for part in parts_of(self.cache))
         return trims or place in self.snapshots or place == len(self.tokens)

@@ -155,7 +155,7 @@ class ReusedPromptCache:
         if not self._last.whole:
             self._forget_last()
         source, place = self._longest(prompt, step, fresh)
-        again = source is not None and place == len(prompt) - 1 < len(source.tokens)
+        again = source is not None and source.answered(prompt)
         if source is not self._last or place < len(source.tokens):
             self._switch(source, place, step, again)
         context, self._last = self._last, self._empty(step)

@@ -20,8 +20,9 @@ class LoadOptions:
     window: evict by a sliding window of this many tokens; None to evict the least used.
     threads: number of reader threads.
     context: number of tokens that the plan makes room for (at most the model's positions).
-    prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; "0" for none. None for a tenth of
-        what the budget has beyond the smallest one, but at most three contexts. The last conversation has its own.
+    prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; 0 for none. "auto" for a tenth of
+        what the budget has beyond the smallest one, but at most three contexts. `ReusedPromptCache` uses it, and so the
+        server and the chat.
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
@@ -34,7 +35,7 @@ class LoadOptions:
     window: int | None = None
     threads: int = THREADS
     context: int = CONTEXT
-    prompt_cache: str | int | None = None
+    prompt_cache: str | int = 0
     io: str = "direct"
     verify: bool = False
 
@@ -46,9 +47,9 @@ class LoadOptions:
     @property
     def prompt_cache_bytes(self) -> int | None:
         """The bytes for earlier conversations, or None for a share. Raises UsageError if it is not a size."""
-        if self.prompt_cache is None or str(self.prompt_cache).strip() == "0":
-            return None if self.prompt_cache is None else 0
-        return parse_memory(self.prompt_cache, "prompt_cache")
+        if self.prompt_cache == "auto":
+            return None
+        return 0 if self.prompt_cache == "0" else parse_memory(self.prompt_cache, "prompt_cache")
 
     def check(self) -> None:
         """Raises UsageError for a value that no model can be loaded with."""
@@ -57,8 +58,10 @@ class LoadOptions:
                 raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
         if self.memory is not None and type(self.memory) not in (int, str):
             raise UsageError(f"memory is {self.memory!r:.80}, expected a size such as '6GB', or bytes.")
-        if self.prompt_cache is not None and type(self.prompt_cache) not in (int, str):
-            raise UsageError(f"prompt_cache is {self.prompt_cache!r:.80}, expected a size such as '2GB', or bytes.")
+        if type(self.prompt_cache) not in (int, str):
+            raise UsageError(
+                f"prompt_cache is {self.prompt_cache!r:.80}, expected a size such as '2GB', bytes, or 'auto'."
+            )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
         if type(self.verify) is not bool:

@@ -155,7 +155,7 @@ class Plan:
     def _caches_note(self) -> str:
         demand = self.demand
         if not demand.prompt_caches:
-            return "only the last conversation is kept"
+            return "none: only the last conversation is kept"
         if not demand.kv_cache:
             return "earlier conversations"
         return f"about {demand.prompt_caches * self.context // demand.kv_cache} tokens of earlier conversations"

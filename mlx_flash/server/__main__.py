@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
-from ..cli.model_arguments import add_model_arguments, load_model
+from ..cli.model_arguments import add_model_arguments, load_model, options_of
 from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..cli.terminal import say
 from ..errors import UsageError
-from ..loading.plan import parse_memory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -93,8 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
             "the API key is empty or has characters that a header cannot carry. Use printable ASCII without spaces "
             "at either end."
         )
-    if arguments.memory is not None:
-        parse_memory(arguments.memory)  # Refuse an invalid size before a port is opened.
+    options_of(arguments).check()  # Refuse an invalid value before a port is opened.
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)

@@ -38,9 +38,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         "--prompt-cache",
         default=prompt_cache,
         metavar="SIZE",
-        help="part of --memory, such as 2GB, that keeps the contexts of earlier conversations, so that they are not read "
-        "again; 0 for none; auto for a tenth of what --memory has beyond the smallest budget, at most three contexts "
-        "of --context tokens. The plan says how many tokens it holds (default: %(default)s)",
+        help="part of --memory, such as 2GB, that keeps the contexts of earlier conversations, so that they are not "
+        "read again; 0 for none; auto for a tenth of what --memory has beyond the smallest budget, at most three "
+        "contexts of --context tokens. The plan says how many tokens it holds (default: %(default)s)",
     )
     model.add_argument(
         "--predictor",

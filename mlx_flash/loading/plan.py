@@ -249,10 +249,9 @@ def plan_for_budget(
     all_units = demand.total + units.layers * units.per_layer * slot_bytes
     # Rounded up, so that the figure can be typed back and suffices in another process.
     smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
-    everything = all_units + min(most_caches, max(0, all_units - smallest_mb * 10**6) // UNITS_PER_CACHE)
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
-        budget = min(max(budget, smallest), everything)
+        budget = min(max(budget, smallest), all_units + most_caches)
         found = f"{free / 1e9:.2f} GB are free. Close other programs"
         most = demand.process + free
     else:

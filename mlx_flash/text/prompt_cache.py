@@ -32,6 +32,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from .. import defaults
+from ..flash.system import large_memory_given_back
 from .cached_context import CachedContext
 from .generation import FlashResponse, stream_generate
 
@@ -155,12 +156,12 @@ class ReusedPromptCache:
         if not self._last.whole:
             self._forget_last()
         source, place = self._longest(prompt, step, fresh)
-        again = source is not None and source.answered(prompt)
-        if source is not self._last or place < len(source.tokens):
-            self._switch(source, place, step, again)
-        context, self._last = self._last, self._empty(step)
-        context.begin(step, min(len(prompt), self.model.flash.plan.context))
-        self._last = context
+        with large_memory_given_back():
+            if source is not self._last or place < len(source.tokens):
+                self._switch(source, place, prompt, step)
+            context, self._last = self._last, self._empty(step)
+            context.begin(step, min(len(prompt), self.model.flash.plan.context))
+            self._last = context
         return place
 
     def _longest(self, prompt: list[int], step: int, fresh: bool) -> tuple[CachedContext | None, int]:
@@ -168,22 +169,25 @@ class ReusedPromptCache:
         best, best_place = None, 0
         for context in (self._last, *reversed(self._kept)):
             place = context.place_for(prompt, step, fresh)
+            if place < min(step, LEAST_REUSED):
+                continue
             # Among equals, one that ends there serves without a copy.
-            whole = place == len(context.tokens)
-            if place >= min(step, LEAST_REUSED) and (place > best_place or (place == best_place and whole)):
+            if best is None or place > best_place or place == best_place == len(context.tokens) < len(best.tokens):
                 best, best_place = context, place
         return best, best_place
 
-    def _switch(self, source: CachedContext | None, place: int, step: int, again: bool) -> None:
+    def _switch(self, source: CachedContext | None, place: int, prompt: list[int], step: int) -> None:
         """Keeps the last context, and puts the first `place` tokens of `source` (None: an empty one) in its place.
 
         A context that is being changed is in none of the attributes, so an interrupt or error loses only that one.
         MLX counts an array whose evaluation failed as evaluated, so such a context must not be used.
         """
         last, self._last = self._last, self._empty(step)
-        if moves := source is not None and (again or place == len(source.tokens)):
-            self._kept = tuple(context for context in self._kept if context is not source)
-        if last.tokens and not (moves and source is last):
+        replaced = last if source is None and last.answered(prompt) else None
+        if source is not None and (source.answered(prompt) or place == len(source.tokens)):
+            replaced = source
+        self._kept = tuple(context for context in self._kept if context is not replaced)
+        if last.tokens and last is not replaced:
             self._keep(last, source)
         del last
         mx.clear_cache()

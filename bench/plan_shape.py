@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
     slots = f", {layout.bits} bits" if layout.quantised else ""
     notes = PlanNotes(PlanNotes().resident + resident, "shadow", slots)
     slot_bytes = layout.block_bytes
-    plan = make_plan(demand, layout, slot_bytes, budget, budget, context, selects=True, notes=notes)
+    plan = make_plan(demand, layout, slot_bytes, budget, budget, context, selects=True, notes=notes, prompt_caches=0)
     print(f"OPT-{arguments.shape} with the shadow predictor: computed from the shape, not run. Weights, rows and KV")
     print(f"cache are {DTYPE}, as on Metal. The process is as large as this one. Every layer gets the same slots.")
     print(plan.describe())

@@ -122,6 +122,7 @@ class Chat:
             self.tokenizer,
             prompt.tokens,
             self.arguments.max_tokens,
+            system_tokens=prompt.system_tokens,
             sampler=self.sampler,
             logits_processors=make_processors(self.sampling, lambda: prompt.tokens[: self.turns.reused]),
             prompt_progress_callback=progress_line(interrupts),

@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Generates text. Attention stays in memory; feed-forward weights are read from the SSD when a "
         "token needs them. Text goes to standard output, everything else to standard error.",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, prompt_cache="0")  # There is one prompt.
     text = parser.add_argument_group("text")
     text.add_argument(
         "--prompt",

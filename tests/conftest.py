@@ -279,7 +279,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def load_speaker(speaker: Path) -> Callable[[], tuple[Any, Any]]:
     """Loads the speaker's model and tokenizer."""
-    return functools.partial(loading.load, speaker)
+    return functools.partial(loading.load, speaker, prompt_cache="16MB")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from mlx_flash import defaults
 from mlx_flash.loading import load as loading
 from mlx_flash.server.access import Access
 from mlx_flash.server.app import make_app
@@ -108,7 +109,7 @@ class Gate:
             self._stop("prompt", done)
             told(done, total)
 
-        for response in self._real(*arguments, prefill_step_size=16, prompt_progress_callback=progress, **options):
+        for response in self._real(*arguments, prompt_progress_callback=progress, **options):
             self._stop("token", response.generation_tokens)
             yield response
 
@@ -131,5 +132,6 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     monkeypatch.setattr(prompt_cache, "stream_generate", gate.stream_generate)
+    monkeypatch.setattr(defaults, "PREFILL_TOKENS", 16)
     yield gate
     gate.open()

@@ -296,7 +296,7 @@ def test_closed_ends(speaker: Path, redirect: str, code: int) -> None:
     [
         (("--max-tokens", "0"), "--max-tokens is 0"),
         (("--memory", "1MB"), "this model needs at least"),
-        (("--prompt", "x"), "unrecognized arguments"),
+        (("--question", "x"), "unrecognized arguments"),
     ],
 )
 def test_usage(run: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:

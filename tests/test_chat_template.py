@@ -18,8 +18,15 @@ from serving import until  # type: ignore[import-not-found]  # found beside this
 from templates import CHATML, SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
 
 from mlx_flash.errors import ChatTemplateError, ChatTemplateFailure, CheckpointError, TokenizerError
-from mlx_flash.text import template_process
-from mlx_flash.text.chat_template import has_chat_template, prompt_ids, prompt_text, takes_tools, tokens_of
+from mlx_flash.text import chat_template, template_process
+from mlx_flash.text.chat_template import (
+    has_chat_template,
+    prompt_ids,
+    prompt_text,
+    system_tokens,
+    takes_tools,
+    tokens_of,
+)
 from mlx_flash.text.encoding import TooManyTokens
 from mlx_flash.text.generation import encode_prompt
 from mlx_flash.text.template_process import WORKER, TemplateProcess
@@ -354,3 +361,41 @@ def test_long_prompts_are_counted_before_they_are_encoded(process: TemplateProce
     with pytest.raises(TooManyTokens, match="more than 32767 tokens"):
         prompt_ids(process, tokenizer_of("{{ 'ab' * 999999 }}"), HI, most=999)
     assert len(prompt_ids(process, tokenizer_of("{{ 'ab' * 99999 }}"), HI, most=999_999)) == 199_998
+
+
+# -- the tokens of the system prompt -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["What is it?", "?", ""])
+def test_the_system_prompt_ends_where_questions_differ(
+    process: TemplateProcess, tokenizer_of: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    tokenizer = tokenizer_of(CHATML)
+    messages = [{"role": "system", "content": "Be brief. " * 60}, {"role": "user", "content": asked}]
+    messages += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And now?"}]
+
+    def system(messages: list[Message], **options: Any) -> tuple[int, str]:
+        ids = prompt_ids(process, tokenizer, messages, most=4096)
+        count = system_tokens(process, tokenizer, messages, ids, most=4096, **options)
+        return count, tokenizer.decode(ids[:count])
+
+    count, text = system(messages)
+    assert count > 600 and text.endswith("user\n") and "Be brief. " * 59 in text
+    assert "".join(text.split("user\n")) in system([*messages[:1], {"role": "user", "content": "x"}])[1]
+    assert system([{"role": "user", "content": "long " * 200}])[0] < 30
+    assert system([messages[0] | {"content": "Be brief."}, messages[1]]) == (0, ""), "less than a chunk"
+    monkeypatch.setattr(chat_template, "prompt_text", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(chat_template, "PREFILL_TOKENS", 10**6)
+    assert system_tokens(process, tokenizer, messages, [1] * 600, most=4096) == 0
+
+
+def test_a_template_that_refuses_another_question_names_no_system_prompt(
+    process: TemplateProcess, tokenizer_of: Callable[[Any], Any]
+) -> None:
+    refuses = (
+        "{% if messages[-1]['content'] == '?' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1]['content'] }}"
+    )
+    tokenizer = tokenizer_of(refuses)
+    messages = [{"role": "user", "content": "a" * 600}]
+    ids = prompt_ids(process, tokenizer, messages, most=4096)
+    assert len(ids) == 600 and system_tokens(process, tokenizer, messages, ids, most=4096) == 0

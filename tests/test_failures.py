@@ -19,6 +19,7 @@ from mlx_flash.convert import __main__ as convert_command
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import Job, Sampling
 from mlx_flash.source.failures import REPORT
+from mlx_flash.text import cached_context
 from mlx_flash.text import prompt_cache as turns_module
 from mlx_flash.text.prompt_cache import ReusedPromptCache
 
@@ -135,12 +136,13 @@ def test_a_float_where_a_whole_number_belongs_is_refused_before_anything_is_writ
 def test_a_conversation_whose_cache_could_not_grow_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX treats an array that it failed to make as a finished one, so its contents must not be used."""
     model = MagicMock()
-    model.flash.plan.context = 64
+    model.flash.plan.context, model.flash.plan.demand.prompt_caches = 64, 0
     monkeypatch.setattr(turns_module, "make_prompt_cache", lambda _: [])
-    monkeypatch.setattr(turns_module, "make_room", MagicMock(side_effect=RuntimeError(METAL)))
+    monkeypatch.setattr(cached_context, "make_room", MagicMock(side_effect=RuntimeError(METAL)))
     conversation = ReusedPromptCache(model)
-    conversation.tokens = [1, 2, 3]
+    before = list(range(20))
+    conversation._last.decode(before)
     tokenizer: Any = None
     with pytest.raises(RuntimeError, match="METAL"):
-        conversation.stream_generate(tokenizer, [1, 2, 3, 4])
+        conversation.stream_generate(tokenizer, [*before, 4])
     assert conversation.tokens == []

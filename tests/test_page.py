@@ -245,7 +245,7 @@ def test_an_answer_streams_and_the_inside_is_alive(tab: Tab) -> None:
     for figure in ("tile-speed", "tile-hit", "tile-bytes", "mean-wait", "mean-manage", "mean-compute", "mean-hits"):
         tab.reads(f"#{figure}", r"^[\d.]+")
     tab.reads("#layers-note", r"^5 × \d+ .* resident$")
-    assert page.locator("#plan tr").count() == 7
+    assert page.locator("#plan tr").count() == 8
     wait_for_colours(page, "layers", RESIDENT)
     wait_for_colours(page, "time", COMPUTE)
     wait_for_colours(page, "reads", READING, GOOD)

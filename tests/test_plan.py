@@ -232,8 +232,42 @@ def test_the_description_has_every_part() -> None:
     lines = plan(DEMAND, LAYOUT, 6 * 10**9).describe().splitlines()
     assert lines[0] == "memory plan"
     figures = [float(line[18:27]) for line in lines[1:]]
-    assert len(figures) == 7 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
+    assert len(figures) == 8 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
     assert lines[-1].endswith("of 6.000 GB") and "of 16384 blocks" in lines[4] and "2048 tokens" in lines[5]
+    assert lines[6].startswith("  prompt caches") and re.search(r"about \d+ tokens of earlier conversations", lines[6])
+
+
+def test_prompt_caches_get_a_tenth_of_what_is_beyond_the_smallest_budget() -> None:
+    smallest = plan(DEMAND, LAYOUT, ENDLESS).smallest
+    assert plan(DEMAND, LAYOUT, smallest).demand.prompt_caches == 0
+    assert plan(DEMAND, LAYOUT, smallest + 1000 * MB).demand.prompt_caches == 100 * MB
+    all_units = DEMAND.total + LAYOUT.file_bytes
+    for budget, most in ((all_units, 3000 * MB), (all_units + 2000 * MB, 2000 * MB), (ENDLESS, 3000 * MB)):
+        made = plan(DEMAND, LAYOUT, budget)
+        assert made.demand.prompt_caches == min(most, max((budget - smallest) // 10, budget - all_units))
+        assert made.everything == plan(DEMAND, LAYOUT, smallest).everything
+    assert "none: only the last conversation" in plan(DEMAND, LAYOUT, smallest).describe()
+    assert "100 tokens" in replace(made, demand=replace(DEMAND, prompt_caches=49 * MB)).describe()
+
+
+@settings(deadline=None)
+@given(DEMANDS, LAYOUTS, st.integers(0, 10**10))
+def test_prompt_caches_of_a_given_size_are_part_of_the_plan(demand: Demand, layout: NeuronLayout, size: int) -> None:
+    def made(budget: int, caches: int | None) -> Plan:
+        return make_plan(
+            demand, layout, layout.block_bytes, budget, 0, context=2048, selects=True, prompt_caches=caches
+        )
+
+    without, given_size = made(ENDLESS, 0), made(ENDLESS, size)
+    assert given_size.demand.prompt_caches == size and given_size.everything - without.everything in range(
+        size - MB, size + MB + 1
+    )
+    assert made(ENDLESS, None).smallest == without.smallest
+    same = made(given_size.smallest, size)
+    assert same.demand.prompt_caches == size and same.total <= same.budget
+    if size > 3 * MB:
+        with pytest.raises(BudgetError, match=r"MB prompt caches.*lower --prompt-cache"):
+            made(without.smallest, size)
 
 
 def test_a_plan_that_is_larger_than_what_is_free_says_so() -> None:

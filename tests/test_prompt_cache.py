@@ -16,8 +16,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flash.errors import UsageError
 from mlx_flash.loading.load import load
+from mlx_flash.text.cached_context import make_room
+from mlx_flash.text.encoding import common_prefix
 from mlx_flash.text.generation import cached_tokens, stream_generate
-from mlx_flash.text.prompt_cache import ReusedPromptCache, common_prefix, make_room
+from mlx_flash.text.prompt_cache import ReusedPromptCache
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31]
 
@@ -35,11 +37,11 @@ def endless(tokenizer: Any) -> Any:
 
 
 def whole(turns: ReusedPromptCache) -> bool:
-    return cached_tokens(turns._cache) == len(turns.tokens)
+    return turns._last.whole and cached_tokens(turns._last.cache) == len(turns.tokens)
 
 
-def run(turns: ReusedPromptCache, endless: Any, prompt: list[int], count: int = 6) -> list[int]:
-    made = [r.token for r in turns.stream_generate(endless, prompt, count)]
+def run(turns: ReusedPromptCache, endless: Any, prompt: list[int], count: int = 6, **options: Any) -> list[int]:
+    made = [r.token for r in turns.stream_generate(endless, prompt, count, **options)]
     assert turns.tokens == prompt + made[:-1] and whole(turns)
     return made
 
@@ -54,17 +56,17 @@ def test_a_prompt_that_goes_on_is_read_from_there(model: Any, endless: Any) -> N
     assert [r.token for r in second] == [r.token for r in stream_generate(model, endless, longer, 6)]
 
 
-def test_a_prompt_that_parts_is_trimmed_to_there(model: Any, endless: Any) -> None:
+def test_a_prompt_that_parts_is_trimmed_to_a_chunk(model: Any, endless: Any) -> None:
     turns = ReusedPromptCache(model)
-    run(turns, endless, PROMPT)
+    run(turns, endless, PROMPT, prefill_step_size=4)
     for prompt, reused in (
-        ([*PROMPT[:10], 4, 4, 4], 10),
+        ([*PROMPT[:10], 4, 4, 4], 8),
         ([*PROMPT[:10], 4, 4, 4], 12),  # the same prompt again: its last token goes through the model
-        (PROMPT[:4], 3),
+        (PROMPT[:6], 4),
         ([7, *PROMPT], 0),
     ):
-        fresh = [r.token for r in stream_generate(model, endless, prompt, 6)]
-        assert run(turns, endless, prompt) == fresh
+        fresh = [r.token for r in stream_generate(model, endless, prompt, 6, prefill_step_size=4)]
+        assert run(turns, endless, prompt, prefill_step_size=4) == fresh
         assert turns.reused == reused
 
 
@@ -89,7 +91,7 @@ def test_a_window_that_has_moved_on_begins_anew(endless: Any, tmp_path: Any) -> 
     model, tokenizer = load(folder, memory="4GB")
     tokenizer._eos_token_ids = {-1}
     turns = ReusedPromptCache(model)
-    window = min(c.max_size for c in turns._cache if isinstance(c, RotatingKVCache))
+    window = min(c.max_size for c in turns._last.cache if isinstance(c, RotatingKVCache))
     prompt = (PROMPT * window)[: window + 3]
     run(turns, tokenizer, prompt)
     other = [*prompt[:-1], 2]
@@ -111,11 +113,11 @@ def test_what_was_read_by_an_interruption_is_kept(model: Any, endless: Any) -> N
         list(turns.stream_generate(endless, PROMPT, 6, prefill_step_size=4, prompt_progress_callback=stop))
     assert turns.tokens == PROMPT[:8] and whole(turns)
     expected = [r.token for r in stream_generate(model, endless, PROMPT, 6)]
-    responses: Any = turns.stream_generate(endless, PROMPT, 6)
+    responses: Any = turns.stream_generate(endless, PROMPT, 6, prefill_step_size=4)
     made = [next(responses).token for _ in range(3)]
     responses.close()
     assert turns.reused == 8 and turns.tokens == PROMPT + made[:2] and whole(turns)
-    unused: Any = turns.stream_generate(endless, PROMPT, 6)
+    unused: Any = turns.stream_generate(endless, PROMPT, 6, prefill_step_size=4)
     unused.close()  # closed before it began
     assert whole(turns) and run(turns, endless, PROMPT) == expected
 

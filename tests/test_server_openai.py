@@ -11,7 +11,7 @@ import pytest
 from serving import Server, serving  # type: ignore[import-not-found]  # found beside this file
 
 import mlx_flash
-from mlx_flash.server.engine import LEAST_REUSED
+from mlx_flash.text.prompt_cache import LEAST_REUSED
 
 PROMPT = "It was a dark night, and"
 
@@ -128,7 +128,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(client: openai.OpenAI) -
 
 
 def test_what_is_in_common_must_be_worth_it(client: openai.OpenAI) -> None:
-    """A few common tokens would only split the prompt at another place, and so change the last bits of the logits."""
+    """A prompt's first tokens are read in the chunks of a whole prompt, because others may change the last bits."""
 
     def cached(ids: list[int]) -> int | None:
         done = client.completions.create(model="demo", prompt=ids, max_tokens=1, temperature=0)
@@ -137,8 +137,11 @@ def test_what_is_in_common_must_be_worth_it(client: openai.OpenAI) -> None:
 
     first = list(range(200, 240))
     assert cached(first) == 0
-    assert cached([*first[:LEAST_REUSED], 9, 9]) == LEAST_REUSED
-    assert cached([*first[: LEAST_REUSED - 1], 8, 8]) == 0
+    assert cached([*first[:39], 9, 9]) == 0, "the contexts part within the first chunk"
+    assert cached([*first, 8, 8]) == len(first)
+    few = list(range(300, 300 + LEAST_REUSED))
+    assert cached(few[:-1]) == 0 and cached([*few[:-1], 9, 9]) == 0
+    assert cached([*few, 8]) == 0 and cached([*few, 8, 7]) == LEAST_REUSED + 1
 
 
 def test_probabilities(client: openai.OpenAI, texts: dict[str, Any]) -> None:

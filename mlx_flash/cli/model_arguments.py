@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..loading.options import LoadOptions
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "auto") -> None:
+    """prompt_cache: the default of --prompt-cache."""
     model = parser.add_argument_group("model and memory")
     model.add_argument(
         "--model",
@@ -32,6 +33,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONTEXT,
         metavar="N",
         help="tokens to reserve memory for, at most the model's positions (default: %(default)s)",
+    )
+    model.add_argument(
+        "--prompt-cache",
+        default=prompt_cache,
+        metavar="SIZE",
+        help="part of --memory, such as 2GB, that keeps the contexts of earlier conversations, so that they are not "
+        "read again; 0 for none; auto for a tenth of what --memory has beyond the smallest budget, at most three "
+        "contexts of --context tokens. The plan says how many tokens it holds (default: %(default)s)",
     )
     model.add_argument(
         "--predictor",

@@ -63,7 +63,16 @@ def plan_mixture(
     free = usable_memory_bytes()
     units = UnitCounts(layers, mixture.experts, 1, "experts of each layer")
     notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses")
-    plan = plan_for_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
+    plan = plan_for_budget(
+        demand,
+        units,
+        mixture.expert_bytes,
+        options.budget,
+        free,
+        context,
+        notes=notes,
+        prompt_caches=options.prompt_cache_bytes,
+    )
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")

@@ -20,6 +20,9 @@ class LoadOptions:
     window: evict by a sliding window of this many tokens; None to evict the least used.
     threads: number of reader threads.
     context: number of tokens that the plan makes room for (at most the model's positions).
+    prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; 0 for none. "auto" for a tenth of
+        what the budget has beyond the smallest one, but at most three contexts. `ReusedPromptCache` uses it, and so the
+        server and the chat.
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
@@ -32,6 +35,7 @@ class LoadOptions:
     window: int | None = None
     threads: int = THREADS
     context: int = CONTEXT
+    prompt_cache: str | int = 0
     io: str = "direct"
     verify: bool = False
 
@@ -40,6 +44,13 @@ class LoadOptions:
         """The budget in bytes, or None. Raises UsageError if `memory` is not a size."""
         return None if self.memory is None else parse_memory(self.memory)
 
+    @property
+    def prompt_cache_bytes(self) -> int | None:
+        """The bytes for earlier conversations, or None for a share. Raises UsageError if it is not a size."""
+        if self.prompt_cache == "auto":
+            return None
+        return 0 if self.prompt_cache == "0" else parse_memory(self.prompt_cache, "prompt_cache")
+
     def check(self) -> None:
         """Raises UsageError for a value that no model can be loaded with."""
         for name, value in (("window", self.window), ("threads", self.threads), ("context", self.context)):
@@ -47,6 +58,10 @@ class LoadOptions:
                 raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
         if self.memory is not None and type(self.memory) not in (int, str):
             raise UsageError(f"memory is {self.memory!r:.80}, expected a size such as '6GB', or bytes.")
+        if type(self.prompt_cache) not in (int, str):
+            raise UsageError(
+                f"prompt_cache is {self.prompt_cache!r:.80}, expected a size such as '2GB', bytes, or 'auto'."
+            )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
         if type(self.verify) is not bool:
@@ -61,4 +76,4 @@ class LoadOptions:
             raise UsageError(f"context is {self.context}, expected at least 1 token.")
         if self.io not in IO_MODES:
             raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
-        _ = self.budget
+        _ = self.budget, self.prompt_cache_bytes

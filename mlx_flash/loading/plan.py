@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from ..errors import BudgetError, UsageError
@@ -13,23 +13,28 @@ from ..flash.files import NeuronLayout
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARES = (0.25, 0.5)  # of the units, for the budgets that a plan proposes
 FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
+MOST_CONTEXTS = 3  # further contexts that the prompt caches hold by default, if the budget allows it
+UNITS_PER_CACHE = 9  # bytes of units for each byte of prompt caches, so that these get a tenth of both
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
 ENDLESS = 2**62  # bytes; in effect no limit
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 
 
-def parse_memory(text: str | int) -> int:
-    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB", or of an int, which is bytes already. Raises UsageError."""
+def parse_memory(text: str | int, name: str = "memory") -> int:
+    """Bytes of "6GB" (1e9), "6GiB" (2**30), "500MB", or of an int, which is bytes already.
+
+    Raises UsageError, which calls the size by `name`.
+    """
     if isinstance(text, int):
         if text < 0:
-            raise UsageError(f"memory is {text} bytes, expected a positive number.")
+            raise UsageError(f"{name} is {text} bytes, expected a positive number.")
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].upper() if match else ""
     unit += "B" if unit in ("K", "M", "G") else ""
     if match is None or unit not in UNITS:
-        raise UsageError(f"memory is {text!r}, expected a number with a unit, such as 6GB, 500MB or 6GiB.")
+        raise UsageError(f"{name} is {text!r}, expected a number with a unit, such as 6GB, 500MB or 6GiB.")
     return int(Decimal(match[1]) * UNITS[unit])
 
 
@@ -42,10 +47,11 @@ class Demand:
     predictors: int
     kv_cache: int
     workspace: int
+    prompt_caches: int = 0  # for the contexts of earlier conversations
 
     @property
     def total(self) -> int:
-        return self.process + self.resident + self.predictors + self.kv_cache + self.workspace
+        return self.process + self.resident + self.predictors + self.kv_cache + self.prompt_caches + self.workspace
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Plan:
     free: int  # free memory of the machine when the plan was made
     smallest: int  # smallest budget for this model
     everything: int  # budget with which all units are resident
+    most_caches: int = 0  # largest share of the prompt caches, in bytes; 0 if their size is fixed
 
     @property
     def slots_bytes(self) -> int:
@@ -98,7 +105,10 @@ class Plan:
     def bytes_for(self, share: float) -> int:
         """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
         units = self.units.layers * self.units.per_layer * self.slot_bytes
-        return max(self.smallest, self.everything - int((1 - share) * units))
+        if not self.most_caches:
+            return max(self.smallest, self.everything - int((1 - share) * units))
+        all_units = self.demand.total - self.demand.prompt_caches + units + RUN_TO_RUN_BYTES
+        return _with_caches(self.smallest, all_units - int((1 - share) * units), self.most_caches)
 
     def budgets(self) -> dict[str, int]:
         """Budgets worth a choice, in bytes: the smallest, and those with a share of the units in memory ("25%")."""
@@ -115,6 +125,7 @@ class Plan:
             "predictors": self.demand.predictors,
             "slots": self.slots_bytes,
             "kv_cache": self.demand.kv_cache,
+            "prompt_caches": self.demand.prompt_caches,
             "workspace": self.demand.workspace,
         }
 
@@ -128,6 +139,7 @@ class Plan:
             ("predictors", self.demand.predictors, self.notes.predictors),
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
+            ("prompt caches", self.demand.prompt_caches, self._caches_note()),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
         ]
@@ -139,6 +151,23 @@ class Plan:
                 "it, the budget is a share of the free memory)."
             )
         return "\n".join(["memory plan", *lines])
+
+    def _caches_note(self) -> str:
+        demand = self.demand
+        if not demand.prompt_caches:
+            return "none: only the last conversation is kept"
+        if not demand.kv_cache:
+            return "earlier conversations"
+        return f"about {demand.prompt_caches * self.context // demand.kv_cache} tokens of earlier conversations"
+
+
+def _with_caches(smallest: int, wanted: int, most: int) -> int:
+    """The budget of `wanted` bytes without prompt caches, at least `smallest`, with their share of it, at most `most`.
+
+    The share is a tenth of what the budget has beyond the smallest one, so the smallest one has no prompt caches.
+    """
+    more = max(0, wanted - smallest)
+    return smallest + more + min(most, more // UNITS_PER_CACHE)
 
 
 def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
@@ -180,17 +209,19 @@ def make_plan(
     selects: bool,
     need: Sequence[float] | None = None,
     notes: PlanNotes = PlanNotes(),
+    prompt_caches: int | None = None,
 ) -> Plan:
     """The plan of a model whose neurons are streamed.
 
     selects: False if every token uses all neurons, which works without slots.
     need: share of each layer's blocks that a token needs; None if it is the same in every layer.
     notes: the notes beside the figures.
+    prompt_caches: bytes for earlier conversations; None for a share of the budget.
     Raises BudgetError.
     """
     least = min(MIN_SLOTS, layout.blocks) if selects else 0
     units = UnitCounts(layout.layers, layout.blocks, least, "blocks of each layer's neurons")
-    return plan_for_budget(demand, units, slot_bytes, budget, free, context, need, notes)
+    return plan_for_budget(demand, units, slot_bytes, budget, free, context, need, notes, prompt_caches)
 
 
 def plan_for_budget(
@@ -202,40 +233,52 @@ def plan_for_budget(
     context: int,
     need: Sequence[float] | None = None,
     notes: PlanNotes = PlanNotes(),
+    prompt_caches: int | None = None,
 ) -> Plan:
     """Divides a budget. Without one, it divides FREE_SHARE of the free memory, but no more than the model can use.
 
     need: the slots of each layer are in proportion to it; None for the same number in every layer.
     notes: the notes beside the figures.
+    prompt_caches: bytes for the contexts of earlier conversations. None for a tenth of what the budget has beyond the
+    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take.
     Raises BudgetError, which names the smallest budget that suffices.
     """
+    most_caches = MOST_CONTEXTS * demand.kv_cache if prompt_caches is None else 0
+    demand = replace(demand, prompt_caches=prompt_caches or 0)
     smallest = demand.total + units.layers * units.least * slot_bytes
-    everything = demand.total + units.layers * units.per_layer * slot_bytes
+    all_units = demand.total + units.layers * units.per_layer * slot_bytes
+    # Rounded up, so that the figure can be typed back and suffices in another process.
+    smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
     if budget is None:
         budget = int(demand.process + FREE_SHARE * free)
-        budget = min(max(budget, smallest), everything)
+        budget = min(max(budget, smallest), all_units + most_caches)
         found = f"{free / 1e9:.2f} GB are free. Close other programs"
         most = demand.process + free
     else:
         budget = min(budget, ENDLESS)
         found = f"the memory budget is {budget / 1e6:.0f} MB. Give more (--memory {{}}MB)"
         most = budget
-    # Rounded up, so that the figure can be typed back and suffices in another process.
-    smallest_mb = -(-(smallest + RUN_TO_RUN_BYTES) // 10**6)
-    at_most = max(everything + RUN_TO_RUN_BYTES, smallest_mb * 10**6)
+    at_most = _with_caches(smallest_mb * 10**6, all_units + RUN_TO_RUN_BYTES, most_caches)
     if smallest > most:
+        if smallest - demand.prompt_caches <= most:
+            found += ", or lower --prompt-cache"
         if smallest - demand.kv_cache <= most:
             found += ", or lower --context"
         raise BudgetError(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
             f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
-            f"{demand.workspace / 1e6:.0f} MB work space, {(smallest - demand.total) / 1e6:.0f} MB fewest slots, "
+            + (f"{demand.prompt_caches / 1e6:.0f} MB prompt caches, " if demand.prompt_caches else "")
+            + f"{demand.workspace / 1e6:.0f} MB work space, {(smallest - demand.total) / 1e6:.0f} MB fewest slots, "
             f"{RUN_TO_RUN_BYTES / 1e6:.0f} MB to spare); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,
             at_most,
             units.layers * units.per_layer * slot_bytes,
         )
+    beyond = max((budget - smallest_mb * 10**6) // (UNITS_PER_CACHE + 1), budget - all_units)
+    demand = replace(demand, prompt_caches=demand.prompt_caches + max(0, min(beyond, most_caches)))
     total = (budget - demand.total) // slot_bytes
     slots = distribute_slots(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)
+    return Plan(
+        budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most, most_caches
+    )

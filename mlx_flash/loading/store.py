@@ -68,7 +68,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, manifest, kind, setting, folder, options.budget, context, options.threads)
+    plan = _plan(model, manifest, kind, setting, folder, context, options)
 
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
@@ -136,9 +136,8 @@ def _plan(
     kind: str,
     setting: PredictorSetting | None,
     folder: Path,
-    budget: int | None,
     context: int,
-    threads: int,
+    options: LoadOptions,
 ) -> Plan:
     layout = manifest.layout
     dtype = dense.compute_dtype(manifest.resident_dtype)
@@ -163,12 +162,23 @@ def _plan(
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, at_load)
+    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, at_load)
     slot_bytes = layout.part_range(parts)[1]
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)
     notes = _notes(manifest, kind)
-    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
+    return make_plan(
+        demand,
+        layout,
+        slot_bytes,
+        options.budget,
+        free,
+        context,
+        kind != "none",
+        shares,
+        notes,
+        options.prompt_cache_bytes,
+    )
 
 
 def demand_of(

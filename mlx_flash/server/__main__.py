@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
-from ..cli.model_arguments import add_model_arguments, load_model
+from ..cli.model_arguments import add_model_arguments, load_model, options_of
 from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..cli.terminal import say
 from ..errors import UsageError
-from ..loading.plan import parse_memory
 from ..text.chat_template import RESERVED_VARIABLES
 from .access import ALL, Access, model_name
 
@@ -156,8 +155,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.strict_names,
     )
     access.check()
-    if arguments.memory is not None:
-        parse_memory(arguments.memory)  # Refuse an invalid size before a port is opened.
+    options_of(arguments).check()  # Refuse an invalid value before a port is opened.
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)

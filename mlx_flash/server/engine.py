@@ -27,7 +27,6 @@ from .jobs import End, Job, Progress
 from .monitor import Monitor
 
 QUEUE_LIMIT = 64
-LEAST_REUSED = 16  # tokens; reusing a shorter common prefix with the last request saves nothing
 LOADING = "loading"
 READY = "ready"
 FAILED = "failed"
@@ -109,6 +108,10 @@ class Engine:
         with self._lock:
             return sum(not job.left for job in self._waiting)
 
+    @property
+    def prompt_caches(self) -> Any:
+        return self._turns.statistics()
+
     # -- the model's thread ---------------------------------------------------------------------------------
 
     def run(self, load: Callable[[], tuple[Any, Any]]) -> None:
@@ -183,7 +186,6 @@ class Engine:
         import mlx.core as mx
 
         from ..text.detokenizer import Detokenizer
-        from ..text.prompt_cache import common_prefix
 
         monitor, turns = self.monitor, self._turns
         assert monitor is not None
@@ -201,8 +203,6 @@ class Engine:
 
         check()
         sampling = job.sampling
-        if sampling.seed is not None or common_prefix(turns.tokens, job.ids) < LEAST_REUSED:
-            turns.forget()
         # The seed of one request must not affect the text of the next.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
         answer = AnswerInProgress(job, self.tokenizer, self.format)
@@ -211,6 +211,7 @@ class Engine:
             self.tokenizer,
             job.ids,
             job.max_tokens,
+            fresh=sampling.seed is not None,
             sampler=make_sampler(sampling, self.model.flash.vocabulary),
             logits_processors=[*processors, *answer.processors],
             prompt_progress_callback=progress,

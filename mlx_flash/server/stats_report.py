@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from ..flash.system import current_memory_bytes, peak_memory_bytes
@@ -32,6 +33,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "peak_bytes": peak_memory_bytes(),
             "budget_bytes": flash.plan.budget,
         },
+        "prompt_caches": asdict(engine.prompt_caches),
         "resident": {
             "slots": monitor.live.slots,
             "units": resident,

@@ -7,13 +7,15 @@ template in the code of mlx-lm or transformers (DeepSeek V3.2) is called here, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import ChatTemplateFailure
+from ..defaults import PREFILL_TOKENS
+from ..errors import ChatTemplateError, ChatTemplateFailure
 from ..source.model_kind import error_line
-from .encoding import encode
+from .encoding import TooManyTokens, common_prefix, encode
 from .template_process import TemplateProcess
 
 LEAST_CHARACTERS = 1 << 22  # limit of a prompt's characters, or CHARACTERS_PER_TOKEN for each token if that is more
@@ -24,6 +26,7 @@ RESERVED_VARIABLES = {
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"),
     *("return_tensors", "padding", "truncation", "max_length", "sanitize_control_tokens"),
 }
+SYSTEM_ROLES = ("system", "developer")
 
 Message = dict[str, Any]
 
@@ -91,6 +94,36 @@ def prompt_text(
 def tokens_of(tokenizer: Any, prompt: str | list[int], *, most: int) -> list[int]:
     """The token ids of `prompt_text`'s result; for one thread at a time. Raises TooManyTokens, TokenizerError."""
     return prompt if isinstance(prompt, list) else encode(tokenizer, prompt, special_tokens=False, most=most)
+
+
+def system_tokens(
+    process: TemplateProcess,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    ids: list[int],
+    *,
+    most: int,
+    tools: list[dict[str, Any]] | None = None,
+    variables: dict[str, Any] | None = None,
+) -> int:
+    """How many of a prompt's first tokens belong to the system prompt: other conversations begin with them, too.
+
+    They are those that the prompt has in common with another question after the same leading system messages and
+    tools. 0 for a prompt of at most one chunk, for which it does not matter, and if the template refuses that question.
+
+    ids: the prompt's tokens, from `prompt_text` with these messages, tools and variables. For one thread at a time.
+    """
+    if len(ids) <= PREFILL_TOKENS:
+        return 0
+    leading = list(itertools.takewhile(lambda message: message.get("role") in SYSTEM_ROLES, messages))
+    asked = next((str(message.get("content", "")) for message in messages[len(leading) :]), "")
+    other = "?" if not asked.startswith("?") else "!"
+    question = [*leading, {"role": "user", "content": other}]
+    try:
+        text = prompt_text(process, tokenizer, question, most=most, tools=tools, variables=variables)
+        return common_prefix(ids, tokens_of(tokenizer, text, most=most))
+    except (ChatTemplateError, TooManyTokens):
+        return 0
 
 
 def _in_code(tokenizer: Any) -> bool:

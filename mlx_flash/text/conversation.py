@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from .chat_template import has_chat_template, prompt_ids
+from .chat_template import has_chat_template, prompt_ids, system_tokens
 from .encoding import encode
 from .generation import encode_prompt
 from .template_process import TemplateProcess
@@ -26,6 +26,7 @@ class Prompt:
     tokens: list[int]
     dropped: int  # number of turns dropped to make room
     dropped_tokens: int
+    system_tokens: int  # of the prompt's first tokens, those of the system message
 
 
 class Conversation:
@@ -66,7 +67,7 @@ class Conversation:
                 dropped += 1
                 tokens = self._tokens(self.turns[dropped:], question)
         del self.turns[:dropped]
-        return Prompt(tokens, dropped, before - len(tokens))
+        return Prompt(tokens, dropped, before - len(tokens), self._system_tokens(question, tokens))
 
     def answered(self, question: str, answer: str, made: list[int]) -> None:
         """Adds a turn. made: tokens of the answer."""
@@ -92,6 +93,12 @@ class Conversation:
         messages.append({"role": "user", "content": question})
         # The turns fit into the context. So does the question, unless `ask` is about to report its size.
         return prompt_ids(self._process, self.tokenizer, messages, most=MOST_CONTEXTS * self.context)
+
+    def _system_tokens(self, question: str, tokens: list[int]) -> int:
+        if not (self._system and self.has_template):
+            return 0
+        messages = [*self._system, {"role": "user", "content": question}]
+        return system_tokens(self._process, self.tokenizer, messages, tokens, most=MOST_CONTEXTS * self.context)
 
     def _start(self) -> list[int]:
         """The token that begins every text, if the tokenizer has one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import TokenizerError, UsageError
@@ -45,6 +45,12 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool, most: int | None 
                 raise TooManyTokens(count)
     with tokenizer_errors(tokenizer):
         return list(tokenizer.encode(text, add_special_tokens=special_tokens))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens in the common prefix."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def is_from_library(error: BaseException) -> bool:

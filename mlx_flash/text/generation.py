@@ -158,11 +158,15 @@ class _TokenLoop:
         self.decoded = 0
 
     def prefill(self, ids: list[int], step: int, progress: Callable[[int, int], None]) -> None:
-        """Feeds all tokens but the last, `step` at a time. `decode` feeds the last one, as in mlx-lm."""
-        done, total = 0, len(ids)
+        """Feeds all tokens but the last, in chunks. `decode` feeds the last one, as in mlx-lm.
+
+        Chunks end at multiples of `step` tokens of the whole context, so that they are those of a prompt read from its
+        beginning even if some of it is in the cache.
+        """
+        done, total, begin = 0, len(ids), cached_tokens(self.cache)
         progress(0, total)
         while total - done > 1:
-            piece = ids[done : min(done + step, total - 1)]
+            piece = ids[done : min(done + step - (begin + done) % step, total - 1)]
             with large_memory_given_back():
                 with self._counting("prompt"):
                     self.model(mx.array(piece)[None], cache=self.cache)

@@ -1,39 +1,87 @@
-"""The planned KV cache, kept over the turns of a conversation, so that only the new part of a prompt is read."""
+"""The KV caches of several conversations, kept so that only the new part of a prompt is read.
+
+The last conversation has the planned KV cache. Earlier ones are kept within the plan's prompt caches, and the least
+recently used one goes first. The longest usable prefix wins.
+
+The text of an answer must not depend on which conversations memory had room for. A prompt is read in chunks that end
+at multiples of a fixed number of tokens (512). Its last chunk ends one token before its end, and the last token is fed
+alone, as decoded tokens are. Other chunks may change the last bits of a result. So a context is reused only at places
+where it is what another way to the same prompt would have made:
+
+1. A context that is wholly a prefix of the prompt is continued at its end, if it ends with a token that was fed alone,
+   or with a whole chunk. Decoded tokens stay as they were decoded.
+2. Otherwise a context is cut back: to the end of a whole chunk; to the end of an earlier turn, where rule 1 would have
+   continued it; or to one token before the prompt's end, if the reading of the same prompt ended there.
+
+What follows is read in the chunks of a prompt that is read from its beginning. So the logits depend on the prompt, and
+on which of its tokens were decoded in an earlier turn rather than read, and on nothing else that was kept or not. A
+context in which nothing was decoded gives the bits of a prompt that is read from its beginning; with `fresh`, only such
+contexts are used.
+
+A cut needs a cache that can be trimmed. Of parts that cannot (states of recurrent layers, windows that have moved on),
+copies are kept at the last whole chunk of the system prompt and of the newest turns' prompts, and rule 2 applies there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from ..defaults import KV_STEP_TOKENS
-from ..flash.files import round_up
+from .. import defaults
+from ..flash.system import large_memory_given_back
+from .cached_context import CachedContext
 from .generation import FlashResponse, stream_generate
+
+LEAST_REUSED = 16  # tokens; reusing fewer saves nothing, and would read the rest in other chunks
+MOST_SNAPSHOTS = 4  # of a context: the first one, which may be the system prompt's, and the newest ones
+
+
+@dataclass(frozen=True)
+class PromptCacheStatistics:
+    """What is kept of earlier conversations. contexts, tokens: without those of the last conversation."""
+
+    contexts: int
+    tokens: int
+    used_bytes: int  # with the snapshots of the last conversation
+    planned_bytes: int
 
 
 class ReusedPromptCache:
-    """`stream_generate` for whole prompts, which does not read again what the cache holds from the last call.
+    """`stream_generate` for whole prompts, which does not read again what is in the cache of a conversation.
 
-    The cache is trimmed to its common prefix with the prompt, if its kind allows that (mlx-lm's can_trim_prompt_cache).
-    If not, it is used for prompts that continue it, and any other prompt begins with an empty cache. A decoded token
-    stays in the cache as it was decoded; reading it again as part of a prompt might change its last bits.
+    The rule at the top of this file decides what is reused. A prompt that leaves a conversation's context before its
+    end gets a copy of the common part if the original can be kept. If the same prompt comes again, its new answer takes
+    the place of the old one.
 
-    For one thread at a time.
+    For one thread at a time. `statistics` may be called from any thread.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tokens: list[int] = []  # tokens in the cache
-        self.reused = 0  # number of the last prompt's tokens that were in the cache already
-        self._cache: list[Any] = make_prompt_cache(model)
+        self.reused = 0  # number of the last prompt's tokens that were in a cache already
+        self.planned_bytes: int = model.flash.plan.demand.prompt_caches
+        self._last = self._empty()  # the last conversation's
+        self._kept: tuple[CachedContext, ...] = ()  # earlier ones, the least recently used one first
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the cache of the last conversation."""
+        return self._last.tokens
 
     def forget(self) -> None:
-        """Empties the cache and frees its memory."""
-        self.tokens = []
-        self._cache = make_prompt_cache(self.model)
-        mx.clear_cache()
+        """Empties all caches and frees their memory."""
+        self._kept = ()
+        self._forget_last()
+
+    def statistics(self) -> PromptCacheStatistics:
+        last, kept = self._last, self._kept
+        return PromptCacheStatistics(
+            len(kept), sum(len(context.tokens) for context in kept), _used(kept, last), self.planned_bytes
+        )
 
     def stream_generate(
         self,
@@ -41,89 +89,154 @@ class ReusedPromptCache:
         prompt: list[int],
         max_tokens: int = 256,
         *,
+        system_tokens: int = 0,
+        fresh: bool = False,
+        prefill_step_size: int | None = None,
         prompt_progress_callback: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generator[FlashResponse, None, None]:
         """Like `mlx_flash.stream_generate`, with the same errors; `prompt_tokens` in the responses counts the new ones.
 
+        system_tokens: how many of the prompt's first tokens other conversations are likely to begin with, such as those
+        of the system prompt. fresh: give the text of a prompt that is read from its beginning, whatever was decoded
+        before.
+
         The iterator may be closed, and the callback may raise: the next call then uses what the cache holds by then.
-        After any other error the cache is empty.
+        After any other error the cache of this conversation is empty; the others stay.
         """
-        try:
-            self.reused = self._keep(prompt)
-        except BaseException:  # MLX counts an array whose evaluation failed as evaluated.
-            self.forget()
-            raise
+        step = prefill_step_size or defaults.PREFILL_TOKENS
+        self.reused = self._begin(prompt, step, fresh)
+        context = self._last
         rest = prompt[self.reused :]
-        whole = True  # whether every layer's cache holds exactly self.tokens
+        snapshots = {min(size, len(prompt) - 1) // step * step for size in (system_tokens, len(prompt))} - {0}
 
         def progress(done: int, total: int) -> None:
-            nonlocal whole
-            self.tokens = prompt[: self.reused + done]
+            if done < total:
+                context.read(prompt, len(prompt) - total + done)
+                if len(context.tokens) in snapshots:
+                    self._take_snapshot(context)
+            else:
+                context.decode(prompt)
             if prompt_progress_callback is not None:
-                whole = True
+                context.whole = True
                 prompt_progress_callback(done, total)
-            whole = False
+            context.whole = False
 
         responses = stream_generate(
             self.model,
             tokenizer,
             rest,
             max_tokens,
-            prompt_cache=self._cache,
+            prompt_cache=context.cache,
+            prefill_step_size=step,
             prompt_progress_callback=progress,
             **options,
         )
 
         def stream() -> Generator[FlashResponse, None, None]:
-            nonlocal whole
             made: list[int] = []
             try:
                 for response in responses:
-                    self.tokens = [*prompt, *made]  # The newest token is not in the cache yet.
+                    context.decode([*prompt, *made])  # The newest token is not in the cache yet.
                     made.append(response.token)
-                    whole = True
+                    context.whole = True
                     yield response
-                    whole = False
-                whole = True
+                    context.whole = False
+                context.whole = True
             finally:
-                if not whole:
-                    self.forget()
+                if not context.whole and self._last is context:
+                    self._forget_last()
 
         return stream()
 
-    def _keep(self, prompt: list[int]) -> int:
-        """Trims the cache to the beginning of the prompt. Returns the number of tokens that it keeps."""
-        fed = prompt[:-1]  # The last token must go through the model, which gives the next one.
-        common = common_prefix(self.tokens, fed)
-        surplus = len(self.tokens) - common
-        if surplus and (
-            not common or not can_trim_prompt_cache(self._cache) or trim_prompt_cache(self._cache, surplus) != surplus
-        ):
-            self.forget()
-            return 0
-        self.tokens = self.tokens[:common]
-        make_room(self._cache, min(len(prompt), self.model.flash.plan.context))
-        return common
+    # -- which context a prompt continues ----------------------------------------------------------------------
+
+    def _begin(self, prompt: list[int], step: int, fresh: bool) -> int:
+        """Makes the context that the prompt continues the last one. Returns the number of tokens that it holds."""
+        if not self._last.whole:
+            self._forget_last()
+        source, place = self._longest(prompt, step, fresh)
+        with large_memory_given_back():
+            if source is not self._last or place < len(source.tokens):
+                self._switch(source, place, prompt, step)
+            context, self._last = self._last, self._empty(step)
+            context.begin(step, min(len(prompt), self.model.flash.plan.context))
+            self._last = context
+        return place
+
+    def _longest(self, prompt: list[int], step: int, fresh: bool) -> tuple[CachedContext | None, int]:
+        """The context with the longest usable prefix of a prompt, and its length."""
+        best, best_place = None, 0
+        for context in (self._last, *reversed(self._kept)):
+            place = context.place_for(prompt, step, fresh)
+            if place < min(step, LEAST_REUSED):
+                continue
+            # Among equals, one that ends there serves without a copy.
+            if best is None or place > best_place or place == best_place == len(context.tokens) < len(best.tokens):
+                best, best_place = context, place
+        return best, best_place
+
+    def _switch(self, source: CachedContext | None, place: int, prompt: list[int], step: int) -> None:
+        """Keeps the last context, and puts the first `place` tokens of `source` (None: an empty one) in its place.
+
+        A context that is being changed is in none of the attributes, so an interrupt or error loses only that one.
+        MLX counts an array whose evaluation failed as evaluated, so such a context must not be used.
+        """
+        last, self._last = self._last, self._empty(step)
+        replaced = last if source is None and last.answered(prompt) else None
+        if source is not None and (source.answered(prompt) or place == len(source.tokens)):
+            replaced = source
+        self._kept = tuple(context for context in self._kept if context is not replaced)
+        if last.tokens and last is not replaced:
+            self._keep(last, source)
+        del last
+        mx.clear_cache()
+        if source is None:
+            return
+        if source in self._kept:
+            made = source.copy(place)
+        else:  # It is not kept, or memory has no room for it beside the others.
+            made = source
+            made.cut(place)
+        self._last = made
+
+    def _keep(self, context: CachedContext, following: CachedContext | None) -> None:
+        """Keeps a context, unless it alone is too large. following: the context that will be the last one."""
+        context.drop_room()
+        if _used((context,), following) <= self.planned_bytes:
+            self._kept = (*self._fitting(self._kept, lambda kept: _used((*kept, context), following)), context)
+
+    def _fitting(
+        self, kept: tuple[CachedContext, ...], used: Callable[[tuple[CachedContext, ...]], int]
+    ) -> tuple[CachedContext, ...]:
+        """The most recently used of `kept` with which the bytes that are `used` are within the plan."""
+        while kept and used(kept) > self.planned_bytes:
+            kept = kept[1:]
+        return kept
+
+    def _take_snapshot(self, context: CachedContext) -> None:
+        """Copies what cannot be trimmed of the context in use, if the plan has room for it without other contexts."""
+        more = context.snapshot_bytes()
+        if not more or len(context.tokens) in context.snapshots or more > self.planned_bytes:
+            return
+        while len(context.snapshots) >= MOST_SNAPSHOTS or _used((), context) + more > self.planned_bytes:
+            del context.snapshots[sorted(context.snapshots)[:2][-1]]
+        fewer = self._fitting(self._kept, lambda kept: _used(kept, context) + more)
+        if fewer != self._kept:
+            self._kept = fewer
+            mx.clear_cache()
+        context.snapshot()
+
+    def _empty(self, step: int = defaults.PREFILL_TOKENS) -> CachedContext:
+        return CachedContext(make_prompt_cache(self.model), step)
+
+    def _forget_last(self) -> None:
+        self._last = self._empty()
+        mx.clear_cache()
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens in the common prefix."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def make_room(cache: list[Any], tokens: int) -> None:
-    """Grows a KV cache in use to hold `tokens`, rounded up to whole steps, as the plan counts it.
-
-    mlx-lm would cut off the unused part of the last step and begin a new step there. The cache would then be up to a
-    step larger than planned.
-    """
-    size = round_up(tokens, KV_STEP_TOKENS)
-    for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):
-        if type(part) is KVCache and part.keys is not None and (more := size - part.keys.shape[2]) > 0:
-            for name in ("keys", "values"):
-                array = getattr(part, name)
-                rows, heads, _, width = array.shape
-                setattr(part, name, mx.concatenate([array, mx.zeros((rows, heads, more, width), array.dtype)], axis=2))
-            mx.eval(part.keys, part.values)
+def _used(kept: tuple[CachedContext, ...], last: CachedContext | None) -> int:
+    """Bytes of contexts with their snapshots, some of which they share, and of the snapshots of the last context."""
+    every = kept if last is None else (*kept, last)
+    snapshots = {snapshot for context in every for snapshot in list(context.snapshots.values())}
+    return sum(context.nbytes for context in kept) + sum(snapshot.nbytes for snapshot in snapshots)

@@ -12,6 +12,7 @@ const PLAN = {
   predictors: "Predictors",
   slots: "Slots",
   kv_cache: "KV cache",
+  prompt_caches: "Prompt caches",
   workspace: "Work space",
   total: "Total",
 };

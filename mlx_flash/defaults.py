@@ -6,6 +6,7 @@ STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
 
+KV_BITS = (8, 4)  # bits per number of a quantised KV cache
 CONTEXT = 2048  # tokens
 THREADS = 16
 PREFILL_TOKENS = 512  # prompt tokens per chunk in our own functions; the memory plan relies on it

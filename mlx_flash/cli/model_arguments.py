@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from ..defaults import CONTEXT, IO_MODES, KV_BITS, PREDICTORS, THREADS
 from .run import REVISION_HELP
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONTEXT,
         metavar="N",
         help="tokens to reserve memory for, at most the model's positions (default: %(default)s)",
+    )
+    model.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="quantise the KV cache to so many bits per number, which may change the text (default: the model's own "
+        "precision)",
     )
     model.add_argument(
         "--predictor",

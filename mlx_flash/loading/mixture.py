@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, ReadError, UnsupportedModelError
+from ..errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from ..flash.experts import ExpertFiles
 from ..flash.host_arrays import to_bytes
 from ..flash.plain_files import reading, unreadable
@@ -24,6 +24,7 @@ from .expert_files import Mixture, parent_of, primitives_of
 from .memory_needs import StreamedNeed, needs_of
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, plan_for_budget
+from .quantised_cache import quantise_cache
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums, differs
@@ -38,12 +39,16 @@ def plan_mixture(
     from `open_mixture`. With `options.verify`, everything that is read is compared with checksums: tensors that are
     loaded once, and every expert at every read. Loading makes the checksums if they were not made before.
 
-    Raises BudgetError, CheckpointError or UnsupportedModelError. Loading raises ReadError.
+    Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
     positions = number_of(mixture.config, "max_position_embeddings", options.context)
     context = min(options.context, positions)
+    streamed = streamed_layers(mixture)
     try:
-        needs = needs_of(mixture.model, streamed_layers(mixture), context)
+        kv_bits = "" if options.kv_bits is None else f", {quantise_cache(mixture.model, streamed, options.kv_bits)}"
+        needs = needs_of(mixture.model, streamed, context)
+    except UsageError:
+        raise
     except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
         raise CheckpointError(
             f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
@@ -62,7 +67,7 @@ def plan_mixture(
     )
     free = usable_memory_bytes()
     units = UnitCounts(layers, mixture.experts, 1, "experts of each layer")
-    notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses")
+    notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses", kv_cache=kv_bits)
     plan = plan_for_budget(demand, units, mixture.expert_bytes, options.budget, free, context, notes=notes)
 
     def build(say: Callable[[str], None]) -> Any:

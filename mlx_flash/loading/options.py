@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from ..defaults import CONTEXT, IO_MODES, KV_BITS, PREDICTORS, THREADS
 from ..errors import UsageError
 from .plan import parse_memory
 
@@ -20,6 +20,7 @@ class LoadOptions:
     window: evict by a sliding window of this many tokens; None to evict the least used.
     threads: number of reader threads.
     context: number of tokens that the plan makes room for (at most the model's positions).
+    kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
@@ -32,6 +33,7 @@ class LoadOptions:
     window: int | None = None
     threads: int = THREADS
     context: int = CONTEXT
+    kv_bits: int | None = None
     io: str = "direct"
     verify: bool = False
 
@@ -59,6 +61,8 @@ class LoadOptions:
             raise UsageError(f"threads is {self.threads}, expected 1 to 256.")
         if self.context < 1:
             raise UsageError(f"context is {self.context}, expected at least 1 token.")
+        if self.kv_bits is not None and (type(self.kv_bits) is not int or self.kv_bits not in KV_BITS):
+            raise UsageError(f"kv_bits is {self.kv_bits!r:.80}, expected {' or '.join(map(str, KV_BITS))}, or None.")
         if self.io not in IO_MODES:
             raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
         _ = self.budget

@@ -29,6 +29,7 @@ from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
 from .planned import Planned
+from .quantised_cache import quantise_cache
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 
 
@@ -68,7 +69,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, manifest, kind, setting, folder, options.budget, context, options.threads)
+    plan = _plan(model, manifest, kind, setting, folder, options, context)
 
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
@@ -136,9 +137,8 @@ def _plan(
     kind: str,
     setting: PredictorSetting | None,
     folder: Path,
-    budget: int | None,
+    options: LoadOptions,
     context: int,
-    threads: int,
 ) -> Plan:
     layout = manifest.layout
     dtype = dense.compute_dtype(manifest.resident_dtype)
@@ -146,8 +146,10 @@ def _plan(
     parts = dense.slot_parts(manifest, kind)
     selects_up_to = 0 if kind == "none" else manifest.decode_tokens
     need = neurons_need(layout, selects_up_to)
+    streamed = [(layer, "mlp", need) for layer in model.layers]
     try:
-        needs = needs_of(model, [(layer, "mlp", need) for layer in model.layers], context, dtype)
+        kv_bits = "" if options.kv_bits is None else f", {quantise_cache(model, streamed, options.kv_bits)}"
+        needs = needs_of(model, streamed, context, dtype)
     except CONFIG_ERRORS as error:
         raise CorruptStoreError(
             f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
@@ -163,12 +165,12 @@ def _plan(
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, at_load)
+    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, at_load)
     slot_bytes = layout.part_range(parts)[1]
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)
-    notes = _notes(manifest, kind)
-    return make_plan(demand, layout, slot_bytes, budget, free, context, kind != "none", shares, notes)
+    notes = _notes(manifest, kind, kv_bits)
+    return make_plan(demand, layout, slot_bytes, options.budget, free, context, kind != "none", shares, notes)
 
 
 def demand_of(
@@ -199,7 +201,7 @@ def demand_of(
     )
 
 
-def _notes(manifest: Manifest, kind: str) -> PlanNotes:
+def _notes(manifest: Manifest, kind: str, kv_cache: str) -> PlanNotes:
     resident = PlanNotes().resident
     if manifest.resident_bits < 16:
         resident += f", {manifest.resident_bits} bits" + ("" if dense.backend_multiplies_packed() else " widened")
@@ -208,7 +210,8 @@ def _notes(manifest: Manifest, kind: str) -> PlanNotes:
         predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
     elif kind == "exact":
         predictors += ": all up projections, half of the FFN; the other half is streamed"
-    return PlanNotes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
+    slots = f", {manifest.layout.bits} bits" if manifest.layout.quantised else ""
+    return PlanNotes(resident, predictors, slots, kv_cache)
 
 
 def _need(manifest: Manifest, kind: str, setting: PredictorSetting | None) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..defaults import KV_STEP_TOKENS
 from ..flash.files import round_up
@@ -120,10 +120,18 @@ def make_room(cache: list[Any], tokens: int) -> None:
     step larger than planned.
     """
     size = round_up(tokens, KV_STEP_TOKENS)
+
+    def grown(array: mx.array) -> mx.array:
+        """array: (B, heads, tokens, width) -> (B, heads, size, width)"""
+        rows, heads, held, width = array.shape
+        return mx.concatenate([array, mx.zeros((rows, heads, size - held, width), array.dtype)], axis=2)
+
     for part in (part for entry in cache for part in getattr(entry, "caches", [entry])):
-        if type(part) is KVCache and part.keys is not None and (more := size - part.keys.shape[2]) > 0:
+        if type(part) in (KVCache, QuantizedKVCache) and part.keys is not None:
+            quantised = type(part) is QuantizedKVCache  # keys, and values, are then three arrays each
+            if (part.keys[0] if quantised else part.keys).shape[2] >= size:
+                continue
             for name in ("keys", "values"):
-                array = getattr(part, name)
-                rows, heads, _, width = array.shape
-                setattr(part, name, mx.concatenate([array, mx.zeros((rows, heads, more, width), array.dtype)], axis=2))
+                held = getattr(part, name)
+                setattr(part, name, tuple(map(grown, held)) if quantised else grown(held))
             mx.eval(part.keys, part.values)

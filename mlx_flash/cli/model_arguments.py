@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import CONTEXT, IO_MODES, KV_BITS, PREDICTORS, THREADS
+from ..defaults import CONTEXT, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_CONTEXT, PREDICTORS, THREADS
 from .run import REVISION_HELP
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--context",
-        type=int,
-        default=CONTEXT,
+        type=_context,
         metavar="N",
-        help="tokens to reserve memory for, at most the model's positions (default: %(default)s)",
+        help=f"tokens to reserve memory for, at most the model's positions; {MAX_CONTEXT} for all of them (default: "
+        f"{CONTEXT} to {MOST_CONTEXT}, as long as two thirds of the slots remain)",
     )
     model.add_argument(
         "--kv-bits",
@@ -76,6 +76,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "reads the whole checkpoint to make them, and compares it with the Hub's checksums where those are known "
         "(reads of a store are always compared)",
     )
+
+
+def _context(text: str) -> int | str:
+    if text == MAX_CONTEXT:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {MAX_CONTEXT}") from None
 
 
 def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Any, Any]:

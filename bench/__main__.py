@@ -22,6 +22,7 @@ COMMANDS = {  # command -> its module
     "predictors": "predictor_recall",
     "quality": "quality",
     "bits": "bits",
+    "kv-bits": "kv_bits",
     "plan": "plan_shape",
     "eviction": "eviction",
     "host": "host_time",

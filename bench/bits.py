@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.defaults import BITS, PREFILL_TOKENS
+from mlx_flash.defaults import BITS, CONTEXT, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.files import GROUP_SIZE, GROUP_SIZES
 from mlx_flash.flash.system import current_memory_bytes
@@ -130,7 +130,7 @@ def measure_quality(row: StoreRow, text: str, tokens: int, predicted: bool) -> t
     """Measures perplexity with all neurons and, if `predicted`, with the predictor's choice. Returns ids and prefix."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, tokenizer = load.load(row.store)
+    model, tokenizer = load.load(row.store, context=CONTEXT)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[:tokens]
     if len(ids) < LEAST_TOKENS:
         raise UsageError(f"--text has {len(ids)} tokens, expected at least {LEAST_TOKENS}.")
@@ -182,11 +182,11 @@ def open_with(store: Path, share: float) -> Any:
     """
     process = current_memory_bytes()
     with patch.object(streaming_needs, "current_memory_bytes", lambda: process):
-        model, _ = load.load(store)
+        model, _ = load.load(store, context=CONTEXT)
         plan = model.flash.plan
         model.flash.close()
         budget = plan.demand.total + int(share * plan.units.layers * plan.units.per_layer * plan.slot_bytes)
-        model, _ = load.load(store, memory=budget)
+        model, _ = load.load(store, memory=budget, context=CONTEXT)
     return model
 
 

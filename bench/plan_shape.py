@@ -22,7 +22,7 @@ from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.loading.plan import PlanNotes, make_plan, parse_memory
 from mlx_flash.loading.store import demand_of
-from mlx_flash.loading.streaming_needs import neurons_need
+from mlx_flash.loading.streaming_needs import neurons_need, process_bytes
 
 from .synthetic.opt_checkpoint import SHAPES, opt_config
 
@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
     needs = needs_of(model, layers_of, context, getattr(mx, DTYPE), as_on_metal=True)
     sizes = resident_sizes(config, arguments.resident_bits)
     predictors = shadow_bytes(layout, Settings().shadow_bits)
-    demand = demand_of(layout, layout.parts, sizes, predictors, needs, THREADS)
+    demand = demand_of(layout, layout.parts, sizes, predictors, needs, THREADS, process_bytes())
     resident = f", {arguments.resident_bits} bits" if arguments.resident_bits < 16 else ""
     slots = f", {layout.bits} bits" if layout.quantised else ""
     notes = PlanNotes(PlanNotes().resident + resident, "shadow", slots)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mlx_flash.cli.run import whole_number
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.convert.imported import find_predictors
-from mlx_flash.defaults import STORED_PREDICTORS
+from mlx_flash.defaults import CONTEXT, STORED_PREDICTORS
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.predictors import Predictor
 from mlx_flash.loading.plan import parse_memory
@@ -160,7 +160,7 @@ def measure(store: Path, kind: str, text: str, tokens: int, recall: float | None
 
     from mlx_flash.loading.load import load
 
-    model, tokenizer = load(store, predictor=kind, recall=recall)
+    model, tokenizer = load(store, predictor=kind, recall=recall, context=CONTEXT)
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: tokens or None]
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     seconds = seconds_per_token(model, prefix + ids[:128])

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
-from mlx_flash.defaults import CONTEXT, PREDICTORS
+from mlx_flash.defaults import CONTEXT, KV_BITS, PREDICTORS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.system import peak_memory_bytes
 
@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predictor that chooses the neurons (default: the store's own)",
     )
     parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="quantise the streamed model's KV cache, not the dense model's (default: the model's own precision)",
+    )
+    parser.add_argument(
         "--tasks",
         metavar="NAMES",
         help="comma-separated list of lm-eval tasks, such as arc_easy,hellaswag, or of YAML files or folders of them",
@@ -77,7 +83,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     store = find_store(arguments.model, say)
     model, tokenizer = load(
-        store, memory=arguments.memory, predictor=arguments.predictor, context=arguments.context, say=say
+        store,
+        memory=arguments.memory,
+        predictor=arguments.predictor,
+        context=arguments.context,
+        kv_bits=arguments.kv_bits,
+        say=say,
     )
     try:
         plan = model.flash.plan
@@ -87,6 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
             "model": "demo" if arguments.model is None else arguments.model,
             "predictor": model.flash.predictor,
             "context": plan.context,
+            "kv_bits": arguments.kv_bits,
             "perplexity": None,
             "dense_perplexity": None,
         }
@@ -109,12 +121,14 @@ def score_text(model: Any, tokenizer: Any, text: str, arguments: argparse.Namesp
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    from mlx_flash.loading.quantised_cache import plain_cache
+
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))[: arguments.tokens]
     if len(ids) < LEAST_TOKENS:
         raise UsageError(f"--text {arguments.text} has {len(ids)} tokens, expected at least {LEAST_TOKENS}.")
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     with tqdm(total=len(ids), desc="perplexity", unit="token", dynamic_ncols=True) as bar:
-        found = compare(model, lambda: make_prompt_cache(model), ids, prefix, bar.update)
+        found = compare(model, lambda: make_prompt_cache(model), ids, prefix, bar.update, lambda: plain_cache(model))
     tokens, divergences = found.dense.tokens, found.divergences
     return {
         "tokens": tokens,

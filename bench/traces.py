@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
-from mlx_flash.defaults import PREDICTORS, PREFILL_TOKENS
+from mlx_flash.defaults import CONTEXT, PREDICTORS, PREFILL_TOKENS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.predictors import Predictor
@@ -184,7 +184,7 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None] = lambda _:
 
     text = read_text(arguments.text)
     store = mixture_folder(arguments.model) or find_store(arguments.model, say)
-    model, tokenizer = load(store, predictor=arguments.predictor)
+    model, tokenizer = load(store, predictor=arguments.predictor, context=CONTEXT)
     try:
         calibration = files("mlx_flash.convert").joinpath("calibration.txt").read_text(encoding="utf-8")
         ids, calibration_ids = (

@@ -6,7 +6,10 @@ STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
 
-CONTEXT = 2048  # tokens
+KV_BITS = (8, 4)  # bits per number of a quantised KV cache
+CONTEXT = 2048  # tokens; the least that is chosen, if a model has so many positions
+MOST_CONTEXT = 32768  # tokens; the most that are chosen
+MAX_CONTEXT = "max"  # stands for all positions of a model
 THREADS = 16
 PREFILL_TOKENS = 512  # prompt tokens per chunk in our own functions; the memory plan relies on it
 

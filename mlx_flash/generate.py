@@ -51,8 +51,11 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     return prompt
 
 
-def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> str | list[int]:
-    """The prompt in the form of the model's chat template, if it has one. Raises ChatTemplateError."""
+def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, context: int) -> str | list[int]:
+    """The prompt in the form of the model's chat template, if it has one. Raises ChatTemplateError.
+
+    context: number of tokens that the plan makes room for.
+    """
     from .text.chat_template import has_chat_template, prompt_ids
     from .text.template_process import TemplateProcess
 
@@ -65,7 +68,7 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace) -
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
     try:
         with contextlib.closing(TemplateProcess()) as process:
-            return prompt_ids(process, tokenizer, messages, most=arguments.context)
+            return prompt_ids(process, tokenizer, messages, most=context)
     except ChatTemplateError as error:
         raise type(error)(f"{error} {WITHOUT_TEMPLATE}") from None
 
@@ -80,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
     if model.flash.defaults.sampling:
         say(f"sampling: {sampling.describe()} (options not given are from the model's generation_config.json)")
     sampler = seeded_sampler(sampling, model.flash.vocabulary)
-    prompt = apply_template(tokenizer, prompt_text, arguments)
+    prompt = apply_template(tokenizer, prompt_text, arguments, model.flash.plan.context)
     tokens: list[int] = []
     pieces: list[str] = []
     response = None

@@ -201,9 +201,9 @@ def test_a_chat_template_is_applied(
     model, tokenizer = load(own_store)
     model.flash.close()
     arguments = generate_command.make_parser().parse_args(["--system-prompt", "Be"])
-    assert tokenizer.decode(generate_command.apply_template(tokenizer, "Hi", arguments)) == "[system:Be][user:Hi]"
+    assert tokenizer.decode(generate_command.apply_template(tokenizer, "Hi", arguments, 512)) == "[system:Be][user:Hi]"
     arguments = generate_command.make_parser().parse_args(["--ignore-chat-template"])
-    assert generate_command.apply_template(tokenizer, "Hi", arguments) == "Hi"
+    assert generate_command.apply_template(tokenizer, "Hi", arguments, 512) == "Hi"
     code, output, _ = run("--model", str(own_store), "--prompt", "Hi", "--max-tokens", "3", "--json")
     assert code == 0 and json.loads(output.splitlines()[-1])["prompt_tokens"] == len("[user:Hi]")
 

@@ -83,7 +83,16 @@ def test_options_or_fields() -> None:
     with pytest.raises(TypeError, match="memry"):
         load(None, memry="6GB")
     wrong: tuple[dict[str, Any], ...] = (
-        *({"window": 0}, {"window": 1.5}, {"threads": 0}, {"threads": "4"}, {"context": 0}, {"context": None}),
+        *(
+            {"window": 0},
+            {"window": 1.5},
+            {"threads": 0},
+            {"threads": "4"},
+            {"context": 0},
+            {"context": "many"},
+            {"context": 2.5},
+            {"context": True},
+        ),
         *({"io": "x"}, {"predictor": "x"}, {"memory": "much"}, {"memory": 6.0}, {"memory": True}, {"verify": "x"}),
         *({"recall": "x"}, {"io": []}),
     )

@@ -105,7 +105,7 @@ def ids_of(tokenizer: Any, *messages: dict[str, str]) -> list[int]:
 
 def test_generate_applies_a_template_in_code(generate_command: ModuleType, in_code: Any) -> None:
     arguments = generate_command.make_parser().parse_args(["--system-prompt", "Be"])
-    assert generate_command.apply_template(in_code, "hi", arguments) == ids_of(in_code, SYSTEM, HI)
+    assert generate_command.apply_template(in_code, "hi", arguments, 512) == ids_of(in_code, SYSTEM, HI)
 
 
 def test_a_conversation_applies_a_template_in_code(in_code: Any) -> None:

@@ -159,7 +159,7 @@ def _about_experts(folder: Path, context: int) -> dict[str, Any]:
         "other_files": [],
         "choices": needs.choices,
         "vocabulary": needs.vocabulary,
-        "positions": number_of(mixture.config, "max_position_embeddings", context),
+        "positions": number_of(mixture.config, "max_position_embeddings") or context,
         "told": {
             "model": folder.resolve().name + (" (synthetic weights and routing)" if synthetic else ""),
             "synthetic": synthetic,

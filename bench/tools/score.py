@@ -166,14 +166,19 @@ def compare(
     ids: list[int],
     prefix: list[int],
     progress: Callable[[int], object] = lambda _: None,
+    make_dense_cache: Callable[[], list[Any]] | None = None,
 ) -> Comparison:
     """Scores `ids` in windows of the planned context, streamed on the decode path and dense.
 
     Both are the same streamed model, so the dense model need not fit into memory.
+
+    make_dense_cache: makes the dense model's caches; None for `make_cache`.
     """
     result, step = Comparison(), model.flash.manifest.decode_tokens
     for given, targets in windows(ids, prefix, model.flash.plan.context):
-        chunks = dense_hidden(model, given, make_cache())  # frees this KV cache before the next one is made
+        chunks = dense_hidden(
+            model, given, (make_dense_cache or make_cache)()
+        )  # frees this KV cache before the next one is made
         cache = make_cache()
         for begin, hidden in zip(range(0, len(given), PREFILL_TOKENS), chunks, strict=True):
             for at in range(0, len(hidden), step):

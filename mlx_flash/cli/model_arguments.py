@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from ..defaults import CONTEXT, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_CONTEXT, PREDICTORS, THREADS
 from .run import REVISION_HELP
 
 if TYPE_CHECKING:
@@ -29,10 +29,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
     )
     model.add_argument(
         "--context",
-        type=int,
-        default=CONTEXT,
+        type=_context,
         metavar="N",
-        help="tokens to reserve memory for, at most the model's positions (default: %(default)s)",
+        help=f"tokens to reserve memory for, at most the model's positions; {MAX_CONTEXT} for all of them (default: "
+        f"{CONTEXT} to {MOST_CONTEXT}, as long as two thirds of the slots remain)",
+    )
+    model.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="quantise the KV cache to so many bits per number, which may change the text (default: the model's own "
+        "precision)",
     )
     model.add_argument(
         "--prompt-cache",
@@ -90,6 +97,15 @@ def model_flags(arguments: argparse.Namespace) -> list[str]:
         if value != action.default:
             flags.append(f"{action.option_strings[0]}" if action.nargs == 0 else f"{action.option_strings[0]}={value}")
     return flags
+
+
+def _context(text: str) -> int | str:
+    if text == MAX_CONTEXT:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {MAX_CONTEXT}") from None
 
 
 def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Any, Any]:

@@ -4,7 +4,8 @@ The arrays of a graph are made and dropped as in MLX 0.32:
 
 - `eval` takes them in an order that transforms.cpp fixes: breadth first from the end, at most 20 wide, backwards.
 - A view has no memory of its own. An elementwise operation takes over the memory of an operand that nothing else needs.
-  `matmul` copies an operand whose rows are not contiguous.
+  `matmul` copies an operand whose rows are not contiguous. On the CPU, `quantized_matmul` copies every operand that is
+  not contiguous as a whole, such as keys that several heads share or that do not fill their memory yet.
 - On the CPU, an array is dropped when the last operation that reads it has run. On Metal, it is held until its command
   buffer is done. The host runs ahead of that, so no array is sure to be dropped before the end of an `eval`.
 """
@@ -38,7 +39,7 @@ IN_PLACE = frozenset((
     "Square", "Subtract", "Tan", "Tanh",
 ))
 # fmt: on
-COPIES_ROWS = frozenset(("AddMM", "GatherMM", "GatherQMM", "Matmul", "QuantizedMatmul"))
+COPIES_ROWS = frozenset(("AddMM", "GatherMM", "GatherQMM", "Matmul"))
 COPIES_ALL = frozenset(("LayerNorm", "RMSNorm", "RoPE", "ScaledDotProductAttention", "Sort"))
 
 Shape = tuple[int, ...]
@@ -168,7 +169,7 @@ class _Memory:
 
     def _run(self, operation: Operation) -> None:
         strides = [self._strides(array) for array in operation.inputs]
-        copies = _copied_bytes(operation, strides)
+        copies = _copied_bytes(operation, strides, on_cpu=not self.drops_late)
         views = [_view(operation, strides[0], array.shape) if operation.inputs else None for array in operation.outputs]
         for array, view in zip(operation.outputs, views, strict=True):
             taken_over = self._taken_over(operation, strides, array)
@@ -303,8 +304,12 @@ def is_row_major(shape: Shape, strides: Shape) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(shape, strides, row_major(shape), strict=True))
 
 
-def _copied_bytes(operation: Operation, strides: list[Shape]) -> int:
+def _copied_bytes(operation: Operation, strides: list[Shape], on_cpu: bool) -> int:
     """Bytes of the operands that an operation copies first, because it needs another layout."""
+    if operation.name == "QuantizedMatmul":
+        fits = is_row_major if on_cpu else _is_matrix
+        operands = list(zip(operation.inputs, strides, strict=True))
+        return sum(array.nbytes for array, stride in operands if not fits(array.shape, stride))
     if operation.name in COPIES_ROWS:
         operands = list(zip(operation.inputs, strides, strict=True))[:2]
         return sum(array.nbytes for array, stride in operands if not _is_matrix(array.shape, stride))

@@ -75,11 +75,7 @@ def needs_of(
     here = mx.default_device() != mx.cpu
     drops_late = here or as_on_metal
     tokens = min(PREFILL_TOKENS, context)
-    held = [parent[key] for parent, key, _ in layers]
-    calls = _Calls()
-    try:
-        for parent, key, need in layers:
-            parent[key] = _StandIn(calls, need)
+    with stand_ins(layers) as calls:
         weights: Any = tree_flatten(model.parameters())
         try:
             with _fused_as_on_metal(as_on_metal and not here):
@@ -88,13 +84,10 @@ def needs_of(
                 prompt = few if loops or tokens == few.tokens else _Step(model, calls, weights, tokens, context, dtype)
         finally:
             model.load_weights(weights, strict=False)
-    finally:
-        for (parent, key, _), module in zip(layers, held, strict=True):
-            parent[key] = module
     # Memory grows with the tokens at most in proportion.
     work = -(-(prompt.peak_bytes(drops_late, logits=False) - prompt.kv_bytes) * tokens // prompt.tokens)
     work = max(work, token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes)
-    return Needs(prompt.kv_bytes, work, prompt.vocabulary, prompt.choices)
+    return Needs(prompt.kv_bytes + prompt.unused_kv_bytes, work, prompt.vocabulary, prompt.choices)
 
 
 class _Calls:
@@ -125,6 +118,20 @@ class _StandIn:
         if len(calls.asked) <= len(calls.answers):
             return calls.answers[len(calls.asked) - 1]
         return mx.zeros(_answer_shape(x, indices), x.dtype)
+
+
+@contextmanager
+def stand_ins(layers: Sequence[tuple[Any, Any, StreamedNeed]]) -> Iterator[_Calls]:
+    """Inside this context, the streamed layers, in the form of `needs_of`, are stand-ins that note their arguments."""
+    held = [parent[key] for parent, key, _ in layers]
+    calls = _Calls()
+    try:
+        for parent, key, need in layers:
+            parent[key] = _StandIn(calls, need)
+        yield calls
+    finally:
+        for (parent, key, _), module in zip(layers, held, strict=True):
+            parent[key] = module
 
 
 class _Step:
@@ -165,10 +172,18 @@ class _Step:
         outputs = iter(self.graph.outputs)
         self.asked = [[next(outputs).name for _ in arrays] for arrays in calls.asked]
         *self.after, self.logits = outputs
+        growing = {id(array) for part in parts_of(cache) if _grows(part) for array, _ in _arrays_of(part)}
+        self.grows = [id(array) in growing for array, _ in _cache_arrays(cache)]
 
     @property
     def kv_bytes(self) -> int:
         return sum(array.nbytes for array in self.after)
+
+    @property
+    def unused_kv_bytes(self) -> int:
+        """Bytes of the last step of a growing cache, beyond the end of the context, which were not in this call."""
+        grown = (array for array, grows in zip(self.after, self.grows, strict=True) if grows)
+        return sum(array.nbytes // array.shape[2] * (-array.shape[2] % KV_STEP_TOKENS) for array in grown)
 
     @property
     def vocabulary(self) -> int:
@@ -212,7 +227,7 @@ def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
     from mlx_lm.models.cache import make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
-    parts = _parts(cache)
+    parts = parts_of(cache)
     # A cache with a window keeps its size once the window is full. A cache that keeps all tokens is enlarged below.
     window = max((_window(part) or 1 for part in parts), default=1)
     filled = 0
@@ -223,21 +238,24 @@ def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
         filled += piece
     for part in parts:
         if _grows(part):
-            for name in ("keys", "values"):
-                array = getattr(part, name)
-                shape = (*array.shape[:2], round_up(tokens, KV_STEP_TOKENS), *array.shape[3:])
-                setattr(part, name, mx.zeros(shape, array.dtype))
+            for array, put in _arrays_of(part):
+                put(mx.zeros((*array.shape[:2], round_up(tokens, KV_STEP_TOKENS), *array.shape[3:]), array.dtype))
             part.offset = tokens
     return cache
 
 
-def _parts(cache: list[Any]) -> list[Any]:
+def parts_of(cache: list[Any]) -> list[Any]:
+    """The caches in a prompt cache. A layer may have several."""
     return [part for entry in cache for part in getattr(entry, "caches", [entry])]
 
 
 def _grows(part: Any) -> bool:
-    """Whether a part of a prompt cache keeps keys and values (B, heads, tokens, width) of every token."""
-    return isinstance(getattr(part, "keys", None), mx.array) and hasattr(part, "offset") and _window(part) is None
+    """Whether a part of a prompt cache keeps keys and values (B, heads, tokens, width) of every token.
+
+    Those of a quantised cache are each three arrays of this form.
+    """
+    kept = getattr(part, "keys", None) is not None and hasattr(part, "offset") and _window(part) is None
+    return kept and bool(_arrays_of(part))
 
 
 def _window(part: Any) -> int | None:
@@ -247,14 +265,22 @@ def _window(part: Any) -> int | None:
 
 def _cache_arrays(cache: list[Any]) -> list[tuple[mx.array, Callable[[mx.array], None]]]:
     """Every array in a prompt cache, with a function that replaces it."""
+    return [found for part in parts_of(cache) for found in _arrays_of(part)]
+
+
+def _arrays_of(part: Any) -> list[tuple[mx.array, Callable[[mx.array], None]]]:
+    """Every array in a part of a prompt cache, with a function that replaces it."""
     found: list[tuple[mx.array, Callable[[mx.array], None]]] = []
-    for part in _parts(cache):
-        for name, value in vars(part).items():
-            if isinstance(value, mx.array):
-                found.append((value, partial(setattr, part, name)))
-            elif isinstance(value, list):
-                places = [place for place, item in enumerate(value) if isinstance(item, mx.array)]
-                found += [(value[place], partial(value.__setitem__, place)) for place in places]
+    for name, value in vars(part).items():
+        if isinstance(value, mx.array):
+            found.append((value, partial(setattr, part, name)))
+            continue
+        if isinstance(value, tuple):
+            value = list(value)
+            setattr(part, name, value)  # items of a list can be replaced
+        if isinstance(value, list):
+            places = [place for place, item in enumerate(value) if isinstance(item, mx.array)]
+            found += [(value[place], partial(value.__setitem__, place)) for place in places]
     return found
 
 

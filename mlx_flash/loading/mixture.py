@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, ReadError, UnsupportedModelError
+from ..errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from ..flash.experts import ExpertFiles
 from ..flash.host_arrays import to_bytes
 from ..flash.plain_files import reading, unreadable
@@ -20,10 +21,12 @@ from ..flash.system import usable_memory_bytes
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges
 from ..source.model_kind import error_line
+from .context import plan_context
 from .expert_files import Mixture, parent_of, primitives_of
-from .memory_needs import StreamedNeed, needs_of
+from .memory_needs import Needs, StreamedNeed, needs_of
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, plan_for_budget
+from .quantised_cache import quantise_cache
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums, differs
@@ -38,41 +41,60 @@ def plan_mixture(
     from `open_mixture`. With `options.verify`, everything that is read is compared with checksums: tensors that are
     loaded once, and every expert at every read. Loading makes the checksums if they were not made before.
 
-    Raises BudgetError, CheckpointError or UnsupportedModelError. Loading raises ReadError.
+    Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
-    positions = number_of(mixture.config, "max_position_embeddings", options.context)
-    context = min(options.context, positions)
+    positions = number_of(mixture.config, "max_position_embeddings")
+    streamed = streamed_layers(mixture)
     try:
-        needs = needs_of(mixture.model, streamed_layers(mixture), context)
-    except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
-        raise CheckpointError(
-            f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
-            "Download the checkpoint again."
-        ) from None
+        kv_bits = "" if options.kv_bits is None else f", {quantise_cache(mixture.model, streamed, options.kv_bits)}"
+    except UsageError:
+        raise
+    except Exception as error:
+        raise _cannot_run(folder, error) from None
+
+    @cache
+    def needs_at(context: int) -> Needs:
+        try:
+            return needs_of(mixture.model, streamed, context)
+        except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
+            raise _cannot_run(folder, error) from None
+
     layers = len(mixture.switches)
     resident = [array.nbytes for _, array in mixture.resident()]
-    computing = needs.workspace + reading_bytes(options.threads, aligned=False)  # experts lie anywhere in their files
-    loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # the slots come later
-    demand = Demand(
-        process=process_bytes(),
-        resident=sum(resident) + mixture.table_bytes,
-        predictors=0,
-        kv_cache=needs.kv_cache,
-        workspace=MLX_CACHE_BYTES + max(computing, loading),
-    )
+    process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
+
+    def demand_at(context: int) -> Demand:
+        needs = needs_at(context)
+        # Experts lie anywhere in their files.
+        computing = needs.workspace + reading_bytes(options.threads, aligned=False)
+        loading = loading_excess_bytes(resident) - needs.kv_cache - layers * mixture.expert_bytes  # slots come later
+        return Demand(
+            process=process(),
+            resident=sum(resident) + mixture.table_bytes,
+            predictors=0,
+            kv_cache=needs.kv_cache,
+            workspace=MLX_CACHE_BYTES + max(computing, loading),
+        )
+
     free = usable_memory_bytes()
     units = UnitCounts(layers, mixture.experts, 1, "experts of each layer")
-    notes = PlanNotes("attention, routers, shared experts, embeddings", "none: the router chooses")
-    plan = plan_for_budget(
-        demand,
-        units,
-        mixture.expert_bytes,
-        options.budget,
-        free,
-        context,
-        notes=notes,
-        prompt_caches=options.prompt_cache_bytes,
-    )
+
+    def divide(demand: Demand, context: int, note: str) -> Plan:
+        notes = PlanNotes(
+            "attention, routers, shared experts, embeddings", "none: the router chooses", kv_cache=note + kv_bits
+        )
+        return plan_for_budget(
+            demand,
+            units,
+            mixture.expert_bytes,
+            options.budget,
+            free,
+            context,
+            notes=notes,
+            prompt_caches=options.prompt_cache_bytes,
+        )
+
+    plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")
@@ -87,10 +109,19 @@ def plan_mixture(
         mixture.stream(streamer, plan.slots, options.window)
         evaluate_constants(mixture.model)
         model = mixture.model
-        model.flash = Runtime(plan, streamer, mixture.layers(), "router", needs.vocabulary, positions)
+        model.flash = Runtime(
+            plan, streamer, mixture.layers(), "router", needs_at(plan.context).vocabulary, positions or plan.context
+        )
         return model
 
     return plan, build
+
+
+def _cannot_run(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
+        "Download the checkpoint again."
+    )
 
 
 def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
@@ -234,15 +265,15 @@ def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadEr
     return unreadable(mixture.files[0].parent, error, f"a tensor of {parameter}")
 
 
-def number_of(config: dict[str, Any], key: str, otherwise: int) -> int:
-    """A number from a configuration, or from its part for the text model; `otherwise` if it is in neither.
+def number_of(config: dict[str, Any], key: str) -> int | None:
+    """A number from a configuration, or from its part for the text model; None if it is in neither.
 
     Raises CheckpointError if it is not a positive whole number.
     """
     text = config.get("text_config")
     value = config.get(key, text.get(key) if isinstance(text, dict) else None)
     if value is None:
-        return otherwise
+        return None
     if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
     return value

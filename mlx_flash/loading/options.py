@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..defaults import CONTEXT, IO_MODES, PREDICTORS, THREADS
+from ..defaults import IO_MODES, KV_BITS, MAX_CONTEXT, PREDICTORS, THREADS
 from ..errors import UsageError
 from .plan import parse_memory
 
@@ -19,10 +19,12 @@ class LoadOptions:
     recall: share of the active neurons that a stored predictor should find; None for the store's own target.
     window: evict by a sliding window of this many tokens; None to evict the least used.
     threads: number of reader threads.
-    context: number of tokens that the plan makes room for (at most the model's positions).
+    context: number of tokens that the plan makes room for (at most the model's positions); "max" for all positions;
+        None for as many as suit the budget, see `plan_context`.
     prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; 0 for none. "auto" for a tenth of
         what the budget has beyond the smallest one, but at most three contexts. `ReusedPromptCache` uses it, and so the
         server and the chat.
+    kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
@@ -34,8 +36,9 @@ class LoadOptions:
     recall: float | None = None
     window: int | None = None
     threads: int = THREADS
-    context: int = CONTEXT
+    context: int | str | None = None
     prompt_cache: str | int = 0
+    kv_bits: int | None = None
     io: str = "direct"
     verify: bool = False
 
@@ -53,7 +56,7 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raises UsageError for a value that no model can be loaded with."""
-        for name, value in (("window", self.window), ("threads", self.threads), ("context", self.context)):
+        for name, value in (("window", self.window), ("threads", self.threads)):
             if type(value) is not int and not (name == "window" and value is None):
                 raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
         if self.memory is not None and type(self.memory) not in (int, str):
@@ -72,8 +75,12 @@ class LoadOptions:
             raise UsageError(f"window is {self.window}, expected 1 to 1000000 tokens.")
         if not 1 <= self.threads <= 256:
             raise UsageError(f"threads is {self.threads}, expected 1 to 256.")
-        if self.context < 1:
+        if self.context not in (None, MAX_CONTEXT) and type(self.context) is not int:
+            raise UsageError(f"context is {self.context!r:.80}, expected a whole number, or {MAX_CONTEXT!r}.")
+        if isinstance(self.context, int) and self.context < 1:
             raise UsageError(f"context is {self.context}, expected at least 1 token.")
+        if self.kv_bits is not None and (type(self.kv_bits) is not int or self.kv_bits not in KV_BITS):
+            raise UsageError(f"kv_bits is {self.kv_bits!r:.80}, expected {' or '.join(map(str, KV_BITS))}, or None.")
         if self.io not in IO_MODES:
             raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
         _ = self.budget, self.prompt_cache_bytes

@@ -61,6 +61,7 @@ class PlanNotes:
     resident: str = "attention, embeddings, norms"
     predictors: str = ""
     slots: str = ""  # appended to the note that all plans have
+    kv_cache: str = ""  # likewise
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Plan:
             ("resident weights", self.demand.resident, self.notes.resident),
             ("predictors", self.demand.predictors, self.notes.predictors),
             ("slots", self.slots_bytes, slots),
-            ("KV cache", self.demand.kv_cache, f"{self.context} tokens"),
+            ("KV cache", self.demand.kv_cache, f"{self.context} tokens{self.notes.kv_cache}"),
             ("prompt caches", self.demand.prompt_caches, self._caches_note()),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer
 from . import dense
 from .config import read_config
+from .context import plan_context
 from .memory_needs import Call, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
 from .planned import Planned
+from .quantised_cache import quantise_cache
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 
 
@@ -55,7 +58,6 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
     try:
         args = model_arguments(args_class, config)
         model = model_class(args)  # its random weights are never evaluated
-        context = min(options.context, getattr(args, "max_position_embeddings", options.context))
     except CONFIG_ERRORS as error:
         raise CorruptStoreError(
             f"{folder / 'config.json'}: {first_line(error)}. Convert the checkpoint again."
@@ -68,7 +70,7 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, manifest, kind, setting, folder, context, options)
+    plan = _plan(model, manifest, kind, setting, folder, options)
 
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
@@ -136,7 +138,6 @@ def _plan(
     kind: str,
     setting: PredictorSetting | None,
     folder: Path,
-    context: int,
     options: LoadOptions,
 ) -> Plan:
     layout = manifest.layout
@@ -145,13 +146,19 @@ def _plan(
     parts = dense.slot_parts(manifest, kind)
     selects_up_to = 0 if kind == "none" else manifest.decode_tokens
     need = neurons_need(layout, selects_up_to)
+    streamed = [(layer, "mlp", need) for layer in model.layers]
     try:
-        needs = needs_of(model, [(layer, "mlp", need) for layer in model.layers], context, dtype)
+        kv_bits = "" if options.kv_bits is None else f", {quantise_cache(model, streamed, options.kv_bits)}"
     except CONFIG_ERRORS as error:
-        raise CorruptStoreError(
-            f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
-            "Convert the checkpoint again."
-        ) from None
+        raise _cannot_call(folder, error) from None
+
+    @cache
+    def needs_at(context: int) -> Needs:
+        try:
+            return needs_of(model, streamed, context, dtype)
+        except CONFIG_ERRORS as error:
+            raise _cannot_call(folder, error) from None
+
     at_load = 0
     if kind == "exact":
         matrix = layout.neurons * layout.width * dtype.size
@@ -162,22 +169,38 @@ def _plan(
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays
         predictor_bytes = sum(dense.in_compute_dtype(name, tensor, dtype).nbytes for name, tensor in stored.items())
-    demand = demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, at_load)
+    process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
     slot_bytes = layout.part_range(parts)[1]
     free = usable_memory_bytes()
     shares = _need(manifest, kind, setting)
-    notes = _notes(manifest, kind)
-    return make_plan(
-        demand,
-        layout,
-        slot_bytes,
-        options.budget,
-        free,
-        context,
-        kind != "none",
-        shares,
-        notes,
-        options.prompt_cache_bytes,
+
+    def demand_at(context: int) -> Demand:
+        needs = needs_at(context)
+        return demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load)
+
+    def divide(demand: Demand, context: int, note: str) -> Plan:
+        notes = _notes(manifest, kind, note + kv_bits)
+        return make_plan(
+            demand,
+            layout,
+            slot_bytes,
+            options.budget,
+            free,
+            context,
+            kind != "none",
+            shares,
+            notes,
+            options.prompt_cache_bytes,
+        )
+
+    positions = getattr(model.args, "max_position_embeddings", None)
+    return plan_context(options.context, positions, demand_at, divide, options.budget, free)
+
+
+def _cannot_call(folder: Path, error: Exception) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"{folder / 'config.json'} describes a model that cannot be called: {first_line(error)}. "
+        "Convert the checkpoint again."
     )
 
 
@@ -188,12 +211,13 @@ def demand_of(
     predictors: int,
     needs: Needs,
     threads: int,
+    process: int,
     at_load: int = 0,
 ) -> Demand:
     """The memory that a store's model needs apart from its slots.
 
     parts: kept in slots. resident: bytes of each resident tensor, as it is in memory. predictors: bytes of all of them.
-    threads: of the reader. at_load: bytes that loading needs at most beside what stays.
+    threads: of the reader. process: bytes of the process. at_load: bytes that loading needs at most beside what stays.
     """
     offset, slot_bytes = layout.part_range(parts)
     computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
@@ -201,7 +225,7 @@ def demand_of(
     loading = max(at_load, loading_excess_bytes(resident) - predictors) - needs.kv_cache
     sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES  # sums of blocks and of the slots' parts
     return Demand(
-        process=process_bytes(),
+        process=process,
         resident=sum(resident),
         predictors=predictors,
         kv_cache=needs.kv_cache,
@@ -209,7 +233,7 @@ def demand_of(
     )
 
 
-def _notes(manifest: Manifest, kind: str) -> PlanNotes:
+def _notes(manifest: Manifest, kind: str, kv_cache: str) -> PlanNotes:
     resident = PlanNotes().resident
     if manifest.resident_bits < 16:
         resident += f", {manifest.resident_bits} bits" + ("" if dense.backend_multiplies_packed() else " widened")
@@ -218,7 +242,8 @@ def _notes(manifest: Manifest, kind: str) -> PlanNotes:
         predictors += ": all gates, a third of the FFN; the other two thirds are streamed"
     elif kind == "exact":
         predictors += ": all up projections, half of the FFN; the other half is streamed"
-    return PlanNotes(resident, predictors, f", {manifest.layout.bits} bits" if manifest.layout.quantised else "")
+    slots = f", {manifest.layout.bits} bits" if manifest.layout.quantised else ""
+    return PlanNotes(resident, predictors, slots, kv_cache)
 
 
 def _need(manifest: Manifest, kind: str, setting: PredictorSetting | None) -> list[float]:

@@ -49,10 +49,12 @@ class FusedAttention(nn.Module):
         if "rope" in self:
             offset = cache.offset if cache is not None else 0
             queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        total = length
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+            total = (keys[0] if hasattr(cache, "bits") else keys).shape[2]  # Quantised keys are three arrays.
         if "rope" not in self:
-            mask = self._with_alibi(mask, length, keys.shape[2], cache).astype(queries.dtype)
+            mask = self._with_alibi(mask, length, total, cache).astype(queries.dtype)
         out = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.dense(out.transpose(0, 2, 1, 3).reshape(x.shape))  # (B, H, T, d) -> (B, T, D)
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import openai
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from serving import Server, serving  # type: ignore[import-not-found]  # found beside this file
 
 import mlx_flash
@@ -40,6 +43,7 @@ def texts(load_speaker: Callable[[], Any]) -> dict[str, Any]:
         "text": "".join(r.text for r in responses),
         "continued": whole.removeprefix(tokenizer.decode(ids)),
         "prompt": ids,
+        "prompt_text": tokenizer.decode(ids),
         "first": responses[0].logprobs,
     }
 
@@ -260,3 +264,32 @@ def test_other_settings_are_taken(client: openai.OpenAI) -> None:
         extra_body={"top_k": 4096, "min_p": 0.05, "repetition_penalty": 1.1, "unknown": [1]},
     )
     assert done.usage is not None and done.usage.completion_tokens == 3
+
+
+def test_echo(client: openai.OpenAI, texts: dict[str, Any], load_speaker: Callable[[], Any]) -> None:
+    """As lm-eval asks for the likelihood of a text."""
+    options: dict[str, Any] = {"model": "demo", "temperature": 0, "echo": True}
+    model, tokenizer = load_speaker()
+    text, ids = texts["prompt_text"], texts["prompt"]
+    logits = model(mx.array(ids)[None], cache=make_prompt_cache(model))[0].astype(mx.float32)
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = [float(expected[place, token].item()) for place, token in enumerate(ids[1:])]
+    model.flash.close()
+    for tokens in (0, 1, 5):
+        done = client.completions.create(prompt=ids, max_tokens=tokens, logprobs=2, **options).choices[0]
+        probabilities = done.logprobs
+        assert done.text.startswith(text) and done.finish_reason == "length" and probabilities is not None
+        assert len(probabilities.tokens) == len(ids) + tokens and "".join(probabilities.tokens) == done.text
+        assert probabilities.token_logprobs[0] is None and probabilities.top_logprobs[0] is None
+        assert np.allclose(probabilities.token_logprobs[1 : len(ids)], chosen, atol=1e-4)
+        lengths = [len(token) for token in probabilities.tokens]
+        assert probabilities.text_offset == [sum(lengths[:place]) for place in range(len(lengths))]
+        likeliest = int(mx.argmax(expected[0]).item())
+        assert tokenizer.decode([likeliest]) in "".join(probabilities.top_logprobs[1])
+    plain = client.completions.create(prompt=[texts["prompt"], ids[:3]], max_tokens=4, **options)
+    assert plain.choices[0].text == text + texts["continued"][: len(plain.choices[0].text) - len(text)]
+    assert plain.choices[1].logprobs is None and plain.choices[1].text.startswith(tokenizer.decode(ids[:3]))
+    chunks = list(client.completions.create(prompt=ids, max_tokens=3, stream=True, **options))
+    assert "".join(chunk.choices[0].text for chunk in chunks).startswith(text)
+    with pytest.raises(openai.BadRequestError, match="Only an echo may have 0"):
+        client.completions.create(model="demo", prompt="a", max_tokens=0)

@@ -34,7 +34,7 @@ class AnswerInProgress:
             self._guide = _guide(self._parts, steering)
         self._reader = None if job.top_logprobs is None else LogprobReader(tokenizer, self.continues)
         self._held: list[TokenLogprob] = []  # for tokens whose text has not been shown
-        self._shown = 0  # number of characters of text
+        self._shown = 0  # number of characters of text, the echo of the prompt included
         self._text_end = 0  # index, in all that the model has said, of the end of the text so far
 
     @property
@@ -48,6 +48,10 @@ class AnswerInProgress:
     @property
     def stop_word(self) -> str | None:
         return self._parts.stopped  # type: ignore[no-any-return]
+
+    def begin_with(self, text: str) -> None:
+        """Counts the echo of the prompt as shown."""
+        self._shown = len(text)
 
     def take(self, response: FlashResponse) -> list[Thought | Piece | ToolCall]:
         """The items that are known after a response. The last one sets `finish_reason`."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+from ..defaults import PREFILL_TOKENS
 from ..errors import FlashError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
@@ -23,7 +24,7 @@ from ..text.template_process import TemplateProcess
 from .answer_progress import AnswerInProgress
 from .api_errors import ApiError
 from .events import EventHub
-from .jobs import End, Job, Progress
+from .jobs import End, Job, Piece, Progress
 from .monitor import Monitor
 
 QUEUE_LIMIT = 64
@@ -186,6 +187,7 @@ class Engine:
         import mlx.core as mx
 
         from ..text.detokenizer import Detokenizer
+        from .prompt_echo import PromptEcho, chunk_for, text_of
 
         monitor, turns = self.monitor, self._turns
         assert monitor is not None
@@ -206,16 +208,25 @@ class Engine:
         # The seed of one request must not affect the text of the next.
         mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
         answer = AnswerInProgress(job, self.tokenizer, self.format)
+        echo: PromptEcho | None = None
+        options: dict[str, Any] = {}
+        if job.echo and job.top_logprobs is not None:
+            echo = PromptEcho(self.tokenizer, job.ids, job.top_logprobs)
+            step = chunk_for(self.model.flash.vocabulary, PREFILL_TOKENS)
+            options = {"prompt_logits_callback": echo.read, "prefill_step_size": step}
+            turns.forget()  # All of the prompt must be read.
         processors = make_processors(sampling, lambda: job.ids[: turns.reused])
         responses = turns.stream_generate(
             self.tokenizer,
             job.ids,
-            job.max_tokens,
+            max(1, job.max_tokens),
+            system_tokens=job.system_tokens,
             fresh=sampling.seed is not None,
             sampler=make_sampler(sampling, self.model.flash.vocabulary),
             logits_processors=[*processors, *answer.processors],
             prompt_progress_callback=progress,
             detokenizer=Detokenizer(self.tokenizer, answer.continues),
+            **options,
         )
         monitor.cached = turns.reused
         start, first = time.monotonic(), 0.0
@@ -223,6 +234,12 @@ class Engine:
             for response in responses:
                 first = first or time.monotonic()
                 monitor.token(response)
+                if job.echo and response.generation_tokens == 1:
+                    text = text_of(self.tokenizer, job.ids)
+                    job.tell(Piece(text) if echo is None else echo.piece(text))
+                    answer.begin_with(text)
+                if job.max_tokens == 0:
+                    return End("length", len(job.ids), turns.reused, 0, 0, None, first - start, 0.0)
                 for item in answer.take(response):
                     job.tell(item)
                 if answer.finish_reason is not None:

@@ -22,7 +22,7 @@ class TokenLogprob:
 
     token: int
     added: bytes
-    logprob: float
+    logprob: float | None  # None for the first token of a prompt
     offset: int = 0
     top: tuple[TokenLogprob, ...] = ()
 
@@ -104,6 +104,8 @@ class Job:
     top_logprobs: int | None = None  # None: no probabilities; 0: only that of the chosen token
     continues: bool = False  # whether the answer's text continues the prompt's
     steering: Steering | None = None  # None: the answer is one text
+    echo: bool = False  # whether the answer begins with the prompt, and max_tokens may be 0
+    system_tokens: int = 0  # how many of the first tokens belong to the system prompt
     id: str = ""
     _left: threading.Event = field(default_factory=threading.Event)
 

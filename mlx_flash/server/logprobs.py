@@ -23,15 +23,24 @@ class LogprobReader:
 
     def read(self, response: Any, top: int) -> TokenLogprob:
         """The log-probabilities of a response's token, which must be the next one, and of the `top` likeliest."""
-        logprobs = to_numpy(response.logprobs, np.float32)  # (V,)
+        return self.read_row(response.token, to_numpy(response.logprobs, np.float32), top)
+
+    def first(self, token: int) -> TokenLogprob:
+        """The entry of a text's first token, which has no probability."""
+        (added,) = self._detokenizer.added_by([token])
+        self._follow(token, added)
+        return TokenLogprob(token, added, None)
+
+    def read_row(self, token: int, logprobs: np.ndarray, top: int) -> TokenLogprob:
+        """Like `read`. token: the next one. logprobs: (V,), float32"""
         best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top]
         best = best[np.argsort(-logprobs[best], kind="stable")]
-        tokens = [response.token, *map(int, best)]
+        tokens = [token, *map(int, best)]
         added = self._detokenizer.added_by(tokens)
         offset = self._characters
         entries = [TokenLogprob(i, text, float(logprobs[i]), offset) for i, text in zip(tokens, added, strict=True)]
-        self._follow(response.token, added[0])
-        return TokenLogprob(response.token, added[0], entries[0].logprob, offset, tuple(entries[1:]))
+        self._follow(token, added[0])
+        return TokenLogprob(token, added[0], entries[0].logprob, offset, tuple(entries[1:]))
 
     def _follow(self, token: int, added: bytes) -> None:
         self._detokenizer.add_token(token)

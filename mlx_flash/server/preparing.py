@@ -10,7 +10,7 @@ from .api_errors import ApiError
 from .apis.question import Dialogue, Question
 from .engine import Engine
 from .jobs import Steering
-from .prompts import encode_dialogue, encode_prompt_of, room_for
+from .prompts import encode_dialogue, encode_prompt_of, room_for, system_tokens_of
 
 
 def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
@@ -18,12 +18,15 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
     of = question.of
     if isinstance(of, Dialogue):
         steering = steering_of(engine, of)
-        kinds = [(encode_dialogue(engine, of), of.param, of.continues)]
+        ids = encode_dialogue(engine, of)
+        prompts, param, continues = [ids], of.param, of.continues
+        room_for(engine, ids, question.max_tokens, param)
+        system_tokens = system_tokens_of(engine, of, ids)
     else:
-        steering = None
-        kinds = [(encode_prompt_of(engine, prompt), "prompt", True) for prompt in of]
+        steering, system_tokens = None, 0
+        prompts, param, continues = [encode_prompt_of(engine, prompt) for prompt in of], "prompt", True
     jobs = []
-    for ids, param, continues in kinds:
+    for ids in prompts:
         for number in range(question.answers):
             sampling = question.sampling
             if sampling.seed is not None and number:
@@ -37,6 +40,8 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
                     "top_logprobs": question.top_logprobs,
                     "continues": continues,
                     "steering": steering,
+                    "echo": question.echo,
+                    "system_tokens": system_tokens,
                 }
             )
     return jobs

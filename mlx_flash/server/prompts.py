@@ -53,6 +53,24 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
             return tokens_of(tokenizer, prompt, most=context)
 
 
+def system_tokens_of(engine: Engine, dialogue: Dialogue, ids: list[int]) -> int:
+    """How many of the first tokens of a dialogue's prompt belong to its system prompt. ids: the prompt's tokens."""
+    from ..text.chat_template import has_chat_template, system_tokens
+
+    if not has_chat_template(engine.tokenizer):
+        return 0
+    with _encoding:
+        return system_tokens(
+            engine.templates,
+            engine.tokenizer,
+            dialogue.messages,
+            ids,
+            most=engine.model.flash.plan.context,
+            tools=dialogue.usable_tools,
+            variables=engine.template_variables | dialogue.template_variables,
+        )
+
+
 def encode_prompt_of(engine: Engine, prompt: str | list[int]) -> list[int]:
     """The token ids of a prompt. Raises ApiError."""
     from ..text.generation import encode_prompt

@@ -46,6 +46,7 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = PREFILL_TOKENS,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_logits_callback: Callable[[mx.array], None] | None = None,
     detokenizer: Detokenizer | None = None,
 ) -> Iterator[FlashResponse]:
     """Yields text while it is generated. The arguments have the same meaning as in mlx-lm.
@@ -53,7 +54,9 @@ def stream_generate(
     The joined texts are `tokenizer.decode` of the tokens, without the one that ends the text.
 
     max_tokens: -1 for as many as fit into the planned context. detokenizer: replaces the default one, such as
-    `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's.
+    `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's. prompt_logits_callback: called with
+    the logits (T, V) of each chunk of the prompt, which covers all of its tokens but the last; they are evaluated only
+    if it evaluates them, and the plan has no room for those of large chunks.
 
     The last response has finish_reason "length" if `max_tokens` or the end of the planned context is reached, else
     "stop". Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store cannot
@@ -91,6 +94,7 @@ def stream_generate(
         cache,
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
+        prompt_logits_callback or (lambda _: None),
         detokenizer or Detokenizer(tokenizer),
     )
 
@@ -157,7 +161,9 @@ class _TokenLoop:
         self.first_token_s = 0.0
         self.decoded = 0
 
-    def prefill(self, ids: list[int], step: int, progress: Callable[[int, int], None]) -> None:
+    def prefill(
+        self, ids: list[int], step: int, progress: Callable[[int, int], None], logits: Callable[[mx.array], None]
+    ) -> None:
         """Feeds all tokens but the last, in chunks. `decode` feeds the last one, as in mlx-lm.
 
         Chunks end at multiples of `step` tokens of the whole context, so that they are those of a prompt read from its
@@ -169,7 +175,7 @@ class _TokenLoop:
             piece = ids[done : min(done + step - (begin + done) % step, total - 1)]
             with large_memory_given_back():
                 with self._counting("prompt"):
-                    self.model(mx.array(piece)[None], cache=self.cache)
+                    logits(self.model(mx.array(piece)[None], cache=self.cache)[0])
                     mx.eval([c.state for c in self.cache])
                     self.model.flash.evaluate_guarded()
                 mx.clear_cache()
@@ -223,6 +229,7 @@ def _stream(
     cache: list[Any],
     prefill_step_size: int,
     progress: Callable[[int, int], None],
+    prompt_logits: Callable[[mx.array], None],
     detokenizer: Detokenizer,
 ) -> Iterator[FlashResponse]:
     seen = mx.array(ids)
@@ -234,7 +241,7 @@ def _stream(
         return sampler(logprobs), logprobs.squeeze(0)
 
     steps = _TokenLoop(model, cache)
-    steps.prefill(ids, prefill_step_size, progress)
+    steps.prefill(ids, prefill_step_size, progress, prompt_logits)
     prompt_s = generation_s = 0.0
     token = ids[-1]
     for count in range(1, limit + 1):

@@ -223,7 +223,7 @@ def _bias(key: str, value: Any, vocabulary: int) -> tuple[int, float]:
 # -- answers -------------------------------------------------------------------------------------------------
 
 
-def by_text(entry: TokenLogprob) -> dict[str, float]:
+def by_text(entry: TokenLogprob) -> dict[str, float | None]:
     """Text -> log-probability of the likeliest tokens, likeliest first.
 
     If several tokens have the same text, it names the chosen one, or else the likeliest; the others are named by id.

@@ -31,10 +31,9 @@ class CompletionRequest(OpenAiRequest):
 
     def check(self) -> None:
         super().check()
-        if self.max_tokens == 0:
-            raise ApiError(400, "max_tokens is 0, expected at least 1, or -1 for as many as fit.", param="max_tokens")
-        if self.echo:
-            raise ApiError(400, "echo is not supported: put the prompt before the answer yourself.", param="echo")
+        if self.max_tokens == 0 and not self.echo:
+            message = "max_tokens is 0, expected at least 1, or -1 for as many as fit. Only an echo may have 0."
+            raise ApiError(400, message, param="max_tokens")
         if self.suffix:
             raise ApiError(400, "suffix is not supported: these models only continue a text.", param="suffix")
         if self.best_of not in (None, self.n or 1):
@@ -45,7 +44,7 @@ class CompletionRequest(OpenAiRequest):
 
     def question(self, sampling: Sampling) -> Question:
         """What the request asks. Raises ApiError."""
-        return Question(self.prompts(), self.asked, sampling, self.stops(), self.top, self.n or 1)
+        return Question(self.prompts(), self.asked, sampling, self.stops(), self.top, self.n or 1, echo=bool(self.echo))
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt. Raises ApiError for one that is neither a text nor token ids."""
@@ -109,6 +108,6 @@ def _logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[st
     return {
         "tokens": [entry.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [by_text(entry) for entry in entries],
+        "top_logprobs": [None if entry.logprob is None else by_text(entry) for entry in entries],
         "text_offset": [entry.offset for entry in entries],
     }

@@ -60,3 +60,4 @@ class Question:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     answers: int = 1  # for each prompt
+    echo: bool = False  # whether the answer to a prompt begins with it

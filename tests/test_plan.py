@@ -6,6 +6,7 @@ import pickle
 import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from mlx_flash import errors
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import NeuronLayout
 from mlx_flash.flash.stats import Counters
+from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import (
     ENDLESS,
     FREE_SHARE,
@@ -235,6 +237,21 @@ def test_the_description_has_every_part() -> None:
     assert len(figures) == 8 and abs(sum(figures[:-1]) - figures[-1]) < 0.005 and figures[-1] <= 6
     assert lines[-1].endswith("of 6.000 GB") and "of 16384 blocks" in lines[4] and "2048 tokens" in lines[5]
     assert lines[6].startswith("  prompt caches") and re.search(r"about \d+ tokens of earlier conversations", lines[6])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", None), ("0", 0), (0, 0), ("2GB", 2 * 10**9), ("1.5 MiB", 3 << 19), (5, 5)]
+)
+def test_sizes_of_prompt_caches(given: str | int, expected: int | None) -> None:
+    options = LoadOptions(prompt_cache=given)
+    options.check()
+    assert options.prompt_cache_bytes == expected
+
+
+@pytest.mark.parametrize("given", ["2", "", "Auto", "-1GB", -1, 2.0, None, True])
+def test_other_sizes_of_prompt_caches_are_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match="prompt_cache is "):
+        LoadOptions(prompt_cache=given).check()
 
 
 def test_prompt_caches_get_a_tenth_of_what_is_beyond_the_smallest_budget() -> None:

@@ -213,3 +213,16 @@ def test_the_command_refuses_them() -> None:
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--allow-origin", "http://a/b"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2 and "without a path" in done.stderr and done.stdout == ""
+
+
+def test_what_is_described_is_there(server: Server) -> None:
+    described = server.get("/openapi.json", headers=KEY).json()
+    assert described["openapi"].startswith("3.") and len(described["paths"]) > 12
+    for path, methods in described["paths"].items():
+        for method in methods:
+            if method == "get":
+                name = path.replace("{name}", "default")
+                assert server.get(name, headers=KEY).status_code == 200, path
+            else:
+                refused = server.post(path, {"messages": 5, "model": 5}, headers=KEY)
+                assert refused.status_code == 400 and "error" in refused.json(), path

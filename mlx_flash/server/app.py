@@ -41,6 +41,7 @@ from .engine import FAILED, LOADING, Engine
 from .guard import Guard
 from .metrics import exposition
 from .ollama_model import AboutModel
+from .openapi import description
 from .preparing import jobs_for
 from .prompts import encode_dialogue
 from .stats_report import statistics
@@ -58,6 +59,7 @@ def make_app(engine: Engine, access: Access) -> ASGIApp:
             *routes.api("/v1"),
             *routes.api(""),  # for clients whose base URL lacks /v1
             *routes.ollama(),
+            Route("/openapi.json", routes.openapi),
             Route("/health", routes.health),
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
@@ -185,6 +187,9 @@ class Routes:
         if speaks_anthropic(request.scope) and not self.strict_names:
             return JSONResponse(anthropic_model(self.engine.name, self.created))
         return JSONResponse(self._entry(self._known(request.path_params["name"])))
+
+    async def openapi(self, _request: Request) -> Response:
+        return JSONResponse(description())
 
     async def health(self, _request: Request) -> Response:
         engine = self.engine

@@ -47,7 +47,9 @@ GETS = {
     "/api/ps": "ollama",
     "/api/version": "ollama",
 }
-NOT_DESCRIBED = {ResponsesRequest: set(ELSEWHERE)}  # fields that are only there to be refused with a hint
+NOT_DESCRIBED: dict[type[BaseModel], set[str]] = {
+    ResponsesRequest: set(ELSEWHERE)
+}  # fields that are only there to be refused with a hint
 
 
 @functools.cache

@@ -376,3 +376,10 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI, options: dict[str, 
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         ask(client, **options)
     assert caught.value.param == param
+
+
+def test_a_long_prompt_keeps_the_client_waiting(client: openai.OpenAI) -> None:
+    events = list(ask(client, input="so it goes " * 150, stream=True))
+    kinds = [event.type for event in events]
+    assert kinds.count("response.in_progress") > 3 and kinds[-1] == "response.completed"
+    assert [event.sequence_number for event in events] == list(range(len(events)))

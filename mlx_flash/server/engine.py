@@ -180,8 +180,8 @@ class Engine:
             job.tell(_stopping())
             raise
         finally:
-            self.job = None
             self.monitor.end(failed)
+            self.job = None
 
     def _generate(self, job: Job) -> End:
         import mlx.core as mx

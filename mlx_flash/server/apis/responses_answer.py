@@ -11,7 +11,7 @@ from typing import Any
 
 from ...text.answer_parts import Thought, ToolCall
 from ..api_errors import ApiError
-from ..jobs import End, Piece
+from ..jobs import End, Piece, Progress
 from .answer_form import Answered, AnswerForm, event
 from .openai_common import chat_logprob, usage_of
 from .recent_items import RecentItems
@@ -61,6 +61,10 @@ class ResponsesForm(AnswerForm):
         response = self._response("in_progress")
         kinds = ("response.created", "response.in_progress")
         return self._send([{"type": kind, "response": response} for kind in kinds])
+
+    def waiting(self, progress: Progress | None) -> str:
+        """An event, because a comment does not keep codex from giving up."""
+        return self._send([{"type": "response.in_progress", "response": self._response("in_progress")}])
 
     def item(self, index: int, item: Thought | Piece | ToolCall) -> str:
         return self._send(self._output.take(item))

@@ -127,7 +127,7 @@ def test_a_number_and_all_positions() -> None:
     assert model.plan(10_000 * MB, 777).context == 777 and model.plan(10_000 * MB, "max").context == 131072
     with pytest.raises(BudgetError):
         model.plan(600 * MB, "max")
-    with pytest.raises(UsageError, match="names no number of positions"):
+    with pytest.raises(UsageError, match="names no positions for a context"):
         Model(10_000, positions=None).plan(ENDLESS, "max")
 
 

@@ -55,6 +55,10 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
     forced = dialogue.tool_choice == "required"
     grammar = call_grammar = None
     param = "tool_choice"
+    strict = not forced and any(tool["function"].get("strict") for tool in tools or ())
+    strict = strict and engine.tokenizer.has_tool_calling  # Other formats have no grammar.
+    if (tools and forced) or dialogue.structure is not None or strict:
+        engine.make_room_for_grammars()
     try:
         if tools and forced:
             grammar = tool_calls(engine.grammars, tools, name=dialogue.tool_name, several=not dialogue.one_call)
@@ -63,8 +67,7 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
             make = getattr(engine.grammars, structure.kind)
             grammar = make() if structure.kind == "json_object" else make(structure.value)
         param = "tools"
-        strict = any(tool["function"].get("strict") for tool in tools or ())
-        if tools and strict and not forced and engine.tokenizer.has_tool_calling:  # Other formats have no grammar.
+        if tools and strict:
             call_grammar = tool_body(engine.grammars, tools)
     except FlashError as error:
         raise ApiError(400, str(error), param=param, code="invalid_grammar") from None

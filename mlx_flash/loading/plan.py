@@ -14,6 +14,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 SHARES = (0.25, 0.5)  # of the units, for the budgets that a plan proposes
 FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
 MOST_CONTEXTS = 3  # further contexts that the prompt caches hold by default, if the budget allows it
+STRUCTURE_BYTES = 32 << 20  # their size if those are less, so that a small model's server has room for grammars
 UNITS_PER_CACHE = 9  # bytes of units for each byte of prompt caches, so that these get a tenth of both
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
@@ -241,10 +242,11 @@ def plan_for_budget(
     need: the slots of each layer are in proportion to it; None for the same number in every layer.
     notes: the notes beside the figures.
     prompt_caches: bytes for the contexts of earlier conversations. None for a tenth of what the budget has beyond the
-    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take.
+    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take, or STRUCTURE_BYTES
+    if that is more.
     Raises BudgetError, which names the smallest budget that suffices.
     """
-    most_caches = MOST_CONTEXTS * demand.kv_cache if prompt_caches is None else 0
+    most_caches = max(MOST_CONTEXTS * demand.kv_cache, STRUCTURE_BYTES) if prompt_caches is None else 0
     demand = replace(demand, prompt_caches=prompt_caches or 0)
     smallest = demand.total + units.layers * units.least * slot_bytes
     all_units = demand.total + units.layers * units.per_layer * slot_bytes

@@ -206,7 +206,7 @@ def test_a_store_has_all_of_its_positions(store: Path) -> None:
 
 
 def test_the_model_keeps_to_the_chosen_context(long_mixture: Path) -> None:
-    model, _ = load(long_mixture, memory="600MB")
+    model, _ = load(long_mixture, memory=plan(long_mixture).everything)
     try:
         assert model.flash.plan.context > CONTEXT and model.flash.positions == 8192
     finally:

@@ -242,8 +242,8 @@ def plan_for_budget(
     need: the slots of each layer are in proportion to it; None for the same number in every layer.
     notes: the notes beside the figures.
     prompt_caches: bytes for the contexts of earlier conversations. None for a tenth of what the budget has beyond the
-    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take, or STRUCTURE_BYTES
-    if that is more.
+    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take, or
+    STRUCTURE_BYTES if that is more.
     Raises BudgetError, which names the smallest budget that suffices.
     """
     most_caches = max(MOST_CONTEXTS * demand.kv_cache, STRUCTURE_BYTES) if prompt_caches is None else 0

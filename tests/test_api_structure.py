@@ -15,7 +15,7 @@ from scripted import VOCABULARY, Scripted, make_scripted  # type: ignore[import-
 from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
-from mlx_flash.text.grammar import grammar_bytes
+from mlx_flash.loading.plan import grammar_bytes
 
 USER: list[Any] = [{"role": "user", "content": "How is it in Paris?"}]
 SCHEMA = {

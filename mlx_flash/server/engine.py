@@ -85,9 +85,8 @@ class Engine:
 
     def make_room_for_grammars(self) -> None:
         """Takes the memory of structured answers out of that of the prompt caches. Raises ApiError if that is small."""
-        from ..text.grammar import grammar_bytes
-
-        needed, planned = grammar_bytes(self.model.flash.vocabulary), self.model.flash.plan.demand.prompt_caches
+        demand = self.model.flash.plan.demand
+        needed, planned = demand.grammars, demand.prompt_caches
         if needed > planned:
             raise ApiError(
                 400,

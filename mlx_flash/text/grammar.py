@@ -49,15 +49,6 @@ _STACK_SIZE = threading.Lock()  # The size of new threads' stacks is a setting o
 FINISHED = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons to stop that are not errors
 
 
-BYTES_PER_TOKEN = 800  # of llguidance's vocabulary; at most 760 were measured (bench/results/grammar.md)
-ANSWER_BYTES = 20 << 20  # of one answer's lexer; at most 17 MB were seen
-
-
-def grammar_bytes(vocabulary: int) -> int:
-    """The memory that structured answers of a model take, one at a time. vocabulary: number of tokens."""
-    return BYTES_PER_TOKEN * vocabulary + ANSWER_BYTES
-
-
 class Grammars:
     """Compiles grammars for one model. Its methods may be called from several threads.
 

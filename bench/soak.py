@@ -146,7 +146,7 @@ def misbehave(client: httpx.Client, rng: random.Random) -> None:
         (b"{", 400),
         (b'{"prompt": "a", "max_tokens": "many"}', 400),
         (b'{"prompt": "a", "n": 9}', 400),
-        (json.dumps({"prompt": "word " * 20_000}).encode(), 400),
+        (json.dumps({"prompt": "word " * 200_000}).encode(), 400),
     ]
     content, status = rng.choice(wrong)
     expect(client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"}), status)

@@ -23,11 +23,11 @@ KEEP_ALIVE_S = 15  # An idle stream sends a comment after this time, so that pro
 class Waiting:
     """Submits a job and receives its items. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, **job: Any) -> None:
+    def __init__(self, engine: Engine, begun: bool = False, **job: Any) -> None:
         self._items: asyncio.Queue[Item] = asyncio.Queue()  # a few per token at most
         self._loop = asyncio.get_running_loop()
         self.job = Job(tell=self._tell, **job)
-        engine.submit(self.job)
+        engine.submit(self.job, begun)
 
     def _tell(self, item: Item) -> None:
         """Receives an item in the engine's thread."""
@@ -58,7 +58,7 @@ class Answering:
 
     def _submit(self, index: int) -> Waiting:
         number = f"-{index}" if index else ""
-        return Waiting(self.engine, id=self.form.id + number, **self._jobs[index])
+        return Waiting(self.engine, begun=index > 0, id=self.form.id + number, **self._jobs[index])
 
     async def choices(self) -> AsyncGenerator[tuple[int, Any], None]:
         """Yields (number of the choice, item); None is an item, too: there was nothing for a while."""

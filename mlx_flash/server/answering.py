@@ -23,11 +23,11 @@ KEEP_ALIVE_S = 15  # An idle stream sends a comment after this time, so that pro
 class Waiting:
     """Submits a job and receives its items. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, begun: bool = False, **job: Any) -> None:
+    def __init__(self, engine: Engine, **job: Any) -> None:
         self._items: asyncio.Queue[Item] = asyncio.Queue()  # a few per token at most
         self._loop = asyncio.get_running_loop()
         self.job = Job(tell=self._tell, **job)
-        engine.submit(self.job, begun)
+        engine.submit(self.job)
 
     def _tell(self, item: Item) -> None:
         """Receives an item in the engine's thread."""

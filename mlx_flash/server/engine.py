@@ -83,16 +83,13 @@ class Engine:
         if self.state == STOPPED or self._stopping:
             raise ApiError(503, "the server is stopping.", code="stopping")
 
-    def submit(self, job: Job, begun: bool = False) -> None:
-        """Puts a job at the end of the queue. Raises ApiError if it is full.
-
-        begun: whether other jobs of its request have been served. Then a full queue has room, too.
-        """
+    def submit(self, job: Job) -> None:
+        """Puts a job at the end of the queue. Raises ApiError if it is full, unless the job's request has begun."""
         with self._lock:
             self.check_ready()
             for left in [job for job in self._waiting if job.left]:
                 self._waiting.remove(left)
-            if len(self._waiting) >= self.limit and not begun:
+            if len(self._waiting) >= self.limit and not job.begun:
                 raise ApiError(
                     429,
                     f"the queue is full: {len(self._waiting)} requests are waiting; try again later.",

@@ -138,6 +138,14 @@ def test_what_is_not_supported_is_named(client: openai.OpenAI, options: Any, par
     assert caught.value.param == param
 
 
+def test_a_grammar_that_becomes_too_complex_is_the_requests_fault(client: openai.OpenAI, scripted: Scripted) -> None:
+    scripted.script = lambda prompt: '{"a'
+    ways = [{"type": "object", "properties": {f"a{i}": {"pattern": f"^[a-z]{{1,{100 + i}}}$"}}} for i in range(300)]
+    with pytest.raises(openai.BadRequestError, match="Use a simpler grammar") as caught:
+        chat(client, response_format=of_schema({"anyOf": ways}))
+    assert caught.value.code == "invalid_grammar"
+
+
 # -- tools ---------------------------------------------------------------------------------------------------
 
 LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}

@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import Any
 
 from ..defaults import PREFILL_TOKENS
-from ..errors import FlashError
+from ..errors import FlashError, GrammarError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
@@ -170,6 +170,8 @@ class Engine:
         except _Ended:
             failed = not job.left
             job.tell(_stopping())
+        except GrammarError as error:  # The grammar became too complex in the middle of the answer.
+            job.tell(ApiError(400, str(error), code="invalid_grammar"))
         except FlashError as error:
             job.tell(ApiError(500, str(error), code="read_failed"))
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -69,8 +70,9 @@ def _codex_arguments(url: str, model: str, _key: str, context: int) -> list[str]
         f"{provider}.wire_api": "responses",
         f"{provider}.stream_idle_timeout_ms": TIME_LIMIT_MS,
     }
-    # JSON's texts and numbers are TOML's as well.
-    return [part for name, value in settings.items() for part in ("-c", f"{name}={json.dumps(value)}")]
+    # JSON's texts and numbers are TOML's as well, apart from escapes of half a character.
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}
+    return [part for name, value in values.items() for part in ("-c", f"{name}={value}")]
 
 
 def _opencode_environment(url: str, model: str, key: str, context: int) -> dict[str, str]:
@@ -151,7 +153,12 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
     """Runs the agent in this terminal. Returns its exit code. Ctrl-C is for the agent only."""
     before = signal.signal(signal.SIGINT, lambda *_: None)  # A handler, unlike SIG_IGN, is not inherited.
     try:
-        code = subprocess.Popen(command, env=environment).wait()
+        process = subprocess.Popen(command, env=environment)
+        try:
+            code = process.wait()
+        except BaseException:  # such as a signal: the agent must not go on without its server
+            process.terminate()
+            raise
     except OSError as error:
         raise FlashError(f"{command[0]} cannot be started: {error.strerror}.") from None
     finally:
@@ -172,9 +179,13 @@ def _server(url: str, arguments: argparse.Namespace) -> Iterator[None]:
     flags = model_flags(arguments)
     if flags:
         say(f"note: a server runs at {url} already, so {' '.join(flags)} has no effect.")
+    if status == 503:
+        say(f"note: the server at {url} is loading its model; waiting for it.")
     while status == 503:
         time.sleep(0.5)
         status = _status(url)
+    if status is None:
+        raise FlashError(f"the server at {url} ended while it loaded its model. Start it again.")
     if status != 200:
         raise FlashError(f"what answers at {url} is not an mlx_flash server that is ready. Choose another --port.")
     yield
@@ -224,16 +235,18 @@ def _started(url: str, arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _status(url: str) -> int | None:
-    """The HTTP status of /health; None if nothing answers."""
+    """The HTTP status of /health; None if nothing answers, 0 if it is not a server of this package."""
     try:
-        with _opener().open(f"{url}/health", timeout=10) as response:
+        try:
+            response: Any = _opener().open(f"{url}/health", timeout=10)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
             body = json.loads(response.read())
             return int(response.status) if isinstance(body, dict) and "status" in body else 0
-    except urllib.error.HTTPError as error:
-        return int(error.code)
     except urllib.error.URLError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return 0
 
 
@@ -248,7 +261,7 @@ def _model_of(url: str, key: str) -> tuple[str, int]:
         if error.code == 401:
             raise FlashError(f"the server at {url} wants an API key. Set {KEY_VARIABLE} to it.") from None
         raise FlashError(f"the server at {url} does not list its model: {error}. Choose another --port.") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
         raise FlashError(f"the server at {url} does not list its model: {error}. Choose another --port.") from None
 
 

@@ -155,6 +155,14 @@ def test_what_is_not_supported_is_named(client: openai.OpenAI, options: Any, par
     assert caught.value.param == param
 
 
+def test_a_grammar_that_becomes_too_complex_is_the_requests_fault(client: openai.OpenAI, scripted: Scripted) -> None:
+    scripted.script = lambda prompt: '{"a'
+    ways = [{"type": "object", "properties": {f"a{i}": {"pattern": f"^[a-z]{{1,{100 + i}}}$"}}} for i in range(300)]
+    with pytest.raises(openai.BadRequestError, match="Use a simpler grammar") as caught:
+        chat(client, response_format=of_schema({"anyOf": ways}))
+    assert caught.value.code == "invalid_grammar"
+
+
 # -- tools ---------------------------------------------------------------------------------------------------
 
 LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
@@ -192,3 +200,22 @@ def test_strict_tools_are_held_to_their_schema(client: openai.OpenAI, scripted: 
     jsonschema.validate(json.loads(done.message.tool_calls[0].function.arguments), SCHEMA)
     loose = chat(client, tools=[LOOK]).choices[0].message.tool_calls[0]
     assert json.loads(loose.function.arguments) == json.loads(broken)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tool_choice": "required"}, {"tool_choice": NAMED}, {"response_format": FORMAT}]
+)
+def test_a_call_may_end_the_thoughts(client: openai.OpenAI, scripted: Scripted, options: Any) -> None:
+    call = f'<tool_call>\n{{"name": "look", "arguments": {WANTED}}}\n</tool_call>'
+    scripted.script = lambda prompt: f"<think>\nSo I look. {call}"
+    choice = chat(client, tools=[LOOK], **options).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert choice.message.reasoning_content == "So I look."
+    assert [json.loads(each.function.arguments) for each in choice.message.tool_calls] == [json.loads(WANTED)]
+
+
+def test_a_broken_call_in_the_thoughts(client: openai.OpenAI, scripted: Scripted) -> None:
+    broken = "<tool_call>{look}</tool_call>"
+    scripted.script = lambda prompt: f"<think>\nPerhaps {broken}, no.\n</think>\n\n{WANTED}"
+    message = chat(client, tools=[LOOK], response_format=FORMAT).choices[0].message
+    assert message.reasoning_content == f"Perhaps {broken}, no." and json.loads(message.content) == json.loads(WANTED)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
 from processes import runs  # type: ignore[import-not-found]
-from serving import Server, serving  # type: ignore[import-not-found]
+from serving import Server, serving, until  # type: ignore[import-not-found]
 
 from mlx_flash.launch import AGENTS
 
@@ -115,6 +117,52 @@ def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
         other.settimeout(1)
         done, said = launch(tmp_path, 1, "claude", "--port", str(port), "--model", str(tmp_path / "none"))
     assert done.returncode == 1 and said is None and "Choose another --port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.9\r\n",
+        b"",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+    ],
+)
+def test_another_program_on_the_port(answer: bytes, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with other.accept()[0] as client:
+                        client.recv(1 << 16)
+                        client.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        done, said = launch(tmp_path, 1, "claude", "--port", str(other.getsockname()[1]))
+        other.shutdown(socket.SHUT_RDWR)
+    assert done.returncode == 1 and said is None
+    assert len(done.stderr.splitlines()) == 1 and "Choose another --port" in done.stderr
+
+
+def test_the_agent_ends_with_its_launcher(server: Server, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    number = tmp_path / "number"
+    (programs / "claude").write_text(
+        f"#!/bin/sh\necho $$ > '{number}.new'\nmv '{number}.new' '{number}'\nexec sleep 600\n"
+    )
+    (programs / "claude").chmod(0o755)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "mlx_flash.launch", "claude", "--port", str(server.port)],
+        env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin"},
+        stderr=subprocess.DEVNULL,
+    )
+    until(number.exists)
+    agent = psutil.Process(int(number.read_text()))
+    launcher.terminate()
+    assert launcher.wait(60) == 143
+    agent.wait(60)
 
 
 def test_a_key_is_passed_on(load_speaker: Callable[[], Any], tmp_path: Path) -> None:

@@ -117,6 +117,18 @@ def test_a_full_queue(load_speaker: Callable[[], Any], gate: Gate) -> None:
             caller.leave()
 
 
+def test_a_full_queue_has_room_for_a_request_that_has_begun(load_speaker: Callable[[], Any], gate: Gate) -> None:
+    with serving(load_speaker) as server:
+        several = Caller(server, True, {**PROMPT, "n": 3, "max_tokens": 2})
+        gate.go_on_to("prompt", 0)
+        server.engine.limit = 0
+        gate.open()
+        answer = several.read_all()
+        assert b"queue_full" not in answer and answer.count(b'"finish_reason":"length"') == 3
+        several.leave()
+        assert server.post("/v1/completions", PROMPT).status_code == 429
+
+
 def test_fifty_at_once(server: Server) -> None:
     body = {**PROMPT, "max_tokens": 6}
     expected = server.post("/v1/completions", body).json()["choices"][0]["text"]

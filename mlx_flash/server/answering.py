@@ -58,7 +58,7 @@ class Answering:
 
     def _submit(self, index: int) -> Waiting:
         number = f"-{index}" if index else ""
-        return Waiting(self.engine, id=self.form.id + number, **self._jobs[index])
+        return Waiting(self.engine, begun=index > 0, id=self.form.id + number, **self._jobs[index])
 
     async def choices(self) -> AsyncGenerator[tuple[int, Any], None]:
         """Yields (number of the choice, item); None is an item, too: there was nothing for a while."""

@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import Any
 
 from ..defaults import PREFILL_TOKENS
-from ..errors import FlashError
+from ..errors import FlashError, GrammarError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
@@ -97,12 +97,12 @@ class Engine:
         self._turns.planned_bytes = planned - needed
 
     def submit(self, job: Job) -> None:
-        """Puts a job at the end of the queue. Raises ApiError if it is full."""
+        """Puts a job at the end of the queue. Raises ApiError if it is full, unless the job's request has begun."""
         with self._lock:
             self.check_ready()
             for left in [job for job in self._waiting if job.left]:
                 self._waiting.remove(left)
-            if len(self._waiting) >= self.limit:
+            if len(self._waiting) >= self.limit and not job.begun:
                 raise ApiError(
                     429,
                     f"the queue is full: {len(self._waiting)} requests are waiting; try again later.",
@@ -183,6 +183,8 @@ class Engine:
         except _Ended:
             failed = not job.left
             job.tell(_stopping())
+        except GrammarError as error:  # The grammar became too complex in the middle of the answer.
+            job.tell(ApiError(400, str(error), code="invalid_grammar"))
         except FlashError as error:
             job.tell(ApiError(500, str(error), code="read_failed"))
         except Exception as error:

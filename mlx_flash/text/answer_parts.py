@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .call_parsers import limited, unfinished
 from .stops import StopWords
 
 TEXT, THOUGHT, CALL, HEADER = "normal", "reasoning", "tool", "header"  # the names of mlx-lm's states
@@ -62,6 +63,9 @@ class AnswerFormat:
         self.harmony = _knows(tokenizer, HARMONY)
         self.thinks = self.harmony or bool(tokenizer.has_thinking) or THOUGHT in self._states()
         self.calls_tools = self.harmony or bool(tokenizer.has_tool_calling)
+        parser = tokenizer.tool_parser if tokenizer.has_tool_calling else None
+        self.parser_name = "" if self.harmony or parser is None else parser.__module__.rpartition(".")[2]
+        self.parse_call: Any = None if parser is None else limited(parser)
 
     def _states(self) -> set[str]:
         return {state for edges in self.tokenizer.response_transitions.values() for _, state in edges}
@@ -237,6 +241,10 @@ class AnswerParts:
         before, kind = self._kind, self._kind_of(state)
         space = ""  # before the marker; it is dropped unless the marker turns out to be text
         if before == CALL:
+            if unfinished(self.format.parser_name, self._call):  # The marker is a part of an argument.
+                self._state = self._machine.make_state(BODY if self.format.harmony else CALL)
+                self._call += self._said[marker_start:]
+                return
             self._kind = kind
             self._end_call(parts, cut=False, marked=True)
         elif before == TEXT:
@@ -297,7 +305,7 @@ class AnswerParts:
                 name = self._header.split(RECIPIENT, 1)[1].split()[0].split("<|")[0]
                 found: Any = {"name": name, "arguments": json.loads(self._call)}
             else:
-                found = self.format.tokenizer.tool_parser(self._call, self.tools)
+                found = self.format.parse_call(self._call.rstrip(), self.tools)
             calls = [_call(each) for each in (found if isinstance(found, list) else [found])]
         except Exception:  # The parsers raise errors of many kinds.
             return None
@@ -351,12 +359,18 @@ def _call(found: Any) -> ToolCall:
 
 
 def _complete(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tools with parameters, which some of mlx-lm's parsers expect."""
-    none = {"type": "object", "properties": {}}
-    return [
-        tool | {"function": tool["function"] | {"parameters": tool["function"].get("parameters") or none}}
-        for tool in tools
-    ]
+    """The tools with parameters that have an object for each property, which some of mlx-lm's parsers expect."""
+    found = []
+    for tool in tools:
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        given = parameters.get("properties")
+        properties = (
+            {key: schema if isinstance(schema, dict) else {} for key, schema in given.items()}
+            if isinstance(given, dict)
+            else {}
+        )
+        found.append(tool | {"function": tool["function"] | {"parameters": parameters | {"properties": properties}}})
+    return found
 
 
 def new_call_id() -> str:

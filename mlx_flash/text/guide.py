@@ -37,7 +37,9 @@ class Guide:
         self.thought_tokens = 0  # number of tokens of the thoughts so far
         known = parts.format.tokenizer
         self._think = list(known.think_start_tokens or ()) if may_think and known.has_thinking else []
-        self._call = list(known.tool_call_start_tokens or ()) if may_call and known.has_tool_calling else []
+        start = list(known.tool_call_start_tokens or ()) if known.has_tool_calling else []
+        self._call = start if may_call else []
+        self._call_of_grammar = start if parts.tools and not may_call else []  # how a call in `grammar` begins
         self._forced: list[int] = []  # token ids that must come next
         self._kind = parts.kind
         self._constraint: Any = None
@@ -91,7 +93,10 @@ class Guide:
         if self._kind in (THOUGHT, HEADER):
             self._constraint = None
         elif before in (THOUGHT, HEADER):
-            self._begin_grammar()
+            if self._kind == CALL and self.parts.tools:
+                self._begin_with_call()
+            else:
+                self._begin_grammar()
         elif before != self._kind and (self._constraint is None or self._nested):
             self._begin_nested()
 
@@ -105,6 +110,15 @@ class Guide:
         first = not self.thought_tokens
         self._breaks_left = 0 if first else MOST_BREAKS
         self._openers = [opener for opener in (self._think if first else [], self._call) if opener]
+
+    def _begin_with_call(self) -> None:
+        """Begins what follows the thoughts, inside a call: its start marker has ended them."""
+        if self.grammar is None or not self._call_of_grammar:
+            self._begin_nested()
+            return
+        self._nested, self._constraint = False, self.grammar.begin()
+        for token in self._call_of_grammar:
+            self._constraint.accept(token)
 
     def _begin_nested(self) -> None:
         """Begins or ends the inside of a tool call."""

@@ -192,7 +192,8 @@ def parse(kind: type[R], body: bytes) -> R:
         return kind.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        first = next((e for e in errors if e["type"] not in OTHER_KIND), errors[0])
+        deepest = max(errors, key=lambda each: len(each["loc"]))
+        first = next((e for e in errors if e["type"] not in OTHER_KIND), deepest)
         if first["type"] == "json_invalid":
             raise ApiError(400, _json_fault(first["ctx"]["error"]), code="invalid_json") from None
         where = [str(part) for part in first["loc"] if part not in ("str", "Part") and "[" not in str(part)]

@@ -69,7 +69,9 @@ def _kind_of(item: Any) -> str:
     kind = item.get("type") if isinstance(item, dict) else "other"
     if kind is None:
         kind = "item_reference" if "id" in item and "role" not in item else "message"
-    return f"[{kind}]" if kind in KINDS else "[other]"  # `parse` leaves names with brackets out of its message.
+    return (
+        f"[{kind}]" if isinstance(kind, str) and kind in KINDS else "[other]"
+    )  # `parse` leaves names with brackets out of its message.
 
 
 def _refuse(item: Any) -> Any:

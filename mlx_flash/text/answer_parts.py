@@ -105,7 +105,7 @@ class AnswerFormat:
         """The state that an answer to this prompt begins in. continues: whether the prompt ends inside the answer."""
         known = self.tokenizer
         if self.harmony:
-            return HEADER
+            return BODY if continues else HEADER
         if known.has_thinking and prompt:
             opened, closed = known.rfind_think_start(prompt), known.rfind_think_end(prompt)
             after = opened + len(known.think_start_tokens)

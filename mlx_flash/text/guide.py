@@ -66,12 +66,28 @@ class Guide:
         elif self._constraint is not None:
             masked, also = self._constraint.mask(logits), [opener[0] for opener in self._openers]
             also += self._breaks if self._breaks_left else ()
+        elif self._kind == THOUGHT and self.grammar is not None:
+            return self._without_end(logits)
         else:
             return logits
         tokens = mx.arange(logits.shape[-1])
         for token in also:
             masked = mx.where(tokens == token, logits, masked)
         return masked
+
+    def _without_end(self, logits: mx.array) -> mx.array:
+        """In thoughts before a grammar: a token that ends the answer ends only the thoughts."""
+        import mlx.core as mx
+
+        ends, closing = sorted(self.parts.format.tokenizer.eos_token_ids), self.parts.format.closes_thoughts
+        ends = [token for token in ends if token < logits.shape[-1]]
+        if not ends or not closing:
+            return logits
+        wish = logits[:, mx.array(ends)].max()
+        tokens = mx.arange(logits.shape[-1])
+        for token in ends:
+            logits = mx.where(tokens == token, -mx.inf, logits)
+        return mx.where(tokens == closing[0], mx.maximum(logits, wish), logits)
 
     def took(self, token: int) -> None:
         """Follows a chosen token. Raises the errors of the grammar."""

@@ -127,7 +127,7 @@ class Chat:
             logits_processors=make_processors(self.sampling, lambda: prompt.tokens[: self.turns.reused]),
             prompt_progress_callback=progress_line(interrupts),
         )
-        with contextlib.closing(responses), contextlib.suppress(PromptInterrupted):  # type: ignore[type-var]
+        with shown, contextlib.closing(responses), contextlib.suppress(PromptInterrupted):  # type: ignore[type-var]
             for response in responses:
                 shown.add(response.text)
                 made.append(response.token)
@@ -251,13 +251,23 @@ class Chat:
 
 
 class _Shown:
-    """Prints an answer while it is generated. Thoughts go to standard error, dimmed on a terminal."""
+    """Prints an answer while it is generated. Thoughts go to standard error, dimmed on a terminal.
+
+    As a context, it leaves the terminal undimmed after an error.
+    """
 
     def __init__(self, parts: AnswerParts | None) -> None:
         """parts: None for an answer that is one text."""
         self._parts = parts
         self._thinking = False
         self.text = ""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._end_thoughts()
 
     def add(self, text: str) -> None:
         if self._parts is None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mlx_lm.chat_templates import muse_spark
 
 from mlx_flash.text.answer_parts import AnswerFormat, AnswerParts, Part, Text, Thought, ToolCall
+from mlx_flash.text.guide import Guide
 
 # ruff: noqa: E501 (answers stand in one line, as a model writes them)
 
@@ -283,3 +284,36 @@ def test_any_answer_in_any_pieces(said: str, lengths: list[int], whole: bool) ->
 
 def test_arguments_are_json() -> None:
     assert json.loads(ToolCall("f", {"a": "ä\n"}, "").arguments_text) == {"a": "ä\n"}
+
+
+def test_a_harmony_answer_that_is_continued() -> None:
+    cut_everywhere(HARMONY, " day.<|return|>", [Text(" day.")], continues=True)
+
+
+class Recorder:
+    """A grammar, and the answer that follows it."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def begin(self) -> Recorder:
+        return self
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_grammar_for_the_text_does_not_hold_in_a_harmony_call() -> None:
+    tokenizer = tokenizer_of(None, False, get_vocab=HARMONY.get_vocab, encode=lambda text, add_special_tokens: [0])
+    analysis = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    for said, held in (
+        ('<|channel|>commentary to=functions.add<|message|>{"a": 1}', ""),
+        ('<|channel|>final<|message|>{"a": 1}', '{"a": 1}'),
+    ):
+        grammar = Recorder()
+        parts = AnswerFormat(tokenizer).begin(tools=TOOLS)
+        guide = Guide(parts, grammar=grammar, may_call=True)
+        for character in analysis + said:
+            parts.feed(character)
+            guide.took(ord(character))
+        assert "".join(map(chr, grammar.taken)) == held

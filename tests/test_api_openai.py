@@ -11,6 +11,8 @@ import pytest
 from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
 from serving import Server, serving  # type: ignore[import-not-found]
 
+from mlx_flash.server.answer_progress import AnswerInProgress
+
 USER = [{"role": "user", "content": "How is it in Paris?"}]
 WEATHER: Any = {
     "type": "function",
@@ -166,3 +168,21 @@ def test_the_server_s_own_defaults(client: openai.OpenAI, server: Server, script
         assert done.usage.completion_tokens_details.reasoning_tokens == 4
     finally:
         engine.template_variables, engine.thinking_tokens = {}, None
+
+
+def test_the_probabilities_of_thoughts_are_not_kept(
+    client: openai.OpenAI, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    take = AnswerInProgress.take
+
+    def counting(answer: AnswerInProgress, response: Any) -> Any:
+        items = take(answer, response)
+        held.append(len(answer._held))
+        return items
+
+    monkeypatch.setattr(AnswerInProgress, "take", counting)
+    scripted.script = lambda prompt: f"<think>{'long ' * 50}</think>\n\nZoë. <think>more</think> é"
+    choice = chat(client, logprobs=True, top_logprobs=2).choices[0]
+    said = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+    assert said.decode() == choice.message.content and max(held) < 10

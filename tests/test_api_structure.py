@@ -155,6 +155,19 @@ def test_what_is_not_supported_is_named(client: openai.OpenAI, options: Any, par
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_does_not_end_within_the_thoughts(
+    client: openai.OpenAI, scripted: Scripted, temperature: float
+) -> None:
+    scripted.script = lambda prompt: "<think>\nIt is"
+    choice = chat(client, response_format=FORMAT, temperature=temperature).choices[0]
+    jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert choice.message.reasoning_content == "It is"
+    choice = chat(client, tools=[LOOK], tool_choice=NAMED, temperature=temperature).choices[0]
+    jsonschema.validate(json.loads(choice.message.tool_calls[0].function.arguments), SCHEMA)
+    assert choice.finish_reason == "tool_calls" and choice.message.reasoning_content == "It is"
+
+
 def test_a_grammar_that_becomes_too_complex_is_the_requests_fault(client: openai.OpenAI, scripted: Scripted) -> None:
     scripted.script = lambda prompt: '{"a'
     ways = [{"type": "object", "properties": {f"a{i}": {"pattern": f"^[a-z]{{1,{100 + i}}}$"}}} for i in range(300)]

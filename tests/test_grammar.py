@@ -336,6 +336,16 @@ def references(count: int) -> dict[str, Any]:
     return {"$defs": {**two, f"d{count}": {}}, "$ref": "#/$defs/d0"}
 
 
+def choices(count: int) -> dict[str, Any]:
+    """Choices between two objects, all of which must be made."""
+    ways = [{"type": "object", "properties": {name: {"type": "string"}}} for name in "ab"]
+    return {"allOf": [{"anyOf": ways}] * count}
+
+
+def ambiguous(count: int) -> list[str]:
+    return [f"(a|b)*a(a|b){{{i}}}" for i in range(count)]
+
+
 HOSTILE = {
     "deep items": lambda of: of.json_schema(nested(100_000, "items")),
     "deep allOf": lambda of: of.json_schema(nested(23, "allOf")),
@@ -356,6 +366,15 @@ HOSTILE = {
     "deep Lark": lambda of: of.lark("start: " + "(" * 10**5 + ")" * 10**5),
     "rules": lambda of: of.lark("start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1}' for i in range(800)) + '\nr800: "b"'),
     "repeated rules": lambda of: of.lark('start: ("a"{1000000}){1000000}'),
+    "a used chain": lambda of: of.json_schema(
+        {"$defs": {f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(900)} | {"900": {}}, "$ref": "#/$defs/0"}
+    ),
+    "8 choices": lambda of: of.json_schema(choices(8)),
+    "20 choices": lambda of: of.json_schema(choices(20)),
+    "8 patterns": lambda of: of.json_schema({"allOf": [{"pattern": each} for each in ambiguous(8)]}),
+    "20 patterns": lambda of: of.json_schema({"allOf": [{"pattern": each} for each in ambiguous(20)]}),
+    "13 terms": lambda of: of.lark("start: A\nA: /" + "/ & /".join(ambiguous(13)) + "/"),
+    "20 terms": lambda of: of.lark("start: A\nA: /" + "/ & /".join(ambiguous(20)) + "/"),
     "negations": lambda of: of.lark("start: A\nA: /(?s:.*)/ & ~(/(?s:.*)a.{12}b(?s:.*)/ & ~/(?s:.*)c.{12}d(?s:.*)/)"),
 }
 

@@ -59,6 +59,8 @@ def test_strict_names() -> None:
             assert server.post(CHAT, {**SHORT, "model": name}).status_code == 200, name
         refused = server.post(CHAT, {**SHORT, "model": "gpt-5"})
         assert refused.status_code == 404 and refused.json()["error"]["param"] == "model"
+        asked = {"model": "gpt-5", "messages": [{"role": "user", "content": "hi"}]}
+        assert server.post("/v1/messages/count_tokens", asked).status_code == 404
 
 
 def test_entries_before_the_model_is_loaded() -> None:

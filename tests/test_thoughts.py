@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from page_browser import CHROMIUM, chromium  # type: ignore[import-not-found]  # found beside this file
@@ -13,6 +14,7 @@ from serving import serving  # type: ignore[import-not-found]
 
 from mlx_flash import chat
 from mlx_flash.cli.terminal import Interrupts
+from mlx_flash.errors import ReadError
 
 SAID = "<think>\nThey greet.\n</think>\n\nGood day."
 
@@ -44,6 +46,29 @@ def test_the_terminal_separates_thoughts(scripted: Scripted, capsys: pytest.Capt
         chat.converse(talk, iter(["hi"]), Interrupts(), False)
         said = capsys.readouterr()
         assert said.out == "\n" and said.err.startswith("The\n\n")  # cut within the thoughts
+    finally:
+        talk.close()
+
+
+def test_an_error_within_the_thoughts_ends_them(
+    scripted: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted.script = lambda prompt: "<think>\nThey greet and greet"
+    talk = chat.Chat(chat.make_parser().parse_args(["--model", str(scripted.folder), "--context", "2048"]))
+    real = talk.turns.stream_generate
+
+    def failing(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for response in real(*arguments, **options):
+            yield response
+            if response.generation_tokens == 9:
+                raise ReadError("the disk is gone.")
+
+    monkeypatch.setattr(talk.turns, "stream_generate", failing)
+    try:
+        capsys.readouterr()
+        with pytest.raises(ReadError):
+            chat.converse(talk, iter(["hi"]), Interrupts(), False)
+        assert capsys.readouterr().err == "They gr\n\n"
     finally:
         talk.close()
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..text.answer_parts import AnswerFormat, Part, Text
+from ..text.answer_parts import TEXT, THOUGHT, AnswerFormat, Part, Text
 from ..text.guide import Guide
 from ..text.sampling import Processor
 from ..text.stops import StopWords
@@ -68,6 +68,8 @@ class AnswerInProgress:
         items = [self._item(part) for part in found]
         if reason is not None and not parts.ended and self._text_end == parts.said and self._held:
             items.append(Piece("", self._told(None)))  # tokens without text of their own
+        if parts.kind == THOUGHT:  # Nothing that was said until now becomes text. Thoughts may be long.
+            self._held.clear()
         return items
 
     def _item(self, part: Part) -> Thought | Piece | ToolCall:
@@ -90,7 +92,7 @@ class AnswerInProgress:
 class _WholeText:
     """The parts of an answer that is one text, as those of text/answer_parts.py."""
 
-    calls = 0
+    calls, kind = 0, TEXT
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = StopWords(stop)

@@ -125,8 +125,6 @@ class Routes:
         async def respond(request: Request) -> Response:
             engine = self.engine
             async with self._parsed(request, kind) as asked:
-                if self.strict_names and asked.model:
-                    self._known(asked.model)
                 if isinstance(asked, ResponsesRequest):
                     asked.find_references(self.recent)
                 question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
@@ -151,6 +149,8 @@ class Routes:
         async with self.bodies.body_of(request, self.engine.model.flash.plan.context) as body:
             asked = parse(kind, body)
             asked.check()
+            if self.strict_names and asked.model:
+                self._known(asked.model)
             yield asked
 
     def _known(self, model: str) -> str:

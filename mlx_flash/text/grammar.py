@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = {"the Lark grammar": 1 << 14, "the regular expression": 1 << 12}
 MOST_BRACKETS = 64  # open at once in either
+MOST_INTERSECTIONS = 12  # uses of & in a Lark grammar; the work may double with each, and with 12 it takes 0.4 s
 # llguidance compiles recursively: a thousand rules that lead to each other fill the 8 MB of Linux's first thread, and a
 # full stack ends the process. Only the pages that are used take memory.
 COMPILE_STACK_BYTES = 128 << 20
@@ -94,6 +95,8 @@ class Grammars:
         """
         if what in MOST_CHARACTERS:
             _check_text(text, what)
+            if "Lark" in what and (found := text.count("&")) > MOST_INTERSECTIONS:
+                raise GrammarError(f"{what} has {found} of the character &, expected at most {MOST_INTERSECTIONS}.")
         grammar = Grammar(self._vocabulary()[0], text, self.vocabulary, self.eos)
         constraint = grammar.begin()
         if problem := constraint.problem():

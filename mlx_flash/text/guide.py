@@ -39,7 +39,6 @@ class Guide:
         self.grammar, self.call_grammar = grammar, call_grammar
         self.thought_tokens = 0  # number of tokens of the thoughts so far
         known = parts.format.tokenizer
-        self._ends = {int(token) for token in known.eos_token_ids}
         self._think = list(known.think_start_tokens or ()) if may_think and known.has_thinking else []
         start = list(known.tool_call_start_tokens or ()) if known.has_tool_calling else []
         self._call = start if may_call else []
@@ -79,15 +78,28 @@ class Guide:
         elif self._constraint is not None:
             masked, also = self._constraint.mask(logits), [opener[0] for opener in self._openers]
             also += self._breaks if self._breaks_left else ()
-        elif (self.grammar is None and self.headers is None) or self._kind not in (THOUGHT, HEADER):
+        elif self._kind in (THOUGHT, HEADER) and (self.grammar is not None or self.headers is not None):
+            return self._without_end(logits)
+        else:
             return logits
-        else:  # An answer must not end before what the grammar asks for.
-            known = mx.arange(logits.shape[-1])[:, None] == mx.array(sorted(self._ends))
-            return mx.where(known.any(axis=-1), mx.array(-mx.inf, logits.dtype), logits)
         tokens = mx.arange(logits.shape[-1])
         for token in also:
             masked = mx.where(tokens == token, logits, masked)
         return masked
+
+    def _without_end(self, logits: mx.array) -> mx.array:
+        """In thoughts before a grammar: a token that ends the answer ends only the thoughts."""
+        import mlx.core as mx
+
+        ends, closing = sorted(self.parts.format.tokenizer.eos_token_ids), self.parts.format.closes_thoughts
+        ends = [token for token in ends if token < logits.shape[-1]]
+        if not ends or not closing:
+            return logits
+        wish = logits[:, mx.array(ends)].max()
+        tokens = mx.arange(logits.shape[-1])
+        for token in ends:
+            logits = mx.where(tokens == token, -mx.inf, logits)
+        return mx.where(tokens == closing[0], mx.maximum(logits, wish), logits)
 
     def took(self, token: int) -> None:
         """Follows a chosen token. Raises the errors of the grammar."""

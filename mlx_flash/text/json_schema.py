@@ -10,9 +10,9 @@ import json
 import math
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
 
 from ..errors import GrammarError
+from .schema_work import check_work, keys_of
 
 MOST_BYTES = 1 << 17  # of a schema as JSON without annotations
 MOST_DEPTH = 48  # levels of brackets in a schema; serde_json stops at 128, and a thread's stack may be small
@@ -51,6 +51,7 @@ def checked_schema(schema: Any, what: str = "the JSON schema") -> dict[str, Any]
     text = json.dumps(copy)  # not too deep any more
     if len(text) > MOST_BYTES:
         raise GrammarError(f"{what} has {len(text)} bytes, expected at most {MOST_BYTES}. Simplify it.")
+    check_work(copy, what)
     return copy  # type: ignore[no-any-return]
 
 
@@ -198,8 +199,7 @@ class _Check:
     def target(self, reference: str, place: Place) -> Place:
         if reference not in ("#", "#/") and not reference.startswith("#/"):
             raise self.error(place, f"is {_shown(reference)}, expected a place in this schema, such as #/$defs/name")
-        keys = unquote(reference[1:]).split("/")[1:] if reference != "#" else []
-        return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
+        return keys_of(reference)
 
 
 def _rounded(number: int | float, towards: int) -> int | float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  
 from serving import Server, serving  # type: ignore[import-not-found]
 
 CLIENTS = Path(__file__).with_name("clients")
+INSTALLED = Path(os.environ.get("MLX_FLASH_CLIENTS") or CLIENTS / ".env").absolute()  # by clients/setup.sh
 NODE = shutil.which("node")
 TIME_LIMIT_S = 300  # of one program; none needs a tenth of it on a quiet machine
 
@@ -32,17 +34,32 @@ WEATHER: Any = {
     "function": {"name": "get_weather", "description": DESCRIPTION, "parameters": PARAMETERS},
 }
 RESULT = "22 degrees"  # what the tool says
+ARGUMENTS = '{"city": "Rome", "degrees": 21}'  # what it says when it is asked for JSON
 THOUGHT = "<think>\nI should look.\n</think>\n\n"
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
 def script(prompt: str) -> str:
-    """Calls the tool if there is one, and answers once it has its result."""
+    """What the model says to this prompt.
+
+    Asked for JSON, it says ARGUMENTS: as the call of the tool that takes `degrees`, if there is one, else as its text.
+    Otherwise it calls the tool if there is one, and answers once it has the result.
+    """
+    if "as JSON" in prompt:
+        before, degrees, _ = prompt.partition('"degrees"')
+        names = re.findall(r'"name": "(\w+)"', before) if degrees else []
+        return THOUGHT + (call_of(names[-1], ARGUMENTS) if names else ARGUMENTS)
     if RESULT in prompt:
+        if '"name": "final_answer"' in prompt:  # smolagents
+            return call_of("final_answer", {"answer": "It is sunny."})
         return f"{THOUGHT}It is sunny."
     if '"name": "get_weather"' in prompt:
-        return f"{THOUGHT}One moment.\n{CALL}"
+        return f"{THOUGHT}One moment.\n{call_of('get_weather', {'city': 'Paris'})}"
     return f"{THOUGHT}Hello, you."
+
+
+def call_of(name: str, arguments: Any) -> str:
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>'
 
 
 @contextmanager
@@ -56,16 +73,21 @@ def scripted_server(folder: Path, **options: Any) -> Iterator[tuple[Scripted, Se
             yield scripted, server
 
 
-def run_node(program: Path, *arguments: str, **environment: str) -> Mapping[str, Any]:
-    """What the program prints, as JSON: its cases, each with what came out of it or with its error."""
-    assert NODE is not None
+def environment_in(home: Path) -> dict[str, str]:
+    """The environment of a program whose files all lie in this folder. It has no keys and no other settings."""
+    folders = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("CONFIG", "DATA", "CACHE", "STATE")}
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **folders}
+
+
+def run_cases(*command: str | Path, environment: Mapping[str, str] | None = None) -> Mapping[str, Any]:
+    """What a program prints as JSON: its cases, each with what came out of it or with its error."""
     done = subprocess.run(
-        [NODE, str(program), *arguments],
-        env={**os.environ, **environment},
+        [str(part) for part in command],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=TIME_LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
-    found: Mapping[str, Any] = json.loads(done.stdout)
+    found: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

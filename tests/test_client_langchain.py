@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import other_clients  # type: ignore[import-not-found]  # found beside this file
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
-from other_clients import QUESTION, RESULT, WEATHER
+from other_clients import QUESTION, RESULT, WEATHER, scripted_server  # type: ignore[import-not-found]
 from pydantic import BaseModel, SecretStr
 
 
@@ -20,19 +19,9 @@ class Weather(BaseModel):
     degrees: int
 
 
-ARGUMENTS = '{"city": "Rome", "degrees": 21}'
-
-
-def script(prompt: str) -> str:
-    if '"name": "Weather"' in prompt:
-        return f'{other_clients.THOUGHT}<tool_call>\n{{"name": "Weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-    return ARGUMENTS if "as JSON" in prompt else str(other_clients.script(prompt))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatOpenAI]:
-    with other_clients.scripted_server(tmp_path_factory.mktemp("scripted")) as (scripted, server):
-        scripted.script = script
+    with scripted_server(tmp_path_factory.mktemp("scripted")) as (_, server):
         url, key = f"{server.url}/v1", SecretStr("none")
         model = ChatOpenAI(model="demo", base_url=url, api_key=key, max_retries=0, stream_usage=True)
         yield model

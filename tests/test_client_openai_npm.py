@@ -6,28 +6,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import other_clients  # type: ignore[import-not-found]  # found beside this file
 import pytest
+from other_clients import CLIENTS, NODE, run_cases, scripted_server  # type: ignore[import-not-found]
 
 pytestmark = [
-    pytest.mark.skipif(other_clients.NODE is None, reason="there is no Node.js"),
+    pytest.mark.skipif(NODE is None, reason="there is no Node.js"),
     pytest.mark.skipif(
-        not (other_clients.CLIENTS / "node_modules" / "openai").is_dir(), reason="run `npm ci` in tests/clients"
+        not (CLIENTS / "node_modules" / "openai").is_dir(), reason="run `npm ci` in tests/clients"
     ),
 ]
-WANTED = '{"city": "Rome", "degrees": 21}'
-
-
-def script(prompt: str) -> str:
-    return WANTED if "as JSON" in prompt else str(other_clients.script(prompt))
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """What came out of each case of openai.mjs."""
-    with other_clients.scripted_server(tmp_path_factory.mktemp("scripted")) as (scripted, server):
-        scripted.script = script
-        cases: Mapping[str, Any] = other_clients.run_node(other_clients.CLIENTS / "openai.mjs", server.url)
+    with scripted_server(tmp_path_factory.mktemp("scripted")) as (_, server):
+        cases: Mapping[str, Any] = run_cases(NODE, CLIENTS / "openai.mjs", server.url)
         return cases
 
 
@@ -54,7 +48,8 @@ def test_tools(found: Mapping[str, Any]) -> None:
     assert found["streamed_call"]["events"] == ["get_weather"]
     assert found["tool_loop"] == {"text": "It is sunny.", "cities": ["Paris"], "calls": "get_weather"}
     (forced,) = found["forced_call"]["message"]["tool_calls"]
-    assert forced["function"]["name"] == "get_weather" and json.loads(forced["function"]["arguments"]).keys() == {"city"}
+    assert forced["function"]["name"] == "get_weather"
+    assert json.loads(forced["function"]["arguments"]).keys() == {"city"}
 
 
 def test_answers_that_fit_a_schema(found: Mapping[str, Any]) -> None:

@@ -48,12 +48,12 @@ def script(prompt: str) -> str:
         before, degrees, _ = prompt.partition('"degrees"')
         names = re.findall(r'"name": "(\w+)"', before) if degrees else []
         return THOUGHT + (call_of(names[-1], ARGUMENTS) if names else ARGUMENTS)
+    forced = "As you like." in prompt or '"name": "final_answer"' in prompt  # The latter is smolagents'.
     if RESULT in prompt:
-        if '"name": "final_answer"' in prompt:  # smolagents
-            return call_of("final_answer", {"answer": "It is sunny."})
-        return f"{THOUGHT}It is sunny."
+        return THOUGHT + (call_of("final_answer", {"answer": "It is sunny."}) if forced else "It is sunny.")
     if '"name": "get_weather"' in prompt:
-        return f"{THOUGHT}One moment.\n{call_of('get_weather', {'city': 'Paris'})}"
+        # An answer that must be a call has no text before it.
+        return THOUGHT + ("" if forced else "One moment.\n") + call_of("get_weather", {"city": "Paris"})
     return f"{THOUGHT}Hello, you."
 
 

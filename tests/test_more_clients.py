@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ CALLED = ["get_weather", {"city": "Paris"}]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scripted, Server]]:
-    with scripted_server(tmp_path_factory.mktemp("scripted"), words=True, context=32768) as running:
+    with scripted_server(tmp_path_factory.mktemp("scripted"), context=32768) as running:
         yield running
 
 
@@ -92,12 +91,12 @@ def test_the_ai_sdk(server: Server) -> None:
     wanted: dict[str, Any] = {}
     for name in ("compatible", "chat", "responses"):
         # OpenAI's provider shows no thoughts of chats, and of responses only summaries.
-        thoughts = {"reasoningText": "I should look."} if name == "compatible" else {}
+        thoughts = {"compatible": {"reasoningText": "I should look."}, "responses": {"reasoningText": ""}}.get(name, {})
         for form in ("text", "stream"):
             wanted[f"{form}, {name}"] = {"text": "Hello, you.", "counted": True, **thoughts}
         for form in ("loop", "streamed loop"):
             wanted[f"{form}, {name}"] = {"text": "It is sunny.", "steps": ["tool-calls", "stop"]}
-        wanted[f"forced call, {name}"] = [["get_weather", ["city"]]]
+        wanted[f"forced call, {name}"] = [["get_weather", {"city": "Paris"}]]
     for name in ("compatible", "chat", "responses", "structured"):
         wanted |= {f"object, {name}": ROME, f"streamed object, {name}": ROME}
     assert found == wanted
@@ -110,7 +109,7 @@ def test_anthropic_npm(server: Server) -> None:
     assert found == {
         "stream": {"text": "One moment.", "types": ["thinking", "text", "tool_use"], "reason": "tool_use"},
         "loop": {"text": "It is sunny.", "cities": ["Paris"]},
-        "forced_call": [["get_weather", ["city"]]],
+        "forced_call": [["get_weather", {"city": "Paris"}]],
         "schema": ROME,
         "count": True,
         "models": ["demo"],
@@ -162,14 +161,18 @@ def test_aider(running: tuple[Scripted, Server], tmp_path: Path, monkeypatch: py
     file.write_text("old text\n")
     answer = "<think>\nI write.\n</think>\n\nI change it.\n\nhello.txt\n```\nnew text\n```\n"
     monkeypatch.setattr(scripted, "script", lambda prompt: answer)
-    flags = ["--yes-always", "--no-git", "--no-check-update", "--no-show-model-warnings", "--analytics-disable"]
-    command = [INSTALLED / "aider" / "bin" / "aider", "--model", "openai/demo", "--edit-format", "whole", *flags]
+    prices = tmp_path / ".aider" / "caches" / "model_prices_and_context_window.json"
+    prices.parent.mkdir(parents=True)
+    prices.write_text("{}")  # otherwise it downloads them
+    model = ["--model", "openai/demo", "--edit-format", "whole", "--no-show-model-warnings", "--map-tokens", "0"]
+    quiet = ["--yes-always", "--no-git", "--no-pretty", "--no-check-update", "--no-show-release-notes"]
+    task = ["--analytics-disable", "--message", "Change the file.", "hello.txt"]
     said = run(
-        [*command, "--no-pretty", "--map-tokens", "0", "--message", "Change the file.", "hello.txt"],
+        [INSTALLED / "aider" / "bin" / "aider", *model, *quiet, *task],
         tmp_path,
         OPENAI_API_BASE=f"{server.url}/v1",
         OPENAI_API_KEY="none",
         LITELLM_LOCAL_MODEL_COST_MAP="True",
     )
-    assert "I write." in said and "<think>" not in said and file.read_text() == "new text\n"
-    assert os.listdir(tmp_path)
+    assert "THINKING" in said and "I write." in said and "<think>" not in said
+    assert file.read_text() == "new text\n"

@@ -51,7 +51,7 @@ for (const [name, model] of Object.entries(models)) {
   cases[`forced call, ${name}`] = async () => {
     const toolChoice = { type: "tool", toolName: "get_weather" };
     const { toolCalls } = await generateText({ model, prompt: "As you like.", tools, toolChoice, maxRetries: 0 });
-    return toolCalls.map((call) => [call.toolName, Object.keys(call.input)]);
+    return toolCalls.map((call) => [call.toolName, call.input]);
   };
 }
 for (const [name, model] of Object.entries({ ...models, structured: structured("demo") })) {

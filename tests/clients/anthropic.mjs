@@ -41,7 +41,7 @@ const cases = {
     const tool_choice = { type: "tool", name: "get_weather" };
     const asked = [{ role: "user", content: "As you like." }];
     const { content } = await client.messages.create({ model, max_tokens, messages: asked, tools, tool_choice });
-    return content.filter((block) => block.type === "tool_use").map((block) => [block.name, Object.keys(block.input)]);
+    return content.filter((block) => block.type === "tool_use").map((block) => [block.name, block.input]);
   },
 
   schema: async () => {

@@ -29,4 +29,4 @@ def run(cases: dict[str, Callable[[], Any]]) -> None:
             found[name] = case()
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(found))
+    print("\n" + json.dumps(found))  # on a line of its own, whatever the client has printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import instructor
@@ -19,9 +20,9 @@ class Weather(BaseModel):
 
 def ask(mode: str) -> Any:
     client = instructor.from_openai(OpenAI(base_url=f"{URL}/v1", api_key="none"), mode=instructor.Mode[mode])
-    wanted: Any = list[Weather] if mode == "PARALLEL_TOOLS" else Weather
+    wanted: Any = Iterable[Weather] if mode == "PARALLEL_TOOLS" else Weather
     found: Any = client.create(model="demo", messages=messages_of(ASKED), response_model=wanted, max_retries=0)
-    return [each.model_dump() for each in found][0] if mode == "PARALLEL_TOOLS" else found.model_dump()
+    return (next(iter(found)) if mode == "PARALLEL_TOOLS" else found).model_dump()
 
 
 def stream() -> Any:

@@ -56,7 +56,8 @@ const cases = {
 
   forced_call: async () => {
     const tool_choice = { type: "function", function: { name: "get_weather" } };
-    return (await client.chat.completions.create({ model, messages: asked, tools, tool_choice })).choices[0];
+    const free = [{ role: "user", content: "As you like." }];
+    return (await client.chat.completions.create({ model, messages: free, tools, tool_choice })).choices[0];
   },
 
   parsed: async () => {

@@ -20,6 +20,7 @@ CLIENTS = Path(__file__).with_name("clients")
 INSTALLED = Path(os.environ.get("MLX_FLASH_CLIENTS") or CLIENTS / ".env").absolute()  # by clients/setup.sh
 NODE = shutil.which("node")
 TIME_LIMIT_S = 300  # of one program; none needs a tenth of it on a quiet machine
+NOWHERE = "http://127.0.0.1:9"  # Nothing listens there.
 
 QUESTION = "How is it in Paris?"
 DESCRIPTION = "Tells the weather."
@@ -74,9 +75,9 @@ def scripted_server(folder: Path, **options: Any) -> Iterator[tuple[Scripted, Se
 
 
 def environment_in(home: Path) -> dict[str, str]:
-    """The environment of a program whose files all lie in this folder. It has no keys and no other settings."""
+    """The environment of a program whose files all lie in this folder, without keys, and without a way to the net."""
     folders = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("CONFIG", "DATA", "CACHE", "STATE")}
-    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **folders}
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "HTTPS_PROXY": NOWHERE, **folders}
 
 
 def run_cases(*command: str | Path, environment: Mapping[str, str] | None = None) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import instructor
@@ -31,4 +32,4 @@ def stream() -> Any:
     return parts[-1].model_dump()
 
 
-run({**{mode: lambda mode=mode: ask(mode) for mode in MODES}, "stream": stream})
+run({**{mode: partial(ask, mode) for mode in MODES}, "stream": stream})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any, Literal
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it downloads a list
@@ -67,7 +68,7 @@ def responses() -> Any:
 forms = (chat, stream, loop, streamed_call, schema)
 run(
     {
-        **{f"{form.__name__}, {api}": lambda form=form, api=api: form(api) for api in APIS for form in forms},
+        **{f"{form.__name__}, {api}": partial(form, api) for api in APIS for form in forms},
         "responses": responses,
     }
 )

@@ -43,10 +43,9 @@ def server(running: tuple[Scripted, Server]) -> Server:
     return running[1]
 
 
-def python_cases(name: str, server: Server, home: Path) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = run_cases(
-        PYTHON / "python", CLIENTS / f"{name}_cases.py", server.url, environment=environment_in(home)
-    )
+def python_cases(name: str, server: Server, home: Path, *arguments: str) -> Mapping[str, Any]:
+    command = [PYTHON / "python", CLIENTS / f"{name}_cases.py", server.url, *arguments]
+    found: Mapping[str, Any] = run_cases(*command, environment=environment_in(home))
     return found
 
 
@@ -83,6 +82,29 @@ def test_llama_index(server: Server, tmp_path: Path) -> None:
         "typed, by a call": ROME,
         "typed, by a schema": ROME,
     }
+
+
+def test_lm_eval(running: tuple[Scripted, Server], tmp_path: Path) -> None:
+    scripted, server = running
+    found = python_cases("lm_eval", server, tmp_path, str(scripted.folder))
+    likelihood, greedy = found["loglikelihood"]
+    assert -1000 < likelihood < 0 and greedy is False
+    assert found["generate_until"].startswith("<think>")  # a completion has no thoughts apart
+
+
+def test_titles_and_tags(server: Server) -> None:
+    """What Open WebUI asks after each answer does not cost the chat its place in the prompt caches."""
+
+    def ask(messages: list[Any]) -> Any:
+        done = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 50}).json()
+        return done["choices"][0]["message"]["content"], done["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    messages = [{"role": "system", "content": "Be brief. " * 200}, {"role": "user", "content": "Hello?"}]
+    answer, _ = ask(messages)
+    for task in ("a title", "three tags", "questions that may follow"):
+        ask([{"role": "user", "content": f"### Task:\nWrite {task}.\n<chat_history>\n{answer}\n</chat_history>"}])
+    _, cached = ask([*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": "Go on."}])
+    assert cached == 1536
 
 
 def test_the_ai_sdk(server: Server) -> None:

@@ -9,7 +9,7 @@ quiet="--no-audit --no-fund --loglevel=error"
 echo "== JavaScript clients"
 mkdir -p "$folder/more" "$folder/programs"
 cp "$here"/more/{package.json,package-lock.json} "$folder/more"
-(cd "$folder/more" && npm ci $quiet)
+(cd "$folder/more" && npm ci --ignore-scripts $quiet)
 
 echo "== programs"
 cp "$here/programs/package.json" "$folder/programs"

@@ -197,7 +197,6 @@ def test_other_wrong_values(server: Server) -> None:
         ({"prompt": [4096]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ["a", 5]}, "prompt"),
-        ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "logprobs": 6}, "logprobs"),

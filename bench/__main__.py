@@ -14,6 +14,7 @@ COMMANDS = {  # command -> its module
     "memory": "memory",
     "prompts": "prompt_times",
     "soak": "soak",
+    "conversations": "conversations",
     "reads": "reads",
     "expert-reads": "expert_reads",
     "blocks": "blocks",

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import GrammarError, UsageError
+from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.source.resolve import demo_folder
 from mlx_flash.text.grammar import Constraint, Grammar, Grammars
@@ -123,7 +124,7 @@ class Walker:
         masked = constraint.mask(self.logits)
         mx.eval(masked)
         self.mask_ms.append(1e3 * (time.perf_counter() - began))
-        allowed = np.array(masked)[0] == 0
+        allowed = to_numpy(masked)[0] == 0
         closing = allowed & self.closing if rng.random() < 0.2 + count / 500 else allowed
         return int(rng.choice(np.flatnonzero(closing if closing.any() else allowed)))
 

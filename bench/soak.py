@@ -145,11 +145,89 @@ def misbehave(client: httpx.Client, rng: random.Random) -> None:
     wrong: list[tuple[Any, int]] = [
         (b"{", 400),
         (b'{"prompt": "a", "max_tokens": "many"}', 400),
-        (b'{"prompt": "a", "model": "another"}', 404),
-        (json.dumps({"prompt": "word " * 20_000}).encode(), 400),
+        (b'{"prompt": "a", "n": 9}', 400),
+        (json.dumps({"prompt": "word " * 200_000}).encode(), 400),
     ]
     content, status = rng.choice(wrong)
     expect(client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"}), status)
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}, "people": {"type": "integer", "minimum": 0}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "look", "description": "Looks at a city.", "parameters": CITY}
+
+
+def fits(content: str, reason: str) -> None:
+    """Checks an answer that is held to CITY. One that max_tokens cut need not be whole."""
+    if reason == "length":
+        return
+    value = json.loads(content)
+    if value.keys() != {"city", "people"} or value["city"] not in ("Paris", "Rome", "Oslo") or value["people"] < 0:
+        raise Failed(f"an answer outside of its schema: {content[:200]}")
+
+
+def structured(client: httpx.Client, rng: random.Random) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    messages = [{"role": "user", "content": text(rng, 30)}]
+    body = {"messages": messages, "response_format": schema, "max_tokens": 40, "temperature": rng.choice((0, 1))}
+    choice = expect(client.post("/v1/chat/completions", json=body), 200)["choices"][0]
+    fits(choice["message"]["content"] or "", choice["finish_reason"])
+
+
+def call(client: httpx.Client, rng: random.Random) -> None:
+    """Forces a tool call, and answers it. A model whose template has no tools refuses."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": text(rng, 30)}]
+    body = {"messages": messages, "tools": [{"type": "function", "function": TOOL}], "max_tokens": 60}
+    forced = body | {"tool_choice": "required", "parallel_tool_calls": False}
+    answer = client.post("/v1/chat/completions", json=forced)
+    if answer.status_code == 400 and expect(answer, 400)["error"]["param"] == "tools":
+        return
+    choice = expect(answer, 200)["choices"][0]
+    if choice["finish_reason"] == "tool_calls":
+        (made,) = choice["message"]["tool_calls"]
+        fits(made["function"]["arguments"], "tool_calls")
+        messages += [choice["message"], {"role": "tool", "tool_call_id": made["id"], "content": "It is there."}]
+        expect(client.post("/v1/chat/completions", json=body | {"max_tokens": 10}), 200)
+
+
+def respond(client: httpx.Client, rng: random.Random) -> None:
+    """Streams an answer of the Responses API."""
+    body = {"input": text(rng, 60), "max_output_tokens": rng.randint(1, 30), "stream": True}
+    last = ""
+    with client.stream("POST", "/v1/responses", json=body) as answer:
+        for line in answer.iter_lines():
+            last = line if line.startswith("event: ") else last
+    if last not in ("event: response.completed", "event: response.incomplete"):
+        raise Failed(f"a response that ended with {last!r}")
+
+
+def message(client: httpx.Client, rng: random.Random) -> None:
+    """Streams an answer of Anthropic's API, and counts the tokens of its prompt."""
+    body: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": text(rng, 60)}]}
+    expect(client.post("/v1/messages/count_tokens", json=body), 200)
+    last = ""
+    with client.stream(
+        "POST", "/v1/messages", json=body | {"max_tokens": rng.randint(1, 30), "stream": True}
+    ) as answer:
+        for line in answer.iter_lines():
+            last = line if line.startswith("event: ") else last
+    if last != "event: message_stop":
+        raise Failed(f"a message that ended with {last!r}")
+
+
+def ollama(client: httpx.Client, rng: random.Random) -> None:
+    """Streams an answer of Ollama's API."""
+    expect(client.get("/api/tags"), 200)
+    messages = [{"role": "user", "content": text(rng, 60)}]
+    body = {"model": "any", "messages": messages, "options": {"num_predict": rng.randint(1, 30)}}
+    with client.stream("POST", "/api/chat", json=body) as answer:
+        last = [json.loads(line) for line in answer.iter_lines() if line][-1]
+    if not last.get("done"):
+        raise Failed(f"a stream that ended with {last}")
 
 
 def watch(client: httpx.Client, rng: random.Random) -> None:
@@ -166,6 +244,11 @@ def watch(client: httpx.Client, rng: random.Random) -> None:
 KINDS: dict[str, tuple[Client, int]] = {  # name -> (client, relative frequency)
     "completion": (complete, 4),
     "chat of three turns": (chat, 4),
+    "held to a schema": (structured, 2),
+    "tool call and its result": (call, 2),
+    "Responses API": (respond, 2),
+    "Anthropic's API": (message, 2),
+    "Ollama's API": (ollama, 2),
     "client that leaves": (leave, 2),
     "wrong request": (misbehave, 1),
     "statistics and events": (watch, 1),

@@ -146,7 +146,17 @@ def main(arguments: argparse.Namespace) -> int:
             )
         given = (url, model, key, context or AGENT_TOKENS)
         environment = {name: value for name, value in os.environ.items() if name not in agent.without}
-        return _run([command, *agent.arguments(*given), *arguments.rest], environment | agent.environment(*given))
+        environment |= _past_proxies(environment) | agent.environment(*given)
+        return _run([command, *agent.arguments(*given), *arguments.rest], environment)
+
+
+def _past_proxies(environment: dict[str, str]) -> dict[str, str]:
+    """Variables by which the agent asks this machine directly. Claude Code sends http too through HTTPS_PROXY."""
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if given.strip() == "*":
+        return {}
+    hosts = ",".join(filter(None, (given, "127.0.0.1")))
+    return {"NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

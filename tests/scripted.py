@@ -66,7 +66,7 @@ class Scripted:
         monkeypatch.setattr(turns, "stream_generate", of_whole_prompt)
 
     def load(self) -> tuple[Any, Any]:
-        return load(self.folder, context=self.context)
+        return load(self.folder, context=self.context, prompt_cache="64MB")
 
 
 def _saying(words: list[int]) -> Callable[[mx.array, mx.array], mx.array]:

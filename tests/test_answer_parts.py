@@ -154,6 +154,7 @@ def test_harmony() -> None:
     other_order = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}"
     cut_everywhere(HARMONY, other_order, [Thought("Hm"), ToolCall("add", {}, "")], tools=TOOLS)
     cut_everywhere(HARMONY, "<|channel|>final<|message|>2 < 3", [Text("2 < 3")])
+    cut_everywhere(HARMONY, " < 3<|end|>", [Text(" < 3")], continues=True)
     broken = '<|channel|>commentary to=functions.add<|message|>{"a": <|call|>'
     cut_everywhere(HARMONY, broken, [Text('{"a": ')], tools=TOOLS)
 

@@ -11,8 +11,11 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
+from scripted import VOCABULARY, Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
 from serving import Server, serving  # type: ignore[import-not-found]
+
+from mlx_flash.loading.load import load
+from mlx_flash.loading.plan import grammar_bytes
 
 USER: list[Any] = [{"role": "user", "content": "How is it in Paris?"}]
 SCHEMA = {
@@ -121,6 +124,20 @@ def test_a_long_thought_is_closed_before_the_schema(client: openai.OpenAI, scrip
     done = chat(client, response_format=FORMAT, extra_body={"thinking_budget": 20})
     jsonschema.validate(json.loads(done.choices[0].message.content), SCHEMA)
     assert done.usage.completion_tokens_details.reasoning_tokens == 21
+
+
+def test_its_memory_comes_from_the_prompt_caches(scripted: Scripted, tmp_path_factory: pytest.TempPathFactory) -> None:
+    scripted.script = lambda prompt: WANTED
+    needed = grammar_bytes(VOCABULARY)
+    for caches, status in ((needed - 1, 400), (needed, 200)):
+        with serving(lambda caches=caches: load(scripted.folder, context=600, prompt_cache=caches)) as server:
+            body = {"messages": USER, "response_format": FORMAT}
+            for _ in range(2):
+                answer = server.post("/v1/chat/completions", body)
+                assert answer.status_code == status
+            planned = server.get("/stats").json()["prompt_caches"]["planned_bytes"]
+            assert planned == (0 if status == 200 else caches)
+            assert status == 200 or "Start it with --prompt-cache 22MB" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

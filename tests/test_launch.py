@@ -86,6 +86,20 @@ def test_an_agent_gets_its_settings(name: str, server: Server, tmp_path: Path) -
         assert config["model"] == "mlx_flash/demo" and "demo" in config["provider"]["mlx_flash"]["models"]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "127.0.0.1"), ({"NO_PROXY": "a.example"}, "a.example,127.0.0.1"), ({"no_proxy": "*"}, "*")],
+)
+def test_a_proxy_is_not_asked_for_this_machine(
+    given: dict[str, str], expected: str, server: Server, tmp_path: Path
+) -> None:
+    given = {"NO_PROXY": "", "no_proxy": "", "HTTPS_PROXY": "http://proxy.example:1", **given}
+    _, said = launch(tmp_path, server.port, "claude", "--port", str(server.port), **given)
+    assert said["environment"]["HTTPS_PROXY"] == given["HTTPS_PROXY"]
+    assert said["environment"]["no_proxy"] == expected
+    assert said["environment"]["NO_PROXY"] == ("" if expected == "*" else expected)
+
+
 def test_a_running_server_keeps_its_model(server: Server, tmp_path: Path) -> None:
     done, _ = launch(tmp_path, server.port, "claude", "--port", str(server.port), "--memory", "2GB", "--verify")
     assert "a server runs at" in done.stderr and "--memory=2GB --verify has no effect" in done.stderr

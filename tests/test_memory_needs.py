@@ -148,6 +148,7 @@ def test_no_family_takes_more_than_is_computed(family: str, monkeypatch: pytest.
 def test_the_cache_grows_in_steps_and_is_there_twice_meanwhile() -> None:
     whole = needs("mixtral", 512)
     assert whole.kv_cache == needs("mixtral", 300).kv_cache == 2 * needs("mixtral", KV_STEP_TOKENS).kv_cache
+    assert needs("mixtral", 600).kv_cache == needs("mixtral", 768).kv_cache  # read in chunks of 512 and 88
     # Keys and values of two heads of 16 numbers in 2 layers.
     assert whole.kv_cache == 2 * 2 * 2 * 16 * 4 * round_up(300, KV_STEP_TOKENS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_number_and_all_positions() -> None:
     assert model.plan(10_000 * MB, 777).context == 777 and model.plan(10_000 * MB, "max").context == 131072
     with pytest.raises(BudgetError):
         model.plan(600 * MB, "max")
-    with pytest.raises(UsageError, match="names no number of positions"):
+    with pytest.raises(UsageError, match="names no positions for a context"):
         Model(10_000, positions=None).plan(ENDLESS, "max")
 
 
@@ -206,7 +207,7 @@ def test_a_store_has_all_of_its_positions(store: Path) -> None:
 
 
 def test_the_model_keeps_to_the_chosen_context(long_mixture: Path) -> None:
-    model, _ = load(long_mixture, memory="600MB")
+    model, _ = load(long_mixture, memory=plan(long_mixture).everything)
     try:
         assert model.flash.plan.context > CONTEXT and model.flash.positions == 8192
     finally:
@@ -223,3 +224,28 @@ def test_the_commands(long_mixture: Path, generate_command: Any, capsys: pytest.
     with pytest.raises(SystemExit):
         generate_command.make_parser().parse_args(["--context", "many"])
     assert "'many' is neither a whole number nor max" in capsys.readouterr().err
+
+
+@given(st.integers(0, 200_000), st.integers(0, 300), st.integers(0, 20_000))
+def test_prompt_caches_have_room_for_structured_answers(per_token: int, grammars: int, more: int) -> None:
+    """As long as they leave the slots three quarters of what is beyond the smallest budget."""
+
+    class Structured(Model):
+        def demand(self, context: int) -> Demand:
+            return replace(super().demand(context), grammars=grammars * MB)
+
+    model = Structured(per_token, caches=None)
+    made = model.plan(model.demand(CONTEXT).total + 20 * SLOT + RUN_TO_RUN_BYTES + more * MB, CONTEXT)
+    beyond = made.budget - made.smallest
+    caches = made.demand.prompt_caches
+    assert made.total <= made.budget and (caches >= min(grammars * MB, beyond // 4))
+    assert caches <= max(grammars * MB, 3 * made.demand.kv_cache)
+    for asked in (CONTEXT, None):
+        other = model.plan(made.budget, asked)
+        full = model.plan(other.everything, asked)
+        assert full.slot_share == 1
+        for share in (0.25, 0.5):
+            assert (
+                model.plan(other.bytes_for(share), asked).slot_share >= share
+                or other.bytes_for(share) == other.smallest
+            )

@@ -197,6 +197,8 @@ def test_other_wrong_values(server: Server) -> None:
         ({"prompt": [4096]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": "a", "echo": "yes"}, "echo"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "logprobs": 6}, "logprobs"),

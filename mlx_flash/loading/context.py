@@ -44,7 +44,9 @@ def plan_context(
     """
     if isinstance(asked, str):
         if positions is None:
-            raise UsageError(f"this model names no number of positions, so a context of {asked!r} is not a number.")
+            raise UsageError(
+                f"this model's configuration names no positions for a context of {asked!r}. Give a number."
+            )
         asked = positions
     if asked is not None:
         context = min(asked, positions or asked)

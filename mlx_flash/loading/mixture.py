@@ -25,7 +25,7 @@ from .context import plan_context
 from .expert_files import Mixture, parent_of, primitives_of
 from .memory_needs import Needs, StreamedNeed, needs_of
 from .options import LoadOptions
-from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, plan_for_budget
+from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
 from .quantised_cache import quantise_cache
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -74,6 +74,7 @@ def plan_mixture(
             predictors=0,
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
+            grammars=grammar_bytes(needs.vocabulary),
         )
 
     free = usable_memory_bytes()

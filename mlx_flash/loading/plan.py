@@ -15,6 +15,9 @@ SHARES = (0.25, 0.5)  # of the units, for the budgets that a plan proposes
 FREE_SHARE = 0.7  # share of the free memory that is used if no budget is given
 MOST_CONTEXTS = 3  # further contexts that the prompt caches hold by default, if the budget allows it
 UNITS_PER_CACHE = 9  # bytes of units for each byte of prompt caches, so that these get a tenth of both
+UNITS_PER_GRAMMAR = 3  # the same until they have room for structured answers
+GRAMMAR_BYTES = 20 << 20  # of one structured answer's lexer; at most 17 MB were seen (bench/results/grammar.md)
+GRAMMAR_BYTES_PER_TOKEN = 800  # of the vocabulary; at most 760 were measured
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
 ENDLESS = 2**62  # bytes; in effect no limit
@@ -48,10 +51,16 @@ class Demand:
     kv_cache: int
     workspace: int
     prompt_caches: int = 0  # for the contexts of earlier conversations
+    grammars: int = 0  # of structured answers, which take it from the prompt caches, so it is not in the total
 
     @property
     def total(self) -> int:
         return self.process + self.resident + self.predictors + self.kv_cache + self.prompt_caches + self.workspace
+
+
+def grammar_bytes(vocabulary: int) -> int:
+    """The memory that structured answers of a model take, one at a time. vocabulary: number of tokens."""
+    return GRAMMAR_BYTES_PER_TOKEN * vocabulary + GRAMMAR_BYTES
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,6 @@ class Plan:
     free: int  # free memory of the machine when the plan was made
     smallest: int  # smallest budget for this model
     everything: int  # budget with which all units are resident
-    most_caches: int = 0  # largest share of the prompt caches, in bytes; 0 if their size is fixed
 
     @property
     def slots_bytes(self) -> int:
@@ -106,10 +114,7 @@ class Plan:
     def bytes_for(self, share: float) -> int:
         """The budget with which this share of the units is resident, or the smallest budget if that is larger."""
         units = self.units.layers * self.units.per_layer * self.slot_bytes
-        if not self.most_caches:
-            return max(self.smallest, self.everything - int((1 - share) * units))
-        all_units = self.demand.total - self.demand.prompt_caches + units + RUN_TO_RUN_BYTES
-        return _with_caches(self.smallest, all_units - int((1 - share) * units), self.most_caches)
+        return max(self.smallest, self.everything - int((1 - share) * units))  # The prompt caches get no more there.
 
     def budgets(self) -> dict[str, int]:
         """Budgets worth a choice, in bytes: the smallest, and those with a share of the units in memory ("25%")."""
@@ -162,13 +167,21 @@ class Plan:
         return f"about {demand.prompt_caches * self.context // demand.kv_cache} tokens of earlier conversations"
 
 
-def _with_caches(smallest: int, wanted: int, most: int) -> int:
-    """The budget of `wanted` bytes without prompt caches, at least `smallest`, with their share of it, at most `most`.
+def _with_caches(smallest: int, wanted: int, most: int, grammars: int) -> int:
+    """The budget of `wanted` bytes without prompt caches, at least `smallest`, with their share, at most `most`.
 
-    The share is a tenth of what the budget has beyond the smallest one, so the smallest one has no prompt caches.
+    grammars: bytes of structured answers. `_share_of` is the inverse.
     """
     more = max(0, wanted - smallest)
-    return smallest + more + min(most, more // UNITS_PER_CACHE)
+    return smallest + more + min(most, max(more // UNITS_PER_CACHE, min(grammars, more // UNITS_PER_GRAMMAR)))
+
+
+def _share_of(beyond: int, grammars: int) -> int:
+    """The prompt caches' share of what a budget has beyond the smallest one, so that this one has none.
+
+    It is a tenth, or a quarter as long as that is not enough for structured answers, which take `grammars` bytes.
+    """
+    return max(beyond // (UNITS_PER_CACHE + 1), min(grammars, beyond // (UNITS_PER_GRAMMAR + 1)))
 
 
 def blocks_needed(shares: Sequence[float], layout: NeuronLayout) -> list[float]:
@@ -241,10 +254,11 @@ def plan_for_budget(
     need: the slots of each layer are in proportion to it; None for the same number in every layer.
     notes: the notes beside the figures.
     prompt_caches: bytes for the contexts of earlier conversations. None for a tenth of what the budget has beyond the
-    smallest one, and for what all units leave of it, but no more than MOST_CONTEXTS further contexts take.
+    smallest one (or more for structured answers, `_share_of`), and for what all units leave of it, but no more than
+    MOST_CONTEXTS further contexts take, or structured answers.
     Raises BudgetError, which names the smallest budget that suffices.
     """
-    most_caches = MOST_CONTEXTS * demand.kv_cache if prompt_caches is None else 0
+    most_caches = max(MOST_CONTEXTS * demand.kv_cache, demand.grammars) if prompt_caches is None else 0
     demand = replace(demand, prompt_caches=prompt_caches or 0)
     smallest = demand.total + units.layers * units.least * slot_bytes
     all_units = demand.total + units.layers * units.per_layer * slot_bytes
@@ -259,7 +273,7 @@ def plan_for_budget(
         budget = min(budget, ENDLESS)
         found = f"the memory budget is {budget / 1e6:.0f} MB. Give more (--memory {{}}MB)"
         most = budget
-    at_most = _with_caches(smallest_mb * 10**6, all_units + RUN_TO_RUN_BYTES, most_caches)
+    at_most = _with_caches(smallest_mb * 10**6, all_units + RUN_TO_RUN_BYTES, most_caches, demand.grammars)
     if smallest > most:
         if smallest - demand.prompt_caches <= most:
             found += ", or lower --prompt-cache"
@@ -276,10 +290,8 @@ def plan_for_budget(
             at_most,
             units.layers * units.per_layer * slot_bytes,
         )
-    beyond = max((budget - smallest_mb * 10**6) // (UNITS_PER_CACHE + 1), budget - all_units)
-    demand = replace(demand, prompt_caches=demand.prompt_caches + max(0, min(beyond, most_caches)))
+    caches = max(_share_of(max(0, budget - smallest_mb * 10**6), demand.grammars), budget - all_units)
+    demand = replace(demand, prompt_caches=demand.prompt_caches + max(0, min(caches, most_caches)))
     total = (budget - demand.total) // slot_bytes
     slots = distribute_slots(total, need or [1.0] * units.layers, units.least, units.per_layer)
-    return Plan(
-        budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most, most_caches
-    )
+    return Plan(budget, demand, units, slots, slot_bytes, context, notes, free, smallest_mb * 10**6, at_most)

@@ -29,7 +29,7 @@ from .context import plan_context
 from .memory_needs import Call, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
-from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, make_plan
+from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, grammar_bytes, make_plan
 from .planned import Planned
 from .quantised_cache import quantise_cache
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
@@ -230,6 +230,7 @@ def demand_of(
         predictors=predictors,
         kv_cache=needs.kv_cache,
         workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
+        grammars=grammar_bytes(needs.vocabulary),
     )
 
 

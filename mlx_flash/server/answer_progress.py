@@ -126,4 +126,5 @@ def _guide(parts: Any, steering: Steering) -> Guide:
         call_grammar=steering.call_grammar,
         may_think=steering.may_think,
         may_call=steering.may_call,
+        headers=steering.headers,
     )

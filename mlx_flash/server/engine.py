@@ -83,6 +83,19 @@ class Engine:
         if self.state == STOPPED or self._stopping:
             raise ApiError(503, "the server is stopping.", code="stopping")
 
+    def make_room_for_grammars(self) -> None:
+        """Takes the memory of structured answers out of that of the prompt caches. Raises ApiError if that is small."""
+        demand = self.model.flash.plan.demand
+        needed, planned = demand.grammars, demand.prompt_caches
+        if needed > planned:
+            raise ApiError(
+                400,
+                f"structured answers need up to {needed / 1e6:.0f} MB, which this server takes from its prompt caches, "
+                f"but they have {planned / 1e6:.0f} MB. Start it with --prompt-cache {-(-needed // 10**6)}MB or more.",
+                code="no_memory",
+            )
+        self._turns.planned_bytes = planned - needed
+
     def submit(self, job: Job) -> None:
         """Puts a job at the end of the queue. Raises ApiError if it is full, unless the job's request has begun."""
         with self._lock:

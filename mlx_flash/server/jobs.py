@@ -87,6 +87,7 @@ class Steering:
     call_grammar: Any = None
     may_think: bool = True
     may_call: bool = False
+    headers: tuple[Any, Any] | None = None
 
 
 @dataclass

@@ -49,22 +49,27 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
 
 def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
     """How the answer to a dialogue is divided and steered. Raises ApiError for grammars that cannot be used."""
-    from ..text.tool_grammar import tool_body, tool_calls  # It imports mlx-lm.
+    from ..text.tool_grammar import harmony_calls, tool_body, tool_calls  # It imports mlx-lm.
 
     tools = dialogue.usable_tools
     forced = dialogue.tool_choice == "required"
-    grammar = call_grammar = None
+    grammar = call_grammar = headers = None
     param = "tool_choice"
+    strict = not forced and any(tool["function"].get("strict") for tool in tools or ())
+    strict = strict and engine.tokenizer.has_tool_calling  # Other formats have no grammar.
+    if (tools and forced) or dialogue.structure is not None or strict:
+        engine.make_room_for_grammars()
     try:
-        if tools and forced:
+        if tools and forced and engine.format.harmony:
+            headers = harmony_calls(engine.grammars, tools, name=dialogue.tool_name)
+        elif tools and forced:
             grammar = tool_calls(engine.grammars, tools, name=dialogue.tool_name, several=not dialogue.one_call)
         elif (structure := dialogue.structure) is not None:
             param = structure.param
             make = getattr(engine.grammars, structure.kind)
             grammar = make() if structure.kind == "json_object" else make(structure.value)
         param = "tools"
-        strict = any(tool["function"].get("strict") for tool in tools or ())
-        if tools and strict and not forced and engine.tokenizer.has_tool_calling:  # Other formats have no grammar.
+        if tools and strict:
             call_grammar = tool_body(engine.grammars, tools)
     except FlashError as error:
         raise ApiError(400, str(error), param=param, code="invalid_grammar") from None
@@ -77,4 +82,5 @@ def steering_of(engine: Engine, dialogue: Dialogue) -> Steering:
         call_grammar=call_grammar,
         may_think=(engine.template_variables | dialogue.template_variables).get("enable_thinking") is not False,
         may_call=tools is not None and not forced,
+        headers=headers,
     )

@@ -19,7 +19,8 @@ class Guide:
     parts: the parts of the answer. thinking_tokens: most tokens of its thoughts (None: no limit). grammar: for all that
     follows the thoughts (None: free). call_grammar: for the inside of a tool call, up to the end of its end marker,
     where `grammar` is not in force (None: free). may_think, may_call: whether the answer may begin with thoughts, or
-    with a tool call, instead of what `grammar` allows.
+    with a tool call, instead of what `grammar` allows. headers: grammars of the answer's first message with its header,
+    and of a later one, for models whose calls are named in headers (None: free).
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Guide:
         call_grammar: Any = None,
         may_think: bool = True,
         may_call: bool = False,
+        headers: tuple[Any, Any] | None = None,
     ) -> None:
+        self.headers = headers
         self.parts, self.thinking_tokens = parts, thinking_tokens
         self.grammar, self.call_grammar = grammar, call_grammar
         self.thought_tokens = 0  # number of tokens of the thoughts so far
@@ -47,15 +50,24 @@ class Guide:
         self._openers: list[list[int]] = []  # token ids that may come next, instead of what the grammar allows
         self._breaks = _line_breaks(known) if grammar is not None else frozenset[int]()
         self._breaks_left = 0  # number of line breaks that may come before what the grammar allows
-        if self._kind not in (THOUGHT, HEADER):
+        if self._kind == HEADER:
+            self._constraint = headers[0].begin() if headers is not None else None
+        elif self._kind != THOUGHT:
             self._begin_grammar()
-        elif self._kind == THOUGHT and thinking_tokens == 0:
-            self._forced = parts.format.closes_thoughts
+        elif thinking_tokens == 0:
+            self._forced = self._closing
 
     @property
     def active(self) -> bool:
         """Whether it may have to change logits."""
-        return self.thinking_tokens is not None or self.grammar is not None or self.call_grammar is not None
+        steers = (self.thinking_tokens, self.grammar, self.call_grammar, self.headers)
+        return any(each is not None for each in steers)
+
+    @property
+    def _closing(self) -> list[int]:
+        """The token ids that end the thoughts."""
+        closing = self.parts.format.closes_thoughts
+        return closing if self.headers is None else closing[:1]  # The grammar of the next header knows how to go on.
 
     def __call__(self, _tokens: mx.array, logits: mx.array) -> mx.array:
         """Logits (1, V) -> logits (1, V), with -inf for the tokens that may not come next."""
@@ -66,7 +78,7 @@ class Guide:
         elif self._constraint is not None:
             masked, also = self._constraint.mask(logits), [opener[0] for opener in self._openers]
             also += self._breaks if self._breaks_left else ()
-        elif self._kind == THOUGHT and self.grammar is not None:
+        elif self._kind in (THOUGHT, HEADER) and (self.grammar is not None or self.headers is not None):
             return self._without_end(logits)
         else:
             return logits
@@ -99,15 +111,19 @@ class Guide:
         elif opener := next((opener for opener in self._openers if opener[0] == token), None):
             self._constraint, self._forced = None, opener[1:]
         elif self._kind == THOUGHT and self.thinking_tokens is not None and self.thought_tokens >= self.thinking_tokens:
-            self._forced = self.parts.format.closes_thoughts
+            self._forced = self._closing
         elif self._breaks_left and before == self._kind and token in self._breaks:
             self._breaks_left -= 1
             return
-        elif self._constraint is not None and self._kind not in (THOUGHT, HEADER):
+        elif self._constraint is not None and (self._kind != THOUGHT or before == HEADER):
             self._constraint.accept(token)
         self._openers, self._breaks_left = [], 0
-        if self._kind in (THOUGHT, HEADER):
+        if self._kind == THOUGHT or (self._kind == HEADER and self.headers is None):
             self._constraint = None
+        elif self._kind == HEADER and self.headers is not None:
+            self._constraint = self._constraint if before == HEADER else self.headers[1].begin()
+        elif before == HEADER and self.headers is not None:
+            pass  # The header's grammar goes on inside the call.
         elif before in (THOUGHT, HEADER):
             if self._kind == CALL and self.parts.tools:
                 self._begin_with_call()

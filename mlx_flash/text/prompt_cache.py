@@ -63,7 +63,7 @@ class ReusedPromptCache:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.reused = 0  # number of the last prompt's tokens that were in a cache already
-        self.planned_bytes: int = model.flash.plan.demand.prompt_caches
+        self.planned_bytes: int = model.flash.plan.demand.prompt_caches  # may be lowered at any time
         self._last = self._empty()  # the last conversation's
         self._kept: tuple[CachedContext, ...] = ()  # earlier ones, the least recently used one first
 
@@ -155,6 +155,7 @@ class ReusedPromptCache:
         """Makes the context that the prompt continues the last one. Returns the number of tokens that it holds."""
         if not self._last.whole:
             self._forget_last()
+        self._kept = self._fitting(self._kept, lambda kept: _used(kept, self._last))  # The plan may have been lowered.
         source, place = self._longest(prompt, step, fresh)
         with large_memory_given_back():
             if source is not self._last or place < len(source.tokens):

@@ -59,6 +59,30 @@ def tool_body(grammars: Grammars, tools: list[dict[str, Any]], *, several: bool 
     return _grammar(grammars, chosen, whole=False, several=several)
 
 
+def harmony_calls(
+    grammars: Grammars, tools: list[dict[str, Any]], *, name: str | None = None
+) -> tuple[Grammar, Grammar]:
+    """Like `tool_calls`, for gpt-oss, which names the tool in the header of a message.
+
+    Returns the grammars of the answer's first message, which may be the header of thoughts, and of a later one. A
+    message ends with the arguments: the token that ends a call ends the answer as well.
+    """
+    chosen = [tool for tool in (_tool(tool, always=True) for tool in tools) if name in (None, tool.name)]
+    if not chosen:
+        raise GrammarError(f"tool_choice names the tool {name!r}, which is not among the tools.")
+    made = []
+    for beginning in ("", "<|start|>assistant"):
+        lark = Lark(grammars.special_tokens())
+        calls = []
+        for tool in chosen:
+            head = f"{beginning}<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>"
+            calls.append(lark.rule(f"{lark.spelled(head)} {json_rule(_object(tool.parameters or {}))}"))
+        thoughts = [] if beginning else [lark.spelled("<|channel|>analysis<|message|>")]
+        text = " | ".join([*calls, *thoughts])
+        made.append(grammars.lark("\n".join([*lark.rules, f"start: {text}"]), "the grammar of the tools"))
+    return made[0], made[1]
+
+
 def _tool(tool: Any, always: bool) -> Tool:
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -29,7 +29,7 @@ from .source.children import child_environment
 KEY_VARIABLE = "MLX_FLASH_API_KEY"
 NO_KEY = "none"  # for programs that refuse to start without one
 TIME_LIMIT_MS = 3_600_000  # for an answer; a model on an SSD may read a long prompt for minutes
-AGENT_TOKENS = 16_384  # Agents send prompts of 8,000 to 20,000 tokens.
+AGENT_TOKENS = 16_384  # An agent's first prompt has 6,000 to 20,000 tokens.
 KEPT_LINES = 40  # lines of the server's standard error that are kept
 
 
@@ -141,8 +141,8 @@ def main(arguments: argparse.Namespace) -> int:
         model, context = _model_of(url, key)
         if context and context < AGENT_TOKENS:
             say(
-                f"note: the server's context is {context} tokens, and agents send prompts of about {AGENT_TOKENS}. "
-                "Start it with a larger --context."
+                f"note: the server's context is {context} tokens; an agent's first prompt has 6,000 to 20,000. If it "
+                "does not fit, start the server with a larger --context, or choose a model with more positions."
             )
         given = (url, model, key, context or AGENT_TOKENS)
         environment = {name: value for name, value in os.environ.items() if name not in agent.without}

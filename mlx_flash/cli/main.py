@@ -12,7 +12,7 @@ from . import run
 COMMANDS = {
     "generate": ("mlx_flash.generate", "continues a prompt"),
     "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
-    "server": ("mlx_flash.server", "serves the OpenAI API over HTTP, and a page to chat in"),
+    "server": ("mlx_flash.server", "serves the APIs of OpenAI, Anthropic and Ollama, and a page to chat in"),
     "launch": ("mlx_flash.launch", "starts a coding agent (claude, codex, opencode) with a model of this machine"),
     "plan": ("mlx_flash.cli.show_plan", "prints how much memory a model needs, and sensible budgets"),
     "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),

@@ -245,7 +245,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Answers Starlette's own errors: an unknown path, or a method that is not allowed."""
     assert isinstance(error, HTTPException)
     message, headers = f"{request.method} {request.url.path:.200}: {error.detail}.", dict(error.headers or {})
-    if error.status_code == 405:
+    if error.status_code == 404:
+        message = f"this server has no path {request.url.path:.200}; GET /openapi.json lists those that it has."
+    elif error.status_code == 405:
         # Starlette's static files do not list their methods.
         methods = sorted(headers.get("Allow", "GET, HEAD").split(", "))
         message = f"{request.url.path:.200} does not allow {request.method:.20}; use {' or '.join(methods)}."

@@ -275,7 +275,9 @@ def test_what_generate_refuses(client: ollama.Client, server: Server) -> None:
         client.generate("any", "Well?", raw=True, format="json")
     assert server.post("/api/generate", {"prompt": "a", "images": ["aGk="]}).status_code == 400
     assert server.post("/api/chat", {"messages": USER, "format": "xml"}).json()["error"].startswith("format is 'xml'")
-    assert server.post("/api/pull", {"model": "x"}).json() == {"error": "POST /api/pull: Not Found."}
+    assert server.post("/api/pull", {"model": "x"}).json() == {
+        "error": "this server has no path /api/pull; GET /openapi.json lists those that it has."
+    }
 
 
 def test_an_error_in_a_stream(client: ollama.Client, scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

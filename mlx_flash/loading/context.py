@@ -50,7 +50,8 @@ def plan_context(
         asked = positions
     if asked is not None:
         context = min(asked, positions or asked)
-        return divide(demand_at(context), context, "")
+        note = f", all of the model's positions, fewer than the {asked} asked for" if context < asked else ""
+        return divide(demand_at(context), context, note)
     least, most = min(CONTEXT, positions or CONTEXT), min(MOST_CONTEXT, positions or MOST_CONTEXT)
     longest = demand_at(most)  # first, so that the process is measured after the largest graph was traced
     shortest = demand_at(least)

@@ -28,9 +28,9 @@ KEY_VARIABLE = "MLX_FLASH_API_KEY"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server"),
-        description="Serves one model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests wait in a "
-        "queue; one is answered at a time. The address goes to standard output, everything else to standard error. If a request "
-        "does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from the model's "
+        description="Serves one model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests "
+        "wait in a queue; one is answered at a time. The address goes to standard output, everything else to standard "
+        "error. If a request does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from the model's "
         "generation_config.json, else from OpenAI's defaults (temperature 1).",
     )
     add_model_arguments(parser)

@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog=program("server"),
         description="Serves one model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests "
         "wait in a queue; one is answered at a time. The address goes to standard output, everything else to standard "
-        "error. If a request does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from the model's "
-        "generation_config.json, else from OpenAI's defaults (temperature 1).",
+        "error. If a request does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from "
+        "the model's generation_config.json, else from OpenAI's defaults (temperature 1).",
     )
     add_model_arguments(parser)
     http = parser.add_argument_group("server")

@@ -74,7 +74,11 @@ def test_the_text_fits_the_schema_and_thoughts_are_free(
     (choice,) = chat(client, response_format=FORMAT, temperature=temperature).choices
     assert choice.finish_reason == "stop"
     jsonschema.validate(json.loads(choice.message.content), SCHEMA)
-    assert getattr(choice.message, "reasoning_content", "") == ("It is {warm}." if said.startswith(THOUGHT) else "")
+    if temperature == 0 or said.startswith(
+        (THOUGHT, "{")
+    ):  # Instead of a word that is forbidden it may begin to think.
+        thoughts = getattr(choice.message, "reasoning_content", "")
+        assert thoughts == ("It is {warm}." if said.startswith(THOUGHT) else "")
     if said.endswith(WANTED):
         assert json.loads(choice.message.content) == json.loads(WANTED)
 

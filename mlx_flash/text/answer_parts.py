@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .call_parsers import limited, unfinished
 from .stops import StopWords
 
 TEXT, THOUGHT, CALL, HEADER = "normal", "reasoning", "tool", "header"  # the names of mlx-lm's states
@@ -59,6 +58,8 @@ class AnswerFormat:
     """How one model marks the parts of its answers. Made once per tokenizer (mlx-lm's TokenizerWrapper)."""
 
     def __init__(self, tokenizer: Any) -> None:
+        from .call_parsers import limited, unfinished  # They import mlx-lm.
+
         self.tokenizer = tokenizer
         self.harmony = _knows(tokenizer, HARMONY)
         self.thinks = self.harmony or bool(tokenizer.has_thinking) or THOUGHT in self._states()
@@ -66,6 +67,7 @@ class AnswerFormat:
         parser = tokenizer.tool_parser if tokenizer.has_tool_calling else None
         self.parser_name = "" if self.harmony or parser is None else parser.__module__.rpartition(".")[2]
         self.parse_call: Any = None if parser is None else limited(parser)
+        self.is_unfinished = unfinished
 
     def _states(self) -> set[str]:
         return {state for edges in self.tokenizer.response_transitions.values() for _, state in edges}
@@ -241,7 +243,7 @@ class AnswerParts:
         before, kind = self._kind, self._kind_of(state)
         space = ""  # before the marker; it is dropped unless the marker turns out to be text
         if before == CALL:
-            if unfinished(self.format.parser_name, self._call):  # The marker is a part of an argument.
+            if self.format.is_unfinished(self.format.parser_name, self._call):  # The marker is a part of an argument.
                 self._state = self._machine.make_state(BODY if self.format.harmony else CALL)
                 self._call += self._said[marker_start:]
                 return

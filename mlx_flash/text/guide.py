@@ -88,7 +88,7 @@ class Guide:
         return masked
 
     def _without_end(self, logits: mx.array) -> mx.array:
-        """In thoughts before a grammar: a token that ends the answer ends only the thoughts."""
+        """Before what a grammar asks for: a token that ends the answer ends only the thoughts, and no header."""
         import mlx.core as mx
 
         ends, closing = sorted(self.parts.format.tokenizer.eos_token_ids), self.parts.format.closes_thoughts
@@ -99,6 +99,8 @@ class Guide:
         tokens = mx.arange(logits.shape[-1])
         for token in ends:
             logits = mx.where(tokens == token, -mx.inf, logits)
+        if self._kind == HEADER:
+            return logits
         return mx.where(tokens == closing[0], mx.maximum(logits, wish), logits)
 
     def took(self, token: int) -> None:

@@ -28,7 +28,8 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
     if not has_chat_template(tokenizer):
         for name, value in {"tools": tools, "chat_template_kwargs": dialogue.variables}.items():
             if value:
-                raise ApiError(400, f"this model has no chat template, so {name} cannot be used.", param=name)
+                message = f"this model has no chat template, so {name} cannot be used. Choose a model that has one."
+                raise ApiError(400, message, param=name)
         text = "\n\n".join(message["content"] for message in messages)
         with _refusals(engine, dialogue.param), _encoding:
             return encode_prompt(tokenizer, text, most=context)
@@ -36,7 +37,7 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
         if tools and not takes_tools(tokenizer, tools):
             raise ApiError(
                 400,
-                "this model's chat template does not support tools: leave them out, or send tool_choice 'none'.",
+                "this model's chat template does not support tools. Choose a model that knows tools, or send none.",
                 param="tools",
             )
         prompt = prompt_text(

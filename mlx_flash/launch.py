@@ -115,8 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program("launch"),
         description="Starts a coding agent that uses a model of this machine. If no server answers on --port, one is "
-        "started for as long as the agent runs; else that one is used, with the model that it has. The agent's settings "
-        "are set for this run only; its own files are not changed.",
+        "started for as long as the agent runs; else that one is used, with the model that it has. The agent's "
+        "settings are set for this run only; its own files are not changed.",
         epilog="What follows -- goes to the agent: mlxflash launch claude --model MODEL -- -p 'Say hello'",
     )
     parser.add_argument("agent", choices=AGENTS, help="the program to start; it must be installed")

@@ -293,3 +293,10 @@ def test_echo(client: openai.OpenAI, texts: dict[str, Any], load_speaker: Callab
     assert "".join(chunk.choices[0].text for chunk in chunks).startswith(text)
     with pytest.raises(openai.BadRequestError, match="Only an echo may have 0"):
         client.completions.create(model="demo", prompt="a", max_tokens=0)
+
+
+def test_a_forced_call_of_a_model_without_tools_names_the_tools(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="has no chat template") as caught:
+        client.chat.completions.create(model="demo", messages=say(), tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools"

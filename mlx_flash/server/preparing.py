@@ -17,10 +17,10 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
     """The arguments of a Job for each answer, in order. Takes long enough to need a thread. Raises ApiError."""
     of = question.of
     if isinstance(of, Dialogue):
-        steering = steering_of(engine, of)
         ids = encode_dialogue(engine, of)
         prompts, param, continues = [ids], of.param, of.continues
         room_for(engine, ids, question.max_tokens, param)
+        steering = steering_of(engine, of)
         system_tokens = system_tokens_of(engine, of, ids)
     else:
         steering, system_tokens = None, 0

@@ -61,7 +61,7 @@ class Answering:
         return Waiting(self.engine, begun=index > 0, id=self.form.id + number, **self._jobs[index])
 
     async def choices(self) -> AsyncGenerator[tuple[int, Any], None]:
-        """Yields (number of the choice, item); None is an item, too: there was nothing for a while."""
+        """Yields (number of the choice, item). The item is None if there was nothing for a while."""
         for index in range(len(self._jobs)):
             if index:
                 self.waiting = self._submit(index)

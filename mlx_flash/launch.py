@@ -267,11 +267,9 @@ def _model_of(url: str, key: str) -> tuple[str, int]:
         with _opener().open(request, timeout=10) as response:
             found: Any = json.loads(response.read())["data"][0]
             return str(found["id"]), int(found.get("context_length") or 0)
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise FlashError(f"the server at {url} wants an API key. Set {KEY_VARIABLE} to it.") from None
-        raise FlashError(f"the server at {url} does not list its model: {error}. Choose another --port.") from None
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == 401:
+            raise FlashError(f"the server at {url} wants an API key. Set {KEY_VARIABLE} to it.") from None
         raise FlashError(f"the server at {url} does not list its model: {error}. Choose another --port.") from None
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mixtures import make_mixture  # type: ignore[import-not-found]  # found beside this file
+from serving import Server, serving  # type: ignore[import-not-found]
 from templates import SPECIAL, TEMPLATES, write_tokenizer  # type: ignore[import-not-found]
 from tokenizers import Tokenizer
 
@@ -80,3 +82,18 @@ def _saying(words: list[int]) -> Callable[[mx.array, mx.array], mx.array]:
         return logits + PUSH * (mx.arange(logits.shape[-1]) == word)
 
     return process
+
+
+# -- fixtures of the files that import them ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
+
+
+@pytest.fixture(scope="module")
+def server(scripted: Scripted) -> Iterator[Server]:
+    with serving(scripted.load) as running:
+        yield running

@@ -12,7 +12,7 @@ from typing import Any
 import anthropic
 import httpx2 as httpx
 import pytest
-from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
+from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
 from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.server.api_errors import ApiError, PromptTooLong
@@ -21,6 +21,8 @@ from mlx_flash.server.apis.error_forms import error_response
 from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.server.jobs import Progress
 from mlx_flash.text.generation_config import GenerationConfig
+
+# ruff: noqa: F811
 
 USER: Any = [{"role": "user", "content": "How is it in Paris?"}]
 WEATHER: Any = {
@@ -31,18 +33,6 @@ WEATHER: Any = {
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = f"<think>\nI should look.\n</think>\n\nOne moment.\n{CALL}"
 IMAGE: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
-
-
-@pytest.fixture(scope="module")
-def server(scripted: Scripted) -> Iterator[Server]:
-    with serving(scripted.load) as running:
-        yield running
 
 
 @pytest.fixture

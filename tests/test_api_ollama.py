@@ -9,8 +9,8 @@ from typing import Any
 
 import ollama
 import pytest
-from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
-from serving import Server, serving  # type: ignore[import-not-found]
+from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
+from serving import Server  # type: ignore[import-not-found]
 
 from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.apis.ollama import OllamaChatForm, OllamaChatRequest, OllamaGenerateRequest
@@ -18,6 +18,8 @@ from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.jobs import Progress
 from mlx_flash.text.generation_config import GenerationConfig
+
+# ruff: noqa: F811
 
 USER: Any = [{"role": "user", "content": "How is it in Paris?"}]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -32,18 +34,6 @@ def get_weather(city: str) -> str:
         city: The city.
     """
     return "22 degrees"
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
-
-
-@pytest.fixture(scope="module")
-def server(scripted: Scripted) -> Iterator[Server]:
-    with serving(scripted.load) as running:
-        yield running
 
 
 @pytest.fixture

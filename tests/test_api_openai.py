@@ -8,10 +8,12 @@ from typing import Any
 
 import openai
 import pytest
-from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
-from serving import Server, serving  # type: ignore[import-not-found]
+from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
+from serving import Server  # type: ignore[import-not-found]
 
 from mlx_flash.server.answer_progress import AnswerInProgress
+
+# ruff: noqa: F811
 
 USER = [{"role": "user", "content": "How is it in Paris?"}]
 WEATHER: Any = {
@@ -24,18 +26,6 @@ WEATHER: Any = {
 }
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = f"<think>\nI should look.\n</think>\n\nOne moment.\n{CALL}"
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
-
-
-@pytest.fixture(scope="module")
-def server(scripted: Scripted) -> Iterator[Server]:
-    with serving(scripted.load) as running:
-        yield running
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
-from serving import Server, serving  # type: ignore[import-not-found]
+from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
+from serving import Server  # type: ignore[import-not-found]
 
 from mlx_flash.server.api_errors import ApiError
 from mlx_flash.server.apis.openai_common import parse
@@ -22,6 +22,8 @@ from mlx_flash.server.apis.responses import ResponsesRequest
 from mlx_flash.server.apis.responses_answer import ResponsesForm
 from mlx_flash.server.jobs import End, Piece
 from mlx_flash.text.sampling import Sampling
+
+# ruff: noqa: F811
 
 QUESTION = "How is it in Paris?"
 WEATHER: Any = {
@@ -33,18 +35,6 @@ WEATHER: Any = {
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 ANSWER = f"<think>\nI should look.\n</think>\n\nOne moment.\n{CALL}"
 USER = {"role": "user", "content": QUESTION}
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
-
-
-@pytest.fixture(scope="module")
-def server(scripted: Scripted) -> Iterator[Server]:
-    with serving(scripted.load) as running:
-        yield running
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from scripted import VOCABULARY, Scripted, make_scripted  # type: ignore[import-not-found]  # found beside this file
+from scripted import VOCABULARY, Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
 from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
 from mlx_flash.loading.plan import grammar_bytes
+
+# ruff: noqa: F811
 
 USER: list[Any] = [{"role": "user", "content": "How is it in Paris?"}]
 SCHEMA = {
@@ -38,18 +40,6 @@ WANTED = '{"city": "Rome", "degrees": 21}'
 class Weather(BaseModel):
     city: Literal["Paris", "Rome"]
     degrees: int
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Scripted(make_scripted(tmp_path_factory.mktemp("scripted")), patch)
-
-
-@pytest.fixture(scope="module")
-def server(scripted: Scripted) -> Iterator[Server]:
-    with serving(scripted.load) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_flash.cli.run import whole_number
-from mlx_flash.defaults import CONTEXT, KV_BITS
+from mlx_flash.defaults import KV_BITS
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 
-from .quality import LEAST_TOKENS, readable, say
+from .quality import LEAST_TOKENS, add_window_arguments, readable, say
 from .tools.report import environment, spread
 from .tools.score import Comparison, windows
 from .tools.texts import read_text
@@ -29,21 +28,7 @@ STEP = 128  # tokens per call, whose logits are compared at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
     parser.add_argument("--text", type=Path, required=True, help="file of plain text")
-    parser.add_argument(
-        "--tokens",
-        type=whole_number(LEAST_TOKENS, 10**9),
-        default=8192,
-        metavar="N",
-        help="score only the first N tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--context",
-        type=whole_number(LEAST_TOKENS),
-        default=CONTEXT,
-        metavar="N",
-        help="tokens of a window; each window starts empty (default: %(default)s, at most the model's positions)",
-    )
-    parser.add_argument("--memory", metavar="SIZE", help="budget, such as 6GB (default: a share of the free memory)")
+    add_window_arguments(parser, tokens=8192)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -27,13 +27,12 @@ from .tools.texts import read_text
 LEAST_TOKENS = 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
-    parser.add_argument("--text", type=Path, help="file of plain text that the model was not trained on")
+def add_window_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Adds the arguments for scoring a text in windows. tokens: how many are scored by default."""
     parser.add_argument(
         "--tokens",
         type=whole_number(LEAST_TOKENS, 10**9),
-        default=4096,
+        default=tokens,
         metavar="N",
         help="score only the first N tokens (default: %(default)s)",
     )
@@ -45,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a window; each window starts empty (default: %(default)s, at most the model's positions)",
     )
     parser.add_argument("--memory", metavar="SIZE", help="budget, such as 6GB (default: a share of the free memory)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
+    parser.add_argument("--text", type=Path, help="file of plain text that the model was not trained on")
+    add_window_arguments(parser, tokens=4096)
     parser.add_argument(
         "--predictor",
         choices=PREDICTORS,

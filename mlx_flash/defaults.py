@@ -16,3 +16,4 @@ PREFILL_TOKENS = 512  # prompt tokens per chunk in our own functions; the memory
 CALIBRATION_TOKENS = 2048
 LEAST_CALIBRATION_TOKENS = 16
 KV_STEP_TOKENS = 256  # mlx-lm's KV cache grows by this many tokens at a time
+KEY_VARIABLE = "MLX_FLASH_API_KEY"  # environment variable with the server's API key

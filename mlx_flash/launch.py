@@ -23,10 +23,10 @@ from typing import Any
 from .cli.model_arguments import add_model_arguments, model_flags
 from .cli.run import program, run_command, whole_number
 from .cli.terminal import say
+from .defaults import KEY_VARIABLE
 from .errors import FlashError
 from .source.children import child_environment
 
-KEY_VARIABLE = "MLX_FLASH_API_KEY"
 NO_KEY = "none"  # for programs that refuse to start without one
 TIME_LIMIT_MS = 3_600_000  # for an answer; a model on an SSD may read a long prompt for minutes
 AGENT_TOKENS = 16_384  # An agent's first prompt has 6,000 to 20,000 tokens.

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from mlx_flash.cli.stopping import LIFELINE_S
+from mlx_flash.defaults import KEY_VARIABLE
 from mlx_flash.source.children import child_environment
 
 ADDRESS = re.compile(r"\bhttp://\S+")  # in the line that the server prints once its port is open
 KEPT_LINES = 40  # lines of standard error that are kept
-KEY_VARIABLE = "MLX_FLASH_API_KEY"  # A key meant for another server would lock the app out of its own.
 # The signals that the system or MLX sends when memory runs out, on macOS and on Linux.
 MEMORY_SIGNALS = {signal.SIGKILL, signal.SIGABRT}
 
@@ -50,6 +50,7 @@ class EngineProcess:
             stderr=subprocess.PIPE,
             text=True,  # "\r" ends a line as well, as in progress bars.
             errors="replace",
+            # A key meant for another server would lock the app out of its own.
             env={name: value for name, value in child_environment().items() if name != KEY_VARIABLE},
             start_new_session=True,
         )

@@ -15,14 +15,13 @@ from ..cli.beginning import TERMINATED, Interrupted, Terminated
 from ..cli.model_arguments import add_model_arguments, load_model, options_of
 from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..cli.terminal import say
+from ..defaults import KEY_VARIABLE
 from ..errors import UsageError
 from ..text.chat_template import RESERVED_VARIABLES
 from .access import ALL, Access, model_name
 
 if TYPE_CHECKING:
     from .engine import Engine
-
-KEY_VARIABLE = "MLX_FLASH_API_KEY"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,13 +9,14 @@ from pydantic import Field
 from ...text.answer_parts import Thought, ToolCall
 from ...text.chat_template import RESERVED_VARIABLES
 from ..api_errors import ApiError
-from ..jobs import End, Piece, new_id
-from .answer_form import Answered, AnswerForm, event
+from ..jobs import End, Piece
+from .answer_form import Answered, event
 from .openai_common import (
     FIRST_ERROR,
     NOT_DONE,
     NOT_DONE_IN_CHAT,
     Message,
+    OpenAiForm,
     OpenAiRequest,
     Tokens,
     Whole,
@@ -175,17 +175,17 @@ def structure_of(response_format: dict[str, Any] | None, grammar: dict[str, Any]
     return Structure("json_schema", schema, "response_format")
 
 
-class ChatForm(AnswerForm):
+class ChatForm(OpenAiForm):
+    kind = "chat.completion.chunk"
+
     def __init__(self, request: ChatRequest, model: str) -> None:
-        self.id, self.created, self.model = new_id("chatcmpl"), int(time.time()), model
-        self._answers, self._logprobs, self._usage = request.n or 1, request.top is not None, request.include_usage
-        self._ends: list[End] = []
+        super().__init__("chatcmpl", request, model)
         self._calls: dict[int, int] = {}  # choice -> number of its calls so far
 
     def whole(self, answers: list[Answered]) -> dict[str, Any]:
         choices = [self._choice(index, answered) for index, answered in enumerate(answers)]
         usage = usage_of([answered.end for answered in answers], self._answers)
-        return {**self._head("chat.completion", choices), "usage": usage}
+        return {**self.head("chat.completion", choices), "usage": usage}
 
     def _choice(self, index: int, answered: Answered) -> dict[str, Any]:
         nothing = None if answered.calls or answered.thoughts else ""
@@ -220,21 +220,9 @@ class ChatForm(AnswerForm):
         self._ends.append(end)
         return self._chunk(index, {}, None, end.finish_reason)
 
-    def finish(self) -> str:
-        usage = ""
-        if self._usage:  # a chunk without choices
-            usage = event({**self._head("chat.completion.chunk", []), "usage": usage_of(self._ends, self._answers)})
-        return f"{usage}data: [DONE]\n\n"
-
-    def failed(self, error: ApiError) -> str:
-        return f"{event(error.body())}data: [DONE]\n\n"
-
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event(self._head("chat.completion.chunk", [choice]))
-
-    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return event(self.head(self.kind, [choice]))
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:

@@ -6,6 +6,7 @@ refused; NOT_DONE lists them.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -15,7 +16,8 @@ from pydantic_core import PydanticCustomError
 from ...text.generation_config import GenerationConfig
 from ...text.sampling import Sampling
 from ..api_errors import ApiError
-from ..jobs import End, TokenLogprob
+from ..jobs import End, TokenLogprob, new_id
+from .answer_form import AnswerForm, event
 
 MOST_STOPS = 256
 MOST_ANSWERS = 4  # for one prompt
@@ -254,3 +256,26 @@ def usage_of(ends: list[End], answers: int) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in prompts)},
         "completion_tokens_details": {"reasoning_tokens": sum(end.thought_tokens for end in ends)},
     }
+
+
+class OpenAiForm(AnswerForm):
+    """The common part of the forms of chat and text completions. kind: of a stream's chunks."""
+
+    kind: str
+
+    def __init__(self, prefix: str, request: OpenAiRequest, model: str) -> None:
+        self.id, self.created, self.model = new_id(prefix), int(time.time()), model
+        self._answers, self._logprobs, self._usage = request.n or 1, request.top is not None, request.include_usage
+        self._ends: list[End] = []
+
+    def finish(self) -> str:
+        usage = ""
+        if self._usage:  # a chunk without choices
+            usage = event({**self.head(self.kind, []), "usage": usage_of(self._ends, self._answers)})
+        return f"{usage}data: [DONE]\n\n"
+
+    def failed(self, error: ApiError) -> str:
+        return f"{event(error.body())}data: [DONE]\n\n"
+
+    def head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

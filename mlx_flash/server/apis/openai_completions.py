@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from ...text.answer_parts import Thought, ToolCall
 from ..api_errors import ApiError
-from ..jobs import End, Piece, TokenLogprob, new_id
-from .answer_form import Answered, AnswerForm, event
-from .openai_common import OpenAiRequest, Tokens, Whole, by_text, count_or_off, usage_of
+from ..jobs import End, Piece, TokenLogprob
+from .answer_form import Answered, event
+from .openai_common import OpenAiForm, OpenAiRequest, Tokens, Whole, by_text, count_or_off, usage_of
 from .question import Question, Sampling
 
 MOST_PROMPTS = 64  # in one request
@@ -62,46 +61,36 @@ class CompletionRequest(OpenAiRequest):
         return prompts
 
 
-class CompletionForm(AnswerForm):
+class CompletionForm(OpenAiForm):
+    kind = "text_completion"
+
     def __init__(self, request: CompletionRequest, model: str) -> None:
-        self.id, self.created, self.model = new_id("cmpl"), int(time.time()), model
-        self._answers, self._logprobs, self._usage = request.n or 1, request.top is not None, request.include_usage
-        self._ends: list[End] = []
+        super().__init__("cmpl", request, model)
 
     def whole(self, answers: list[Answered]) -> dict[str, Any]:
         choices = [
             self._choice(index, answered.text, answered.logprobs, answered.end.finish_reason)
             for index, answered in enumerate(answers)
         ]
-        return {**self._head(choices), "usage": usage_of([answered.end for answered in answers], self._answers)}
+        return {
+            **self.head(self.kind, choices),
+            "usage": usage_of([answered.end for answered in answers], self._answers),
+        }
 
     def begin(self) -> str:
         return ""
 
     def item(self, index: int, item: Thought | Piece | ToolCall) -> str:
         assert isinstance(item, Piece)  # The answer is one text.
-        return event(self._head([self._choice(index, item.text, item.logprobs, None)]))
+        return event(self.head(self.kind, [self._choice(index, item.text, item.logprobs, None)]))
 
     def end(self, index: int, end: End) -> str:
         self._ends.append(end)
-        return event(self._head([self._choice(index, "", None, end.finish_reason)]))
-
-    def finish(self) -> str:
-        usage = ""
-        if self._usage:  # a chunk without choices
-            usage = event({**self._head([]), "usage": usage_of(self._ends, self._answers)})
-        return f"{usage}data: [DONE]\n\n"
-
-    def failed(self, error: ApiError) -> str:
-        return f"{event(error.body())}data: [DONE]\n\n"
+        return event(self.head(self.kind, [self._choice(index, "", None, end.finish_reason)]))
 
     def _choice(self, index: int, text: str, entries: Any, reason: str | None) -> dict[str, Any]:
         logprobs = None if entries is None or not self._logprobs else _logprobs(entries)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _head(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
 def _logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import THREADS
 from mlx_flash.errors import UsageError
-from mlx_flash.flash.experts import ExpertFiles, ExpertSlots
+from mlx_flash.flash.experts import ExpertSlots
+from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.mixture import open_files
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.model} is not a mixture of experts; `bench reads` measures a store's neurons.")
     mixture = open_mixture(arguments.model)
     slots = min(arguments.slots, mixture.experts)
-    shared = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
+    shared = InPlaceFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     if not all(file.direct for file in shared.files):
         raise UsageError(
             f"the file system of {arguments.model} refuses reads past the page cache. Copy the model to another one."

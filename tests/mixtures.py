@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_flash.flash.experts import ExpertFiles
+from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading.expert_files import Mixture, open_mixture
 from mlx_flash.loading.mixture import open_files
@@ -214,10 +214,10 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
     mx.save_safetensors(str(path), weights)
 
 
-def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, ExpertFiles]:
+def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, InPlaceFiles]:
     """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer."""
     mixture: Mixture = open_mixture(folder)
-    streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(4))
+    streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     mixture.stream(streamer, [slots] * len(mixture.switches), window)
     for ahead in [layer.ahead for layer in mixture.layers() if layer.ahead is not None]:
         ahead.trial.guessing = True  # as if a trial had found that guessing pays

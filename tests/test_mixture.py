@@ -36,7 +36,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from mlx_flash.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
-from mlx_flash.flash.experts import ExpertFiles
+from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.flash.units import PrefetchRecord
@@ -45,10 +45,11 @@ from mlx_flash.layers.expert_products import Widened
 from mlx_flash.layers.experts import SORTED_FROM, StreamedExperts
 from mlx_flash.layers.lookahead import LookAhead
 from mlx_flash.loading import load
-from mlx_flash.loading.expert_files import Provenance, locate, open_mixture
+from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.memory_needs import needs_of
 from mlx_flash.loading.mixture import plan_mixture, streamed_layers
 from mlx_flash.loading.options import LoadOptions
+from mlx_flash.loading.provenance import Provenance, locate
 from mlx_flash.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_processor")
@@ -66,11 +67,11 @@ def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def stream() -> Iterator[Callable[..., tuple[Any, ExpertFiles]]]:
+def stream() -> Iterator[Callable[..., tuple[Any, InPlaceFiles]]]:
     """(model, streamer) of a checkpoint with so many slots per layer."""
-    streamers: list[ExpertFiles] = []
+    streamers: list[InPlaceFiles] = []
 
-    def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, ExpertFiles]:
+    def open_one(folder: Path, slots: int, **options: Any) -> tuple[Any, InPlaceFiles]:
         model, streamer = open_streamed(folder, slots, **options)
         streamers.append(streamer)
         return model, streamer

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.defaults import THREADS
-from mlx_flash.flash.experts import ExpertFiles, ExpertTensor
+from mlx_flash.flash.in_place import InPlaceFiles, TensorParts
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket
 from mlx_flash.loading.expert_files import open_mixture, parent_of
@@ -22,7 +22,7 @@ from mlx_flash.loading.plan import MLX_CACHE_BYTES
 class LayerConveyor:
     """Reads all experts of every layer in turn, again for every call, in long reads. One layer is always being read."""
 
-    def __init__(self, streamer: ExpertFiles, layers: list[dict[str, ExpertTensor]]) -> None:
+    def __init__(self, streamer: InPlaceFiles, layers: list[dict[str, TensorParts]]) -> None:
         self.streamer, self.layers = streamer, layers
         sizes = {name: t.nbytes * len(t.offsets) for name, t in layers[0].items()}
         self.memory = [{name: AlignedPool(size) for name, size in sizes.items()} for _ in range(2)]
@@ -32,7 +32,7 @@ class LayerConveyor:
         self.tickets: list[Ticket] = []
 
     @staticmethod
-    def _typed(pool: AlignedPool, tensor: ExpertTensor) -> mx.array:
+    def _typed(pool: AlignedPool, tensor: TensorParts) -> mx.array:
         return pool.array.view(tensor.dtype).reshape(len(tensor.offsets), *tensor.shape)
 
     def start(self) -> None:
@@ -77,12 +77,12 @@ class WholeLayer(nn.Module):
         return y
 
 
-def load_whole_layers(folder: Path) -> tuple[Any, ExpertFiles]:
+def load_whole_layers(folder: Path) -> tuple[Any, InPlaceFiles]:
     """Loads mlx-lm's model with all layers of experts on a conveyor. Closing the streamer waits for pending reads."""
     mx.set_cache_limit(MLX_CACHE_BYTES)  # as in flash loading
     mixture = open_mixture(folder)
     read_resident(mixture)
-    streamer = ExpertFiles(open_files(mixture.files, direct=True), Reader(THREADS))
+    streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     conveyor = LayerConveyor(streamer, list(mixture.switches.values()))
     for path in mixture.switches:
         parent, name = parent_of(mixture.model, path)

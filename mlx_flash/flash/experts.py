@@ -6,76 +6,21 @@ units.py explains how reads get into slots and why that is safe.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 
-from .inflight import InFlightReads
+from .in_place import InPlaceFiles, TensorParts
 from .pool import AlignedPool
-from .reader import Reader, Ticket
+from .reader import Ticket
 from .requests import MERGE_BYTES
 from .self_test import check_expert_pools
 from .system import READ_ALIGNMENT
-from .unit_file import UnitFile
 from .units import Units
 
 # Bytes. A layer's few missing experts are read in pieces no shorter than this (bench/results/expert-reads.md).
 SHORTEST_REQUEST = 128 << 10
-
-
-@dataclass(frozen=True)
-class ExpertTensor:
-    """One tensor of a layer's experts: the file and the offset of each expert's part, which is contiguous."""
-
-    file_of: np.ndarray  # int (E,): index of the file
-    offsets: np.ndarray  # int64 (E,): bytes
-    shape: tuple[int, ...]  # shape of one expert's part
-    dtype: mx.Dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one expert's part."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
-
-    @property
-    def is_table(self) -> bool:
-        """Whether an expert's part is a vector or a number (a bias, a global scale). Tables are kept, not streamed."""
-        return len(self.shape) < 2
-
-
-class ExpertFiles(InFlightReads):
-    """The state that the layers of one model share: the checkpoint's files, the reader's threads, counters."""
-
-    def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
-        super().__init__(reader)
-        self.files = files
-        self.layers: dict[str, dict[str, ExpertTensor]] = {}  # layer name -> its tensors
-        for number, file in enumerate(files):
-            file.name_of = functools.partial(name_experts, self.layers, number)
-
-    def verify_unchanged(self) -> None:
-        """Raises ReadError if one of the files was changed."""
-        for file in self.files:
-            file.verify_unchanged()
-
-    def close(self) -> None:
-        self.reader.close()
-        for file in self.files:
-            file.close()
-
-
-def name_experts(layers: dict[str, dict[str, ExpertTensor]], number: int, offset: int, length: int) -> str:
-    """Names the experts that own any of `length` bytes at `offset` of file `number`, for messages; "" if none."""
-    for layer, tensors in layers.items():
-        for tensor, place in tensors.items():
-            overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)
-            if len(found := np.flatnonzero(overlaps & (place.file_of == number))):
-                experts = f"expert {found[0]}" if len(found) == 1 else f"experts {found[0]}-{found[-1]}"
-                return f"{layer}, {experts}, {tensor}"
-    return ""
 
 
 class ExpertSlots(Units):
@@ -85,12 +30,12 @@ class ExpertSlots(Units):
     Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
-    shared: ExpertFiles
+    shared: InPlaceFiles
 
     def __init__(
         self,
-        shared: ExpertFiles,
-        tensors: dict[str, ExpertTensor],
+        shared: InPlaceFiles,
+        tensors: dict[str, TensorParts],
         slots: int,
         window: int | None = None,
         name: str = "",
@@ -199,7 +144,7 @@ class ExpertSlots(Units):
         raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
         return np.ctypeslib.as_array(raw).reshape(self.cache.slots, -1)
 
-    def _read_table(self, tensor: ExpertTensor) -> np.ndarray:
+    def _read_table(self, tensor: TensorParts) -> np.ndarray:
         """Reads all experts' parts: uint8 (E, nbytes)."""
         table = np.zeros((self.count, tensor.nbytes), np.uint8)
         for number in np.unique(tensor.file_of):

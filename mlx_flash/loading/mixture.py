@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
-from ..flash.experts import ExpertFiles
 from ..flash.host_arrays import to_bytes
+from ..flash.in_place import InPlaceFiles
 from ..flash.plain_files import reading, unreadable
 from ..flash.reader import Reader
 from ..flash.safetensors_file import crc32_of, read_header
@@ -22,10 +22,11 @@ from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges
 from ..source.model_kind import error_line
 from .context import plan_context
-from .expert_files import Mixture, parent_of, primitives_of
+from .expert_files import Mixture, parent_of
 from .memory_needs import Needs, StreamedNeed, needs_of
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
+from .provenance import primitives_of
 from .quantised_cache import quantise_cache
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -106,7 +107,7 @@ def plan_mixture(
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
         read_resident(mixture, files if options.verify else None)
-        streamer = ExpertFiles(files, reader)
+        streamer = InPlaceFiles(files, reader)
         mixture.stream(streamer, plan.slots, options.window)
         evaluate_constants(mixture.model)
         model = mixture.model

@@ -7,8 +7,8 @@ from importlib import import_module
 
 import mlx.core as mx
 
-from ..flash.experts import ExpertTensor
 from ..flash.files import ITEM_BYTES, NeuronLayout
+from ..flash.in_place import TensorParts
 from ..flash.reader import BOUNCE_BYTES_PER_THREAD
 from ..flash.system import current_memory_bytes
 from ..layers.expert_products import WIDENED_AT_ONCE, is_widened
@@ -70,7 +70,7 @@ def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
     return need
 
 
-def experts_need(tensors: dict[str, ExpertTensor], drops_late: bool) -> StreamedNeed:
+def experts_need(tensors: dict[str, TensorParts], drops_late: bool) -> StreamedNeed:
     """The need of a layer of experts: arrays of (token, expert) pairs, and experts that are widened for a product.
 
     tensors: an entry of `Mixture.switches`, with names such as "up_proj.weight". drops_late: whether arrays are dropped

@@ -14,9 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_flash.flash.in_place import InPlaceFiles
+from mlx_flash.flash.layer_ring import LayerRing
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading.expert_files import Mixture, open_mixture
-from mlx_flash.loading.mixture import open_files
+from mlx_flash.loading.layer_weights import stream_layers
+from mlx_flash.loading.resident_weights import open_files
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {
@@ -152,7 +154,7 @@ QUANTISATIONS: dict[str, dict[str, Any] | None] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return {"model_type": family, **COMMON, **FAMILIES[family]}
+    return {"model_type": family, **COMMON, **FAMILIES.get(family, {})}
 
 
 def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards: int = 1, **changes: Any) -> Path:
@@ -214,12 +216,20 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
     mx.save_safetensors(str(path), weights)
 
 
-def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, InPlaceFiles]:
-    """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer."""
+def open_streamed(
+    folder: Path, slots: int, window: int | None = None, pinned: int | None = None
+) -> tuple[Any, InPlaceFiles]:
+    """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer.
+
+    pinned: number of layers whose weights are in memory; None for all.
+    """
     mixture: Mixture = open_mixture(folder)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
-    mixture.stream(streamer, [slots] * len(mixture.switches), window)
-    for ahead in [layer.ahead for layer in mixture.layers() if layer.ahead is not None]:
+    layers = [] if pinned is None else mixture.layers_to_stream(pinned)
+    mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)
+    if layers:
+        stream_layers(layers, LayerRing(streamer, [layer.tensors for layer in layers], pinned or 0))
+    for ahead in [layer.ahead for layer in mixture.streamed_experts() if layer.ahead is not None]:
         ahead.trial.guessing = True  # as if a trial had found that guessing pays
     return mixture.model, streamer
 

@@ -42,8 +42,8 @@ from mlx_flash.loading import runtime
 from mlx_flash.loading import store as store_module
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.load import load
-from mlx_flash.loading.mixture import read_resident
 from mlx_flash.loading.provenance import is_as_loaded
+from mlx_flash.loading.resident_weights import read_resident
 from mlx_flash.source.checkpoint_files import MAX_SMALL_BYTES
 from mlx_flash.source.compared_copies import compared_copies, name_themselves
 

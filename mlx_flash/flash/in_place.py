@@ -40,9 +40,10 @@ class InPlaceFiles(InFlightReads):
     def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
         super().__init__(reader)
         self.files = files
-        self.layers: dict[str, dict[str, TensorParts]] = {}  # layer name -> its tensors
+        self.layers: dict[str, dict[str, TensorParts]] = {}  # name of a layer of experts -> its tensors
+        self.tensors: dict[str, TensorParts] = {}  # tensors of streamed layers, by name
         for number, file in enumerate(files):
-            file.name_of = functools.partial(name_experts, self.layers, number)
+            file.name_of = functools.partial(name_units, self.layers, self.tensors, number)
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if one of the files was changed."""
@@ -55,12 +56,21 @@ class InPlaceFiles(InFlightReads):
             file.close()
 
 
-def name_experts(layers: dict[str, dict[str, TensorParts]], number: int, offset: int, length: int) -> str:
-    """Names the experts that own any of `length` bytes at `offset` of file `number`, for messages; "" if none."""
+def name_units(
+    layers: dict[str, dict[str, TensorParts]], whole: dict[str, TensorParts], number: int, offset: int, length: int
+) -> str:
+    """Names the experts, or else the tensor, that own any of `length` bytes at `offset` of file `number`; "" if none.
+
+    layers: see InPlaceFiles. whole: tensors that are read as a whole.
+    """
+
+    def parts_at(place: TensorParts) -> np.ndarray:
+        overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)
+        return np.flatnonzero(overlaps & (place.file_of == number))
+
     for layer, tensors in layers.items():
         for tensor, place in tensors.items():
-            overlaps = (place.offsets < offset + length) & (place.offsets + place.nbytes > offset)
-            if len(found := np.flatnonzero(overlaps & (place.file_of == number))):
+            if len(found := parts_at(place)):
                 experts = f"expert {found[0]}" if len(found) == 1 else f"experts {found[0]}-{found[-1]}"
                 return f"{layer}, {experts}, {tensor}"
-    return ""
+    return next((name for name, place in whole.items() if len(parts_at(place))), "")

@@ -24,7 +24,7 @@ from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .expert_files import open_mixture
 from .mixture import plan_mixture
-from .model_types import activation_of
+from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
 from .planned import Planned
@@ -51,7 +51,8 @@ def load(
     Returns:
         (model, tokenizer) for `mlx_flash.stream_generate` or mlx-lm's own functions. `model.flash` is the Runtime.
 
-    A mixture of experts is read from the checkpoint as it is, without a conversion.
+    A mixture of experts, and a dense model without exact zeros, is read from the checkpoint as it is, without a
+    conversion.
 
     Everything that is read of a store is compared with its checksums.
 
@@ -126,10 +127,10 @@ def _plan(
     if options.verify and not is_store(source):
         files_in(source)  # raises an error for entries that are not files or lead out of the folder
         small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
-    if holds_mixture(source, small):
-        return _plan_mixture(source, small, options, say, copies)
     if not is_store(source):
-        activation_of(read_config(source), source)  # raises its errors before a conversion starts
+        mixture = holds_mixture(source, small)
+        if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
+            return _plan_in_place(source, small, options, say, copies, "expert" if mixture else "layer")
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
@@ -147,17 +148,21 @@ def _converted_before(source: Path, name: str | None) -> Path:
     return folder
 
 
-def _plan_mixture(
-    source: Path, small: Path, options: LoadOptions, say: Callable[[str], None], copies: contextlib.ExitStack
+def _plan_in_place(
+    source: Path,
+    small: Path,
+    options: LoadOptions,
+    say: Callable[[str], None],
+    copies: contextlib.ExitStack,
+    unit: str,
 ) -> Planned:
-    """small: the folder that the configuration, the tokenizer and the index are read from."""
-    if options.predictor != "auto":
-        raise UsageError(
-            f"{source} is a mixture of experts: its router chooses, not a predictor ({options.predictor}). "
-            "Leave predictor out."
-        )
-    if options.recall is not None:
-        raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
+    """small: the folder that the configuration, the tokenizer and the index are read from. unit: what is streamed."""
+    if options.predictor != "auto" or options.recall is not None:
+        kind = "is a mixture of experts: its router chooses"
+        if unit == "layer":
+            kind = "has no neurons that are exactly zero: every token needs every layer"
+        given = "recall" if options.predictor == "auto" else f"predictor {options.predictor}"
+        raise UsageError(f"{source} {kind}, so nothing is predicted. Leave {given} out.")
     _check_compiler(say)
     config, defaults = read_config(small), read_generation_config(small)
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then

@@ -24,9 +24,9 @@ from ..source.model_kind import error_line
 from .context import plan_context
 from .expert_files import Mixture, parent_of
 from .memory_needs import Needs, StreamedNeed, needs_of
+from .moves import primitives_of
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
-from .provenance import primitives_of
 from .quantised_cache import quantise_cache
 from .runtime import Runtime, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
+from zoo_types import TYPES  # type: ignore[import-not-found]
 
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.layer_ring import LayerRing
@@ -154,7 +155,7 @@ QUANTISATIONS: dict[str, dict[str, Any] | None] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return {"model_type": family, **COMMON, **FAMILIES.get(family, {})}
+    return {"model_type": family, **COMMON, **(FAMILIES.get(family) or TYPES.get(family, {}))}
 
 
 def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards: int = 1, **changes: Any) -> Path:
@@ -179,29 +180,6 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
         name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         mx.save_safetensors(str(folder / name), part)
     return folder
-
-
-def unstack(folder: Path, family: str) -> None:
-    """Rewrites a checkpoint to one tensor per expert and matrix, as on Hugging Face."""
-    names = {
-        "mixtral": ("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", ("w1", "w2", "w3")),
-        "olmoe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
-        "qwen3_moe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
-    }
-    ours, theirs, matrices = names[family]
-    path = folder / "model.safetensors"
-    loaded: Any = mx.load(str(path))
-    weights = {}
-    for name, array in loaded.items():
-        if ours not in name:
-            weights[name] = array
-            continue
-        for matrix, new in zip(("gate_proj", "down_proj", "up_proj"), matrices, strict=True):
-            head, found, tail = name.partition(f"{ours}.{matrix}.")
-            if found:
-                weights |= {f"{head}{theirs}.{e}.{new}.{tail}": array[e] for e in range(len(array))}
-    mx.eval(weights)
-    mx.save_safetensors(str(path), weights)
 
 
 def to_bfloat16(folder: Path, only: str = "") -> None:

@@ -16,7 +16,7 @@ from ..flash.safetensors_file import crc32_of, read_header
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges, RangeSums
 from .expert_files import Mixture
-from .provenance import primitives_of
+from .moves import primitives_of
 from .verification import differs
 
 

@@ -203,10 +203,11 @@ def open_streamed(
     """
     mixture: Mixture = open_mixture(folder)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
-    layers = [] if pinned is None else mixture.layers_to_stream(pinned)
+    numbers, layers = ([], []) if pinned is None else mixture.layers_to_stream(pinned)
     mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)
     if layers:
-        stream_layers(layers, LayerRing(streamer, [layer.tensors for layer in layers], pinned or 0))
+        ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))
+        stream_layers(layers, ring)
     for ahead in [layer.ahead for layer in mixture.streamed_experts() if layer.ahead is not None]:
         ahead.trial.guessing = True  # as if a trial had found that guessing pays
     return mixture.model, streamer

@@ -21,6 +21,7 @@ from .in_place import InPlaceFiles, TensorParts
 from .pool import AlignedPool
 from .reader import Ticket
 from .self_test import check_expert_pools
+from .slot_cache import EventLog
 
 BUFFERS = 2  # one layer computes while the next is read; more buffers would take memory from pinned layers
 TENSOR_ALIGNMENT = 64  # bytes; the start of every tensor in a buffer
@@ -74,17 +75,39 @@ def _segments(parts: TensorParts) -> np.ndarray:
     return np.stack((parts.file_of[first], parts.offsets[first], lengths), axis=1).astype(np.int64)
 
 
+class LayerMap:
+    """Which of a model's layers are in memory, for observers: it has the public attributes of a SlotCache.
+
+    slot_of: int32 (layers,), -1 for a layer that is not in memory. event_log: None to record no uses and reads.
+    """
+
+    def __init__(self, layers: int, streamed: Sequence[int] = ()) -> None:
+        """streamed: the numbers of the layers that pass through the ring."""
+        self.slot_of = np.arange(layers, dtype=np.int32)
+        self.slot_of[list(streamed)] = -1
+        self.pinned = np.flatnonzero(self.slot_of >= 0)
+        self.slots = len(self.pinned) + min(BUFFERS, len(streamed))
+        self.event_log: EventLog | None = None
+
+    @property
+    def resident(self) -> int:
+        return int(np.count_nonzero(self.slot_of >= 0))
+
+
 class LayerRing:
     """The buffers that the streamed layers of a model share.
 
     Layers are numbered 0 to len(layers) - 1, in the order in which a token uses them.
 
-    pinned: number of the model's layers that are in memory all the time, for the counters.
+    numbers: for each of them, its number among all layers of the model. count: the number of all layers.
     Raises FlashError if this machine's device does not see what the host writes into the buffers.
     """
 
-    def __init__(self, shared: InPlaceFiles, layers: Sequence[Sequence[LayerTensor]], pinned: int) -> None:
-        self.shared, self.layers, self.pinned = shared, layers, pinned
+    def __init__(
+        self, shared: InPlaceFiles, layers: Sequence[Sequence[LayerTensor]], numbers: Sequence[int], count: int
+    ) -> None:
+        self.shared, self.layers, self.numbers = shared, layers, numbers
+        self.map = LayerMap(count, numbers)
         size = max(buffer_bytes(tensors) for tensors in layers)
         # Rows, because MLX has no flat byte arrays beyond 2 GiB.
         self._pools = [AlignedPool(size, row_bytes=TENSOR_ALIGNMENT) for _ in range(min(BUFFERS, len(layers)))]
@@ -114,8 +137,11 @@ class LayerRing:
         """Waits until the layer is in a buffer, and returns its tensors there. They stay until `release`."""
         clock, counters = self.shared.clock, self.shared.counters
         clock.start()
-        counters.hits += self.pinned if layer == 0 else 0
+        used = self.map.pinned if layer == 0 else self.map.pinned[:0]
+        counters.hits += len(used)
         counters.misses += 1
+        if (log := self.map.event_log) is not None:
+            log.used.append(np.append(used, self.numbers[layer]))
         buffer = self._buffer_of(layer)
         if buffer is None:
             buffer = self._start(layer)
@@ -155,6 +181,8 @@ class LayerRing:
         buffer = next(number for number in range(len(self._pools)) if number not in kept)
         if self.pending is not None and buffer in self.pending:  # an earlier call ended before it needed them
             self._finish(buffer)
+        if (held := self.holds[buffer]) >= 0:
+            self.map.slot_of[self.numbers[held]] = -1
         self.holds[buffer] = -1
         with self.shared.draining():
             if self not in self.shared.loading:
@@ -197,6 +225,9 @@ class LayerRing:
                 self.shared.wait(ticket)
             del self.pending[buffer]
             self.holds[buffer] = layer
+            self.map.slot_of[self.numbers[layer]] = len(self.map.pinned) + buffer
+            if (log := self.map.event_log) is not None:
+                log.read.append(np.array([self.numbers[layer]]))
             if not self.pending:
                 self.shared.loading.remove(self)
                 self.pending = None

@@ -91,11 +91,11 @@ class Mixture:
                 parent[name].look_ahead(beside[next_name], router, trial, leads)
                 leads = False
 
-    def layers_to_stream(self, pinned: int) -> list[LayerWeights]:
-        """The layers to stream if `pinned` of them are in memory. Their weights are resident no longer."""
-        chosen = [layer for _, layer in spread(self.layers, pinned)]
-        self.streamed |= {name for layer in chosen for name in layer.names()}
-        return chosen
+    def layers_to_stream(self, pinned: int) -> tuple[list[int], list[LayerWeights]]:
+        """(numbers, layers) to stream if `pinned` layers are in memory. Their weights are resident no longer."""
+        chosen = spread(self.layers, pinned)
+        self.streamed |= {name for _, layer in chosen for name in layer.names()}
+        return [number for number, _ in chosen], [layer for _, layer in chosen]
 
     def streamed_experts(self) -> list[StreamedExperts]:
         """The layers that `stream_experts` put into the model."""

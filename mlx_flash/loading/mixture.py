@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, UsageError
 from ..flash.in_place import InPlaceFiles
-from ..flash.layer_ring import LayerRing
+from ..flash.layer_ring import LayerMap, LayerRing
 from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
 from ..layers.streamed_layers import evaluate_prompts
@@ -25,7 +25,7 @@ from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
 from .quantised_cache import quantise_cache
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
-from .runtime import Runtime, evaluate_constants
+from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums
 
@@ -99,25 +99,24 @@ def plan_mixture(
         if options.verify:
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
-        layers = mixture.layers_to_stream(plan.pinned)
+        numbers, layers = mixture.layers_to_stream(plan.pinned)
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
             mixture.stream_experts(streamer, plan.expert_slots, options.window)
+        held = LayerMap(len(mixture.layers))
         if layers:
-            ring = LayerRing(streamer, [layer.tensors for layer in layers], len(mixture.layers) - len(layers))
+            ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))
             stream_layers(layers, ring)
+            held = ring.map
         if dense:
             for layer in mixture.layers:
                 if layer not in layers:
                     evaluate_prompts(layer.module)
         evaluate_constants(mixture.model)
-        model = mixture.model
-        chooser = "every layer" if dense else "router"
-        vocabulary = needs_at(plan.context).vocabulary
-        model.flash = Runtime(
-            plan, streamer, mixture.streamed_experts(), chooser, vocabulary, positions or plan.context
-        )
+        model, vocabulary = mixture.model, needs_at(plan.context).vocabulary
+        watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
+        model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context)
         return model
 
     return plan, build

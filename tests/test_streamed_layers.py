@@ -335,7 +335,7 @@ def test_what_is_read_is_compared_with_sums(
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
     folder = model_of(family)
     mixture = open_mixture(folder)
-    plan, build = plan_mixture(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
+    plan, build, _ = plan_mixture(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
     object.__setattr__(plan, "pinned", 0)
     model = build(lambda _: None)
     try:

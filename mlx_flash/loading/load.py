@@ -23,6 +23,7 @@ from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .expert_files import open_mixture
+from .forecast import Forecast
 from .mixture import plan_mixture
 from .model_types import runs_as_it_is
 from .options import LoadOptions
@@ -65,6 +66,8 @@ def load(
     """
     with _planned(path, _options(options, fields), say) as planned:
         say(planned.plan.describe())
+        if (forecast := planned.foresee()) is not None:
+            say(forecast.describe())
         model = planned.build(say)
     model.flash.defaults = planned.defaults
     return model, planned.tokenizer
@@ -85,10 +88,27 @@ def plan(
 
     Raises the errors of `load`, and UsageError for a checkpoint that was not converted yet.
     """
-    given = replace(_options(options, fields), verify=False)  # verify would make checksums
+    return _foreseen(path, _options(options, fields), say, measure=False)[0]
+
+
+def plan_with_forecast(
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None] = lambda _: None
+) -> tuple[Plan, Forecast | None]:
+    """The plan as `plan` makes it, and how fast the model will speak, if that can be told.
+
+    It measures for up to a second how fast the disk reads. Raises the errors of `plan`.
+    """
+    return _foreseen(path, options, say, measure=True)
+
+
+def _foreseen(
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], measure: bool
+) -> tuple[Plan, Forecast | None]:
+    given = replace(options, verify=False)  # verify would make checksums
+    given.check()
     with _planned(path, given, say, prepare=False) as planned:
         BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
-        return planned.plan
+        return planned.plan, planned.foresee() if measure else None
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
@@ -169,8 +189,8 @@ def _plan_in_place(
     name_themselves(tokenizer, small, source)
     mixture = open_mixture(source, small)
     copies.close()  # before the first load reads and compares all weights
-    plan, build = plan_mixture(source, mixture, options)
-    return Planned(plan, tokenizer, defaults, build)
+    plan, build, foresee = plan_mixture(source, mixture, options)
+    return Planned(plan, tokenizer, defaults, build, foresee)
 
 
 def _unencodable(path: Path) -> str | None:

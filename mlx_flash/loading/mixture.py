@@ -18,6 +18,7 @@ from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
 from .context import plan_context
 from .expert_files import Mixture, parent_of
+from .forecast import Forecast, forecast
 from .in_place_plan import InPlacePlan, WeightBytes, divide_in_place
 from .layer_weights import stream_layers
 from .memory_needs import Needs, StreamedNeed, needs_of
@@ -32,8 +33,10 @@ from .verification import attach_sums
 
 def plan_mixture(
     folder: Path, mixture: Mixture, options: LoadOptions
-) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any]]:
-    """The plan for the checkpoint in `folder`, and a function that loads its model. The model's `flash` is the Runtime.
+) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
+    """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
+
+    The model's `flash` is the Runtime.
 
     Experts are streamed where not all of them fit. Layers are streamed where the rest does not fit either.
 
@@ -119,7 +122,10 @@ def plan_mixture(
         model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context)
         return model
 
-    return plan, build
+    def foresee() -> Forecast | None:
+        return forecast(mixture, plan, needs_at(plan.context).choices, options.io == "direct", options.threads)
+
+    return plan, build, foresee
 
 
 def _cannot_run(folder: Path, error: Exception) -> CheckpointError:

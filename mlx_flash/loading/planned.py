@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..text.generation_config import GenerationConfig
+from .forecast import Forecast
 from .plan import Plan
 
 
@@ -13,9 +14,11 @@ class Planned(NamedTuple):
     """A model that is ready to be loaded.
 
     build: loads the weights and returns the model; it passes notes to the function that it is called with.
+    foresee: makes the forecast of the model's speed; None where there is none.
     """
 
     plan: Plan
     tokenizer: Any
     defaults: GenerationConfig
     build: Callable[[Callable[[str], None]], Any]
+    foresee: Callable[[], Forecast | None] = lambda: None

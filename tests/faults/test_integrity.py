@@ -216,7 +216,7 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(mixture, "plan_for_budget", share)
         options = LoadOptions(threads=4, context=64, verify=verify)
-        _, build = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
+        _, build, _ = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
         opened.append(build(say))
         monkeypatch.setattr(mixture, "plan_for_budget", real)
         return opened[-1]

@@ -12,7 +12,8 @@ from .. import models
 from ..errors import UnsupportedModelError
 from ..layers.activations import Activation
 from ..models.family import Family
-from ..source.model_kind import SEE, is_mixture, mlx_lm_knows, refuse_own_code
+from ..source.model_kind import SEE, is_mixture, refuse_own_code
+from ..source.zoos import INSTALL_MLX_VLM, MLX_LM, mlx_vlm_is_installed, zoo_of
 
 # Errors that mlx-lm's models raise for a configuration that does not describe a model.
 CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
@@ -57,14 +58,19 @@ def family_of(config: dict[str, Any], where: object) -> Family:
         raise UnsupportedModelError(
             f"{where} is a mixture of experts ({model_type}), which needs no conversion. Run it as it is."
         )
-    if mlx_lm_knows(config):
+    if (zoo := zoo_of(config)) is not None:
         raise UnsupportedModelError(
-            f"{where} ({model_type}) is neither one of the {families} nor a mixture of experts in mlx-lm's "
-            f"switch_layers, so flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
+            f"{where} ({model_type}) is neither one of the {families} nor a mixture of experts in {zoo}, so flash "
+            f"loading would gain nothing. {zoo} itself runs it, if it fits into memory. {SEE}"
         )
+    if mlx_vlm_is_installed():
+        zoos, more = "neither mlx_flash nor the installed mlx-lm and mlx-vlm know", ""
+    else:
+        zoos = "neither mlx_flash nor the installed mlx-lm knows"
+        more = f" mlx-vlm, which is not installed, may know it: `{INSTALL_MLX_VLM}`."
     raise UnsupportedModelError(
-        f"{where} is of model type {model_type!r}, which neither mlx_flash nor the installed mlx-lm knows. Two kinds "
-        f"are run: {families}, and mixtures of experts that mlx-lm knows. {SEE}"
+        f"{where} is of model type {model_type!r}, which {zoos}.{more} Two kinds are run: {families}, and mixtures of "
+        f"experts that mlx-lm or mlx-vlm knows. {SEE}"
     )
 
 
@@ -79,7 +85,7 @@ def activation_of(config: dict[str, Any], where: object) -> Activation:
         unnamed = f" by default (its config.json has no {key}; {remedy})"
     if not isinstance(found, str) or found not in family.activations:
         # For these types, mlx-lm computes the default activation, whatever the configuration says.
-        own = found == family.default_activation and mlx_lm_knows(config)
+        own = found == family.default_activation and zoo_of(config) == MLX_LM
         runtime = "mlx-lm itself" if own else "a runtime that computes it and loads it whole"
         raise UnsupportedModelError(
             f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is neither a "

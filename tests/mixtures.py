@@ -167,7 +167,7 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
     mx.random.seed(len(family))
     model = model_class(args_class.from_dict(config))
     parameters: Any = tree_flatten(model.parameters())
-    model.load_weights([(name, _random_like(name, array)) for name, array in parameters])
+    model.load_weights([(name, random_like(name, array)) for name, array in parameters])
     if (settings := QUANTISATIONS[quantisation]) is not None:
         nn.quantize(model, **settings, class_predicate=lambda path, module: hasattr(module, "to_quantized"))
         config["quantization"] = settings
@@ -195,13 +195,13 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
 
 
 def open_streamed(
-    folder: Path, slots: int, window: int | None = None, pinned: int | None = None
+    folder: Path, slots: int, window: int | None = None, pinned: int | None = None, zoo: str | None = None
 ) -> tuple[Any, InPlaceFiles]:
     """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer.
 
     pinned: number of layers whose weights are in memory; None for all.
     """
-    mixture: Mixture = open_mixture(folder)
+    mixture: Mixture = open_mixture(folder, zoo=zoo)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     numbers, layers = ([], []) if pinned is None else mixture.layers_to_stream(pinned)
     mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)
@@ -213,7 +213,7 @@ def open_streamed(
     return mixture.model, streamer
 
 
-def _random_like(name: str, array: mx.array) -> mx.array:
+def random_like(name: str, array: mx.array) -> mx.array:
     """Random numbers that make every step matter: norms around 1, matrices that preserve the scale of their input."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array

@@ -37,8 +37,8 @@ from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.units import PrefetchRecord
 from mlx_flash.layers import experts as layer_module
-from mlx_flash.layers.expert_products import Widened
-from mlx_flash.layers.experts import SORTED_FROM, StreamedExperts
+from mlx_flash.layers.expert_products import SORTED_FROM, Widened
+from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.lookahead import LookAhead
 from mlx_flash.loading import load
 from mlx_flash.loading.expert_files import open_mixture
@@ -568,7 +568,7 @@ def test_widening_a_few_experts_at_a_time_changes_no_bit() -> None:
     ]
     for x, indices, in_order in cases:
         grouped = widened(x, mx.array(indices.astype(np.uint32)), in_order)
-        whole = widened._product(x, indices, np.unique(indices), in_order)
+        whole = widened._widened(x, indices, np.unique(indices), in_order)
         assert grouped.dtype == mx.bfloat16 and mx.array_equal(grouped, whole)
 
 

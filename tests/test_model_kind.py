@@ -64,9 +64,9 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
         ),
         (
             {"model_type": "new_moe", "num_experts": 64},
-            "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm knows. Two kinds are run: "
-            f'{KNOWN}, and every model that mlx-lm knows. The README\'s section "Which models" has the',
+            f'Two kinds are run: {KNOWN}, and every model that mlx-lm or mlx-vlm knows. The README\'s section "Which models"',
         ),
+        ({"model_type": "new_moe"}, "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm"),
         ({}, "X is of model type None, which neither"),
         ({"model_type": ["opt"]}, "X is of model type ['opt'], which neither"),
         (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion. Run it as it is."),

@@ -102,23 +102,14 @@ class Mixture:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
-    """Builds the model without reading a weight.
-
-    small: the folder that its configuration and index are read from; None for `folder`. Raises CheckpointError or
-    UnsupportedModelError.
-    """
-    lazy = open_lazily(folder, small)
+def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None) -> Mixture:
+    """Builds the model without reading a weight. The arguments and errors are those of `open_lazily`."""
+    lazy = open_lazily(folder, small, zoo)
     switches = {}
     for path, module in switch_layers(lazy.model):
         parts = {}
-        for projection, child in module.children().items():
-            if not isinstance(child, nn.Module):
-                continue
-            for name, array in child.items():
-                if isinstance(array, mx.array):
-                    key = f"{path}.{projection}.{name}"
-                    parts[f"{projection}.{name}"] = locate(folder, key, array, lazy.provenance, lazy.entries)
+        for name, array in _tensors_of(module):
+            parts[name] = locate(folder, f"{path}.{name}", array, lazy.provenance, lazy.entries)
         switches[path] = parts
     streamed = {f"{path}.{name}" for path, parts in switches.items() for name in parts}
     nothing = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
@@ -128,6 +119,15 @@ def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
     return Mixture(
         lazy.model, lazy.config, lazy.files, switches, lazy.provenance.sources, lazy.entries, tensors, layers, streamed
     )
+
+
+def _tensors_of(switch: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a switch layer's projections, named `projection.tensor`, and its own, named `tensor`."""
+    for name, child in switch.items():
+        if isinstance(child, mx.array):
+            yield name, child
+        elif isinstance(child, nn.Module):
+            yield from ((f"{name}.{tensor}", array) for tensor, array in child.items() if isinstance(array, mx.array))
 
 
 def router_of(parent: Any, name: str) -> nn.Module | None:

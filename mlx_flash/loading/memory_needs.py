@@ -18,6 +18,7 @@ import mlx.nn as nn
 from ..defaults import KV_STEP_TOKENS, PREFILL_TOKENS
 from ..flash.files import round_up
 from ..layers.streamed_layers import hook, unhook
+from .cache_growth import counts_of, enlarge
 from .graph_memory import Evaluation, peak_bytes, trace
 
 # Float32 copies of a token's logits while the next token is chosen: log-probabilities, sorted, a mask.
@@ -25,6 +26,7 @@ LOGITS_COPIES = 8
 # A recurrence without a kernel of its own is a loop over tokens, and its graph grows with them. The needs of many
 # tokens are then extrapolated from this few.
 LOOPED_TOKENS = 32
+STANDARD_CACHES = "mlx_lm.models.cache"  # the module of the caches whose growth is known here
 # For these widths of a head, MLX uses a Metal kernel that keeps no scores of a prompt, if keys and values are equally
 # wide (MLX 0.32, scaled_dot_product_attention.cpp, has_fused_kernel and use_fallback).
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
@@ -270,11 +272,24 @@ def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
     # A cache with a window keeps its size once the window is full. A cache that keeps all tokens is enlarged below.
     window = max((_window(part) or 1 for part in parts), default=1)
     filled = 0
-    while filled < min(tokens, window):
-        calls.begin([])
-        piece = min(PREFILL_TOKENS, tokens - filled)
-        model(mx.zeros((1, piece), mx.int32), cache=cache)
-        filled += piece
+
+    def fill(upto: int) -> None:
+        nonlocal filled
+        while filled < upto:
+            calls.begin([])
+            piece = min(PREFILL_TOKENS, upto - filled)
+            model(mx.zeros((1, piece), mx.int32), cache=cache)
+            filled += piece
+
+    few = round_up(window, PREFILL_TOKENS) + PREFILL_TOKENS
+    standard = all(type(part).__module__ == STANDARD_CACHES for part in parts)
+    if not standard and tokens > few + PREFILL_TOKENS:
+        fill(few)
+        counts, shapes = [counts_of(part) for part in parts], [[a.shape for a, _ in _arrays_of(part)] for part in parts]
+        fill(few + PREFILL_TOKENS)
+        enlarge(parts, _arrays_of, counts, shapes, (few, filled, tokens))
+        return cache
+    fill(min(tokens, round_up(window, PREFILL_TOKENS)) if standard else tokens)
     for part in parts:
         if _grows(part):
             for array, put in _arrays_of(part):
@@ -294,7 +309,8 @@ def _grows(part: Any) -> bool:
     Those of a quantised cache are each three arrays of this form.
     """
     kept = getattr(part, "keys", None) is not None and hasattr(part, "offset") and _window(part) is None
-    return kept and bool(_arrays_of(part))
+    arrays = _arrays_of(part) if kept else []
+    return bool(arrays) and all(array.ndim == 4 for array, _ in arrays)
 
 
 def _window(part: Any) -> int | None:

@@ -64,7 +64,7 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
         ),
         (
             {"model_type": "new_moe", "num_experts": 64},
-            f'Two kinds are run: {KNOWN}, and every model that mlx-lm or mlx-vlm knows. The README\'s section "Which models"',
+            f"Two kinds are run: {KNOWN}, and every model that mlx-lm or mlx-vlm knows. The README's section",
         ),
         ({"model_type": "new_moe"}, "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm"),
         ({}, "X is of model type None, which neither"),

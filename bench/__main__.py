@@ -12,6 +12,7 @@ COMMANDS = {  # command -> its module
     "naive-vs-flash": "naive_vs_flash",
     "steps": "steps",
     "memory": "memory",
+    "layers": "layers",
     "prompts": "prompt_times",
     "soak": "soak",
     "conversations": "conversations",

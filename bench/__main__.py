@@ -37,6 +37,7 @@ COMMANDS = {  # command -> its module
     "synthetic": "synthetic.neuron_store",
     "random-checkpoint": "synthetic.opt_checkpoint",
     "synthetic-mixture": "synthetic.mixture_checkpoint",
+    "synthetic-dense": "synthetic.dense_checkpoint",
     "memory-models": "memory_models",
 }
 

@@ -15,9 +15,10 @@ from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-
 
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
-from mlx_flash.loading import load
+from mlx_flash.loading import load, model_types
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.model_types import family_of
+from mlx_flash.source import zoos
 from mlx_flash.source.model_kind import is_mixture
 from mlx_flash.text.tokenizer import load_tokenizer
 
@@ -64,6 +65,7 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
         ),
         (
             {"model_type": "new_moe", "num_experts": 64},
+            "knows. mlx-vlm, which is not installed, may know it: `pip install 'mlx-flash-runtime[vlm]'`. "
             f"Two kinds are run: {KNOWN}, and every model that mlx-lm or mlx-vlm knows. The README's section",
         ),
         ({"model_type": "new_moe"}, "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm"),
@@ -72,7 +74,9 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
         (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion. Run it as it is."),
     ],
 )
-def test_what_is_neither(config: dict[str, Any], said: str) -> None:
+def test_what_is_neither(config: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoos, "mlx_vlm_is_installed", lambda: False)
+    monkeypatch.setattr(model_types, "mlx_vlm_is_installed", lambda: False)
     with pytest.raises(UnsupportedModelError) as caught:
         family_of(config, "X")
     assert said in str(caught.value)

@@ -61,13 +61,13 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             "model_type": "qwen4_exp",
             "num_hidden_layers": 4,
             "hc_count": 2,
-            "hc_lowrank": 16,
+            "hc_lowrank": 32,
             "ple_layer_ids": [1],
-            "ple_embed_dim": 64,
+            "ple_embed_dim": 128,  # 32 columns for each head of each n-gram
             "ngram_size": 3,
             "heads_per_ngram": 2,
             "ngram_vocab_size_base": 200,
-            "make_ngram_vocab_size_divisible_by": 4,
+            "make_ngram_vocab_size_divisible_by": 8,
             "split_ngram_parts": 4,
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,
@@ -308,6 +308,7 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             "attention_k_eq_v": True,
             "layer_types": ["sliding_attention", "full_attention"],
             "use_double_wide_mlp": False,
+            "tie_word_embeddings": True,
         },
         {
             "vision_config": {

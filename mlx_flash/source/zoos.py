@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,16 +62,13 @@ def mlx_vlm_module(config: dict[str, Any]) -> Any | None:
     if not isinstance(config.get("model_type"), str) or not mlx_vlm_is_installed():
         return None
     with refusing_remote_code():
-        from mlx_vlm.utils import get_model_and_args, get_model_type
+        from mlx_vlm.utils import get_model_type
 
-        try:
-            if not str(get_model_type(config)).isidentifier():
-                return None
-            module, _ = get_model_and_args(config)  # without a folder, it runs no file of the checkpoint
-        except Exception:
+        name = str(get_model_type(config))
+        if not name.isidentifier() or find_spec(f"mlx_vlm.models.{name}") is None:
             return None
-    is_model = hasattr(module, "Model") and hasattr(module, "ModelConfig")
-    return module if is_model and module.__name__.startswith("mlx_vlm.models.") else None
+        module = import_module(f"mlx_vlm.models.{name}")
+    return module if hasattr(module, "Model") and hasattr(module, "ModelConfig") else None
 
 
 def mlx_vlm_is_installed() -> bool:

@@ -95,9 +95,9 @@ def name_units(
     offset: int,
     length: int,
 ) -> str:
-    """Names the experts, the tensor or the rows that own any of `length` bytes at `offset` of file `number`; "" if none.
+    """Names the experts, the tensor or the rows that own any of `length` bytes at `offset` of a file; "" if none.
 
-    layers, tables: see InPlaceFiles. whole: tensors that are read as a whole.
+    layers, tables: see InPlaceFiles. whole: tensors that are read as a whole. number: index of the file.
     """
 
     def parts_at(place: TensorParts) -> np.ndarray:

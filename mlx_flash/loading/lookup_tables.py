@@ -7,6 +7,7 @@ the model shows how a module is used, and a small copy of the module shows what 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,16 @@ import numpy as np
 from ..defaults import PREFILL_TOKENS
 from ..flash.host_arrays import to_bytes
 from ..flash.in_place import InPlaceFiles, TableTensor
-from ..flash.safetensors_file import TensorEntry
 from ..flash.table_rows import RowCache, TableRows, rows_per_sum
-from ..layers.tables import StreamedTable
-from .provenance import Provenance, is_as_loaded
+from ..layers.streamed_table import StreamedTable
+from .lazy_model import LazyModel
+from .provenance import is_as_loaded
 
 LEAST_BYTES = 1 << 20  # A smaller table stays in memory, where a row costs no read.
-CACHE_BYTES = 16 << 20  # of rows that are kept, of all tables together
+KEPT_BYTES = 16 << 20  # of rows that are kept at least, of all tables together, but no more than a share of them
+KEPT_SHARE = 0.125
 COPIES = 3  # of a call's rows: as they are read, in order, and as the array that the zoo's module looks up
+WORTH = 2  # A table is at least this many times as large as these copies are for a chunk of a prompt.
 TRIAL_TOKENS = (8, 1)  # of the calls that show how tables are used: a prompt, and a token after it
 TRIED_ROWS = 8  # of the small copy of a module
 
@@ -34,11 +37,12 @@ TRIED_ROWS = 8  # of the small copy of a module
 class Table:
     """A lookup table whose rows can be read in place.
 
-    holders: every module or list that has it, with its key there. ids_per_token: rows that a token asks for, 0 if the
+    paths: its paths in the model. holders: the module or list that has it, with its key there, for each path.
+    ids_per_token: rows that a token asks for, 0 if the
     trial call asked only for rows of other tables beside it.
     """
 
-    path: str
+    paths: Sequence[str]
     holders: Sequence[tuple[Any, Any]]
     tensors: Mapping[str, TableTensor]
     ids_per_token: int
@@ -56,53 +60,62 @@ class Table:
     def nbytes(self) -> int:
         return self.rows * sum(self.row_bytes.values())
 
+    @property
+    def work_bytes(self) -> int:
+        """The memory that looking up a chunk of a prompt takes, if the rows are read."""
+        return COPIES * PREFILL_TOKENS * self.ids_per_token * sum(self.row_bytes.values())
+
     def names(self) -> set[str]:
         """The paths of the table's parameters in the model."""
-        return {f"{self.path}.{name}" for name in self.tensors}
+        return {f"{path}.{name}" for path in self.paths for name in self.tensors}
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
-def find_tables(model: Any, provenance: Provenance, entries: Mapping[str, tuple[int, TensorEntry]]) -> list[Table]:
-    """The tables of a model whose rows lie in the files as the model computes with them, and that are worth it.
-
-    model: as it was lazily loaded. provenance: the checkpoint's tensors behind its parameters. entries: name in the
-    checkpoint -> (index of the file, entry in its header).
-    """
+def find_tables(lazy: LazyModel) -> list[Table]:
+    """The tables of a model whose rows lie in the files as the model computes with them, and that are worth it."""
     tables = []
-    for found in _looked_up(model):
-        module = found.module
-        arrays = _arrays(module)
-        if sum(array.nbytes for array in arrays.values()) < LEAST_BYTES:
-            continue
-        places = {name: _place(f"{found.path}.{name}", array, provenance, entries) for name, array in arrays.items()}
+    uses = Counter(source for names in lazy.provenance.sources.values() for source in names)
+    for found in _looked_up(lazy.model):
+        arrays = _arrays(found.module)
+        places = {n: _place(f"{found.paths[0]}.{n}", array, lazy) for n, array in arrays.items()}
         whole = {name: place for name, place in places.items() if place is not None}
-        if len(whole) == len(places):
-            tables.append(Table(found.path, found.holders, whole, found.ids_per_token))
+        sources = [source for name in arrays for source in lazy.provenance.sources.get(f"{found.paths[0]}.{name}", [])]
+        shared = any(uses[source] > len(found.paths) for source in sources)  # with the output head, which keeps it
+        if len(whole) == len(places) and not shared:
+            table = Table(found.paths, found.holders, whole, found.ids_per_token)
+            if table.nbytes >= max(LEAST_BYTES, WORTH * table.work_bytes):
+                tables.append(table)
     return tables
 
 
-def _place(
-    key: str, array: mx.array, provenance: Provenance, entries: Mapping[str, tuple[int, TensorEntry]]
-) -> TableTensor | None:
-    """The place of a table's array (R, ...); None if it is not one of the checkpoint's tensors, as it lies there."""
-    names = provenance.sources.get(key, [])
-    changed = provenance.arrays.get(key) is not array or not is_as_loaded(array)
-    if changed or key in provenance.stacked or len(names) != 1 or names[0] not in entries:
+def _place(key: str, array: mx.array, lazy: LazyModel) -> TableTensor | None:
+    """The place of a table's array (R, ...); None if its rows do not follow each other in one tensor of a file.
+
+    Nothing here is in proportion to the rows, unlike in `locate`.
+    """
+    followed = lazy.provenance.followed.get(key)
+    if followed is None or lazy.provenance.arrays.get(key) is not array:
         return None
-    number, entry = entries[names[0]]
-    if entry.end - entry.begin != array.nbytes:
+    if not is_as_loaded(array, followed.primitives):
         return None
-    return TableTensor(number, entry.begin, array.shape[0], tuple(array.shape[1:]), array.dtype)
+    piece, view = followed.pieces[0], followed.pieces[0].view
+    alike = view.shape == tuple(array.shape) and view.itemsize == array.dtype.size and view.flags.c_contiguous
+    if len(followed.pieces) != 1 or piece.source not in lazy.entries or not alike:
+        return None
+    number, entry = lazy.entries[piece.source]
+    if not 0 <= piece.offset <= entry.end - entry.begin - array.nbytes:
+        return None
+    return TableTensor(number, entry.begin + piece.offset, array.shape[0], tuple(array.shape[1:]), array.dtype)
 
 
 @dataclass
 class _Found:
     """A module that looks up rows, and how a trial call used it."""
 
-    path: str
     module: nn.Module
+    paths: list[str]
     holders: list[tuple[Any, Any]]
     calls: int = 0
     ids_per_token: int = 0
@@ -114,9 +127,10 @@ def _looked_up(model: Any) -> list[_Found]:
     found: dict[int, _Found] = {}
     for path, holder, key, module in _modules(model):
         if id(module) in found:
+            found[id(module)].paths.append(path)
             found[id(module)].holders.append((holder, key))
         elif _looks_up_rows(module):
-            found[id(module)] = _Found(path, module, [(holder, key)])
+            found[id(module)] = _Found(module, [path], [(holder, key)])
     if not found:
         return []
     candidates = list(found.values())
@@ -177,7 +191,7 @@ def _looks_up_rows(module: nn.Module) -> bool:
             for each, contents in ((small, rows), (reordered, rows[order])):
                 each[name] = mx.array(contents).view(array.dtype).reshape(TRIED_ROWS, *array.shape[1:])
         results = small(mx.array(ids)), reordered(mx.array(np.argsort(order)[ids]))
-        return np.array_equal(*map(to_bytes, results))
+        return np.array_equal(to_bytes(results[0]), to_bytes(results[1]))
     except Exception:  # It does not take ids, or not ids alone.
         return False
 
@@ -235,27 +249,18 @@ def _try_out(model: Any, candidates: Sequence[_Found]) -> None:
                 holder[key] = each.module
 
 
-# -- planning --------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def work_bytes(tables: Sequence[Table]) -> int:
-    """The memory that looking up a chunk of a prompt takes in all tables, if they are streamed."""
-    per_token = sum(table.ids_per_token * sum(table.row_bytes.values()) for table in tables)
-    return COPIES * PREFILL_TOKENS * per_token
+def kept_bytes(tables: Sequence[Table]) -> int:
+    """The memory of the rows that are kept at least, if the rows of these tables are read."""
+    return min(KEPT_BYTES, int(KEPT_SHARE * sum(table.nbytes for table in tables)))
 
 
-def cache_bytes(tables: Sequence[Table]) -> int:
-    """The memory of the rows that are kept, if these tables are streamed."""
-    return min(CACHE_BYTES, sum(table.nbytes for table in tables))
-
-
-# -- streaming -------------------------------------------------------------------------------------------------------
-
-
-def stream_tables(tables: Sequence[Table], shared: InPlaceFiles, kept_bytes: int, compared: bool) -> list[RowCache]:
+def stream_tables(tables: Sequence[Table], shared: InPlaceFiles, kept: int, compared: bool) -> list[RowCache]:
     """Makes the model read the rows of tables when it looks them up.
 
-    kept_bytes: memory for rows that are kept. It is divided so that each kind of row is kept for as many tokens.
+    kept: bytes of memory for rows that are kept. Each kind of row gets a share with room for as many tokens.
     compared: whether reads are compared with checksums, which were made of `summed_segments`.
     Returns the caches of the rows, one for each kind of row.
     """
@@ -267,12 +272,12 @@ def stream_tables(tables: Sequence[Table], shared: InPlaceFiles, kept_bytes: int
     per_token = sum(need * RowCache.slot_bytes(dict(kind)) for kind, need in zip(kinds, needs, strict=True))
     for (kind, alike), need in zip(kinds.items(), needs, strict=True):
         rows = sum(table.rows for table in alike)
-        cache = RowCache(dict(kind), min(rows, need * kept_bytes // per_token))
+        cache = RowCache(dict(kind), min(rows, need * kept // per_token))
         caches.append(cache)
         first_key = 0
         for table in alike:
             group_rows = rows_per_sum(table.tensors) if compared else 1
-            streamed = TableRows(shared, table.path, table.tensors, cache, first_key, group_rows)
+            streamed = TableRows(shared, table.paths[0], table.tensors, cache, first_key, group_rows)
             first_key += table.rows
             inner = table.holders[0][0][table.holders[0][1]]
             module = StreamedTable(inner, streamed)

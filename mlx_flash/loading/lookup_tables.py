@@ -78,15 +78,17 @@ def find_tables(lazy: LazyModel) -> list[Table]:
     tables = []
     uses = Counter(source for names in lazy.provenance.sources.values() for source in names)
     for found in _looked_up(lazy.model):
+        places: dict[str, TableTensor] = {}
         arrays = _arrays(found.module)
-        places = {n: _place(f"{found.paths[0]}.{n}", array, lazy) for n, array in arrays.items()}
-        whole = {name: place for name, place in places.items() if place is not None}
-        sources = [source for name in arrays for source in lazy.provenance.sources.get(f"{found.paths[0]}.{name}", [])]
-        shared = any(uses[source] > len(found.paths) for source in sources)  # with the output head, which keeps it
-        if len(whole) == len(places) and not shared:
-            table = Table(found.paths, found.holders, whole, found.ids_per_token)
-            if table.nbytes >= max(LEAST_BYTES, WORTH * table.work_bytes):
-                tables.append(table)
+        for name, array in arrays.items():
+            for path in found.paths:
+                sources = lazy.provenance.sources.get(key := f"{path}.{name}", [])
+                alone = all(uses[source] <= len(found.paths) for source in sources)  # or another module keeps them
+                if alone and (place := _place(key, array, lazy)) is not None:
+                    places[name] = place
+        table = Table(found.paths, found.holders, places, found.ids_per_token)
+        if len(places) == len(arrays) and table.nbytes >= max(LEAST_BYTES, WORTH * table.work_bytes):
+            tables.append(table)
     return tables
 
 

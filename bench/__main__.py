@@ -32,12 +32,14 @@ COMMANDS = {  # command -> its module
     "lookahead": "guesses",
     "ordering": "ordering",
     "density": "density",
+    "table-rows": "table_rows",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",
     "random-checkpoint": "synthetic.opt_checkpoint",
     "synthetic-mixture": "synthetic.mixture_checkpoint",
     "synthetic-dense": "synthetic.dense_checkpoint",
+    "synthetic-tables": "synthetic.table_checkpoint",
     "memory-models": "memory_models",
 }
 

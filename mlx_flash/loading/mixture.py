@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from ..source.model_kind import error_line
 from .context import plan_context
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
-from .in_place_plan import InPlacePlan, WeightBytes, divide_in_place
+from .in_place_plan import InPlacePlan, WeightBytes, divide_with_tables, with_spare_for_rows
 from .layer_weights import stream_layers
+from .lookup_tables import stream_tables
 from .memory_needs import Needs, StreamedNeed, needs_of
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
@@ -64,13 +65,13 @@ def plan_mixture(
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, error) from None
 
-    weights = WeightBytes.of(mixture)
+    whole_weights, tables = WeightBytes.of(mixture), mixture.lookup_tables
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
 
-    def demand_at(context: int) -> Demand:
+    def demand_of(context: int, weights: WeightBytes) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = needs.workspace + reading_bytes(options.threads, aligned=False)
+        computing = needs.workspace + reading_bytes(options.threads, aligned=False) + weights.rows_work
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -79,7 +80,11 @@ def plan_mixture(
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
             grammars=grammar_bytes(needs.vocabulary),
+            table_rows=weights.rows_kept,
         )
+
+    def demand_at(context: int) -> Demand:
+        return demand_of(context, whole_weights)
 
     free = usable_memory_bytes()
 
@@ -90,9 +95,11 @@ def plan_mixture(
             caches = options.prompt_cache_bytes
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
 
-        return divide_in_place(divided, weights, demand, needs_at(context).choices, options.budget)
+        choices = needs_at(context).choices
+        return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, options.budget)
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
+    plan = with_spare_for_rows(plan, tables)
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")
@@ -103,10 +110,14 @@ def plan_mixture(
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
         numbers, layers = mixture.layers_to_stream(plan.pinned)
+        if plan.reads_rows:
+            mixture.streamed |= mixture.of_tables()
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
             mixture.stream_experts(streamer, plan.expert_slots, options.window)
+        if plan.reads_rows:
+            stream_tables(tables, streamer, plan.demand.table_rows, compared=options.verify)
         held = LayerMap(len(mixture.layers))
         if layers:
             ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))

@@ -115,6 +115,7 @@ def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None
     nothing = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
     layers = find_layers(lazy, nothing, streamed)
     lazy.provenance.arrays.clear()  # each array keeps its file open
+    lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}
     return Mixture(
         lazy.model, lazy.config, lazy.files, switches, lazy.provenance.sources, lazy.entries, tensors, layers, streamed

@@ -124,6 +124,7 @@ def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None
     tables = find_tables(lazy)
     layers = find_layers(lazy, nothing, streamed.union(*(table.names() for table in tables)))
     lazy.provenance.arrays.clear()  # each array keeps its file open
+    lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}
     return Mixture(
         lazy.model,

@@ -31,8 +31,8 @@ from .provenance import Provenance
 MODELOPT = "hf_quant_config.json"  # the zoos use it as config.json's quantization_config
 CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that the zoos read
 UNQUANTISED = (
-    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
-    "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
+    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlxflash convert --model MODEL "
+    "--bits 4 --output OUTPUT`, and run OUTPUT."
 )
 
 

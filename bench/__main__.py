@@ -32,7 +32,7 @@ COMMANDS = {  # command -> its module
     "lookahead": "guesses",
     "ordering": "ordering",
     "density": "density",
-    "table-rows": "table_rows",
+    "table-rows": "row_reads",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",

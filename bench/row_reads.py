@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> None:
 def run(model: Path, budget: int | None, tokens: list[int]) -> dict[str, Any]:
     """A run in a process of its own. budget: in bytes; None for mlx-lm with everything in memory."""
     name = RESIDENT if budget is None else f"with {budget} bytes"
-    return subprocess_json.ask("mlx_flash.bench.table_rows", [str(model), budget, *tokens], name)
+    return subprocess_json.ask("mlx_flash.bench.row_reads", [str(model), budget, *tokens], name)
 
 
 def measure(folder: str, budget: int | None, prompt: int, tokens: int) -> dict[str, Any]:

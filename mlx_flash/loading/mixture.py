@@ -9,11 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..defaults import PREFILL_TOKENS
 from ..errors import CheckpointError, UsageError
 from ..flash.in_place import InPlaceFiles
 from ..flash.layer_ring import LayerMap, LayerRing
 from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
+from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
 from .context import plan_context
@@ -22,10 +24,10 @@ from .forecast import Forecast, forecast
 from .in_place_plan import InPlacePlan, WeightBytes, divide_with_tables, with_spare_for_rows
 from .layer_weights import stream_layers
 from .lookup_tables import stream_tables
-from .memory_needs import Needs, StreamedNeed, needs_of
+from .memory_needs import Needs, StreamedNeed, needs_of, stand_ins
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
-from .quantised_cache import quantise_cache
+from .quantised_cache import plain_cache, quantise_cache
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
 from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -112,6 +114,7 @@ def plan_mixture(
         numbers, layers = mixture.layers_to_stream(plan.pinned)
         if plan.reads_rows:
             mixture.streamed |= mixture.of_tables()
+        together = 1 if not layers else chunks_that_share(mixture, streamed, plan.budget - plan.total)
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
@@ -131,12 +134,28 @@ def plan_mixture(
         model, vocabulary = mixture.model, needs_at(plan.context).vocabulary
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
         model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context)
+        if together > 1:
+            model.flash.shared_reading = SharedReading([layer.module for layer in mixture.layers], together)
         return model
 
     def foresee() -> Forecast | None:
         return forecast(mixture, plan, needs_at(plan.context).choices, options.io == "direct", options.threads)
 
     return plan, build, foresee
+
+
+def chunks_that_share(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]], spare: int) -> int:
+    """The number of chunks of a prompt that share a reading of the layers; 1 if the model cannot.
+
+    streamed: the streamed experts, in the form of `needs_of`. spare: bytes that the plan leaves of its budget.
+    """
+    try:
+        with stand_ins(streamed):
+            modules = [layer.module for layer in mixture.layers]
+            each = bytes_to_share(mixture.model, modules, lambda: plain_cache(mixture.model))
+    except Exception:  # whatever a model raises that is called in another way than it expects
+        return 1
+    return 1 if not each else 1 + spare // (each * PREFILL_TOKENS)
 
 
 def _cannot_run(folder: Path, error: Exception) -> CheckpointError:

@@ -16,6 +16,7 @@ from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
+from ..layers.shared_reading import SharedReading
 from ..text.generation_config import GenerationConfig
 from .plan import MLX_CACHE_BYTES, Plan
 
@@ -103,6 +104,7 @@ class Runtime:
     positions: int  # most tokens that the model can attend to, whatever the plan
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
     setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
+    shared_reading: SharedReading | None = None  # for prompts, where layers are streamed and chunks can share a reading
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False

@@ -22,6 +22,7 @@ from ..source.resolve import cached_store_path, ensure_store, resolve_source
 from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
+from .draft_model import PlannedDrafts, plan_drafts
 from .expert_files import open_mixture
 from .mixture import plan_mixture
 from .model_types import activation_of
@@ -65,6 +66,8 @@ def load(
     with _planned(path, _options(options, fields), say) as planned:
         say(planned.plan.describe())
         model = planned.build(say)
+        if planned.drafts is not None:
+            model.flash.drafting = planned.drafts.load(model.flash.most_positions)
     model.flash.defaults = planned.defaults
     return model, planned.tokenizer
 
@@ -108,7 +111,11 @@ def _planned(
     source = resolve_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
-        yield _plan(source, name, options, say, prepare or name is None, copies)
+        drafts = plan_drafts(options, say, fetch=prepare)
+        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts)
+        if drafts is not None and drafts.model is not None:
+            drafts.model.check(planned.tokenizer)
+        yield planned
 
 
 def _plan(
@@ -118,6 +125,7 @@ def _plan(
     say: Callable[[str], None],
     prepare: bool,
     copies: contextlib.ExitStack,
+    drafts: PlannedDrafts | None,
 ) -> Planned:
     """name: the user's name for the folder `source`. copies: keeps copies of small files until all is loaded."""
     if problem := _unencodable(source):
@@ -127,14 +135,14 @@ def _plan(
         files_in(source)  # raises an error for entries that are not files or lead out of the folder
         small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
     if holds_mixture(source, small):
-        return _plan_mixture(source, small, options, say, copies)
+        return _plan_mixture(source, small, options, say, copies, drafts)
     if not is_store(source):
         activation_of(read_config(source), source)  # raises its errors before a conversion starts
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
-    return plan_store(folder, options, copies)
+    return plan_store(folder, options, copies, drafts)
 
 
 def _converted_before(source: Path, name: str | None) -> Path:
@@ -148,7 +156,12 @@ def _converted_before(source: Path, name: str | None) -> Path:
 
 
 def _plan_mixture(
-    source: Path, small: Path, options: LoadOptions, say: Callable[[str], None], copies: contextlib.ExitStack
+    source: Path,
+    small: Path,
+    options: LoadOptions,
+    say: Callable[[str], None],
+    copies: contextlib.ExitStack,
+    drafts: PlannedDrafts | None,
 ) -> Planned:
     """small: the folder that the configuration, the tokenizer and the index are read from."""
     if options.predictor != "auto":
@@ -164,8 +177,8 @@ def _plan_mixture(
     name_themselves(tokenizer, small, source)
     mixture = open_mixture(source, small)
     copies.close()  # before the first load reads and compares all weights
-    plan, build = plan_mixture(source, mixture, options)
-    return Planned(plan, tokenizer, defaults, build)
+    plan, build = plan_mixture(source, mixture, options, drafts)
+    return Planned(plan, tokenizer, defaults, build, drafts)
 
 
 def _unencodable(path: Path) -> str | None:

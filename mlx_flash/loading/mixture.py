@@ -20,8 +20,11 @@ from ..flash.safetensors_file import crc32_of, read_header
 from ..flash.system import usable_memory_bytes
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges
+from ..layers.experts import most_positions
 from ..source.model_kind import error_line
+from .config import number_of
 from .context import plan_context
+from .draft_model import PlannedDrafts
 from .expert_files import Mixture, parent_of
 from .memory_needs import Needs, StreamedNeed, needs_of
 from .options import LoadOptions
@@ -34,13 +37,14 @@ from .verification import attach_sums, differs
 
 
 def plan_mixture(
-    folder: Path, mixture: Mixture, options: LoadOptions
+    folder: Path, mixture: Mixture, options: LoadOptions, drafts: PlannedDrafts | None = None
 ) -> tuple[Plan, Callable[[Callable[[str], None]], Any]]:
     """The plan for the checkpoint in `folder`, and a function that loads its model. The model's `flash` is the Runtime.
 
     folder: the checkpoint's folder, whose config.json is that of a mixture (`is_mixture`). mixture: the checkpoint's,
     from `open_mixture`. With `options.verify`, everything that is read is compared with checksums: tensors that are
     loaded once, and every expert at every read. Loading makes the checksums if they were not made before.
+    drafts: what will draft tokens; None for nothing.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
@@ -76,6 +80,7 @@ def plan_mixture(
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
             grammars=grammar_bytes(needs.vocabulary),
+            drafts=0 if drafts is None else drafts.bytes_at(context, needs, most_positions(needs.choices)),
         )
 
     free = usable_memory_bytes()
@@ -83,7 +88,10 @@ def plan_mixture(
 
     def divide(demand: Demand, context: int, note: str) -> Plan:
         notes = PlanNotes(
-            "attention, routers, shared experts, embeddings", "none: the router chooses", kv_cache=note + kv_bits
+            "attention, routers, shared experts, embeddings",
+            "none: the router chooses",
+            kv_cache=note + kv_bits,
+            drafts="" if drafts is None else drafts.note,
         )
         return plan_for_budget(
             demand,
@@ -111,8 +119,15 @@ def plan_mixture(
         mixture.stream(streamer, plan.slots, options.window)
         evaluate_constants(mixture.model)
         model = mixture.model
+        needs = needs_at(plan.context)
         model.flash = Runtime(
-            plan, streamer, mixture.layers(), "router", needs_at(plan.context).vocabulary, positions or plan.context
+            plan,
+            streamer,
+            mixture.layers(),
+            "router",
+            needs.vocabulary,
+            positions or plan.context,
+            most_positions=most_positions(needs.choices),
         )
         return model
 
@@ -265,17 +280,3 @@ def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadEr
     if wanted and known:
         return unreadable(known[0][0], error, f"tensor {known[0][1]}")
     return unreadable(mixture.files[0].parent, error, f"a tensor of {parameter}")
-
-
-def number_of(config: dict[str, Any], key: str) -> int | None:
-    """A number from a configuration, or from its part for the text model; None if it is in neither.
-
-    Raises CheckpointError if it is not a positive whole number.
-    """
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
-    return value

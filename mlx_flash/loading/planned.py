@@ -6,16 +6,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..text.generation_config import GenerationConfig
+from .draft_model import PlannedDrafts
 from .plan import Plan
 
 
 class Planned(NamedTuple):
     """A model that is ready to be loaded.
 
-    build: loads the weights and returns the model; it passes notes to the function that it is called with.
+    build: loads the weights and returns the model; it passes notes to the function that it is called with. drafts:
+    what will draft tokens; None for nothing.
     """
 
     plan: Plan
     tokenizer: Any
     defaults: GenerationConfig
     build: Callable[[Callable[[str], None]], Any]
+    drafts: PlannedDrafts | None = None

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +16,12 @@ from ..flash.stats import Counters
 from ..flash.units import Units
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
+from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from .plan import MLX_CACHE_BYTES, Plan
+
+if TYPE_CHECKING:
+    from ..text.drafts import Drafting
 
 
 class StreamedLayer(Protocol):
@@ -85,6 +89,8 @@ class Runtime:
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
     setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
+    most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
+    drafting: Drafting | None = None  # how drafts are made; None for none
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

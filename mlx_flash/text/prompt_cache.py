@@ -24,7 +24,8 @@ copies are kept at the last whole chunk of the system prompt and of the newest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,19 +131,21 @@ class ReusedPromptCache:
             prompt_cache=context.cache,
             prefill_step_size=step,
             prompt_progress_callback=progress,
+            cached=prompt[: self.reused],
             **options,
         )
 
         def stream() -> Generator[FlashResponse, None, None]:
             made: list[int] = []
             try:
-                for response in responses:
-                    context.decode([*prompt, *made])  # The newest token is not in the cache yet.
-                    made.append(response.token)
+                with _closing(responses, context):
+                    for response in responses:
+                        context.decode([*prompt, *made])  # The newest token is not in the cache yet.
+                        made.append(response.token)
+                        context.whole = True
+                        yield response
+                        context.whole = False
                     context.whole = True
-                    yield response
-                    context.whole = False
-                context.whole = True
             finally:
                 if not context.whole and self._last is context:
                     self._forget_last()
@@ -234,6 +237,18 @@ class ReusedPromptCache:
     def _forget_last(self) -> None:
         self._last = self._empty()
         mx.clear_cache()
+
+
+@contextmanager
+def _closing(responses: Generator[FlashResponse], context: CachedContext) -> Iterator[None]:
+    """Closes a generation on exit. It then takes back the drafts that were not used, so an error there spoils the
+    context."""
+    try:
+        yield
+    finally:
+        whole, context.whole = context.whole, False
+        responses.close()
+        context.whole = whole
 
 
 def _used(kept: tuple[CachedContext, ...], last: CachedContext | None) -> int:

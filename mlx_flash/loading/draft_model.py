@@ -22,7 +22,7 @@ from ..text.draft_depth import MOST_DEPTH, DraftDepth
 from ..text.ngrams import BYTES_PER_TOKEN
 from ..text.tokenizer import load_tokenizer
 from .config import holds_mixture, number_of, read_config
-from .lazy_model import _lazy_tensors, open_lazily
+from .lazy_model import lazy_tensors, open_lazily
 from .memory_needs import Needs, needs_of
 from .model_types import CONFIG_ERRORS, family_types, model_arguments, model_classes
 from .options import LoadOptions
@@ -141,7 +141,7 @@ def _own_model(folder: Path, config: dict[str, Any]) -> Any:
     model_class, args_class = model_classes(config)
     try:
         model = model_class(model_arguments(args_class, config))
-        model.load_weights(list(model.sanitize(_lazy_tensors(tensors_in(folder))).items()))
+        model.load_weights(list(model.sanitize(lazy_tensors(tensors_in(folder))).items()))
     except CONFIG_ERRORS as error:
         raise CheckpointError(
             f"the draft model in {folder} cannot be loaded: {error_line(error)}. Download it again."

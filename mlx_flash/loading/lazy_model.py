@@ -69,7 +69,7 @@ def open_lazily(folder: Path, small: Path | None = None) -> LazyModel:
         class Watched(model_class):  # type: ignore[misc, valid-type]
             def sanitize(self, _: dict[str, Any]) -> dict[str, Any]:
                 inherited = getattr(super(), "sanitize", lambda same: same)
-                weights = provenance.watch(inherited, _lazy_tensors(counted))
+                weights = provenance.watch(inherited, lazy_tensors(counted))
                 _check_scales(folder, self, weights)
                 return weights
 
@@ -121,7 +121,7 @@ def _modelopt_problem(content: bytes) -> str | None:
         return error_line(error)
 
 
-def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
+def lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
     """The tensors in `counted`, by name, not yet read. Raises CheckpointError or ReadError."""
     weights: dict[str, mx.array] = {}
     for file in sorted({file for file, _ in counted.values()}):

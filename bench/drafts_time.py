@@ -97,14 +97,14 @@ def measure(
     """
     from mlx_flash.text.generation import stream_generate
 
-    plain = _endless(tokenizer)
+    tokenizer.eos_token_ids = [-1]  # All answers have one length.
     found: dict[int, list[list[Any]]] = {depth: [] for depth in depths}
     texts: dict[int, list[list[int]]] = {}
     for _ in range(rounds):
         for depth in depths:
             said, statistics = [], []
             for prompt in prompts:
-                *before, last = stream_generate(model, plain, prompt, tokens, num_draft_tokens=depth)
+                *before, last = stream_generate(model, tokenizer, prompt, tokens, num_draft_tokens=depth)
                 said.append([response.token for response in (*before, last)])
                 statistics.append(last.statistics)
             found[depth].append(statistics)
@@ -112,16 +112,16 @@ def measure(
     rows = []
     for depth in depths:
         seconds = [sum(each.decode.total_s for each in of) / (tokens * len(prompts)) for of in found[depth]]
-        last = found[depth][-1]
-        counts = last[0].drafts if len(last) == 1 else sum((each.drafts for each in last[1:]), last[0].drafts)
+        of_texts = found[depth][-1]
+        counts = sum((each.drafts for each in of_texts[1:]), of_texts[0].drafts)
         made = tokens * len(prompts)
         rows.append(
             {
                 "depth": depth,
                 "seconds_per_token": median(seconds),
                 "seconds_per_token_of_rounds": seconds,
-                "bytes_per_token": sum(each.decode.bytes for each in last) / made,
-                "wait_s_per_token": sum(each.decode.wait_s for each in last) / made,
+                "bytes_per_token": sum(each.decode.bytes for each in of_texts) / made,
+                "wait_s_per_token": sum(each.decode.wait_s for each in of_texts) / made,
                 "tokens_per_pass": made / counts.passes,
                 "drafted": counts.drafted,
                 "accepted": counts.accepted,
@@ -129,13 +129,6 @@ def measure(
             }
         )
     return rows, texts[0]
-
-
-def _endless(tokenizer: Any) -> Any:
-    """The tokenizer without a token that ends a text, so that all answers have one length."""
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-    return TokenizerWrapper(tokenizer._tokenizer, type(tokenizer.detokenizer), eos_token_ids=[-1])
 
 
 def replay(model: Any, prompts: list[list[int]], answers: list[list[int]], positions: int) -> dict[str, Any]:

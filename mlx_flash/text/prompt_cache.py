@@ -24,8 +24,7 @@ copies are kept at the last whole chunk of the system prompt and of the newest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,14 +137,18 @@ class ReusedPromptCache:
         def stream() -> Generator[FlashResponse, None, None]:
             made: list[int] = []
             try:
-                with _closing(responses, context):
-                    for response in responses:
-                        context.decode([*prompt, *made])  # The newest token is not in the cache yet.
-                        made.append(response.token)
-                        context.whole = True
-                        yield response
-                        context.whole = False
-                    context.whole = True
+                for response in responses:
+                    context.decode([*prompt, *made])  # The newest token is not in the cache yet.
+                    made.append(response.token)
+                    # With drafts, the cache may hold more, or less, until the generation is closed.
+                    context.whole = response.statistics is None or response.statistics.drafts is None
+                    yield response
+                    context.whole = False
+                context.whole = True
+            except GeneratorExit:
+                responses.close()
+                context.whole = True
+                raise
             finally:
                 if not context.whole and self._last is context:
                     self._forget_last()
@@ -237,18 +240,6 @@ class ReusedPromptCache:
     def _forget_last(self) -> None:
         self._last = self._empty()
         mx.clear_cache()
-
-
-@contextmanager
-def _closing(responses: Generator[FlashResponse], context: CachedContext) -> Iterator[None]:
-    """Closes a generation on exit. It then takes back the drafts that were not used, so an error there spoils the
-    context."""
-    try:
-        yield
-    finally:
-        whole, context.whole = context.whole, False
-        responses.close()
-        context.whole = whole
 
 
 def _used(kept: tuple[CachedContext, ...], last: CachedContext | None) -> int:

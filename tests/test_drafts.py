@@ -138,6 +138,26 @@ def test_a_text_that_is_left_anywhere_leaves_a_whole_cache(model: Any, endless: 
         assert after == expected
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 6, TOKENS])
+def test_the_next_turn_reuses_what_a_drafted_answer_left(model: Any, endless: Any, stop: int) -> None:
+    model.flash.drafting = None
+    text = [*PROMPT, *tokens_of(stream_generate(model, endless, PROMPT, TOKENS))]
+    turns = [ReusedPromptCache(model) for _ in range(2)]
+    answers = []
+    for place, own in enumerate(turns):
+        if place:
+            told(model, text, 4)
+        depth = 5 if place else None
+        with closing(own.stream_generate(endless, PROMPT, TOKENS, num_draft_tokens=depth)) as responses:
+            made = [next(responses).token for _ in range(stop)]
+        assert own.tokens == [*PROMPT, *made[:-1]]
+        model.flash.drafting = None
+        following = [*PROMPT, *made, 8, 9, 10]
+        answers.append(tokens_of(own.stream_generate(endless, following, 6)))
+        assert own.reused == len(PROMPT) + stop - 1
+    assert answers[0] == answers[1]
+
+
 def test_the_end_of_a_text_inside_a_run(model: Any, endless: Any) -> None:
     model.flash.drafting = None
     said = tokens_of(stream_generate(model, endless, PROMPT, TOKENS))

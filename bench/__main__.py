@@ -12,6 +12,7 @@ COMMANDS = {  # command -> its module
     "naive-vs-flash": "naive_vs_flash",
     "steps": "steps",
     "memory": "memory",
+    "layers": "layers",
     "prompts": "prompt_times",
     "soak": "soak",
     "conversations": "conversations",
@@ -32,11 +33,14 @@ COMMANDS = {  # command -> its module
     "lookahead": "guesses",
     "ordering": "ordering",
     "density": "density",
+    "table-rows": "row_reads",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",
     "random-checkpoint": "synthetic.opt_checkpoint",
     "synthetic-mixture": "synthetic.mixture_checkpoint",
+    "synthetic-dense": "synthetic.dense_checkpoint",
+    "synthetic-tables": "synthetic.table_checkpoint",
     "memory-models": "memory_models",
 }
 

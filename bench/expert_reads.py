@@ -17,7 +17,7 @@ from mlx_flash.flash.experts import ExpertSlots
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading.expert_files import open_mixture
-from mlx_flash.loading.mixture import open_files
+from mlx_flash.loading.resident_weights import open_files
 
 from .baselines.engine_switches import empty_slots
 from .compare import mixture_folder

@@ -2,6 +2,7 @@
 
 DTYPES = ("float32", "float16", "bfloat16")  # types of a store's numbers
 BITS = (16, 8, 4)  # bits per FFN weight in a store; 16: not quantised
+MLX_BITS = (16, 8, 6, 5, 4, 3, 2)  # bits per weight in MLX's own form
 STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
+from zoo_types import TYPES  # type: ignore[import-not-found]
 
 from mlx_flash.flash.in_place import InPlaceFiles
+from mlx_flash.flash.layer_ring import LayerRing
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading.expert_files import Mixture, open_mixture
-from mlx_flash.loading.mixture import open_files
+from mlx_flash.loading.layer_weights import stream_layers
+from mlx_flash.loading.resident_weights import open_files
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {
@@ -152,7 +155,7 @@ QUANTISATIONS: dict[str, dict[str, Any] | None] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return {"model_type": family, **COMMON, **FAMILIES[family]}
+    return {"model_type": family, **COMMON, **(FAMILIES.get(family) or TYPES.get(family, {}))}
 
 
 def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards: int = 1, **changes: Any) -> Path:
@@ -164,7 +167,7 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
     mx.random.seed(len(family))
     model = model_class(args_class.from_dict(config))
     parameters: Any = tree_flatten(model.parameters())
-    model.load_weights([(name, _random_like(name, array)) for name, array in parameters])
+    model.load_weights([(name, random_like(name, array)) for name, array in parameters])
     if (settings := QUANTISATIONS[quantisation]) is not None:
         nn.quantize(model, **settings, class_predicate=lambda path, module: hasattr(module, "to_quantized"))
         config["quantization"] = settings
@@ -179,29 +182,6 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
     return folder
 
 
-def unstack(folder: Path, family: str) -> None:
-    """Rewrites a checkpoint to one tensor per expert and matrix, as on Hugging Face."""
-    names = {
-        "mixtral": ("block_sparse_moe.switch_mlp", "block_sparse_moe.experts", ("w1", "w2", "w3")),
-        "olmoe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
-        "qwen3_moe": ("mlp.switch_mlp", "mlp.experts", ("gate_proj", "down_proj", "up_proj")),
-    }
-    ours, theirs, matrices = names[family]
-    path = folder / "model.safetensors"
-    loaded: Any = mx.load(str(path))
-    weights = {}
-    for name, array in loaded.items():
-        if ours not in name:
-            weights[name] = array
-            continue
-        for matrix, new in zip(("gate_proj", "down_proj", "up_proj"), matrices, strict=True):
-            head, found, tail = name.partition(f"{ours}.{matrix}.")
-            if found:
-                weights |= {f"{head}{theirs}.{e}.{new}.{tail}": array[e] for e in range(len(array))}
-    mx.eval(weights)
-    mx.save_safetensors(str(path), weights)
-
-
 def to_bfloat16(folder: Path, only: str = "") -> None:
     """Rounds a checkpoint's floats to bfloat16, or only those with `only` in their names."""
     path = folder / "model.safetensors"
@@ -214,17 +194,26 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
     mx.save_safetensors(str(path), weights)
 
 
-def open_streamed(folder: Path, slots: int, window: int | None = None) -> tuple[Any, InPlaceFiles]:
-    """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer."""
-    mixture: Mixture = open_mixture(folder)
+def open_streamed(
+    folder: Path, slots: int, window: int | None = None, pinned: int | None = None, zoo: str | None = None
+) -> tuple[Any, InPlaceFiles]:
+    """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer.
+
+    pinned: number of layers whose weights are in memory; None for all.
+    """
+    mixture: Mixture = open_mixture(folder, zoo=zoo)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
-    mixture.stream(streamer, [slots] * len(mixture.switches), window)
-    for ahead in [layer.ahead for layer in mixture.layers() if layer.ahead is not None]:
+    numbers, layers = ([], []) if pinned is None else mixture.layers_to_stream(pinned)
+    mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)
+    if layers:
+        ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))
+        stream_layers(layers, ring)
+    for ahead in [layer.ahead for layer in mixture.streamed_experts() if layer.ahead is not None]:
         ahead.trial.guessing = True  # as if a trial had found that guessing pays
     return mixture.model, streamer
 
 
-def _random_like(name: str, array: mx.array) -> mx.array:
+def random_like(name: str, array: mx.array) -> mx.array:
     """Random numbers that make every step matter: norms around 1, matrices that preserve the scale of their input."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array

@@ -19,7 +19,7 @@ from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.layers.activations import Activation
 from mlx_flash.loading.load import load
-from mlx_flash.loading.model_types import activation_of, family_of, family_types, model_classes
+from mlx_flash.loading.model_types import activation_of, family_of, family_types, model_classes, runs_as_it_is
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.tokenizer import load_tokenizer
 
@@ -103,27 +103,39 @@ def test_a_new_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    ("config", "by_layers"),
+    [
+        ({"model_type": "qwen2"}, True),
+        ({"model_type": "llama", "hidden_act": "silu"}, True),
+        ({"model_type": "llama"}, True),
+        ({"model_type": "phi", "hidden_act": "gelu_new"}, True),
+        ({"model_type": "llama", "hidden_act": "relu"}, False),
+        ({"model_type": "opt", "activation_function": "relu"}, False),
+        ({"model_type": "nemotron", "hidden_act": "relu2"}, False),
+    ],
+)
+def test_which_dense_models_are_run_by_layers(config: dict[str, Any], by_layers: bool) -> None:
+    assert runs_as_it_is(config, "X") is by_layers
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         (
             {"model_type": "llama", "hidden_act": "silu"},
-            "X uses the activation 'silu', which leaves no neuron exactly zero. It is neither a ReLU model (relu or "
-            "fatrelu there) nor a mixture of experts, so flash loading would gain nothing; mlx-lm itself runs it, if "
-            "it fits into memory. Use a relufied version (SparseLLM/ReluLLaMA-7B, "
-            "SparseLLM/prosparse-llama-2-7b) instead.",
+            "X uses the activation 'silu', which leaves no neuron exactly zero. It is a dense model (llama), which "
+            "needs no conversion: its layers are streamed. Run it as it is.",
         ),
         (
             {"model_type": "falcon"},
             "X uses the activation 'gelu' by default (its config.json has no activation; if its own code computes "
-            'relu, add "activation": "relu"), which leaves no neuron exactly zero. It is neither a ReLU model (relu '
-            "there) nor a mixture of experts, so flash loading would gain nothing; a runtime that computes it and "
-            "loads it whole runs it, if it fits into memory. Use a relufied version "
-            "(SparseLLM/ReluFalcon-40B) instead.",
+            'relu, add "activation": "relu"), which neither mlx_flash nor mlx-lm computes for falcon: mlx_flash '
+            "computes relu. Use a relufied version (SparseLLM/ReluFalcon-40B) instead.",
         ),
-        ({"model_type": "mistral", "hidden_act": "silu"}, "its mixture-of-experts sibling Mixtral instead."),
-        ({"model_type": "phi", "hidden_act": "gelu_new"}, "; mlx-lm itself runs it, if it fits into memory"),
-        ({"model_type": "llama", "hidden_act": "gelu"}, "; a runtime that computes it and loads it whole runs it"),
-        ({"model_type": "nemotron", "hidden_act": "silu"}, "a ReLU model (relu2 there)"),
+        ({"model_type": "mistral", "hidden_act": "gelu"}, "its mixture-of-experts sibling Mixtral instead."),
+        ({"model_type": "phi", "hidden_act": "gelu_new"}, "It is a dense model (phi), which needs no conversion"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "which neither mlx_flash nor mlx-lm computes for llama"),
+        ({"model_type": "nemotron", "hidden_act": "silu"}, "for nemotron: mlx_flash computes relu2."),
         ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": -1}, "threshold -1"),
         ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 10**400}, "threshold 1000"),
     ],

@@ -21,8 +21,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import Tiny, change_manifest, write_tokenizer  # type: ignore[import-not-found]
-from mixtures import VOCABULARY, make_mixture, unstack  # type: ignore[import-not-found]
+from mixtures import VOCABULARY, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.utils import load_model
+from published_layouts import publish  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import (
@@ -42,8 +43,8 @@ from mlx_flash.loading import runtime
 from mlx_flash.loading import store as store_module
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.load import load
-from mlx_flash.loading.mixture import read_resident
 from mlx_flash.loading.provenance import is_as_loaded
+from mlx_flash.loading.resident_weights import read_resident
 from mlx_flash.source.checkpoint_files import MAX_SMALL_BYTES
 from mlx_flash.source.compared_copies import compared_copies, name_themselves
 
@@ -369,7 +370,7 @@ def test_experts_that_are_changed_in_place_are_refused(
 
     folder = make_mixture(tmp_path / "mixtral", "mixtral")
     if stacked:
-        unstack(folder, "mixtral")
+        publish(folder, "mixtral")
     open_mixture(folder)
     real = mixtral.Model.sanitize
 
@@ -380,7 +381,7 @@ def test_experts_that_are_changed_in_place_are_refused(
         return result
 
     monkeypatch.setattr(mixtral.Model, "sanitize", scaling)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*switch_mlp\.up_proj.* are not stored in the form"):
+    with pytest.raises(UnsupportedModelError, match=r"does not store .*layers\.1.*switch_mlp\.up_proj.* in the form"):
         open_mixture(folder)
 
 
@@ -388,9 +389,11 @@ def test_what_counts_as_loaded(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": mx.ones((2, 3)), "b": mx.ones((2, 3))})
     arrays: Any = mx.load(str(tmp_path / "x.safetensors"))
     a, b = arrays["a"], arrays["b"]
-    assert is_as_loaded(a) and is_as_loaded(mx.stack([a, b])) and is_as_loaded(mx.stack([a]))
+    stack = ["Concatenate", "ExpandDims", "ExpandDims"]
+    assert is_as_loaded(a) and is_as_loaded(mx.stack([a, b]), stack) and not is_as_loaded(mx.stack([a]), stack)
+    assert is_as_loaded(mx.contiguous(a)) and is_as_loaded(a.T, ["Transpose"]) and not is_as_loaded(a, ["Transpose"])
     for changed in (a + 0, a * 2, a.astype(mx.float16), a.T, mx.zeros((2, 3)), mx.stack([a, b * 2])):
-        assert not is_as_loaded(changed)
+        assert not is_as_loaded(changed) and not is_as_loaded(changed, stack)
     b += 1
     assert not is_as_loaded(b)
     mx.eval(a)

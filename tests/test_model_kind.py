@@ -15,9 +15,10 @@ from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-
 
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
-from mlx_flash.loading import load
+from mlx_flash.loading import load, model_types
 from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.model_types import family_of
+from mlx_flash.source import zoos
 from mlx_flash.source.model_kind import is_mixture
 from mlx_flash.text.tokenizer import load_tokenizer
 
@@ -60,31 +61,33 @@ KNOWN = f"ReLU models ({', '.join(sorted(TYPES))})"
     [
         (
             {"model_type": "qwen2"},
-            f"X (qwen2) is neither one of the {KNOWN} nor a mixture of experts in mlx-lm's switch_layers, so flash "
-            "loading would gain nothing. mlx-lm itself runs it, if it fits into memory. The README's section",
+            "X is a dense model (qwen2), which needs no conversion: its layers are streamed. Run it as it is.",
         ),
         (
             {"model_type": "new_moe", "num_experts": 64},
-            "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm knows. Two kinds are run: "
-            f'{KNOWN}, and mixtures of experts that mlx-lm knows. The README\'s section "Which models" has the',
+            "knows. mlx-vlm, which is not installed, may know it: `pip install 'mlx-flash-runtime[vlm]'`. "
+            f"Two kinds are run: {KNOWN}, and every model that mlx-lm or mlx-vlm knows. The README's section",
         ),
+        ({"model_type": "new_moe"}, "X is of model type 'new_moe', which neither mlx_flash nor the installed mlx-lm"),
         ({}, "X is of model type None, which neither"),
         ({"model_type": ["opt"]}, "X is of model type ['opt'], which neither"),
         (config_of("mixtral"), "X is a mixture of experts (mixtral), which needs no conversion. Run it as it is."),
     ],
 )
-def test_what_is_neither(config: dict[str, Any], said: str) -> None:
+def test_what_is_neither(config: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoos, "mlx_vlm_is_installed", lambda: False)
+    monkeypatch.setattr(model_types, "mlx_vlm_is_installed", lambda: False)
     with pytest.raises(UnsupportedModelError) as caught:
         family_of(config, "X")
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "qwen2"}, {"activation_function": "gelu"}])
+@pytest.mark.parametrize("changes", [{"model_type": "unheard_of"}, {"activation_function": "gelu"}])
 def test_nothing_is_begun_for_what_is_neither(tiny: Tiny, tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
     configure(folder, **changes)
     told: list[str] = []
-    with pytest.raises(UnsupportedModelError, match="flash loading would gain nothing"):
+    with pytest.raises(UnsupportedModelError, match="which neither mlx_flash nor"):
         load.load(folder, say=told.append)
     assert told == []
 

@@ -15,8 +15,8 @@ from mlx_flash.flash.in_place import InPlaceFiles, TensorParts
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket
 from mlx_flash.loading.expert_files import open_mixture, parent_of
-from mlx_flash.loading.mixture import open_files, read_resident
 from mlx_flash.loading.plan import MLX_CACHE_BYTES
+from mlx_flash.loading.resident_weights import open_files, read_resident
 
 
 class LayerConveyor:

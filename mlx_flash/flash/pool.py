@@ -55,9 +55,15 @@ class AlignedPool:
             array = array.view(mx.uint8)[:nbytes].reshape(shape)
         mx.eval(array)
         self.array = array
-        if _address(memoryview(array)) != self.address:  # type: ignore[arg-type]
-            raise FlashError("MLX copied the pool where a view was expected. This version of MLX is unsupported.")
+        self.must_hold(array, 0)
         use_huge_pages(self.address, nbytes)
+
+    def must_hold(self, view: mx.array, begin: int) -> None:
+        """Raises FlashError unless an evaluated array shares the pool's memory, from byte `begin` on."""
+        seen = view.view(mx.uint8)  # NumPy lacks bfloat16
+        mx.eval(seen)
+        if _address(memoryview(seen)) != self.address + begin:  # type: ignore[arg-type]
+            raise FlashError("MLX copied the pool where a view was expected. This version of MLX is unsupported.")
 
 
 def _rows(nbytes: int, row_bytes: int) -> tuple[int, int]:

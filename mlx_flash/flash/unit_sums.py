@@ -144,6 +144,18 @@ class RangeSums:
         position = np.cumsum(lengths) - lengths
         return np.stack((position[owner] + begins, nbytes, self.sums[found]), axis=1).astype(np.int64)
 
+    def within(self, begin: int, nbytes: int) -> Int64Array:
+        """The checks for `nbytes` bytes at `begin`, in the form of `Sums.checks`: all sums of ranges there.
+
+        Raises ValueError unless these ranges cover the bytes exactly.
+        """
+        first, last = np.searchsorted(self.ranges.offsets, (begin, begin + nbytes))
+        position = self.ranges.offsets[first:last] - begin
+        lengths = self.ranges.lengths[first:last]
+        if not np.array_equal(position, np.cumsum(lengths) - lengths) or lengths.sum() != nbytes:
+            raise ValueError(f"the ranges with sums do not cover {nbytes} bytes at {begin}")
+        return np.stack((position, lengths, self.sums[first:last]), axis=1).astype(np.int64)
+
     def to_bytes(self, identity: dict[str, Any], file_sha256: str) -> bytes:
         """The contents of a file that keeps the sums: a line of JSON, then offsets and lengths (int64) and sums
         (uint32), all little-endian.

@@ -1,7 +1,7 @@
 """The products of a mixture's experts, in two arrangements. The backend decides which of them keeps the same bits.
 
 MLX's CPU backend computes every (token, expert) pair by itself, whatever else is in the call. A call with only some of
-the pairs therefore has mlx-lm's bits. The Metal backend chooses among kernels that round differently, by the number of
+the pairs therefore has the zoo's bits. The Metal backend chooses among kernels that round differently, by the number of
 pairs in a call and by the number of matrices in the weight array. Here both depend on the memory budget: the weight
 array is the slots, and a call holds the experts that were read together. On Metal, a prompt's products therefore go
 expert by expert. Each product has two plain matrices, whose shapes depend on the prompt alone (docs/metal.md).
@@ -19,6 +19,7 @@ from ..flash.host_arrays import to_numpy
 
 SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 WIDENED_AT_ONCE = 16  # most experts that are in memory in 32 bits, beside their slots
+SORTED_FROM = 64  # a zoo's switch layers sort (token, expert) pairs if there are at least this many
 
 
 def kernels_vary() -> bool:
@@ -26,40 +27,60 @@ def kernels_vary() -> bool:
     return bool(mx.default_device() != mx.cpu)
 
 
-def by_pair(inner: Any, x: mx.array, slots: np.ndarray, sorted_indices: bool) -> mx.array:
-    """Computes every pair by itself, like mlx-lm's switch layers. x: (n, D), slots: (n,), ascending -> (n, D)
+def by_pair(inner: Any, x: mx.array, slots: np.ndarray, *rest: mx.array) -> mx.array:
+    """Computes every pair by itself, as the switch layer `inner` does. x: (n, D), slots: (n,) -> (n, D)
 
-    inner: a `SwitchGLU` or `SwitchMLP` whose arrays are slots. sorted_indices: mlx-lm's flag for this many pairs.
+    inner: a switch layer whose arrays are slots. rest: its further arguments, one number per pair, (n,) each.
     """
-    x, indices = x[:, None], mx.array(slots.astype(np.uint32))  # (n, 1, D)
-    if "fc1" in inner:
-        hidden = inner.activation(inner.fc1(x, indices, sorted_indices))
-        return inner.fc2(hidden, indices, sorted_indices).squeeze(1)
-    up, gate = inner.up_proj(x, indices, sorted_indices), inner.gate_proj(x, indices, sorted_indices)
-    return inner.down_proj(inner.activation(up, gate), indices, sorted_indices).squeeze(1)
+    indices = mx.array(slots.astype(np.uint32))[:, None]
+    return inner(x, indices, *(each[:, None] for each in rest)).squeeze(-2)
 
 
-def by_expert(inner: Any, x: mx.array, slots: np.ndarray) -> mx.array:
+def by_expert(inner: Any, x: mx.array, slots: np.ndarray, *rest: mx.array) -> mx.array:
     """Computes one expert after another, with all its tokens at once. x: (n, D), slots: (n,), grouped -> (n, D)
 
-    No shape in here depends on the number of slots, or on the other experts in the call.
+    inner: a switch layer whose projections are of class Projection. rest: as in `by_pair`. No shape in here depends on
+    the number of slots, or on the other experts in the call.
     """
+    projections = [child for child in inner.children().values() if isinstance(child, Projection)]
     begins = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
     ends = [*begins[1:], len(slots)]
-    outputs = [_expert(inner, x[i:j], int(slots[i])) for i, j in zip(begins, ends, strict=True)]
+    outputs = []
+    try:
+        for i, j in zip(begins, ends, strict=True):
+            for projection in projections:
+                projection.alone = int(slots[i])
+            outputs.append(by_pair(inner, x[i:j], slots[i:j], *(each[i:j] for each in rest)))
+    finally:
+        for projection in projections:
+            projection.alone = None
     return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _expert(inner: Any, x: mx.array, slot: int) -> mx.array:
-    """(m, D) -> (m, D)"""
-    if "fc1" in inner:
-        return _product(inner.fc2, inner.activation(_product(inner.fc1, x, slot)), slot)
-    up, gate = _product(inner.up_proj, x, slot), _product(inner.gate_proj, x, slot)
-    return _product(inner.down_proj, inner.activation(up, gate), slot)
+class Projection(nn.Module):
+    """A projection of a switch layer, over slots. The product is the zoo's own.
+
+    alone: the slot whose matrix all rows are multiplied by, as two plain matrices; None to gather one for each row.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self._inner = inner
+        self.alone: int | None = None
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x: (..., 1, D), indices: (...) -> (..., 1, O)"""
+        if self.alone is not None:
+            return _product(self._inner, x.reshape(-1, x.shape[-1]), self.alone).reshape(*x.shape[:-1], -1)
+        # Some switch layers sort fewer pairs. For sorted pairs, the Metal backend chooses among kernels.
+        return self._gathered(x, indices, sorted_indices and indices.size >= SORTED_FROM)
+
+    def _gathered(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        return self._inner(x, indices, sorted_indices=sorted_indices)  # type: ignore[no-any-return]
 
 
 def _product(linear: Any, x: mx.array, slot: int) -> mx.array:
-    """x: (m, D) -> (m, O), with the matrix in `slot` of a `SwitchLinear` or `QuantizedSwitchLinear`."""
+    """x: (m, D) -> (m, O), with the matrix in `slot` of a projection."""
     if "scales" not in linear:
         y = x @ linear.weight[slot].T  # (m, D) @ (D, O)
     else:
@@ -84,20 +105,15 @@ def is_widened(tensor: str, dtype: mx.Dtype) -> bool:
     return tensor == "weight" and dtype in SIXTEEN_BITS and mx.default_device() == mx.cpu
 
 
-class Widened(nn.Module):
-    """A 16-bit `SwitchLinear` for MLX's CPU backend, whose `gather_mm` takes only float32. It widens the slots that a
+class Widened(Projection):
+    """A projection in 16 bits for MLX's CPU backend, whose `gather_mm` takes only float32. It widens the slots that a
     call uses."""
 
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: (..., 1, D), indices: (...) -> (..., 1, O)"""
+    def _gathered(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         numbers = to_numpy(indices)
         slots = np.unique(numbers)
         if len(slots) <= WIDENED_AT_ONCE:
-            return self._product(x, numbers, slots, sorted_indices)
+            return self._widened(x, numbers, slots, sorted_indices)
         rows = mx.broadcast_to(x, (*numbers.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:])  # (n, 1, D)
         flat = numbers.reshape(-1)
         outputs, order = [], []
@@ -105,14 +121,14 @@ class Widened(nn.Module):
             here = slots[begin : begin + WIDENED_AT_ONCE]
             members = np.flatnonzero((flat >= here[0]) & (flat <= here[-1]))
             members = members[np.argsort(flat[members], kind="stable")]
-            y = self._product(rows[mx.array(members.astype(np.int32))], flat[members], here, True)
+            y = self._widened(rows[mx.array(members.astype(np.int32))], flat[members], here, True)
             mx.eval(y)
             outputs.append(y)
             order.append(members)
         back = np.argsort(np.concatenate(order)).astype(np.int32)
         return mx.concatenate(outputs)[mx.array(back)].reshape(*numbers.shape, 1, -1)
 
-    def _product(self, x: mx.array, numbers: np.ndarray, slots: np.ndarray, sorted_indices: bool) -> mx.array:
+    def _widened(self, x: mx.array, numbers: np.ndarray, slots: np.ndarray, sorted_indices: bool) -> mx.array:
         """numbers: (...), slot numbers out of `slots`. slots: (n,), ascending."""
         weight = mx.take(self._inner.weight, mx.array(slots), axis=0).astype(mx.float32)
         y = mx.gather_mm(

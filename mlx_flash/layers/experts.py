@@ -1,6 +1,8 @@
-"""The experts of a mixture-of-experts layer, in slots. mlx-lm's own products run over slot numbers instead of ids."""
+"""The experts of a mixture-of-experts layer, in slots. The zoo's own products run over slot numbers instead of ids."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,11 +10,10 @@ import numpy as np
 
 from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
-from .expert_products import Widened, by_expert, by_pair, is_widened, kernels_vary
+from .expert_products import SORTED_FROM, Projection, Widened, by_expert, by_pair, is_widened, kernels_vary
 from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
 
-SORTED_FROM = 64  # mlx-lm's switch layers sort (token, expert) pairs if there are at least this many
 EXPERTS_AT_ONCE = 16  # experts of a prompt that are multiplied while as many are read
 AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
 
@@ -26,25 +27,33 @@ def most_positions(choices: int) -> int:
 
 
 class StreamedExperts(nn.Module):
-    """Replaces a `SwitchGLU` or `SwitchMLP` of mlx-lm. x: (..., D), indices: (..., K) -> (..., K, D).
+    """Replaces a zoo's switch layer. x: (..., D), indices: (..., K) -> (..., K, D).
 
     Every expert that the router chose is used, whatever is in the cache. The computation of a (token, expert) pair does
-    not depend on the cache either. For a few tokens it is the same as in mlx-lm, and for a prompt on MLX's CPU backend
+    not depend on the cache either. For a few tokens it is the same as in the zoo, and for a prompt on MLX's CPU backend
     as well. On Metal, a prompt's products go expert by expert (expert_products.py).
     """
 
     def __init__(self, inner: nn.Module, units: ExpertSlots) -> None:
-        """inner: the layer that this replaces. units: its experts, with tensors named `projection.tensor`."""
+        """inner: the layer that this replaces.
+
+        units: its experts, with tensors named `projection.tensor`, or `tensor` for those of the layer itself.
+        """
         super().__init__()
         self._inner = inner
         self.units = units
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
         self.ahead: LookAhead | None = None
+        classes: dict[str, type[Projection]] = {}
         for name, pool in units.pools.items():
-            projection, tensor = name.rsplit(".", 1)
-            inner[projection][tensor] = pool
-            if is_widened(tensor, pool.dtype):
-                inner[projection] = Widened(inner[projection])
+            projection, _, tensor = name.rpartition(".")
+            (inner[projection] if projection else inner)[tensor] = pool
+            if projection:
+                classes.setdefault(projection, Projection)
+                if is_widened(tensor, pool.dtype):
+                    classes[projection] = Widened
+        for projection, kind in classes.items():
+            inner[projection] = kind(inner[projection])
 
     def look_ahead(self, following: StreamedExperts, router: nn.Module, trial: LookAheadTrial, leads: bool) -> None:
         """Makes this layer guess which experts `following`, the next layer, needs, and read them where that pays.
@@ -68,7 +77,8 @@ class StreamedExperts(nn.Module):
     def experts(self) -> int:
         return self.units.count
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, *rest: mx.array) -> mx.array:
+        """rest: further arguments of the zoo's layer, one number per (token, expert) pair, (..., K) each."""
         many = indices.size >= SORTED_FROM
         units, ahead = self.units, None if many else self.ahead
         expert_by_expert = many and kernels_vary()
@@ -79,7 +89,7 @@ class StreamedExperts(nn.Module):
                 self._slot_of = mx.array(units.slot_of.astype(np.uint32))
                 mx.eval(self._slot_of)
                 units.shared.evaluate_guarded()
-            return self._inner(x, self._slot_of[indices])
+            return self._inner(x, self._slot_of[indices], *rest)
         guess = ahead.guess(x) if ahead is not None else None
         if guess is not None:
             mx.eval(indices, guess)
@@ -93,10 +103,10 @@ class StreamedExperts(nn.Module):
         outputs, order = [], []
         for group in units.use(experts, at_once=EXPERTS_AT_ONCE if many else None, meanwhile=prefetch):
             if len(group) == len(experts) and not expert_by_expert:
-                y = self._inner(x, mx.array(units.slot_of[needed].astype(np.uint32)))
+                y = self._inner(x, mx.array(units.slot_of[needed].astype(np.uint32)), *rest)
                 units.guard(y)
                 return y
-            members, y = self._of_group(x, needed, group, expert_by_expert)
+            members, y = self._of_group(x, needed, group, expert_by_expert, rest)
             units.guard(y)
             outputs.append(y)
             order.append(members)
@@ -104,7 +114,7 @@ class StreamedExperts(nn.Module):
         return mx.concatenate(outputs)[mx.array(back)].reshape(*needed.shape, -1)
 
     def _of_group(
-        self, x: mx.array, needed: np.ndarray, group: np.ndarray, expert_by_expert: bool
+        self, x: mx.array, needed: np.ndarray, group: np.ndarray, expert_by_expert: bool, rest: Sequence[mx.array]
     ) -> tuple[np.ndarray, mx.array]:
         """The (token, expert) pairs with experts of `group`: their indices (n,), and their outputs (n, D)."""
         pairs, choices = needed.reshape(-1), needed.shape[-1]
@@ -115,9 +125,8 @@ class StreamedExperts(nn.Module):
         by_slot = np.argsort(slots, kind="stable")
         members, slots = members[by_slot], slots[by_slot]
         tokens = x.reshape(-1, x.shape[-1])[mx.array((members // choices).astype(np.int32))]  # (n, D)
-        if expert_by_expert:
-            return members, by_expert(self._inner, tokens, slots)
-        return members, by_pair(self._inner, tokens, slots, sorted_indices=pairs.size >= SORTED_FROM)
+        chosen = [each.reshape(-1)[mx.array(members.astype(np.int32))] for each in rest]  # (n,) each
+        return members, (by_expert if expert_by_expert else by_pair)(self._inner, tokens, slots, *chosen)
 
 
 def likeliest(scores: np.ndarray, units: ExpertSlots, choices: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..defaults import CONTEXT, KV_STEP_TOKENS, MOST_CONTEXT
 from ..errors import BudgetError, UsageError
@@ -15,20 +15,23 @@ GIVEN_UP = (1, 3)
 MOST_TRIALS = 8  # contexts that are tried at most, each of which traces the model's graph
 
 
-class Divide(Protocol):
+AnyPlan = TypeVar("AnyPlan", bound=Plan, covariant=True)
+
+
+class Divide(Protocol[AnyPlan]):
     """Makes the plan for a demand and a context, with a note for its KV cache. Raises BudgetError."""
 
-    def __call__(self, demand: Demand, context: int, note: str) -> Plan: ...
+    def __call__(self, demand: Demand, context: int, note: str) -> AnyPlan: ...
 
 
 def plan_context(
     asked: int | str | None,
     positions: int | None,
     demand_at: Callable[[int], Demand],
-    divide: Divide,
+    divide: Divide[AnyPlan],
     budget: int | None,
     free: int,
-) -> Plan:
+) -> AnyPlan:
     """The plan for the context that is asked for, or for one that suits the budget.
 
     Without a number, the context is at least CONTEXT tokens. It is longer, in steps of KV_STEP_TOKENS up to

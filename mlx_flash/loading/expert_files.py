@@ -1,11 +1,11 @@
-"""The experts of a mixture's checkpoint: the places of every expert in its files, and the layers that stream them.
+"""A checkpoint that is run as it is: the places of its experts and its layers in the files, and how both are streamed.
 
 No family is named here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,20 +14,24 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UnsupportedModelError
 from ..flash.experts import ExpertSlots
 from ..flash.in_place import InPlaceFiles, TensorParts
 from ..flash.safetensors_file import TensorEntry
 from ..layers.experts import StreamedExperts
 from ..layers.lookahead_trial import LookAheadTrial
 from ..source.model_kind import switch_layers
+from .layer_weights import LayerWeights, find_layers, spread
 from .lazy_model import open_lazily
+from .lookup_tables import Table, find_tables
 from .provenance import locate
 
 
 @dataclass
 class Mixture:
-    """A lazily loaded model, and the places of the experts of its switch layers."""
+    """A lazily loaded model, and the places of the experts of its switch layers and of its layers' other weights.
+
+    A dense model has no switch layers.
+    """
 
     model: Any
     config: dict[str, Any]
@@ -36,16 +40,21 @@ class Mixture:
     sources: dict[str, list[str]]  # parameter -> the checkpoint's tensors that it consists of, if known
     entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors -> (index of the file, entry in its header)
     tensors: dict[str, mx.array]  # the checkpoint's tensors, lazily loaded
+    layers: list[LayerWeights]  # those that can be streamed, in the order in which a token needs them
+    lookup_tables: list[Table]  # those whose rows can be read
+    streamed: set[
+        str
+    ]  # paths of the parameters that do not stay in memory: the experts', those of streamed layers, ...
 
     @property
     def experts(self) -> int:
         """The largest number of experts in a layer."""
-        return max(len(next(iter(tensors.values())).offsets) for tensors in self.switches.values())
+        return max((len(next(iter(tensors.values())).offsets) for tensors in self.switches.values()), default=0)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all tensors of one expert, in the layer with the largest experts."""
-        return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.switches.values())
+        return max((sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.switches.values()), default=0)
 
     @property
     def table_bytes(self) -> int:
@@ -53,24 +62,29 @@ class Mixture:
         tensors = [tensor for tensors in self.switches.values() for tensor in tensors.values()]
         return sum(tensor.nbytes * len(tensor.offsets) for tensor in tensors if tensor.is_table)
 
-    @property
     def of_experts(self) -> set[str]:
-        """The checkpoint's tensors that experts consist of."""
-        prefixes = tuple(f"{path}." for path in self.switches)
-        return {name for key, names in self.sources.items() if key.startswith(prefixes) for name in names}
+        """The paths of the experts' parameters."""
+        return {f"{path}.{name}" for path, tensors in self.switches.items() for name in tensors}
+
+    def of_tables(self) -> set[str]:
+        """The paths of the parameters of the lookup tables."""
+        return set().union(*(table.names() for table in self.lookup_tables))
+
+    def behind(self, parameters: Iterable[str]) -> set[str]:
+        """The checkpoint's tensors that parameters consist of."""
+        return {name for key in parameters for name in self.sources.get(key, [])}
 
     def resident(self) -> Iterator[tuple[str, mx.array]]:
-        """(path in the model, array) of every parameter that is not an expert's, not yet read."""
+        """(path in the model, array) of every parameter that stays in memory, not yet read."""
         from mlx.utils import tree_flatten
 
-        prefixes = tuple(f"{path}." for path in self.switches)
         parameters: Any = tree_flatten(self.model.parameters())
         for name, array in parameters:
-            if not name.startswith(prefixes):
+            if name not in self.streamed:
                 yield name, array
 
-    def stream(self, shared: InPlaceFiles, slots: Sequence[int], window: int | None) -> None:
-        """Replaces every switch layer with a streamed layer.
+    def stream_experts(self, shared: InPlaceFiles, slots: Sequence[int], window: int | None) -> None:
+        """Replaces every switch layer with a streamed one.
 
         slots: number of experts that each layer holds in memory, in the order of `switches`. window: tokens of the
         eviction window; None to evict the least used.
@@ -85,34 +99,54 @@ class Mixture:
                 parent[name].look_ahead(beside[next_name], router, trial, leads)
                 leads = False
 
-    def layers(self) -> list[StreamedExperts]:
-        """The layers that `stream` put into the model."""
+    def layers_to_stream(self, pinned: int) -> tuple[list[int], list[LayerWeights]]:
+        """(numbers, layers) to stream if `pinned` layers are in memory. Their weights are resident no longer."""
+        chosen = spread(self.layers, pinned)
+        self.streamed |= {name for _, layer in chosen for name in layer.names()}
+        return [number for number, _ in chosen], [layer for _, layer in chosen]
+
+    def streamed_experts(self) -> list[StreamedExperts]:
+        """The layers that `stream_experts` put into the model."""
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def open_mixture(folder: Path, small: Path | None = None) -> Mixture:
-    """Builds the model without reading a weight.
-
-    small: the folder that its configuration and index are read from; None for `folder`. Raises CheckpointError or
-    UnsupportedModelError.
-    """
-    lazy = open_lazily(folder, small)
+def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None) -> Mixture:
+    """Builds the model without reading a weight. The arguments and errors are those of `open_lazily`."""
+    lazy = open_lazily(folder, small, zoo)
     switches = {}
     for path, module in switch_layers(lazy.model):
         parts = {}
-        for projection, child in module.children().items():
-            if not isinstance(child, nn.Module):
-                continue
-            for name, array in child.items():
-                if isinstance(array, mx.array):
-                    key = f"{path}.{projection}.{name}"
-                    parts[f"{projection}.{name}"] = locate(folder, key, array, lazy.provenance, lazy.entries)
+        for name, array in _tensors_of(module):
+            parts[name] = locate(folder, f"{path}.{name}", array, lazy.provenance, lazy.entries)
         switches[path] = parts
-    if not switches:
-        raise UnsupportedModelError(f"{folder} has no mixture-of-experts layers.")
+    streamed = {f"{path}.{name}" for path, parts in switches.items() for name in parts}
+    nothing = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
+    tables = find_tables(lazy)
+    layers = find_layers(lazy, nothing, streamed.union(*(table.names() for table in tables)))
     lazy.provenance.arrays.clear()  # each array keeps its file open
+    lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}
-    return Mixture(lazy.model, lazy.config, lazy.files, switches, lazy.provenance.sources, lazy.entries, tensors)
+    return Mixture(
+        lazy.model,
+        lazy.config,
+        lazy.files,
+        switches,
+        lazy.provenance.sources,
+        lazy.entries,
+        tensors,
+        layers,
+        tables,
+        streamed,
+    )
+
+
+def _tensors_of(switch: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a switch layer's projections, named `projection.tensor`, and its own, named `tensor`."""
+    for name, child in switch.items():
+        if isinstance(child, mx.array):
+            yield name, child
+        elif isinstance(child, nn.Module):
+            yield from ((f"{name}.{tensor}", array) for tensor, array in child.items() if isinstance(array, mx.array))
 
 
 def router_of(parent: Any, name: str) -> nn.Module | None:

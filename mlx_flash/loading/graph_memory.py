@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -102,13 +103,44 @@ def trace(function: Callable[..., list[mx.array]], *inputs: mx.array) -> Graph:
 
 @contextmanager
 def _describable() -> Iterator[None]:
-    """Replaces `mx.contiguous`, which MLX cannot describe, with a product by 1, which also makes a new array."""
-    contiguous = mx.contiguous
-    mx.contiguous = lambda array, *_, **__: array * 1  # type: ignore[assignment]
+    """Replaces what MLX cannot do without numbers, while a function is traced.
+
+    `mx.contiguous`, which MLX cannot describe, is a product by 1, which also makes a new array. `mx.eval` does nothing.
+    Numbers that a model reads back, such as the rows of a table that it needs, are 0.
+    """
+    names = [(mx, "contiguous"), (mx, "eval"), (mx, "async_eval"), (mx.array, "item"), (mx.array, "tolist")]
+    real = {name: getattr(where, name) for where, name in names}
+
+    def skipped(evaluate: Callable[..., None], *arrays: Any) -> None:
+        with suppress(ValueError):
+            evaluate(*arrays)
+
+    def number(array: mx.array) -> Any:
+        try:
+            return real["item"](array)
+        except ValueError:
+            return zero_of(array)
+
+    def numbers(array: mx.array) -> Any:
+        try:
+            return real["tolist"](array)
+        except ValueError:
+            return zeros_of(array, array.shape)
+
+    def zero_of(array: mx.array) -> Any:
+        return real["item"](mx.zeros((), array.dtype))
+
+    def zeros_of(array: mx.array, shape: Shape) -> Any:
+        return [zeros_of(array, shape[1:]) for _ in range(shape[0])] if shape else zero_of(array)
+
+    instead = [lambda array, *_, **__: array * 1, partial(skipped, mx.eval), partial(skipped, mx.async_eval)]
     try:
+        for (where, name), stand_in in zip(names, [*instead, number, numbers], strict=True):
+            setattr(where, name, stand_in)
         yield
     finally:
-        mx.contiguous = contiguous
+        for where, name in names:
+            setattr(where, name, real[name])
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Builds the zoo's model of a checkpoint without reading a weight, and notes where its parameters come from.
 
-mlx-lm builds the model lazily, from tensors that are handed to it. No family is named here.
+A zoo builds the model lazily, from tensors that are handed to it. No family is named here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from ..source.checkpoint_tensors import malformed, tensors_in
 from ..source.compared_copies import no_room, temporary_folder
 from ..source.model_kind import error_line
 from ..source.quantisation import foreign_quantisation, group_problem
+from ..source.zoos import MLX_LM, zoo_of
+from .mlx_vlm_model import Sanitize, load_by_mlx_vlm
 from .provenance import Provenance
 
-MODELOPT = "hf_quant_config.json"  # mlx-lm uses it as config.json's quantization_config
-CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that mlx-lm reads
+MODELOPT = "hf_quant_config.json"  # the zoos use it as config.json's quantization_config
+CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that the zoos read
 UNQUANTISED = (
-    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
-    "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
+    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlxflash convert --model MODEL "
+    "--bits 4 --output OUTPUT`, and run OUTPUT."
 )
 
 
@@ -48,14 +51,12 @@ class LazyModel:
     provenance: Provenance
 
 
-def open_lazily(folder: Path, small: Path | None = None) -> LazyModel:
+def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None) -> LazyModel:
     """Builds the model without reading a weight.
 
-    small: the folder that its configuration and index are read from; None for `folder`. Raises CheckpointError or
-    UnsupportedModelError.
+    small: the folder that its configuration and index are read from; None for `folder`. zoo: the zoo that builds it;
+    None for the first that has its type. Raises CheckpointError or UnsupportedModelError.
     """
-    from mlx_lm.utils import _get_classes
-
     small = small or folder
     counted = tensors_in(folder, small)
     files = sorted({file for file, _ in counted.values()})
@@ -63,40 +64,53 @@ def open_lazily(folder: Path, small: Path | None = None) -> LazyModel:
     entries = {name: (numbers[file], entry) for name, (file, entry) in counted.items()}
     provenance = Provenance()
 
+    def watch(sanitize: Sanitize, model: Callable[[], Any]) -> dict[str, Any]:
+        weights = provenance.watch(sanitize, lazy_tensors(counted))
+        _check_scales(folder, model(), weights)
+        return weights
+
+    quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
+    zoo = zoo or zoo_of(read_config(small)) or MLX_LM
+    try:
+        with _configuration_alone(small) as alone:
+            model, config = (_load_by_mlx_lm if zoo == MLX_LM else load_by_mlx_vlm)(alone, watch)
+    except FlashError:
+        raise
+    except Exception as error:  # the zoos raise plain exceptions
+        remedy = "Check that all shards are there and that config.json belongs to them."
+        if quantised:
+            remedy = f"It is quantised ({quantised}). {UNQUANTISED}"
+        raise CheckpointError(f"{zoo} cannot load {folder}: {error_line(error)}. {remedy}") from None
+    return LazyModel(folder, model, config, files, entries, provenance)
+
+
+def _load_by_mlx_lm(
+    folder: Path, watch: Callable[[Sanitize, Callable[[], Any]], dict[str, Any]]
+) -> tuple[Any, dict[str, Any]]:
+    """Calls mlx-lm's `load_model` lazily. Returns (model, configuration).
+
+    The arguments are those of `load_by_mlx_vlm`.
+    """
+    from mlx_lm.utils import _get_classes, load_model
+
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = _get_classes(config)
 
         class Watched(model_class):  # type: ignore[misc, valid-type]
             def sanitize(self, _: dict[str, Any]) -> dict[str, Any]:
-                inherited = getattr(super(), "sanitize", lambda same: same)
-                weights = provenance.watch(inherited, lazy_tensors(counted))
-                _check_scales(folder, self, weights)
-                return weights
+                return watch(getattr(super(), "sanitize", lambda same: same), lambda: self)
 
         return Watched, args_class
 
-    quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
-    try:
-        model, config = _load_by_mlx_lm(small, classes)
-    except FlashError:
-        raise
-    except Exception as error:  # mlx-lm raises plain exceptions
-        remedy = "Check that all shards are there and that config.json belongs to them."
-        if quantised:
-            remedy = f"It is quantised ({quantised}). {UNQUANTISED}"
-        raise CheckpointError(f"mlx-lm cannot load {folder}: {error_line(error)}. {remedy}") from None
-    return LazyModel(folder, model, config, files, entries, provenance)
+    return load_model(folder, lazy=True, get_model_classes=classes, trust_remote_code=False)
 
 
-def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tuple[Any, dict[str, Any]]:
-    """Calls mlx-lm's `load_model` lazily, for classes that bring their own tensors. Returns (model, configuration).
+@contextmanager
+def _configuration_alone(folder: Path) -> Iterator[Path]:
+    """A temporary folder with only the configuration of `folder`, and one file without tensors.
 
-    folder: the folder with the configuration.
-    mlx-lm takes every model*.safetensors of a folder, in the order of the file system. It is therefore given a folder
-    with only the configuration and one file without tensors.
+    Both zoos take every file of tensors in a folder, in the order of the file system.
     """
-    from mlx_lm.utils import load_model
-
     with temporary_folder() as alone:
         for name in CONFIGURATION.intersection(files_in(folder)):
             with reading(folder / name):
@@ -111,7 +125,7 @@ def _load_by_mlx_lm(folder: Path, classes: Callable[..., tuple[Any, Any]]) -> tu
             mx.save_safetensors(str(alone / "model.safetensors"), {})
         except RuntimeError as error:
             raise no_room(error) from None
-        return load_model(alone, lazy=True, get_model_classes=classes, trust_remote_code=False)
+        yield alone
 
 
 def _modelopt_problem(content: bytes) -> str | None:

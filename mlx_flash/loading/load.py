@@ -24,8 +24,9 @@ from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .draft_model import PlannedDrafts, plan_drafts
 from .expert_files import open_mixture
+from .forecast import Forecast
 from .mixture import plan_mixture
-from .model_types import activation_of
+from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
 from .planned import Planned
@@ -52,7 +53,8 @@ def load(
     Returns:
         (model, tokenizer) for `mlx_flash.stream_generate` or mlx-lm's own functions. `model.flash` is the Runtime.
 
-    A mixture of experts is read from the checkpoint as it is, without a conversion.
+    A mixture of experts, and a dense model without exact zeros, is read from the checkpoint as it is, without a
+    conversion.
 
     Everything that is read of a store is compared with its checksums.
 
@@ -65,6 +67,8 @@ def load(
     """
     with _planned(path, _options(options, fields), say) as planned:
         say(planned.plan.describe())
+        if (forecast := planned.foresee()) is not None:
+            say(forecast.describe())
         model = planned.build(say)
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model.flash.most_positions)
@@ -87,10 +91,27 @@ def plan(
 
     Raises the errors of `load`, and UsageError for a checkpoint that was not converted yet.
     """
-    given = replace(_options(options, fields), verify=False)  # verify would make checksums
+    return _foreseen(path, _options(options, fields), say, measure=False)[0]
+
+
+def plan_with_forecast(
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None] = lambda _: None
+) -> tuple[Plan, Forecast | None]:
+    """The plan as `plan` makes it, and how fast the model will speak, if that can be told.
+
+    It measures for up to a second how fast the disk reads. Raises the errors of `plan`.
+    """
+    return _foreseen(path, options, say, measure=True)
+
+
+def _foreseen(
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], measure: bool
+) -> tuple[Plan, Forecast | None]:
+    given = replace(options, verify=False)  # verify would make checksums
+    given.check()
     with _planned(path, given, say, prepare=False) as planned:
         BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
-        return planned.plan
+        return planned.plan, planned.foresee() if measure else None
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
@@ -134,10 +155,10 @@ def _plan(
     if options.verify and not is_store(source):
         files_in(source)  # raises an error for entries that are not files or lead out of the folder
         small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
-    if holds_mixture(source, small):
-        return _plan_mixture(source, small, options, say, copies, drafts)
     if not is_store(source):
-        activation_of(read_config(source), source)  # raises its errors before a conversion starts
+        mixture = holds_mixture(source, small)
+        if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
+            return _plan_in_place(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
@@ -155,30 +176,30 @@ def _converted_before(source: Path, name: str | None) -> Path:
     return folder
 
 
-def _plan_mixture(
+def _plan_in_place(
     source: Path,
     small: Path,
     options: LoadOptions,
     say: Callable[[str], None],
     copies: contextlib.ExitStack,
     drafts: PlannedDrafts | None,
+    unit: str,
 ) -> Planned:
-    """small: the folder that the configuration, the tokenizer and the index are read from."""
-    if options.predictor != "auto":
-        raise UsageError(
-            f"{source} is a mixture of experts: its router chooses, not a predictor ({options.predictor}). "
-            "Leave predictor out."
-        )
-    if options.recall is not None:
-        raise UsageError(f"{source} is a mixture of experts: its router misses nothing. Leave recall out.")
+    """small: the folder that the configuration, the tokenizer and the index are read from. unit: what is streamed."""
+    if options.predictor != "auto" or options.recall is not None:
+        kind = "is a mixture of experts: its router chooses"
+        if unit == "layer":
+            kind = "has no neurons that are exactly zero: every token needs every layer"
+        given = "recall" if options.predictor == "auto" else f"predictor {options.predictor}"
+        raise UsageError(f"{source} {kind}, so nothing is predicted. Leave {given} out.")
     _check_compiler(say)
     config, defaults = read_config(small), read_generation_config(small)
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
     mixture = open_mixture(source, small)
     copies.close()  # before the first load reads and compares all weights
-    plan, build = plan_mixture(source, mixture, options, drafts)
-    return Planned(plan, tokenizer, defaults, build, drafts)
+    plan, build, foresee = plan_mixture(source, mixture, options, drafts)
+    return Planned(plan, tokenizer, defaults, build, foresee, drafts)
 
 
 def _unencodable(path: Path) -> str | None:

@@ -13,9 +13,12 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..defaults import KV_STEP_TOKENS, PREFILL_TOKENS
 from ..flash.files import round_up
+from ..layers.streamed_layers import hook, unhook
+from .cache_growth import counts_of, enlarge
 from .graph_memory import Evaluation, peak_bytes, trace
 
 # Float32 copies of a token's logits while the next token is chosen: log-probabilities, sorted, a mask.
@@ -23,6 +26,7 @@ LOGITS_COPIES = 8
 # A recurrence without a kernel of its own is a loop over tokens, and its graph grows with them. The needs of many
 # tokens are then extrapolated from this few.
 LOOPED_TOKENS = 32
+STANDARD_CACHES = "mlx_lm.models.cache"  # the module of the caches whose growth is known here
 # For these widths of a head, MLX uses a Metal kernel that keeps no scores of a prompt, if keys and values are equally
 # wide (MLX 0.32, scaled_dot_product_attention.cpp, has_fused_kernel and use_fallback).
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
@@ -59,6 +63,7 @@ def needs_of(
     context: int,
     dtype: mx.Dtype | None = None,
     as_on_metal: bool = False,
+    evaluated: Sequence[nn.Module] = (),
 ) -> Needs:
     """The needs of a model that mlx-lm makes a prompt cache for. Nothing is evaluated, and the model does not change.
 
@@ -68,6 +73,7 @@ def needs_of(
         context: number of tokens to plan for.
         dtype: dtype that the weights will have; None for their present dtypes.
         as_on_metal: whether to compute for Metal, wherever this runs.
+        evaluated: modules whose results are evaluated at every call with a prompt.
 
     Raises ValueError for a model that MLX cannot describe, and whatever the model raises.
     """
@@ -80,9 +86,11 @@ def needs_of(
         weights: Any = tree_flatten(model.parameters())
         try:
             with _fused_as_on_metal(as_on_metal and not here):
-                token, few = (_Step(model, calls, weights, n, context, dtype) for n in (1, min(LOOPED_TOKENS, tokens)))
+                token = _Step(model, calls, weights, 1, context, dtype)
+                few = _Step(model, calls, weights, min(LOOPED_TOKENS, tokens), context, dtype, evaluated)
                 loops = len(few.graph.makes) > 2 * len(token.graph.makes)
-                prompt = few if loops or tokens == few.tokens else _Step(model, calls, weights, tokens, context, dtype)
+                whole = loops or tokens == few.tokens
+                prompt = few if whole else _Step(model, calls, weights, tokens, context, dtype, evaluated)
         finally:
             model.load_weights(weights, strict=False)
     # Memory grows with the tokens at most in proportion.
@@ -91,17 +99,37 @@ def needs_of(
     return Needs(prompt.kv_bytes + prompt.unused_kv_bytes, work, prompt.vocabulary, prompt.choices, prompt.state_bytes)
 
 
+@dataclass
+class _Asked:
+    """Arrays that are evaluated during a step. besides, answer: see `Evaluation`; no answer for a module's results."""
+
+    arrays: tuple[mx.array, ...]
+    besides: int = 0
+    answer: mx.array | None = None
+
+
 class _Calls:
-    """The arguments of the streamed layers during a step, and their results."""
+    """What is evaluated during a step: the arguments of the streamed layers, and results of modules."""
 
     def __init__(self) -> None:
         self.begin([])
 
     def begin(self, answers: Sequence[mx.array]) -> None:
-        """Starts a step. answers: the result of each call; a call beyond them returns zeros."""
-        self.asked: list[tuple[mx.array, ...]] = []
-        self.besides: list[int] = []
-        self.answers = answers
+        """Starts a step. answers: the result of each call of a streamed layer; a call beyond them returns zeros."""
+        self.asked: list[_Asked] = []
+        self._answers = iter(answers)
+
+    def answer(self, arrays: tuple[mx.array, ...], besides: int) -> mx.array:
+        """The result of a call of a streamed layer, which evaluates `arrays`."""
+        answer = next(self._answers, None)
+        if answer is None:
+            answer = mx.zeros(_answer_shape(*arrays), arrays[0].dtype)
+        self.asked.append(_Asked(arrays, besides, answer))
+        return answer
+
+    def evaluate(self, arrays: Sequence[mx.array]) -> None:
+        """Notes the results of a module, which evaluates them."""
+        self.asked.append(_Asked(tuple(arrays)))
 
 
 class _StandIn:
@@ -111,14 +139,10 @@ class _StandIn:
         self.calls, self.need = calls, need
 
     def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
-        calls = self.calls
-        calls.asked.append((x,) if indices is None else (x, indices))
         width = x.shape[-1]
         choices = 1 if indices is None else indices.shape[-1]
-        calls.besides.append(self.need(Call(x.size // width, width, x.dtype.size, choices)))
-        if len(calls.asked) <= len(calls.answers):
-            return calls.answers[len(calls.asked) - 1]
-        return mx.zeros(_answer_shape(x, indices), x.dtype)
+        besides = self.need(Call(x.size // width, width, x.dtype.size, choices))
+        return self.calls.answer((x,) if indices is None else (x, indices), besides)
 
 
 @contextmanager
@@ -135,6 +159,20 @@ def stand_ins(layers: Sequence[tuple[Any, Any, StreamedNeed]]) -> Iterator[_Call
             parent[key] = module
 
 
+@contextmanager
+def _noting(modules: Sequence[nn.Module], calls: _Calls) -> Iterator[None]:
+    """Inside this context, every call of the modules notes its results."""
+    hooked: list[nn.Module] = []
+    try:
+        for module in modules:
+            hook(module, lambda: None, calls.evaluate)
+            hooked.append(module)
+        yield
+    finally:
+        for module in hooked:
+            unhook(module)
+
+
 class _Step:
     """The call of `tokens` tokens that fills the context."""
 
@@ -146,6 +184,7 @@ class _Step:
         tokens: int,
         context: int,
         dtype: mx.Dtype | None,
+        evaluated: Sequence[nn.Module] = (),
     ) -> None:
         self.tokens = tokens
         stand_ins = [_like(array, dtype) for _, array in weights]
@@ -161,17 +200,22 @@ class _Step:
             for _, put in _cache_arrays(cache):
                 put(next(rest))
             calls.begin([next(rest) for _ in answers])
-            logits = model(next(rest), cache=cache)
-            asked = [array for arrays in calls.asked for array in arrays]
+            with _noting(evaluated, calls):
+                logits = model(next(rest), cache=cache)
+            asked = [array for one in calls.asked for array in one.arrays]
             return [*asked, *(array for array, _ in _cache_arrays(cache)), logits[:, -1]]
 
         self.graph = trace(call, *stand_ins, *before, *answers, mx.zeros((1, tokens), mx.int32))
-        self.besides = list(calls.besides)
-        self.choices = max((arrays[-1].shape[-1] for arrays in calls.asked if len(arrays) > 1), default=1)
+        answered = [one for one in calls.asked if one.answer is not None]
+        self.choices = max((one.arrays[-1].shape[-1] for one in answered if len(one.arrays) > 1), default=1)
         inputs = self.graph.inputs[len(names) : -1]
-        self.before, self.answers = inputs[: len(before)], inputs[len(before) :]
+        self.before, brought = inputs[: len(before)], iter(inputs[len(before) :])
         outputs = iter(self.graph.outputs)
-        self.asked = [[next(outputs).name for _ in arrays] for arrays in calls.asked]
+        self.evaluations = []
+        for one in calls.asked:
+            names_asked = [next(outputs).name for _ in one.arrays]
+            brings = [] if one.answer is None else [next(brought)]
+            self.evaluations.append(Evaluation(names_asked, one.besides, brings))
         *self.after, self.logits = outputs
         growing = {id(array) for part in parts_of(cache) if _grows(part) for array, _ in _arrays_of(part)}
         self.grows = [id(array) in growing for array, _ in _cache_arrays(cache)]
@@ -196,10 +240,7 @@ class _Step:
 
     def peak_bytes(self, drops_late: bool, logits: bool) -> int:
         """Peak bytes of the step, with the prompt cache. logits: whether they are computed, as for a prompt's end."""
-        evaluations = [
-            Evaluation(asked, besides, [answer])
-            for asked, besides, answer in zip(self.asked, self.besides, self.answers, strict=True)
-        ]
+        evaluations = list(self.evaluations)
         last = [array.name for array in self.after]
         if logits:
             evaluations.append(Evaluation([*last, self.logits.name], LOGITS_COPIES * 4 * self.vocabulary))
@@ -220,7 +261,7 @@ def _answers(model: Any, calls: _Calls, tokens: int) -> list[mx.array]:
 
     calls.begin([])
     model(mx.zeros((1, tokens), mx.int32), cache=make_prompt_cache(model))
-    return [mx.zeros(_answer_shape(*arrays), arrays[0].dtype) for arrays in calls.asked]
+    return [mx.zeros(_answer_shape(*one.arrays), one.arrays[0].dtype) for one in calls.asked]
 
 
 def _answer_shape(x: mx.array, indices: mx.array | None = None) -> tuple[int, ...]:
@@ -236,11 +277,24 @@ def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
     # A cache with a window keeps its size once the window is full. A cache that keeps all tokens is enlarged below.
     window = max((_window(part) or 1 for part in parts), default=1)
     filled = 0
-    while filled < min(tokens, window):
-        calls.begin([])
-        piece = min(PREFILL_TOKENS, tokens - filled)
-        model(mx.zeros((1, piece), mx.int32), cache=cache)
-        filled += piece
+
+    def fill(upto: int) -> None:
+        nonlocal filled
+        while filled < upto:
+            calls.begin([])
+            piece = min(PREFILL_TOKENS, upto - filled)
+            model(mx.zeros((1, piece), mx.int32), cache=cache)
+            filled += piece
+
+    few = round_up(window, PREFILL_TOKENS) + PREFILL_TOKENS
+    standard = all(type(part).__module__ == STANDARD_CACHES for part in parts)
+    if not standard and tokens > few + PREFILL_TOKENS:
+        fill(few)
+        counts, shapes = [counts_of(part) for part in parts], [[a.shape for a, _ in _arrays_of(part)] for part in parts]
+        fill(few + PREFILL_TOKENS)
+        enlarge(parts, _arrays_of, counts, shapes, (few, filled, tokens))
+        return cache
+    fill(min(tokens, round_up(window, PREFILL_TOKENS)) if standard else tokens)
     for part in parts:
         if _grows(part):
             for array, put in _arrays_of(part):
@@ -260,7 +314,8 @@ def _grows(part: Any) -> bool:
     Those of a quantised cache are each three arrays of this form.
     """
     kept = getattr(part, "keys", None) is not None and hasattr(part, "offset") and _window(part) is None
-    return kept and bool(_arrays_of(part))
+    arrays = _arrays_of(part) if kept else []
+    return bool(arrays) and all(array.ndim == 4 for array, _ in arrays)
 
 
 def _window(part: Any) -> int | None:

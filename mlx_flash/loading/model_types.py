@@ -12,8 +12,10 @@ from .. import models
 from ..errors import UnsupportedModelError
 from ..layers.activations import Activation
 from ..models.family import Family
-from ..source.model_kind import SEE, is_mixture, mlx_lm_knows, refuse_own_code
+from ..source.model_kind import SEE, is_mixture, refuse_own_code
+from ..source.zoos import INSTALL_MLX_VLM, MLX_LM, mlx_vlm_is_installed, zoo_of
 
+AS_IT_IS = "which needs no conversion: its layers are streamed. Run it as it is."
 # Errors that mlx-lm's models raise for a configuration that does not describe a model.
 CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError)
 
@@ -52,20 +54,40 @@ def family_of(config: dict[str, Any], where: object) -> Family:
     model_type = config.get("model_type")
     if (module := _module(model_type)) is not None:
         return module.FAMILY  # type: ignore[no-any-return]
-    families = f"ReLU models ({', '.join(family_types())})"
     if is_mixture(config, where):
         raise UnsupportedModelError(
             f"{where} is a mixture of experts ({model_type}), which needs no conversion. Run it as it is."
         )
-    if mlx_lm_knows(config):
-        raise UnsupportedModelError(
-            f"{where} ({model_type}) is neither one of the {families} nor a mixture of experts in mlx-lm's "
-            f"switch_layers, so flash loading would gain nothing. mlx-lm itself runs it, if it fits into memory. {SEE}"
-        )
+    if zoo_of(config) is not None:
+        raise UnsupportedModelError(f"{where} is a dense model ({model_type}), {AS_IT_IS}")
+    families = ", ".join(family_types())
+    if mlx_vlm_is_installed():
+        zoos, more = "neither mlx_flash nor the installed mlx-lm and mlx-vlm know", ""
+    else:
+        zoos = "neither mlx_flash nor the installed mlx-lm knows"
+        more = f" mlx-vlm, which is not installed, may know it: `{INSTALL_MLX_VLM}`."
     raise UnsupportedModelError(
-        f"{where} is of model type {model_type!r}, which neither mlx_flash nor the installed mlx-lm knows. Two kinds "
-        f"are run: {families}, and mixtures of experts that mlx-lm knows. {SEE}"
+        f"{where} is of model type {model_type!r}, which {zoos}.{more} Two kinds are run: ReLU models ({families}), "
+        f"and every model that mlx-lm or mlx-vlm knows. {SEE}"
     )
+
+
+def runs_as_it_is(config: dict[str, Any], where: object) -> bool:
+    """Whether a dense model's checkpoint is run as it is, by layers; False for one whose neurons are streamed.
+
+    Raises UnsupportedModelError, naming what was found.
+    """
+    refuse_own_code(config, where)
+    if (module := _module(config.get("model_type"))) is None:
+        if zoo_of(config) is not None:
+            return True
+        family_of(config, where)  # raises the error
+    else:
+        found = config.get(module.FAMILY.activation_key, module.FAMILY.default_activation)
+        if found == module.FAMILY.default_activation and zoo_of(config) == MLX_LM:
+            return found not in module.FAMILY.activations
+    activation_of(config, where)
+    return False
 
 
 def activation_of(config: dict[str, Any], where: object) -> Activation:
@@ -79,12 +101,15 @@ def activation_of(config: dict[str, Any], where: object) -> Activation:
         unnamed = f" by default (its config.json has no {key}; {remedy})"
     if not isinstance(found, str) or found not in family.activations:
         # For these types, mlx-lm computes the default activation, whatever the configuration says.
-        own = found == family.default_activation and mlx_lm_knows(config)
-        runtime = "mlx-lm itself" if own else "a runtime that computes it and loads it whole"
+        if found == family.default_activation and zoo_of(config) == MLX_LM:
+            raise UnsupportedModelError(
+                f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is a dense "
+                f"model ({config.get('model_type')}), {AS_IT_IS}"
+            )
         raise UnsupportedModelError(
-            f"{where} uses the activation {found!r}{unnamed}, which leaves no neuron exactly zero. It is neither a "
-            f"ReLU model ({' or '.join(family.activations)} there) nor a mixture of experts, so flash loading would "
-            f"gain nothing; {runtime} runs it, if it fits into memory. Use {family.instead} instead."
+            f"{where} uses the activation {found!r}{unnamed}, which neither mlx_flash nor mlx-lm computes for "
+            f"{config.get('model_type')}: mlx_flash computes {' or '.join(family.activations)}. "
+            f"Use {family.instead} instead."
         )
     try:
         return family.activation_named(found, config)

@@ -1,15 +1,11 @@
 """Finds where the bytes of a model's parameters lie in the checkpoint's files.
 
-The places are found by watching the `sanitize` of the zoo's model. A tensor that `sanitize` passes on is found by its
-identity; a tensor that it makes with `mx.stack` is found by the stacked tensors. An operator such as `a *= 2` keeps the
-identity, but shows in the graph. No family is named here.
+The places are found by following the tensors through the `sanitize` of the zoo's model (moves.py). What is then loaded
+is checked: the graph of a parameter must consist of the same moves. No family is named here.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,51 +17,42 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from ..flash.in_place import TensorParts
 from ..flash.safetensors_file import TensorEntry
-
-WATCHING = threading.Lock()  # held while `mx.stack` is replaced
-# MLX's primitives in the graph of a tensor that is read, or of a stack of such tensors. They do not change the numbers.
-LOADED = {"Load", "ExpandDims", "Reshape", "Stack", "Concatenate"}
+from .moves import Followed, Moved, follow, noting_stacks, primitives_of, whole
 
 
 @dataclass
 class Provenance:
-    """The checkpoint's tensors behind every parameter: one tensor, or those that were stacked along a new axis."""
+    """The parts of the checkpoint's tensors that every parameter consists of."""
 
-    sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> tensors, in the order of the stack
-    stacked: set[str] = field(default_factory=set)  # parameters (E, ...) made of E tensors (...)
+    followed: dict[str, Followed] = field(default_factory=dict)  # parameter -> its pieces, along its first axis
+    sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> the pieces' tensors, each named once
     arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` returned them, so that later changes show
     tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's tensors, as `sanitize` got them
+    stacks: dict[str, list[Any]] = field(default_factory=dict)  # parameter (n, ...) that was not followed -> n arrays
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
-        """Calls `sanitize` and records what it makes of every tensor. Only one call runs at a time, in all threads.
+        """Calls `sanitize` twice, first with placeholders, and records what it makes of every tensor.
 
         weights: name in the checkpoint -> array, not yet read. Returns name in the model -> array.
         """
         self.tensors = dict(weights)  # kept alive, so that no other array gets the same identity
-        name_of = {id(array): name for name, array in self.tensors.items()}
-        stacks: dict[int, tuple[Any, list[Any]]] = {}
-
-        def noting(arrays: Sequence[Any], axis: int = 0, **options: Any) -> Any:
-            parts = list(arrays)
-            result = stack(parts, axis, **options)
-            if axis == 0:
-                stacks[id(result)] = (result, parts)
-            return result
-
-        with WATCHING:
-            stack = mx.stack
-            mx.stack = noting  # type: ignore[assignment]
-            try:
-                result = sanitize(weights)
-            finally:
-                mx.stack = stack
+        moved = follow(sanitize, self.tensors)
+        with noting_stacks() as stacks:
+            result = sanitize(weights)
         self.arrays = dict(result)
+        unmoved = whole(self.tensors)
+        name_of = {id(array): name for name, array in self.tensors.items()}
         for name, array in result.items():
-            if id(array) in name_of:
-                self.sources[name] = [name_of[id(array)]]
-            elif id(array) in stacks and all(id(part) in name_of for part in stacks[id(array)][1]):
-                self.sources[name] = [name_of[id(part)] for part in stacks[id(array)][1]]
-                self.stacked.add(name)
+            if (source := name_of.get(id(array))) is not None:
+                self.followed[name] = Followed(unmoved[source])
+            elif name in moved:
+                self.followed[name] = moved[name]
+            elif id(array) in stacks:
+                self.stacks[name] = stacks[id(array)][1]
+        stacks.clear()
+        self.sources = {
+            name: list(dict.fromkeys(piece.source for piece in found.pieces)) for name, found in self.followed.items()
+        }
         return result
 
 
@@ -76,47 +63,73 @@ def locate(
     provenance: Provenance,
     entries: dict[str, tuple[int, TensorEntry]],
 ) -> TensorParts:
-    """The places of a parameter's E parts in the files, one part per expert, all of the same size.
+    """The places of a parameter's U parts in the files: experts of a stack, or rows of a table or a matrix.
 
     Args:
         folder: the checkpoint's folder, for messages.
         key: the parameter's path in the model, "model.layers.0.mlp.switch_mlp.up_proj.weight".
-        array: the parameter, (E, ...) of any dtype, as the loaded model has it; not read.
+        array: the parameter, (U, ...) of any dtype, as the loaded model has it; not read.
         provenance: the checkpoint's tensors behind the parameters.
         entries: name in the checkpoint -> (index of the file, entry in its header with bytes from begin to end).
 
     Raises UnsupportedModelError if the bytes in the files are not what the model computes with.
     """
-    experts, shape = array.shape[0], tuple(array.shape[1:])
-    part = int(np.prod(shape, dtype=np.int64)) * array.dtype.size
-    found = [entries[name] for name in provenance.sources.get(key, []) if name in entries]
-    whole = part * experts if key not in provenance.stacked else part
-    wanted = experts if key in provenance.stacked else 1
-    changed = provenance.arrays.get(key) is not array or not is_as_loaded(array)
-    if changed or len(found) != wanted or any(entry.end - entry.begin != whole for _, entry in found):
+    found = _places(key, array, provenance, entries)
+    if found is None:
         raise UnsupportedModelError(
-            f"the experts of {folder} ({key}) are not stored in the form that the model computes with: mlx-lm changes "
-            f"them when it loads them. Convert it once: `mlx_lm.convert --hf-path {folder} --mlx-path OUTPUT` (with -q "
-            "--q-bits 4 for 4 bits), and run OUTPUT."
+            f"{folder} does not store {key} in the form that the model computes with: the model's own code changes it "
+            f"while it loads it. Convert the checkpoint once, and run OUTPUT: `mlxflash convert --model {folder} "
+            "--output OUTPUT` (with --bits 4 for 4 bits)."
         )
-    if key in provenance.stacked:
-        file_of = np.array([number for number, _ in found], np.int64)
-        offsets = np.array([entry.begin for _, entry in found], np.int64)
-    else:
-        number, entry = found[0]
-        file_of = np.full(experts, number, np.int64)
-        offsets = entry.begin + np.arange(experts, dtype=np.int64) * part
-    return TensorParts(file_of, offsets, shape, array.dtype)
+    return found
 
 
-def is_as_loaded(array: mx.array) -> bool:
-    """Whether evaluating an array would only read tensors of a file and stack them. The array is not evaluated."""
+def is_in_place(key: str, array: mx.array, provenance: Provenance, entries: dict[str, tuple[int, TensorEntry]]) -> bool:
+    """Whether `locate` finds the places of a parameter's parts."""
+    return _places(key, array, provenance, entries) is not None
+
+
+def moved_pieces(key: str, array: mx.array, provenance: Provenance) -> Moved | None:
+    """The pieces of a parameter that was only moved, wherever they lie; None for one that is computed."""
+    followed = provenance.followed.get(key)
+    if followed is None or provenance.arrays.get(key) is not array or not is_as_loaded(array, followed.primitives):
+        return None
+    return followed.pieces
+
+
+def _places(
+    key: str, array: mx.array, provenance: Provenance, entries: dict[str, tuple[int, TensorEntry]]
+) -> TensorParts | None:
+    """The places of a parameter's parts; None if its parts do not lie whole in the files."""
+    if not array.ndim or (pieces := moved_pieces(key, array, provenance)) is None:
+        return None
+    count, shape = array.shape[0], tuple(array.shape[1:])
+    part = int(np.prod(shape, dtype=np.int64)) * array.dtype.size
+    if sum(piece.view.shape[0] for piece in pieces) != count:
+        return None
+    file_of, offsets = [], []
+    for piece in pieces:
+        view = piece.view
+        alike = view.shape[1:] == shape and view.itemsize == array.dtype.size and view[:1].flags.c_contiguous
+        if piece.source not in entries or not alike:
+            return None
+        number, entry = entries[piece.source]
+        starts = entry.begin + piece.offset + np.arange(len(view), dtype=np.int64) * view.strides[0]
+        if len(starts) and (starts.min() < entry.begin or starts.max() + part > entry.end):
+            return None
+        file_of.append(np.broadcast_to(np.int64(number), len(view)))  # takes no memory
+        offsets.append(starts)
+    alone = len(pieces) == 1
+    return TensorParts(
+        file_of[0] if alone else np.concatenate(file_of),
+        offsets[0] if alone else np.concatenate(offsets),
+        shape,
+        array.dtype,
+    )
+
+
+def is_as_loaded(array: mx.array, moves: Sequence[str] = ()) -> bool:
+    """Whether evaluating an array would only read tensors of a file, copy them, and run `moves` (names of primitives,
+    sorted). The array is not evaluated."""
     primitives = primitives_of(array)
-    return "Load" in primitives and primitives <= LOADED
-
-
-def primitives_of(array: mx.array) -> set[str]:
-    """Names of MLX's primitives that evaluating an array would run; empty if it is already evaluated."""
-    graph = io.StringIO()
-    mx.export_to_dot(graph, array)
-    return set(re.findall(r'label ="(\w+)", shape=rectangle', graph.getvalue()))
+    return "Load" in primitives and [p for p in sorted(primitives) if p not in ("Load", "Contiguous")] == list(moves)

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..flash.files import Manifest
+from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
-from ..flash.units import Units
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
 from ..text.draft_depth import MOST_DEPTH
@@ -24,14 +24,33 @@ if TYPE_CHECKING:
     from ..text.drafts import Drafting
 
 
+class HasCache(Protocol):
+    """Units behind a cache, whose public attributes observers read."""
+
+    @property
+    def cache(self) -> Any: ...
+
+
 class StreamedLayer(Protocol):
     """A layer whose weights stay on the SSD. ahead: its look-ahead at the next layer, if it has one."""
 
     @property
-    def units(self) -> Units: ...
+    def units(self) -> HasCache: ...
 
     @property
     def ahead(self) -> LookAhead | None: ...
+
+
+@dataclass
+class WholeLayers:
+    """The layers of a dense model, as one row of units. cache: which of them are in memory."""
+
+    cache: LayerMap
+    ahead: None = None  # the next layer is certain
+
+    @property
+    def units(self) -> WholeLayers:
+        return self
 
 
 class AnyStreamer(Protocol):
@@ -83,7 +102,7 @@ class Runtime:
     plan: Plan
     streamer: AnyStreamer
     layers: Sequence[StreamedLayer]
-    predictor: str  # the kind of predictor that selects a token's units, or "router"
+    predictor: str  # the kind of predictor that selects a token's units, or "router", or "every layer"
     vocabulary: int  # number of tokens that the model knows
     positions: int  # most tokens that the model can attend to, whatever the plan
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read

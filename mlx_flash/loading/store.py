@@ -81,7 +81,7 @@ def plan_store(
             say(setting.describe())
         return dense.build(model, manifest, plan, kind, setting, folder, options, say)
 
-    return Planned(plan, tokenizer, read_generation_config(small), build, drafts)
+    return Planned(plan, tokenizer, read_generation_config(small), build, drafts=drafts)
 
 
 def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:

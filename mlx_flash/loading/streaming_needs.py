@@ -77,7 +77,7 @@ def experts_need(tensors: dict[str, TensorParts], drops_late: bool) -> StreamedN
     late, as on Metal (graph_memory.py).
     """
     hidden = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) > 1)
-    matrices = [t for name, t in tensors.items() if is_widened(name.rsplit(".", 1)[1], t.dtype)]
+    matrices = [t for name, t in tensors.items() if is_widened(name.rpartition(".")[2], t.dtype)]
 
     def need(call: Call) -> int:
         pairs = call.tokens * call.choices

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..flash.layer_ring import LayerMap
 from ..flash.slot_cache import EventLog, SlotCache
 
 MOST_BINS = 64  # maximum bins per layer; neighbouring units share one
@@ -19,7 +20,7 @@ class CacheWatch:
     """
 
     def __init__(self, model: Any) -> None:
-        self.caches: list[SlotCache] = [layer.units.cache for layer in model.flash.layers]
+        self.caches: list[SlotCache | LayerMap] = [layer.units.cache for layer in model.flash.layers]
         self.watching = False
 
     @property
@@ -49,7 +50,7 @@ class CacheWatch:
         """[resident, hit, read] of each layer since the last call, each in base64, one uint8 per bin (see `binned`)."""
         return [[_packed(mask) for mask in self._masks(cache)] for cache in self.caches]
 
-    def _masks(self, cache: SlotCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _masks(self, cache: SlotCache | LayerMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Three masks, bool (units,) each: in a slot now; used from a slot (hit); read."""
         used, read = (np.zeros(len(cache.slot_of), np.bool_) for _ in range(2))
         if cache.event_log is not None:

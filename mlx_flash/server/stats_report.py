@@ -9,6 +9,8 @@ from typing import Any
 from ..flash.system import current_memory_bytes, peak_memory_bytes
 from .engine import Engine
 
+KINDS = {"router": "experts", "every layer": "layers"}  # by the runtime's predictor
+
 
 def statistics(engine: Engine) -> dict[str, Any]:
     """The answer of /stats. The model must be loaded."""
@@ -20,7 +22,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
         "model": {
             "id": engine.name,
             "path": engine.path,
-            "kind": "experts" if flash.predictor == "router" else "neurons",
+            "kind": KINDS.get(flash.predictor, "neurons"),
             "layers": units.layers,
             "units_per_layer": units.per_layer,
             "unit_size": 1 if flash.manifest is None else flash.manifest.layout.neurons_per_block,

@@ -17,6 +17,7 @@ from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
 HISTORY = "chat-history"
 REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
+DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to a forecast
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
 MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder beside a store
@@ -158,6 +159,8 @@ def _kind_of(path: Path) -> str | None:
         if path.name == REPORT and path.is_file():
             with path.open("rb") as file:
                 return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
+        if path.name == DISK_RATES and path.is_file():
+            return "speed of disks"
         if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
         if path.name.startswith(MATRICES) and path.is_dir():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..flash.random_state import kept_random_state
+from .zoos import MLX_LM, mlx_lm_classes, random_model, zoo_of
 
 SEE = 'The README\'s section "Which models" has the details.'
 
@@ -15,7 +16,7 @@ SEE = 'The README\'s section "Which models" has the details.'
 def refuse_own_code(config: Mapping[str, Any], where: object) -> None:
     """Raises UnsupportedModelError for a model that only code from its checkpoint can build.
 
-    In mlx-lm, `model_file` names such code, and mlx-lm runs it when it is told to trust it.
+    In both zoos, `model_file` names such code. mlx-lm runs it when it is told to trust it, and mlx-vlm always does.
     """
     if (file := config.get("model_file")) is not None:
         raise UnsupportedModelError(
@@ -25,49 +26,58 @@ def refuse_own_code(config: Mapping[str, Any], where: object) -> None:
 
 
 def is_mixture(config: dict[str, Any], where: object) -> bool:
-    """Whether mlx-lm's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
+    """Whether a zoo's model for this configuration has switch layers. Cheap: nothing is read or evaluated.
 
     where: the folder or repository of the config.json, for messages.
 
-    Raises CheckpointError if mlx-lm's family for it has such layers, but the model cannot be built.
+    Raises CheckpointError if the zoo's family for it has such layers, but the model cannot be built.
     """
-    if (classes := _mlx_lm_classes(config)) is None:
-        return False
-    model_class, args_class = classes
     try:
-        with kept_random_state():
-            return any(True for _ in switch_layers(model_class(args_class.from_dict(config))))
+        model = random_model(config)
     except Exception as error:
-        family = sys.modules[model_class.__module__]
-        if not any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP")):
+        zoo = zoo_of(config)
+        if zoo == MLX_LM and not _may_have_switch_layers(config):
             return False
         raise CheckpointError(
-            f"mlx-lm cannot build the model that the config.json of {where} describes ({config['model_type']}): "
+            f"{zoo} cannot build the model that the config.json of {where} describes ({config['model_type']}): "
             f"{error_line(error)}. Download the checkpoint again."
         ) from None
+    return model is not None and any(True for _ in switch_layers(model))
+
+
+def _may_have_switch_layers(config: dict[str, Any]) -> bool:
+    """Whether mlx-lm's family for a configuration imports switch layers."""
+    classes = mlx_lm_classes(config)
+    family = sys.modules[classes[0].__module__] if classes is not None else None
+    return any(hasattr(family, name) for name in ("SwitchGLU", "SwitchMLP"))
 
 
 def switch_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields (path in the model, module) of the mlx-lm modules that hold experts, in the order of the layers."""
-    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, (SwitchGLU, SwitchMLP))]
+    """Yields (path in the model, module) of the modules that hold experts, in the order of the layers."""
+    found = [(path, module) for path, module in model.named_modules() if is_switch_layer(module)]
     yield from sorted(found, key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")])
 
 
-def mlx_lm_knows(config: dict[str, Any]) -> bool:
-    """Whether mlx-lm has a model of this configuration's type."""
-    return _mlx_lm_classes(config) is not None
+def is_switch_layer(module: Any) -> bool:
+    """Whether a module multiplies each token by the matrices of the experts that it is told, whatever its class.
+
+    Such a module takes (x, indices), and has at least two projections with a matrix for each of E experts (E, O, I).
+    """
+    projections = [child for child in module.children().values() if _is_projection(child)]
+    experts = {len(child["weight"]) for child in projections}
+    return len(projections) > 1 and len(experts) == 1 and _takes_indices(module)
 
 
-def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
-    """mlx-lm's (Model, ModelArgs) for a configuration; None if it has none. Only modules of mlx-lm are imported."""
-    from mlx_lm.utils import _get_classes
+def _is_projection(child: Any) -> bool:
+    weight = child.get("weight") if isinstance(child, dict) else None
+    return getattr(weight, "ndim", 0) == 3 and _takes_indices(child)
 
-    try:
-        return _get_classes(config)  # type: ignore[no-any-return]
-    except Exception:  # The configuration lacks something, so the model cannot be run.
-        return None
+
+def _takes_indices(module: Any) -> bool:
+    """Whether a module must be called with at least two arguments."""
+    parameters = inspect.signature(type(module).__call__).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) > 2  # self, x, indices
 
 
 def first_line(error: BaseException) -> str:

@@ -34,8 +34,8 @@ from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
 from mlx_flash.loading import load as loading
 from mlx_flash.loading import mixture, verification
 from mlx_flash.loading.expert_files import open_mixture as open_mixture_lazily
-from mlx_flash.loading.mixture import ranges_in
 from mlx_flash.loading.options import LoadOptions
+from mlx_flash.loading.resident_weights import ranges_in
 from mlx_flash.loading.verification import known_sha256
 from mlx_flash.source.checkpoint_tensors import tensors_in
 
@@ -216,7 +216,7 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(mixture, "plan_for_budget", share)
         options = LoadOptions(threads=4, context=64, verify=verify)
-        _, build = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
+        _, build, _ = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
         opened.append(build(say))
         monkeypatch.setattr(mixture, "plan_for_budget", real)
         return opened[-1]
@@ -386,7 +386,7 @@ def test_every_tensor_that_is_loaded_once(open_mixture: Any, tmp_path: Path) -> 
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits", shards=2)
     expected = logits(open_mixture(folder))
     found = open_mixture_lazily(folder)
-    names = sorted(found.tensors.keys() - found.of_experts)
+    names = sorted(found.tensors.keys() - found.behind(found.streamed))
     assert len(names) > 40
     for name in names[::7]:
         number, entry = found.entries[name]

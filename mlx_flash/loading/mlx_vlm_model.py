@@ -1,0 +1,94 @@
+"""Builds mlx-vlm's model of a checkpoint from tensors that are handed to it, and makes it look like one of mlx-lm's."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import FlashError
+from ..source.remote_code import refusing_remote_code
+from ..source.zoos import TEXT
+
+# What mlx-vlm's `load_model` calls to read a file of tensors, and to put the tensors into the model.
+READ, FILL = "_load_safetensors", "load_model_weights"
+
+Weights = dict[str, mx.array]
+Sanitize = Callable[[Weights], Weights]
+
+
+def load_by_mlx_vlm(
+    folder: Path, watch: Callable[[Sanitize, Callable[[], Any]], Weights]
+) -> tuple[Any, dict[str, Any]]:
+    """Calls mlx-vlm's `load_model` lazily. Returns (text model in mlx-lm's form, configuration).
+
+    Vision, sound and whatever else a text does not need are left out of the model: they are not read.
+
+    folder: a folder with the configuration, and one file without tensors; mlx-vlm reads and writes such files itself,
+    so it is not given the checkpoint's. watch(sanitize, model): calls `sanitize` with the checkpoint's tensors, not yet
+    read, and returns what it makes of them: the model's parameters. `model` returns the model after that.
+    """
+    filled: list[tuple[Any, dict[str, Any], Weights, dict[str, Any]]] = []
+
+    def note(model: Any, config: dict[str, Any], weights: Weights, _: Path, **options: Any) -> Any:
+        filled.append((model, config, weights, options))
+        return model
+
+    with refusing_remote_code():
+        from mlx_vlm import utils
+
+        def sanitize(given: Weights) -> Weights:
+            _replaced(utils.load_model, {READ: lambda _: given, FILL: note})(folder, lazy=True)
+            return filled[-1][2]
+
+        weights = watch(sanitize, lambda: filled[-1][0])
+        model, config, _, options = filled[-1]
+        for name in [name for name in model if name != TEXT]:
+            model[name] = None
+        kept = {name: array for name, array in weights.items() if name.startswith(f"{TEXT}.")}
+        utils.load_model_weights(model, config, kept, folder, **(options | {"declared_keys": None}))
+    return as_text_model(model), config
+
+
+def as_text_model(model: Any) -> Any:
+    """The same model, whose call takes tokens (B, T) and a prompt cache and returns logits (B, T, V), like mlx-lm's."""
+    from mlx_vlm.models.cache import make_prompt_cache
+
+    kind: Any = type(model)
+
+    class TextModel(kind):  # type: ignore[misc]
+        def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+            text = self[TEXT]
+            if hasattr(text, "_rope_deltas"):
+                # These belong to the last prompt with images. Where they are kept, a text counts its tokens.
+                text._position_ids, text._rope_deltas = None, mx.zeros((inputs.shape[0], 1), mx.int32)
+            return text(inputs, cache=cache).logits  # type: ignore[no-any-return]
+
+        @property
+        def layers(self) -> Any:
+            return self[TEXT].layers
+
+        def make_cache(self) -> Any:
+            return make_prompt_cache(self[TEXT])
+
+    model.__class__ = TextModel
+    return model
+
+
+def _replaced(function: Any, names: dict[str, Any]) -> Any:
+    """The same function, with other values for some of its module's names. The module itself does not change."""
+    if missing := [name for name in names if name not in function.__globals__]:
+        import mlx_vlm
+
+        raise FlashError(
+            f"mlx-vlm {mlx_vlm.__version__} cannot be used: its loader has no {missing[0]}. "
+            "Install one that was tried: pip install 'mlx-vlm==0.7.10'."
+        )
+    copied = types.FunctionType(
+        function.__code__, function.__globals__ | names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied

@@ -27,6 +27,7 @@ COMMANDS = {  # command -> its module
     "kv-bits": "kv_bits",
     "plan": "plan_shape",
     "eviction": "eviction",
+    "drafts": "drafts_time",
     "host": "host_time",
     "grammars": "grammars",
     "lookahead": "guesses",

@@ -65,7 +65,7 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None)
     provenance = Provenance()
 
     def watch(sanitize: Sanitize, model: Callable[[], Any]) -> dict[str, Any]:
-        weights = provenance.watch(sanitize, _lazy_tensors(counted))
+        weights = provenance.watch(sanitize, lazy_tensors(counted))
         _check_scales(folder, model(), weights)
         return weights
 
@@ -135,7 +135,7 @@ def _modelopt_problem(content: bytes) -> str | None:
         return error_line(error)
 
 
-def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
+def lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
     """The tensors in `counted`, by name, not yet read. Raises CheckpointError or ReadError."""
     weights: dict[str, mx.array] = {}
     for file in sorted({file for file, _ in counted.values()}):

@@ -15,10 +15,14 @@ from ..flash.in_place import InPlaceFiles
 from ..flash.layer_ring import LayerMap, LayerRing
 from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
+from ..layers.experts import most_positions
 from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
+from ..text.draft_depth import MOST_DEPTH
+from .config import number_of
 from .context import plan_context
+from .draft_model import PlannedDrafts
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
 from .in_place_plan import InPlacePlan, WeightBytes, divide_with_tables, with_spare_for_rows
@@ -35,7 +39,7 @@ from .verification import attach_sums
 
 
 def plan_mixture(
-    folder: Path, mixture: Mixture, options: LoadOptions
+    folder: Path, mixture: Mixture, options: LoadOptions, drafts: PlannedDrafts | None = None
 ) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
     """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
 
@@ -45,7 +49,7 @@ def plan_mixture(
 
     folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
-    the checksums if they were not made before.
+    the checksums if they were not made before. drafts: what will draft tokens; None for nothing.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
@@ -67,6 +71,10 @@ def plan_mixture(
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, error) from None
 
+    def at_once(needs: Needs) -> int:
+        """Most tokens of a pass that verifies drafts."""
+        return MOST_DEPTH + 1 if dense else min(MOST_DEPTH + 1, most_positions(needs.choices))
+
     whole_weights, tables = WeightBytes.of(mixture), mixture.lookup_tables
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
 
@@ -82,6 +90,7 @@ def plan_mixture(
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
             grammars=grammar_bytes(needs.vocabulary),
+            drafts=0 if drafts is None else drafts.bytes_at(context, needs, at_once(needs)),
             table_rows=weights.rows_kept,
         )
 
@@ -93,7 +102,8 @@ def plan_mixture(
     def divide(demand: Demand, context: int, note: str) -> InPlacePlan:
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
-            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits)
+            drafting = "" if drafts is None else drafts.note
+            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting)
             caches = options.prompt_cache_bytes
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
 
@@ -131,9 +141,10 @@ def plan_mixture(
                 if layer not in layers:
                     evaluate_prompts(layer.module)
         evaluate_constants(mixture.model)
-        model, vocabulary = mixture.model, needs_at(plan.context).vocabulary
+        model, needs = mixture.model, needs_at(plan.context)
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
-        model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context)
+        attended, most = positions or plan.context, at_once(needs)
+        model.flash = Runtime(plan, streamer, watched, chooser, needs.vocabulary, attended, most_positions=most)
         if together > 1:
             model.flash.shared_reading = SharedReading([layer.module for layer in mixture.layers], together)
         return model
@@ -170,17 +181,3 @@ def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
     drops_late = mx.default_device() != mx.cpu
     needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
     return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
-
-
-def number_of(config: dict[str, Any], key: str) -> int | None:
-    """A number from a configuration, or from its part for the text model; None if it is in neither.
-
-    Raises CheckpointError if it is not a positive whole number.
-    """
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
-    return value

@@ -54,18 +54,15 @@ def main(arguments: argparse.Namespace) -> None:
     tokens = [arguments.prompt, arguments.tokens]
     files = sorted(arguments.model.glob("*.safetensors"))
     state = disk.prepare(files)
-    whole = plan(arguments.model, memory=ENDLESS, context=sum(tokens), prompt_cache=0)
-    if not isinstance(whole, InPlacePlan) or not whole.rows_saved:
-        raise UsageError(f"{arguments.model} has no lookup table whose rows can be read. Choose another --model.")
+    sizes = subprocess_json.ask("mlx_flash.bench.row_reads", ["sizes", str(arguments.model), sum(tokens)], "plan")
     rows = []
     for more in (parse_memory(text, "more") for text in arguments.more.split(",")):
-        budget = whole.everything - whole.rows_saved + more  # everything but tables is in memory
+        budget = sizes["without_tables"] + more
         rows.append({"rows": f"read, {budget / 1e6:.0f} MB"} | run(arguments.model, budget, tokens))
-    weights = whole.everything
-    if weights < available_memory_bytes():
+    if sizes["everything"] < available_memory_bytes():
         rows.append({"rows": RESIDENT} | run(arguments.model, None, tokens))
     else:
-        print(f"The tables are not measured in memory: {weights / 1e9:.1f} GB are not free.")
+        print(f"The tables are not measured in memory: {sizes['everything'] / 1e9:.1f} GB are not free.")
     show(rows)
     if len({row["digest"] for row in rows}) > 1:
         raise FlashError("the logits of the runs differ (see above), expected the same bits.")
@@ -79,7 +76,23 @@ def main(arguments: argparse.Namespace) -> None:
 def run(model: Path, budget: int | None, tokens: list[int]) -> dict[str, Any]:
     """A run in a process of its own. budget: in bytes; None for mlx-lm with everything in memory."""
     name = RESIDENT if budget is None else f"with {budget} bytes"
-    return subprocess_json.ask("mlx_flash.bench.row_reads", [str(model), budget, *tokens], name)
+    return subprocess_json.ask("mlx_flash.bench.row_reads", ["run", str(model), budget, *tokens], name)
+
+
+def answer(question: str, *arguments: Any) -> dict[str, Any]:
+    """What a process of its own finds out: "sizes" or "run"."""
+    return sizes_of(*arguments) if question == "sizes" else measure(*arguments)
+
+
+def sizes_of(folder: str, context: int) -> dict[str, int]:
+    """Budgets in bytes: with everything in memory, and with everything but tables.
+
+    It is found in a process like the one of a run, because a plan counts the process's own size.
+    """
+    whole = plan(folder, memory=ENDLESS, context=context, prompt_cache=0)
+    if not isinstance(whole, InPlacePlan) or not whole.rows_saved:
+        raise UsageError(f"{folder} has no lookup table whose rows can be read. Choose another --model.")
+    return {"everything": whole.everything, "without_tables": whole.everything - whole.rows_saved}
 
 
 def measure(folder: str, budget: int | None, prompt: int, tokens: int) -> dict[str, Any]:
@@ -142,4 +155,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    subprocess_json.answer(measure)
+    subprocess_json.answer(answer)

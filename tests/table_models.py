@@ -47,6 +47,21 @@ MODELS: dict[str, dict[str, Any]] = {
             "laurel_rank": 16,
         }
     },
+    "gemma4": {
+        "text_config": {
+            **PLAIN,
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 4,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "use_double_wide_mlp": False,
+        }
+    },
     "longcat_flash_ngram": {
         **PLAIN,
         "attention_bias": False,

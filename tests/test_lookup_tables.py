@@ -46,6 +46,7 @@ PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 4
 TABLES = {
     "llama": ["model.embed_tokens"],
     "gemma3n": ["model.language_model.embed_tokens_per_layer"],
+    "gemma4": ["language_model.model.embed_tokens_per_layer"],
     "longcat_flash_ngram": [
         "model.ngram_embeddings.word_embeddings",
         "model.ngram_embeddings.embedders.0",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tracemalloc
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.flash import table_rows as engine
 from mlx_flash.flash.in_place import InPlaceFiles, TableTensor
 from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.slot_cache import SlotCache
 from mlx_flash.flash.table_rows import WAYS, RowCache, TableRows, rows_per_sum, summed_segments
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import Ranges, make_sums
@@ -114,6 +116,30 @@ def test_a_cache_with_a_slot_for_every_row_holds_them_all() -> None:
     cache, keys = RowCache({"a": 3}, ROWS), np.arange(ROWS, dtype=np.int64)
     cache.keep(keys, {"a": contents_of(keys)})
     assert len(set(cache.find(keys).tolist())) == ROWS
+
+
+@pytest.mark.parametrize("slots", [256, 1024])
+def test_eight_places_find_as_many_rows_as_an_exact_order_of_use(slots: int) -> None:
+    """For tokens by Zipf's law, one row each. It also finds as many as fading use, by which experts are evicted."""
+    vocabulary, calls = 262_144, 20_000
+    weights = 1 / np.arange(1, vocabulary + 1)
+    ids = np.random.default_rng(0).choice(vocabulary, calls, p=weights / weights.sum())
+    cache, fading = RowCache({"a": 1}, slots), SlotCache(vocabulary, slots)
+    order: OrderedDict[int, None] = OrderedDict()
+    exact = faded = 0
+    for row in ids.tolist():
+        key = np.array([row])
+        if cache.find(key)[0] < 0:
+            cache.keep(key, {"a": np.zeros((1, 1), np.uint8)})
+        exact += row in order
+        order[row] = None
+        order.move_to_end(row)
+        if len(order) > slots:
+            order.popitem(last=False)
+        faded += fading.mark_used(key)
+        fading.commit(*fading.reserve(key))
+    assert abs(cache.hits - exact) < 0.01 * exact
+    assert abs(cache.hits - faded) < 0.01 * faded
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 A model reads all its layers for each chunk. Here every layer is read once, and computes one chunk after the other. Each
 call of a layer gets the same arguments as if the chunks were fed to the model one by one, so the bits are the same.
 
-That is possible if the model passes each layer's result to the next layer as it is, and if no other argument of a layer
-is an array. A mask, for example, may depend on how much of the context is in the caches, which are then too short.
-`bytes_to_share` and every `feed` make sure of it with calls in which the layers do nothing.
+The arguments come from calls of the model in which the layers pass on their input. That is right if the model does
+nothing else with a layer's result than to pass it to the next layer, and if no other argument depends on it. Both are
+checked: the next layer must get the very array, and the other arrays must be equal if the layers pass on other numbers.
+Masks depend on how much of the context is in the caches, so each call finds them with the offset that they will have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -36,29 +38,50 @@ class SharedReading:
 
     def feed(self, model: Any, chunks: Sequence[Sequence[int]], cache: list[Any]) -> bool:
         """Feeds chunks of token ids to the model. False, with nothing done, if this model cannot share here."""
-        begun = [self._begin(model, chunk, cache) for chunk in chunks]
-        states: list[Any] = [found[0] for found in begun if found is not None]
-        if len(states) < len(chunks):
+        if not all(_is_plain(part) for part in _parts_of(cache)):
             return False
-        calls: list[list[Call]] = [found[1] for found in begun if found is not None]
+        states: list[mx.array] = []
+        calls: list[list[Call]] = []
+        tokens = 0
+        for chunk in chunks:
+            with _moved_on(cache, tokens):
+                begun = self._begin(model, mx.array(list(chunk))[None], cache)
+            if begun is None:
+                return False
+            states.append(begun[0])
+            calls.append(begun[1])
+            tokens += len(chunk)
         for number, layer in enumerate(self._layers):
             hooks = hooks_of(layer)
             if hooks is not None:
                 hooks.before()
             results: list[mx.array] = []
-            for chunk, state in enumerate(states):
-                arguments, named = calls[chunk][number]
-                states[chunk] = without_hooks(layer, (state, *arguments), named)
-                results = list(arrays_in((states[chunk], arguments, named)))
+            for chunk_number, state in enumerate(states):
+                arguments, named = calls[chunk_number][number]
+                states[chunk_number] = without_hooks(layer, (state, *arguments), named)
+                results = list(arrays_in((states[chunk_number], arguments, named)))
                 mx.eval(results)
             if hooks is not None:
                 hooks.after(results)
-        return True
+        return True  # All results are evaluated, and so is everything in the caches.
 
-    def _begin(self, model: Any, chunk: Sequence[int], cache: list[Any]) -> tuple[mx.array, list[Call]] | None:
-        """The first layer's input for a chunk, and the other arguments of all layers; None if they cannot be known."""
+    def _begin(self, model: Any, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, list[Call]] | None:
+        """The first layer's input for tokens (1, T), and the other arguments of all layers; None if they depend on the
+        layers' results."""
+        known = self._arguments(model, tokens, cache, lambda x: x + 0)
+        others = self._arguments(model, tokens, cache, lambda x: 1 - x)
+        if known is None or others is None:
+            return None
+        pairs = zip(_arrays_beside(known[1], cache), _arrays_beside(others[1], cache), strict=True)
+        same = all(a is b or (a.shape == b.shape and bool(mx.array_equal(a, b).item())) for a, b in pairs)
+        return known if same else None
+
+    def _arguments(
+        self, model: Any, tokens: mx.array, cache: list[Any], result: Callable[[mx.array], mx.array]
+    ) -> tuple[mx.array, list[Call]] | None:
+        """The same if every layer's result is `result` of its input; None if a layer gets another input than that."""
         inputs: list[mx.array] = []
-        passed_on: list[mx.array] = []
+        results: list[mx.array] = []
         called: list[nn.Module] = []
         calls: list[Call] = []
 
@@ -66,23 +89,20 @@ class SharedReading:
             called.append(layer)
             inputs.append(x)
             calls.append((arguments, named))
-            passed_on.append(x + 0)  # another object than the argument
-            return passed_on[-1]
+            results.append(result(x))
+            return results[-1]
 
         with instead(self._layers, pass_on):
-            model(mx.array(list(chunk))[None], cache=cache)
+            model(tokens, cache=cache)
         all_called = [id(layer) for layer in called] == [id(layer) for layer in self._layers]
-        chained = all(x is before for x, before in zip(inputs[1:], passed_on, strict=False))
-        held = {id(part) for part in cache}
-        known = all(_without_arrays(call, held) for call in calls)
-        return (inputs[0], calls) if calls and all_called and chained and known else None
+        chained = all(x is before for x, before in zip(inputs[1:], results, strict=False))
+        return (inputs[0], calls) if calls and all_called and chained else None
 
 
-def bytes_to_share(model: Any, layers: Sequence[nn.Module], make_cache: Callable[[], list[Any]]) -> int:
+def bytes_to_share(model: Any, layers: Sequence[nn.Module], cache: list[Any]) -> int:
     """Bytes that each token of a chunk takes between two layers if chunks share a reading; 0 if this model cannot.
 
-    Every layer's result must be one array like its first argument, and the model must leave the caches to its layers.
-    Nothing is evaluated.
+    Every layer's result must be one array like its first argument. Nothing is evaluated. cache: an empty one.
     """
     sizes: list[int] = []
 
@@ -96,24 +116,39 @@ def bytes_to_share(model: Any, layers: Sequence[nn.Module], make_cache: Callable
 
     tokens = mx.zeros((1, TRIAL_TOKENS), mx.int32)
     with instead(layers, trying):
-        model(tokens, cache=make_cache())
+        model(tokens, cache=cache)
     if len(sizes) != len(layers) or not all(sizes):
         return 0
-    untouched, cache = make_cache(), make_cache()
-    with instead(layers, lambda layer, x, *_, **__: x):
-        model(tokens, cache=cache)
-    same = all(
-        list(arrays_in(vars(a))) == [] and _counts(a) == _counts(b) for a, b in zip(cache, untouched, strict=True)
-    )
-    return max(sizes) if same else 0
+    return max(sizes)
 
 
-def _counts(cache: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(cache).items() if isinstance(value, (int, float, str))}
+def _parts_of(cache: list[Any]) -> list[Any]:
+    return [part for entry in cache for part in getattr(entry, "caches", [entry])]
 
 
-def _without_arrays(call: Call, caches: set[int]) -> bool:
-    """Whether no argument has an array, apart from the prompt caches."""
-    arguments, named = call
-    others = [value for value in (*arguments, *named.values()) if id(value) not in caches]
-    return not any(True for _ in arrays_in(others))
+def _is_plain(part: Any) -> bool:
+    """Whether a mask depends on a part of a prompt cache through its offset and its window alone."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+
+    return type(part) in (KVCache, QuantizedKVCache, RotatingKVCache)
+
+
+@contextmanager
+def _moved_on(cache: list[Any], tokens: int) -> Iterator[None]:
+    """Inside this context, a prompt cache of plain parts says that it holds `tokens` more tokens than it does."""
+    parts = _parts_of(cache)
+    offsets = [part.offset for part in parts]
+    try:
+        for part, offset in zip(parts, offsets, strict=True):
+            part.offset = offset + tokens
+        yield
+    finally:
+        for part, offset in zip(parts, offsets, strict=True):
+            part.offset = offset
+
+
+def _arrays_beside(calls: Sequence[Call], cache: list[Any]) -> list[mx.array]:
+    """The arrays in arguments, apart from those of prompt caches."""
+    caches = {id(entry) for entry in [*cache, *_parts_of(cache)]}
+    values = [value for arguments, named in calls for value in (*arguments, *named.values())]
+    return [array for value in values if id(value) not in caches for array in arrays_in(value)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..defaults import PREFILL_TOKENS
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
 from .expert_files import Mixture
@@ -85,14 +86,15 @@ class InPlacePlan(Plan):
 
     expert_slots: number of slots of each layer of experts. pinned: number of layers that are in memory all the time.
     layer_bytes_per_token: bytes of the other layers, which every token reads. proposed_bytes: bytes of the units that
-    `bytes_for` counts. reads_rows: whether rows of lookup tables are read. rows_saved: memory that this saves, or would
-    save, in bytes.
+    `bytes_for` counts. chunks_at_once: number of a prompt's chunks that share a reading of the layers. reads_rows:
+    whether rows of lookup tables are read. rows_saved: memory that this saves, or would save, in bytes.
     """
 
     expert_slots: tuple[int, ...] = ()
     pinned: int = 0
     layer_bytes_per_token: int = 0
     proposed_bytes: int = 0
+    chunks_at_once: int = 1
     reads_rows: bool = False
     rows_saved: int = 0
 
@@ -140,6 +142,18 @@ def divide_with_tables(
         raise BudgetError(str(error), error.smallest_bytes, full, error.units_bytes) from None
     everything = max(everything, found.smallest)
     return replace(found, everything=everything, reads_rows=True, rows_saved=saved)
+
+
+def with_spare_for_chunks(plan: InPlacePlan, chunk_bytes: int) -> InPlacePlan:
+    """The plan with what it leaves of the budget for more chunks of a prompt at once, at most those of its context.
+
+    chunk_bytes: memory of each further chunk; 0 if the model's chunks cannot share a reading.
+    """
+    if not chunk_bytes:
+        return plan
+    more = min(-(-plan.context // PREFILL_TOKENS) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
+    demand = replace(plan.demand, workspace=plan.demand.workspace + more * chunk_bytes)
+    return replace(plan, demand=demand, chunks_at_once=1 + more)
 
 
 def with_spare_for_rows(plan: InPlacePlan, tables: Sequence[Table]) -> InPlacePlan:

@@ -25,7 +25,13 @@ from .context import plan_context
 from .draft_model import PlannedDrafts
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
-from .in_place_plan import InPlacePlan, WeightBytes, divide_with_tables, with_spare_for_rows
+from .in_place_plan import (
+    InPlacePlan,
+    WeightBytes,
+    divide_with_tables,
+    with_spare_for_chunks,
+    with_spare_for_rows,
+)
 from .layer_weights import stream_layers
 from .lookup_tables import stream_tables
 from .memory_needs import Needs, StreamedNeed, needs_of, stand_ins
@@ -111,6 +117,8 @@ def plan_mixture(
         return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, options.budget)
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
+    if plan.layer_bytes_per_token:
+        plan = with_spare_for_chunks(plan, bytes_of_a_shared_chunk(mixture, streamed))
     plan = with_spare_for_rows(plan, tables)
 
     def build(say: Callable[[str], None]) -> Any:
@@ -124,7 +132,6 @@ def plan_mixture(
         numbers, layers = mixture.layers_to_stream(plan.pinned)
         if plan.reads_rows:
             mixture.streamed |= mixture.of_tables()
-        together = 1 if not layers else chunks_that_share(mixture, streamed, plan.budget - plan.total)
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
@@ -145,8 +152,9 @@ def plan_mixture(
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
         attended, most = positions or plan.context, at_once(needs)
         model.flash = Runtime(plan, streamer, watched, chooser, needs.vocabulary, attended, most_positions=most)
-        if together > 1:
-            model.flash.shared_reading = SharedReading([layer.module for layer in mixture.layers], together)
+        if plan.chunks_at_once > 1:
+            modules = [layer.module for layer in mixture.layers]
+            model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)
         return model
 
     def foresee() -> Forecast | None:
@@ -155,18 +163,15 @@ def plan_mixture(
     return plan, build, foresee
 
 
-def chunks_that_share(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]], spare: int) -> int:
-    """The number of chunks of a prompt that share a reading of the layers; 1 if the model cannot.
-
-    streamed: the streamed experts, in the form of `needs_of`. spare: bytes that the plan leaves of its budget.
-    """
+def bytes_of_a_shared_chunk(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]]) -> int:
+    """The memory that a chunk of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
+    a reading. streamed: the streamed experts, in the form of `needs_of`."""
     try:
         with stand_ins(streamed):
             modules = [layer.module for layer in mixture.layers]
-            each = bytes_to_share(mixture.model, modules, lambda: plain_cache(mixture.model))
+            return PREFILL_TOKENS * bytes_to_share(mixture.model, modules, plain_cache(mixture.model))
     except Exception:  # whatever a model raises that is called in another way than it expects
-        return 1
-    return 1 if not each else 1 + spare // (each * PREFILL_TOKENS)
+        return 0
 
 
 def _cannot_run(folder: Path, error: Exception) -> CheckpointError:

@@ -65,25 +65,48 @@ class TokenLoop:
         self.drafts: DraftCounts | None = None
 
     def prefill(
-        self, ids: list[int], step: int, progress: Callable[[int, int], None], logits: Callable[[mx.array], None]
+        self,
+        ids: list[int],
+        step: int,
+        progress: Callable[[int, int], None],
+        logits: Callable[[mx.array], None] | None = None,
     ) -> None:
         """Feeds all tokens but the last, in chunks. `plain` and `drafted` feed the last one, as in mlx-lm.
 
         Chunks end at multiples of `step` tokens of the whole context, so that they are those of a prompt read from its
         beginning even if some of it is in the cache.
+
+        logits: gets those of every chunk, (T, V); None if they are not needed.
         """
         done, total, begin = 0, len(ids), cached_tokens(self.cache)
         progress(0, total)
         while total - done > 1:
-            piece = ids[done : min(done + step - (begin + done) % step, total - 1)]
+            pieces: list[list[int]] = []
+            while total - done > 1 and len(pieces) < self._pieces_at_once(logits):
+                pieces.append(ids[done : min(done + step - (begin + done) % step, total - 1)])
+                done += len(pieces[-1])
             with large_memory_given_back():
                 with self._counting("prompt"):
-                    logits(self.model(mx.array(piece)[None], cache=self.cache)[0])
-                    mx.eval([c.state for c in self.cache])
-                    self.model.flash.evaluate_guarded()
+                    self._read(pieces, logits)
                 mx.clear_cache()
-            done += len(piece)
             progress(done, total)
+
+    def _pieces_at_once(self, logits: Callable[[mx.array], None] | None) -> int:
+        """The number of chunks that may be read together. A snapshot of a cache may be wanted after each of them."""
+        reading = self.model.flash.shared_reading
+        trims = all(part.is_trimmable() for part in parts_of(self.cache))
+        return reading.most if reading is not None and logits is None and trims else 1
+
+    def _read(self, pieces: list[list[int]], logits: Callable[[mx.array], None] | None) -> None:
+        reading = self.model.flash.shared_reading
+        if len(pieces) > 1 and reading.feed(self.model, pieces, self.cache):
+            return
+        for piece in pieces:
+            found = self.model(mx.array(piece)[None], cache=self.cache)[0]
+            if logits is not None:
+                logits(found)
+            mx.eval([c.state for c in self.cache])
+            self.model.flash.evaluate_guarded()
 
     def plain(self, token: int, choose: Chooser) -> Generator[Token]:
         """Yields the tokens that follow `token`, without end. The newest one has not been fed."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
 from .expert_files import Mixture
@@ -144,14 +143,16 @@ def divide_with_tables(
     return replace(found, everything=everything, reads_rows=True, rows_saved=saved)
 
 
-def with_spare_for_chunks(plan: InPlacePlan, chunk_bytes: int) -> InPlacePlan:
+def with_spare_for_chunks(plan: InPlacePlan, token_bytes: int, chunk: int) -> InPlacePlan:
     """The plan with what it leaves of the budget for more chunks of a prompt at once, at most those of its context.
 
-    chunk_bytes: memory of each further chunk; 0 if the model's chunks cannot share a reading.
+    token_bytes: memory of each token of a further chunk; 0 if the model's chunks cannot share a reading. chunk: tokens
+    of a chunk.
     """
-    if not chunk_bytes:
+    if not token_bytes:
         return plan
-    more = min(-(-plan.context // PREFILL_TOKENS) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
+    chunk_bytes = token_bytes * chunk
+    more = min(-(-plan.context // chunk) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
     demand = replace(plan.demand, workspace=plan.demand.workspace + more * chunk_bytes)
     return replace(plan, demand=demand, chunks_at_once=1 + more)
 

@@ -158,11 +158,15 @@ def with_spare_for_chunks(plan: InPlacePlan, token_bytes: int, chunk: int) -> In
 
 
 def with_spare_for_rows(plan: InPlacePlan, tables: Sequence[Table]) -> InPlacePlan:
-    """The plan with what it leaves of the budget for more rows of its lookup tables, and with a note about them."""
+    """The plan with what it leaves of the budget for more rows of its lookup tables, and with a note about them.
+
+    Where layers are read, the rest is left to the chunks of a prompt that share a reading of the layers.
+    """
     if not plan.reads_rows:
         return plan
     whole = sum(table.nbytes for table in tables)
-    kept = min(whole, plan.demand.table_rows + max(0, plan.budget - plan.total))
+    spare = 0 if plan.layer_bytes_per_token else max(0, plan.budget - plan.total)
+    kept = min(whole, plan.demand.table_rows + spare)
     count = "a lookup table" if len(tables) == 1 else f"{len(tables)} lookup tables"
     note = f"of {count} with {whole / 1e9:.3f} GB; the other rows are read"
     demand, notes = replace(plan.demand, table_rows=kept), replace(plan.notes, table_rows=note)

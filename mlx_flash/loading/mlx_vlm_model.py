@@ -42,10 +42,10 @@ def load_by_mlx_vlm(
 
         def sanitize(given: Weights) -> Weights:
             _replaced(utils.load_model, {READ: lambda _: given, FILL: note})(folder, lazy=True)
-            return filled[0][2]
+            return filled[-1][2]
 
-        weights = watch(sanitize, lambda: filled[0][0])
-        model, config, _, options = filled[0]
+        weights = watch(sanitize, lambda: filled[-1][0])
+        model, config, _, options = filled[-1]  # `watch` calls it twice
         for name in [name for name in model if name != TEXT]:
             model[name] = None
         kept = {name: array for name, array in weights.items() if name.startswith(f"{TEXT}.")}

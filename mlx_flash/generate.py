@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from .cli.model_arguments import add_model_arguments, load_model
@@ -31,6 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=DEFAULT_PROMPT,
         help="the prompt; - reads it from standard input (default: %(default)r)",
     )
+    text.add_argument(
+        "--image",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="an image that the prompt is about; may be given several times; implies --images",
+    )
     add_sampling_arguments(text, max_tokens=100)
     text.add_argument("--system-prompt", help="system message for the chat template")
     text.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
@@ -51,31 +59,41 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     return prompt
 
 
+def read_images(paths: list[str]) -> list[Any]:
+    """The images at these paths. Raises ImageError or ReadError."""
+    from .text.images import decode, read_file
+
+    return [decode(read_file(Path(path)), path) for path in paths]
+
+
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, context: int) -> str | list[int]:
     """The prompt in the form of the model's chat template, if it has one. Raises ChatTemplateError.
 
     context: number of tokens that the plan makes room for.
     """
-    from .text.chat_template import has_chat_template, prompt_ids
+    from .text.chat_template import has_chat_template, prompt_text, tokens_of, with_images
     from .text.template_process import TemplateProcess
 
     if not has_chat_template(tokenizer) or arguments.ignore_chat_template:
         if arguments.system_prompt is not None:
             say("note: --system-prompt is not used without a chat template")
         return prompt
-    messages = [{"role": "user", "content": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": with_images(prompt, len(arguments.image))}]
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
     try:
         with contextlib.closing(TemplateProcess()) as process:
-            return prompt_ids(process, tokenizer, messages, most=context)
+            text = prompt_text(process, tokenizer, messages, most=context)
+            return text if arguments.image else tokens_of(tokenizer, text, most=context)
     except ChatTemplateError as error:
         raise type(error)(f"{error} {WITHOUT_TEMPLATE}") from None
 
 
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
-    prompt_text = read_prompt(arguments)
+    asked = read_prompt(arguments)
+    pictures = read_images(arguments.image)
+    arguments.images = arguments.images or bool(pictures)
     model, tokenizer = load_model(arguments, say)
     from .text.generation import stream_generate, summary
 
@@ -83,7 +101,14 @@ def main(arguments: argparse.Namespace) -> int:
     if model.flash.defaults.sampling:
         say(f"sampling: {sampling.describe()} (options not given are from the model's generation_config.json)")
     sampler = seeded_sampler(sampling, model.flash.vocabulary)
-    prompt = apply_template(tokenizer, prompt_text, arguments, model.flash.plan.context)
+    prompt: Any = apply_template(tokenizer, asked, arguments, model.flash.plan.context)
+    cache = None
+    if pictures:
+        from .text.image_prompts import see
+
+        if prompt == asked:  # there is no chat template
+            prompt = model.flash.images.mark * len(pictures) + asked
+        prompt, cache = see(model, prompt, pictures)
     tokens: list[int] = []
     pieces: list[str] = []
     response = None
@@ -95,6 +120,7 @@ def main(arguments: argparse.Namespace) -> int:
                 prompt,
                 arguments.max_tokens,
                 sampler=sampler,
+                prompt_cache=cache,
                 logits_processors=make_processors(sampling, lambda: ()),
                 prompt_progress_callback=progress_line(interrupts),
             ):

@@ -16,9 +16,11 @@ from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
+from ..text.image_prompts import ImageProcessor
 from .context import plan_context
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
+from .image_needs import image_bytes
 from .in_place_plan import InPlacePlan, WeightBytes, divide_in_place
 from .layer_weights import stream_layers
 from .memory_needs import Needs, StreamedNeed, needs_of
@@ -32,7 +34,7 @@ from .verification import attach_sums
 
 
 def plan_mixture(
-    folder: Path, mixture: Mixture, options: LoadOptions
+    folder: Path, mixture: Mixture, options: LoadOptions, images: ImageProcessor | None = None
 ) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
     """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
 
@@ -40,7 +42,8 @@ def plan_mixture(
 
     Experts are streamed where not all of them fit. Layers are streamed where the rest does not fit either.
 
-    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. With `options.verify`, everything
+    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. images: its processor, if the model
+    is to read images. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
     the checksums if they were not made before.
 
@@ -65,12 +68,18 @@ def plan_mixture(
             raise _cannot_run(folder, error) from None
 
     weights = WeightBytes.of(mixture)
+    try:
+        seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
+    except UsageError:
+        raise
+    except Exception as error:
+        raise _cannot_run(folder, error) from None
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
 
     def demand_at(context: int) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = needs.workspace + reading_bytes(options.threads, aligned=False)
+        computing = max(needs.workspace, seeing) + reading_bytes(options.threads, aligned=False)
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -86,6 +95,7 @@ def plan_mixture(
     def divide(demand: Demand, context: int, note: str) -> InPlacePlan:
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
+            resident += "" if images is None else ", the vision part"
             notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits)
             caches = options.prompt_cache_bytes
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
@@ -119,7 +129,7 @@ def plan_mixture(
         evaluate_constants(mixture.model)
         model, vocabulary = mixture.model, needs_at(plan.context).vocabulary
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
-        model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context)
+        model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context, images=images)
         return model
 
     def foresee() -> Forecast | None:

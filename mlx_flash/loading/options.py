@@ -28,6 +28,7 @@ class LoadOptions:
     io: "direct" to read past the page cache, or "buffered".
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
+    images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
     """
 
     revision: str | None = None
@@ -41,6 +42,7 @@ class LoadOptions:
     kv_bits: int | None = None
     io: str = "direct"
     verify: bool = False
+    images: bool = False
 
     @property
     def budget(self) -> int | None:
@@ -67,8 +69,9 @@ class LoadOptions:
             )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
-        if type(self.verify) is not bool:
-            raise UsageError(f"verify is {self.verify!r:.80}, expected True or False.")
+        for name, flag in (("verify", self.verify), ("images", self.images)):
+            if type(flag) is not bool:
+                raise UsageError(f"{name} is {flag!r:.80}, expected True or False.")
         if self.predictor not in PREDICTORS:
             raise UsageError(f"predictor is {self.predictor!r}, expected one of {', '.join(PREDICTORS)}.")
         if self.window is not None and not 1 <= self.window <= 10**6:

@@ -17,6 +17,7 @@ from ..flash.stats import Counters
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
 from ..text.generation_config import GenerationConfig
+from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
 
 
@@ -104,6 +105,7 @@ class Runtime:
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
     setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
+    images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from .cli.model_arguments import add_model_arguments, load_model
@@ -59,13 +58,6 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     return prompt
 
 
-def read_images(paths: list[str]) -> list[Any]:
-    """The images at these paths. Raises ImageError or ReadError."""
-    from .text.images import decode, read_file
-
-    return [decode(read_file(Path(path)), path) for path in paths]
-
-
 def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, context: int) -> str | list[int]:
     """The prompt in the form of the model's chat template, if it has one. Raises ChatTemplateError.
 
@@ -92,7 +84,9 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, c
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     asked = read_prompt(arguments)
-    pictures = read_images(arguments.image)
+    from .text.images import read_image
+
+    pictures = [read_image(path) for path in arguments.image]
     arguments.images = arguments.images or bool(pictures)
     model, tokenizer = load_model(arguments, say)
     from .text.generation import stream_generate, summary
@@ -104,11 +98,12 @@ def main(arguments: argparse.Namespace) -> int:
     prompt: Any = apply_template(tokenizer, asked, arguments, model.flash.plan.context)
     cache = None
     if pictures:
-        from .text.image_prompts import see
+        from .text.image_prompts import processor_of, see
 
         if prompt == asked:  # there is no chat template
-            prompt = model.flash.images.mark * len(pictures) + asked
-        prompt, cache = see(model, prompt, pictures)
+            prompt = processor_of(model).mark * len(pictures) + asked
+        seen = processor_of(model).prompt(prompt, pictures)
+        prompt, cache = seen.ids, see(model, seen)
     tokens: list[int] = []
     pieces: list[str] = []
     response = None

@@ -18,8 +18,9 @@ from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 import mlx_flash
 from mlx_flash.errors import ImageError, UsageError
 from mlx_flash.loading import mixture
-from mlx_flash.text.image_prompts import ImageProcessor, see
+from mlx_flash.text.image_prompts import ImageProcessor, processor_of, see
 from mlx_flash.text.images import Picture
+from mlx_flash.text.prompt_cache import ReusedPromptCache
 
 pytestmark = [
     pytest.mark.vlm,
@@ -31,6 +32,11 @@ Image = pytest.importorskip("PIL.Image")
 
 TEXT = "abc<|vision_start|><|image_pad|><|vision_end|>what is it"
 TOKENS = 6
+
+
+def look(model: Any, text: str, pictures: list[Picture]) -> tuple[list[int], list[Any]]:
+    prompt = processor_of(model).prompt(text, pictures)
+    return prompt.ids, see(model, prompt)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_the_zoo_s_own_numbers(folder: Path, load: Any) -> None:
         tokens.append(int(np.argmax(expected[-1])))
         logits = zoo.language_model(mx.array([tokens[-1:]]), cache=cache).logits[:, -1]
     model, tokenizer = load()
-    made, found_logits = spoken(model, tokenizer, *see(model, TEXT, [picture()]))
+    made, found_logits = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
     assert made == tokens
     assert np.array_equal(found_logits, np.stack(expected))
 
@@ -97,17 +103,17 @@ def test_the_zoo_s_own_numbers(folder: Path, load: Any) -> None:
 def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beside a text and another image that are read meanwhile: each conversation has its own positions."""
     model, tokenizer = load()
-    reference = spoken(model, tokenizer, *see(model, TEXT, [picture()]))
+    reference = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
     text = spoken(model, tokenizer, "what is it now")
-    other = spoken(model, tokenizer, *see(model, TEXT, [picture(1)]))
+    other = spoken(model, tokenizer, *look(model, TEXT, [picture(1)]))
     assert not np.array_equal(other[1], reference[1])
     divide = mixture.divide_in_place
     monkeypatch.setattr(mixture, "divide_in_place", lambda *a: replace(divide(*a), expert_slots=(1, 2)))
     small, _ = load()
     assert sorted(layer.units.cache.slots for layer in small.flash.layers) == [1, 2]
     for one in (small, model):
-        first = see(one, TEXT, [picture()])
-        second = see(one, TEXT, [picture(1)])
+        first = look(one, TEXT, [picture()])
+        second = look(one, TEXT, [picture(1)])
         for found, wanted in [
             (spoken(one, tokenizer, "what is it now"), text),
             (spoken(one, tokenizer, *second), other),
@@ -118,10 +124,10 @@ def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monke
 
 def test_two_conversations_in_turns(load: Any) -> None:
     model, tokenizer = load()
-    alone = [spoken(model, tokenizer, *see(model, TEXT, [picture(seed)]))[0] for seed in (0, 1)]
+    alone = [spoken(model, tokenizer, *look(model, TEXT, [picture(seed)]))[0] for seed in (0, 1)]
     streams = [
         mlx_flash.stream_generate(model, tokenizer, ids, TOKENS, prompt_cache=cache, prefill_step_size=4)
-        for ids, cache in (see(model, TEXT, [picture(seed)]) for seed in (0, 1))
+        for ids, cache in (look(model, TEXT, [picture(seed)]) for seed in (0, 1))
     ]
     made: list[list[int]] = [[], []]
     for _ in range(TOKENS):
@@ -132,7 +138,7 @@ def test_two_conversations_in_turns(load: Any) -> None:
 
 def test_two_images(load: Any) -> None:
     model, tokenizer = load()
-    both = see(model, TEXT + "and" + TEXT, [picture(), picture(1, (20, 60))])
+    both = look(model, TEXT + "and" + TEXT, [picture(), picture(1, (20, 60))])
     ids = both[0]
     assert ids.count(89) > 4
     assert spoken(model, tokenizer, *both)[0]
@@ -141,23 +147,23 @@ def test_two_images(load: Any) -> None:
 def test_marks_and_images_that_do_not_match(load: Any) -> None:
     model, _ = load()
     with pytest.raises(ImageError, match="cannot use"):
-        see(model, "no place for it", [picture()])
+        look(model, "no place for it", [picture()])
 
 
 def test_a_prompt_that_is_too_long(load: Any) -> None:
     model, _ = load()
     with pytest.raises(UsageError, match=r"those of its images included, and the plan has room for 600"):
-        see(model, TEXT + "a" * 700, [picture()])
+        look(model, TEXT + "a" * 700, [picture()])
 
 
 def test_without_its_vision_part(folder: Path) -> None:
     model, _ = mlx_flash.load(folder, context=64)
     with pytest.raises(ImageError, match="--images"):
-        see(model, TEXT, [picture()])
+        look(model, TEXT, [picture()])
     model.flash.close()
 
 
-def test_what_cannot_see(tmp_path: Path, tiny: Any) -> None:
+def test_what_cannot_look(tmp_path: Path, tiny: Any) -> None:
     with pytest.raises(UsageError, match="is not a model that reads images"):
         mlx_flash.load(tiny.store, images=True)
 
@@ -187,3 +193,45 @@ def test_generate(folder: Path, tmp_path: Path) -> None:
         [*command, "--image", str(tmp_path / "text.png")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and "is not a known image" in done.stderr
+
+
+def test_chat(folder: Path, tmp_path: Path) -> None:
+    """Every turn is read with the images of the turns before it."""
+    picture().pixels.save(tmp_path / "0.png")
+    picture(1).pixels.save(tmp_path / "1.png")
+    command = [sys.executable, "-m", "mlx_flash.chat", "--model", str(folder), "--max-tokens", "4", "--context", "300"]
+    lines = (
+        f"/image {tmp_path / '0.png'}\nwhat\nand\n/image {tmp_path / '1.png'}\nso\n/image {folder / 'config.json'}\n"
+    )
+
+    def ran(*more: str, asked: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], input=asked, capture_output=True, text=True, timeout=300)
+
+    done = ran("--images", asked=lines)
+    assert done.returncode == 2 and "config.json begins with" in done.stderr
+    assert "your next message is about 1 image" in done.stderr
+    given = ran("--image", str(tmp_path / "0.png"), asked="what\nand\n")
+    assert given.returncode == 0 and len(given.stdout.splitlines()) == 2
+    assert done.stdout.splitlines()[:2] == given.stdout.splitlines()
+    assert (
+        ran("--image", str(tmp_path / "1.png"), asked="what\n").stdout.splitlines()[0] != given.stdout.splitlines()[0]
+    )
+    blind = ran(asked=f"/image {tmp_path / '0.png'}\nwhat\n")
+    assert blind.returncode == 2 and "Start with --images" in blind.stderr
+
+
+def test_a_conversation_with_other_images_reuses_nothing(load: Any) -> None:
+    model, tokenizer = load(prompt_cache="20MB")
+    turns = ReusedPromptCache(model)
+    seen = [processor_of(model).prompt(TEXT, [picture(seed)]) for seed in (0, 1)]
+    assert seen[0].ids == seen[1].ids
+
+    def answer(number: int) -> list[int]:
+        made = turns.stream_generate(tokenizer, seen[number].ids, 6, seen=seen[number])
+        return [one.token for one in made]
+
+    first, second = answer(0), answer(1)
+    assert turns.reused == 0 and turns.tokens == []
+    assert first != second and answer(0) == first
+    text = [one.token for one in turns.stream_generate(tokenizer, seen[0].ids, 6)]
+    assert text not in (first, second) and turns.reused == 0

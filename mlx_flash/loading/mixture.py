@@ -17,6 +17,7 @@ from ..flash.system import usable_memory_bytes
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
 from ..text.image_prompts import ImageProcessor
+from ..text.images import HELD_BYTES
 from .context import plan_context
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
@@ -70,6 +71,7 @@ def plan_mixture(
     weights = WeightBytes.of(mixture)
     try:
         seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
+        decoding = 0 if images is None else HELD_BYTES
     except UsageError:
         raise
     except Exception as error:
@@ -79,7 +81,7 @@ def plan_mixture(
     def demand_at(context: int) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = max(needs.workspace, seeing) + reading_bytes(options.threads, aligned=False)
+        computing = max(needs.workspace, seeing) + decoding + reading_bytes(options.threads, aligned=False)
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),

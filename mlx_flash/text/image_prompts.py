@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from ..source.remote_code import refusing_remote_code
 from .images import SEEN_PIXELS, Picture, scaled
 
 REGISTERS = ("_position_ids", "_rope_deltas")  # what mlx-vlm's text models keep between the calls of one prompt
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt with images, as the model takes it. ids: its tokens, those of the images included."""
+
+    ids: list[int]
+    inputs: dict[str, Any]
 
 
 class ImageProcessor:
@@ -42,10 +51,18 @@ class ImageProcessor:
         if not hasattr(self._own, "image_processor"):
             raise CheckpointError(f"{folder} has no image processor (preprocessor_config.json). Leave images out.")
 
+    def prompt(self, text: str | list[int], pictures: Sequence[Picture]) -> ImagePrompt:
+        """A prompt with images. text: with the model's mark where an image belongs. Raises ImageError."""
+        if not isinstance(text, str):
+            raise ImageError("this model's chat template is code that has no place for images.")
+        inputs = self.inputs(text, scaled(pictures))
+        mx.eval([value for value in inputs.values() if isinstance(value, mx.array)])  # for another thread
+        return ImagePrompt(inputs["input_ids"].reshape(-1).tolist(), inputs)
+
     def inputs(self, text: str, images: Sequence[Any]) -> dict[str, Any]:
         """What the model takes for a prompt: input_ids (1, T), pixel_values and more.
 
-        text: the prompt, with the model's mark where an image belongs. images: Pillow's. Raises ImageError.
+        text: as in `prompt`. images: Pillow's. Raises ImageError.
         """
         from mlx_vlm.utils import prepare_inputs
 
@@ -88,7 +105,6 @@ class Sight:
         self._embeddings = found.pop("inputs_embeds")  # (1, T, D)
         self._more = given | {name: value for name, value in found.items() if value is not None}
         self._read, self.tokens = 0, int(ids.shape[1])
-        self.ids: list[int] = ids.reshape(-1).tolist()
         self.whole = not self._may_be_split(model, ids)
 
     def arrays(self) -> list[mx.array]:
@@ -126,40 +142,42 @@ class Sight:
         )
 
 
-def see(model: Any, text: str | list[int], pictures: Sequence[Picture]) -> tuple[list[int], list[Any]]:
-    """(token ids, prompt cache) of a prompt with images, for `stream_generate`. The vision part runs now.
+def see(model: Any, prompt: ImagePrompt) -> list[Any]:
+    """The prompt cache of a prompt with images, for `stream_generate` with its ids. The vision part runs now.
 
-    model: loaded with images. text: the prompt, with the model's mark where an image belongs.
-
-    Raises ImageError for images that the model cannot use, UsageError for a prompt that is too long.
+    model: loaded with images. Raises ImageError for images that the model cannot use, UsageError for a prompt that is
+    too long.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    flash = model.flash
-    if flash.images is None:
-        raise ImageError("the model was loaded without its vision part. Load it with images (--images).")
-    if not isinstance(text, str):
-        raise ImageError("this model's chat template is code that has no place for images.")
-    inputs = flash.images.inputs(text, scaled(pictures))
-    if (tokens := inputs["input_ids"].shape[1]) > flash.plan.context:
+    flash, tokens = model.flash, len(prompt.ids)
+    if tokens > flash.plan.context:
         raise UsageError(
             f"the prompt has {tokens} tokens, those of its images included, and the plan has room for "
             f"{flash.plan.context}. Shorten it, or load with a larger context (--context)."
         )
     with flash.lock, large_memory_given_back():
         try:
-            sight = Sight(model, inputs)
+            sight = Sight(model, prompt.inputs)
             mx.eval(sight.arrays())
         except FlashError:
             raise
         except Exception as error:
             raise ImageError(f"the model cannot use these images: {error_line(error)}.") from None
         mx.clear_cache()
-    if sight.whole and sight.tokens > PREFILL_TOKENS:
+    if sight.whole and tokens > PREFILL_TOKENS:
         raise UsageError(
-            f"the prompt has {sight.tokens} tokens, and this model must read one with images at once, at most "
+            f"the prompt has {tokens} tokens, and this model must read one with images at once, at most "
             f"{PREFILL_TOKENS}. Use a smaller image, or a shorter text."
         )
     cache: list[Any] = make_prompt_cache(model)
     cache[0].sight = sight
-    return sight.ids, cache
+    return cache
+
+
+def processor_of(model: Any) -> ImageProcessor:
+    """The model's image processor. Raises ImageError for a model that was loaded without its vision part."""
+    found: ImageProcessor | None = model.flash.images
+    if found is None:
+        raise ImageError("the model was loaded without its vision part. Load it with images (--images).")
+    return found

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ImageError
+from ..errors import ImageError, ReadError
 from ..flash.plain_files import reading
 from ..source.zoos import INSTALL_MLX_VLM
 
-MOST_BYTES = 20 << 20  # of one image's file
-MOST_PIXELS = 50_000_000  # of one image as it is stored; decoded, it takes up to 4 bytes for each
+MOST_BYTES = 8 << 20  # of one image's file
+MOST_PIXELS = 24_000_000  # of one image as it is stored
 SEEN_PIXELS = 1 << 20  # of all images of a prompt together, as the model sees them
+MOST_IMAGES = 16  # of a prompt
+HELD_BYTES = 6 * MOST_PIXELS + MOST_IMAGES * (MOST_BYTES // 4 + 3 * SEEN_PIXELS)  # while a prompt's images are decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.ASCII)
 
@@ -30,10 +32,18 @@ class Picture:
     pixels: Any
 
 
+def read_image(path: str) -> Picture:
+    """The image in a file. Raises ImageError."""
+    return decode(read_file(Path(path)), path)
+
+
 def read_file(path: Path) -> bytes:
-    """The bytes of an image's file. Raises ImageError for one that is too large, ReadError."""
-    with reading(path), path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    """The bytes of an image's file. Raises ImageError for one that cannot be read, or is too large."""
+    try:
+        with reading(path), path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except ReadError as error:
+        raise ImageError(str(error)) from None
     if len(content) > MOST_BYTES:
         raise ImageError(f"{path} has more than {MOST_BYTES >> 20} MiB, the most for an image. Make it smaller.")
     return content
@@ -63,7 +73,7 @@ def from_base64(text: str) -> bytes:
 
 
 def decode(content: bytes, name: str = "the image") -> Picture:
-    """Decodes an image; of an animation the first frame. name: what messages call it.
+    """Decodes an image, scaled down to SEEN_PIXELS; of an animation the first frame. name: what messages call it.
 
     Its size is read first. Raises ImageError for another format than FORMATS, for a damaged image, and for one of more
     than MOST_PIXELS.
@@ -89,20 +99,25 @@ def decode(content: bytes, name: str = "the image") -> Picture:
         if "A" in pixels.getbands() or "transparency" in pixels.info:
             behind = Image.new("RGBA", pixels.size, "white")
             pixels = Image.alpha_composite(behind, pixels.convert("RGBA"))
-        return Picture(pixels.convert("RGB"))
+        return Picture(_at_most(pixels.convert("RGB"), SEEN_PIXELS / (width * height)))
     except Exception as error:
         raise ImageError(f"{name} ({opened.format}) is damaged: {' '.join(str(error).split())[:200]}.") from None
 
 
 def scaled(pictures: Sequence[Picture]) -> list[Any]:
-    """Pillow's images, scaled down alike where all together have more than SEEN_PIXELS."""
+    """Pillow's images, scaled down alike where all together have more than SEEN_PIXELS.
+
+    Raises ImageError for more than MOST_IMAGES.
+    """
+    if len(pictures) > MOST_IMAGES:
+        raise ImageError(f"the prompt has {len(pictures)} images; the most is {MOST_IMAGES}. Leave some out.")
     total = sum(picture.pixels.width * picture.pixels.height for picture in pictures)
-    factor = min(1.0, (SEEN_PIXELS / total) ** 0.5)
-    return [
-        picture.pixels
-        if factor == 1.0
-        else picture.pixels.resize(
-            (max(1, int(picture.pixels.width * factor)), max(1, int(picture.pixels.height * factor)))
-        )
-        for picture in pictures
-    ]
+    return [_at_most(picture.pixels, SEEN_PIXELS / total) for picture in pictures]
+
+
+def _at_most(pixels: Any, share: float) -> Any:
+    """The image with this share of its pixels, if that is less than all."""
+    if share >= 1.0:
+        return pixels
+    width, height = (max(1, int(side * share**0.5)) for side in pixels.size)
+    return pixels.resize((width, height))

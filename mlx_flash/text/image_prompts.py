@@ -166,7 +166,7 @@ def see(model: Any, prompt: ImagePrompt) -> list[Any]:
             raise ImageError(f"the model cannot use these images: {error_line(error)}.") from None
         mx.clear_cache()
     if sight.whole and tokens > PREFILL_TOKENS:
-        raise UsageError(
+        raise ImageError(
             f"the prompt has {tokens} tokens, and this model must read one with images at once, at most "
             f"{PREFILL_TOKENS}. Use a smaller image, or a shorter text."
         )

@@ -20,7 +20,8 @@ MOST_BYTES = 8 << 20  # of one image's file
 MOST_PIXELS = 24_000_000  # of one image as it is stored
 SEEN_PIXELS = 1 << 20  # of all images of a prompt together, as the model sees them
 MOST_IMAGES = 16  # of a prompt
-HELD_BYTES = 6 * MOST_PIXELS + MOST_IMAGES * (MOST_BYTES // 4 + 3 * SEEN_PIXELS)  # while a prompt's images are decoded
+# The most that one image takes while it is decoded, those of a prompt once they are, and the files of some prompts.
+HELD_BYTES = 6 * MOST_PIXELS + 3 * SEEN_PIXELS * MOST_IMAGES + 4 * MOST_BYTES
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.ASCII)
 
@@ -64,12 +65,13 @@ def from_url(url: str) -> bytes:
 
 def from_base64(text: str) -> bytes:
     """The bytes of an image in base64. Raises ImageError."""
-    if len(text) * 3 // 4 > MOST_BYTES + 3:
-        raise ImageError(f"an image has more than {MOST_BYTES >> 20} MiB, the most for one. Make it smaller.")
     try:
-        return base64.b64decode(text, validate=True)
+        content = base64.b64decode(text, validate=True) if len(text) <= MOST_BYTES // 3 * 4 + 8 else None
     except (binascii.Error, ValueError):
         raise ImageError("an image is not valid base64.") from None
+    if content is None or len(content) > MOST_BYTES:
+        raise ImageError(f"an image has more than {MOST_BYTES >> 20} MiB, the most for one. Make it smaller.")
+    return content
 
 
 def decode(content: bytes, name: str = "the image") -> Picture:

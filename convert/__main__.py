@@ -1,15 +1,16 @@
-"""python -m mlx_flash.convert: converts a checkpoint into a store."""
+"""python -m mlx_flash.convert: converts a checkpoint into a store, or into MLX's form."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_flash.cli.run import REVISION_HELP, add_lifeline_argument, obey_lifeline, program, run_command, whole_number
-from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS
+from mlx_flash.defaults import BITS, CALIBRATION_TOKENS, DTYPES, LEAST_CALIBRATION_TOKENS, MLX_BITS
 
 if TYPE_CHECKING:
     from mlx_flash.flash.files import Manifest
@@ -18,19 +19,34 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("convert"),
-        description="Converts a Hugging Face checkpoint into a store that mlx_flash streams from. "
-        "An interrupted conversion continues when the same command is run again.",
+        description="Converts the Hugging Face checkpoint of a ReLU model into a store that mlx_flash streams from, "
+        "and any other that mlx-lm knows into MLX's own form, quantised if wanted. An interrupted conversion continues "
+        "when the same command is run again.",
     )
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository id")
     parser.add_argument("--revision", help=REVISION_HELP)
-    parser.add_argument("--output", required=True, type=Path, help="folder for the store; it must not exist yet")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing store at --output")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the stored numbers (default: the checkpoint's own)")
-    for name, of, default in (
-        ("--bits", "FFN weight on the SSD", "16, not quantised"),
-        ("--resident-bits", "weight of the attention, the embeddings and the output matrix", "16, not quantised"),
-    ):
-        parser.add_argument(name, type=int, choices=BITS, default=16, help=f"bits per {of} (default: {default})")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=MLX_BITS,
+        default=16,
+        help="bits per weight: in MLX's form of every matrix that mlx-lm quantises, in a store (16, 8 or 4) of the FFN "
+        "weights on the SSD (default: 16, not quantised)",
+    )
+    parser.add_argument(
+        "--expert-bits", type=int, choices=MLX_BITS, help="bits per weight of a mixture's experts (default: --bits)"
+    )
+    parser.add_argument(
+        "--resident-bits",
+        type=int,
+        choices=BITS,
+        default=16,
+        help="in a store, bits per weight of the attention, the embeddings and the output matrix (default: 16, not "
+        "quantised)",
+    )
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -64,16 +80,59 @@ def main(arguments: argparse.Namespace) -> None:
     obey_lifeline(arguments)
     import mlx.core as mx
 
-    from mlx_flash.layers.recall import PredictorSetting
-    from mlx_flash.loading.plan import MLX_CACHE_BYTES, parse_memory
+    from mlx_flash.loading.model_types import runs_as_it_is
+    from mlx_flash.loading.plan import MLX_CACHE_BYTES
+    from mlx_flash.source.checkpoint_files import read_config
     from mlx_flash.source.resolve import find_checkpoint
+
+    from .output import is_our_store
+
+    say = partial(print, file=sys.stderr)
+    source = find_checkpoint(arguments.model, arguments.revision, say)
+    mx.set_cache_limit(MLX_CACHE_BYTES)  # Freed buffers of one layer often do not fit the next, so keep few.
+    try:
+        if not is_our_store(source) and runs_as_it_is(read_config(source), source):
+            _make_mlx_form(arguments, source)
+        else:
+            _make_store(arguments, source, say)
+    except KeyboardInterrupt:
+        kept = f"{arguments.output}.partial keeps the finished part"
+        print(f"\nstopped: {kept}; run the same command again to continue", file=sys.stderr)
+        raise
+
+
+def _make_mlx_form(arguments: argparse.Namespace, source: Path) -> None:
+    from mlx_flash.errors import UsageError
+
+    from .mlx_form import Wanted, convert_to_mlx
+
+    for flag, value, default in (
+        ("--resident-bits", arguments.resident_bits, 16),
+        ("--calibration", arguments.calibration, None),
+        ("--calibration-tokens", arguments.calibration_tokens, CALIBRATION_TOKENS),
+        ("--predictor-memory", arguments.predictor_memory, None),
+        ("--predictor-from", arguments.predictor_from, None),
+    ):
+        if value != default:
+            raise UsageError(f"{flag} is for ReLU models, which {source} is not. Leave it out.")
+    wanted = Wanted(arguments.bits, arguments.expert_bits, arguments.dtype)
+    nbytes = convert_to_mlx(source, arguments.output, wanted, arguments.overwrite)
+    print(f"{arguments.output}: {nbytes / 1e9:.2f} GB in MLX's form", file=sys.stderr)
+
+
+def _make_store(arguments: argparse.Namespace, source: Path, say: Callable[[str], None]) -> None:
+    from mlx_flash.errors import UsageError
+    from mlx_flash.layers.recall import PredictorSetting
+    from mlx_flash.loading.plan import parse_memory
 
     from .conversion import Settings, convert
     from .imported import find_predictors
 
+    if arguments.expert_bits is not None:
+        raise UsageError(f"--expert-bits is for mixtures of experts, which {source} is not. Use --bits.")
+    if arguments.bits not in BITS:
+        raise UsageError(f"--bits {arguments.bits} is not for stores: they take {', '.join(map(str, BITS))}.")
     memory = None if arguments.predictor_memory is None else parse_memory(arguments.predictor_memory)
-    say = partial(print, file=sys.stderr)
-    source = find_checkpoint(arguments.model, arguments.revision, say)
     settings = Settings(
         arguments.dtype,
         arguments.calibration,
@@ -83,13 +142,7 @@ def main(arguments: argparse.Namespace) -> None:
         bits=arguments.bits,
         resident_bits=arguments.resident_bits,
     )
-    mx.set_cache_limit(MLX_CACHE_BYTES)  # Freed buffers of one layer often do not fit the next, so keep few.
-    try:
-        manifest = convert(source, arguments.output, settings, arguments.overwrite)
-    except KeyboardInterrupt:
-        kept = f"{arguments.output}.partial keeps the finished part"
-        print(f"\nstopped: {kept}; run the same command again to continue", file=sys.stderr)
-        raise
+    manifest = convert(source, arguments.output, settings, arguments.overwrite)
     layout = manifest.layout
     print(
         f"{arguments.output}: {layout.layers} layers of {layout.neurons} neurons, {_stored(manifest)}", file=sys.stderr

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,19 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mlx_flash import __version__
 from mlx_flash.defaults import LEAST_CALIBRATION_TOKENS
-from mlx_flash.errors import CheckpointError, ConversionError, NoSpaceError, ReadError, StoreError, UsageError
+from mlx_flash.errors import CheckpointError, ConversionError, StoreError, UsageError
 from mlx_flash.flash.files import MANIFEST, RECORD, VERSION, Manifest, is_store, read_manifest
-from mlx_flash.flash.plain_files import reading
-from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.flash.system import return_freed_memory
 from mlx_flash.loading.model_types import activation_of, family_of
-from mlx_flash.source.checkpoint_files import files_in, matching, small_files
+from mlx_flash.source.checkpoint_files import matching
 from mlx_flash.source.compared_copies import compared_copies
 from mlx_flash.text.generation_config import check_end_tokens, read_generation_config, vocabulary_of
 
@@ -39,7 +31,8 @@ from . import calibrate, fitting, imported
 from .checkpoint import Checkpoint
 from .filled_model import FilledModel
 from .neuron_file import write_neurons
-from .output import fsync, is_our_store, publish, recover, refuse_to_replace, replaced_path
+from .output import PartialFolder, is_our_store, publish, taken
+from .small_copies import SmallCopies
 from .store_plan import Settings, StorePlan
 from .sums import SUMS, WrittenSums
 from .tensors import write_safetensors
@@ -76,60 +69,26 @@ def convert(
     vocabulary = vocabulary_of(checkpoint.config)
     check_end_tokens(source / "config.json", checkpoint.config, vocabulary)
     read_generation_config(source, vocabulary)
-    if not Path(os.path.realpath(output)).name:
-        raise UsageError(f"--output {output} is the root of the file system. Choose a folder.")
-    # Resolved, so that a link stays a link and the partial folder is on the disk that it leads to.
-    output = Path(os.path.realpath(output))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{output}.lock").acquire(timeout=0) as lock:
-            try:
-                recover(output)
-                refuse_to_replace(output, source, overwrite)
-                told = {} if seconds is None else seconds
-                return _Conversion(StorePlan(checkpoint, family, activation, settings), output, told).run()
-            finally:  # Remove it while it is held: a process that opened it meanwhile notices that, and tries again.
-                with contextlib.suppress(OSError):
-                    os.unlink(lock.lock_file)
-    except Timeout:
-        if not Path(f"{output}.lock").exists():  # filelock retries until its timeout if it cannot make the file.
-            raise ConversionError(
-                f"cannot write {output}: no file can be made in its folder. Choose an --output elsewhere."
-            ) from None
-        raise ConversionError(f"another process is converting into {output}. Wait for it, or stop it.") from None
-    except (StoreError, ReadError) as error:  # in the partial folder, or in a file of the checkpoint
-        raise ConversionError(str(error)) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"the disk of {output} is full. The finished part is kept in {output}.partial. Make room and run the "
-                "same command again to continue, or remove that folder."
-            ) from None
-        if not os.path.lexists(f"{output}.partial"):
-            raise ConversionError(f"cannot write {output}: {error}. Choose an --output elsewhere.") from None
-        raise ConversionError(
-            f"cannot write {output}: {error}. The finished part is kept. Fix the problem, then run the same command "
-            "again to continue."
-        ) from None
+    with taken(output, source, overwrite) as output:
+        told = {} if seconds is None else seconds
+        return _Conversion(StorePlan(checkpoint, family, activation, settings), output, told).run()
 
 
 class _Conversion:
     def __init__(self, outline: StorePlan, output: Path, seconds: dict[str, float]) -> None:
         self.outline, self.output, self.seconds = outline, output, seconds
-        self.partial = output.with_name(output.name + ".partial")
+        self.folder = PartialFolder(output)
+        self.partial = self.folder.path
         self.lowrank_left = outline.lowrank_memory  # bytes left for the remaining layers
         self.written: WrittenSums  # checksums of the partial folder, once it is claimed
-        self.small_files: dict[str, str] = {}  # configuration, tokenizer: name -> SHA-256
+        self.small: SmallCopies  # configuration and tokenizer
 
     # -- the steps ------------------------------------------------------------------------------------------
 
     def run(self) -> Manifest:
-        for path in self._small_files():
-            with reading(path):
-                self.small_files[path.name] = sha256_of(path)
+        self.small = SmallCopies(self.outline.checkpoint.folder, lambda name: name == MANIFEST or _is_work_file(name))
         sequences = self._calibration_sequences()
-        self._claim_partial_folder()
-        self.written = WrittenSums(self.partial)
+        self.written = self.folder.claim(self._key())
         if is_store(self.partial):  # Only the last renames are missing.
             try:
                 manifest = read_manifest(self.partial)
@@ -140,7 +99,8 @@ class _Conversion:
                 return manifest
         entries = self.outline.resident.entries()
         resident_bytes = sum(int(np.prod(shape)) * dtype.size for _, shape, dtype, _ in entries)
-        self._check_free_space(self.outline.layout.file_bytes + resident_bytes + 2 * self._predictor_bytes())
+        needed = self.outline.layout.file_bytes + resident_bytes + 2 * self._predictor_bytes()
+        self.folder.check_free_space(needed, "the store")
         with tqdm(
             total=self.outline.layout.file_bytes + resident_bytes,
             unit="B",
@@ -150,11 +110,11 @@ class _Conversion:
         ) as bar:
             table = write_neurons(self.partial, self.outline.layout, self.outline.layer_rows, bar.update, self.written)
             resident = self.partial / Manifest.resident_file
-            if self._is_finished(resident):
+            if self.folder.is_finished(resident.name):
                 bar.update(resident_bytes)
             else:
                 write_safetensors(resident, entries, bar.update, written=partial(self.written.add, resident.name))
-        self._copy_small_files()
+        self.small.copy_to(self.partial)
         perplexities = self._make_predictors(sequences)
         reports = {
             kind: self._merge_predictors(kind) | {"perplexity": perplexities[kind]} for kind in self.outline.kinds
@@ -163,17 +123,17 @@ class _Conversion:
         self._publish(manifest)
         return manifest
 
-    def _claim_partial_folder(self) -> None:
-        """Continues a partial conversion of the same input, or starts a new one."""
+    def _key(self) -> dict[str, Any]:
+        """What the store depends on."""
         text = self._calibration_text()
-        key = {
+        return {
             "mlx_flash": __version__,
             "version": VERSION,
             "source": str(self.outline.checkpoint.folder.resolve()),
             "files": self.outline.checkpoint.files(),
             "modified": {shard.name: shard.stat().st_mtime_ns for shard in self.outline.checkpoint.shards},
             "config": self.outline.checkpoint.config,
-            "small_files": self.small_files,
+            "small_files": self.small.sums,
             "dtype": self.outline.dtype,
             "bits": [self.outline.settings.bits, self.outline.settings.group_size, self.outline.settings.resident_bits],
             "calibration": [hashlib.sha256(text.encode()).hexdigest(), self.outline.settings.calibration_tokens],
@@ -186,63 +146,6 @@ class _Conversion:
                 [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.outline.predictor_files
             ],
         }
-        wanted = json.dumps(key, sort_keys=True).encode()
-        record = self.partial / RECORD
-        if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
-            raise UsageError(f"{self.partial} is in the way: the conversion needs a folder there. Remove it.")
-        with reading(record):
-            is_same = record.is_file() and record.read_bytes() == wanted
-        if is_same:
-            tqdm.write(f"continuing the conversion in {self.partial}", file=sys.stderr)
-            return
-        if self.partial.exists():
-            present = sorted(self.partial.iterdir(), key=lambda path: path == record)
-            if present and present[-1] != record:
-                raise UsageError(f"{self.partial} is not left over from a conversion (no {RECORD}). Move it away.")
-            tqdm.write(f"note: {self.partial} belongs to another input; starting again", file=sys.stderr)
-            for path in present:  # The record goes last, so that after a kill this function still knows the folder.
-                path.unlink()
-        self.partial.mkdir(exist_ok=True)
-        record.write_bytes(wanted)
-        fsync(record)
-
-    def _check_free_space(self, needed: int) -> None:
-        present = sum(file.stat().st_size for file in self.partial.iterdir() if file.is_file())
-        needed = needed + needed // 50 + SPARE_BYTES - present
-        free = shutil.disk_usage(self.partial).free
-        if free < needed:
-            raise NoSpaceError(
-                f"the store needs {needed / 1e9:.2f} GB more at {self.output}, where {free / 1e9:.2f} GB are free. "
-                "Make room, or choose an --output on another disk."
-            )
-
-    def _small_files(self) -> list[Path]:
-        """The files with configuration, tokenizer and generation settings."""
-        folder = self.outline.checkpoint.folder
-        names = [name for name in small_files(files_in(folder)) if name != MANIFEST and not _is_work_file(name)]
-        return [folder / name for name in names]
-
-    def _copy_small_files(self) -> None:
-        for path in self._small_files():
-            with reading(path):
-                content = path.read_bytes()
-            self._compare(path, None, content)
-            (self.partial / path.name).write_bytes(content)
-
-    def _compare(self, path: Path, _: object, content: bytes) -> None:
-        """Raises ConversionError if a small file of the checkpoint has changed since the conversion began."""
-        if hashlib.sha256(content).hexdigest() != self.small_files.get(path.name):
-            raise ConversionError(f"{path} changed during the conversion. Run the same command again.")
-
-    def _is_finished(self, path: Path) -> bool:
-        """Whether a file of the partial folder exists and holds exactly what was written. Raises ReadError."""
-        if (sums := self.written.of(path.name)) is None or not path.exists():
-            return False
-        try:
-            with reading(path):
-                return tensor_checksums(path) == sums
-        except ValueError:
-            return False
 
     def _open(self, path: Path) -> StoredTensors:
         """Opens a file that was written into the partial folder. Raises ConversionError if it is gone."""
@@ -267,8 +170,8 @@ class _Conversion:
         from mlx_flash.text.tokenizer import TOKENIZER_FILES, load_tokenizer
 
         folder, size = self.outline.checkpoint.folder, int(self.outline.checkpoint.config["vocab_size"])
-        if self.small_files.keys() & set(TOKENIZER_FILES):
-            with compared_copies(folder, [*self.small_files], self._compare) as copies:
+        if self.small.sums.keys() & set(TOKENIZER_FILES):
+            with compared_copies(folder, [*self.small.sums], self.small.compare) as copies:
                 tokenizer = load_tokenizer(copies)
             ids = list(tokenizer.encode(self._calibration_text(), add_special_tokens=False, verbose=False))
             prefix = [i for i in tokenizer.encode("", add_special_tokens=True) if i != tokenizer.eos_token_id][:1]
@@ -348,7 +251,7 @@ class _Conversion:
     def _layer_predictor(self, layer: int, kind: str, sample: fitting.Sample, norm: Any) -> dict[str, Any]:
         """Makes a layer's predictor, unless its file is finished. Returns the measurements from the file."""
         path = self._layer_file(layer, kind)
-        if not self._is_finished(path):
+        if not self.folder.is_finished(path.name):
             return_freed_memory()
             began = time.perf_counter()
             made = self._make_predictor(layer, kind, sample, norm)
@@ -453,27 +356,14 @@ class _Conversion:
             return entry | {"crc32": sums}
         if name == Manifest.neurons_file:
             return entry
-        return entry | {"sha256": table if name == Manifest.neurons_checksums_file else self.small_files[name]}
+        return entry | {"sha256": table if name == Manifest.neurons_checksums_file else self.small.sums[name]}
 
     def _publish(self, manifest: Manifest) -> None:
         publish(self.partial, manifest)
         self._rename()
 
     def _rename(self) -> None:
-        """Renames the partial folder, now a complete store, to the output. `recover` handles a kill at any point."""
-        for path in self.partial.iterdir():
-            if _is_work_file(path.name) and path.name != RECORD:
-                path.unlink()
-        replaced = replaced_path(self.output)
-        if is_store(self.output):
-            self.output.rename(replaced)
-        self.partial.rename(self.output)
-        fsync(self.output.parent)
-        # The record is removed last: a partial folder without one would not be recognised as ours.
-        (self.output / RECORD).unlink()
-        fsync(self.output)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        self.folder.rename(_is_work_file)
 
 
 class _Choice:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from .cli.model_arguments import add_model_arguments, load_model
@@ -157,6 +158,7 @@ def as_json(response: Any, model: Any, text: str, tokens: list[int]) -> dict[str
         "peak_memory_bytes": int(response.peak_memory * 1e9),
         "hit_rate": statistics.hit_rate,
         **statistics.per_token(),
+        "drafts": None if statistics.drafts is None else asdict(statistics.drafts),
         "predictor": model.flash.predictor,
         "predictor_measured": model.flash.setting and model.flash.setting.measured,
         "plan": model.flash.plan.as_dict(),

@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
         (own,) = engines
         return after is not None and made >= after and not own._stopping and not own.job.left
 
-    def stream_generate(*arguments: Any, **options: Any) -> Iterator[Any]:
+    def stream_generate(*arguments: Any, **options: Any) -> Generator[Any]:
         for response in real_generate(*arguments, **options):
             yield response
             while is_held(response.generation_tokens):

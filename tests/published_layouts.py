@@ -123,12 +123,25 @@ def transposed_experts(ours: str, theirs: str) -> Layout:
     return rewrite
 
 
+def latent_attention(weights: Weights) -> Weights:
+    """One up-projection for keys and values, which MLX's form splits by heads."""
+    result = dict(weights)
+    for name in weights:
+        head, found, tail = name.partition("embed_q.weight")
+        if found and not tail and not head.endswith("un"):
+            keys = result.pop(name).swapaxes(1, 2)  # (H, nope, rank)
+            values = result.pop(f"{head}unembed_out.weight")  # (H, V, rank)
+            result[f"{head}kv_b_proj.weight"] = mx.concatenate([keys, values], axis=1).flatten(0, 1)
+    return result
+
+
 W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 MLP = each(".mlp.switch_mlp.", ".mlp.experts.")
 GRANITE = fused(
     ".block_sparse_moe.switch_mlp.", ".block_sparse_moe.input_linear.weight", ".block_sparse_moe.output_linear.weight"
 )
 LAYOUTS: dict[str, Layout] = {
+    "deepseek_v3": in_turn(MLP, latent_attention),
     "gemma4": in_turn(
         fused(".experts.switch_glu.", ".experts.gate_up_proj", ".experts.down_proj"),
         renamed((r"^language_model\.model\.", "model.language_model.")),
@@ -136,6 +149,7 @@ LAYOUTS: dict[str, Layout] = {
     "gpt_oss": interleaved_blocks,
     "granitemoe": GRANITE,
     "granitemoehybrid": in_turn(GRANITE, transposed_convolutions),
+    "llama4": transposed_experts(".feed_forward.experts.", ".feed_forward.experts."),
     "mixtral": each(".block_sparse_moe.switch_mlp.", ".block_sparse_moe.experts.", W123),
     "olmoe": MLP,
     "qwen3_5_moe": in_turn(
@@ -147,7 +161,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3_moe": MLP,
 }
 
-CHANGED = frozenset({"gpt_oss"})  # mlx-lm rearranges or computes their experts
+CHANGED = frozenset({"gpt_oss", "llama4"})  # mlx-lm rearranges or computes their experts
 
 
 def publish(folder: Path, family: str) -> None:

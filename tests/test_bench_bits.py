@@ -63,7 +63,7 @@ def test_a_plan_from_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("plan", "--shape", "125m", "--bits", "4", "--resident-bits", "8")
     run(*flags, "--memory", "1GB")
     made = last_line(capsys)
-    kinds = ("process", "resident_weights", "predictors", "slots", "kv_cache", "prompt_caches", "workspace")
+    kinds = ("process", "resident_weights", "predictors", "slots", "kv_cache", "prompt_caches", "drafts", "workspace")
     assert made["total"] == sum(made[kind] for kind in kinds) <= made["budget"] == 10**9
     assert made["slot_bytes"] == 864  # 2 x (768 / 2 + 768 / 64 x 2 x 2)
     with pytest.raises(BudgetError, match="this model needs at least"):

@@ -761,7 +761,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (cut, "its tensors end at byte"),
     "lying header": (huge_header, "its header claims"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"x"), "is not a valid safetensors file"),
-    "other family": (lambda f: change_config(f, model_type="gpt2"), "mlx-lm itself runs it"),
     "no family": (lambda f: change_config(f, model_type=None), "is of model type None, which neither"),
     "gelu": (lambda f: change_config(f, activation_function="gelu"), "uses the activation 'gelu'"),
     "torch is missing": (only_torch, "reading it needs torch"),

@@ -32,7 +32,7 @@ KEYS = {
     *("peak_memory_bytes", "hit_rate", "bytes_per_token", "reads_per_token", "read_s", "wait_s", "manage_s"),
     *("compute_s", "predictor", "predictor_measured", "plan"),
 }
-PLAN_KINDS = {"process", "resident_weights", "predictors", "slots", "kv_cache", "prompt_caches", "workspace"}
+PLAN_KINDS = {"process", "resident_weights", "predictors", "slots", "kv_cache", "prompt_caches", "drafts", "workspace"}
 PLAN_KEYS = {"budget", "total", *PLAN_KINDS}
 HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch")
 

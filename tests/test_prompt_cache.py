@@ -18,8 +18,9 @@ from mlx_flash.errors import UsageError
 from mlx_flash.loading.load import load
 from mlx_flash.text.cached_context import make_room
 from mlx_flash.text.encoding import common_prefix
-from mlx_flash.text.generation import cached_tokens, stream_generate
+from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.prompt_cache import ReusedPromptCache
+from mlx_flash.text.token_loop import cached_tokens
 
 PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31]
 

@@ -50,6 +50,7 @@ class FakeModel:
             streamer=SimpleNamespace(counters=Counters()),
             evaluate_guarded=lambda: None,
             verify_unchanged=lambda: None,
+            drafting=None,
         )
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:

@@ -69,7 +69,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert stats["last"]["generated_tokens"] == 9 and stats["last"]["prompt_tokens"] == stats["last"]["prompt_tokens"]
     assert set(stats["last"]) == {
         *("tokens_per_second", "prompt_tokens", "generated_tokens", "first_token_s", "hit_rate", "bytes_per_token"),
-        *("bytes_per_second", "wait_s", "manage_s", "compute_s"),
+        *("bytes_per_second", "wait_s", "manage_s", "compute_s", "drafted_tokens", "accepted_tokens"),
     }
     totals = {name: stats["totals"][name] - before["totals"][name] for name in stats["totals"]}
     assert (totals["requests"], totals["failed"], totals["generated_tokens"]) == (1, 0, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import mlx_flash
+from mlx_flash.bench.synthetic.dense_checkpoint import write_dense
 from mlx_flash.errors import BudgetError, ReadError, UsageError
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.unit_sums import RangeSums
+from mlx_flash.layers.shared_reading import SharedReading, bytes_to_share
 from mlx_flash.loading import layer_weights
 from mlx_flash.loading.expert_files import open_mixture
-from mlx_flash.loading.in_place_plan import InPlacePlan, WeightBytes, divide_in_place
+from mlx_flash.loading.in_place_plan import InPlacePlan, WeightBytes, divide_in_place, with_spare_for_chunks
 from mlx_flash.loading.layer_weights import spread
 from mlx_flash.loading.mixture import plan_mixture
 from mlx_flash.loading.options import LoadOptions
@@ -350,3 +353,104 @@ def test_what_is_read_is_compared_with_sums(
             everything(model)
     finally:
         model.flash.close()
+
+
+SHARE = ["llama", "qwen3", "phi3", "gemma2", "starcoder2", "minicpm3", "qwen3_moe", "deepseek_v2", "granitemoe"]
+SHARE += ["gemma3_text", "cohere2", "gpt_oss"]  # with windows that the prompt leaves
+
+
+@pytest.mark.parametrize("family", SHARE)
+def test_chunks_share_a_reading_and_keep_their_bits(
+    model_of: Callable[..., Path], stream: Callable[..., Any], family: str
+) -> None:
+    folder = model_of(family)
+    model, streamer = stream(folder, 0 if family == "llama" else 1)
+    layers = [layer.module for layer in open_mixture(folder).layers]
+    layers = [module for module in model.layers][: len(layers)]
+    assert bytes_to_share(model, layers, make_prompt_cache(model)) == 4 * 64
+    apart, together = make_prompt_cache(model), make_prompt_cache(model)
+    chunks = [PROMPT[:16], PROMPT[16:32], PROMPT[32:]]
+    before = streamer.counters.copy()
+    for chunk in chunks:
+        model(mx.array([chunk]), cache=apart)
+        mx.eval([part.state for part in apart])
+    between = streamer.counters.copy()
+    assert SharedReading(layers, 3).feed(model, chunks, together)
+    after = streamer.counters.copy()
+    if family in DENSE:
+        assert 2.9 < (between - before).bytes / (after - between).bytes < 3.1
+    assert [part.offset for part in apart] == [part.offset for part in together]
+    for token in (5, 9):
+        a, b = (np.array(model(mx.array([[token]]), cache=cache)) for cache in (apart, together))
+        assert np.array_equal(a, b) and np.isfinite(a).all()
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "lfm2", "mamba2", "qwen3_next"])
+def test_caches_that_say_more_than_their_offset_are_not_shared(
+    model_of: Callable[..., Path], stream: Callable[..., Any], family: str
+) -> None:
+    model, _ = stream(model_of(family), 1)
+    cache = make_prompt_cache(model)
+    assert not SharedReading(list(model.layers), 3).feed(model, [PROMPT[:16], PROMPT[16:32]], cache)
+    assert np.array_equal(np.array(model(mx.array([PROMPT]), cache=cache)), reference(model_of(family))[0])
+
+
+@pytest.mark.parametrize("change", ["between layers", "a pair", "an argument"])
+def test_layers_that_do_not_pass_on_one_array_are_not_shared(
+    model_of: Callable[..., Path], stream: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    from mlx_lm.models import llama
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, *_: Any, **__: Any) -> mx.array:
+        h = self.embed_tokens(inputs)
+        for layer, part in zip(self.layers, cache, strict=True):
+            mask = "causal" if inputs.shape[1] > 1 else None
+            if change == "an argument":
+                mask = h[0, :, :1] > 0
+            h = layer(h, mask, cache=part)
+            h = h[0] if change == "a pair" else h * 1.5 if change == "between layers" else h
+        return self.norm(h)
+
+    block = llama.TransformerBlock.__call__
+    monkeypatch.setattr(llama.LlamaModel, "__call__", call)
+    if change == "a pair":
+        monkeypatch.setattr(llama.TransformerBlock, "__call__", lambda *a, **n: (block(*a, **n), 1))
+        model, _ = open_streamed(model_of("llama"), 1)
+        assert bytes_to_share(model, list(model.layers), make_prompt_cache(model)) == 0
+        return
+    model, _ = open_streamed(model_of("llama"), 1)
+    assert not SharedReading(list(model.layers), 2).feed(model, [PROMPT[:9], PROMPT[9:]], make_prompt_cache(model))
+
+
+def test_a_prompt_of_several_chunks_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public functions: the same text, and a fraction of the reads."""
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    write_dense(folder, "tiny", 8, "float32", 0)
+    texts, read = [], []
+    for most in (1, 4):
+        whole: Any = mlx_flash.plan(folder, memory=ENDLESS, context=64)
+        budget = whole.demand.total + 5 * whole.slot_bytes
+        model, tokenizer = mlx_flash.load(folder, memory=budget, context=64)
+        try:
+            assert 0 < model.flash.plan.pinned < 8
+            model.flash.shared_reading = SharedReading(list(model.layers), most)
+            answers = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=8, prefill_step_size=9))
+            texts.append([answer.token for answer in answers])
+            read.append(answers[-1].statistics.prompt.bytes)
+        finally:
+            model.flash.close()
+    assert texts[0] == texts[1] and len(texts[0]) > 1
+    assert read[1] < 0.5 * read[0]
+
+
+def test_the_plan_s_spare_memory_is_for_chunks_of_the_context() -> None:
+    weights = WeightBytes([5 * 10**6], [10**6] * 10, 10**6, 0, 0, 0, 0)
+    plan = divided(weights, 12 * 10**6 + 400_000)
+    assert plan.budget - plan.total == 400_000
+    assert with_spare_for_chunks(plan, 0) == plan
+    assert with_spare_for_chunks(replace(plan, context=2000), 150_000).chunks_at_once == 3
+    assert with_spare_for_chunks(replace(plan, context=900), 150_000).chunks_at_once == 2
+    assert with_spare_for_chunks(plan, 500_000).chunks_at_once == 1
+    grown = with_spare_for_chunks(replace(plan, context=2000), 150_000)
+    assert grown.total == plan.total + 300_000 <= plan.budget

@@ -107,8 +107,8 @@ def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monke
     text = spoken(model, tokenizer, "what is it now")
     other = spoken(model, tokenizer, *look(model, TEXT, [picture(1)]))
     assert not np.array_equal(other[1], reference[1])
-    divide = mixture.divide_in_place
-    monkeypatch.setattr(mixture, "divide_in_place", lambda *a: replace(divide(*a), expert_slots=(1, 2)))
+    divide = mixture.divide_with_tables
+    monkeypatch.setattr(mixture, "divide_with_tables", lambda *a: replace(divide(*a), expert_slots=(1, 2)))
     small, _ = load()
     assert sorted(layer.units.cache.slots for layer in small.flash.layers) == [1, 2]
     for one in (small, model):

@@ -145,9 +145,10 @@ def _about_neurons(folder: Path, context: int) -> dict[str, Any]:
 
 
 def _about_experts(folder: Path, context: int) -> dict[str, Any]:
+    from mlx_flash.loading.config import number_of
     from mlx_flash.loading.expert_files import open_mixture
     from mlx_flash.loading.memory_needs import needs_of
-    from mlx_flash.loading.mixture import number_of, streamed_layers
+    from mlx_flash.loading.mixture import streamed_layers
 
     mixture = open_mixture(folder)
     needs = needs_of(mixture.model, streamed_layers(mixture), context)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,21 +17,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mlx_flash.cli.run import whole_number
-from mlx_flash.convert.tensors import write_safetensors
-from mlx_flash.errors import UsageError
 
-from .opt_checkpoint import copy_tokenizer
+from .random_tensors import Load, must_be_new, normal, packed, write_random
 
 # Share of a token's experts that the next token reuses: github.com/kekzl/imp, pull request 1359, three prompts.
 REPEATED = 0.45
 SHARED = 0.5  # the part of an embedding that all tokens share; popularity comes from it
-SHARD_BYTES = 4e9
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-
-Load = Callable[[], mx.array]
 
 
 @dataclass(frozen=True)
@@ -78,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists already. Choose another --output.")
+    must_be_new(output)
     shape = SHAPES[arguments.shape]
     layers = arguments.layers or shape.layers
     size = write_mixture(output, shape, layers, getattr(mx, arguments.dtype), arguments.seed)
@@ -90,35 +82,11 @@ def main(arguments: argparse.Namespace) -> None:
 
 def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int) -> int:
     """Writes a checkpoint to a temporary folder and renames it, so that it is complete. Returns its bytes."""
-    from mlx_flash.text.tokenizer import load_tokenizer
-
-    partial_folder = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        copy_tokenizer(partial_folder)
-        vocabulary = len(load_tokenizer(partial_folder).vocab)
-        tensors = list(_tensors(shape, layers, vocabulary, dtype, seed))
-        size = sum(int(np.prod(dims, dtype=np.int64)) * kind.size for _, dims, kind, _ in tensors)
-        if (free := shutil.disk_usage(partial_folder).free) < 1.02 * size:
-            raise UsageError(
-                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free. "
-                "Choose fewer --layers or another --output."
-            )
-        with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic experts", dynamic_ncols=True) as bar:
-            shards = _in_shards(tensors)
-            for number, shard in enumerate(shards):
-                name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-                write_safetensors(partial_folder / name, shard, bar.update)
-        config = _config(shape, layers, vocabulary, seed)
-        (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        partial_folder.rename(output)
-    except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
-    return size
+    return write_random(
+        output,
+        lambda vocabulary: _tensors(shape, layers, vocabulary, dtype, seed),
+        lambda vocabulary: _config(shape, layers, vocabulary, seed),
+    )
 
 
 def popularity(experts: int, choices: int, repeated: float, rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +115,7 @@ def _tensors(
     common = _unit(np.random.default_rng([seed, 0]).standard_normal(hidden))
 
     def plain(name: str, dims: tuple[int, ...], spread: float, mean: float = 0.0) -> Any:
-        return name, dims, dtype, partial(_normal, [seed, *name.encode()], dims, spread, mean, dtype)
+        return name, dims, dtype, partial(normal, [seed, *name.encode()], dims, spread, mean, dtype)
 
     def embedding() -> mx.array:
         own = np.random.default_rng([seed, 1]).standard_normal((vocabulary, hidden)) / np.sqrt(hidden)
@@ -162,7 +130,7 @@ def _tensors(
 
     def matrix(name: str, dims: tuple[int, int], spread: float) -> Iterator[Any]:
         if shape.all_quantised:
-            yield from _packed(name, shape, dims, spread, dtype, [seed, *name.encode()])
+            yield from packed(name, shape.quantisation, dims, spread, dtype, [seed, *name.encode()])
         else:
             yield plain(f"{name}.weight", dims, spread)
 
@@ -207,29 +175,11 @@ def _tensors(
             rows, columns = (hidden, shape.neurons) if name == "down_proj" else (shape.neurons, hidden)
             path = f"{prefix}mlp.{'experts' if gpt else 'switch_mlp'}.{name}"
             spread = columns**-0.5 * (0.01 if name == "down_proj" else 1.0)
-            yield from _packed(path, shape, (shape.experts, rows, columns), spread, dtype, [seed, layer, len(name)])
+            yield from packed(
+                path, shape.quantisation, (shape.experts, rows, columns), spread, dtype, [seed, layer, len(name)]
+            )
             if gpt:
                 yield plain(f"{path}.bias", (shape.experts, rows), 0.0)
-
-
-def _packed(
-    path: str, shape: Shape, dims: tuple[int, ...], spread: float, dtype: mx.Dtype, seed: list[int]
-) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
-    """A quantised matrix, or one per expert: random packed bits, with scales that give the numbers that spread."""
-    bits, group = shape.quantisation["bits"], shape.quantisation["group_size"]
-    *rest, columns = dims
-    packed, scales = (*rest, columns * bits // 32), (*rest, columns // group)
-
-    def words() -> mx.array:
-        return mx.array(np.random.default_rng(seed).integers(0, 2**32, packed, np.uint32, endpoint=False))
-
-    yield f"{path}.weight", packed, mx.uint32, words
-    if shape.quantisation.get("mode") == "mxfp4":  # scales are exponents; the numbers' spread is about 2.9
-        yield f"{path}.scales", scales, mx.uint8, partial(mx.full, scales, 127 + round(np.log2(spread / 2.9)), mx.uint8)
-        return
-    step = spread / (2**bits / 12**0.5)  # for evenly spread numbers
-    yield f"{path}.scales", scales, dtype, partial(mx.full, scales, step, dtype)
-    yield f"{path}.biases", scales, dtype, partial(mx.full, scales, -step * (2**bits - 1) / 2, dtype)
 
 
 def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, Any]:
@@ -267,24 +217,6 @@ def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, 
         "norm_topk_prob": True,
         "rope_theta": 1000000.0,
     }
-
-
-def _in_shards(tensors: list[Any]) -> list[list[Any]]:
-    shards: list[list[Any]] = [[]]
-    filled = 0.0
-    for tensor in tensors:
-        size = float(np.prod(tensor[1], dtype=np.int64)) * tensor[2].size
-        if filled and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0.0
-        shards[-1].append(tensor)
-        filled += size
-    return shards
-
-
-def _normal(seed: list[int], dims: tuple[int, ...], spread: float, mean: float, dtype: mx.Dtype) -> mx.array:
-    values = np.random.default_rng(seed).standard_normal(dims, dtype=np.float32)
-    return mx.array(values * np.float32(spread) + np.float32(mean)).astype(dtype)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import CONTEXT, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_CONTEXT, PREDICTORS, THREADS
+from ..defaults import CONTEXT, DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_CONTEXT, PREDICTORS, THREADS
 from .run import REVISION_HELP
 
 if TYPE_CHECKING:
@@ -77,6 +77,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         choices=IO_MODES,
         default=IO_MODES[0],
         help="read past the page cache (direct) or through it (buffered) (default: %(default)s)",
+    )
+    model.add_argument(
+        "--draft",
+        choices=DRAFTS,
+        default=DRAFTS[0],
+        help="guess several tokens and verify them in one pass over the weights: ngram guesses what followed the same "
+        "words before; how many follows from what earlier answers measured; rounding may change the text (default: "
+        "%(default)s)",
+    )
+    model.add_argument(
+        "--draft-model",
+        metavar="DIR_OR_ID",
+        help="draft by a small model of the same vocabulary instead, which is wholly in memory (default: none)",
     )
     model.add_argument(
         "--verify",

@@ -68,14 +68,45 @@ class Clock:
         return self._mark - mark
 
 
+@dataclass
+class DraftCounts:
+    """Drafts of a generation. kind: how they were made. depth: most drafts of a pass; 0 if there were none, because
+    they had lost time before."""
+
+    kind: str
+    depth: int
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0  # over the weights, for the decoded tokens
+
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        """The sums, with the larger depth."""
+        sums = (getattr(self, name) + getattr(other, name) for name in ("drafted", "accepted", "passes"))
+        return DraftCounts(self.kind, max(self.depth, other.depth), *sums)
+
+    def line(self, tokens: int) -> str:
+        """A line for the user. tokens: number of decoded tokens."""
+        if not self.depth:
+            return f"Drafts ({self.kind}): none, because they did not save time before"
+        share = f" ({self.accepted / self.drafted:.1%})" if self.drafted else ""
+        return (
+            f"Drafts ({self.kind}, up to {self.depth}): {self.accepted} of {self.drafted} accepted{share}, "
+            f"{tokens / max(1, self.passes):.2f} tokens per pass"
+        )
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of one generation, with separate counters for the prompt and the decoded tokens."""
+    """Statistics of one generation, with separate counters for the prompt and the decoded tokens.
+
+    drafts: None if it was not set up for any.
+    """
 
     prompt: Counters
     decode: Counters
     decoded_tokens: int
     first_token_s: float
+    drafts: DraftCounts | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both generations together; `first_token_s` is the sum."""
@@ -84,6 +115,7 @@ class Statistics:
             decode=self.decode + other.decode,
             decoded_tokens=self.decoded_tokens + other.decoded_tokens,
             first_token_s=self.first_token_s + other.first_token_s,
+            drafts=self.drafts + other.drafts if self.drafts and other.drafts else self.drafts or other.drafts,
         )
 
     @property
@@ -111,7 +143,7 @@ class Statistics:
         }
 
     def lines(self, predictor: str) -> list[str]:
-        """Two lines for the user: the reads, and where the time went."""
+        """Lines for the user: the reads, where the time went, and the drafts, if it was set up for them."""
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
         rate = self.bytes_per_second
@@ -121,4 +153,5 @@ class Statistics:
             f"{each['reads_per_token']:.1f} reads per token, {speed}",
             f"Time per token: {1e3 * each['wait_s']:.2f} ms waiting for reads, {1e3 * each['manage_s']:.2f} ms cache "
             f"management, {1e3 * each['compute_s']:.2f} ms compute",
+            *([self.drafts.line(self.decoded_tokens)] if self.drafts is not None else []),
         ]

@@ -18,6 +18,14 @@ EXPERTS_AT_ONCE = 16  # experts of a prompt that are multiplied while as many ar
 AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
 
 
+def most_positions(choices: int) -> int:
+    """The most tokens of a call whose (token, expert) pairs are computed like those of a single token.
+
+    choices: number of experts of a token.
+    """
+    return max(1, (SORTED_FROM - 1) // choices)
+
+
 class StreamedExperts(nn.Module):
     """Replaces a zoo's switch layer. x: (..., D), indices: (..., K) -> (..., K, D).
 

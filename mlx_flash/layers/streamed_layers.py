@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +14,8 @@ import mlx.nn as nn
 from ..flash.layer_ring import LayerRing
 
 DEPTH = 6  # of containers and objects in a call's arguments: named arguments, caches of several parts, their arrays
+
+WRAPS = "_wraps_a_call"  # an attribute of the classes that are made here
 
 
 def stream_layer(layer: nn.Module, weights: Sequence[tuple[nn.Module, str]], ring: LayerRing, number: int) -> None:
@@ -44,7 +48,7 @@ def hook(layer: nn.Module, before: Callable[[], None], after: Callable[[Sequence
 
     after: gets the arrays of the result first, then those of the arguments, with the prompt caches that the call wrote.
     """
-    object.__setattr__(layer, "_hooks", (before, after))  # a module would take it for parameters
+    object.__setattr__(layer, "_hooks", Hooks(before, after))  # a module would take a tuple for parameters
     object.__setattr__(layer, "__class__", _hooked(type(layer)))
 
 
@@ -54,18 +58,50 @@ def unhook(layer: nn.Module) -> None:
     object.__setattr__(layer, "__class__", type(layer).__base__)
 
 
+def hooks_of(layer: nn.Module) -> Hooks | None:
+    """The hooks of a layer; None if it has none."""
+    return getattr(layer, "_hooks", None)
+
+
+@contextmanager
+def instead(layers: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Inside this context, a call of one of the layers is `call(layer, *arguments, **named)`."""
+    kinds = [type(layer) for layer in layers]
+    try:
+        for layer, kind in zip(layers, kinds, strict=True):
+            object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call, WRAPS: True}))
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            object.__setattr__(layer, "__class__", kind)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What runs around a layer's call, see `hook`."""
+
+    before: Callable[[], None]
+    after: Callable[[Sequence[mx.array]], None]
+
+
 @functools.cache
 def _hooked(kind: type[nn.Module]) -> type[nn.Module]:
     class Hooked(kind):  # type: ignore[valid-type, misc]
         def __call__(self, *arguments: Any, **named: Any) -> Any:
-            before, after = self._hooks
-            before()
+            self._hooks.before()
             result = super().__call__(*arguments, **named)
-            after(list(arrays_in((result, arguments, named))))
+            self._hooks.after(list(arrays_in((result, arguments, named))))
             return result
 
     Hooked.__name__, Hooked.__qualname__ = kind.__name__, kind.__qualname__
+    setattr(Hooked, WRAPS, True)
     return Hooked
+
+
+def without_hooks(layer: nn.Module, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+    """The result of a layer's call without what runs around it."""
+    kind: Any = next(kind for kind in type(layer).__mro__ if WRAPS not in vars(kind))
+    return kind.__call__(layer, *arguments, **named)
 
 
 def arrays_in(value: Any, depth: int = DEPTH) -> Iterator[mx.array]:

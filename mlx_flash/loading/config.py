@@ -71,3 +71,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:  # the file changed after it was read above
         raise unreadable(folder, error, " or ".join(CONFIG_FILES)) from None
     return config
+
+
+def number_of(config: dict[str, Any], key: str) -> int | None:
+    """A number from a configuration, or from its part for the text model; None if it is in neither.
+
+    Raises CheckpointError if it is not a positive whole number.
+    """
+    text = config.get("text_config")
+    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
+    if value is None:
+        return None
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
+    return value

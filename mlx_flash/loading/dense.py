@@ -86,6 +86,7 @@ def build(
         model.args.max_position_embeddings,
         manifest,
         setting,
+        most_positions=manifest.decode_tokens,
     )
     return model
 

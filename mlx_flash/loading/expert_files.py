@@ -22,6 +22,7 @@ from ..layers.lookahead_trial import LookAheadTrial
 from ..source.model_kind import switch_layers
 from .layer_weights import LayerWeights, find_layers, spread
 from .lazy_model import open_lazily
+from .lookup_tables import Table, find_tables
 from .provenance import locate
 
 
@@ -40,7 +41,10 @@ class Mixture:
     entries: dict[str, tuple[int, TensorEntry]]  # the checkpoint's tensors -> (index of the file, entry in its header)
     tensors: dict[str, mx.array]  # the checkpoint's tensors, lazily loaded
     layers: list[LayerWeights]  # those that can be streamed, in the order in which a token needs them
-    streamed: set[str]  # paths of the parameters that do not stay in memory: the experts', and those of streamed layers
+    lookup_tables: list[Table]  # those whose rows can be read
+    streamed: set[
+        str
+    ]  # paths of the parameters that do not stay in memory: the experts', those of streamed layers, ...
 
     @property
     def experts(self) -> int:
@@ -61,6 +65,10 @@ class Mixture:
     def of_experts(self) -> set[str]:
         """The paths of the experts' parameters."""
         return {f"{path}.{name}" for path, tensors in self.switches.items() for name in tensors}
+
+    def of_tables(self) -> set[str]:
+        """The paths of the parameters of the lookup tables."""
+        return set().union(*(table.names() for table in self.lookup_tables))
 
     def behind(self, parameters: Iterable[str]) -> set[str]:
         """The checkpoint's tensors that parameters consist of."""
@@ -113,11 +121,22 @@ def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None
         switches[path] = parts
     streamed = {f"{path}.{name}" for path, parts in switches.items() for name in parts}
     nothing = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
-    layers = find_layers(lazy, nothing, streamed)
+    tables = find_tables(lazy)
+    layers = find_layers(lazy, nothing, streamed.union(*(table.names() for table in tables)))
     lazy.provenance.arrays.clear()  # each array keeps its file open
+    lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}
     return Mixture(
-        lazy.model, lazy.config, lazy.files, switches, lazy.provenance.sources, lazy.entries, tensors, layers, streamed
+        lazy.model,
+        lazy.config,
+        lazy.files,
+        switches,
+        lazy.provenance.sources,
+        lazy.entries,
+        tensors,
+        layers,
+        tables,
+        streamed,
     )
 
 

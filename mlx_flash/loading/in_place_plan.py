@@ -1,18 +1,21 @@
 """Divides a budget for a checkpoint that is run as it is: which of its experts and layers are in memory.
 
 Experts go first: they are read where not all of them fit. A token needs every other weight, so these stay in memory as
-long as every layer keeps the fewest experts beside them. Where they do not, whole layers are read as well.
+long as every layer keeps the fewest experts beside them. Where they do not, whole layers are read as well. The rows of
+lookup tables are read unless everything is in memory: a token needs few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+from ..defaults import PREFILL_TOKENS
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
 from .expert_files import Mixture
 from .layer_weights import spread
+from .lookup_tables import Table, kept_bytes
 from .plan import ENDLESS, Demand, Plan, UnitCounts
 
 LAYERS = "layers"
@@ -29,24 +32,40 @@ class WeightBytes:
     expert_layers: int
     experts: int  # of each layer
     tables: int  # the experts' vectors, such as biases, which stay in memory
+    lookups: list[int] = field(default_factory=list)  # every tensor of lookup tables, if all rows are in memory
+    rows_kept: int = 0  # rows of lookup tables that are kept at least, if the others are read
+    rows_work: int = 0  # the rows of a prompt's chunk, likewise
 
     @staticmethod
     def of(mixture: Mixture) -> WeightBytes:
-        in_layers = {name for layer in mixture.layers for name in layer.names()}
+        apart = mixture.of_tables().union(*(layer.names() for layer in mixture.layers))
         return WeightBytes(
-            outside=[array.nbytes for name, array in mixture.resident() if name not in in_layers],
+            outside=[array.nbytes for name, array in mixture.resident() if name not in apart],
             layers=[sum(tensor.nbytes for tensor in layer.tensors) for layer in mixture.layers],
             buffer=max((layer.nbytes for layer in mixture.layers), default=0),
             expert=mixture.expert_bytes,
             expert_layers=len(mixture.switches),
             experts=mixture.experts,
             tables=mixture.table_bytes,
+            lookups=[
+                table.rows * tensor.nbytes for table in mixture.lookup_tables for tensor in table.tensors.values()
+            ],
         )
+
+    def with_rows_read(self, tables: Sequence[Table]) -> WeightBytes:
+        """The sizes if the rows of the lookup tables are read."""
+        work = sum(table.work_bytes for table in tables)
+        return replace(self, lookups=[], rows_kept=kept_bytes(tables), rows_work=work)
 
     @property
     def resident(self) -> list[int]:
-        """The tensors in memory if only experts are streamed; a layer counts as one."""
-        return [*self.outside, *self.layers]
+        """The tensors in memory if only experts and rows are streamed; a layer counts as one."""
+        return [*self.outside, *self.lookups, *self.layers]
+
+    @property
+    def embeddings(self) -> str:
+        """The resident weights at either end of a model, for notes."""
+        return "output head" if self.rows_kept else "embeddings, output head"
 
     @property
     def all_experts(self) -> int:
@@ -63,24 +82,90 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class InPlacePlan(Plan):
-    """A plan for experts and layers.
+    """A plan for experts, layers and rows of lookup tables.
 
     expert_slots: number of slots of each layer of experts. pinned: number of layers that are in memory all the time.
     layer_bytes_per_token: bytes of the other layers, which every token reads. proposed_bytes: bytes of the units that
-    `bytes_for` counts.
+    `bytes_for` counts. chunks_at_once: number of a prompt's chunks that share a reading of the layers. reads_rows:
+    whether rows of lookup tables are read. rows_saved: memory that this saves, or would save, in bytes.
     """
 
     expert_slots: tuple[int, ...] = ()
     pinned: int = 0
     layer_bytes_per_token: int = 0
     proposed_bytes: int = 0
+    chunks_at_once: int = 1
+    reads_rows: bool = False
+    rows_saved: int = 0
 
     def bytes_for(self, share: float) -> int:
-        return max(self.smallest, self.everything - int((1 - share) * self.proposed_bytes))
+        saved = self.rows_saved if share < 1 else 0
+        return max(self.smallest, self.everything - saved - int((1 - share) * self.proposed_bytes))
 
 
 Divided = Callable[[UnitCounts, Demand, int, str, "int | None"], Plan]
 """Makes a plan for units, a demand, the bytes of a slot, a note about resident weights, and a budget."""
+
+
+def divide_with_tables(
+    divided: Divided,
+    weights: WeightBytes,
+    tables: Sequence[Table],
+    demand_of: Callable[[WeightBytes], Demand],
+    choices: int,
+    budget: int | None,
+) -> InPlacePlan:
+    """The plan for a budget, which decides whether the rows of lookup tables are read.
+
+    weights: with whole tables. tables: the lookup tables whose rows can be read. demand_of: the demand with every
+    weight resident but the experts and the rows that are read. choices: see `divide_in_place`. Raises BudgetError.
+    """
+    demand = demand_of(weights)
+    if not tables:
+        return divide_in_place(divided, weights, demand, choices, budget)
+    read = weights.with_rows_read(tables)
+    demand_read = demand_of(read)
+    saved = demand.total - demand_read.total
+    smallest = divide_in_place(divided, read, demand_read, choices, ENDLESS).smallest
+    try:
+        whole = divide_in_place(divided, weights, demand, choices, budget)
+    except BudgetError as error:
+        everything = error.full_bytes
+    else:
+        everything = whole.everything
+        if whole.layer_bytes_per_token == 0 and all(slots == weights.experts for slots in whole.expert_slots):
+            return replace(whole, smallest=min(smallest, whole.smallest), rows_saved=saved)
+    try:
+        found = divide_in_place(divided, read, demand_read, choices, budget)
+    except BudgetError as error:
+        full = max(everything, error.smallest_bytes)
+        raise BudgetError(str(error), error.smallest_bytes, full, error.units_bytes) from None
+    everything = max(everything, found.smallest)
+    return replace(found, everything=everything, reads_rows=True, rows_saved=saved)
+
+
+def with_spare_for_chunks(plan: InPlacePlan, chunk_bytes: int) -> InPlacePlan:
+    """The plan with what it leaves of the budget for more chunks of a prompt at once, at most those of its context.
+
+    chunk_bytes: memory of each further chunk; 0 if the model's chunks cannot share a reading.
+    """
+    if not chunk_bytes:
+        return plan
+    more = min(-(-plan.context // PREFILL_TOKENS) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
+    demand = replace(plan.demand, workspace=plan.demand.workspace + more * chunk_bytes)
+    return replace(plan, demand=demand, chunks_at_once=1 + more)
+
+
+def with_spare_for_rows(plan: InPlacePlan, tables: Sequence[Table]) -> InPlacePlan:
+    """The plan with what it leaves of the budget for more rows of its lookup tables, and with a note about them."""
+    if not plan.reads_rows:
+        return plan
+    whole = sum(table.nbytes for table in tables)
+    kept = min(whole, plan.demand.table_rows + max(0, plan.budget - plan.total))
+    count = "a lookup table" if len(tables) == 1 else f"{len(tables)} lookup tables"
+    note = f"of {count} with {whole / 1e9:.3f} GB; the other rows are read"
+    demand, notes = replace(plan.demand, table_rows=kept), replace(plan.notes, table_rows=note)
+    return replace(plan, demand=demand, notes=notes)
 
 
 def divide_in_place(
@@ -93,7 +178,7 @@ def divide_in_place(
     """
     if not weights.expert_layers:
         return _of_layers(divided, weights, demand, 0, budget)
-    note = "attention, routers, shared experts, embeddings"
+    note = f"attention, routers, shared experts, {weights.embeddings}"
     units, smallest = weights.expert_units, 0
     if len(weights.layers) > BUFFERS:
         smallest = _of_layers(divided, weights, demand, 1, ENDLESS).smallest
@@ -127,7 +212,7 @@ def _of_layers(divided: Divided, weights: WeightBytes, demand: Demand, slots: in
     """The plan for streamed layers, whose experts have `slots` slots in each layer."""
     experts = slots * weights.expert_layers * weights.expert
     demand = replace(demand, resident=demand.resident - sum(weights.layers) + experts)
-    note = "embeddings, output head, norms"
+    note = f"{weights.embeddings}, norms"
     if experts:
         note += f", {slots} of {weights.experts} experts of each layer"
     if not weights.layers:  # the model does not call its layers one by one

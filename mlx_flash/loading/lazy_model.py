@@ -31,8 +31,8 @@ from .provenance import Provenance
 MODELOPT = "hf_quant_config.json"  # the zoos use it as config.json's quantization_config
 CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that the zoos read
 UNQUANTISED = (
-    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlx_lm.convert --hf-path MODEL "
-    "-q --q-bits 4 --mlx-path OUTPUT`, and run OUTPUT."
+    "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlxflash convert --model MODEL "
+    "--bits 4 --output OUTPUT`, and run OUTPUT."
 )
 
 
@@ -67,7 +67,7 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None,
     provenance = Provenance()
 
     def watch(sanitize: Sanitize, model: Callable[[], Any]) -> dict[str, Any]:
-        weights = provenance.watch(sanitize, _lazy_tensors(counted))
+        weights = provenance.watch(sanitize, lazy_tensors(counted))
         _check_scales(folder, model(), weights)
         return weights
 
@@ -140,7 +140,7 @@ def _modelopt_problem(content: bytes) -> str | None:
         return error_line(error)
 
 
-def _lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
+def lazy_tensors(counted: dict[str, tuple[Path, TensorEntry]]) -> dict[str, mx.array]:
     """The tensors in `counted`, by name, not yet read. Raises CheckpointError or ReadError."""
     weights: dict[str, mx.array] = {}
     for file in sorted({file for file, _ in counted.values()}):

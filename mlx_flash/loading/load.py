@@ -25,6 +25,7 @@ from ..text.generation_config import read_generation_config
 from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
+from .draft_model import PlannedDrafts, plan_drafts
 from .expert_files import open_mixture
 from .forecast import Forecast
 from .mixture import plan_mixture
@@ -72,6 +73,8 @@ def load(
         if (forecast := planned.foresee()) is not None:
             say(forecast.describe())
         model = planned.build(say)
+        if planned.drafts is not None:
+            model.flash.drafting = planned.drafts.load(model.flash.most_positions)
     model.flash.defaults = planned.defaults
     return model, planned.tokenizer
 
@@ -132,7 +135,11 @@ def _planned(
     source = resolve_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
-        yield _plan(source, name, options, say, prepare or name is None, copies)
+        drafts = plan_drafts(options, say, fetch=prepare)
+        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts)
+        if drafts is not None and drafts.model is not None:
+            drafts.model.check(planned.tokenizer)
+        yield planned
 
 
 def _plan(
@@ -142,6 +149,7 @@ def _plan(
     say: Callable[[str], None],
     prepare: bool,
     copies: contextlib.ExitStack,
+    drafts: PlannedDrafts | None,
 ) -> Planned:
     """name: the user's name for the folder `source`. copies: keeps copies of small files until all is loaded."""
     if problem := _unencodable(source):
@@ -155,12 +163,12 @@ def _plan(
     if not is_store(source):
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
-            return _plan_in_place(source, small, options, say, copies, "expert" if mixture else "layer")
+            return _plan_in_place(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
-    return plan_store(folder, options, copies)
+    return plan_store(folder, options, copies, drafts)
 
 
 def _require_vision(source: Path, small: Path) -> None:
@@ -189,6 +197,7 @@ def _plan_in_place(
     options: LoadOptions,
     say: Callable[[str], None],
     copies: contextlib.ExitStack,
+    drafts: PlannedDrafts | None,
     unit: str,
 ) -> Planned:
     """small: the folder that the configuration, the tokenizer and the index are read from. unit: what is streamed."""
@@ -205,8 +214,8 @@ def _plan_in_place(
     images = ImageProcessor(small) if options.images else None
     mixture = open_mixture(source, small, images=options.images)
     copies.close()  # before the first load reads and compares all weights
-    plan, build, foresee = plan_mixture(source, mixture, options, images)
-    return Planned(plan, tokenizer, defaults, build, foresee)
+    plan, build, foresee = plan_mixture(source, mixture, options, drafts, images)
+    return Planned(plan, tokenizer, defaults, build, foresee, drafts)
 
 
 def _unencodable(path: Path) -> str | None:

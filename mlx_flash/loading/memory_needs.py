@@ -54,6 +54,7 @@ class Needs:
     workspace: int  # of the largest step, in which a growing part of the cache exists twice
     vocabulary: int  # number of tokens that the model has logits for
     choices: int  # most units that a token names in a layer; 1 if the layers find them
+    state_bytes: int = 0  # of the parts of the cache that do not grow: states of recurrences, windows
 
 
 def needs_of(
@@ -95,7 +96,7 @@ def needs_of(
     # Memory grows with the tokens at most in proportion.
     work = -(-(prompt.peak_bytes(drops_late, logits=False) - prompt.kv_bytes) * tokens // prompt.tokens)
     work = max(work, token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes)
-    return Needs(prompt.kv_bytes + prompt.unused_kv_bytes, work, prompt.vocabulary, prompt.choices)
+    return Needs(prompt.kv_bytes + prompt.unused_kv_bytes, work, prompt.vocabulary, prompt.choices, prompt.state_bytes)
 
 
 @dataclass
@@ -228,6 +229,10 @@ class _Step:
         """Bytes of the last step of a growing cache, beyond the end of the context, which were not in this call."""
         grown = (array for array, grows in zip(self.after, self.grows, strict=True) if grows)
         return sum(array.nbytes // array.shape[2] * (-array.shape[2] % KV_STEP_TOKENS) for array in grown)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(array.nbytes for array, grows in zip(self.after, self.grows, strict=True) if not grows)
 
     @property
     def vocabulary(self) -> int:

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..defaults import PREFILL_TOKENS
 from ..errors import CheckpointError, UsageError
 from ..flash.in_place import InPlaceFiles
 from ..flash.layer_ring import LayerMap, LayerRing
 from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
+from ..layers.experts import most_positions
+from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
+from ..text.draft_depth import MOST_DEPTH
 from ..text.image_prompts import ImageProcessor
 from ..text.images import HELD_BYTES
+from .config import number_of
 from .context import plan_context
+from .draft_model import PlannedDrafts
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
 from .image_needs import image_bytes
-from .in_place_plan import InPlacePlan, WeightBytes, divide_in_place
+from .in_place_plan import (
+    InPlacePlan,
+    WeightBytes,
+    divide_with_tables,
+    with_spare_for_chunks,
+    with_spare_for_rows,
+)
 from .layer_weights import stream_layers
-from .memory_needs import Needs, StreamedNeed, needs_of
+from .lookup_tables import stream_tables
+from .memory_needs import Needs, StreamedNeed, needs_of, stand_ins
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
-from .quantised_cache import quantise_cache
+from .quantised_cache import plain_cache, quantise_cache
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
 from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -35,7 +48,11 @@ from .verification import attach_sums
 
 
 def plan_mixture(
-    folder: Path, mixture: Mixture, options: LoadOptions, images: ImageProcessor | None = None
+    folder: Path,
+    mixture: Mixture,
+    options: LoadOptions,
+    drafts: PlannedDrafts | None = None,
+    images: ImageProcessor | None = None,
 ) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
     """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
 
@@ -43,10 +60,10 @@ def plan_mixture(
 
     Experts are streamed where not all of them fit. Layers are streamed where the rest does not fit either.
 
-    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. images: its processor, if the model
-    is to read images. With `options.verify`, everything
+    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
-    the checksums if they were not made before.
+    the checksums if they were not made before. drafts: what will draft tokens; None for nothing. images: the
+    checkpoint's processor, if the model is to read images.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
@@ -68,20 +85,26 @@ def plan_mixture(
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, error) from None
 
-    weights = WeightBytes.of(mixture)
     try:
         seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
-        decoding = 0 if images is None else HELD_BYTES
     except UsageError:
         raise
     except Exception as error:
         raise _cannot_run(folder, error) from None
+    decoding = 0 if images is None else HELD_BYTES
+
+    def at_once(needs: Needs) -> int:
+        """Most tokens of a pass that verifies drafts."""
+        return MOST_DEPTH + 1 if dense else min(MOST_DEPTH + 1, most_positions(needs.choices))
+
+    whole_weights, tables = WeightBytes.of(mixture), mixture.lookup_tables
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
 
-    def demand_at(context: int) -> Demand:
+    def demand_of(context: int, weights: WeightBytes) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = max(needs.workspace, seeing) + decoding + reading_bytes(options.threads, aligned=False)
+        computing = max(needs.workspace, seeing) + decoding
+        computing += reading_bytes(options.threads, aligned=False) + weights.rows_work
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -90,7 +113,12 @@ def plan_mixture(
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
             grammars=grammar_bytes(needs.vocabulary),
+            drafts=0 if drafts is None else drafts.bytes_at(context, needs, at_once(needs)),
+            table_rows=weights.rows_kept,
         )
+
+    def demand_at(context: int) -> Demand:
+        return demand_of(context, whole_weights)
 
     free = usable_memory_bytes()
 
@@ -98,13 +126,18 @@ def plan_mixture(
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
             resident += "" if images is None else ", the vision part"
-            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits)
+            drafting = "" if drafts is None else drafts.note
+            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting)
             caches = options.prompt_cache_bytes
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
 
-        return divide_in_place(divided, weights, demand, needs_at(context).choices, options.budget)
+        choices = needs_at(context).choices
+        return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, options.budget)
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
+    if plan.layer_bytes_per_token:
+        plan = with_spare_for_chunks(plan, bytes_of_a_shared_chunk(mixture, streamed))
+    plan = with_spare_for_rows(plan, tables)
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")
@@ -115,10 +148,14 @@ def plan_mixture(
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
         numbers, layers = mixture.layers_to_stream(plan.pinned)
+        if plan.reads_rows:
+            mixture.streamed |= mixture.of_tables()
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
             mixture.stream_experts(streamer, plan.expert_slots, options.window)
+        if plan.reads_rows:
+            stream_tables(tables, streamer, plan.demand.table_rows, compared=options.verify)
         held = LayerMap(len(mixture.layers))
         if layers:
             ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))
@@ -129,15 +166,32 @@ def plan_mixture(
                 if layer not in layers:
                     evaluate_prompts(layer.module)
         evaluate_constants(mixture.model)
-        model, vocabulary = mixture.model, needs_at(plan.context).vocabulary
+        model, needs = mixture.model, needs_at(plan.context)
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
-        model.flash = Runtime(plan, streamer, watched, chooser, vocabulary, positions or plan.context, images=images)
+        attended, most = positions or plan.context, at_once(needs)
+        model.flash = Runtime(
+            plan, streamer, watched, chooser, needs.vocabulary, attended, images=images, most_positions=most
+        )
+        if plan.chunks_at_once > 1:
+            modules = [layer.module for layer in mixture.layers]
+            model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)
         return model
 
     def foresee() -> Forecast | None:
         return forecast(mixture, plan, needs_at(plan.context).choices, options.io == "direct", options.threads)
 
     return plan, build, foresee
+
+
+def bytes_of_a_shared_chunk(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]]) -> int:
+    """The memory that a chunk of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
+    a reading. streamed: the streamed experts, in the form of `needs_of`."""
+    try:
+        with stand_ins(streamed):
+            modules = [layer.module for layer in mixture.layers]
+            return PREFILL_TOKENS * bytes_to_share(mixture.model, modules, plain_cache(mixture.model))
+    except Exception:  # whatever a model raises that is called in another way than it expects
+        return 0
 
 
 def _cannot_run(folder: Path, error: Exception) -> CheckpointError:
@@ -152,17 +206,3 @@ def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
     drops_late = mx.default_device() != mx.cpu
     needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
     return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
-
-
-def number_of(config: dict[str, Any], key: str) -> int | None:
-    """A number from a configuration, or from its part for the text model; None if it is in neither.
-
-    Raises CheckpointError if it is not a positive whole number.
-    """
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive whole number.")
-    return value

@@ -11,14 +11,15 @@ import io
 import mmap
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-TRACING = threading.Lock()  # held while `mx.contiguous` is replaced
+REPLACING = threading.Lock()  # held while a function of MLX is replaced
 # MLX's primitives that change where numbers lie, but not the numbers. A Gather moves if its index is a constant.
 # fmt: off
 MOVES = frozenset((
@@ -101,25 +102,53 @@ def follow(function: Callable[[dict[str, Any]], dict[str, Any]], tensors: dict[s
             for (label, shape, _), made in zip(event["outputs"], _moved(event, found, constants), strict=True):
                 found[label] = made if made and _shape_of(made) == tuple(shape) else None
 
-    with TRACING:
-        contiguous, here = mx.contiguous, threading.get_ident()
+    def same(array: mx.array, *_: Any, **__: Any) -> mx.array:
+        """MLX cannot describe `mx.contiguous`. It makes a copy of the same numbers."""
+        return array
 
-        def same(array: mx.array, *arguments: Any, **options: Any) -> mx.array:
-            """MLX cannot describe `mx.contiguous`. It makes a copy of the same numbers."""
-            return array if threading.get_ident() == here else contiguous(array, *arguments, **options)
-
-        mx.contiguous = same  # type: ignore[assignment]
-        try:
+    try:
+        with _replaced("contiguous", lambda _: same):
             mx.export_function(note, traced, *tensors.values())  # type: ignore[arg-type]
-        except Exception:
-            return {}
-        finally:
-            mx.contiguous = contiguous
+    except Exception:
+        return {}
     return {
         name: Followed(pieces, moves)
         for (name, moves), label in zip(primitives.items(), results, strict=True)
         if (pieces := found.get(label))
     }
+
+
+@contextmanager
+def noting_stacks() -> Iterator[dict[int, tuple[mx.array, list[mx.array]]]]:
+    """Yields a dictionary that gets every array that this thread stacks along a new first axis, by its identity, with
+    the arrays that it is made of."""
+    stacks: dict[int, tuple[mx.array, list[mx.array]]] = {}
+
+    def noting(stack: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def noted(arrays: Sequence[mx.array], axis: int = 0, **options: Any) -> mx.array:
+            parts = list(arrays)
+            result = stack(parts, axis, **options)
+            if axis == 0:
+                stacks[id(result)] = (result, parts)
+            return result
+
+        return noted
+
+    with _replaced("stack", noting):
+        yield stacks
+
+
+@contextmanager
+def _replaced(name: str, replacement: Callable[[Callable[..., mx.array]], Callable[..., mx.array]]) -> Iterator[None]:
+    """Replaces a function of MLX for this thread. replacement: gets the function itself, returns the one to call."""
+    with REPLACING:
+        own, here = getattr(mx, name), threading.get_ident()
+        other = replacement(own)
+        setattr(mx, name, lambda *a, **k: (other if threading.get_ident() == here else own)(*a, **k))
+        try:
+            yield
+        finally:
+            setattr(mx, name, own)
 
 
 def primitives_of(array: mx.array) -> list[str]:

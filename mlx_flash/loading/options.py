@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from ..defaults import IO_MODES, KV_BITS, MAX_CONTEXT, PREDICTORS, THREADS
+from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, PREDICTORS, THREADS
 from ..errors import UsageError
 from .plan import parse_memory
 
@@ -26,6 +27,10 @@ class LoadOptions:
         server and the chat.
     kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
     io: "direct" to read past the page cache, or "buffered".
+    draft: "ngram" to draft tokens by repeating what followed the same words before, or "none". This may change the text
+        by rounding.
+    draft_model: a folder or a Hugging Face repository with a small model of the same vocabulary, which drafts tokens.
+        It is wholly in memory. This may change the text by rounding.
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
     images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
@@ -41,6 +46,8 @@ class LoadOptions:
     prompt_cache: str | int = 0
     kv_bits: int | None = None
     io: str = "direct"
+    draft: str = "none"
+    draft_model: str | os.PathLike[str] | None = None
     verify: bool = False
     images: bool = False
 
@@ -86,4 +93,10 @@ class LoadOptions:
             raise UsageError(f"kv_bits is {self.kv_bits!r:.80}, expected {' or '.join(map(str, KV_BITS))}, or None.")
         if self.io not in IO_MODES:
             raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
+        if self.draft not in DRAFTS:
+            raise UsageError(f"draft is {self.draft!r:.80}, expected one of {', '.join(DRAFTS)}.")
+        if self.draft_model is not None and not isinstance(self.draft_model, (str, os.PathLike)):
+            raise UsageError(f"draft_model is {self.draft_model!r:.80}, expected a folder or a repository id.")
+        if self.draft_model is not None and self.draft != "none":
+            raise UsageError(f"draft is {self.draft!r} and a draft model is given as well. Leave one of them out.")
         _ = self.budget, self.prompt_cache_bytes

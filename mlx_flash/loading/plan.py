@@ -52,10 +52,13 @@ class Demand:
     workspace: int
     prompt_caches: int = 0  # for the contexts of earlier conversations
     grammars: int = 0  # of structured answers, which take it from the prompt caches, so it is not in the total
+    drafts: int = 0  # what drafts tokens, and what a pass with them takes beyond that of one token
+    table_rows: int = 0  # rows that are kept of lookup tables whose rows are read
 
     @property
     def total(self) -> int:
-        return self.process + self.resident + self.predictors + self.kv_cache + self.prompt_caches + self.workspace
+        weights = self.resident + self.predictors + self.table_rows
+        return self.process + weights + self.kv_cache + self.prompt_caches + self.drafts + self.workspace
 
 
 def grammar_bytes(vocabulary: int) -> int:
@@ -71,6 +74,8 @@ class PlanNotes:
     predictors: str = ""
     slots: str = ""  # appended to the note that all plans have
     kv_cache: str = ""  # likewise
+    drafts: str = ""
+    table_rows: str = ""  # empty if no rows of tables are read
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,10 @@ class Plan:
             "resident_weights": self.demand.resident,
             "predictors": self.demand.predictors,
             "slots": self.slots_bytes,
+            "table_rows": self.demand.table_rows,
             "kv_cache": self.demand.kv_cache,
             "prompt_caches": self.demand.prompt_caches,
+            "drafts": self.demand.drafts,
             "workspace": self.demand.workspace,
         }
 
@@ -146,9 +153,12 @@ class Plan:
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self.context} tokens{self.notes.kv_cache}"),
             ("prompt caches", self.demand.prompt_caches, self._caches_note()),
+            *([("drafts", self.demand.drafts, self.notes.drafts)] if self.demand.drafts else []),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
             ("total", self.total, f"of {self.budget / 1e9:.3f} GB"),
         ]
+        if self.notes.table_rows:
+            rows.insert(4, ("table rows", self.demand.table_rows, self.notes.table_rows))
         lines = [f"  {name:<17}{size / 1e9:8.3f} GB  {note}".rstrip() for name, size, note in rows]
         if (wanted := self.total - self.demand.process) > self.free:
             lines.append(
@@ -282,8 +292,11 @@ def plan_for_budget(
         raise BudgetError(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "
-            f"{demand.predictors / 1e6:.0f} MB predictors, {demand.kv_cache / 1e6:.0f} MB KV cache, "
+            f"{demand.predictors / 1e6:.0f} MB predictors, "
+            + (f"{demand.table_rows / 1e6:.0f} MB table rows, " if demand.table_rows else "")
+            + f"{demand.kv_cache / 1e6:.0f} MB KV cache, "
             + (f"{demand.prompt_caches / 1e6:.0f} MB prompt caches, " if demand.prompt_caches else "")
+            + (f"{demand.drafts / 1e6:.0f} MB drafts, " if demand.drafts else "")
             + f"{demand.workspace / 1e6:.0f} MB work space, {(smallest - demand.total) / 1e6:.0f} MB fewest slots, "
             f"{RUN_TO_RUN_BYTES / 1e6:.0f} MB to spare); {found.format(smallest_mb)}.",
             smallest_mb * 10**6,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..text.generation_config import GenerationConfig
+from .draft_model import PlannedDrafts
 from .forecast import Forecast
 from .plan import Plan
 
@@ -14,7 +15,8 @@ class Planned(NamedTuple):
     """A model that is ready to be loaded.
 
     build: loads the weights and returns the model; it passes notes to the function that it is called with.
-    foresee: makes the forecast of the model's speed; None where there is none.
+    foresee: makes the forecast of the model's speed; None where there is none. drafts: what will draft tokens; None for
+    nothing.
     """
 
     plan: Plan
@@ -22,3 +24,4 @@ class Planned(NamedTuple):
     defaults: GenerationConfig
     build: Callable[[Callable[[str], None]], Any]
     foresee: Callable[[], Forecast | None] = lambda: None
+    drafts: PlannedDrafts | None = None

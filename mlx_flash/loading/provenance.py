@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from ..flash.in_place import TensorParts
 from ..flash.safetensors_file import TensorEntry
-from .moves import Followed, follow, primitives_of, whole
+from .moves import Followed, Moved, follow, noting_stacks, primitives_of, whole
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Provenance:
     sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> the pieces' tensors, each named once
     arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` returned them, so that later changes show
     tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's tensors, as `sanitize` got them
+    stacks: dict[str, list[Any]] = field(default_factory=dict)  # parameter (n, ...) that was not followed -> n arrays
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
         """Calls `sanitize` twice, first with placeholders, and records what it makes of every tensor.
@@ -36,7 +37,8 @@ class Provenance:
         """
         self.tensors = dict(weights)  # kept alive, so that no other array gets the same identity
         moved = follow(sanitize, self.tensors)
-        result = sanitize(weights)
+        with noting_stacks() as stacks:
+            result = sanitize(weights)
         self.arrays = dict(result)
         unmoved = whole(self.tensors)
         name_of = {id(array): name for name, array in self.tensors.items()}
@@ -45,6 +47,9 @@ class Provenance:
                 self.followed[name] = Followed(unmoved[source])
             elif name in moved:
                 self.followed[name] = moved[name]
+            elif id(array) in stacks:
+                self.stacks[name] = stacks[id(array)][1]
+        stacks.clear()
         self.sources = {
             name: list(dict.fromkeys(piece.source for piece in found.pieces)) for name, found in self.followed.items()
         }
@@ -79,14 +84,25 @@ def locate(
     return found
 
 
+def is_in_place(key: str, array: mx.array, provenance: Provenance, entries: dict[str, tuple[int, TensorEntry]]) -> bool:
+    """Whether `locate` finds the places of a parameter's parts."""
+    return _places(key, array, provenance, entries) is not None
+
+
+def moved_pieces(key: str, array: mx.array, provenance: Provenance) -> Moved | None:
+    """The pieces of a parameter that was only moved, wherever they lie; None for one that is computed."""
+    followed = provenance.followed.get(key)
+    if followed is None or provenance.arrays.get(key) is not array or not is_as_loaded(array, followed.primitives):
+        return None
+    return followed.pieces
+
+
 def _places(
     key: str, array: mx.array, provenance: Provenance, entries: dict[str, tuple[int, TensorEntry]]
 ) -> TensorParts | None:
     """The places of a parameter's parts; None if its parts do not lie whole in the files."""
-    followed = provenance.followed.get(key)
-    if followed is None or provenance.arrays.get(key) is not array or not is_as_loaded(array, followed.primitives):
+    if not array.ndim or (pieces := moved_pieces(key, array, provenance)) is None:
         return None
-    pieces = followed.pieces
     count, shape = array.shape[0], tuple(array.shape[1:])
     part = int(np.prod(shape, dtype=np.int64)) * array.dtype.size
     if sum(piece.view.shape[0] for piece in pieces) != count:

@@ -13,6 +13,7 @@ from ..errors import ReadError, UnsupportedModelError
 from ..flash.host_arrays import to_bytes
 from ..flash.plain_files import reading, unreadable
 from ..flash.safetensors_file import crc32_of, read_header
+from ..flash.table_rows import summed_segments
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges, RangeSums
 from .expert_files import Mixture
@@ -40,7 +41,9 @@ def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
     """
     tensors = [tensor for layer in mixture.switches.values() for tensor in layer.values()]
     segments = [tensor.segments for layer in mixture.layers for tensor in layer.tensors]
-    read_apart = mixture.behind({*mixture.of_experts(), *(name for layer in mixture.layers for name in layer.names())})
+    rows = [found for table in mixture.lookup_tables for found in summed_segments(table.tensors)]
+    of_layers = {name for layer in mixture.layers for name in layer.names()}
+    read_apart = mixture.behind(mixture.of_experts() | mixture.of_tables() | of_layers)
     found = []
     for number, file in enumerate(files):
         header = _header_of(mixture, number, file)
@@ -50,6 +53,8 @@ def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
         lengths = [np.full(len(here), tensor.nbytes) for here, tensor in zip(offsets, tensors, strict=True)]
         offsets += [here[here[:, 0] == number, 1] for here in segments]
         lengths += [here[here[:, 0] == number, 2] for here in segments]
+        offsets += [here for holder, here, _ in rows if holder == number]
+        lengths += [here for holder, _, here in rows if holder == number]
         offsets.append(np.array([0, *(entry.begin for entry in others)]))
         lengths.append(np.array([len(header), *(entry.end - entry.begin for entry in others)]))
         found.append(Ranges.of_units(np.concatenate(offsets), np.concatenate(lengths)))

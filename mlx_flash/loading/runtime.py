@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +16,14 @@ from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
+from ..layers.shared_reading import SharedReading
+from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
+
+if TYPE_CHECKING:
+    from ..text.drafts import Drafting
 
 
 class HasCache(Protocol):
@@ -104,8 +109,11 @@ class Runtime:
     positions: int  # most tokens that the model can attend to, whatever the plan
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
     setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
+    shared_reading: SharedReading | None = None  # for prompts, where layers are streamed and chunks can share a reading
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
     images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images
+    most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
+    drafting: Drafting | None = None  # how drafts are made; None for none
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..text.tokenizer import load_tokenizer
 from . import dense
 from .config import read_config
 from .context import plan_context
+from .draft_model import PlannedDrafts
 from .memory_needs import Call, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
@@ -35,7 +37,9 @@ from .quantised_cache import quantise_cache
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 
 
-def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack) -> Planned:
+def plan_store(
+    folder: Path, options: LoadOptions, copies: contextlib.ExitStack, drafts: PlannedDrafts | None
+) -> Planned:
     """The plan for the store in `folder`, ready to be loaded.
 
     copies: keeps copies of small files until all is loaded. Raises StoreError and its subclasses, BudgetError and
@@ -70,14 +74,14 @@ def plan_store(folder: Path, options: LoadOptions, copies: contextlib.ExitStack)
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, manifest, kind, setting, folder, options)
+    plan = _plan(model, manifest, kind, setting, folder, options, drafts)
 
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
             say(setting.describe())
         return dense.build(model, manifest, plan, kind, setting, folder, options, say)
 
-    return Planned(plan, tokenizer, read_generation_config(small), build)
+    return Planned(plan, tokenizer, read_generation_config(small), build, drafts=drafts)
 
 
 def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:
@@ -139,6 +143,7 @@ def _plan(
     setting: PredictorSetting | None,
     folder: Path,
     options: LoadOptions,
+    drafts: PlannedDrafts | None,
 ) -> Plan:
     layout = manifest.layout
     dtype = dense.compute_dtype(manifest.resident_dtype)
@@ -176,10 +181,12 @@ def _plan(
 
     def demand_at(context: int) -> Demand:
         needs = needs_at(context)
-        return demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load)
+        demand = demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load)
+        drafting = 0 if drafts is None else drafts.bytes_at(context, needs, manifest.decode_tokens)
+        return replace(demand, drafts=drafting)
 
     def divide(demand: Demand, context: int, note: str) -> Plan:
-        notes = _notes(manifest, kind, note + kv_bits)
+        notes = replace(_notes(manifest, kind, note + kv_bits), drafts="" if drafts is None else drafts.note)
         return make_plan(
             demand,
             layout,

@@ -14,6 +14,8 @@ TOTALS = {
     "failed": "Requests that ended in an error.",
     "prompt_tokens": "Tokens of prompts, cached ones included.",
     "generated_tokens": "Tokens generated.",
+    "drafted_tokens": "Tokens drafted.",
+    "accepted_tokens": "Drafted tokens that were accepted.",
     "bytes_read": "Bytes of units read from the disk.",
     "seconds_generating": "Seconds spent on requests.",
 }

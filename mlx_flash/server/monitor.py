@@ -26,6 +26,7 @@ class Monitor:
         self.hub = hub
         self.totals: dict[str, float] = {
             **dict.fromkeys(("requests", "failed", "prompt_tokens", "generated_tokens", "bytes_read"), 0),
+            **dict.fromkeys(("drafted_tokens", "accepted_tokens"), 0),
             "seconds_generating": 0.0,
         }
         self.last: dict[str, Any] | None = None
@@ -103,11 +104,17 @@ class Monitor:
             assert response.statistics is not None
             totals["prompt_tokens"] += len(self._job.ids)
             totals["generated_tokens"] += response.generation_tokens
+            drafts = response.statistics.drafts
+            drafted, accepted = (drafts.drafted, drafts.accepted) if drafts is not None else (0, 0)
+            totals["drafted_tokens"] += drafted
+            totals["accepted_tokens"] += accepted
             self.last = {
                 "tokens_per_second": response.generation_tps,
                 "prompt_tokens": len(self._job.ids),
                 "generated_tokens": response.generation_tokens,
                 "first_token_s": response.statistics.first_token_s,
+                "drafted_tokens": drafted,
+                "accepted_tokens": accepted,
                 **_means(response.statistics),
             }
         self.totals = totals

@@ -7,9 +7,9 @@ small must not do.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..defaults import PREFILL_TOKENS
 from ..errors import UsageError
-from ..flash.host_arrays import to_numpy
-from ..flash.stats import Counters, Statistics
-from ..flash.system import large_memory_given_back, peak_memory_bytes
+from ..flash.stats import Statistics
+from ..flash.system import peak_memory_bytes
 from .detokenizer import Detokenizer
+from .drafts import MODEL, Drafting, DraftModel
 from .encoding import encode, too_long
+from .token_loop import Chooser, TokenLoop, cached_tokens
 
 
 @dataclass
@@ -48,7 +49,10 @@ def stream_generate(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_logits_callback: Callable[[mx.array], None] | None = None,
     detokenizer: Detokenizer | None = None,
-) -> Iterator[FlashResponse]:
+    draft_model: Any = None,
+    num_draft_tokens: int | None = None,
+    cached: Sequence[int] = (),
+) -> Generator[FlashResponse]:
     """Yields text while it is generated. The arguments have the same meaning as in mlx-lm.
 
     The joined texts are `tokenizer.decode` of the tokens, without the one that ends the text.
@@ -57,6 +61,13 @@ def stream_generate(
     `Detokenizer(tokenizer, continues=prompt)`, whose text continues the prompt's. prompt_logits_callback: called with
     the logits (T, V) of each chunk of the prompt, which covers all of its tokens but the last; they are evaluated only
     if it evaluates them, and the plan has no room for those of large chunks.
+
+    draft_model: a small model of mlx-lm's with the same vocabulary, whose drafts are verified. The plan does not count
+    it, unlike that of `load`; None: draft as `load` was told to. num_draft_tokens: most drafts per pass, 0 for none.
+    None: what earlier generations found to be fastest, or FIRST_DEPTH for a `draft_model` that is given here. cached:
+    the tokens that `prompt_cache` holds, which drafts may repeat.
+
+    If the iterator is not used up, close it: the cache then holds all tokens but the newest.
 
     The last response has finish_reason "length" if `max_tokens` or the end of the planned context is reached, else
     "stop". Raises UsageError for an empty prompt, or one longer than the planned context; ReadError if the store cannot
@@ -82,6 +93,16 @@ def stream_generate(
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
     if not 1 <= prefill_step_size <= PREFILL_TOKENS:
         raise UsageError(f"prefill_step_size is {prefill_step_size}; the plan makes room for 1 to {PREFILL_TOKENS}.")
+    drafting = model.flash.drafting
+    if draft_model is not None:
+        drafting = Drafting(MODEL, model.flash.most_positions, DraftModel(draft_model))
+    if num_draft_tokens is not None:
+        if drafting is None:
+            raise UsageError("num_draft_tokens is given without drafts. Load with draft or draft_model.")
+        if not 0 <= num_draft_tokens < drafting.most_positions:
+            raise UsageError(
+                f"num_draft_tokens is {num_draft_tokens}, expected 0 to {drafting.most_positions - 1} for this model."
+            )
     room = context - taken + 1  # The last token is never fed back.
     limit = room if max_tokens == -1 else min(max_tokens, room)
     return _stream(
@@ -94,8 +115,11 @@ def stream_generate(
         cache,
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
-        prompt_logits_callback or (lambda _: None),
+        prompt_logits_callback,
         detokenizer or Detokenizer(tokenizer),
+        drafting,
+        num_draft_tokens,
+        [*cached, *ids],
     )
 
 
@@ -145,80 +169,6 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int] | mx.array, most: int 
     return [int(i) for i in ids]
 
 
-def cached_tokens(cache: list[Any]) -> int:
-    """The number of tokens in a prompt cache. Some models have layers, or parts of layers, that do not count them."""
-    parts = [part for entry in cache for part in getattr(entry, "caches", [entry])]
-    return max((int(part.offset) for part in parts if hasattr(part, "offset")), default=0)
-
-
-class _TokenLoop:
-    """Calls and times the model. Prompt and decoded tokens are counted separately, without other generations'."""
-
-    def __init__(self, model: Any, cache: list[Any]) -> None:
-        self.model, self.cache = model, cache
-        self.counted = {"prompt": Counters(), "decode": Counters()}
-        self.began = time.perf_counter()
-        self.first_token_s = 0.0
-        self.decoded = 0
-
-    def prefill(
-        self, ids: list[int], step: int, progress: Callable[[int, int], None], logits: Callable[[mx.array], None]
-    ) -> None:
-        """Feeds all tokens but the last, in chunks. `decode` feeds the last one, as in mlx-lm.
-
-        Chunks end at multiples of `step` tokens of the whole context, so that they are those of a prompt read from its
-        beginning even if some of it is in the cache.
-        """
-        done, total, begin = 0, len(ids), cached_tokens(self.cache)
-        progress(0, total)
-        while total - done > 1:
-            piece = ids[done : min(done + step - (begin + done) % step, total - 1)]
-            with large_memory_given_back():
-                with self._counting("prompt"):
-                    logits(self.model(mx.array(piece)[None], cache=self.cache)[0])
-                    mx.eval([c.state for c in self.cache])
-                    self.model.flash.evaluate_guarded()
-                mx.clear_cache()
-            done += len(piece)
-            progress(done, total)
-
-    def decode(self, token: mx.array, finish: Callable[[mx.array], tuple[mx.array, mx.array]]) -> tuple[int, mx.array]:
-        """Feeds one token, (1,). Returns the next token and the log-probabilities it was chosen from, (V,)."""
-        with self._counting("decode") as counters:
-            began = time.perf_counter()
-            chosen, logprobs = finish(self.model(token[None], cache=self.cache)[:, -1, :])
-            mx.eval(chosen, logprobs)
-            counters.total_s += time.perf_counter() - began
-        self.model.flash.verify_unchanged()  # The files must not have changed while this token was computed.
-        self.decoded += 1
-        if self.decoded == 1:
-            self.first_token_s = time.perf_counter() - self.began
-        return int(to_numpy(chosen).item()), logprobs
-
-    @contextlib.contextmanager
-    def _counting(self, kind: str) -> Iterator[Counters]:
-        """Locks the model for this generation, and adds the counts inside the context to this generation's."""
-        counters: Counters = self.model.flash.streamer.counters
-        with self.model.flash.lock:
-            before = counters.copy()
-            try:
-                yield counters
-            except BaseException:
-                # Only this thread can evaluate what it began, and the next generation may come from another one.
-                with contextlib.suppress(Exception):
-                    self.model.flash.evaluate_guarded()
-                raise
-            self.counted[kind] += counters - before
-
-    def statistics(self) -> Statistics:
-        return Statistics(
-            prompt=self.counted["prompt"],
-            decode=self.counted["decode"],
-            decoded_tokens=self.decoded,
-            first_token_s=self.first_token_s,
-        )
-
-
 def _stream(
     model: Any,
     tokenizer: Any,
@@ -229,49 +179,49 @@ def _stream(
     cache: list[Any],
     prefill_step_size: int,
     progress: Callable[[int, int], None],
-    prompt_logits: Callable[[mx.array], None],
+    prompt_logits: Callable[[mx.array], None] | None,
     detokenizer: Detokenizer,
-) -> Iterator[FlashResponse]:
-    seen = mx.array(ids)
-
-    def finish(logits: mx.array) -> tuple[mx.array, mx.array]:
-        for processor in processors:
-            logits = processor(seen, logits)
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return sampler(logprobs), logprobs.squeeze(0)
-
-    steps = _TokenLoop(model, cache)
+    drafting: Drafting | None,
+    depth: int | None,
+    text: list[int],
+) -> Generator[FlashResponse]:
+    steps = TokenLoop(model, cache)
     steps.prefill(ids, prefill_step_size, progress, prompt_logits)
+    choose = Chooser(ids, sampler, processors)
+    if drafting is None:
+        tokens = steps.plain(ids[-1], choose)
+    else:
+        depth = drafting.choose_depth() if depth is None else depth
+        tokens = steps.drafted(ids[-1], choose, limit, text, drafting, depth, sampler)
     prompt_s = generation_s = 0.0
-    token = ids[-1]
-    for count in range(1, limit + 1):
-        began = time.perf_counter()
-        token, logprobs = steps.decode(mx.array([token]), finish)
-        if count == 1:
-            progress(len(ids), len(ids))
-            prompt_s = steps.first_token_s
-        else:
-            generation_s += time.perf_counter() - began
-        if processors:
-            seen = mx.concatenate([seen, mx.array([token])])
-        stop = token in tokenizer.eos_token_ids
-        if not stop:
-            detokenizer.add_token(token)
-        last = stop or count == limit
-        if last:
-            detokenizer.finalize()
-        yield FlashResponse(
-            text=detokenizer.last_segment,
-            token=token,
-            logprobs=logprobs,
-            from_draft=False,
-            prompt_tokens=len(ids),
-            prompt_tps=len(ids) / prompt_s,
-            generation_tokens=count,
-            generation_tps=(count - 1) / generation_s if generation_s else 0.0,
-            peak_memory=peak_memory_bytes() / 1e9,
-            finish_reason=("stop" if stop else "length") if last else None,
-            statistics=steps.statistics(),
-        )
-        if last:
-            return
+    count, last = 0, False
+    with closing(tokens):
+        while not last:
+            began = time.perf_counter()
+            token, logprobs, from_draft = next(tokens)
+            count += 1
+            if count == 1:
+                progress(len(ids), len(ids))
+                prompt_s = steps.first_token_s
+            else:
+                generation_s += time.perf_counter() - began
+            stop = token in tokenizer.eos_token_ids
+            if not stop:
+                detokenizer.add_token(token)
+            last = stop or count == limit
+            if last:
+                detokenizer.finalize()
+                tokens.close()  # now the cache holds what it should
+            yield FlashResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=from_draft,
+                prompt_tokens=len(ids),
+                prompt_tps=len(ids) / prompt_s,
+                generation_tokens=count,
+                generation_tps=(count - 1) / generation_s if generation_s else 0.0,
+                peak_memory=peak_memory_bytes() / 1e9,
+                finish_reason=("stop" if stop else "length") if last else None,
+                statistics=steps.statistics(),
+            )

@@ -15,6 +15,7 @@ from ..flash.system import large_memory_given_back
 from ..source.model_kind import error_line
 from ..source.remote_code import refusing_remote_code
 from .images import SEEN_PIXELS, Picture, scaled
+from .token_loop import cached_tokens
 
 REGISTERS = ("_position_ids", "_rope_deltas")  # what mlx-vlm's text models keep between the calls of one prompt
 
@@ -104,7 +105,7 @@ class Sight:
         self._exchange(text)
         self._embeddings = found.pop("inputs_embeds")  # (1, T, D)
         self._more = given | {name: value for name, value in found.items() if value is not None}
-        self._read, self.tokens = 0, int(ids.shape[1])
+        self.tokens = int(ids.shape[1])
         self.whole = not self._may_be_split(model, ids)
 
     def arrays(self) -> list[mx.array]:
@@ -114,13 +115,12 @@ class Sight:
 
     def __call__(self, text: Any, inputs: mx.array, cache: Any) -> mx.array:
         """Logits (1, T, V) of the next tokens (1, T) of the prompt, or of the answer."""
-        begin, end = self._read, self._read + inputs.shape[1]
-        more = {}
+        begin = cached_tokens(cache)
+        more: dict[str, Any] = {}
         if begin < self.tokens:
-            more = self._more | {"inputs_embeds": self._embeddings[:, begin:end]}
-            self._read = end
-            if end >= self.tokens:
-                self._embeddings, self._more = mx.zeros((1, 0, 0)), {}
+            more = self._more | {"inputs_embeds": self._embeddings[:, begin : begin + inputs.shape[1]]}
+        else:
+            self._embeddings, self._more = mx.zeros((1, 0, 0)), {}
         self._exchange(text)
         logits = text(inputs, cache=cache, **more).logits
         self._exchange(text)

@@ -144,6 +144,7 @@ class ReusedPromptCache:
             prompt_cache=context.cache,
             prefill_step_size=step,
             prompt_progress_callback=progress,
+            cached=prompt[: self.reused],
             **options,
         )
 
@@ -153,10 +154,15 @@ class ReusedPromptCache:
                 for response in responses:
                     context.decode([*prompt, *made])  # The newest token is not in the cache yet.
                     made.append(response.token)
-                    context.whole = True
+                    # With drafts, the cache may hold more, or less, until the generation is closed.
+                    context.whole = response.statistics is None or response.statistics.drafts is None
                     yield response
                     context.whole = False
                 context.whole = True
+            except GeneratorExit:
+                responses.close()
+                context.whole = True
+                raise
             finally:
                 if not context.whole and self._last is context:
                     self._forget_last()

@@ -1,0 +1,154 @@
+"""Plans and loads what drafts tokens: an index of n-grams, or a small model that is wholly in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError, UsageError
+from ..flash.files import is_store
+from ..flash.plain_files import unreadable
+from ..source.checkpoint_tensors import tensors_in
+from ..source.model_kind import error_line
+from ..source.resolve import resolve_source
+from ..text.draft_depth import MOST_DEPTH, DraftDepth
+from ..text.ngrams import BYTES_PER_TOKEN
+from ..text.tokenizer import load_tokenizer
+from .config import holds_mixture, number_of, read_config
+from .lazy_model import lazy_tensors, open_lazily
+from .memory_needs import Needs, needs_of
+from .model_types import CONFIG_ERRORS, family_types, model_arguments, model_classes
+from .options import LoadOptions
+from .streaming_needs import loading_excess_bytes
+
+REMEDY = "Choose a smaller model of the same family (--draft-model), or use --draft ngram."
+
+
+@dataclass(frozen=True)
+class PlannedDraftModel:
+    """A draft model whose weights are unread. needs: its needs for a context. positions: most tokens it attends to."""
+
+    folder: Path
+    model: Any
+    needs: Callable[[int], Needs]
+    positions: int | None
+
+    def bytes_at(self, context: int) -> int:
+        needs, sizes = self.needs(context), [array.nbytes for array in self._weights()]
+        computing = needs.kv_cache + needs.workspace + needs.state_bytes
+        return sum(sizes) + max(computing, loading_excess_bytes(sizes))
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises UsageError if its vocabulary is not that of `tokenizer`."""
+        known, own = _vocabulary(tokenizer), _vocabulary(load_tokenizer(self.folder))
+        for number in sorted(known.keys() | own.keys()):
+            if known.get(number) != own.get(number):
+                there, here = (repr(each[number]) if number in each else "unknown" for each in (own, known))
+                raise UsageError(
+                    f"{self.folder} cannot draft for this model, because its vocabulary is another one: token {number} "
+                    f"is {there} there and {here} here. {REMEDY}"
+                )
+
+    def load(self) -> None:
+        """Reads the weights. Raises ReadError."""
+        for array in sorted(self._weights(), key=lambda array: array.nbytes, reverse=True):
+            try:
+                mx.eval(array)
+            except RuntimeError as error:  # MLX names neither file nor tensor
+                raise unreadable(self.folder, error, "a tensor") from None
+
+    def _weights(self) -> list[mx.array]:
+        named: Any = tree_flatten(self.model.parameters())
+        return [array for _, array in named]
+
+
+@dataclass(frozen=True)
+class PlannedDrafts:
+    """Drafts before the model that they are for is loaded. model: None for n-grams."""
+
+    model: PlannedDraftModel | None
+
+    @property
+    def note(self) -> str:
+        """The note for the plan."""
+        return "index of n-grams" if self.model is None else f"model {self.model.folder.name}, its KV cache, work space"
+
+    def bytes_at(self, context: int, needs: Needs, most_positions: int) -> int:
+        """The memory that drafts take. needs: of the model that they are for. most_positions: most tokens of a pass.
+
+        A pass has logits for each of its tokens, and once more in float32. The states that it may have to go back to
+        stay beside its own.
+        """
+        passing = needs.state_bytes + 2 * 4 * most_positions * needs.vocabulary
+        return passing + (BYTES_PER_TOKEN * context if self.model is None else self.model.bytes_at(context))
+
+    def load(self, most_positions: int) -> Any:
+        """The Drafting. Raises ReadError."""
+        from ..text.drafts import MODEL, NGRAM, Drafting, DraftModel
+
+        depth = DraftDepth(min(MOST_DEPTH, most_positions - 1))
+        if (planned := self.model) is None:
+            return Drafting(NGRAM, most_positions, depth=depth)
+        planned.load()
+        return Drafting(MODEL, most_positions, DraftModel(planned.model, planned.positions), depth)
+
+
+def plan_drafts(options: LoadOptions, say: Callable[[str], None], fetch: bool) -> PlannedDrafts | None:
+    """The drafts that the options ask for, None if they ask for none. fetch: whether a repository may be downloaded.
+
+    Raises UsageError, CheckpointError and the errors of `resolve_source`.
+    """
+    if options.draft_model is None:
+        return None if options.draft == "none" else PlannedDrafts(None)
+    folder = resolve_source(os.fspath(options.draft_model), None, say, fetch=fetch)
+    if is_store(folder):
+        raise UsageError(f"{folder} is a store, but a draft model is read from its checkpoint. Name the checkpoint.")
+    holds_mixture(folder)  # raises its errors before a model is built
+    config = read_config(folder)
+    model = _own_model(folder, config) if config.get("model_type") in family_types() else _zoo_model(folder)
+    if mx.default_device() == mx.cpu:  # which is slow at products in any other type
+        model.set_dtype(mx.float32)
+    model.eval()
+
+    @cache
+    def needs(context: int) -> Needs:
+        try:
+            return needs_of(model, [], context)
+        except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
+            raise CheckpointError(
+                f"the draft model in {folder} cannot be called: {error_line(error)}. Download it again."
+            ) from None
+
+    return PlannedDrafts(PlannedDraftModel(folder, model, needs, number_of(config, "max_position_embeddings")))
+
+
+def _zoo_model(folder: Path) -> Any:
+    lazy = open_lazily(folder)
+    lazy.provenance.arrays.clear()  # These would stay in memory beside the arrays that are made of them.
+    lazy.provenance.tensors.clear()
+    return lazy.model
+
+
+def _own_model(folder: Path, config: dict[str, Any]) -> Any:
+    """A model of a type that is ours, as a whole."""
+    model_class, args_class = model_classes(config)
+    try:
+        model = model_class(model_arguments(args_class, config))
+        model.load_weights(list(model.sanitize(lazy_tensors(tensors_in(folder))).items()))
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(
+            f"the draft model in {folder} cannot be loaded: {error_line(error)}. Download it again."
+        ) from None
+    return model
+
+
+def _vocabulary(tokenizer: Any) -> dict[int, str]:
+    """Token ids and the tokens' own spelling."""
+    return {number: text for text, number in tokenizer.get_vocab().items()}

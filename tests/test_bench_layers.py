@@ -1,0 +1,44 @@
+"""The benchmark of streamed layers, on a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_flash.bench import __main__ as bench
+from mlx_flash.bench.synthetic.dense_checkpoint import write_dense
+from mlx_flash.bench.synthetic.mixture_checkpoint import SHAPES, write_mixture
+from mlx_flash.errors import UsageError
+
+
+def run(*arguments: str) -> None:
+    parsed = bench.make_parser().parse_args(list(arguments))
+    parsed.run(parsed)
+
+
+def test_a_row_for_each_way(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    write_dense(tmp_path / "model", "tiny", 6, "4bit", 0)
+    run("layers", "--model", str(tmp_path / "model"), "--shares", "0", "--tokens", "6", "--context", "64")
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    reference, flash = told["rows"]
+    assert (reference["runtime"], flash["runtime"]) == ("mlx-lm", "mlx_flash")
+    assert flash["tokens"] == reference["tokens"] and flash["same_text"] is True
+    assert flash["plan"] <= flash["budget"]
+    assert flash["bytes"] > 0 or flash["pinned"] == 6
+
+
+def test_a_mixture_is_refused(tmp_path: Path) -> None:
+    write_mixture(tmp_path / "mixture", SHAPES["tiny"], 2, mx.float32, 0)
+    with pytest.raises(UsageError, match="is not a dense model whose layers are streamed"):
+        run("layers", "--model", str(tmp_path / "mixture"), "--tokens", "6")
+
+
+def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("")
+    with pytest.raises(UsageError, match="exists already"):
+        run("synthetic-dense", "--shape", "tiny", "--output", str(tmp_path))

@@ -28,6 +28,7 @@ DIM, UNDIM = "\x1b[2m", "\x1b[22m"
 HELP = """\
 /reset         forget the conversation
 /stats         show speed, cache hits, bytes read per token and where the time went: last answer, all answers
+/image PATH    show the model an image with your next message (start with --images)
 /memory        show the memory plan and the memory in use
 /memory 6GB    load the model again with that budget; the conversation stays
 /help          show this list
@@ -48,6 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     text = parser.add_argument_group("text")
     add_sampling_arguments(text, max_tokens=256)
+    text.add_argument(
+        "--image",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="an image that the first message is about; may be given several times; implies --images",
+    )
     text.add_argument("--system-prompt", help="system message for the chat template")
     text.add_argument(
         "--ignore-chat-template", action="store_true", help="questions and answers form one continuous text"
@@ -64,12 +72,17 @@ class Chat:
         self.total: Statistics | None = None
         self.answers = 0
         self._cut_before = False  # whether --max-tokens has cut an answer before
+        self.pictures: list[Any] = []  # of the next question
+        for path in arguments.image:
+            self._add_picture(path)
+        arguments.images = arguments.images or bool(self.pictures)
         self._load()
         from .text.conversation import Conversation
 
         self.conversation = Conversation(
             self.tokenizer, self.plan.context, arguments.system_prompt, not arguments.ignore_chat_template
         )
+        self.conversation.images = self.model.flash.images
         self.sampling = sampling_of(arguments, self.model.flash.defaults)
         self.sampler = seeded_sampler(self.sampling, self.model.flash.vocabulary)
         if self.model.flash.defaults.sampling:
@@ -83,6 +96,11 @@ class Chat:
     @property
     def plan(self) -> Any:
         return self.model.flash.plan
+
+    def _add_picture(self, path: str) -> None:
+        from .text.images import read_image
+
+        self.pictures.append(read_image(path))
 
     def _load(self) -> None:
         self.model: Any
@@ -109,7 +127,8 @@ class Chat:
         Raises UsageError, ChatTemplateError or TokenizerError for a question that cannot be used.
         """
         room = min(self.arguments.max_tokens, self.plan.context // 4)
-        prompt = self.conversation.ask(question, room)
+        pictures, self.pictures = self.pictures, []
+        prompt = self.conversation.ask(question, room, pictures)
         if prompt.dropped:
             say(
                 f"note: the context of {self.plan.context} tokens is full: dropped the oldest {_turns(prompt.dropped)} "
@@ -123,6 +142,7 @@ class Chat:
             prompt.tokens,
             self.arguments.max_tokens,
             system_tokens=prompt.system_tokens,
+            seen=prompt.seen,
             sampler=self.sampler,
             logits_processors=make_processors(self.sampling, lambda: prompt.tokens[: self.turns.reused]),
             prompt_progress_callback=progress_line(interrupts),
@@ -137,7 +157,7 @@ class Chat:
             say("stopped while reading the prompt; your question was dropped")
             return
         shown.finish(whole=response.finish_reason == "stop")
-        self.conversation.answered(question, shown.text, made)
+        self.conversation.answered(question, shown.text, made, pictures)
         self._count(response.statistics)
         if interrupts.asked:
             say("stopped")
@@ -168,6 +188,12 @@ class Chat:
             self.reload(rest[0]) if rest else self.say_memory()
         elif rest and name in ("/reset", "/stats", "/memory", "/help", "/quit"):
             raise UsageError(f"{name} takes {'one size' if name == '/memory' else 'no argument'}.")
+        elif name == "/image":
+            path = line.removeprefix(name).strip()
+            if not path:
+                raise UsageError("/image takes the path of an image.")
+            self._add_picture(path)
+            say(f"your next message is about {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
         elif name == "/reset":
             self.conversation.forget()
             self.turns.forget()
@@ -236,6 +262,7 @@ class Chat:
                 self.arguments.memory = grown.smallest_bytes
                 self._load()
         self.conversation.tokenizer, self.conversation.context = self.tokenizer, self.plan.context
+        self.conversation.images = self.model.flash.images
 
     def _free(self) -> None:
         """Frees the old model. The next plan counts the memory that this process then uses."""
@@ -244,7 +271,7 @@ class Chat:
         from .flash.system import return_freed_memory
 
         self._close_model()
-        self.model = self.tokenizer = self.turns = self.conversation.tokenizer = None
+        self.model = self.tokenizer = self.turns = self.conversation.tokenizer = self.conversation.images = None
         gc.collect()
         mx.clear_cache()
         return_freed_memory()

@@ -6,7 +6,8 @@ exits with the class's `exit_code`.
     FlashError
     ├── UsageError
     │   ├── BudgetError
-    │   └── GrammarError
+    │   ├── GrammarError
+    │   └── ImageError
     ├── StoreError
     │   ├── NotAStoreError
     │   ├── NewerFormatError
@@ -62,6 +63,10 @@ class BudgetError(UsageError):
 
 class GrammarError(UsageError):
     """A grammar, JSON schema or tool that answers cannot be held to, or an answer that cannot be continued."""
+
+
+class ImageError(UsageError):
+    """An image that cannot be used: another format, damaged, too large, or nothing that can be read here."""
 
 
 class StoreError(FlashError):

@@ -32,6 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=DEFAULT_PROMPT,
         help="the prompt; - reads it from standard input (default: %(default)r)",
     )
+    text.add_argument(
+        "--image",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="an image that the prompt is about; may be given several times; implies --images",
+    )
     add_sampling_arguments(text, max_tokens=100)
     text.add_argument("--system-prompt", help="system message for the chat template")
     text.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
@@ -57,26 +64,31 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, c
 
     context: number of tokens that the plan makes room for.
     """
-    from .text.chat_template import has_chat_template, prompt_ids
+    from .text.chat_template import has_chat_template, prompt_text, tokens_of, with_images
     from .text.template_process import TemplateProcess
 
     if not has_chat_template(tokenizer) or arguments.ignore_chat_template:
         if arguments.system_prompt is not None:
             say("note: --system-prompt is not used without a chat template")
         return prompt
-    messages = [{"role": "user", "content": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": with_images(prompt, len(arguments.image))}]
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
     try:
         with contextlib.closing(TemplateProcess()) as process:
-            return prompt_ids(process, tokenizer, messages, most=context)
+            text = prompt_text(process, tokenizer, messages, most=context)
+            return text if arguments.image else tokens_of(tokenizer, text, most=context)
     except ChatTemplateError as error:
         raise type(error)(f"{error} {WITHOUT_TEMPLATE}") from None
 
 
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
-    prompt_text = read_prompt(arguments)
+    asked = read_prompt(arguments)
+    from .text.images import read_image
+
+    pictures = [read_image(path) for path in arguments.image]
+    arguments.images = arguments.images or bool(pictures)
     model, tokenizer = load_model(arguments, say)
     from .text.generation import stream_generate, summary
 
@@ -84,7 +96,15 @@ def main(arguments: argparse.Namespace) -> int:
     if model.flash.defaults.sampling:
         say(f"sampling: {sampling.describe()} (options not given are from the model's generation_config.json)")
     sampler = seeded_sampler(sampling, model.flash.vocabulary)
-    prompt = apply_template(tokenizer, prompt_text, arguments, model.flash.plan.context)
+    prompt: Any = apply_template(tokenizer, asked, arguments, model.flash.plan.context)
+    cache = None
+    if pictures:
+        from .text.image_prompts import processor_of, see
+
+        if prompt == asked:  # there is no chat template
+            prompt = processor_of(model).mark * len(pictures) + asked
+        seen = processor_of(model).prompt(prompt, pictures)
+        prompt, cache = seen.ids, see(model, seen)
     tokens: list[int] = []
     pieces: list[str] = []
     response = None
@@ -96,6 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
                 prompt,
                 arguments.max_tokens,
                 sampler=sampler,
+                prompt_cache=cache,
                 logits_processors=make_processors(sampling, lambda: ()),
                 prompt_progress_callback=progress_line(interrupts),
             ):

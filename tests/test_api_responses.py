@@ -341,7 +341,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
         ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input", "'web_search_call' are not supported"),
         ({"input": [{"type": ["message"]}]}, "input", "are not supported"),
         ({"input": [{"type": "function_call_output", "call_id": 1, "output": "a"}]}, "input", "input.0.call_id"),
-        ({"input": [IMAGE]}, "input", "reads only text"),
+        ({"input": [IMAGE]}, "input", "reads text only"),
         ({"input": [{"role": "tool", "content": "a"}]}, "input", "input.0.role"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "input", "input.0.name"),
         ({"input": ["a"]}, "input", "object"),

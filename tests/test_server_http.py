@@ -209,10 +209,10 @@ def test_other_wrong_values(server: Server) -> None:
 
 
 def test_what_is_wrong_is_said_of_the_kind_that_was_sent(server: Server) -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    sound = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
     for body, where, what in (
         ({**SHORT, "stop": ["a"] * 257}, "stop: ", "at most 256"),
-        ({**SHORT, "messages": [{"role": "user", "content": [image]}]}, "messages.0.content.0.type: ", "'text'"),
+        ({**SHORT, "messages": [{"role": "user", "content": [sound]}]}, "messages.0.content.0.type: ", "'text'"),
     ):
         message = error_of(server.post(CHAT, body))["message"]
         assert message.startswith(where) and what in message

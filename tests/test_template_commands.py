@@ -38,7 +38,7 @@ def encode_chat(engine: Engine, request: ChatRequest) -> list[int]:
     """The token ids of a request's prompt."""
     dialogue = request.question(Sampling()).of
     assert isinstance(dialogue, Dialogue)
-    return encode_dialogue(engine, dialogue)
+    return encode_dialogue(engine, dialogue)[0]
 
 
 @pytest.fixture

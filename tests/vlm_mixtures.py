@@ -8,8 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import MLA, QUANTISATIONS, VOCABULARY, random_like  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer
 
 from mlx_flash.source.zoos import random_mlx_vlm_model
 
@@ -353,4 +355,39 @@ def make_vlm_mixture(folder: Path, model_type: str, quantisation: str = "plain")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+MARKS = {"video_token_id": 88, "image_token_id": 89, "vision_start_token_id": 90, "vision_end_token_id": 91}
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def make_seeing_mixture(folder: Path, quantisation: str = "plain", most_pixels: int = 16 * 16) -> Path:
+    """A random qwen3_vl_moe with a processor: an image of 16 x 16 pixels is 4 tokens."""
+    make_vlm_mixture(folder, "qwen3_vl_moe", quantisation)
+    config = json.loads((folder / "config.json").read_text()) | MARKS
+    config |= {"image_token_index": 89, "video_token_index": 88}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, MARKS["video_token_id"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "patch_size": QWEN_VISION["patch_size"],
+        "temporal_patch_size": QWEN_VISION["temporal_patch_size"],
+        "merge_size": QWEN_VISION["spatial_merge_size"],
+        "size": {"shortest_edge": 64, "longest_edge": most_pixels},
+        "min_pixels": 64,
+        "max_pixels": most_pixels,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder

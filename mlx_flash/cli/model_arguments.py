@@ -116,6 +116,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         "reads the whole checkpoint to make them, and compares it with the Hub's checksums where those are known "
         "(reads of a store are always compared)",
     )
+    model.add_argument(
+        "--images",
+        action="store_true",
+        help="let the model read images: mlx-vlm builds it, with its vision part in memory (needs the extra vlm)",
+    )
 
 
 def model_flags(arguments: argparse.Namespace) -> list[str]:

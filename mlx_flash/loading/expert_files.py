@@ -111,9 +111,9 @@ class Mixture:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None) -> Mixture:
+def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False) -> Mixture:
     """Builds the model without reading a weight. The arguments and errors are those of `open_lazily`."""
-    lazy = open_lazily(folder, small, zoo)
+    lazy = open_lazily(folder, small, zoo, images)
     switches = {}
     for path, module in switch_layers(lazy.model):
         parts = {}

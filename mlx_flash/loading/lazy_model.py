@@ -24,7 +24,7 @@ from ..source.checkpoint_tensors import malformed, tensors_in
 from ..source.compared_copies import no_room, temporary_folder
 from ..source.model_kind import error_line
 from ..source.quantisation import foreign_quantisation, group_problem
-from ..source.zoos import MLX_LM, zoo_of
+from ..source.zoos import MLX_LM, MLX_VLM, zoo_of
 from .mlx_vlm_model import Sanitize, load_by_mlx_vlm
 from .provenance import Provenance
 
@@ -51,11 +51,13 @@ class LazyModel:
     provenance: Provenance
 
 
-def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None) -> LazyModel:
+def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False) -> LazyModel:
     """Builds the model without reading a weight.
 
     small: the folder that its configuration and index are read from; None for `folder`. zoo: the zoo that builds it;
-    None for the first that has its type. Raises CheckpointError or UnsupportedModelError.
+    None for the first that has its type. images: whether it is to read images; then mlx-vlm builds it.
+
+    Raises CheckpointError or UnsupportedModelError.
     """
     small = small or folder
     counted = tensors_in(folder, small)
@@ -70,10 +72,13 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None)
         return weights
 
     quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
-    zoo = zoo or zoo_of(read_config(small)) or MLX_LM
+    zoo = MLX_VLM if images else zoo or zoo_of(read_config(small)) or MLX_LM
     try:
         with _configuration_alone(small) as alone:
-            model, config = (_load_by_mlx_lm if zoo == MLX_LM else load_by_mlx_vlm)(alone, watch)
+            if zoo == MLX_LM:
+                model, config = _load_by_mlx_lm(alone, watch)
+            else:
+                model, config = load_by_mlx_vlm(alone, watch, images)
     except FlashError:
         raise
     except Exception as error:  # the zoos raise plain exceptions

@@ -18,8 +18,11 @@ from ..flash.files import is_store
 from ..flash.random_state import kept_random_state
 from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
+from ..source.model_kind import refuse_own_code
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
+from ..source.zoos import INSTALL_MLX_VLM, mlx_vlm_is_installed, mlx_vlm_module
 from ..text.generation_config import read_generation_config
+from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .draft_model import PlannedDrafts, plan_drafts
@@ -155,6 +158,8 @@ def _plan(
     if options.verify and not is_store(source):
         files_in(source)  # raises an error for entries that are not files or lead out of the folder
         small = copies.enter_context(compared_copies(source, small_files_in(source), compare_small_file))
+    if options.images:
+        _require_vision(source, small)
     if not is_store(source):
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
@@ -164,6 +169,16 @@ def _plan(
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
     return plan_store(folder, options, copies, drafts)
+
+
+def _require_vision(source: Path, small: Path) -> None:
+    """Raises UsageError for a model that reads no images, or if mlx-vlm is not installed."""
+    config = {} if is_store(source) else read_config(small)
+    refuse_own_code(config, source)
+    if not mlx_vlm_is_installed():
+        raise UsageError(f"mlx-vlm reads images, and it is not installed: `{INSTALL_MLX_VLM}`.")
+    if mlx_vlm_module(config) is None or not (config.get("vision_config") or config.get("vision_n_layers")):
+        raise UsageError(f"{source} ({config.get('model_type')}) is not a model that reads images. Leave images out.")
 
 
 def _converted_before(source: Path, name: str | None) -> Path:
@@ -196,9 +211,10 @@ def _plan_in_place(
     config, defaults = read_config(small), read_generation_config(small)
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
-    mixture = open_mixture(source, small)
+    images = ImageProcessor(small) if options.images else None
+    mixture = open_mixture(source, small, images=options.images)
     copies.close()  # before the first load reads and compares all weights
-    plan, build, foresee = plan_mixture(source, mixture, options, drafts)
+    plan, build, foresee = plan_mixture(source, mixture, options, drafts, images)
     return Planned(plan, tokenizer, defaults, build, foresee, drafts)
 
 

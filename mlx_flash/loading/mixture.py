@@ -19,11 +19,14 @@ from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
 from ..text.draft_depth import MOST_DEPTH
+from ..text.image_prompts import ImageProcessor
+from ..text.images import HELD_BYTES
 from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
 from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
+from .image_needs import image_bytes
 from .in_place_plan import (
     InPlacePlan,
     WeightBytes,
@@ -44,7 +47,11 @@ from .verification import attach_sums
 
 
 def plan_mixture(
-    folder: Path, mixture: Mixture, options: LoadOptions, drafts: PlannedDrafts | None = None
+    folder: Path,
+    mixture: Mixture,
+    options: LoadOptions,
+    drafts: PlannedDrafts | None = None,
+    images: ImageProcessor | None = None,
 ) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
     """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
 
@@ -54,7 +61,8 @@ def plan_mixture(
 
     folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
-    the checksums if they were not made before. drafts: what will draft tokens; None for nothing.
+    the checksums if they were not made before. drafts: what will draft tokens; None for nothing. images: the
+    checkpoint's processor, if the model is to read images.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
@@ -76,6 +84,14 @@ def plan_mixture(
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, error) from None
 
+    try:
+        seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
+    except UsageError:
+        raise
+    except Exception as error:
+        raise _cannot_run(folder, error) from None
+    decoding = 0 if images is None else HELD_BYTES
+
     def at_once(needs: Needs) -> int:
         """Most tokens of a pass that verifies drafts."""
         return MOST_DEPTH + 1 if dense else min(MOST_DEPTH + 1, most_positions(needs.choices))
@@ -86,7 +102,8 @@ def plan_mixture(
     def demand_of(context: int, weights: WeightBytes) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = needs.workspace + reading_bytes(options.threads, aligned=False) + weights.rows_work
+        computing = max(needs.workspace, seeing) + decoding
+        computing += reading_bytes(options.threads, aligned=False) + weights.rows_work
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -107,6 +124,7 @@ def plan_mixture(
     def divide(demand: Demand, context: int, note: str) -> InPlacePlan:
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
+            resident += "" if images is None else ", the vision part"
             drafting = "" if drafts is None else drafts.note
             notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting)
             caches = options.prompt_cache_bytes
@@ -151,7 +169,9 @@ def plan_mixture(
         model, needs = mixture.model, needs_at(plan.context)
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
         attended, most = positions or plan.context, at_once(needs)
-        model.flash = Runtime(plan, streamer, watched, chooser, needs.vocabulary, attended, most_positions=most)
+        model.flash = Runtime(
+            plan, streamer, watched, chooser, needs.vocabulary, attended, images=images, most_positions=most
+        )
         model.flash.prefill_tokens = options.prefill_chunk
         if plan.chunks_at_once > 1:
             modules = [layer.module for layer in mixture.layers]

@@ -21,11 +21,12 @@ Sanitize = Callable[[Weights], Weights]
 
 
 def load_by_mlx_vlm(
-    folder: Path, watch: Callable[[Sanitize, Callable[[], Any]], Weights]
+    folder: Path, watch: Callable[[Sanitize, Callable[[], Any]], Weights], images: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Calls mlx-vlm's `load_model` lazily. Returns (text model in mlx-lm's form, configuration).
 
-    Vision, sound and whatever else a text does not need are left out of the model: they are not read.
+    images: whether to keep the vision part. Otherwise whatever a text does not need is left out of the model, and not
+    read.
 
     folder: a folder with the configuration, and one file without tensors; mlx-vlm reads and writes such files itself,
     so it is not given the checkpoint's. watch(sanitize, model): calls `sanitize` with the checkpoint's tensors, not yet
@@ -45,11 +46,12 @@ def load_by_mlx_vlm(
             return filled[-1][2]
 
         weights = watch(sanitize, lambda: filled[-1][0])
-        model, config, _, options = filled[-1]
-        for name in [name for name in model if name != TEXT]:
-            model[name] = None
-        kept = {name: array for name, array in weights.items() if name.startswith(f"{TEXT}.")}
-        utils.load_model_weights(model, config, kept, folder, **(options | {"declared_keys": None}))
+        model, config, _, options = filled[-1]  # `watch` calls it twice
+        if not images:
+            for name in [name for name in model if name != TEXT]:
+                model[name] = None
+            weights = {name: array for name, array in weights.items() if name.startswith(f"{TEXT}.")}
+        utils.load_model_weights(model, config, weights, folder, **options)
     return as_text_model(model), config
 
 
@@ -62,6 +64,9 @@ def as_text_model(model: Any) -> Any:
     class TextModel(kind):  # type: ignore[misc]
         def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
             text = self[TEXT]
+            sight = getattr(cache[0], "sight", None) if cache else None
+            if sight is not None:  # the prompt has images
+                return sight(text, inputs, cache)  # type: ignore[no-any-return]
             if hasattr(text, "_rope_deltas"):
                 # These belong to the last prompt with images. Where they are kept, a text counts its tokens.
                 text._position_ids, text._rope_deltas = None, mx.zeros((inputs.shape[0], 1), mx.int32)

@@ -34,6 +34,7 @@ class LoadOptions:
         It is wholly in memory. This may change the text by rounding.
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
+    images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
     """
 
     revision: str | None = None
@@ -50,6 +51,7 @@ class LoadOptions:
     draft: str = "none"
     draft_model: str | os.PathLike[str] | None = None
     verify: bool = False
+    images: bool = False
 
     @property
     def budget(self) -> int | None:
@@ -77,8 +79,9 @@ class LoadOptions:
             )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
-        if type(self.verify) is not bool:
-            raise UsageError(f"verify is {self.verify!r:.80}, expected True or False.")
+        for name, flag in (("verify", self.verify), ("images", self.images)):
+            if type(flag) is not bool:
+                raise UsageError(f"{name} is {flag!r:.80}, expected True or False.")
         if self.predictor not in PREDICTORS:
             raise UsageError(f"predictor is {self.predictor!r}, expected one of {', '.join(PREDICTORS)}.")
         if self.window is not None and not 1 <= self.window <= 10**6:

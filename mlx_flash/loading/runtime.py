@@ -20,6 +20,7 @@ from ..layers.recall import PredictorSetting
 from ..layers.shared_reading import SharedReading
 from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
+from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Runtime:
     prefill_tokens: int = PREFILL_TOKENS  # of a chunk of a prompt, for which the plan has room
     shared_reading: SharedReading | None = None  # for prompts, where layers are streamed and chunks can share a reading
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
+    images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images
     most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
     drafting: Drafting | None = None  # how drafts are made; None for none
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk

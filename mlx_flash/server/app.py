@@ -138,7 +138,7 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         async with self._parsed(request, TokenCountRequest) as asked:
-            ids = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
+            ids, _ = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
         return JSONResponse({"input_tokens": len(ids)})
 
     @contextlib.asynccontextmanager
@@ -146,7 +146,8 @@ class Routes:
         """The checked request, an instance of `kind`. Its body counts as held until the block ends."""
         self.engine.check_ready()
         _check_encoding(request)
-        async with self.bodies.body_of(request, self.engine.model.flash.plan.context) as body:
+        flash = self.engine.model.flash
+        async with self.bodies.body_of(request, flash.plan.context, flash.images is not None) as body:
             asked = parse(kind, body)
             asked.check()
             if self.strict_names and asked.model:

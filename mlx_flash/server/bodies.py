@@ -13,6 +13,7 @@ from .api_errors import ApiError
 # A hostile body can take thirty times its size once it is parsed, and the memory plan leaves little room for it.
 MOST_BYTES = 1 << 20  # size limit of one body, or BYTES_PER_TOKEN for each token of the context if that is more
 BYTES_PER_TOKEN = 16
+MOST_IMAGE_BYTES = 12 << 20  # size limit of one body where the model reads images: 8 MiB of them in base64, and a text
 MOST_BODIES = 4  # number of bodies of that size that may be held at the same time
 BODY_S = 60.0  # time limit for receiving a body
 HELD_S = 2.0  # After this time an unfinished body may be dropped to make room for another.
@@ -37,9 +38,12 @@ class Bodies:
         return sum(body.bytes for body in self._held)
 
     @contextlib.asynccontextmanager
-    async def body_of(self, request: Request, context: int) -> AsyncIterator[bytes]:
-        """The whole body; it counts as held until the block ends. context: in tokens. Raises ApiError."""
-        most = max(MOST_BYTES, BYTES_PER_TOKEN * context)
+    async def body_of(self, request: Request, context: int, images: bool = False) -> AsyncIterator[bytes]:
+        """The whole body; it counts as held until the block ends.
+
+        context: in tokens. images: whether it may have images. Raises ApiError.
+        """
+        most = max(MOST_IMAGE_BYTES if images else MOST_BYTES, BYTES_PER_TOKEN * context)
         if int(request.headers.get("content-length") or 0) > most:  # uvicorn has checked that it is a number.
             raise _too_large(most)
         body = _Body(asyncio.get_running_loop().time())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from ..errors import FlashError, GrammarError
+from ..errors import FlashError, GrammarError, ImageError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
@@ -184,6 +184,8 @@ class Engine:
             job.tell(_stopping())
         except GrammarError as error:  # The grammar became too complex in the middle of the answer.
             job.tell(ApiError(400, str(error), code="invalid_grammar"))
+        except ImageError as error:
+            job.tell(ApiError(400, str(error), code="invalid_image"))
         except FlashError as error:
             job.tell(ApiError(500, str(error), code="read_failed"))
         except Exception as error:
@@ -235,6 +237,7 @@ class Engine:
             job.ids,
             max(1, job.max_tokens),
             system_tokens=job.system_tokens,
+            seen=job.seen,
             fresh=sampling.seed is not None,
             sampler=make_sampler(sampling, self.model.flash.vocabulary),
             logits_processors=[*processors, *answer.processors],

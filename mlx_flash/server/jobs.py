@@ -107,6 +107,7 @@ class Job:
     steering: Steering | None = None  # None: the answer is one text
     echo: bool = False  # whether the answer begins with the prompt, and max_tokens may be 0
     system_tokens: int = 0  # how many of the first tokens belong to the system prompt
+    seen: Any = None  # the prompt with its images (ImagePrompt), if it has any
     begun: bool = False  # whether other jobs of the same request have been served
     id: str = ""
     _left: threading.Event = field(default_factory=threading.Event)

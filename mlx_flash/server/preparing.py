@@ -17,13 +17,13 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
     """The arguments of a Job for each answer, in order. Takes long enough to need a thread. Raises ApiError."""
     of = question.of
     if isinstance(of, Dialogue):
-        ids = encode_dialogue(engine, of)
+        ids, seen = encode_dialogue(engine, of)
         prompts, param, continues = [ids], of.param, of.continues
         room_for(engine, ids, question.max_tokens, param)
         steering = steering_of(engine, of)
-        system_tokens = system_tokens_of(engine, of, ids)
+        system_tokens = 0 if seen else system_tokens_of(engine, of, ids)
     else:
-        steering, system_tokens = None, 0
+        steering, system_tokens, seen = None, 0, None
         prompts, param, continues = [encode_prompt_of(engine, prompt) for prompt in of], "prompt", True
     jobs = []
     for ids in prompts:
@@ -42,6 +42,7 @@ def jobs_for(engine: Engine, question: Question) -> list[dict[str, Any]]:
                     "steering": steering,
                     "echo": question.echo,
                     "system_tokens": system_tokens,
+                    "seen": seen,
                 }
             )
     return jobs

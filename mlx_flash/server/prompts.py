@@ -5,34 +5,52 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import ChatTemplateError, FlashError
 from ..text.encoding import TooManyTokens, too_long
 from .api_errors import ApiError, PromptTooLong
+from .apis.image_parts import taken_out
 from .apis.question import Dialogue
 from .engine import Engine
+
+if TYPE_CHECKING:
+    from ..text.image_prompts import ImagePrompt
 
 _encoding = threading.Lock()  # A tokenizer must not encode in two threads at once.
 
 
-def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
-    """The token ids of the messages, by the model's chat template.
+def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], ImagePrompt | None]:
+    """The token ids of the messages, by the model's chat template, and the prompt with its images if it has any.
 
     Without a template, the texts are joined by blank lines, and the model continues the last one. Raises ApiError.
     """
     from ..text.chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
     from ..text.generation import encode_prompt
+    from ..text.image_prompts import processor_of
+    from ..text.images import decode
 
     tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
-    messages, tools = dialogue.messages, dialogue.usable_tools
+    (messages, files), tools = taken_out(dialogue.messages), dialogue.usable_tools
+    if files and engine.model.flash.images is None:
+        raise ApiError(
+            400,
+            "this model reads text only. Leave the images out, or start the server with --images and a model that "
+            "reads images.",
+            param=dialogue.param,
+            code="no_images",
+        )
     if not has_chat_template(tokenizer):
         for name, value in {"tools": tools, "chat_template_kwargs": dialogue.variables}.items():
             if value:
                 message = f"this model has no chat template, so {name} cannot be used. Choose a model that has one."
                 raise ApiError(400, message, param=name)
+        if files:
+            message = "this model has no chat template, so it has no place for images. Choose a model that has one."
+            raise ApiError(400, message, param=dialogue.param)
         text = "\n\n".join(message["content"] for message in messages)
         with _refusals(engine, dialogue.param), _encoding:
-            return encode_prompt(tokenizer, text, most=context)
+            return encode_prompt(tokenizer, text, most=context), None
     with _refusals(engine, dialogue.param):
         if tools and not takes_tools(tokenizer, tools):
             raise ApiError(
@@ -51,7 +69,11 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> list[int]:
             continues=dialogue.continues,
         )
         with _encoding:
-            return tokens_of(tokenizer, prompt, most=context)
+            if not files:
+                return tokens_of(tokenizer, prompt, most=context), None
+            pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
+            seen = processor_of(engine.model).prompt(prompt, pictures)
+            return seen.ids, seen
 
 
 def system_tokens_of(engine: Engine, dialogue: Dialogue, ids: list[int]) -> int:

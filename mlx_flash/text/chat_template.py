@@ -31,6 +31,11 @@ SYSTEM_ROLES = ("system", "developer")
 Message = dict[str, Any]
 
 
+def with_images(text: str, images: int) -> str | list[dict[str, str]]:
+    """The content of a message with so many images before its text, as chat templates take it."""
+    return [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}] if images else text
+
+
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether the model has a chat template, in the checkpoint or in code. tokenizer: mlx-lm's TokenizerWrapper."""
     return tokenizer.chat_template is not None or tokenizer.has_chat_template
@@ -62,7 +67,8 @@ def prompt_text(
     Args:
         process: the process that renders templates.
         tokenizer: mlx-lm's TokenizerWrapper; it has a chat template.
-        messages: in OpenAI's form, each content one text. Arguments of tool calls may be JSON texts or objects.
+        messages: in OpenAI's form, each content one text, or parts of text and marks of images (`with_images`).
+            Arguments of tool calls may be JSON texts or objects.
         most: tokens that the prompt may have. It limits the text only roughly.
         tools: JSON schemas in OpenAI's form.
         variables: further variables for the template, such as enable_thinking.
@@ -174,6 +180,8 @@ def _render(
         return process.render(arguments | {"conversations": [messages], "chat_template": template}, characters)
 
     text = render(messages)
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return text
     if (asked := _last_question(messages)) in text:
         return text
     # Some templates expect contents that are lists of parts, and ignore a plain text.

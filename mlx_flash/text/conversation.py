@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
-from .chat_template import has_chat_template, prompt_ids, system_tokens
+from ..errors import ImageError, UsageError
+from .chat_template import has_chat_template, prompt_text, system_tokens, tokens_of, with_images
 from .encoding import encode
 from .generation import encode_prompt
+from .image_prompts import ImageProcessor, ImagePrompt
+from .images import Picture
 from .template_process import TemplateProcess
 
 MOST_CONTEXTS = 4  # size limit, in contexts, of a prompt before its oldest turns are dropped
@@ -19,6 +22,7 @@ class Turn:
     question: str
     answer: str
     tokens: list[int]  # question and answer; only the answer if there is a template
+    pictures: Sequence[Picture] = ()  # that the question is about
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Prompt:
     dropped: int  # number of turns dropped to make room
     dropped_tokens: int
     system_tokens: int  # of the prompt's first tokens, those of the system message
+    seen: ImagePrompt | None = None  # if a question of the prompt has images
 
 
 class Conversation:
@@ -37,43 +42,45 @@ class Conversation:
     """
 
     def __init__(self, tokenizer: Any, context: int, system_prompt: str | None = None, template: bool = True) -> None:
-        """context: number of tokens for prompt and answer together."""
+        """context: number of tokens for prompt and answer together. Set `images` if the model reads images."""
         self.tokenizer = tokenizer
+        self.images: ImageProcessor | None = None
         self.context = context
         self.has_template = template and has_chat_template(tokenizer)
         self._process = TemplateProcess()
         self.turns: list[Turn] = []
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
-    def ask(self, question: str, room: int) -> Prompt:
-        """The prompt for a question.
+    def ask(self, question: str, room: int, pictures: Sequence[Picture] = ()) -> Prompt:
+        """The prompt for a question. pictures: the images that it is about.
 
         If it leaves less than `room` tokens for the answer, the oldest turns are dropped until half of the context is
         free, or no turn is left. Half, because after each drop the rest must be read again from its beginning.
 
-        Raises UsageError, and drops nothing, if the question alone is too long. Raises ChatTemplateError or
-        TokenizerError if the prompt cannot be made.
+        Raises UsageError, and drops nothing, if the question alone is too long. Raises ChatTemplateError, ImageError
+        or TokenizerError if the prompt cannot be made.
         """
-        size = len(self._tokens([], question))
+        asked = Turn(question, "", [], pictures)
+        size = len(self._tokens([], asked)[0])
         if size > self.context:
             raise UsageError(
                 f"the question makes a prompt of {size} tokens, and the plan has room for {self.context}, answer "
                 "included. Shorten it, or start with a larger --context."
             )
-        before = len(tokens := self._tokens(self.turns, question))
-        dropped = 0
+        tokens, seen = self._tokens(self.turns, asked)
+        before, dropped = len(tokens), 0
         if before + room > self.context:
             while len(tokens) > self.context // 2 and dropped < len(self.turns):
                 dropped += 1
-                tokens = self._tokens(self.turns[dropped:], question)
+                tokens, seen = self._tokens(self.turns[dropped:], asked)
         del self.turns[:dropped]
-        return Prompt(tokens, dropped, before - len(tokens), self._system_tokens(question, tokens))
+        return Prompt(tokens, dropped, before - len(tokens), self._system_tokens(question, tokens), seen)
 
-    def answered(self, question: str, answer: str, made: list[int]) -> None:
-        """Adds a turn. made: tokens of the answer."""
+    def answered(self, question: str, answer: str, made: list[int], pictures: Sequence[Picture] = ()) -> None:
+        """Adds a turn. made: tokens of the answer. pictures: the question's."""
         own = [] if self.has_template else self._text_tokens(question, first=not self.turns)
         ends = self.tokenizer.eos_token_ids
-        self.turns.append(Turn(question, answer, own + [token for token in made if token not in ends]))
+        self.turns.append(Turn(question, answer, own + [token for token in made if token not in ends], pictures))
 
     def forget(self) -> None:
         self.turns = []
@@ -82,17 +89,28 @@ class Conversation:
         """Ends the process that applies the chat template."""
         self._process.close()
 
-    def _tokens(self, turns: list[Turn], question: str) -> list[int]:
+    def _tokens(self, turns: list[Turn], asked: Turn) -> tuple[list[int], ImagePrompt | None]:
+        """The prompt's tokens, and the prompt with its images if there are any."""
+        pictures = [picture for turn in [*turns, asked] for picture in turn.pictures]
         if not self.has_template:
+            if pictures:
+                raise ImageError("without a chat template, a conversation has no place for images.")
             kept = [token for turn in turns for token in turn.tokens]
-            return self._start() + kept + self._text_tokens(question, first=not turns)
-        messages = list(self._system)
+            return self._start() + kept + self._text_tokens(asked.question, first=not turns), None
+        messages: list[dict[str, Any]] = list(self._system)
         for turn in turns:
-            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "user", "content": with_images(turn.question, len(turn.pictures))})
             messages.append({"role": "assistant", "content": turn.answer})
-        messages.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": with_images(asked.question, len(asked.pictures))})
         # The turns fit into the context. So does the question, unless `ask` is about to report its size.
-        return prompt_ids(self._process, self.tokenizer, messages, most=MOST_CONTEXTS * self.context)
+        most = MOST_CONTEXTS * self.context
+        text = prompt_text(self._process, self.tokenizer, messages, most=most)
+        if not pictures:
+            return tokens_of(self.tokenizer, text, most=most), None
+        if self.images is None:
+            raise ImageError("the model was loaded without its vision part. Start with --images.")
+        seen = self.images.prompt(text, pictures)
+        return seen.ids, seen
 
     def _system_tokens(self, question: str, tokens: list[int]) -> int:
         if not (self._system and self.has_template):

@@ -34,6 +34,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..flash.system import large_memory_given_back
 from .cached_context import CachedContext
 from .generation import FlashResponse, chunk_of, stream_generate
+from .image_prompts import ImagePrompt, see
 
 LEAST_REUSED = 16  # tokens; reusing fewer saves nothing, and would read the rest in other chunks
 MOST_SNAPSHOTS = 4  # of a context: the first one, which may be the system prompt's, and the newest ones
@@ -92,18 +93,31 @@ class ReusedPromptCache:
         fresh: bool = False,
         prefill_step_size: int | None = None,
         prompt_progress_callback: Callable[[int, int], None] | None = None,
+        seen: ImagePrompt | None = None,
         **options: Any,
     ) -> Generator[FlashResponse, None, None]:
         """Like `mlx_flash.stream_generate`, with the same errors; `prompt_tokens` in the responses counts the new ones.
 
         system_tokens: how many of the prompt's first tokens other conversations are likely to begin with, such as those
         of the system prompt. fresh: give the text of a prompt that is read from its beginning, whatever was decoded
-        before.
+        before. seen: the same prompt with its images. It is read from its beginning, and its context is not kept: equal
+        tokens may stand for other images.
 
         The iterator may be closed, and the callback may raise: the next call then uses what the cache holds by then.
         After any other error the cache of this conversation is empty; the others stay.
         """
         step = prefill_step_size or chunk_of(self.model)
+        if seen is not None:
+            self._forget_last()
+            self.reused = 0
+            progress_of: dict[str, Any] = {
+                "prefill_step_size": step,
+                "prompt_progress_callback": prompt_progress_callback,
+            }
+            cache = see(self.model, seen)
+            return stream_generate(
+                self.model, tokenizer, prompt, max_tokens, prompt_cache=cache, **progress_of, **options
+            )  # type: ignore[return-value]
         self.reused = self._begin(prompt, step, fresh)
         context = self._last
         rest = prompt[self.reused :]

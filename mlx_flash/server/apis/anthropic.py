@@ -11,16 +11,19 @@ from pydantic_core import PydanticCustomError
 
 from ...text.answer_parts import Thought, ToolCall
 from ...text.generation_config import GenerationConfig
+from ...text.images import from_base64, from_url
 from ..api_errors import ApiError
 from ..jobs import End, Piece, Progress, new_id
 from .answer_form import Answered, AnswerForm, event
 from .error_forms import anthropic_error
+from .image_parts import image_part, joined, read, text_part
 from .openai_common import FIRST_ERROR, MOST_STOPS, StrictModel, Whole
 from .question import Dialogue, Question, Sampling, Structure
 
 # The fields that each kind of block needs. Other kinds are refused.
 BLOCKS = {
     "text": ("text",),
+    "image": ("source",),
     "thinking": ("thinking",),
     "redacted_thinking": (),
     "tool_use": ("id", "name", "input"),
@@ -35,7 +38,7 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 def _is_readable(kind: str) -> str:
     if kind not in BLOCKS:
-        raise PydanticCustomError("block", "this model reads text only")
+        raise PydanticCustomError("block", "this model reads text and images only")
     return kind
 
 
@@ -50,11 +53,24 @@ class TextBlock(StrictModel):
     text: str
 
 
+class ImageSource(StrictModel):
+    type: str
+    data: str | None = None
+    url: str | None = None
+
+    def file(self) -> bytes:
+        """The image's file. Raises ApiError."""
+        if self.type == "base64" and self.data is not None:
+            return read(from_base64, self.data, "messages")
+        return read(from_url, self.url or "", "messages")
+
+
 class ContentBlock(StrictModel):
-    """A text, thoughts, a tool call, or the result of one."""
+    """A text, an image, thoughts, a tool call, or the result of one."""
 
     type: Annotated[str, AfterValidator(_is_readable)]
     text: str | None = None
+    source: ImageSource | None = None
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
@@ -94,7 +110,10 @@ class MessagesTurn(StrictModel):
         return [block for block in self.content if isinstance(block, ContentBlock) and block.type == kind]
 
     def plain(self, tools: dict[str, str]) -> list[dict[str, Any]]:
-        """The messages that chat templates expect. tools: id of a call -> name of its tool; calls are added to it."""
+        """The messages that chat templates expect. tools: id of a call -> name of its tool; calls are added to it.
+
+        Raises ApiError for an image that cannot be read.
+        """
         message: dict[str, Any] = {"role": self.role, "content": self.text}
         if self.role == "assistant":
             if thoughts := "\n".join(block.thinking or "" for block in self.of("thinking")):
@@ -107,6 +126,12 @@ class MessagesTurn(StrictModel):
         for block in self.of("tool_result"):
             name = {"name": tools[block.tool_use_id]} if block.tool_use_id in tools else {}
             results.append({"role": "tool", "tool_call_id": block.tool_use_id, **name, "content": block.result})
+        if self.of("image"):
+            message["content"] = [
+                text_part(block.text or "") if block.source is None else image_part(block.source.file())
+                for block in self.content
+                if isinstance(block, ContentBlock) and (block.type == "image" or (block.type == "text" and block.text))
+            ]
         return [*results, message] if message["content"] or not results else results
 
 
@@ -206,7 +231,7 @@ class TokenCountRequest(StrictModel):
             if message["role"] == "system" and any(other["role"] != "system" for other in found):
                 message["role"] = "user"
             if found and found[-1]["role"] == message["role"] and message["role"] in ("system", "user"):
-                found[-1]["content"] = "\n\n".join(filter(None, (found[-1]["content"], message["content"])))
+                found[-1]["content"] = joined(found[-1]["content"], message["content"])
             else:
                 found.append(message)
 

@@ -12,10 +12,12 @@ from pydantic import BeforeValidator, Field
 
 from ...text.answer_parts import Thought, ToolCall
 from ...text.generation_config import GenerationConfig
+from ...text.images import from_base64
 from ..api_errors import ApiError
 from ..jobs import End, Piece, Progress, TokenLogprob, new_id
 from .answer_form import Answered, AnswerForm, one_line
 from .error_forms import ollama_error
+from .image_parts import image_part, read, text_part
 from .openai_chat import check_tools
 from .openai_common import FIRST_ERROR, MOST_STOPS, StrictModel, Whole, chat_logprob
 from .question import Dialogue, Question, Sampling, Structure
@@ -134,11 +136,11 @@ class OllamaMessage(StrictModel):
     tool_calls: Annotated[list[MadeCall], FIRST_ERROR] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: list[Any] | None = None
+    images: Annotated[list[str], FIRST_ERROR] | None = None  # in base64
 
     def plain(self) -> dict[str, Any]:
-        """The message in OpenAI's form."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        """The message in OpenAI's form. Raises ApiError."""
+        message: dict[str, Any] = {"role": self.role, "content": with_files(self.content or "", self.images)}
         if self.thinking:
             message["reasoning_content"] = self.thinking
         if self.tool_calls:
@@ -158,8 +160,8 @@ class OllamaChatRequest(OllamaRequest):
     def check(self) -> None:
         super().check()
         check_tools(self.tools)
-        if any(message.images for message in self.messages or ()):
-            raise _no_images()
+        if any(message.images and message.role != "user" for message in self.messages or ()):
+            raise ApiError(400, "only messages of the role 'user' may have images.", param="images")
 
     @property
     def of(self) -> Dialogue | list[str | list[int]]:
@@ -176,12 +178,12 @@ class OllamaGenerateRequest(OllamaRequest):
     raw: bool | None = None
     suffix: str | None = None
     template: str | None = None
-    images: list[Any] | None = None
+    images: Annotated[list[str], FIRST_ERROR] | None = None  # in base64
 
     def check(self) -> None:
         super().check()
-        if self.images:
-            raise _no_images()
+        if self.raw and self.images:
+            raise ApiError(400, "a raw prompt has no place for images. Send raw false.", param="images")
         for name in ("suffix", "template"):
             if getattr(self, name):
                 raise ApiError(400, f"{name} is not supported: leave it out.", param=name, code="unsupported")
@@ -195,11 +197,17 @@ class OllamaGenerateRequest(OllamaRequest):
         if self.raw:
             return [self.prompt]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.dialogue([*system, {"role": "user", "content": self.prompt}], param="prompt")
+        return self.dialogue(
+            [*system, {"role": "user", "content": with_files(self.prompt, self.images)}], param="prompt"
+        )
 
 
-def _no_images() -> ApiError:
-    return ApiError(400, "this model reads text only: leave the images out.", param="images")
+def with_files(text: str, images: list[str] | None) -> str | list[dict[str, Any]]:
+    """A content with images, in base64, before its text. Raises ApiError."""
+    if not images:
+        return text
+    files = [image_part(read(from_base64, image, "images")) for image in images]
+    return [*files, *([text_part(text)] if text else [])]
 
 
 class OllamaForm(AnswerForm):

@@ -10,14 +10,25 @@ import time
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ...text.generation_config import GenerationConfig
+from ...text.images import from_url
 from ...text.sampling import Sampling
 from ..api_errors import ApiError
 from ..jobs import End, TokenLogprob, new_id
 from .answer_form import AnswerForm, event
+from .image_parts import image_part, read, text_part
 
 MOST_STOPS = 256
 MOST_ANSWERS = 4  # for one prompt
@@ -25,6 +36,7 @@ FIRST_ERROR = Field(fail_fast=True)  # Stop at the first error in a list: a larg
 R = TypeVar("R", bound=BaseModel)
 OTHER_KIND = {"string_type", "list_type"}  # These errors only say which kind a text-or-list value is not.
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+IMAGE_PARTS = ("image_url", "input_image")
 
 # Unsupported parameters of OpenAI and of other servers that change the answer, with their values that change nothing.
 # null always changes nothing.
@@ -92,10 +104,53 @@ class Part(StrictModel):
     text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
+class ContentPart(Part):
+    """A part of a message: a text, or an image in a data URL."""
+
+    image: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _image(cls, given: Any) -> Any:
+        """An image as a part without text."""
+        if not isinstance(given, dict) or given.get("type") not in IMAGE_PARTS:
+            return {**given, "image": None} if isinstance(given, dict) else given
+        url = given.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str):
+            raise PydanticCustomError("part", "expected image_url, a text or an object with a url")
+        return {"type": "text", "text": "", "image": url}
+
+
 class Message(StrictModel):
     model_config = ConfigDict(strict=True, extra="allow")  # A template may use more, such as names and tool calls.
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[str | Part], FIRST_ERROR] | None = None
+    content: str | Annotated[list[str | ContentPart], FIRST_ERROR] | None = None
+
+    @model_validator(mode="after")
+    def _has_images_of_a_user(self) -> Message:
+        if self.images and self.role != "user":
+            raise PydanticCustomError("part", "only messages of the role 'user' may have images")
+        return self
+
+    @property
+    def images(self) -> list[str]:
+        """The URLs of the message's images."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image for part in parts if isinstance(part, ContentPart) and part.image is not None]
+
+    @property
+    def seen(self) -> str | list[dict[str, Any]]:
+        """The content as one text, or as parts if there are images. Raises ApiError."""
+        if not self.images:
+            return self.text
+        found: list[dict[str, Any]] = []
+        for part in self.content or []:
+            if isinstance(part, ContentPart) and part.image is not None:
+                found.append(image_part(read(from_url, part.image, "messages")))
+            elif text := part if isinstance(part, str) else part.text:
+                found.append(text_part(text))
+        return found
 
     @property
     def text(self) -> str:
@@ -104,8 +159,11 @@ class Message(StrictModel):
         return "".join(part if isinstance(part, str) else part.text for part in self.content or [])
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates expect it: the content as one text, and the older functions as tools."""
-        message = {**(self.model_extra or {}), "role": self.role, "content": self.text}
+        """The message as chat templates expect it: the content as one text, and the older functions as tools.
+
+        A content with images stays parts (image_parts.py). Raises ApiError.
+        """
+        message = {**(self.model_extra or {}), "role": self.role, "content": self.seen}
         if self.role == "function":
             message["role"] = "tool"
         if (call := message.pop("function_call", None)) is not None and not message.get("tool_calls"):
@@ -198,7 +256,9 @@ def parse(kind: type[R], body: bytes) -> R:
         first = next((e for e in errors if e["type"] not in OTHER_KIND), deepest)
         if first["type"] == "json_invalid":
             raise ApiError(400, _json_fault(first["ctx"]["error"]), code="invalid_json") from None
-        where = [str(part) for part in first["loc"] if part not in ("str", "Part") and "[" not in str(part)]
+        where = [
+            str(part) for part in first["loc"] if part not in ("str", "Part", "ContentPart") and "[" not in str(part)
+        ]
         name, param = (".".join(where), where[0]) if where else ("the body", None)
         raise ApiError(400, f"{name}: {first['msg']}.", param=param, code="invalid_value") from None
 

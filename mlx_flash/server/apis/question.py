@@ -22,9 +22,10 @@ class Structure:
 class Dialogue:
     """Messages to be answered.
 
-    messages, tools: in OpenAI's form, each content one text. one_call: whether the answer ends after one call.
-    variables: for the template. thinks: whether the model may think (None: as the template does); a model without a
-    template does not. param: the name of the request's parameter with the messages.
+    messages, tools: in OpenAI's form, each content one text, or parts if it has images (image_parts.py). one_call:
+    whether the answer ends after one call. variables: for the template. thinks: whether the model may think (None: as
+    the template does); a model without a template does not. param: the name of the request's parameter with the
+    messages.
     """
 
     messages: list[dict[str, Any]]

@@ -139,6 +139,7 @@ def messages_of(instructions: str | None, items: Sequence[Any]) -> list[dict[str
             turns.add_above(item.role, item.text)
         else:
             turns.add(item.role, item.text)
+            turns.turns[-1].seen = item.seen if item.images else None
     turns.place_thoughts()
     return [turn.message() for turn in turns.turns]
 
@@ -150,9 +151,10 @@ class _Turn:
     thoughts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
+    seen: Any = None  # parts, if there are images
 
     def message(self) -> dict[str, Any]:
-        message = {"role": self.role, **self.more, "content": "\n\n".join(filter(None, self.texts))}
+        message = {"role": self.role, **self.more, "content": self.seen or "\n\n".join(filter(None, self.texts))}
         if self.thoughts:
             message["reasoning_content"] = "\n\n".join(self.thoughts)
         if self.calls:

@@ -41,7 +41,7 @@ def evaluate_prompts(layer: nn.Module) -> None:
     """
 
     def evaluate(results: Sequence[mx.array]) -> None:
-        if results[0].shape[-2] > FEW_TOKENS:  # (B, T, D)
+        if results[0].shape[-2:-1] > (FEW_TOKENS,):  # (B, T, D)
             mx.eval(results)
 
     hook(layer, lambda: None, evaluate)

@@ -121,9 +121,10 @@ def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None
             parts[name] = locate(folder, f"{path}.{name}", array, lazy.provenance, lazy.entries)
         switches[path] = parts
     streamed = {f"{path}.{name}" for path, parts in switches.items() for name in parts}
-    nothing = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
     tables = find_tables(lazy)
-    layers = find_layers(lazy, nothing, streamed.union(*(table.names() for table in tables)))
+    apart: list[Any] = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
+    apart += [stand_in for table in tables for stand_in in table.stand_ins]
+    layers = find_layers(lazy, apart, streamed.union(*(table.names() for table in tables)))
     lazy.provenance.arrays.clear()  # each array keeps its file open
     lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}

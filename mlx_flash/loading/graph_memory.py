@@ -105,10 +105,12 @@ def trace(function: Callable[..., list[mx.array]], *inputs: mx.array) -> Graph:
 def _describable() -> Iterator[None]:
     """Replaces what MLX cannot do without numbers, while a function is traced.
 
-    `mx.contiguous`, which MLX cannot describe, is a product by 1, which also makes a new array. `mx.eval` does nothing.
+    `mx.contiguous`, which MLX cannot describe, is a product by 1, which also makes a new array. Neither can it describe
+    conversions to and from 8 bits, which become other conversions to the same types. `mx.eval` does nothing.
     Numbers that a model reads back, such as the rows of a table that it needs, are 0.
     """
-    names = [(mx, "contiguous"), (mx, "eval"), (mx, "async_eval"), (mx.array, "item"), (mx.array, "tolist")]
+    names: list[tuple[Any, str]] = [(mx, "contiguous"), (mx, "to_fp8"), (mx, "from_fp8"), (mx, "eval")]
+    names += [(mx, "async_eval"), (mx.array, "item"), (mx.array, "tolist")]
     real = {name: getattr(where, name) for where, name in names}
 
     def skipped(evaluate: Callable[..., None], *arrays: Any) -> None:
@@ -133,7 +135,13 @@ def _describable() -> Iterator[None]:
     def zeros_of(array: mx.array, shape: Shape) -> Any:
         return [zeros_of(array, shape[1:]) for _ in range(shape[0])] if shape else zero_of(array)
 
-    instead = [lambda array, *_, **__: array * 1, partial(skipped, mx.eval), partial(skipped, mx.async_eval)]
+    instead: list[Callable[..., Any]] = [
+        lambda array, *_, **__: array * 1,
+        lambda array, *_, **__: array.astype(mx.uint8),
+        lambda array, dtype=mx.bfloat16, **__: array.astype(dtype),
+        partial(skipped, mx.eval),
+        partial(skipped, mx.async_eval),
+    ]
     try:
         for (where, name), stand_in in zip(names, [*instead, number, numbers], strict=True):
             setattr(where, name, stand_in)

@@ -19,7 +19,7 @@ from ..flash.in_place import TensorParts
 from ..flash.layer_ring import LayerRing, LayerTensor, buffer_bytes, lay_out
 from ..layers.streamed_layers import hook, stream_layer, unhook
 from .lazy_model import LazyModel
-from .memory_needs import StreamedNeed, stand_ins
+from .memory_needs import OneRow, StreamedNeed, stand_ins
 from .provenance import locate
 from .quantised_cache import plain_cache
 
@@ -50,7 +50,7 @@ class LayerWeights:
 
 
 def find_layers(
-    lazy: LazyModel, experts: Sequence[tuple[Any, Any, StreamedNeed]], besides: set[str]
+    lazy: LazyModel, experts: Sequence[tuple[Any, Any, StreamedNeed | OneRow]], besides: set[str]
 ) -> list[LayerWeights]:
     """The layers that can be streamed, in the order in which a token needs them; none if the model does not allow it.
 
@@ -104,7 +104,7 @@ def _owner(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _order_of_calls(
-    model: Any, layers: Sequence[LayerWeights], experts: Sequence[tuple[Any, Any, StreamedNeed]]
+    model: Any, layers: Sequence[LayerWeights], experts: Sequence[tuple[Any, Any, StreamedNeed | OneRow]]
 ) -> list[int]:
     """The numbers of `layers` in the order in which the model calls them; [] if it reads weights at another time."""
     calls: list[int] = []

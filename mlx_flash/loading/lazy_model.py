@@ -29,6 +29,7 @@ from .mlx_vlm_model import Sanitize, load_by_mlx_vlm
 from .provenance import Provenance
 
 MODELOPT = "hf_quant_config.json"  # the zoos use it as config.json's quantization_config
+FOLDER = "model_path"  # of a model of mlx-vlm that reads more of its configuration when it is called first
 CONFIGURATION = frozenset({"config.json", "generation_config.json", MODELOPT})  # files that the zoos read
 UNQUANTISED = (
     "Use a checkpoint in MLX's own quantisation, or convert the unquantised one once: `mlxflash convert --model MODEL "
@@ -79,6 +80,8 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None,
                 model, config = _load_by_mlx_lm(alone, watch)
             else:
                 model, config = load_by_mlx_vlm(alone, watch, images)
+        if hasattr(type(model), FOLDER):
+            setattr(model, FOLDER, str(small))
     except FlashError:
         raise
     except Exception as error:  # the zoos raise plain exceptions

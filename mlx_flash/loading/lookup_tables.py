@@ -22,6 +22,7 @@ from ..flash.in_place import InPlaceFiles, TableTensor
 from ..flash.table_rows import RowCache, TableRows, rows_per_sum
 from ..layers.streamed_table import StreamedTable
 from .lazy_model import LazyModel
+from .memory_needs import OneRow
 from .provenance import is_as_loaded
 
 LEAST_BYTES = 1 << 20  # A smaller table stays in memory, where a row costs no read.
@@ -64,6 +65,12 @@ class Table:
     def work_bytes(self) -> int:
         """The memory that looking up a chunk of a prompt takes, if the rows are read."""
         return COPIES * PREFILL_TOKENS * self.ids_per_token * sum(self.row_bytes.values())
+
+    @property
+    def stand_ins(self) -> list[tuple[Any, Any, OneRow]]:
+        """What takes its place in a trial call, in the form of `needs_of`."""
+        stand_in = OneRow(self.holders[0][0][self.holders[0][1]])
+        return [(holder, key, stand_in) for holder, key in self.holders]
 
     def names(self) -> set[str]:
         """The paths of the table's parameters in the model."""
@@ -202,10 +209,7 @@ class _Watched:
     """Takes the place of a module that looks up rows, and notes how it is used."""
 
     def __init__(self, found: _Found, tokens: int) -> None:
-        self._found, self._tokens = found, tokens
-        self._small = copy.copy(found.module)
-        for name, array in _arrays(found.module).items():
-            self._small[name] = mx.zeros((1, *array.shape[1:]), array.dtype)
+        self._found, self._tokens, self._stand_in = found, tokens, OneRow(found.module)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         found = self._found
@@ -214,7 +218,7 @@ class _Watched:
             return found.module(*arguments, **options)
         found.calls += 1
         found.ids_per_token = max(found.ids_per_token, -(-arguments[0].size // self._tokens))
-        return self._small(mx.zeros_like(arguments[0]))
+        return self._stand_in(arguments[0])
 
     def __getattr__(self, name: str) -> Any:
         self._found.used_otherwise = True

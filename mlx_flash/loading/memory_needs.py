@@ -6,6 +6,7 @@ graph_memory.py computes its memory. No family, kind of attention or kind of cac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Needs:
 
 def needs_of(
     model: Any,
-    layers: Sequence[tuple[Any, Any, StreamedNeed]],
+    layers: Sequence[tuple[Any, Any, StreamedNeed | OneRow]],
     context: int,
     dtype: mx.Dtype | None = None,
     as_on_metal: bool = False,
@@ -70,7 +71,8 @@ def needs_of(
 
     Args:
         model: the model, whose weights may be unread or random.
-        layers: the streamed layers, each as the module or list that holds it, its key there, and its need.
+        layers: the streamed layers, each as the module or list that holds it, its key there, and its need; and lookup
+            tables, each with an `OneRow` for it.
         context: number of tokens to plan for.
         dtype: dtype that the weights will have; None for their present dtypes.
         as_on_metal: whether to compute for Metal, wherever this runs.
@@ -140,21 +142,41 @@ class _StandIn:
     def __init__(self, calls: _Calls, need: StreamedNeed) -> None:
         self.calls, self.need = calls, need
 
-    def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array | None = None, *rest: mx.array) -> mx.array:
+        """rest: see `StreamedExperts`; they are small and not evaluated with the ids."""
         width = x.shape[-1]
         choices = 1 if indices is None else indices.shape[-1]
         besides = self.need(Call(x.size // width, width, x.dtype.size, choices))
         return self.calls.answer((x,) if indices is None else (x, indices), besides)
 
 
+class OneRow:
+    """Takes the place of a lookup table, and looks up its only row, all zeros, for every id.
+
+    It reads nothing, even if the module evaluates what it looks up. An `OneRow` may stand for a layer's need in
+    `needs_of` and `stand_ins`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._small = copy.copy(module)
+        for name, array in module.items():
+            if isinstance(array, mx.array):
+                self._small[name] = mx.zeros((1, *array.shape[1:]), array.dtype)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        result: mx.array = self._small(mx.zeros(ids.shape, ids.dtype))
+        (depending,) = mx.depends([result], [ids])  # else it is a constant, which a trace takes apart no further
+        return depending
+
+
 @contextmanager
-def stand_ins(layers: Sequence[tuple[Any, Any, StreamedNeed]]) -> Iterator[_Calls]:
+def stand_ins(layers: Sequence[tuple[Any, Any, StreamedNeed | OneRow]]) -> Iterator[_Calls]:
     """Inside this context, the streamed layers, in the form of `needs_of`, are stand-ins that note their arguments."""
     held = [parent[key] for parent, key, _ in layers]
     calls = _Calls()
     try:
         for parent, key, need in layers:
-            parent[key] = _StandIn(calls, need)
+            parent[key] = need if isinstance(need, OneRow) else _StandIn(calls, need)
         yield calls
     finally:
         for (parent, key, _), module in zip(layers, held, strict=True):

@@ -36,7 +36,7 @@ from .in_place_plan import (
 )
 from .layer_weights import stream_layers
 from .lookup_tables import stream_tables
-from .memory_needs import Needs, StreamedNeed, needs_of, stand_ins
+from .memory_needs import Needs, OneRow, StreamedNeed, needs_of, stand_ins
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
 from .quantised_cache import plain_cache, quantise_cache
@@ -184,7 +184,7 @@ def plan_mixture(
     return plan, build, foresee
 
 
-def bytes_of_a_shared_token(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]]) -> int:
+def bytes_of_a_shared_token(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed | OneRow]]) -> int:
     """The memory that a token of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
     a reading. streamed: the streamed experts, in the form of `needs_of`."""
     try:
@@ -202,8 +202,9 @@ def _cannot_run(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
-def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed]]:
-    """The streamed layers of a mixture, in the form of `needs_of`."""
+def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed | OneRow]]:
+    """The streamed layers and the lookup tables of a mixture, in the form of `needs_of`."""
     drops_late = mx.default_device() != mx.cpu
     needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}
-    return [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
+    layers = [(*parent_of(mixture.model, path), need) for path, need in needs.items()]
+    return [*layers, *(stand_in for table in mixture.lookup_tables for stand_in in table.stand_ins)]

@@ -13,8 +13,8 @@ from ..errors import FlashError
 from ..source.remote_code import refusing_remote_code
 from ..source.zoos import TEXT
 
-# What mlx-vlm's `load_model` calls to read a file of tensors, and to put the tensors into the model.
-READ, FILL = "_load_safetensors", "load_model_weights"
+# What mlx-vlm's `load_model` calls to read a file of tensors, to rename the tensors, and to put them into the model.
+READ, RENAME, FILL = "_load_safetensors", "sanitize_weights", "load_model_weights"
 
 Weights = dict[str, mx.array]
 Sanitize = Callable[[Weights], Weights]
@@ -41,8 +41,13 @@ def load_by_mlx_vlm(
     with refusing_remote_code():
         from mlx_vlm import utils
 
+        def rename(model: Any, *rest: Any) -> Weights:
+            if getattr(getattr(model, "config", None), "model_path", None) is not None:
+                model.config.model_path = None  # or a model reads tensors from the folder itself
+            return utils.sanitize_weights(model, *rest)  # type: ignore[no-any-return]
+
         def sanitize(given: Weights) -> Weights:
-            _replaced(utils.load_model, {READ: lambda _: given, FILL: note})(folder, lazy=True)
+            _replaced(utils.load_model, {READ: lambda _: given, RENAME: rename, FILL: note})(folder, lazy=True)
             return filled[-1][2]
 
         weights = watch(sanitize, lambda: filled[-1][0])

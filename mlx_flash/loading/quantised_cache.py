@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..errors import UsageError
 from ..source.model_kind import error_line
-from .memory_needs import StreamedNeed, parts_of, stand_ins
+from .memory_needs import OneRow, StreamedNeed, parts_of, stand_ins
 
 GROUP_SIZES = (64, 32)  # mlx-lm's default, and the one that MLX also has for widths which 64 does not divide
 TRIAL_TOKENS = (2, 1)  # attention may treat a prompt and a single token differently
@@ -56,7 +56,7 @@ def plain_cache(model: Any) -> list[Any]:
     return own(model) if own is not None else [KVCache() for _ in model.layers]
 
 
-def quantise_cache(model: Any, layers: Sequence[tuple[Any, Any, StreamedNeed]], bits: int) -> str:
+def quantise_cache(model: Any, layers: Sequence[tuple[Any, Any, StreamedNeed | OneRow]], bits: int) -> str:
     """Makes the model's prompt caches quantised from now on. Returns the note for the plan.
 
     layers: the streamed layers, in the form of `needs_of`.

@@ -48,13 +48,18 @@ def random_mlx_vlm_model(config: dict[str, Any]) -> Any | None:
 
 
 def mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any] | None:
-    """mlx-lm's (Model, ModelArgs) for a configuration; None if it has none. Only modules of mlx-lm are imported."""
+    """mlx-lm's (Model, ModelArgs) for a configuration; None if it has none, or if only mlx-vlm takes its settings."""
     from mlx_lm.utils import _get_classes
 
     try:
-        return _get_classes(config)  # type: ignore[no-any-return]
+        classes: tuple[Any, Any] = _get_classes(config)
     except Exception:  # The configuration lacks something, so the model cannot be run.
         return None
+    try:
+        classes[1].from_dict(config)
+    except Exception:  # mlx-lm lacks a part of the model, or the configuration does not describe one.
+        return None if mlx_vlm_module(config) is not None else classes
+    return classes
 
 
 def mlx_vlm_module(config: dict[str, Any]) -> Any | None:

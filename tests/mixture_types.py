@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Verdict:
     original: str = "not tried"
 
 
+@cache
 def types_of(zoo: str) -> list[str]:
     """The model types of a zoo whose modules use switch layers, directly or through others; [] if it is not installed.
 

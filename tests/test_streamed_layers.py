@@ -21,6 +21,7 @@ from mlx_flash.bench.synthetic.dense_checkpoint import write_dense
 from mlx_flash.errors import BudgetError, ReadError, UsageError
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.unit_sums import RangeSums
+from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.shared_reading import SharedReading, bytes_to_share
 from mlx_flash.loading import layer_weights
 from mlx_flash.loading.expert_files import open_mixture
@@ -271,6 +272,15 @@ def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..
         except KeyboardInterrupt:
             pass
         assert np.array_equal(np.array(model(mx.array([PROMPT]), cache=make_prompt_cache(model))), expected), line
+
+
+def test_routers_that_are_not_in_memory_make_no_guesses(
+    model_of: Callable[..., Path], stream: Callable[..., Any]
+) -> None:
+    for pinned, guesses in ((0, False), (3, True)):
+        model, _ = stream(model_of("deepseek_v3"), pinned)
+        found = [module.ahead for _, module in model.named_modules() if isinstance(module, StreamedExperts)]
+        assert any(ahead is not None for ahead in found) is guesses
 
 
 def test_a_truncated_file_is_named(model_of: Callable[..., Path], stream: Callable[..., Any], tmp_path: Path) -> None:

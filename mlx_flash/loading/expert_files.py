@@ -43,9 +43,7 @@ class Mixture:
     tensors: dict[str, mx.array]  # the checkpoint's tensors, lazily loaded
     layers: list[LayerWeights]  # those that can be streamed, in the order in which a token needs them
     lookup_tables: list[Table]  # those whose rows can be read
-    streamed: set[
-        str
-    ]  # paths of the parameters that do not stay in memory: the experts', those of streamed layers, ...
+    streamed: set[str]  # paths of the parameters that do not stay in memory
 
     @property
     def experts(self) -> int:
@@ -93,6 +91,8 @@ class Mixture:
         for (path, tensors), count in zip(self.switches.items(), slots, strict=True):
             parent, name = parent_of(self.model, path)
             parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
+        if any(self.streamed & layer.names() for layer in self.layers):
+            return  # The next layer's router is not in memory yet, so nothing can be guessed by it.
         trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for useless guesses
         for path, following in pairwise(self.switches):
             switch, holder = module_at(self.model, following), following.rpartition(".")[0]

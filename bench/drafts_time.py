@@ -184,7 +184,7 @@ def show(rows: list[dict[str, Any]], passes: list[dict[str, Any]]) -> None:
         [
             str(row["positions"]),
             f"{row['units_per_pass']:.1f}",
-            f"{row['units_per_pass'] / one['units_per_pass']:.2f}",
+            f"{row['units_per_pass'] / one['units_per_pass']:.2f}" if one["units_per_pass"] else "-",
             f"{row['bytes_per_pass'] / 1e6:.3f}",
             f"{row['different']} of {row['tokens']}",
         ]

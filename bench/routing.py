@@ -13,6 +13,7 @@ import numpy as np
 from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
+from mlx_flash.layers.routers import Router
 from mlx_flash.loading.expert_files import router_of
 
 from .traces import LayerTrace, decode, packed
@@ -29,14 +30,9 @@ class Place:
     block: Any
     name: str
 
-    def router(self) -> Any:
-        """The linear map whose largest outputs choose the experts. Raises UsageError if the block has none."""
-        if (router := router_of(self.block, self.name)) is not None:
-            return router
-        raise UsageError(
-            "look-ahead is only measured on mixtures with a linear `gate` or `router` beside the experts, such as "
-            f"Qwen3-MoE and Mixtral; {type(self.block).__name__} has none."
-        )
+    def router(self) -> Router:
+        """Rates the experts; the largest ratings choose them."""
+        return router_of(self.block[self.name], [self.block, self.layer])
 
 
 def places(model: Any) -> Iterator[Place]:
@@ -67,7 +63,9 @@ class RouterTap(nn.Module):
         mask = (chosen[:, :, None] == mx.arange(self.trace.neurons)).any(axis=1)  # (N, E)
         self.trace.chosen_rows.append(packed(mask))
         for state, given in self.states.items():
-            scores = self._router(given()).reshape(mask.shape)
+            if (scores := self._router(given())) is None:
+                raise UsageError("no router was found beside the experts that takes a layer's hidden state.")
+            scores = scores.reshape(mask.shape)
             ranks = mx.argsort(mx.argsort(-scores, axis=-1), axis=-1)
             self.rank_rows[state].append(to_numpy(ranks.astype(mx.int16)))
         result: mx.array = self.inner(x, indices)

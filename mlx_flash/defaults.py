@@ -13,7 +13,8 @@ CONTEXT = 2048  # tokens; the least that is chosen, if a model has so many posit
 MOST_CONTEXT = 32768  # tokens; the most that are chosen
 MAX_CONTEXT = "max"  # stands for all positions of a model
 THREADS = 16
-PREFILL_TOKENS = 512  # prompt tokens per chunk in our own functions; the memory plan relies on it
+PREFILL_TOKENS = 512  # prompt tokens per chunk, if the user says nothing; the memory plan has room for one
+MOST_PREFILL_TOKENS = 16384
 
 CALIBRATION_TOKENS = 2048
 LEAST_CALIBRATION_TOKENS = 16

@@ -311,11 +311,11 @@ def open_model(needs: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
             made = real(*arguments, **keywords)
             return replace(made, slots=(made.units.per_layer if slots is None else slots,) * made.units.layers)
 
-        def needs_of(model: Any, layers: Any, context: int, *rest: Any) -> Any:
+        def needs_of(model: Any, layers: Any, context: int, dtype: Any, chunk: int) -> Any:
             """Caches the needs. The slots are fixed here, and tracing a model's graph takes longer than loading it."""
-            key = (store, (store / MANIFEST).stat().st_mtime_ns, predictor, context, *rest)
+            key = (store, (store / MANIFEST).stat().st_mtime_ns, predictor, context, dtype, chunk)
             if key not in needs:
-                needs[key] = real_needs_of(model, layers, context, *rest)
+                needs[key] = real_needs_of(model, layers, context, dtype, chunk=chunk)
             return needs[key]
 
         real_needs_of = store_module.needs_of

@@ -22,7 +22,10 @@ class Told:
 
     def propose(self, count: int) -> list[int]:
         places = range(self.made, min(self.made + count, len(self.text)))
-        return [self.text[at] + 1 if (at + 1) % self.wrong == 0 else self.text[at] for at in places]
+        return [self._other(self.text[at]) if (at + 1) % self.wrong == 0 else self.text[at] for at in places]
+
+    def _other(self, token: int) -> int:
+        return token - 1 if token else 1  # A model cannot look up a token beyond its vocabulary.
 
     def end(self) -> None: ...
 

@@ -169,7 +169,7 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
     parameters: Any = tree_flatten(model.parameters())
     model.load_weights([(name, random_like(name, array)) for name, array in parameters])
     if (settings := QUANTISATIONS[quantisation]) is not None:
-        nn.quantize(model, **settings, class_predicate=lambda path, module: hasattr(module, "to_quantized"))
+        nn.quantize(model, **settings, class_predicate=lambda _, module: divides(module, settings["group_size"]))
         config["quantization"] = settings
     weights: Any = dict(tree_flatten(model.parameters()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,6 +180,11 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
         name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         mx.save_safetensors(str(folder / name), part)
     return folder
+
+
+def divides(module: Any, group_size: int) -> bool:
+    """Whether mlx-lm quantises a module in groups of this size."""
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
 
 def to_bfloat16(folder: Path, only: str = "") -> None:

@@ -135,33 +135,122 @@ def latent_attention(weights: Weights) -> Weights:
     return result
 
 
+def deepseek_v41(weights: Weights) -> Weights:
+    """DeepSeek's own names, with packed numbers as bytes."""
+    pairs = [
+        (r"^model\.", ""), (r"^lm_head\.", "head."), (r"^embed_tokens\.", "embed."), (r"\.self_attn\.", ".attn."),
+        (r"\.mlp\.experts\.switch_mlp\.", ".ffn.experts."), (r"\.mlp\.", ".ffn."),
+        (r"\.input_layernorm\.", ".attn_norm."), (r"\.post_attention_layernorm\.", ".ffn_norm."),
+        (r"\.attn_hc\.", ".hc_attn_"), (r"\.ffn_hc\.", ".hc_ffn_"), (r"\.sinks$", ".attn_sink"),
+        (r"(shared_experts\.)gate_proj", r"\1w1"), (r"(shared_experts\.)down_proj", r"\1w2"),
+        (r"(shared_experts\.)up_proj", r"\1w3"), (r"\.q_a_proj\.", ".wq_a."), (r"\.q_b_proj\.", ".wq_b."),
+        (r"\.kv_proj\.", ".wkv."), (r"(?<!experts)\.gate_proj\.", ".wgate."), (r"\.o_a_proj\.", ".wo_a."),
+        (r"\.o_b_proj\.", ".wo_b."), (r"\.q_a_norm\.", ".q_norm."), (r"(compressor)\.kv_norm\.", r"\1.norm."),
+        (r"\.indexer\.k_proj\.", ".indexer.wk."), (r"\.e_score_correction_bias$", ".bias"), (r"\.scales$", ".scale"),
+    ]  # fmt: skip
+    result = each(".ffn.experts.", ".ffn.experts.", W123)(renamed(*pairs)(weights))
+    for name, array in result.items():
+        if ".wo_a." in name:  # block diagonal
+            array = array.flatten(0, 1)
+        result[name] = array.view(mx.uint8) if array.dtype == mx.uint32 else array
+    return result
+
+
 W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+EVERY = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
 MLP = each(".mlp.switch_mlp.", ".mlp.experts.")
+OWN = each(".mlp.experts.", ".mlp.experts.")
+SPARSE = each(".block_sparse_moe.switch_mlp.", ".block_sparse_moe.experts.", W123)
+LATENT = in_turn(MLP, latent_attention)
+GATE = renamed((r"\.mlp\.gate\.gate_proj\.", ".mlp.gate."))
+FUSED = fused(".mlp.switch_mlp.", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+NESTED = renamed((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head"))
 GRANITE = fused(
     ".block_sparse_moe.switch_mlp.", ".block_sparse_moe.input_linear.weight", ".block_sparse_moe.output_linear.weight"
 )
-LAYOUTS: dict[str, Layout] = {
-    "deepseek_v3": in_turn(MLP, latent_attention),
-    "gemma4": in_turn(
-        fused(".experts.switch_glu.", ".experts.gate_up_proj", ".experts.down_proj"),
-        renamed((r"^language_model\.model\.", "model.language_model.")),
+GEMMA = fused(".experts.switch_glu.", ".experts.gate_up_proj", ".experts.down_proj")
+KIMI = in_turn(
+    each(".mlp.switch_mlp.", ".block_sparse_moe.experts.", W123),
+    renamed(
+        (r"(layers\.[12])\.mlp\.(shared_experts|gate|routed_expert\w*)\.", r"\1.block_sparse_moe.\2."),
+        (r"\.mlp\.e_score_correction_bias", ".block_sparse_moe.gate.e_score_correction_bias"),
     ),
+    latent_attention,
+)
+LAYOUTS: dict[str, Layout] = {
+    "Klear": OWN,
+    "afmoe": OWN,
+    "bailing_hybrid": in_turn(LATENT, GATE),
+    "bailing_moe": in_turn(MLP, GATE),
+    "bailing_moe_linear": in_turn(MLP, GATE),
+    "bailing_moe_v3": in_turn(LATENT, transposed_convolutions),
+    "deepseek": MLP,
+    "deepseek_v2": MLP,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "deepseek_v41": deepseek_v41,
+    "dots1": OWN,
+    "ernie4_5_moe": MLP,
+    "exaone_moe": in_turn(MLP, renamed((r"\.gate\.e_score_correction_bias", ".e_score_correction_bias"))),
+    "gemma4": in_turn(GEMMA, renamed((r"^language_model\.model\.", "model.language_model."))),
+    "gemma4_text": GEMMA,
+    "glm4_moe": MLP,
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
     "gpt_oss": interleaved_blocks,
     "granitemoe": GRANITE,
     "granitemoehybrid": in_turn(GRANITE, transposed_convolutions),
-    "llama4": transposed_experts(".feed_forward.experts.", ".feed_forward.experts."),
-    "mixtral": each(".block_sparse_moe.switch_mlp.", ".block_sparse_moe.experts.", W123),
-    "olmoe": MLP,
-    "qwen3_5_moe": in_turn(
-        fused(".mlp.switch_mlp.", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"),
-        transposed_convolutions,
-        less_one("layernorm.weight", "model.norm.weight", "_norm.weight"),
-        renamed((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head")),
+    "hunyuan": MLP,
+    "jamba": in_turn(each(".feed_forward.switch_mlp.", ".feed_forward.experts."), transposed_convolutions),
+    "kimi_k25": LATENT,
+    "kimi_k3": KIMI,
+    "kimi_linear": in_turn(KIMI, transposed_convolutions, renamed((r"\.([qkv])_conv\.conv\.", r".\1_conv1d."))),
+    "kimi_vl": MLP,
+    "laguna": in_turn(
+        MLP,
+        renamed(
+            (r"\.gate\.proj\.", ".gate."), (r"\.gate\.e_score_correction_bias", ".experts.e_score_correction_bias")
+        ),
     ),
+    "lfm2_moe": in_turn(
+        each(".feed_forward.switch_mlp.", ".feed_forward.experts.", W123),
+        renamed(*((rf"\.{ours}\.weight", f".{theirs}.weight") for ours, theirs in W123.items())),
+        transposed_convolutions,
+    ),
+    "llama4": transposed_experts(".feed_forward.experts.", ".feed_forward.experts."),
+    "longcat_flash": LATENT,
+    "longcat_flash_ngram": in_turn(LATENT, renamed((r"ngram_embeddings\.word_embeddings\.", "embed_tokens."))),
+    "mellum": MLP,
+    "mimo_v2_flash": MLP,
+    "minimax": SPARSE,
+    "minimax_m3_vl": SPARSE,
+    "mistral3": in_turn(FUSED, latent_attention),
+    "mistral4": in_turn(FUSED, latent_attention),
+    "mixtral": SPARSE,
+    "nemotron_h": in_turn(
+        each(".mixer.switch_mlp.", ".mixer.experts.", {"fc1": "up_proj", "fc2": "down_proj"}), transposed_convolutions
+    ),
+    "olmoe": MLP,
+    "phimoe": SPARSE,
+    "phixtral": each(".moe.switch_mlp.", ".moe.mlp."),
+    "qwen2_moe": MLP,
+    "qwen3_5_moe": in_turn(FUSED, transposed_convolutions, less_one(*EVERY), NESTED),
     "qwen3_moe": MLP,
+    "qwen3_next": in_turn(MLP, transposed_convolutions, less_one(*EVERY)),
+    "qwen3_vl_moe": in_turn(transposed_experts(".mlp.switch_mlp.", ".mlp.experts."), NESTED),
+    "solar_open": MLP,
+    "step3p5": in_turn(
+        less_one("norm.weight"),
+        renamed(
+            (r"\.mlp\.switch_mlp\.", ".moe."),
+            (r"\.mlp\.gate\.gate\.", ".moe.gate."),
+            (r"\.mlp\.gate\.router_bias", ".moe.router_bias"),
+            (r"\.mlp\.share_expert\.", ".share_expert."),
+        ),
+    ),
 }
-
-CHANGED = frozenset({"gpt_oss", "llama4"})  # mlx-lm rearranges or computes their experts
+CHANGED = frozenset({"gpt_oss", "llama4", "qwen3_vl_moe"})  # mlx-lm rearranges or computes their experts
+PACKED = {"deepseek_v41": "mxfp4", "gpt_oss": "mxfp4"}  # published with packed experts
 
 
 def publish(folder: Path, family: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from mlx_flash import defaults
 from mlx_flash.loading import load as loading
 from mlx_flash.server.access import Access
 from mlx_flash.server.app import make_app
@@ -132,6 +131,6 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     monkeypatch.setattr(prompt_cache, "stream_generate", gate.stream_generate)
-    monkeypatch.setattr(defaults, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prompt_cache, "chunk_of", lambda _: 16)
     yield gate
     gate.open()

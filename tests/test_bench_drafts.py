@@ -22,7 +22,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_drafts_are_compared(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    flags = ["--model", tiny.store, "--text", text, "--memory", "300MB", "--prompts", 2, "--prompt-tokens", 20]
+    flags = ["--model", tiny.store, "--text", text, "--memory", "2GB", "--prompts", 2, "--prompt-tokens", 20]
     flags += ["--tokens", 16, "--depths", "1,3", "--rounds", 2]
     flags += ["--draft-model", tiny.checkpoint] if kind == "model" else []
     run("drafts", *flags)

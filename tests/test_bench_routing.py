@@ -103,10 +103,14 @@ def test_a_guess_is_the_next_layers_router_on_this_layers_state(open_mixture: Ca
     assert [int(each[0]) for each in sizes] == [1, 2, 3, 4, 6, 8] and all(np.ptp(each) == 0 for each in sizes)
 
 
-def test_routers_that_do_more_are_refused(open_mixture: Callable[..., Any]) -> None:
+def test_routers_that_choose_by_themselves(open_mixture: Callable[..., Any]) -> None:
+    """A router that returns the chosen experts, not a score for each, rates those first."""
     model = open_mixture("deepseek_v3")
-    with pytest.raises(UsageError, match="linear `gate` or `router`"):
-        routing.record(model, IDS, [], "test", experts_ahead.router_states(model))
+    taps = routing.record(model, IDS, [], "test", experts_ahead.router_states(model))
+    experts_ahead.check_routers(taps)
+
+
+def test_routers_that_choose_others_are_refused(open_mixture: Callable[..., Any]) -> None:
     model = open_mixture("qwen3_moe")
     states = experts_ahead.router_states(model)
     gate = model.layers[1].mlp.gate

@@ -19,14 +19,16 @@ from conftest import EOS, write_tokenizer  # type: ignore[import-not-found]
 from drafting import Telling  # type: ignore[import-not-found]  # found beside this file
 from hypothesis import given
 from hypothesis import strategies as st
-from mixtures import make_mixture  # type: ignore[import-not-found]
+from mixtures import make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from test_streamed_layers import DENSE, WIDE  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.stats import Counters
+from mlx_flash.loading import layer_weights
 from mlx_flash.loading.load import load, plan
 from mlx_flash.text import ngrams
 from mlx_flash.text.drafts import MODEL, NGRAM, Drafting, DraftModel
@@ -74,6 +76,11 @@ def tokens_of(responses: Iterator[Any]) -> list[int]:
 def drafts_of(response: Any) -> Any:
     """The DraftCounts of a generation that was set up for drafts, from its last response."""
     return response.statistics.drafts
+
+
+def bytes_of(response: Any) -> int:
+    """The bytes that decoding has read, from a response."""
+    return response.statistics.decode.bytes  # type: ignore[no-any-return]
 
 
 def told(model: Any, text: list[int], wrong: int = 10**9) -> None:
@@ -197,6 +204,38 @@ def test_a_cache_stays_within_whole_steps(endless: Any, tmp_path: Path) -> None:
             if drafting == "draft":
                 caches.append(model.flash.drafting.model._kept[0].cache)
             assert {part.keys.shape[-2] for cache in caches for part in cache} == {512}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2", "recurrent_gemma", "lfm2"])
+def test_a_pass_over_streamed_layers_reads_the_same_bytes(
+    endless: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    """Every accepted draft saves the reading of all layers that are not in memory."""
+    monkeypatch.setattr(layer_weights, "SHORTEST_TENSOR", 2048)
+    model, streamer = open_streamed(make_mixture(tmp_path / "model", family, **WIDE, **DENSE[family]), 0, pinned=1)
+    model.flash = SimpleNamespace(
+        plan=SimpleNamespace(context=512),
+        vocabulary=96,
+        lock=threading.Lock(),
+        streamer=streamer,
+        evaluate_guarded=streamer.evaluate_guarded,
+        verify_unchanged=streamer.verify_unchanged,
+        shared_reading=None,
+        drafting=None,
+        most_positions=16,
+    )
+    with closing(streamer):
+        *before, last = stream_generate(model, endless, PROMPT, TOKENS)
+        text = [*PROMPT, *(response.token for response in (*before, last))]
+        each = bytes_of(last) // TOKENS
+        assert bytes_of(last) == each * TOKENS > 0
+        for wrong, depth in ((10**9, 7), (3, 3), (1, 2)):
+            told(model, text, wrong)
+            *before, last = stream_generate(model, endless, PROMPT, TOKENS, num_draft_tokens=depth)
+            assert [*PROMPT, *(response.token for response in (*before, last))] == text
+            counts = drafts_of(last)
+            assert bytes_of(last) in (each * counts.passes, each * (counts.passes + 1))
+            assert counts.passes + counts.accepted == TOKENS
 
 
 @pytest.mark.parametrize(

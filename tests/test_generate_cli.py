@@ -30,9 +30,12 @@ PYTHON_M = [sys.executable, "-m", "mlx_flash.generate"]
 KEYS = {
     *("text", "tokens", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "first_token_s"),
     *("peak_memory_bytes", "hit_rate", "bytes_per_token", "reads_per_token", "read_s", "wait_s", "manage_s"),
-    *("compute_s", "predictor", "predictor_measured", "plan"),
+    *("compute_s", "predictor", "predictor_measured", "drafts", "plan"),
 }
-PLAN_KINDS = {"process", "resident_weights", "predictors", "slots", "kv_cache", "prompt_caches", "drafts", "workspace"}
+PLAN_KINDS = {
+    *("process", "resident_weights", "predictors", "slots", "table_rows", "kv_cache", "prompt_caches", "drafts"),
+    "workspace",
+}
 PLAN_KEYS = {"budget", "total", *PLAN_KINDS}
 HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch")
 

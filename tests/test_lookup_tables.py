@@ -311,6 +311,20 @@ def test_memory_to_spare_holds_more_rows(large: Path, load: Callable[..., Any]) 
     assert 0.95 < cache.slots * RowCache.slot_bytes(cache.row_bytes) / plan.demand.table_rows <= 1
 
 
+def test_where_layers_are_read_memory_to_spare_is_left_to_the_chunks_of_a_prompt(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 20_000, "num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 512}
+    folder = make_model(tmp_path, "llama", **sizes)
+    mixture = open_mixture(folder)
+
+    def plan(memory: int) -> Any:
+        return plan_mixture(folder, mixture, LoadOptions(memory=memory, context=64, prompt_cache=0))[0]
+
+    least = plan(plan(ENDLESS).smallest + 3_500_000)
+    assert least.reads_rows and 0 < least.pinned < 12 and least.layer_bytes_per_token > 0
+    assert least.demand.table_rows == lookup_tables.kept_bytes(mixture.lookup_tables) < least.rows_saved
+    assert least.total < least.budget
+
+
 def test_a_budget_below_the_smallest_is_refused(large: Path, load: Callable[..., Any]) -> None:
     plan = load(large, ENDLESS).flash.plan
     with pytest.raises(BudgetError, match="MB table rows") as caught:

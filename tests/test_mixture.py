@@ -332,16 +332,6 @@ def test_what_is_missing_joins_a_guess_under_way(mixture_of: Callable[..., Path]
     assert has([4, 5, 6, 7]) and not streamer.loading
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_which_layers_are_guessed_for(mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str) -> None:
-    """Only layers whose router is one product guess. The first of them, and no other, reports the start of a token."""
-    layers = stream(mixture_of(family), 5)[0].modules()
-    ahead = [layer.ahead for layer in layers if isinstance(layer, StreamedExperts) and layer.ahead is not None]
-    linear = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss"}
-    assert bool(ahead) == (family in linear)
-    assert sum(one.leads for one in ahead) == min(1, len(ahead)) and len({id(one.trial) for one in ahead}) <= 1
-
-
 def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
     model, streamer = stream(mixture_of("qwen3_moe", "4 bits"), 5)
     ahead = model.layers[0].mlp.switch_mlp.ahead

@@ -12,7 +12,7 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from published_layouts import CHANGED, LAYOUTS, publish  # type: ignore[import-not-found]
+from published_layouts import CHANGED, LAYOUTS, PACKED, publish  # type: ignore[import-not-found]
 from test_mixture import assert_same, everything  # type: ignore[import-not-found]
 
 from mlx_flash.errors import ReadError, UnsupportedModelError
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_processor")
 
 def published(tmp_path: Path, family: str) -> Path:
     """A checkpoint in the original layout, from which mlx-lm makes the weights of the one in MLX's layout."""
-    folder = make_mixture(tmp_path / family, family, "mxfp4" if family == "gpt_oss" else "plain")
+    folder = make_mixture(tmp_path / family, family, PACKED.get(family, "plain"))
     plain: Any = dict(tree_flatten(load_model(folder)[0].parameters()))
     names = set(read_header(folder / "model.safetensors")[1])
     publish(folder, family)

@@ -444,13 +444,41 @@ def test_a_prompt_of_several_chunks_is_read_once(tmp_path: Path, monkeypatch: py
     assert read[1] < 0.5 * read[0]
 
 
+def test_a_prompt_in_larger_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    write_dense(tmp_path / "model", "tiny", 4, "float32", 0)
+    chunks: list[int] = []
+    work = []
+    for chunk in (8, 64):
+        model, tokenizer = mlx_flash.load(tmp_path / "model", context=128, prefill_chunk=chunk)
+        try:
+            work.append(model.flash.plan.demand.workspace)
+            call = type(model).__call__
+
+            def noting(self: Any, tokens: mx.array, *rest: Any, call: Any = call, **named: Any) -> Any:
+                chunks.append(tokens.shape[1])
+                return call(self, tokens, *rest, **named)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(type(model), "__call__", noting)
+                list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=1))
+            with pytest.raises(UsageError, match=rf"prefill_step_size is 65; the plan makes room for 1 to {chunk}"):
+                mlx_flash.generate(model, tokenizer, PROMPT, prefill_step_size=65)
+        finally:
+            model.flash.close()
+    assert chunks == [8, 8, 8, 8, 4, 1, 36, 1]
+    assert work[0] < work[1]
+    with pytest.raises(UsageError, match="prefill_chunk is 0, expected 1 to"):
+        mlx_flash.load(tmp_path / "model", prefill_chunk=0)
+
+
 def test_the_plan_s_spare_memory_is_for_chunks_of_the_context() -> None:
     weights = WeightBytes([5 * 10**6], [10**6] * 10, 10**6, 0, 0, 0, 0)
     plan = divided(weights, 12 * 10**6 + 400_000)
     assert plan.budget - plan.total == 400_000
-    assert with_spare_for_chunks(plan, 0) == plan
-    assert with_spare_for_chunks(replace(plan, context=2000), 150_000).chunks_at_once == 3
-    assert with_spare_for_chunks(replace(plan, context=900), 150_000).chunks_at_once == 2
-    assert with_spare_for_chunks(plan, 500_000).chunks_at_once == 1
-    grown = with_spare_for_chunks(replace(plan, context=2000), 150_000)
+    assert with_spare_for_chunks(plan, 0, 500) == plan
+    assert with_spare_for_chunks(replace(plan, context=2000), 300, 500).chunks_at_once == 3
+    assert with_spare_for_chunks(replace(plan, context=900), 300, 500).chunks_at_once == 2
+    assert with_spare_for_chunks(plan, 1000, 500).chunks_at_once == 1
+    grown = with_spare_for_chunks(replace(plan, context=2000), 300, 500)
     assert grown.total == plan.total + 300_000 <= plan.budget

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import CONTEXT, DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_CONTEXT, PREDICTORS, THREADS
+from ..defaults import (
+    CONTEXT,
+    DRAFTS,
+    IO_MODES,
+    KV_BITS,
+    MAX_CONTEXT,
+    MOST_CONTEXT,
+    PREDICTORS,
+    PREFILL_TOKENS,
+    THREADS,
+)
 from .run import REVISION_HELP
 
 if TYPE_CHECKING:
@@ -40,6 +50,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         choices=KV_BITS,
         help="quantise the KV cache to so many bits per number, which may change the text (default: the model's own "
         "precision)",
+    )
+    model.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=PREFILL_TOKENS,
+        metavar="N",
+        help="tokens of a prompt that are read in one pass; more take more memory and, where weights are read, fewer "
+        "bytes per prompt; another number may change the text (default: %(default)s)",
     )
     model.add_argument(
         "--prompt-cache",

@@ -13,6 +13,7 @@ from ..flash.host_arrays import to_numpy
 from .expert_products import SORTED_FROM, Projection, Widened, by_expert, by_pair, is_widened, kernels_vary
 from .lookahead import LookAhead
 from .lookahead_trial import LookAheadTrial
+from .routers import Router
 
 EXPERTS_AT_ONCE = 16  # experts of a prompt that are multiplied while as many are read
 AHEAD = 0.25  # share of a token's experts that a guess reads, at least one (bench/results/expert-lookahead.md)
@@ -54,20 +55,22 @@ class StreamedExperts(nn.Module):
                     classes[projection] = Widened
         for projection, kind in classes.items():
             inner[projection] = kind(inner[projection])
+        for name, child in inner.children().items():
+            if name not in classes:  # The model may use it, as its switch layer's.
+                self[name] = child
 
-    def look_ahead(self, following: StreamedExperts, router: nn.Module, trial: LookAheadTrial, leads: bool) -> None:
+    def look_ahead(self, following: StreamedExperts, router: Router, trial: LookAheadTrial, leads: bool) -> None:
         """Makes this layer guess which experts `following`, the next layer, needs, and read them where that pays.
 
         The guess applies the next layer's router to this layer's input. This layer's experts and the next attention add
         little to the residual in between, and the two norms are treated as equal.
 
-        router: the next layer's, x (..., D) -> scores (..., E). trial: the model's. leads: whether this layer tells the
-        trial when a token begins.
+        router: the next layer's. trial: the model's. leads: whether this layer tells the trial when a token begins.
         """
         units = following.units
         self.ahead = LookAhead(
             units,
-            lambda x: router(x).astype(mx.float32),
+            router,
             lambda scores, needed: likeliest(scores, units, needed.shape[-1]),
             trial,
             leads,

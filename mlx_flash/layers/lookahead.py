@@ -18,15 +18,15 @@ class LookAhead:
     """Guesses for one layer, made in the layer before it.
 
     units: the units of the layer that the guesses are for. score: this layer's input (..., D) -> an array that rates
-    the units. choose: (that array, the units that this layer itself needs), both on the host -> the units to read.
-    trial: the model's trial, which decides whether to guess. leads: whether this layer tells the trial when a token
-    begins.
+    the units, None if it cannot. choose: (that array, the units that this layer itself needs), both on the host -> the
+    units to read. trial: the model's trial, which decides whether to guess. leads: whether this layer tells the trial
+    when a token begins.
     """
 
     def __init__(
         self,
         units: Units,
-        score: Callable[[mx.array], mx.array],
+        score: Callable[[mx.array], mx.array | None],
         choose: Callable[[np.ndarray, np.ndarray], np.ndarray],
         trial: LookAheadTrial,
         leads: bool,

@@ -87,6 +87,7 @@ def build(
         manifest,
         setting,
         most_positions=manifest.decode_tokens,
+        prefill_tokens=options.prefill_chunk,
     )
     return model
 

@@ -19,7 +19,8 @@ from ..flash.in_place import InPlaceFiles, TensorParts
 from ..flash.safetensors_file import TensorEntry
 from ..layers.experts import StreamedExperts
 from ..layers.lookahead_trial import LookAheadTrial
-from ..source.model_kind import switch_layers
+from ..layers.routers import LIKELY_NAMES, Router
+from ..source.model_kind import is_projection, switch_layers
 from .layer_weights import LayerWeights, find_layers, spread
 from .lazy_model import open_lazily
 from .lookup_tables import Table, find_tables
@@ -94,10 +95,10 @@ class Mixture:
             parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
         trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for useless guesses
         for path, following in pairwise(self.switches):
-            (parent, name), (beside, next_name) = parent_of(self.model, path), parent_of(self.model, following)
-            if (router := router_of(beside, next_name)) is not None:
-                parent[name].look_ahead(beside[next_name], router, trial, leads)
-                leads = False
+            switch, holder = module_at(self.model, following), following.rpartition(".")[0]
+            router = router_of(switch, [module_at(self.model, at) for at in (holder, holder.rpartition(".")[0])])
+            module_at(self.model, path).look_ahead(switch, router, trial, leads)
+            leads = False
 
     def layers_to_stream(self, pinned: int) -> tuple[list[int], list[LayerWeights]]:
         """(numbers, layers) to stream if `pinned` layers are in memory. Their weights are resident no longer."""
@@ -145,18 +146,32 @@ def _tensors_of(switch: nn.Module) -> Iterator[tuple[str, mx.array]]:
     for name, child in switch.items():
         if isinstance(child, mx.array):
             yield name, child
-        elif isinstance(child, nn.Module):
+        elif is_projection(child):
             yield from ((f"{name}.{tensor}", array) for tensor, array in child.items() if isinstance(array, mx.array))
 
 
-def router_of(parent: Any, name: str) -> nn.Module | None:
-    """The module that scores the experts at `name` in `parent`, if it is a single product; else None."""
-    width = (parent[name].experts,)
-    for candidate in ("gate", "router"):
-        router = getattr(parent, candidate, None)
-        if isinstance(router, (nn.Linear, nn.QuantizedLinear)) and router.weight.shape[:1] == width:
-            return router
-    return None
+def router_of(switch: StreamedExperts, holders: Sequence[Any]) -> Router:
+    """The router of streamed experts: one of the modules beside them.
+
+    holders: the module or list that holds them, and the one that holds that.
+    """
+    beside = [
+        (name, module)
+        for holder in holders
+        if isinstance(holder, nn.Module)
+        for name, module in holder.children().items()
+        if isinstance(module, nn.Module) and not any(inner is switch for inner in module.modules())
+    ]
+    beside.sort(key=lambda item: item[0] not in LIKELY_NAMES)  # the others stay in their own order
+    return Router([module for _, module in beside], switch.experts)
+
+
+def module_at(model: Any, path: str) -> Any:
+    """The module or list at a path; the model itself for an empty one."""
+    if not path:
+        return model
+    parent, name = parent_of(model, path)
+    return parent[name]
 
 
 def parent_of(model: Any, path: str) -> tuple[Any, Any]:

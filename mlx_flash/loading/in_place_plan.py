@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
 from .expert_files import Mixture
@@ -144,24 +143,30 @@ def divide_with_tables(
     return replace(found, everything=everything, reads_rows=True, rows_saved=saved)
 
 
-def with_spare_for_chunks(plan: InPlacePlan, chunk_bytes: int) -> InPlacePlan:
+def with_spare_for_chunks(plan: InPlacePlan, token_bytes: int, chunk: int) -> InPlacePlan:
     """The plan with what it leaves of the budget for more chunks of a prompt at once, at most those of its context.
 
-    chunk_bytes: memory of each further chunk; 0 if the model's chunks cannot share a reading.
+    token_bytes: memory of each token of a further chunk; 0 if the model's chunks cannot share a reading. chunk: tokens
+    of a chunk.
     """
-    if not chunk_bytes:
+    if not token_bytes:
         return plan
-    more = min(-(-plan.context // PREFILL_TOKENS) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
+    chunk_bytes = token_bytes * chunk
+    more = min(-(-plan.context // chunk) - 1, max(0, plan.budget - plan.total) // chunk_bytes)
     demand = replace(plan.demand, workspace=plan.demand.workspace + more * chunk_bytes)
     return replace(plan, demand=demand, chunks_at_once=1 + more)
 
 
 def with_spare_for_rows(plan: InPlacePlan, tables: Sequence[Table]) -> InPlacePlan:
-    """The plan with what it leaves of the budget for more rows of its lookup tables, and with a note about them."""
+    """The plan with what it leaves of the budget for more rows of its lookup tables, and with a note about them.
+
+    Where layers are read, the rest is left to the chunks of a prompt that share a reading of the layers.
+    """
     if not plan.reads_rows:
         return plan
     whole = sum(table.nbytes for table in tables)
-    kept = min(whole, plan.demand.table_rows + max(0, plan.budget - plan.total))
+    spare = 0 if plan.layer_bytes_per_token else max(0, plan.budget - plan.total)
+    kept = min(whole, plan.demand.table_rows + spare)
     count = "a lookup table" if len(tables) == 1 else f"{len(tables)} lookup tables"
     note = f"of {count} with {whole / 1e9:.3f} GB; the other rows are read"
     demand, notes = replace(plan.demand, table_rows=kept), replace(plan.notes, table_rows=note)

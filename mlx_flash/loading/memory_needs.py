@@ -64,6 +64,7 @@ def needs_of(
     dtype: mx.Dtype | None = None,
     as_on_metal: bool = False,
     evaluated: Sequence[nn.Module] = (),
+    chunk: int | None = None,
 ) -> Needs:
     """The needs of a model that mlx-lm makes a prompt cache for. Nothing is evaluated, and the model does not change.
 
@@ -74,6 +75,7 @@ def needs_of(
         dtype: dtype that the weights will have; None for their present dtypes.
         as_on_metal: whether to compute for Metal, wherever this runs.
         evaluated: modules whose results are evaluated at every call with a prompt.
+        chunk: most tokens of a prompt in a call; None for PREFILL_TOKENS.
 
     Raises ValueError for a model that MLX cannot describe, and whatever the model raises.
     """
@@ -81,7 +83,7 @@ def needs_of(
 
     here = mx.default_device() != mx.cpu
     drops_late = here or as_on_metal
-    tokens = min(PREFILL_TOKENS, context)
+    tokens = min(chunk or PREFILL_TOKENS, context)
     with stand_ins(layers) as calls:
         weights: Any = tree_flatten(model.parameters())
         try:

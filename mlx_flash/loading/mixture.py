@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import CheckpointError, UsageError
 from ..flash.in_place import InPlaceFiles
 from ..flash.layer_ring import LayerMap, LayerRing
@@ -81,7 +80,7 @@ def plan_mixture(
     def needs_at(context: int) -> Needs:
         evaluated = [layer.module for layer in mixture.layers] if dense else []
         try:
-            return needs_of(mixture.model, streamed, context, evaluated=evaluated)
+            return needs_of(mixture.model, streamed, context, evaluated=evaluated, chunk=options.prefill_chunk)
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, error) from None
 
@@ -136,7 +135,8 @@ def plan_mixture(
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
     if plan.layer_bytes_per_token:
-        plan = with_spare_for_chunks(plan, bytes_of_a_shared_chunk(mixture, streamed))
+        each = bytes_of_a_shared_token(mixture, streamed)
+        plan = with_spare_for_chunks(plan, each, options.prefill_chunk)
     plan = with_spare_for_rows(plan, tables)
 
     def build(say: Callable[[str], None]) -> Any:
@@ -172,6 +172,7 @@ def plan_mixture(
         model.flash = Runtime(
             plan, streamer, watched, chooser, needs.vocabulary, attended, images=images, most_positions=most
         )
+        model.flash.prefill_tokens = options.prefill_chunk
         if plan.chunks_at_once > 1:
             modules = [layer.module for layer in mixture.layers]
             model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)
@@ -183,13 +184,13 @@ def plan_mixture(
     return plan, build, foresee
 
 
-def bytes_of_a_shared_chunk(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]]) -> int:
-    """The memory that a chunk of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
+def bytes_of_a_shared_token(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed]]) -> int:
+    """The memory that a token of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
     a reading. streamed: the streamed experts, in the form of `needs_of`."""
     try:
         with stand_ins(streamed):
             modules = [layer.module for layer in mixture.layers]
-            return PREFILL_TOKENS * bytes_to_share(mixture.model, modules, plain_cache(mixture.model))
+            return bytes_to_share(mixture.model, modules, plain_cache(mixture.model))
     except Exception:  # whatever a model raises that is called in another way than it expects
         return 0
 

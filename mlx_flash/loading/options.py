@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, PREDICTORS, THREADS
+from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_PREFILL_TOKENS, PREDICTORS, PREFILL_TOKENS, THREADS
 from ..errors import UsageError
 from .plan import parse_memory
 
@@ -26,6 +26,7 @@ class LoadOptions:
         what the budget has beyond the smallest one, but at most three contexts. `ReusedPromptCache` uses it, and so the
         server and the chat.
     kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
+    prefill_chunk: tokens of a prompt that are read in one pass. This may change the text.
     io: "direct" to read past the page cache, or "buffered".
     draft: "ngram" to draft tokens by repeating what followed the same words before, or "none". This may change the text
         by rounding.
@@ -45,6 +46,7 @@ class LoadOptions:
     context: int | str | None = None
     prompt_cache: str | int = 0
     kv_bits: int | None = None
+    prefill_chunk: int = PREFILL_TOKENS
     io: str = "direct"
     draft: str = "none"
     draft_model: str | os.PathLike[str] | None = None
@@ -65,7 +67,8 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raises UsageError for a value that no model can be loaded with."""
-        for name, value in (("window", self.window), ("threads", self.threads)):
+        numbers = (("window", self.window), ("threads", self.threads), ("prefill_chunk", self.prefill_chunk))
+        for name, value in numbers:
             if type(value) is not int and not (name == "window" and value is None):
                 raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
         if self.memory is not None and type(self.memory) not in (int, str):
@@ -85,6 +88,8 @@ class LoadOptions:
             raise UsageError(f"window is {self.window}, expected 1 to 1000000 tokens.")
         if not 1 <= self.threads <= 256:
             raise UsageError(f"threads is {self.threads}, expected 1 to 256.")
+        if not 1 <= self.prefill_chunk <= MOST_PREFILL_TOKENS:
+            raise UsageError(f"prefill_chunk is {self.prefill_chunk}, expected 1 to {MOST_PREFILL_TOKENS} tokens.")
         if self.context not in (None, MAX_CONTEXT) and type(self.context) is not int:
             raise UsageError(f"context is {self.context!r:.80}, expected a whole number, or {MAX_CONTEXT!r}.")
         if isinstance(self.context, int) and self.context < 1:

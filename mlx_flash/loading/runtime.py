@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..defaults import PREFILL_TOKENS
 from ..flash.files import Manifest
 from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
@@ -109,6 +110,7 @@ class Runtime:
     positions: int  # most tokens that the model can attend to, whatever the plan
     manifest: Manifest | None = None  # the store's; None if the checkpoint itself is read
     setting: PredictorSetting | None = None  # a stored predictor's recall and measured quality
+    prefill_tokens: int = PREFILL_TOKENS  # of a chunk of a prompt, for which the plan has room
     shared_reading: SharedReading | None = None  # for prompts, where layers are streamed and chunks can share a reading
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
     images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images

@@ -160,7 +160,7 @@ def _plan(
     @cache
     def needs_at(context: int) -> Needs:
         try:
-            return needs_of(model, streamed, context, dtype)
+            return needs_of(model, streamed, context, dtype, chunk=options.prefill_chunk)
         except CONFIG_ERRORS as error:
             raise _cannot_call(folder, error) from None
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import FlashError, GrammarError, ImageError
 from ..source.failures import foreseen
 from ..text.sampling import make_processors, make_sampler
@@ -229,7 +228,7 @@ class Engine:
         options: dict[str, Any] = {}
         if job.echo and job.top_logprobs is not None:
             echo = PromptEcho(self.tokenizer, job.ids, job.top_logprobs)
-            step = chunk_for(self.model.flash.vocabulary, PREFILL_TOKENS)
+            step = chunk_for(self.model.flash.vocabulary, self.model.flash.prefill_tokens)
             options = {"prompt_logits_callback": echo.read, "prefill_step_size": step}
             turns.forget()  # All of the prompt must be read.
         processors = make_processors(sampling, lambda: job.ids[: turns.reused])

@@ -63,12 +63,13 @@ def is_switch_layer(module: Any) -> bool:
 
     Such a module takes (x, indices), and has at least two projections with a matrix for each of E experts (E, O, I).
     """
-    projections = [child for child in module.children().values() if _is_projection(child)]
+    projections = [child for child in module.children().values() if is_projection(child)]
     experts = {len(child["weight"]) for child in projections}
     return len(projections) > 1 and len(experts) == 1 and _takes_indices(module)
 
 
-def _is_projection(child: Any) -> bool:
+def is_projection(child: Any) -> bool:
+    """Whether a child of a switch layer has matrices of experts."""
     weight = child.get("weight") if isinstance(child, dict) else None
     return getattr(weight, "ndim", 0) == 3 and _takes_indices(child)
 

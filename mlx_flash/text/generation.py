@@ -19,7 +19,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import UsageError
 from ..flash.stats import Statistics
 from ..flash.system import peak_memory_bytes
@@ -36,6 +35,11 @@ class FlashResponse(GenerationResponse):
     statistics: Statistics | None = None
 
 
+def chunk_of(model: Any) -> int:
+    """The number of tokens in a chunk of a prompt, unless a caller asks for fewer."""
+    return int(model.flash.prefill_tokens)
+
+
 def stream_generate(
     model: Any,
     tokenizer: Any,
@@ -45,7 +49,7 @@ def stream_generate(
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list[Any] | None = None,
-    prefill_step_size: int = PREFILL_TOKENS,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_logits_callback: Callable[[mx.array], None] | None = None,
     detokenizer: Detokenizer | None = None,
@@ -91,8 +95,10 @@ def stream_generate(
         raise UsageError(too_long(model.flash, f"{taken} tokens", "load with a larger context (--context)"))
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
-    if not 1 <= prefill_step_size <= PREFILL_TOKENS:
-        raise UsageError(f"prefill_step_size is {prefill_step_size}; the plan makes room for 1 to {PREFILL_TOKENS}.")
+    most = chunk_of(model)
+    step = most if prefill_step_size is None else prefill_step_size
+    if not 1 <= step <= most:
+        raise UsageError(f"prefill_step_size is {step}; the plan makes room for 1 to {most} (--prefill-chunk).")
     drafting = model.flash.drafting
     if draft_model is not None:
         drafting = Drafting(MODEL, model.flash.most_positions, DraftModel(draft_model))
@@ -113,7 +119,7 @@ def stream_generate(
         sampler or greedy_sampler,
         logits_processors or [],
         cache,
-        prefill_step_size,
+        step,
         prompt_progress_callback or (lambda *_: None),
         prompt_logits_callback,
         detokenizer or Detokenizer(tokenizer),

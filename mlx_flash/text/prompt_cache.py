@@ -31,10 +31,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from .. import defaults
 from ..flash.system import large_memory_given_back
 from .cached_context import CachedContext
-from .generation import FlashResponse, stream_generate
+from .generation import FlashResponse, chunk_of, stream_generate
 from .image_prompts import ImagePrompt, see
 
 LEAST_REUSED = 16  # tokens; reusing fewer saves nothing, and would read the rest in other chunks
@@ -107,7 +106,7 @@ class ReusedPromptCache:
         The iterator may be closed, and the callback may raise: the next call then uses what the cache holds by then.
         After any other error the cache of this conversation is empty; the others stay.
         """
-        step = prefill_step_size or defaults.PREFILL_TOKENS
+        step = prefill_step_size or chunk_of(self.model)
         if seen is not None:
             self._forget_last()
             self.reused = 0
@@ -248,8 +247,8 @@ class ReusedPromptCache:
             mx.clear_cache()
         context.snapshot()
 
-    def _empty(self, step: int = defaults.PREFILL_TOKENS) -> CachedContext:
-        return CachedContext(make_prompt_cache(self.model), step)
+    def _empty(self, step: int | None = None) -> CachedContext:
+        return CachedContext(make_prompt_cache(self.model), step or chunk_of(self.model))
 
     def _forget_last(self) -> None:
         self._last = self._empty()

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 pytest.importorskip("mlx_vlm")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden_zoo"
 # transformers 5.24 saves some tensors of DeepSeek V4 under other names than the published checkpoint has.
 RENAMED = {".attn.norm.": ".attn.kv_norm.", "hc_head.hc_": "hc_head."}
 

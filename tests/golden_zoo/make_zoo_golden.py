@@ -1,6 +1,6 @@
 """Writes tiny random mixtures of types that only mlx-vlm builds, and the results of transformers for them.
 
-    python tests/golden/make_zoo_golden.py [NAME ...]
+    python tests/golden_zoo/make_zoo_golden.py [NAME ...]
 
 Needs torch and transformers 5.24; the tests that read the files need neither. Each folder gets ``config.json`` and
 ``golden.npz``: tokens (1, T) int32, logits (1, T, vocab) float32 of reading them at once, greedy (16,) int32: how they
@@ -30,7 +30,7 @@ PROMPT = [5, 17, 80, 3, 44, 61, 9, 9, 30, 72, 1, 55, 8, 90, 31, 2, 77, 64, 12, 4
 
 def configuration(name: str) -> dict[str, Any]:
     """The config.json of a type."""
-    settings: dict[str, Any] = json.loads((Path(__file__).parent / "zoo_configurations.json").read_text())[name]
+    settings: dict[str, Any] = json.loads((Path(__file__).parent / "configurations.json").read_text())[name]
     return settings
 
 
@@ -69,6 +69,6 @@ def make(name: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    for wanted in sys.argv[1:] or json.loads((here / "zoo_configurations.json").read_text()):
+    for wanted in sys.argv[1:] or json.loads((here / "configurations.json").read_text()):
         make(wanted, here / wanted)
         print(wanted, sum(file.stat().st_size for file in (here / wanted).iterdir()), "bytes")

@@ -25,6 +25,7 @@ pytestmark = [
 pytest.importorskip("mlx_vlm")
 Image = pytest.importorskip("PIL.Image")
 
+WAIT_MS = 600_000  # limit of every wait; no test needs it
 READY = '#state[data-state="ready"]'
 DONE = '#log article.assistant:last-child[data-state="done"]'
 # Hands files to the page as a drop or a paste does. arguments: [kind, name, base64].
@@ -50,6 +51,7 @@ def page(folder: Path, tmp_path: Path) -> Iterator[Page]:
         server.wait()
         with chromium() as browser:
             page = browser.new_page()
+            page.set_default_timeout(WAIT_MS)
             page.goto(server.url)
             page.wait_for_selector(READY)
             page.wait_for_selector("#add-picture:not([hidden])")
@@ -114,6 +116,7 @@ def test_a_model_that_reads_no_images(folder: Path, tmp_path: Path) -> None:
         server.wait()
         with chromium() as browser:
             page = browser.new_page()
+            page.set_default_timeout(WAIT_MS)
             page.goto(server.url)
             page.wait_for_selector(READY)
             page.wait_for_function("document.getElementById('model').textContent !== '–'")

@@ -1,4 +1,4 @@
-"""Does a conversion stay within one layer plus 1 GB? Converts in a memory cgroup that kills it if it needs more."""
+"""Does a conversion stay within its memory? Converts in a memory cgroup that kills it if it needs more."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.convert.checkpoint import Checkpoint
+from mlx_flash.defaults import MLX_BITS
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.loading.model_types import runs_as_it_is
 from mlx_flash.loading.plan import parse_memory
+from mlx_flash.source.checkpoint_files import read_config, weights_in
 from mlx_flash.source.children import child_environment
 
 from .synthetic.opt_checkpoint import SHAPES, write_checkpoint
 from .tools.cgroup import memory_group
 
 ALLOWANCE_BYTES = 10**9  # on top of one layer
+MLX_FORM_BYTES = 5 * 10**8  # for a conversion into MLX's form, which holds a few pieces of tensors
 LAYERS = 6  # at OPT-6.7B's shape these are 2.8 GB in float16, twice the limit of a conversion
 SHARDS = 4
 
@@ -38,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", choices=SHAPES, default="6.7b", help="shape of the random checkpoint (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, required=True, help="new folder for temporary files; removed at the end")
-    parser.add_argument("--limit", help="memory limit, such as 1.2GB (default: one layer plus 1 GB)")
+    parser.add_argument(
+        "--limit",
+        help="memory limit, such as 1.2GB (default: one layer plus 1 GB for a ReLU model, 0.5 GB for any other)",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=MLX_BITS, default=16, help="convert's --bits (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -52,10 +62,14 @@ def main(arguments: argparse.Namespace) -> None:
             model = work / "checkpoint"
             model.mkdir()
             write_checkpoint(model, arguments.shape, "float16", 0, LAYERS, SHARDS)
-        checkpoint = Checkpoint(model)
-        layer = largest_layer_bytes(checkpoint)
-        limit = parse_memory(arguments.limit) if arguments.limit else layer + ALLOWANCE_BYTES
-        size = sum(shard.stat().st_size for shard in checkpoint.shards)
+        files = [model / name for name in weights_in(model).names]
+        if runs_as_it_is(read_config(model), model):
+            layer, limit = None, MLX_FORM_BYTES
+        else:
+            layer = largest_layer_bytes(Checkpoint(model))
+            limit = layer + ALLOWANCE_BYTES
+        limit = parse_memory(arguments.limit) if arguments.limit else limit
+        size = sum(file.stat().st_size for file in files)
         if size <= limit:
             raise UsageError(
                 f"{model} has {size / 1e9:.2f} GB, which fits within the limit of {limit / 1e9:.2f} GB. "
@@ -64,10 +78,11 @@ def main(arguments: argparse.Namespace) -> None:
         result: dict[str, Any] = {
             "command": "convert-memory",
             "checkpoint_bytes": size,
-            "files": [shard.name for shard in checkpoint.shards],
+            "files": [file.name for file in files],
             "layer_bytes": layer,
             "limit_bytes": limit,
-            **measure(model, work / "store", limit),
+            "bits": arguments.bits,
+            **measure(model, work / "store", limit, arguments.bits),
         }
     finally:
         shutil.rmtree(work)
@@ -88,7 +103,7 @@ def largest_layer_bytes(checkpoint: Checkpoint) -> int:
     return max(sizes.values())
 
 
-def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | float]:
+def measure(model: Path, output: Path, limit_bytes: int, bits: int) -> dict[str, int | float]:
     """Converts in a cgroup of that size, and watches the size of the output's folder."""
     highest = 0
     done = threading.Event()
@@ -104,6 +119,7 @@ def measure(model: Path, output: Path, limit_bytes: int) -> dict[str, int | floa
         began = time.perf_counter()
         try:
             command = [sys.executable, "-m", "mlx_flash.convert", "--model", str(model), "--output", str(output)]
+            command += ["--bits", str(bits)]
             code = group.run(command, child_environment()).returncode
         finally:
             done.set()
@@ -137,7 +153,8 @@ def show(result: dict[str, Any]) -> None:
     def mb(key: str) -> str:
         return f"{result[key] / 1e6:,.0f} MB"
 
-    print(f"\ncheckpoint         {mb('checkpoint_bytes')}, its largest layer {mb('layer_bytes')}")
+    layer = "" if result["layer_bytes"] is None else f", its largest layer {mb('layer_bytes')}"
+    print(f"\ncheckpoint         {mb('checkpoint_bytes')}{layer}")
     print(f"limit              {mb('limit_bytes')}")
     print(f"peak               {mb('peak_rss_bytes')} of the process, {mb('cgroup_peak_bytes')} with page cache")
     print(f"killed             {result['kills']}, exit code {result['exit']}")

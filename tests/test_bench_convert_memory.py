@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mixtures import make_mixture  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.bench import convert_memory
@@ -94,10 +95,13 @@ def test_what_it_reports(
 
 def test_a_checkpoint_within_the_limit_shows_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
-    arguments = argparse.Namespace(model=folder, output=tmp_path / "work", limit=None, shape="6.7b")
+    arguments = argparse.Namespace(model=folder, output=tmp_path / "work", limit=None, shape="6.7b", bits=16)
     with pytest.raises(UsageError, match="fits within the limit"):
         convert_memory.main(arguments)
     assert not (tmp_path / "work").exists()
+    arguments.model = make_mixture(tmp_path / "mixture", "mixtral")
+    with pytest.raises(UsageError, match=r"fits within the limit of 0\.50 GB"):
+        convert_memory.main(arguments)
     arguments.output = tmp_path
     with pytest.raises(UsageError, match="exists already"):
         convert_memory.main(arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_flash.text.draft_depth import FIRST_DEPTH, LEAST_PASSES, REMEMBERED_PASSES, TRY_AGAIN, DraftDepth, Pass
 
@@ -93,3 +95,24 @@ def test_a_draft_that_is_never_offered_costs_nothing() -> None:
     """N-grams that seldom match lose nothing, and may gain."""
     depth = measured(15, (3, [WARM, *[Pass(3, 3, 1.5, 0.0)] * 10, *[Pass(0, 0, 1.0, 0.0)] * 300]))
     assert depth.choose() >= 3
+
+
+@st.composite
+def requests(draw: st.DrawFn, most: int) -> list[tuple[int, list[Pass]]]:
+    found = []
+    for depth in draw(st.lists(st.integers(0, most), max_size=6)):
+        counts = draw(st.lists(st.tuples(st.integers(0, depth), st.integers(0, depth)), max_size=30))
+        seconds = st.floats(0, 10)
+        found.append((depth, [Pass(max(pair), min(pair), draw(seconds), draw(seconds)) for pair in counts]))
+    return found
+
+
+@given(st.data(), st.integers(0, 15))
+def test_any_measurements_give_a_depth(data: st.DataObject, most: int) -> None:
+    depth, same = DraftDepth(most), DraftDepth(most)
+    for request in data.draw(requests(most)):
+        for each in (depth, same):
+            each.record(*request)
+        assert 0 <= depth.choose() <= most
+        same.choose()
+    assert depth.choose() == same.choose()

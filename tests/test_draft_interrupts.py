@@ -39,6 +39,8 @@ class Checksum:
             evaluate_guarded=lambda: None,
             verify_unchanged=lambda: None,
             drafting=None,
+            shared_reading=None,
+            prefill_tokens=512,
             most_positions=8,
         )
 

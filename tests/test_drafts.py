@@ -221,6 +221,7 @@ def test_a_pass_over_streamed_layers_reads_the_same_bytes(
         evaluate_guarded=streamer.evaluate_guarded,
         verify_unchanged=streamer.verify_unchanged,
         shared_reading=None,
+        prefill_tokens=512,
         drafting=None,
         most_positions=16,
     )

@@ -51,6 +51,8 @@ class FakeModel:
             evaluate_guarded=lambda: None,
             verify_unchanged=lambda: None,
             drafting=None,
+            shared_reading=None,
+            prefill_tokens=512,
         )
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:

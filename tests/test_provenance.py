@@ -21,6 +21,7 @@ from mlx_flash.flash.in_place import TensorParts
 from mlx_flash.flash.safetensors_file import TensorEntry, read_header
 from mlx_flash.loading.moves import follow
 from mlx_flash.loading.provenance import Provenance, locate
+from mlx_flash.source.zoos import MLX_VLM
 
 Tensors = dict[str, Any]
 SHAPES = {"a": (4, 6, 8), "b": (4, 6, 8), "c": (6, 8), "d": (12, 16), "bytes": (2, 4, 16)}
@@ -142,6 +143,13 @@ def test_what_is_changed_after_sanitize_is_not_taken_for_the_checkpoints(files: 
         files.locate("a", made["a"] * 2, provenance)
     with pytest.raises(UnsupportedModelError, match="does not store a in the form"):
         files.locate("a", made["b"], provenance)
+
+
+def test_the_other_zoo_s_models_are_converted_by_that_zoo(files: Files) -> None:
+    provenance, made = files.watch(lambda weights: {"x": weights["a"] + 1})
+    provenance.zoo = MLX_VLM
+    with pytest.raises(UnsupportedModelError, match=r"Convert .*`mlx_vlm\.convert --hf-path /"):
+        files.locate("x", made["x"], provenance)
 
 
 def test_one_tensor_is_the_source_of_two_parameters(files: Files) -> None:

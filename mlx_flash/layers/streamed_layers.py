@@ -15,6 +15,7 @@ from ..flash.layer_ring import LayerRing
 
 DEPTH = 6  # of containers and objects in a call's arguments: named arguments, caches of several parts, their arrays
 
+FEW_TOKENS = 16
 WRAPS = "_wraps_a_call"  # an attribute of the classes that are made here
 
 
@@ -34,10 +35,13 @@ def stream_layer(layer: nn.Module, weights: Sequence[tuple[nn.Module, str]], rin
 
 
 def evaluate_prompts(layer: nn.Module) -> None:
-    """Makes a layer evaluate its results in a prompt, so that only one layer's arrays are in memory at once."""
+    """Makes a layer evaluate its results in a prompt, so that only one layer's arrays are in memory at once.
+
+    A few tokens, such as a pass that verifies drafts, take little memory and would only wait for the device.
+    """
 
     def evaluate(results: Sequence[mx.array]) -> None:
-        if results[0].shape[-2:-1] != (1,):  # (B, T, D), of several tokens
+        if results[0].shape[-2:-1] > (FEW_TOKENS,):  # (B, T, D)
             mx.eval(results)
 
     hook(layer, lambda: None, evaluate)

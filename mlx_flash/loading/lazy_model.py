@@ -64,7 +64,8 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None,
     files = sorted({file for file, _ in counted.values()})
     numbers = {file: number for number, file in enumerate(files)}
     entries = {name: (numbers[file], entry) for name, (file, entry) in counted.items()}
-    provenance = Provenance()
+    zoo = MLX_VLM if images else zoo or zoo_of(read_config(small)) or MLX_LM
+    provenance = Provenance(zoo=zoo)
 
     def watch(sanitize: Sanitize, model: Callable[[], Any]) -> dict[str, Any]:
         weights = provenance.watch(sanitize, lazy_tensors(counted))
@@ -72,7 +73,6 @@ def open_lazily(folder: Path, small: Path | None = None, zoo: str | None = None,
         return weights
 
     quantised = _quantised(folder, small, {name: entry.dtype for name, (_, entry) in counted.items()})
-    zoo = MLX_VLM if images else zoo or zoo_of(read_config(small)) or MLX_LM
     try:
         with _configuration_alone(small) as alone:
             if zoo == MLX_LM:

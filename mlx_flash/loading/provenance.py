@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from ..flash.in_place import TensorParts
 from ..flash.safetensors_file import TensorEntry
+from ..source.zoos import MLX_LM
 from .moves import Followed, Moved, follow, noting_stacks, primitives_of, whole
 
 
@@ -28,6 +29,7 @@ class Provenance:
     sources: dict[str, list[str]] = field(default_factory=dict)  # parameter -> the pieces' tensors, each named once
     arrays: dict[str, Any] = field(default_factory=dict)  # as `sanitize` returned them, so that later changes show
     tensors: dict[str, Any] = field(default_factory=dict)  # the checkpoint's tensors, as `sanitize` got them
+    zoo: str = MLX_LM  # the one whose model this is
     stacks: dict[str, list[Any]] = field(default_factory=dict)  # parameter (n, ...) that was not followed -> n arrays
 
     def watch(self, sanitize: Callable[[dict[str, Any]], dict[str, Any]], weights: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +78,12 @@ def locate(
     """
     found = _places(key, array, provenance, entries)
     if found is None:
+        remedy = f"`mlxflash convert --model {folder} --output OUTPUT` (with --bits 4 for 4 bits)"
+        if provenance.zoo != MLX_LM:
+            remedy = f"`mlx_vlm.convert --hf-path {folder} --mlx-path OUTPUT` (with -q --q-bits 4 for 4 bits)"
         raise UnsupportedModelError(
             f"{folder} does not store {key} in the form that the model computes with: the model's own code changes it "
-            f"while it loads it. Convert the checkpoint once, and run OUTPUT: `mlxflash convert --model {folder} "
-            "--output OUTPUT` (with --bits 4 for 4 bits)."
+            f"while it loads it. Convert the checkpoint once, and run OUTPUT: {remedy}."
         )
     return found
 

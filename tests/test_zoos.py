@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
-from mixtures import FAMILIES, config_of  # type: ignore[import-not-found]
+from mixtures import FAMILIES, config_of, make_mixture, open_streamed  # type: ignore[import-not-found]
 
 from mlx_flash.errors import UnsupportedModelError
 from mlx_flash.loading.cache_growth import counts_of, enlarge
@@ -125,3 +125,11 @@ def test_a_model_that_reads_numbers_back_is_traced() -> None:
     assert read == [[[0, 0], [0, 0]], 0]
     assert graph.outputs[0].shape == (2, 2, 3)
     assert mx.array([4]).tolist() == [4], "only while it is traced"
+
+
+def test_a_router_with_a_number_for_no_expert(tmp_path: Path) -> None:
+    model, streamer = open_streamed(make_mixture(tmp_path / "mixture", "mixtral"), 2)
+    layer = model.layers[0].block_sparse_moe.switch_mlp
+    with pytest.raises(UnsupportedModelError, match="chose expert 6, but its layer has only 6"):
+        layer(mx.zeros((1, 1, 64)), mx.array([[[1, 6]]]))
+    streamer.close()

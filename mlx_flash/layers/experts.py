@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import UnsupportedModelError
 from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
 from .expert_products import SORTED_FROM, Projection, Widened, by_expert, by_pair, is_widened, kernels_vary
@@ -103,6 +104,11 @@ class StreamedExperts(nn.Module):
                 ahead.prefetch(guess, needed)
 
         experts = np.unique(needed)
+        if len(experts) and experts[-1] >= self.experts:  # some routers have a number for "none"
+            raise UnsupportedModelError(
+                f"the model's router chose expert {experts[-1]}, but its layer has only {self.experts}. A model whose "
+                "router may skip experts cannot be streamed."
+            )
         outputs, order = [], []
         for group in units.use(experts, at_once=EXPERTS_AT_ONCE if many else None, meanwhile=prefetch):
             if len(group) == len(experts) and not expert_by_expert:

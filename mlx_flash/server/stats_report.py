@@ -28,6 +28,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "unit_size": 1 if flash.manifest is None else flash.manifest.layout.neurons_per_block,
             "parameters_bytes": flash.plan.demand.resident + units.layers * units.per_layer * _unit_bytes(flash),
             "sampling": flash.defaults.sampling,
+            "images": flash.images is not None,
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},
         "memory": {

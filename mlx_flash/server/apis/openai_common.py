@@ -104,22 +104,30 @@ class Part(StrictModel):
     text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
+class ImageUrl(StrictModel):
+    url: str  # a data URL
+
+
 class ContentPart(Part):
     """A part of a message: a text, or an image in a data URL."""
 
-    image: str | None = None
+    image_url: str | ImageUrl | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _image(cls, given: Any) -> Any:
-        """An image as a part without text."""
-        if not isinstance(given, dict) or given.get("type") not in IMAGE_PARTS:
-            return {**given, "image": None} if isinstance(given, dict) else given
-        url = given.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        if not isinstance(url, str):
-            raise PydanticCustomError("part", "expected image_url, a text or an object with a url")
-        return {"type": "text", "text": "", "image": url}
+        """An image as a part with an empty text."""
+        if not isinstance(given, dict):
+            return given
+        if given.get("type") not in IMAGE_PARTS:
+            return {**given, "image_url": None}
+        if given.get("image_url") is None:
+            raise PydanticCustomError("part", "a part of this type needs image_url")
+        return {"type": "text", "text": "", "image_url": given["image_url"]}
+
+    @property
+    def image(self) -> str | None:
+        return self.image_url.url if isinstance(self.image_url, ImageUrl) else self.image_url
 
 
 class Message(StrictModel):

@@ -6,6 +6,7 @@ import { Conversation } from "./conversation.js";
 import { bytes } from "./format.js";
 import { Inside } from "./inside.js";
 import { Messages, summary } from "./messages.js";
+import { Pictures } from "./pictures.js";
 import { Settings } from "./settings.js";
 
 const DRAFT_KEY = "mlx_flash.draft";
@@ -20,6 +21,14 @@ const inside = new Inside();
 const settings = new Settings(at("composer"), at("settings-summary"), at("settings-reset"));
 const messages = new Messages(at("log"), at("empty"), at("scroll"), at("composer"), retry);
 const prompt = at("prompt");
+const pictures = new Pictures({
+  list: at("pictures"),
+  note: at("pictures-note"),
+  button: at("add-picture"),
+  input: at("picture-file"),
+  area: document.body,
+  changed: controls,
+});
 
 let asking = null; // the AbortController of the answer that is arriving
 let ownId = null; // the id of that answer in /events
@@ -29,8 +38,9 @@ let context = null; // tokens that the server planned for, prompt and answer tog
 
 function send() {
   const content = prompt.value.trim();
-  if (asking || !content || connection.state !== "ready" || !settings.valid()) return;
-  messages.add(conversation.add({ role: "user", content }));
+  if (asking || !(content || pictures.count) || connection.state !== "ready" || !settings.valid()) return;
+  const images = pictures.count ? { images: pictures.take() } : {};
+  messages.add(conversation.add({ role: "user", content, ...images }));
   prompt.value = "";
   draft();
   ask();
@@ -117,7 +127,7 @@ function newChat() {
 function controls() {
   const ready = connection.state === "ready";
   at("stop").hidden = asking === null;
-  at("send").disabled = !ready || asking !== null || prompt.value.trim() === "";
+  at("send").disabled = !ready || asking !== null || (prompt.value.trim() === "" && pictures.count === 0);
   at("log").classList.toggle("offline", !ready);
   const { tokens } = conversation;
   at("context").textContent = context && tokens ? `Context ${tokens} of ${context}` : "";
@@ -201,6 +211,7 @@ async function stats() {
     const { id } = found.model;
     const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // for a path, the folder's name
     messages.model = name;
+    pictures.usable = found.model.images;
     at("model").textContent = name;
     at("model").title = found.model.path;
     at("budget").textContent = bytes(found.memory.budget_bytes);

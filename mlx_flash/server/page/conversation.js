@@ -4,8 +4,18 @@ const KEY = "mlx_flash.conversation";
 const MOST_MESSAGES = 200;
 const MOST_CHARACTERS = 500_000;
 
+/** A content in OpenAI's form: a text, or parts if there are images. */
+const contentOf = ({ content, images }) =>
+  images
+    ? [
+        ...images.map((url) => ({ type: "image_url", image_url: { url } })),
+        ...(content ? [{ type: "text", text: content }] : []),
+      ]
+    : content;
+
 /**
- * A message: {role: "user" | "assistant", content, thoughts, state, note, tokens}.
+ * A message: {role: "user" | "assistant", content, images, lost, thoughts, state, note, tokens}.
+ * images: data URLs. They last as long as the page; lost: how many there were before a reload.
  * thoughts: what the model thought before an answer, if anything. They are never sent back.
  * tokens: size of the conversation up to and including this message.
  * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
@@ -53,11 +63,12 @@ export class Conversation {
   /** The messages for the model: questions with their answers, and the last question. Unanswered ones are left out. */
   turns() {
     const turns = [];
-    this.messages.forEach(({ role, content }, i) => {
+    this.messages.forEach((message, i) => {
+      const { role } = message;
       const next = this.messages[i + 1];
       const answered = next?.role === "assistant" && next.content !== "";
       if (role === "user" && (answered || this.messages.slice(i + 1).every((m) => m.role === "assistant"))) {
-        turns.push({ role, content });
+        turns.push({ role, content: contentOf(message) });
         if (answered) turns.push({ role: "assistant", content: next.content });
       }
     });
@@ -99,7 +110,8 @@ export class Conversation {
       kept = kept.slice(1);
     }
     try {
-      localStorage.setItem(KEY, JSON.stringify(kept));
+      const textOnly = ({ images, ...rest }) => (images ? { ...rest, lost: images.length } : rest);
+      localStorage.setItem(KEY, JSON.stringify(kept.map(textOnly)));
     } catch {
       // Storage is full or disabled: the conversation lasts as long as the page.
     }

@@ -1,6 +1,7 @@
 // The conversation on the screen. Text from a model or a user is only ever put into text nodes.
 
 import { NONE } from "./format.js";
+import { picture } from "./pictures.js";
 
 const NEAR_PX = 48; // Within this distance from the end, the view follows new text.
 
@@ -81,10 +82,14 @@ export class Messages {
     article.append(element("h3", "who", message.role === "user" ? "You" : this.#model));
     const text = document.createTextNode(message.content);
     const body = element("div", "text");
+    const seen = element("div", "pictures");
+    seen.append(...(message.images ?? []).map((url, i) => picture(url, i + 1)));
+    if (message.lost) seen.append(element("p", "quiet", "An image was here. A reload does not keep images."));
+    seen.hidden = !seen.hasChildNodes();
     body.append(text);
     const thoughts = foldedThoughts(message);
     const foot = element("p", "foot");
-    article.append(thoughts.details, body, foot);
+    article.append(seen, thoughts.details, body, foot);
     this.log.append(article);
     this.#foot({ message, article, foot }, false);
     this.#shown.push({ message, article, text, thoughts, foot });

@@ -1,0 +1,126 @@
+"""Images on the server's page, in a real browser: chosen, dropped, pasted."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from page_browser import CHROMIUM, chromium, running  # type: ignore[import-not-found]
+from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = [
+    pytest.mark.vlm,
+    pytest.mark.filterwarnings("ignore"),  # other people's
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
+]
+pytest.importorskip("mlx_vlm")
+Image = pytest.importorskip("PIL.Image")
+
+WAIT_MS = 600_000  # limit of every wait; no test needs it
+READY = '#state[data-state="ready"]'
+DONE = '#log article.assistant:last-child[data-state="done"]'
+# Hands files to the page as a drop or a paste does. arguments: [kind, name, base64].
+HAND_OVER = """([kind, name, text]) => {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const data = new DataTransfer();
+  data.items.add(new File([bytes], name, { type: name.endsWith(".png") ? "image/png" : "text/plain" }));
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true })
+    : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+  document.getElementById("prompt").dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(make_seeing_mixture(tmp_path_factory.mktemp("seeing")))
+
+
+@pytest.fixture
+def page(folder: Path, tmp_path: Path) -> Iterator[Page]:
+    with running(tmp_path / "log", "--model", str(folder), "--images", "--context", "300", memory="1GB") as server:
+        server.wait()
+        with chromium() as browser:
+            page = browser.new_page()
+            page.set_default_timeout(WAIT_MS)
+            page.goto(server.url)
+            page.wait_for_selector(READY)
+            page.wait_for_selector("#add-picture:not([hidden])")
+            yield page
+
+
+def png(folder: Path, size: tuple[int, int], colour: str) -> Path:
+    path = folder / f"{colour}.png"
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def asked(page: Page) -> Any:
+    """Sends the message, waits for its answer, and returns the content that the page sent."""
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.click("#send")
+    page.wait_for_selector(DONE)
+    body = json.loads(sent.value.post_data or "")
+    return body["messages"][-1]["content"]
+
+
+def test_images_are_chosen_dropped_and_pasted(page: Page, tmp_path: Path) -> None:
+    page.set_input_files("#picture-file", png(tmp_path, (30, 40), "red"))
+    for kind, colour in (("drop", "green"), ("paste", "blue")):
+        text = base64.b64encode(png(tmp_path, (20, 20), colour).read_bytes()).decode()
+        page.evaluate(HAND_OVER, [kind, f"{colour}.png", text])
+        page.wait_for_selector(f"#pictures li:nth-child({2 if kind == 'drop' else 3})")
+    page.get_by_role("button", name="Remove image 2").click()
+    page.fill("#prompt", "what")
+    content = asked(page)
+    kinds = [part["type"] for part in content]
+    assert kinds == ["image_url", "image_url", "text"] and content[2]["text"] == "what"
+    red = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    assert content[0]["image_url"]["url"] == f"data:image/png;base64,{red}"
+    assert page.locator("#log article.user img").count() == 2
+    assert page.locator("#pictures li").count() == 0
+    page.fill("#prompt", "and")  # the images are sent again with their turn
+    assert asked(page) == "and"
+    page.reload()
+    page.wait_for_selector(READY)
+    assert "A reload does not keep images" in page.inner_text("#log article.user:first-child")
+
+
+def test_a_large_image_is_scaled_down_and_a_text_is_refused(page: Page, tmp_path: Path) -> None:
+    page.set_input_files("#picture-file", png(tmp_path, (3000, 2000), "red"))
+    page.wait_for_selector("#pictures li")
+    text = base64.b64encode(b"no image").decode()
+    page.evaluate(HAND_OVER, ["drop", "note.txt", text])
+    page.wait_for_function("document.getElementById('pictures-note').textContent.includes('note.txt is not an image')")
+    content = asked(page)  # without a text
+    assert [part["type"] for part in content] == ["image_url"]
+    head, data = content[0]["image_url"]["url"].split(",")
+    assert head == "data:image/jpeg;base64"
+    sent = tmp_path / "sent.jpg"
+    sent.write_bytes(base64.b64decode(data))
+    width, height = Image.open(sent).size
+    assert width * height <= 1 << 20 and abs(width / height - 1.5) < 0.01
+
+
+def test_a_model_that_reads_no_images(folder: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "--model", str(folder), "--context", "300", memory="1GB") as server:
+        server.wait()
+        with chromium() as browser:
+            page = browser.new_page()
+            page.set_default_timeout(WAIT_MS)
+            page.goto(server.url)
+            page.wait_for_selector(READY)
+            page.wait_for_function("document.getElementById('model').textContent !== '–'")
+            assert page.is_hidden("#add-picture")
+            text = base64.b64encode(png(tmp_path, (20, 20), "red").read_bytes()).decode()
+            page.evaluate(HAND_OVER, ["paste", "red.png", text])
+            page.wait_for_function("document.getElementById('pictures-note').textContent.includes('reads no images')")

@@ -16,7 +16,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.flash.experts import ExpertSlots
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.resident_weights import open_files
 
 from .baselines.engine_switches import empty_slots
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
     fio = None if arguments.no_fio else find_fio()
     if mixture_folder(str(arguments.model)) is None:
         raise UsageError(f"{arguments.model} is not a mixture of experts; `bench reads` measures a store's neurons.")
-    mixture = open_mixture(arguments.model)
+    mixture = open_in_place(arguments.model)
     slots = min(arguments.slots, mixture.experts)
     shared = InPlaceFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     if not all(file.direct for file in shared.files):

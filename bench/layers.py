@@ -156,7 +156,7 @@ def work(what: str, folder: str, context: int, *rest: Any) -> dict[str, Any]:
 
 def sizes_of(folder: str, context: int) -> dict[str, Any]:
     """The bytes of a checkpoint's weights, its smallest budget, and the one for all of it."""
-    from mlx_flash.loading.expert_files import open_mixture
+    from mlx_flash.loading.in_place_model import open_in_place
     from mlx_flash.loading.in_place_plan import WeightBytes
     from mlx_flash.loading.load import plan
     from mlx_flash.loading.plan import ENDLESS, RUN_TO_RUN_BYTES
@@ -164,7 +164,7 @@ def sizes_of(folder: str, context: int) -> dict[str, Any]:
     made = plan(folder, memory=ENDLESS, context=context)
     if made.units.name != "layers":
         raise UsageError(f"--model {folder} is not a dense model whose layers are streamed.")
-    weights = sum(WeightBytes.of(open_mixture(Path(folder))).resident)
+    weights = sum(WeightBytes.of(open_in_place(Path(folder))).resident)
     return {"weights": weights, "smallest": made.smallest + RUN_TO_RUN_BYTES, "everything": made.everything}
 
 

@@ -14,7 +14,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.routers import Router
-from mlx_flash.loading.expert_files import router_of
+from mlx_flash.loading.in_place_model import router_of
 
 from .traces import LayerTrace, decode, packed
 

@@ -17,7 +17,7 @@ from zoo_types import TYPES  # type: ignore[import-not-found]
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.layer_ring import LayerRing
 from mlx_flash.flash.reader import Reader
-from mlx_flash.loading.expert_files import Mixture, open_mixture
+from mlx_flash.loading.in_place_model import InPlaceModel, open_in_place
 from mlx_flash.loading.layer_weights import stream_layers
 from mlx_flash.loading.resident_weights import open_files
 
@@ -206,7 +206,7 @@ def open_streamed(
 
     pinned: number of layers whose weights are in memory; None for all.
     """
-    mixture: Mixture = open_mixture(folder, zoo=zoo)
+    mixture: InPlaceModel = open_in_place(folder, zoo=zoo)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     numbers, layers = ([], []) if pinned is None else mixture.layers_to_stream(pinned)
     mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)

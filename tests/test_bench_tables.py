@@ -16,7 +16,7 @@ from mlx_flash.bench.synthetic import table_checkpoint
 from mlx_flash.bench.synthetic.table_checkpoint import write_tables
 from mlx_flash.errors import UsageError
 from mlx_flash.loading import lookup_tables
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_tables_of_a_synthetic_checkpoint_are_found(
 ) -> None:
     monkeypatch.setattr(lookup_tables, "LEAST_BYTES", 1 << 19)
     size = write_tables(tmp_path / "model", "tiny", bits)
-    tables = open_mixture(tmp_path / "model").lookup_tables
+    tables = open_in_place(tmp_path / "model").lookup_tables
     assert len(tables) == 8 and {table.rows for table in tables} == {512 * 20 + 1 + 2 * i for i in range(8)}
     assert {sum(table.row_bytes.values()) for table in tables} == {320 if bits == 16 else 100}
     assert sum(table.nbytes for table in tables) < size < 70e6

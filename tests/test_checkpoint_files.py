@@ -24,7 +24,7 @@ from mlx_flash.convert.store_plan import StorePlan
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.source import checkpoint_files
 from mlx_flash.source.checkpoint_files import files_in, weight_files, weights_in
@@ -252,7 +252,7 @@ def test_a_mixture_is_made_of_what_the_rule_names(tmp_path: Path, rename: str) -
     else:
         for name in ("model.safetensors", "config.json", "model-0.safetensors"):
             (folder / f"._{name}").write_bytes(APPLE_DOUBLE)
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     resident = dict(mixture.resident())
     assert resident and all(mx.array_equal(array, expected[name]).item() for name, array in resident.items())
     for path, tensors in mixture.switches.items():
@@ -269,7 +269,7 @@ def test_a_mixture_in_torch_files(tmp_path: Path) -> None:
     folder = make_mixture(tmp_path / "mixture", "mixtral")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"has only PyTorch files \(pytorch_model.bin\).*Look for a checkpoint"):
-        open_mixture(folder)
+        open_in_place(folder)
 
 
 def test_nothing_hidden_is_copied_into_a_store_or_listed_in_it(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_other_quantisations_are_named(tmp_path: Path, kind: str, make: Callable
         if "opt" in (folder / "config.json").read_text():
             as_converted(folder)
         else:
-            open_mixture(folder)
+            open_in_place(folder)
 
 
 # -- links, sizes and what is not a file -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mlx_flash.convert import __main__ as command
 from mlx_flash.convert import mlx_form
 from mlx_flash.convert.mlx_form import Wanted, convert_to_mlx
 from mlx_flash.errors import ConversionError, NoSpaceError, UnsupportedModelError, UsageError
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -58,7 +58,7 @@ def test_experts_that_mlx_lm_rearranges(tmp_path: Path, family: str, quantisatio
     """They cannot be read in place. Converted, they are, and the model is the same."""
     folder = published(tmp_path / "original", family, quantisation)
     with pytest.raises(UnsupportedModelError, match="mlxflash convert --model"):
-        open_mixture(folder)
+        open_in_place(folder)
     convert_to_mlx(folder, tmp_path / "mlx", Wanted())
     assert_equal(parameters(tmp_path / "mlx"), parameters(folder))
     expected = everything(load_model(folder)[0])
@@ -126,7 +126,7 @@ def test_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None
     folder = published(tmp_path / "original", "deepseek_v3")
     to_fp8(folder)
     with pytest.raises(UnsupportedModelError, match="mlxflash convert --model"):
-        open_mixture(folder)
+        open_in_place(folder)
     shapes: list[tuple[int, ...]] = []
     real = mx.eval
 
@@ -151,7 +151,7 @@ def test_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None
         name = "model.layers.1.mlp.switch_mlp.up_proj"
         assert mx.array_equal(found[f"{name}.weight"], mx.quantize(expected[f"{name}.weight"], 64, 4)[0])
         assert config["quantization"]["bits"] == 4
-    open_mixture(tmp_path / "mlx")
+    open_in_place(tmp_path / "mlx")
 
 
 def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,4 +270,4 @@ def test_the_command(
         assert exit.value.code == 2 and re.search(message, said)
     else:
         assert not exit.value.code and "GB in MLX's form" in said
-        open_mixture(tmp_path / "mlx")
+        open_in_place(tmp_path / "mlx")

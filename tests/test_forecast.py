@@ -16,9 +16,9 @@ from mlx_flash.flash.disk_rate import disk_rate
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.loading import forecast as module
-from mlx_flash.loading.expert_files import open_mixture
 from mlx_flash.loading.forecast import RATE_LIFE_S, Forecast, forecast
-from mlx_flash.loading.mixture import plan_mixture
+from mlx_flash.loading.in_place_loading import plan_in_place
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS
 from mlx_flash.source.cached import DISK_RATES, entries
@@ -110,8 +110,8 @@ def test_the_forecast_of_a_model(
 ) -> None:
     monkeypatch.setattr(module, "disk_rate", lambda *_: 1e9)
     folder = make_mixture(tmp_path / "model", family, quantisation, hidden_size=256, intermediate_size=512)
-    mixture = open_mixture(folder)
-    plan, _, foresee = plan_mixture(folder, mixture, LoadOptions(memory=ENDLESS, context=64))
+    mixture = open_in_place(folder)
+    plan, _, foresee = plan_in_place(folder, mixture, LoadOptions(memory=ENDLESS, context=64))
     assert foresee() is None, "all of it is in memory"
     change: dict[str, Any] = {"layer_bytes_per_token": 5000}
     if family == "qwen3_moe":

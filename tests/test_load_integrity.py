@@ -41,7 +41,7 @@ from mlx_flash.flash.stored_tensors import StoredTensors
 from mlx_flash.loading import load as loading
 from mlx_flash.loading import runtime
 from mlx_flash.loading import store as store_module
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.load import load
 from mlx_flash.loading.provenance import is_as_loaded
 from mlx_flash.loading.resident_weights import read_resident
@@ -335,7 +335,7 @@ def test_whole_numbers_of_a_configuration(own_store: Path, key: str) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_a_resident_tensor_of_a_mixture_that_cannot_be_read_is_named(tmp_path: Path, family: str) -> None:
     folder = make_mixture(tmp_path / family, family, shards=2)
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     path = folder / "model-00002-of-00002.safetensors"
     resident = {name for name, _ in mixture.resident()}
     begin = max(entry.begin for name, entry in read_header(path)[1].items() if name in resident)
@@ -347,7 +347,7 @@ def test_a_resident_tensor_of_a_mixture_that_cannot_be_read_is_named(tmp_path: P
 def test_a_disk_s_error_in_a_resident_tensor_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensor is named even if the error does not recur when the file is examined."""
     folder = make_mixture(tmp_path / "mixtral", "mixtral")
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     real = mx.eval
 
     def fail(array: mx.array) -> None:
@@ -371,7 +371,7 @@ def test_experts_that_are_changed_in_place_are_refused(
     folder = make_mixture(tmp_path / "mixtral", "mixtral")
     if stacked:
         publish(folder, "mixtral")
-    open_mixture(folder)
+    open_in_place(folder)
     real = mixtral.Model.sanitize
 
     def scaling(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -382,7 +382,7 @@ def test_experts_that_are_changed_in_place_are_refused(
 
     monkeypatch.setattr(mixtral.Model, "sanitize", scaling)
     with pytest.raises(UnsupportedModelError, match=r"does not store .*layers\.1.*switch_mlp\.up_proj.* in the form"):
-        open_mixture(folder)
+        open_in_place(folder)
 
 
 def test_what_counts_as_loaded(tmp_path: Path) -> None:

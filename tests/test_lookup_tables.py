@@ -29,12 +29,11 @@ from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.flash.table_rows import RowCache, TableRows
 from mlx_flash.layers.streamed_table import StreamedTable
-from mlx_flash.loading import lookup_tables
-from mlx_flash.loading import mixture as mixture_module
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading import in_place_loading, lookup_tables
+from mlx_flash.loading.in_place_loading import plan_in_place
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.lazy_model import LazyModel, open_lazily
 from mlx_flash.loading.lookup_tables import KEPT_SHARE, stream_tables
-from mlx_flash.loading.mixture import plan_mixture
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS
 from mlx_flash.loading.provenance import Provenance
@@ -79,7 +78,7 @@ def stream() -> Iterator[Callable[..., tuple[Any, InPlaceFiles]]]:
     streamers: list[InPlaceFiles] = []
 
     def open_one(folder: Path, kept: int) -> tuple[Any, InPlaceFiles]:
-        mixture = open_mixture(folder)
+        mixture = open_in_place(folder)
         streamers.append(InPlaceFiles(open_files(mixture.files, direct=True), Reader(4)))
         stream_tables(mixture.lookup_tables, streamers[-1], kept, compared=False)
         return mixture.model, streamers[-1]
@@ -141,7 +140,7 @@ def test_the_parts_of_a_row_lie_in_several_files(model_of: Callable[..., Path], 
 
 def test_a_mixture_reads_experts_and_rows(tmp_path: Path) -> None:
     folder = make_mixture(tmp_path, "qwen3_moe", "4 bits")
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     shared = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     try:
         mixture.stream_experts(shared, [2] * len(mixture.switches), None)
@@ -159,7 +158,7 @@ def test_an_embedding_that_is_the_output_head_is_not_a_table(tmp_path: Path, fam
     more = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     more |= {"attention_out_bias": False}
     folder = make_mixture(tmp_path, "mixtral", model_type=family, tie_word_embeddings=True, **more)
-    assert not open_mixture(folder).lookup_tables
+    assert not open_in_place(folder).lookup_tables
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -170,7 +169,7 @@ def test_an_embedding_that_is_copied_to_the_output_head_is_not_a_table(tmp_path:
         weights: Any = mx.load(str(folder / "model.safetensors"))
         mx.eval(weights)
         mx.save_safetensors(str(folder / "model.safetensors"), {n: w for n, w in weights.items() if "lm_head" not in n})
-    assert len(open_mixture(folder).lookup_tables) == (not tied)
+    assert len(open_in_place(folder).lookup_tables) == (not tied)
 
 
 class Shifted(nn.Embedding):
@@ -243,12 +242,12 @@ def test_a_table_that_is_changed_while_it_is_loaded_stays_in_memory(model_of: Ca
 def test_small_tables_are_not_worth_a_read(model_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     table = 96 * 64 * 4  # bytes
     monkeypatch.setattr(lookup_tables, "LEAST_BYTES", table + 1)
-    assert not open_mixture(model_of("llama")).lookup_tables
+    assert not open_in_place(model_of("llama")).lookup_tables
     monkeypatch.setattr(lookup_tables, "LEAST_BYTES", table)
-    (found,) = open_mixture(model_of("llama")).lookup_tables
+    (found,) = open_in_place(model_of("llama")).lookup_tables
     assert found.nbytes == table
     monkeypatch.setattr(lookup_tables, "WORTH", 2)  # the copies of a chunk of 512 tokens are larger than the table
-    assert not open_mixture(model_of("llama")).lookup_tables
+    assert not open_in_place(model_of("llama")).lookup_tables
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
@@ -266,11 +265,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Loads the model of a checkpoint with a budget in bytes. The process always has the same size."""
     opened: list[Any] = []
-    monkeypatch.setattr(mixture_module, "process_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(in_place_loading, "process_bytes", lambda: 100_000_000)
 
     def open_one(folder: Path, memory: int, **options: Any) -> Any:
         given = LoadOptions(threads=4, context=64, memory=memory, prompt_cache=0, **options)
-        _, build, _ = plan_mixture(folder, open_mixture(folder), given)
+        _, build, _ = plan_in_place(folder, open_in_place(folder), given)
         opened.append(build(lambda _: None))
         return opened[-1]
 
@@ -314,10 +313,10 @@ def test_memory_to_spare_holds_more_rows(large: Path, load: Callable[..., Any]) 
 def test_where_layers_are_read_memory_to_spare_is_left_to_the_chunks_of_a_prompt(tmp_path: Path) -> None:
     sizes = {"vocab_size": 20_000, "num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 512}
     folder = make_model(tmp_path, "llama", **sizes)
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
 
     def plan(memory: int) -> Any:
-        return plan_mixture(folder, mixture, LoadOptions(memory=memory, context=64, prompt_cache=0))[0]
+        return plan_in_place(folder, mixture, LoadOptions(memory=memory, context=64, prompt_cache=0))[0]
 
     least = plan(plan(ENDLESS).smallest + 3_500_000)
     assert least.reads_rows and 0 < least.pinned < 12 and least.layer_bytes_per_token > 0

@@ -20,8 +20,8 @@ from mlx_flash.defaults import KV_STEP_TOKENS
 from mlx_flash.flash.files import NeuronLayout, round_up
 from mlx_flash.loading import load, memory_needs, streaming_needs
 from mlx_flash.loading import store as store_module
-from mlx_flash.loading.expert_files import parent_of
 from mlx_flash.loading.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
+from mlx_flash.loading.in_place_model import parent_of
 from mlx_flash.loading.memory_needs import Call, Needs, needs_of
 from mlx_flash.loading.model_types import model_classes
 from mlx_flash.loading.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes

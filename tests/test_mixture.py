@@ -41,9 +41,9 @@ from mlx_flash.layers.expert_products import SORTED_FROM, Widened
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.lookahead import LookAhead
 from mlx_flash.loading import load
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_loading import plan_in_place, streamed_layers
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.memory_needs import needs_of
-from mlx_flash.loading.mixture import plan_mixture, streamed_layers
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.text.tokenizer import load_tokenizer
 
@@ -468,7 +468,7 @@ def test_positions_that_are_no_number(mixture_of: Callable[..., Path], tmp_path:
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": "many"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="max_position_embeddings is 'many'"):
-        plan_mixture(folder, open_mixture(folder), LoadOptions(context=64))
+        plan_in_place(folder, open_in_place(folder), LoadOptions(context=64))
 
 
 def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_the_vocabulary_is_the_logits(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     assert needs_of(mixture.model, streamed_layers(mixture), 64).vocabulary == 32000
 
 
@@ -532,7 +532,7 @@ def test_only_what_is_widened_is_planned_for(
         rounded = {n: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a for n, a in weights.items()}
         mx.eval(rounded)
         mx.save_safetensors(str(folder / "model.safetensors"), rounded)
-        mixture = open_mixture(folder)
+        mixture = open_in_place(folder)
         planned = needs_of(mixture.model, streamed_layers(mixture), 64).workspace
         monkeypatch.setattr("mlx_flash.loading.streaming_needs.is_widened", lambda *_: False)
         without = needs_of(mixture.model, streamed_layers(mixture), 64).workspace

@@ -16,7 +16,7 @@ from mixtures import VOCABULARY, config_of, make_mixture  # type: ignore[import-
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, UnsupportedModelError
 from mlx_flash.loading import load, model_types
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.model_types import family_of
 from mlx_flash.source import zoos
 from mlx_flash.source.model_kind import is_mixture
@@ -127,7 +127,7 @@ def test_mlx_lm_is_not_told_to_trust_code(tmp_path: Path) -> None:
     (folder / "own.py").write_text(OWN_CODE)
     configure(folder, model_file="own.py")
     with pytest.raises(CheckpointError, match=r"mlx-lm cannot load .*own\.py"):
-        open_mixture(folder)
+        open_in_place(folder)
     assert not (folder / "own.ran").exists()
 
 

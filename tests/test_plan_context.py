@@ -18,8 +18,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_flash.defaults import CONTEXT, KV_STEP_TOKENS, MOST_CONTEXT
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import round_up
-from mlx_flash.loading import mixture as mixture_module
-from mlx_flash.loading import streaming_needs
+from mlx_flash.loading import in_place_loading, streaming_needs
 from mlx_flash.loading.context import MOST_TRIALS, plan_context
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.options import LoadOptions
@@ -181,12 +180,12 @@ def test_a_mixture_by_its_budget(long_mixture: Path) -> None:
 @pytest.mark.usefixtures("fixed_process")
 def test_what_a_longer_context_takes_is_said(long_mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With units of a megabyte, so that the slots are worth giving up."""
-    real = mixture_module.plan_for_budget
+    real = in_place_loading.plan_for_budget
 
     def divide(demand: Demand, units: UnitCounts, _: int, *rest: Any, **more: Any) -> Plan:
         return real(demand, units, MB, *rest, **more)
 
-    monkeypatch.setattr(mixture_module, "plan_for_budget", divide)
+    monkeypatch.setattr(in_place_loading, "plan_for_budget", divide)
     ample, short = (plan(long_mixture, memory=ENDLESS, context=context) for context in (None, CONTEXT))
     budget = short.demand.total + 21 * MB  # 7 of 21 units may be given up
     made = plan(long_mixture, memory=budget)

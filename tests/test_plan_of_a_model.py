@@ -16,7 +16,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import BudgetError, ConversionError, UsageError
-from mlx_flash.loading import dense, mixture
+from mlx_flash.loading import dense, in_place_loading
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS, Plan
@@ -31,7 +31,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(dense, "build", read)
-    monkeypatch.setattr(mixture, "read_resident", read)
+    monkeypatch.setattr(in_place_loading, "read_resident", read)
     yield
     monkeypatch.undo()
 

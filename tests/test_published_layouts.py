@@ -18,7 +18,7 @@ from test_mixture import assert_same, everything  # type: ignore[import-not-foun
 from mlx_flash.errors import ReadError, UnsupportedModelError
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -51,14 +51,14 @@ def test_published_layouts(tmp_path: Path, family: str) -> None:
 def test_layouts_that_mlx_lm_rearranges_are_refused(tmp_path: Path, family: str) -> None:
     folder = published(tmp_path, family)
     with pytest.raises(UnsupportedModelError, match=rf"does not store .*mlxflash convert --model {folder} --output"):
-        open_mixture(folder)
+        open_in_place(folder)
 
 
 def test_a_fused_tensor_s_sources(tmp_path: Path) -> None:
     """One tensor of the checkpoint is the source of two parameters, and all of it counts as experts'."""
     folder = make_mixture(tmp_path / "granite", "granitemoe")
     publish(folder, "granitemoe")
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     fused = "model.layers.0.block_sparse_moe.input_linear.weight"
     for name in ("gate_proj", "up_proj"):
         assert mixture.sources[f"model.layers.0.block_sparse_moe.switch_mlp.{name}.weight"] == [fused]

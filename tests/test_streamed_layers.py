@@ -24,10 +24,10 @@ from mlx_flash.flash.unit_sums import RangeSums
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.shared_reading import SharedReading, bytes_to_share
 from mlx_flash.loading import layer_weights
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_loading import plan_in_place
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.in_place_plan import InPlacePlan, WeightBytes, divide_in_place, with_spare_for_chunks
 from mlx_flash.loading.layer_weights import spread
-from mlx_flash.loading.mixture import plan_mixture
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS, Demand, Plan, PlanNotes, UnitCounts, plan_for_budget
 
@@ -123,7 +123,7 @@ def test_every_form_has_the_bits_of_mlx_lm(
 ) -> None:
     """Dense models, and mixtures of which neither the experts nor the layers are in memory."""
     folder = model_of(family, quantisation)
-    layers = len(open_mixture(folder).layers)
+    layers = len(open_in_place(folder).layers)
     assert layers >= 2
     for pinned in (0, 1):
         model, streamer = stream(folder, pinned)
@@ -147,7 +147,7 @@ def test_every_token_reads_the_streamed_layers_once(model_of: Callable[..., Path
     model, streamer = stream(folder, 1)
     cache = make_prompt_cache(model)
     model(mx.array([PROMPT]), cache=cache)
-    sizes = [sum(t.nbytes for t in layer.tensors) for _, layer in spread(open_mixture(folder).layers, 1)]
+    sizes = [sum(t.nbytes for t in layer.tensors) for _, layer in spread(open_in_place(folder).layers, 1)]
     before = streamer.counters.copy()
     for token in range(10):
         mx.eval(model(mx.array([[token]]), cache=cache))
@@ -196,14 +196,14 @@ def test_layers_that_are_not_read_one_by_one_stay_in_memory(
     if reads == "before":
         monkeypatch.setattr(llama.LlamaModel, "__call__", early)
     elif reads == "in another layer":
-        found = open_mixture(folder)
+        found = open_in_place(folder)
         others += found.model.layers
         monkeypatch.setattr(llama.TransformerBlock, "__call__", shared)
         assert [*layer_weights._order_of_calls(found.model, found.layers, [])] == []
         return
     else:
         monkeypatch.setattr(llama.LlamaModel, "__call__", skipping)
-    assert open_mixture(folder).layers == []
+    assert open_in_place(folder).layers == []
 
 
 def test_a_call_that_ends_early_leaves_the_right_weights(
@@ -347,8 +347,8 @@ def test_what_is_read_is_compared_with_sums(
     """A bit that changes between two readings of a layer is noticed."""
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
     folder = model_of(family)
-    mixture = open_mixture(folder)
-    plan, build, _ = plan_mixture(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
+    mixture = open_in_place(folder)
+    plan, build, _ = plan_in_place(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
     object.__setattr__(plan, "pinned", 0)
     model = build(lambda _: None)
     try:
@@ -375,7 +375,7 @@ def test_chunks_share_a_reading_and_keep_their_bits(
 ) -> None:
     folder = model_of(family)
     model, streamer = stream(folder, 0 if family == "llama" else 1)
-    layers = [layer.module for layer in open_mixture(folder).layers]
+    layers = [layer.module for layer in open_in_place(folder).layers]
     layers = [module for module in model.layers][: len(layers)]
     assert bytes_to_share(model, layers, make_prompt_cache(model)) == 4 * 64
     apart, together = make_prompt_cache(model), make_prompt_cache(model)

@@ -21,8 +21,8 @@ import mlx_flash
 from mlx_flash.errors import UnsupportedModelError
 from mlx_flash.layers import experts as layer_module
 from mlx_flash.loading import memory_needs
-from mlx_flash.loading.expert_files import open_mixture
-from mlx_flash.loading.mixture import streamed_layers
+from mlx_flash.loading.in_place_loading import streamed_layers
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.source.model_kind import is_mixture
 from mlx_flash.source.remote_code import refusing_remote_code
 from mlx_flash.source.zoos import MLX_LM, MLX_VLM, zoo_of
@@ -90,7 +90,7 @@ def test_a_type_is_loaded_within_a_budget(mixture_of: Callable[..., Path], model
 @pytest.mark.parametrize("model_type", ["qwen4_exp", "deepseek_v4", "glm5_next", "gemma4", "minimax_m3_vl"])
 def test_a_cache_is_planned_as_it_grows(mixture_of: Callable[..., Path], model_type: str) -> None:
     """Compares the planned prompt cache with one that is filled token by token, in pieces as a prompt's."""
-    mixture = open_mixture(mixture_of(model_type), zoo=MLX_VLM)
+    mixture = open_in_place(mixture_of(model_type), zoo=MLX_VLM)
     tokens = 4 * 512
     with memory_needs.stand_ins(streamed_layers(mixture)) as calls:
         planned = memory_needs._filled_cache(mixture.model, calls, tokens)
@@ -154,7 +154,7 @@ def test_mlx_lm_builds_what_it_has(mixture_of: Callable[..., Path]) -> None:
 
 
 def test_a_text_reads_no_vision_weights(mixture_of: Callable[..., Path]) -> None:
-    mixture = open_mixture(mixture_of("qwen4_exp"))
+    mixture = open_in_place(mixture_of("qwen4_exp"))
     names = [name for name, _ in mixture.resident()]
     assert names and all(name.startswith("language_model.") for name in names)
     assert any(name.startswith("vision_tower.") for name in mixture.tensors)

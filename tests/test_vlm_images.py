@@ -17,7 +17,7 @@ from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import ImageError, UsageError
-from mlx_flash.loading import mixture
+from mlx_flash.loading import in_place_loading
 from mlx_flash.text.image_prompts import ImageProcessor, processor_of, see
 from mlx_flash.text.images import Picture
 from mlx_flash.text.prompt_cache import ReusedPromptCache
@@ -107,8 +107,8 @@ def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monke
     text = spoken(model, tokenizer, "what is it now")
     other = spoken(model, tokenizer, *look(model, TEXT, [picture(1)]))
     assert not np.array_equal(other[1], reference[1])
-    divide = mixture.divide_with_tables
-    monkeypatch.setattr(mixture, "divide_with_tables", lambda *a: replace(divide(*a), expert_slots=(1, 2)))
+    divide = in_place_loading.divide_with_tables
+    monkeypatch.setattr(in_place_loading, "divide_with_tables", lambda *a: replace(divide(*a), expert_slots=(1, 2)))
     small, _ = load()
     assert sorted(layer.units.cache.slots for layer in small.flash.layers) == [1, 2]
     for one in (small, model):

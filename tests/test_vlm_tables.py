@@ -19,7 +19,7 @@ import mlx_flash
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
 from mlx_flash.loading import lookup_tables
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.lookup_tables import stream_tables
 from mlx_flash.loading.resident_weights import open_files
 from mlx_flash.source.zoos import MLX_VLM, random_mlx_vlm_model, zoo_of
@@ -53,9 +53,9 @@ def test_rows_have_the_bits_of_mlx_vlm(
     monkeypatch.setattr(lookup_tables, "LEAST_BYTES", 0)
     monkeypatch.setattr(lookup_tables, "WORTH", 0)
     folder = make_vlm_mixture(tmp_path, model_type)
-    expected = answers(open_mixture(folder, zoo=MLX_VLM).model)
+    expected = answers(open_in_place(folder, zoo=MLX_VLM).model)
     for kept in (0, 2000, 1 << 20):
-        mixture = open_mixture(folder, zoo=MLX_VLM)
+        mixture = open_in_place(folder, zoo=MLX_VLM)
         found = [path for table in mixture.lookup_tables for path in table.paths]
         assert len(found) == len(tables) and all(path.endswith(t) for path, t in zip(found, tables, strict=True))
         shared = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
@@ -137,7 +137,7 @@ def test_a_hashed_table_in_a_layer_has_the_bits_of_mlx_vlm(
 
     monkeypatch.setattr(lookup_tables, "LEAST_BYTES", 0)
     monkeypatch.setattr(lookup_tables, "WORTH", 0)
-    mixture = open_mixture(tmp_path)
+    mixture = open_in_place(tmp_path)
     assert [path for each in mixture.lookup_tables for path in each.paths] == ["language_model.embed_tokens", table]
     shared = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     try:

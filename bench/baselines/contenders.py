@@ -146,11 +146,11 @@ def _about_neurons(folder: Path, context: int) -> dict[str, Any]:
 
 def _about_experts(folder: Path, context: int) -> dict[str, Any]:
     from mlx_flash.loading.config import number_of
-    from mlx_flash.loading.expert_files import open_mixture
+    from mlx_flash.loading.in_place_loading import streamed_layers
+    from mlx_flash.loading.in_place_model import open_in_place
     from mlx_flash.loading.memory_needs import needs_of
-    from mlx_flash.loading.mixture import streamed_layers
 
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     needs = needs_of(mixture.model, streamed_layers(mixture), context)
     layers, synthetic = len(mixture.switches), "synthetic" in mixture.config
     experts_bytes = layers * mixture.experts * mixture.expert_bytes

@@ -14,7 +14,7 @@ from mlx_flash.defaults import THREADS
 from mlx_flash.flash.in_place import InPlaceFiles, TensorParts
 from mlx_flash.flash.pool import AlignedPool
 from mlx_flash.flash.reader import Reader, Ticket
-from mlx_flash.loading.expert_files import open_mixture, parent_of
+from mlx_flash.loading.in_place_model import open_in_place, parent_of
 from mlx_flash.loading.plan import MLX_CACHE_BYTES
 from mlx_flash.loading.resident_weights import open_files, read_resident
 
@@ -80,7 +80,7 @@ class WholeLayer(nn.Module):
 def load_whole_layers(folder: Path) -> tuple[Any, InPlaceFiles]:
     """Loads mlx-lm's model with all layers of experts on a conveyor. Closing the streamer waits for pending reads."""
     mx.set_cache_limit(MLX_CACHE_BYTES)  # as in flash loading
-    mixture = open_mixture(folder)
+    mixture = open_in_place(folder)
     read_resident(mixture)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(THREADS))
     conveyor = LayerConveyor(streamer, list(mixture.switches.values()))

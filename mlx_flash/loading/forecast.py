@@ -19,7 +19,7 @@ from ..flash.reader import Reader
 from ..flash.unit_file import UnitFile
 from ..source.cached import DISK_RATES
 from ..source.resolve import cache_folder
-from .expert_files import Mixture
+from .in_place_model import InPlaceModel
 from .in_place_plan import InPlacePlan
 
 RATE_LIFE_S = 24 * 3600  # a measured rate is used for so long
@@ -59,7 +59,7 @@ class Forecast:
         return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}"
 
 
-def forecast(mixture: Mixture, plan: InPlacePlan, choices: int, direct: bool, threads: int) -> Forecast | None:
+def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, direct: bool, threads: int) -> Forecast | None:
     """The forecast for a plan; None if nothing is read, or if the checkpoint is too small to measure the disk with it.
 
     choices: number of experts that a token names in a layer. direct: whether reads go past the page cache. threads:
@@ -113,7 +113,7 @@ def _keep_rates(rates: dict[str, Any]) -> None:
         partial.replace(path)
 
 
-def _seconds_per_byte(mixture: Mixture) -> float:
+def _seconds_per_byte(mixture: InPlaceModel) -> float:
     """Seconds that a product with one token takes for each byte of its matrix, from the largest matrix of a layer.
 
     0 for a layer without a matrix of a kind that is known here.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
-from .expert_files import Mixture
+from .in_place_model import InPlaceModel
 from .layer_weights import spread
 from .lookup_tables import Table, kept_bytes
 from .plan import ENDLESS, Demand, Plan, UnitCounts
@@ -36,7 +36,7 @@ class WeightBytes:
     rows_work: int = 0  # the rows of a prompt's chunk, likewise
 
     @staticmethod
-    def of(mixture: Mixture) -> WeightBytes:
+    def of(mixture: InPlaceModel) -> WeightBytes:
         apart = mixture.of_tables().union(*(layer.names() for layer in mixture.layers))
         return WeightBytes(
             outside=[array.nbytes for name, array in mixture.resident() if name not in apart],

@@ -26,9 +26,9 @@ from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .draft_model import PlannedDrafts, plan_drafts
-from .expert_files import open_mixture
 from .forecast import Forecast
-from .mixture import plan_mixture
+from .in_place_loading import plan_in_place
+from .in_place_model import open_in_place
 from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
@@ -163,7 +163,7 @@ def _plan(
     if not is_store(source):
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
-            return _plan_in_place(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
+            return _plan_as_it_is(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
@@ -191,7 +191,7 @@ def _converted_before(source: Path, name: str | None) -> Path:
     return folder
 
 
-def _plan_in_place(
+def _plan_as_it_is(
     source: Path,
     small: Path,
     options: LoadOptions,
@@ -212,9 +212,9 @@ def _plan_in_place(
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
     images = ImageProcessor(small) if options.images else None
-    mixture = open_mixture(source, small, images=options.images)
+    mixture = open_in_place(source, small, images=options.images)
     copies.close()  # before the first load reads and compares all weights
-    plan, build, foresee = plan_mixture(source, mixture, options, drafts, images)
+    plan, build, foresee = plan_in_place(source, mixture, options, drafts, images)
     return Planned(plan, tokenizer, defaults, build, foresee, drafts)
 
 

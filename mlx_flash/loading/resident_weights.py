@@ -16,7 +16,7 @@ from ..flash.safetensors_file import crc32_of, read_header
 from ..flash.table_rows import summed_segments
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges, RangeSums
-from .expert_files import Mixture
+from .in_place_model import InPlaceModel
 from .moves import primitives_of
 from .verification import differs
 
@@ -34,7 +34,7 @@ def open_files(files: Sequence[Path], direct: bool) -> list[UnitFile]:
     return opened
 
 
-def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
+def ranges_in(mixture: InPlaceModel, files: Sequence[UnitFile]) -> list[Ranges]:
     """The ranges that are read of each file of a mixture: its header, its units' parts, its other tensors.
 
     Raises ReadError, also for a header that changed after the model was built.
@@ -61,7 +61,7 @@ def ranges_in(mixture: Mixture, files: Sequence[UnitFile]) -> list[Ranges]:
     return found
 
 
-def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
+def _header_of(mixture: InPlaceModel, number: int, file: UnitFile) -> bytes:
     """The header of a mixture's file, read again. Raises ReadError if the model was built from another one."""
     counted = {name: entry for name, (holder, entry) in mixture.entries.items() if holder == number}
     with reading(file.path, "its header"):
@@ -74,7 +74,7 @@ def _header_of(mixture: Mixture, number: int, file: UnitFile) -> bytes:
     return header
 
 
-def compare_headers(mixture: Mixture, files: Sequence[UnitFile]) -> None:
+def compare_headers(mixture: InPlaceModel, files: Sequence[UnitFile]) -> None:
     """Compares the headers that the model was built from with the sums of the files. Raises ReadError."""
     for number, file in enumerate(files):
         if not _matches(file, 0, _header_of(mixture, number, file)):
@@ -91,7 +91,7 @@ def _matches(file: UnitFile, offset: int, found: bytes | memoryview) -> bool:
     return all(zlib.crc32(found[at : at + count]) == expected for at, count, expected in checks.tolist())
 
 
-def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> None:
+def read_resident(mixture: InPlaceModel, files: Sequence[UnitFile] | None = None) -> None:
     """Reads every parameter that stays in memory, tensor by tensor, the largest first.
 
     files: the mixture's files, whose sums are compared with all tensors; None to compare nothing.
@@ -126,7 +126,7 @@ def read_resident(mixture: Mixture, files: Sequence[UnitFile] | None = None) -> 
     mixture.tensors.clear()
 
 
-def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[str]) -> None:
+def _compare_read(mixture: InPlaceModel, files: Sequence[UnitFile], names: Sequence[str]) -> None:
     """Compares the checkpoint's tensors that were read with their sums, and releases them. Raises ReadError."""
     for name in names:
         if (tensor := mixture.tensors.get(name)) is not None and not primitives_of(tensor):
@@ -136,7 +136,7 @@ def _compare_read(mixture: Mixture, files: Sequence[UnitFile], names: Sequence[s
             del mixture.tensors[name], tensor
 
 
-def _unreadable(mixture: Mixture, parameter: str, error: RuntimeError) -> ReadError:
+def _unreadable(mixture: InPlaceModel, parameter: str, error: RuntimeError) -> ReadError:
     """The error for a parameter that cannot be read. It names the parameter's tensor, or the first unreadable one."""
     of_streamed = mixture.behind(mixture.streamed)
     wanted = mixture.sources.get(parameter)

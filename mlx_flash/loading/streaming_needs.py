@@ -73,8 +73,8 @@ def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
 def experts_need(tensors: dict[str, TensorParts], drops_late: bool) -> StreamedNeed:
     """The need of a layer of experts: arrays of (token, expert) pairs, and experts that are widened for a product.
 
-    tensors: an entry of `Mixture.switches`, with names such as "up_proj.weight". drops_late: whether arrays are dropped
-    late, as on Metal (graph_memory.py).
+    tensors: an entry of `InPlaceModel.switches`, with names such as "up_proj.weight". drops_late: whether arrays are
+    dropped late, as on Metal (graph_memory.py).
     """
     hidden = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) > 1)
     matrices = [t for name, t in tensors.items() if is_widened(name.rpartition(".")[2], t.dtype)]

@@ -31,9 +31,9 @@ from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import RANGE_BYTES, Ranges, RangeSums, make_sums
+from mlx_flash.loading import in_place_loading, verification
 from mlx_flash.loading import load as loading
-from mlx_flash.loading import mixture, verification
-from mlx_flash.loading.expert_files import open_mixture as open_mixture_lazily
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.resident_weights import ranges_in
 from mlx_flash.loading.verification import known_sha256
@@ -208,17 +208,17 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
     opened: list[Any] = []
 
     def load(folder: Path, slots: int = 2, verify: bool = True, say: Callable[[str], None] = lambda _: None) -> Any:
-        real = mixture.plan_for_budget
+        real = in_place_loading.plan_for_budget
 
         def share(*arguments: Any, **options: Any) -> Any:
             plan = real(*arguments, **options)
             return replace(plan, slots=(slots,) * len(plan.slots))
 
-        monkeypatch.setattr(mixture, "plan_for_budget", share)
+        monkeypatch.setattr(in_place_loading, "plan_for_budget", share)
         options = LoadOptions(threads=4, context=64, verify=verify)
-        _, build, _ = mixture.plan_mixture(folder, open_mixture_lazily(folder), options)
+        _, build, _ = in_place_loading.plan_in_place(folder, open_in_place(folder), options)
         opened.append(build(say))
-        monkeypatch.setattr(mixture, "plan_for_budget", real)
+        monkeypatch.setattr(in_place_loading, "plan_for_budget", real)
         return opened[-1]
 
     yield load
@@ -385,7 +385,7 @@ def same_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_tensor_that_is_loaded_once(open_mixture: Any, tmp_path: Path) -> None:
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe", "4 bits", shards=2)
     expected = logits(open_mixture(folder))
-    found = open_mixture_lazily(folder)
+    found = open_in_place(folder)
     names = sorted(found.tensors.keys() - found.behind(found.streamed))
     assert len(names) > 40
     for name in names[::7]:
@@ -409,7 +409,7 @@ def test_a_tensor_that_the_zoo_makes_something_else_of(
         mixtral.Model, "sanitize", lambda _, weights: {k: w * 2 if k in changed else w for k, w in weights.items()}
     )
     folder = make_mixture(tmp_path / "mixture", "mixtral")
-    found = open_mixture_lazily(folder)
+    found = open_in_place(folder)
     open_mixture(folder)
     for name in changed:
         assert name not in found.sources
@@ -461,7 +461,7 @@ def test_a_header_that_says_something_else(
         return ranges_in(*_)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ReadError, match=rf"{named}: its header does not match"):
-        patch.setattr(mixture, "ranges_in", sound_again)
+        patch.setattr(in_place_loading, "ranges_in", sound_again)
         patch.setattr(UnitFile, "verify_unchanged", lambda _: None)
         open_mixture(folder)
     assert all(np.array_equal(a, b) for a, b in zip(logits(open_mixture(folder)), expected, strict=True))

@@ -23,7 +23,7 @@ from mlx_flash.flash import files
 from mlx_flash.flash.safetensors_file import read_header
 from mlx_flash.loading import load
 from mlx_flash.loading.config import holds_mixture
-from mlx_flash.loading.expert_files import open_mixture
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.model_types import activation_of, family_of
 from mlx_flash.loading.plan import parse_memory
 from mlx_flash.server.api_errors import ApiError
@@ -161,7 +161,7 @@ def mixture_config(data: bytes) -> None:
     folder = _folder(data, _mixture(), "config.json")
     with contextlib.suppress(FlashError):
         if holds_mixture(folder):
-            open_mixture(folder)
+            open_in_place(folder)
 
 
 @functools.cache

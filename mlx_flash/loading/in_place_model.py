@@ -28,7 +28,7 @@ from .provenance import locate
 
 
 @dataclass
-class Mixture:
+class InPlaceModel:
     """A lazily loaded model, and the places of the experts of its switch layers and of its layers' other weights.
 
     A dense model has no switch layers.
@@ -111,7 +111,9 @@ class Mixture:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
-def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False) -> Mixture:
+def open_in_place(
+    folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False
+) -> InPlaceModel:
     """Builds the model without reading a weight. The arguments and errors are those of `open_lazily`."""
     lazy = open_lazily(folder, small, zoo, images)
     switches = {}
@@ -128,7 +130,7 @@ def open_mixture(folder: Path, small: Path | None = None, zoo: str | None = None
     lazy.provenance.arrays.clear()  # each array keeps its file open
     lazy.provenance.stacks.clear()
     tensors, lazy.provenance.tensors = lazy.provenance.tensors, {}
-    return Mixture(
+    return InPlaceModel(
         lazy.model,
         lazy.config,
         lazy.files,

@@ -24,9 +24,9 @@ from ..text.images import HELD_BYTES
 from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
-from .expert_files import Mixture, parent_of
 from .forecast import Forecast, forecast
 from .image_needs import image_bytes
+from .in_place_model import InPlaceModel, parent_of
 from .in_place_plan import (
     InPlacePlan,
     WeightBytes,
@@ -46,9 +46,9 @@ from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, 
 from .verification import attach_sums
 
 
-def plan_mixture(
+def plan_in_place(
     folder: Path,
-    mixture: Mixture,
+    mixture: InPlaceModel,
     options: LoadOptions,
     drafts: PlannedDrafts | None = None,
     images: ImageProcessor | None = None,
@@ -59,7 +59,7 @@ def plan_mixture(
 
     Experts are streamed where not all of them fit. Layers are streamed where the rest does not fit either.
 
-    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_mixture`. With `options.verify`, everything
+    folder: the checkpoint's folder. mixture: the checkpoint's, from `open_in_place`. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
     the checksums if they were not made before. drafts: what will draft tokens; None for nothing. images: the
     checkpoint's processor, if the model is to read images.
@@ -184,7 +184,7 @@ def plan_mixture(
     return plan, build, foresee
 
 
-def bytes_of_a_shared_token(mixture: Mixture, streamed: list[tuple[Any, Any, StreamedNeed | OneRow]]) -> int:
+def bytes_of_a_shared_token(mixture: InPlaceModel, streamed: list[tuple[Any, Any, StreamedNeed | OneRow]]) -> int:
     """The memory that a token of a prompt takes while other chunks pass a layer; 0 if this model's chunks cannot share
     a reading. streamed: the streamed experts, in the form of `needs_of`."""
     try:
@@ -202,7 +202,7 @@ def _cannot_run(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
-def streamed_layers(mixture: Mixture) -> list[tuple[Any, Any, StreamedNeed | OneRow]]:
+def streamed_layers(mixture: InPlaceModel) -> list[tuple[Any, Any, StreamedNeed | OneRow]]:
     """The streamed layers and the lookup tables of a mixture, in the form of `needs_of`."""
     drops_late = mx.default_device() != mx.cpu
     needs = {path: experts_need(tensors, drops_late) for path, tensors in mixture.switches.items()}

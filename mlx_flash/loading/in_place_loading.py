@@ -18,6 +18,7 @@ from ..layers.experts import most_positions
 from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
+from ..source.zoos import MLX_LM, zoo_of
 from ..text.draft_depth import MOST_DEPTH
 from ..text.image_prompts import ImageProcessor
 from ..text.images import HELD_BYTES
@@ -73,7 +74,7 @@ def plan_in_place(
     except UsageError:
         raise
     except Exception as error:
-        raise _cannot_run(folder, error) from None
+        raise _cannot_run(folder, mixture.config, error) from None
     dense = not mixture.switches
 
     @cache
@@ -82,14 +83,14 @@ def plan_in_place(
         try:
             return needs_of(mixture.model, streamed, context, evaluated=evaluated, chunk=options.prefill_chunk)
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
-            raise _cannot_run(folder, error) from None
+            raise _cannot_run(folder, mixture.config, error) from None
 
     try:
         seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
     except UsageError:
         raise
     except Exception as error:
-        raise _cannot_run(folder, error) from None
+        raise _cannot_run(folder, mixture.config, error) from None
     decoding = 0 if images is None else HELD_BYTES
 
     def at_once(needs: Needs) -> int:
@@ -195,9 +196,10 @@ def bytes_of_a_shared_token(mixture: InPlaceModel, streamed: list[tuple[Any, Any
         return 0
 
 
-def _cannot_run(folder: Path, error: Exception) -> CheckpointError:
+def _cannot_run(folder: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
+    zoo = zoo_of(config) or MLX_LM
     return CheckpointError(
-        f"mlx-lm cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
+        f"{zoo} cannot run the model that {folder / 'config.json'} describes: {error_line(error)}. "
         "Download the checkpoint again."
     )
 

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.defaults import PREFILL_TOKENS
@@ -149,7 +148,8 @@ def replay(model: Any, prompts: list[list[int]], answers: list[list[int]], posit
             logits = model(mx.array(fed[at : at + positions])[None], cache=cache)[0]
             chosen = to_numpy(mx.argmax(logits, axis=-1))
             used = counters - before
-            different += int(np.count_nonzero(chosen != np.array(answer[at : at + positions])))
+            wanted = answer[at : at + positions]
+            different += sum(one != other for one, other in zip(chosen.tolist(), wanted, strict=True))
             tokens += positions
             passes += 1
             needed += used.hits + used.misses

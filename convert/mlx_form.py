@@ -232,7 +232,7 @@ class _MlxForm:
                 raw = np.empty(nbytes, np.uint8)
                 read_at(file, entry.begin + start - piece.start, raw)
                 found = np.ndarray(part.shape, part.dtype, raw, part.ctypes.data - start, part.strides)
-                array = mx.array(np.ascontiguousarray(found)).view(dtype)
+                array = mx.array(found).view(dtype)
                 yield array if piece.view.ndim else array[0]
 
 

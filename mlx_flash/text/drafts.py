@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..defaults import PREFILL_TOKENS
 from ..flash.host_arrays import to_numpy
@@ -106,6 +105,8 @@ class DraftModel:
         self._kept = [fed]
 
     def _empty(self) -> _Fed:
+        from mlx_lm.models.cache import make_prompt_cache
+
         return _Fed(make_prompt_cache(self.model))
 
 

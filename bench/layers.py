@@ -197,6 +197,7 @@ def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> di
             "bytes_per_token": forecast.bytes_per_token,
             "disk_rate": forecast.disk_rate,
             "compute_s": forecast.compute_s,
+            "head_s": forecast.head_s,
             "tokens_per_second": forecast.tokens_per_second,
         }
     model.flash.close()

@@ -34,16 +34,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("made", "said"),
     [
         (
-            Forecast(16_200_000_000, 5.3e9, 0.1, False),
+            Forecast(16_200_000_000, 5.3e9, 0.1, 0.0, False),
             "forecast: every token reads 16.2 GB; this disk reads 5.3 GB/s: about 0.33 tokens per second",
         ),
         (
-            Forecast(400_000_000, 2e9, 0.5, True),
+            Forecast(400_000_000, 2e9, 0.4, 0.1, True),
             "forecast: a token reads 0.4 GB if all experts are chosen equally often; this disk reads 2 GB/s: about 2 "
             "tokens per second, bound by computing",
         ),
         (
-            Forecast(140_000_000_000, 7e9, 0.5, False),
+            Forecast(140_000_000_000, 7e9, 0.5, 0.1, False),
             "forecast: every token reads 140 GB; this disk reads 7 GB/s: about 20 seconds per token",
         ),
     ],
@@ -122,4 +122,4 @@ def test_the_forecast_of_a_model(
     assert made is not None
     missing = 4 * (9 / 12 + 6 / 12) * mixture.expert_bytes if family == "qwen3_moe" else 0
     assert made.bytes_per_token == 5000 + round(missing)
-    assert made.even is (family == "qwen3_moe") and made.disk_rate == 1e9 and made.compute_s > 0
+    assert made.even is (family == "qwen3_moe") and made.disk_rate == 1e9 and made.compute_s > 0 and made.head_s > 0

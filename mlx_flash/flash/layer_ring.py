@@ -23,6 +23,9 @@ from .reader import Ticket
 from .self_test import check_expert_pools
 from .slot_cache import EventLog
 
+FileReads = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+"""The number of a file, and offsets, addresses and lengths of reads from it, int64 (n,) each."""
+
 BUFFERS = 2  # one layer computes while the next is read; more buffers would take memory from pinned layers
 TENSOR_ALIGNMENT = 64  # bytes; the start of every tensor in a buffer
 
@@ -115,6 +118,7 @@ class LayerRing:
         # The reads on their way: buffer -> (layer, tickets). None after an error dropped them (`InFlightReads.drain`).
         self.pending: dict[int, tuple[int, list[Ticket]]] | None = None
         self._views: dict[tuple[int, int], list[mx.array]] = {}
+        self._reads: dict[tuple[int, int], list[FileReads]] = {}
         for tensors in layers:
             shared.tensors.update({tensor.name: tensor.parts for tensor in tensors})
         check_expert_pools(
@@ -197,22 +201,12 @@ class LayerRing:
 
     def _submit(self, layer: int, buffer: int, tickets: list[Ticket]) -> None:
         """Submits the reads of a layer and appends their tickets."""
-        pool, tensors = self._pools[buffer], self.layers[layer]
-        segments = np.concatenate([tensor.segments for tensor in tensors])  # (n, 3)
-        addresses = np.concatenate(
-            [pool.address + t.begin + np.cumsum(t.segments[:, 2]) - t.segments[:, 2] for t in tensors]
-        )
-        for number in np.unique(segments[:, 0]):
-            here = np.flatnonzero(segments[:, 0] == number)
-            here = here[np.argsort(segments[here, 1], kind="stable")]
+        if (layer, buffer) not in self._reads:
+            self._reads[layer, buffer] = _reads_of(self.layers[layer], self._pools[buffer].address)
+        for number, offsets, addresses, lengths in self._reads[layer, buffer]:
+            file = self.shared.files[number]
             tickets.append(
-                self.shared.reader.submit(
-                    self.shared.files[number],
-                    segments[here, 1],
-                    addresses[here],
-                    segments[here, 2],
-                    destination=pool,
-                )
+                self.shared.reader.submit(file, offsets, addresses, lengths, destination=self._pools[buffer])
             )
 
     def _finish(self, buffer: int) -> None:
@@ -232,6 +226,20 @@ class LayerRing:
                 self.shared.loading.remove(self)
                 self.pending = None
         self.shared.clock.waited()
+
+
+def _reads_of(tensors: Sequence[LayerTensor], address: int) -> list[FileReads]:
+    """The reads of tensors into a buffer at an address, file by file."""
+    segments = np.concatenate([tensor.segments for tensor in tensors])  # (n, 3)
+    addresses = np.concatenate(
+        [address + t.begin + np.cumsum(t.segments[:, 2]) - t.segments[:, 2] for t in tensors]
+    )  # (n,)
+    reads = []
+    for number in np.unique(segments[:, 0]).tolist():
+        here = np.flatnonzero(segments[:, 0] == number)
+        here = here[np.argsort(segments[here, 1], kind="stable")]
+        reads.append((number, segments[here, 1], addresses[here], segments[here, 2]))
+    return reads
 
 
 def _view(pool: mx.array, tensor: LayerTensor) -> mx.array:

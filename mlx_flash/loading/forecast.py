@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from ..flash.unit_file import UnitFile
 from ..source.cached import DISK_RATES
 from ..source.resolve import cache_folder
 from .in_place_model import InPlaceModel
-from .in_place_plan import InPlacePlan
+from .in_place_plan import InPlacePlan, WeightBytes
 
 RATE_LIFE_S = 24 * 3600  # a measured rate is used for so long
-TRIALS = 3  # of a product; the fastest counts
+TRIALS = 5  # of the products; the median counts
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Forecast:
     """The expected time of a decoded token.
 
     bytes_per_token: bytes that a token reads. disk_rate: bytes per second of the disk. compute_s: seconds of the
-    products with a token's weights, which overlap with reading. even: whether the bytes assume that a router chooses
-    all experts equally often.
+    products with the weights of layers and experts, which overlap with reading. head_s: seconds of the products outside
+    the layers, such as the output head's. They do not overlap, because by then the buffers are full. even: whether the
+    bytes assume that a router chooses all experts equally often.
     """
 
     bytes_per_token: int
     disk_rate: float
     compute_s: float
+    head_s: float
     even: bool
 
     @property
@@ -46,7 +49,7 @@ class Forecast:
 
     @property
     def tokens_per_second(self) -> float:
-        return 1 / max(self.read_s, self.compute_s)
+        return 1 / (max(self.read_s, self.compute_s) + self.head_s)
 
     def describe(self) -> str:
         """One sentence for the user."""
@@ -55,7 +58,7 @@ class Forecast:
         words = f"every token reads {self.bytes_per_token / 1e9:.3g} GB"
         if self.even:
             words = f"a token reads {self.bytes_per_token / 1e9:.3g} GB if all experts are chosen equally often"
-        bound = ", bound by computing" if self.compute_s > self.read_s else ""
+        bound = ", bound by computing" if self.compute_s + self.head_s > self.read_s else ""
         return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}"
 
 
@@ -75,7 +78,8 @@ def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, direct: boo
         return None
     in_layers = sum(tensor.nbytes for layer in mixture.layers for tensor in layer.tensors)
     computed = in_layers + choices * len(slots) * mixture.expert_bytes
-    return Forecast(wanted, rate, computed * _seconds_per_byte(mixture), even=experts > 0)
+    each = _seconds_per_byte(mixture)
+    return Forecast(wanted, rate, computed * each, sum(WeightBytes.of(mixture).outside) * each, even=experts > 0)
 
 
 def _rate_of(path: Path, direct: bool, threads: int) -> float | None:
@@ -114,28 +118,34 @@ def _keep_rates(rates: dict[str, Any]) -> None:
 
 
 def _seconds_per_byte(mixture: InPlaceModel) -> float:
-    """Seconds that a product with one token takes for each byte of its matrix, from the largest matrix of a layer.
+    """Seconds that products with one token take for each byte of their matrices, from the matrices of the first layer.
 
     0 for a layer without a matrix of a kind that is known here.
     """
-    kinds = (nn.Linear, nn.QuantizedLinear)
-    modules = [module for layer in mixture.layers[:1] for _, module in layer.module.named_modules()]
-    largest: Any = max((m for m in modules if isinstance(m, kinds)), key=lambda m: m["weight"].nbytes, default=None)
-    if largest is None:
+    found = [module for layer in mixture.layers[:1] for _, module in layer.module.named_modules()]
+    modules: list[Any] = [module for module in found if isinstance(module, (nn.Linear, nn.QuantizedLinear))]
+    if not modules:
         return 0.0
-    own = {name: array for name, array in largest.items() if isinstance(array, mx.array)}
-    arrays = {name: mx.zeros(array.shape, array.dtype) for name, array in own.items()}
-    x = mx.ones((1, largest["weight"].shape[-1]), largest["weight"].dtype)
-    if isinstance(largest, nn.QuantizedLinear):
-        x = mx.ones((1, x.shape[-1] * 32 // largest.bits), mx.float32)
-    mx.eval(x, arrays)
+    held = [{name: array for name, array in module.items() if isinstance(array, mx.array)} for module in modules]
+    inputs = [_input_of(module) for module in modules]
     seconds = []
     try:
-        largest.update(arrays)
+        for module, arrays in zip(modules, held, strict=True):
+            module.update({name: mx.zeros(array.shape, array.dtype) for name, array in arrays.items()})
+        mx.eval(inputs, [module.parameters() for module in modules])
         for _ in range(TRIALS):
             started = time.perf_counter()
-            mx.eval(largest(x))
+            mx.eval([module(x) for module, x in zip(modules, inputs, strict=True)])
             seconds.append(time.perf_counter() - started)
     finally:
-        largest.update(own)
-    return min(seconds) / sum(array.nbytes for array in arrays.values())
+        for module, arrays in zip(modules, held, strict=True):
+            module.update(arrays)
+    return statistics.median(seconds) / sum(array.nbytes for arrays in held for array in arrays.values())
+
+
+def _input_of(module: Any) -> mx.array:
+    """One token for a linear module: ones, (1, D)."""
+    weight = module["weight"]
+    if isinstance(module, nn.QuantizedLinear):
+        return mx.ones((1, weight.shape[-1] * 32 // module.bits), mx.float32)
+    return mx.ones((1, weight.shape[-1]), weight.dtype)

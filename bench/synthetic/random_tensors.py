@@ -56,9 +56,13 @@ def write_random(
             )
         with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic weights", dynamic_ncols=True) as bar:
             shards = _in_shards(tensors)
+            places: dict[str, str] = {}
             for number, shard in enumerate(shards):
                 name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
                 write_safetensors(partial_folder / name, shard, bar.update)
+                places |= {tensor[0]: name for tensor in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index))
         config = config_of(vocabulary)
         (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if output.exists():

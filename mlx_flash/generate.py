@@ -21,8 +21,8 @@ DEFAULT_PROMPT = "Once upon a time"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("generate"),
-        description="Generates text. Attention stays in memory; feed-forward weights are read from the SSD when a "
-        "token needs them. Text goes to standard output, everything else to standard error.",
+        description="Generates text. Weights that do not fit into the memory budget are read from the SSD when a token "
+        "needs them. Text goes to standard output, everything else to standard error.",
     )
     add_model_arguments(parser, prompt_cache="0")  # There is one prompt.
     text = parser.add_argument_group("text")

@@ -30,8 +30,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
     model.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="folder of a store or a checkpoint, or a Hugging Face id; a mixture of experts runs straight from its "
-        "checkpoint, other checkpoints are first converted into the cache folder (default: the packaged demo model)",
+        help="folder of a store or a checkpoint, or a Hugging Face id; checkpoints run as they are, except for those "
+        "of ReLU models, which are first converted into the cache folder (default: the packaged demo model)",
     )
     model.add_argument("--revision", help=REVISION_HELP)
     model.add_argument(
@@ -112,7 +112,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
     model.add_argument(
         "--verify",
         action="store_true",
-        help="compare what is read of a mixture's checkpoint with checksums, its experts at every read; the first run "
+        help="compare what is read of a checkpoint with checksums, units at every read; the first run "
         "reads the whole checkpoint to make them, and compares it with the Hub's checksums where those are known "
         "(reads of a store are always compared)",
     )

@@ -436,7 +436,7 @@ def test_a_prompt_of_several_chunks_is_read_once(tmp_path: Path, monkeypatch: py
     """Through the public functions: the same text, and a fraction of the reads."""
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "model"
-    write_dense(folder, "tiny", 8, "float32", 0)
+    size = write_dense(folder, "tiny", 8, "float32", 0)
     texts, read = [], []
     for most in (1, 4):
         whole: Any = mlx_flash.plan(folder, memory=ENDLESS, context=64)
@@ -444,6 +444,7 @@ def test_a_prompt_of_several_chunks_is_read_once(tmp_path: Path, monkeypatch: py
         model, tokenizer = mlx_flash.load(folder, memory=budget, context=64)
         try:
             assert 0 < model.flash.plan.pinned < 8
+            assert model.flash.plan.parameters_bytes == size
             model.flash.shared_reading = SharedReading(list(model.layers), most)
             answers = list(mlx_flash.stream_generate(model, tokenizer, PROMPT, max_tokens=8, prefill_step_size=9))
             texts.append([answer.token for answer in answers])

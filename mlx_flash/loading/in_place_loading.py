@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def plan_in_place(
         return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, options.budget)
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
+    plan = replace(plan, parameters_bytes=whole_weights.everything)
     if plan.layer_bytes_per_token:
         each = bytes_of_a_shared_token(mixture, streamed)
         plan = with_spare_for_chunks(plan, each, options.prefill_chunk)

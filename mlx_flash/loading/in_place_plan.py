@@ -67,6 +67,11 @@ class WeightBytes:
         return "output head" if self.rows_kept else "embeddings, output head"
 
     @property
+    def everything(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.resident) + self.tables + self.all_experts
+
+    @property
     def all_experts(self) -> int:
         return self.expert_layers * self.experts * self.expert
 
@@ -85,14 +90,16 @@ class InPlacePlan(Plan):
 
     expert_slots: number of slots of each layer of experts. pinned: number of layers that are in memory all the time.
     layer_bytes_per_token: bytes of the other layers, which every token reads. proposed_bytes: bytes of the units that
-    `bytes_for` counts. chunks_at_once: number of a prompt's chunks that share a reading of the layers. reads_rows:
-    whether rows of lookup tables are read. rows_saved: memory that this saves, or would save, in bytes.
+    `bytes_for` counts. parameters_bytes: bytes of all weights of the checkpoint. chunks_at_once: number of a prompt's
+    chunks that share a reading of the layers. reads_rows: whether rows of lookup tables are read. rows_saved: memory
+    that this saves, or would save, in bytes.
     """
 
     expert_slots: tuple[int, ...] = ()
     pinned: int = 0
     layer_bytes_per_token: int = 0
     proposed_bytes: int = 0
+    parameters_bytes: int = 0
     chunks_at_once: int = 1
     reads_rows: bool = False
     rows_saved: int = 0

@@ -26,7 +26,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "layers": units.layers,
             "units_per_layer": units.per_layer,
             "unit_size": 1 if flash.manifest is None else flash.manifest.layout.neurons_per_block,
-            "parameters_bytes": flash.plan.demand.resident + units.layers * units.per_layer * _unit_bytes(flash),
+            "parameters_bytes": _parameters_bytes(flash),
             "sampling": flash.defaults.sampling,
             "images": flash.images is not None,
         },
@@ -50,6 +50,10 @@ def statistics(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _unit_bytes(flash: Any) -> int:
-    """Bytes of a whole unit. A slot may be smaller, without a part that is resident (for the exact predictor)."""
-    return flash.manifest.layout.block_bytes if flash.manifest is not None else flash.plan.slot_bytes
+def _parameters_bytes(flash: Any) -> int:
+    """Bytes of the model's weights, wherever they are."""
+    if flash.manifest is None:
+        return int(flash.plan.parameters_bytes)
+    units = flash.plan.units
+    # A slot may be smaller than a block, without a part that is resident (for the exact predictor).
+    return flash.plan.demand.resident + units.layers * units.per_layer * flash.manifest.layout.block_bytes

@@ -171,6 +171,11 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
     if (settings := QUANTISATIONS[quantisation]) is not None:
         nn.quantize(model, **settings, class_predicate=lambda _, module: divides(module, settings["group_size"]))
         config["quantization"] = settings
+    return save_model(folder, model, config, shards)
+
+
+def save_model(folder: Path, model: Any, config: dict[str, Any], shards: int = 1) -> Path:
+    """Writes config.json and the model's parameters as model*.safetensors."""
     weights: Any = dict(tree_flatten(model.parameters()))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -180,6 +185,13 @@ def make_mixture(folder: Path, family: str, quantisation: str = "plain", shards:
         name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         mx.save_safetensors(str(folder / name), part)
     return folder
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
+    """Compares logits bit for bit. what: is told with a difference."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert np.isfinite(b).all() and b.std() > 1e-3
+        assert np.array_equal(a, b), (what, i, np.abs(a - b).max())
 
 
 def divides(module: Any, group_size: int) -> bool:

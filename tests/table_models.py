@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mixtures import MLA, QUANTISATIONS  # type: ignore[import-not-found]
+from mixtures import MLA, QUANTISATIONS, save_model  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 
 VOCABULARY = 96
@@ -104,12 +103,4 @@ def make_model(folder: Path, name: str, quantisation: str = "plain", shards: int
         fitting = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0  # noqa: E731
         nn.quantize(model, **settings, class_predicate=fitting)
         config["quantization"] = settings
-    weights: Any = dict(tree_flatten(model.parameters()))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    names = sorted(weights)
-    for shard in range(shards):
-        part = {name: weights[name] for name in names[shard::shards]}
-        file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        mx.save_safetensors(str(folder / file), part)
-    return folder
+    return save_model(folder, model, config, shards)

@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 
 from mlx_flash.bench import row_reads
 from mlx_flash.bench.synthetic import table_checkpoint
+from mlx_flash.bench.synthetic.opt_checkpoint import copy_tokenizer
 from mlx_flash.bench.synthetic.table_checkpoint import write_tables
 from mlx_flash.errors import UsageError
 from mlx_flash.loading import lookup_tables
@@ -68,7 +69,7 @@ def test_a_checkpoint_without_tables_is_refused(tmp_path: Path) -> None:
     from mixtures import make_mixture  # type: ignore[import-not-found]  # found beside this file
 
     folder = make_mixture(tmp_path / "mixture", "qwen3_moe")
-    table_checkpoint.copy_tokenizer(folder)
+    copy_tokenizer(folder)
     parser = argparse.ArgumentParser()
     row_reads.add_arguments(parser)
     with pytest.raises(UsageError, match="no lookup table"):

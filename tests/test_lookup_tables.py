@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from interrupts import InterruptAt  # type: ignore[import-not-found]  # found beside this file
-from mixtures import make_mixture  # type: ignore[import-not-found]
+from mixtures import assert_same, make_mixture  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -100,12 +100,6 @@ def everything(model: Any) -> list[np.ndarray]:
 @functools.cache
 def reference(folder: Path) -> list[np.ndarray]:
     return everything(load_model(folder)[0])
-
-
-def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert np.isfinite(b).all() and b.std() > 1e-3
-        assert np.array_equal(a, b), (what, i, np.abs(a - b).max())
 
 
 def streamed(model: Any) -> dict[str, StreamedTable]:

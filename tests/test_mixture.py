@@ -23,6 +23,7 @@ from mixtures import (  # type: ignore[import-not-found]
     FAMILIES,
     QUANTISATIONS,
     VOCABULARY,
+    assert_same,
     make_mixture,
     open_streamed,
     to_bfloat16,
@@ -88,12 +89,6 @@ def everything(model: Any) -> list[np.ndarray]:
 @functools.cache
 def reference(folder: Path) -> list[np.ndarray]:
     return everything(load_model(folder)[0])
-
-
-def assert_same(found: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert np.isfinite(b).all() and b.std() > 1e-3
-        assert np.array_equal(a, b), (what, i, np.abs(a - b).max())
 
 
 @pytest.mark.parametrize("quantisation", ["plain", "4 bits"])

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flash.flash.stats import Counters
-from mlx_flash.text.cached_context import parts_of
+from mlx_flash.layers.cache_parts import parts_of
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.prompt_cache import ReusedPromptCache
 

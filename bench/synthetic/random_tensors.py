@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,11 @@ def write_random(
     """
     from mlx_flash.text.tokenizer import load_tokenizer
 
-    partial_folder = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        copy_tokenizer(partial_folder)
+    with complete(output) as partial_folder:
         vocabulary = len(load_tokenizer(partial_folder).vocab)
         tensors = list(tensors_of(vocabulary))
-        size = sum(int(np.prod(dims, dtype=np.int64)) * kind.size for _, dims, kind, _ in tensors)
-        if (free := shutil.disk_usage(partial_folder).free) < 1.02 * size:
-            raise UsageError(
-                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free. "
-                "Choose fewer --layers or another --output."
-            )
+        size = bytes_of(tensors)
+        must_fit(size, partial_folder, output, "fewer --layers or another --output")
         with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic weights", dynamic_ncols=True) as bar:
             shards = _in_shards(tensors)
             places: dict[str, str] = {}
@@ -65,13 +58,38 @@ def write_random(
         (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index))
         config = config_of(vocabulary)
         (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return size
+
+
+@contextmanager
+def complete(output: Path) -> Iterator[Path]:
+    """Yields a temporary folder with the demo model's tokenizer. It is renamed at the end, so `output` is complete."""
+    partial_folder = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    try:
+        copy_tokenizer(partial_folder)
+        yield partial_folder
         if output.exists():
             output.rmdir()
         partial_folder.rename(output)
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
-    return size
+
+
+def bytes_of(tensors: Iterable[tuple[str, tuple[int, ...], mx.Dtype, Any]]) -> int:
+    """Bytes of tensors, given as in `RandomTensor`."""
+    return sum(int(np.prod(dims, dtype=np.int64)) * kind.size for _, dims, kind, _ in tensors)
+
+
+def must_fit(size: int, folder: Path, output: Path, remedy: str) -> None:
+    """Raises UsageError if `size` bytes do not fit on the disk of a folder. remedy: what to choose instead."""
+    if (free := shutil.disk_usage(folder).free) < 1.02 * size:
+        raise UsageError(
+            f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free. "
+            f"Choose {remedy}."
+        )
 
 
 def packed(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.convert.tensors import write_safetensors
-from mlx_flash.errors import UsageError
 
-from .opt_checkpoint import copy_tokenizer
+from .random_tensors import bytes_of, complete, must_be_new, must_fit
 
 PIECE_BYTES = 64 << 20  # written at once
 GROUP_SIZE = 32  # numbers that share a scale, in 4 bits
@@ -96,8 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists already. Choose another --output.")
+    must_be_new(output)
     size = write_tables(output, arguments.shape, arguments.bits)
     print(json.dumps({"command": "synthetic-tables", "shape": arguments.shape, "bits": arguments.bits, "bytes": size}))
 
@@ -109,26 +106,12 @@ def write_tables(output: Path, shape: str, bits: int) -> int:
     if bits == 4:
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": 4}
     tensors = list(_tensors(config, bits))
-    size = sum(int(np.prod(dims, dtype=np.int64)) * dtype.size for _, dims, dtype, _ in tensors)
-    partial_folder = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        if (free := shutil.disk_usage(partial_folder).free) < 1.02 * size:
-            raise UsageError(
-                f"the checkpoint needs {size / 1e9:.1f} GB at {output}, where {free / 1e9:.1f} GB are free. "
-                "Choose another --output."
-            )
-        copy_tokenizer(partial_folder)
+    size = bytes_of(tensors)
+    with complete(output) as partial_folder:
+        must_fit(size, partial_folder, output, "another --output")
         (partial_folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         with tqdm(total=size, unit="B", unit_scale=True, desc="synthetic tables", dynamic_ncols=True) as bar:
             write_safetensors(partial_folder / "model.safetensors", tensors, bar.update)
-        if output.exists():
-            output.rmdir()
-        partial_folder.rename(output)
-    except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
     return size
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cache_parts import parts_of
 from .streamed_layers import arrays_in, hooks_of, instead, without_hooks
 
 TRIAL_TOKENS = 4
@@ -38,7 +39,7 @@ class SharedReading:
 
     def feed(self, model: Any, chunks: Sequence[Sequence[int]], cache: list[Any]) -> bool:
         """Feeds chunks of token ids to the model. False, with nothing done, if this model cannot share here."""
-        if not all(_is_plain(part) for part in _parts_of(cache)):
+        if not all(_is_plain(part) for part in parts_of(cache)):
             return False
         states: list[mx.array] = []
         calls: list[list[Call]] = []
@@ -122,10 +123,6 @@ def bytes_to_share(model: Any, layers: Sequence[nn.Module], cache: list[Any]) ->
     return max(sizes)
 
 
-def _parts_of(cache: list[Any]) -> list[Any]:
-    return [part for entry in cache for part in getattr(entry, "caches", [entry])]
-
-
 def _is_plain(part: Any) -> bool:
     """Whether a mask depends on a part of a prompt cache through its offset and its window alone."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
@@ -136,7 +133,7 @@ def _is_plain(part: Any) -> bool:
 @contextmanager
 def _moved_on(cache: list[Any], tokens: int) -> Iterator[None]:
     """Inside this context, a prompt cache of plain parts says that it holds `tokens` more tokens than it does."""
-    parts = _parts_of(cache)
+    parts = parts_of(cache)
     offsets = [part.offset for part in parts]
     try:
         for part, offset in zip(parts, offsets, strict=True):
@@ -149,6 +146,6 @@ def _moved_on(cache: list[Any], tokens: int) -> Iterator[None]:
 
 def _arrays_beside(calls: Sequence[Call], cache: list[Any]) -> list[mx.array]:
     """The arrays in arguments, apart from those of prompt caches."""
-    caches = {id(entry) for entry in [*cache, *_parts_of(cache)]}
+    caches = {id(entry) for entry in [*cache, *parts_of(cache)]}
     values = [value for arguments, named in calls for value in (*arguments, *named.values())]
     return [array for value in values if id(value) not in caches for array in arrays_in(value)]

@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from ..defaults import KV_STEP_TOKENS, PREFILL_TOKENS
 from ..flash.files import round_up
+from ..layers.cache_parts import parts_of
 from ..layers.streamed_layers import hook, unhook
 from .cache_growth import counts_of, enlarge
 from .graph_memory import Evaluation, peak_bytes, trace
@@ -325,11 +326,6 @@ def _filled_cache(model: Any, calls: _Calls, tokens: int) -> list[Any]:
                 put(mx.zeros((*array.shape[:2], round_up(tokens, KV_STEP_TOKENS), *array.shape[3:]), array.dtype))
             part.offset = tokens
     return cache
-
-
-def parts_of(cache: list[Any]) -> list[Any]:
-    """The caches in a prompt cache. A layer may have several."""
-    return [part for entry in cache for part in getattr(entry, "caches", [entry])]
 
 
 def _grows(part: Any) -> bool:

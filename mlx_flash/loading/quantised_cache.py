@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UsageError
+from ..layers.cache_parts import parts_of
 from ..source.model_kind import error_line
-from .memory_needs import OneRow, StreamedNeed, parts_of, stand_ins
+from .memory_needs import OneRow, StreamedNeed, stand_ins
 
 GROUP_SIZES = (64, 32)  # mlx-lm's default, and the one that MLX also has for widths which 64 does not divide
 TRIAL_TOKENS = (2, 1)  # attention may treat a prompt and a single token differently

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..defaults import KV_STEP_TOKENS
 from ..flash.files import round_up
+from ..layers.cache_parts import parts_of
 from .encoding import common_prefix
 
 
@@ -165,11 +166,6 @@ class CachedContext:
             if _grows(part) and _allocated(part) > size:
                 _replace_arrays(part, partial(_first_tokens, size=size))
             mx.eval(_arrays_of(part))
-
-
-def parts_of(cache: list[Any]) -> list[Any]:
-    """The caches of all layers; those of a layer with several are listed one by one."""
-    return [part for layer in cache for part in getattr(layer, "caches", [layer])]
 
 
 def forgets(part: Any) -> bool:

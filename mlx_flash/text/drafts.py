@@ -21,7 +21,8 @@ from ..defaults import PREFILL_TOKENS
 from ..flash.host_arrays import to_numpy
 from ..flash.random_state import kept_random_state
 from ..flash.system import large_memory_given_back
-from .cached_context import forgets, make_room, parts_of
+from ..layers.cache_parts import parts_of
+from .cached_context import forgets, make_room
 from .draft_depth import FIRST_DEPTH, DraftDepth
 from .encoding import common_prefix
 from .ngrams import NgramIndex

@@ -12,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from .cached_context import forgets, parts_of
+from ..layers.cache_parts import parts_of
+from .cached_context import forgets
 
 
 class Rewinder:

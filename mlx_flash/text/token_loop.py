@@ -13,7 +13,8 @@ import mlx.core as mx
 from ..flash.host_arrays import to_numpy
 from ..flash.stats import Counters, DraftCounts, Statistics
 from ..flash.system import large_memory_given_back
-from .cached_context import make_room, parts_of
+from ..layers.cache_parts import parts_of
+from .cached_context import make_room
 from .draft_depth import Pass
 from .drafts import Drafter, Drafting, Sampler
 from .rewinding import Rewinder

@@ -1,4 +1,4 @@
-"""The context that a plan makes room for: by default as much as leaves the slots two thirds of what they would have."""
+"""The context that a plan makes room for: by default as much as leaves enough units in memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import round_up
 from mlx_flash.loading import in_place_loading, streaming_needs
 from mlx_flash.loading.context import MOST_TRIALS, plan_context
+from mlx_flash.loading.in_place_plan import InPlacePlan
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS, FREE_SHARE, RUN_TO_RUN_BYTES, Demand, Plan, UnitCounts, plan_for_budget
@@ -164,7 +165,9 @@ def fixed_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fixed_process")
 def test_a_mixture_by_its_budget(long_mixture: Path) -> None:
     ample = plan(long_mixture, memory=ENDLESS)
-    assert ample.context == 8192 and "8192 tokens, all of the model's positions, 0.0" in ample.describe()
+    assert (
+        ample.context == 8192 and "8192 tokens, all of the model's positions; 2048 would save 0.0" in ample.describe()
+    )
     short = plan(long_mixture, memory=ENDLESS, context=CONTEXT)
     assert ample.smallest == short.smallest and "2048 tokens\n" in short.describe()
     assert ample.demand.kv_cache == 4 * short.demand.kv_cache and ample.demand.workspace > short.demand.workspace
@@ -193,10 +196,34 @@ def test_what_a_longer_context_takes_is_said(long_mixture: Path, monkeypatch: py
     assert sum(made.slots) >= 14 and made.total <= budget
     price = made.demand.total - short.demand.total
     assert price <= 7 * MB
-    note = f"{made.context} tokens of the model's 8192, {price / 1e9:.3f} GB more than 2048 (--context N)"
+    note = f"{made.context} tokens of the model's 8192; 2048 would save {price / 1e9:.3f} GB (--context N)"
     assert note in made.describe()
     longer = plan(long_mixture, memory=budget, context=made.context + KV_STEP_TOKENS)
     assert longer.demand.total - short.demand.total > 7 * MB
+
+
+@pytest.mark.usefixtures("fixed_process")
+def test_a_longer_context_makes_a_token_read_a_tenth_more_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With layers of 4 MB: every one that a context takes is read for every token."""
+    folder = make_mixture(tmp_path / "m", "llama", max_position_embeddings=8192, num_hidden_layers=40)
+    write_tokenizer(folder)
+    real = in_place_loading.plan_for_budget
+
+    def divide(demand: Demand, units: UnitCounts, _: int, *rest: Any, **more: Any) -> Plan:
+        return real(demand, units, 4 * MB, *rest, **more)
+
+    monkeypatch.setattr(in_place_loading, "plan_for_budget", divide)
+    short = plan(folder, memory=ENDLESS, context=CONTEXT)
+    budget = short.demand.total + 14 * 4 * MB  # 12 layers beside two buffers, so that 28 are read
+    made, base = (plan(folder, memory=budget, context=context) for context in (None, CONTEXT))
+    assert isinstance(made, InPlacePlan) and isinstance(base, InPlacePlan)
+    assert (base.pinned, base.spare_slots) == (12, 2)
+    assert made.pinned >= 10 and made.context > CONTEXT
+    whole = plan(folder, memory=short.everything)
+    assert isinstance(whole, InPlacePlan)
+    assert whole.pinned == 40 and whole.spare_slots == 0
 
 
 def test_a_store_has_all_of_its_positions(store: Path) -> None:

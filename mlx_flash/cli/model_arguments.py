@@ -42,7 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         type=_context,
         metavar="N",
         help=f"tokens to reserve memory for, at most the model's positions; {MAX_CONTEXT} for all of them (default: "
-        f"{CONTEXT} to {MOST_CONTEXT}, as long as two thirds of the slots remain)",
+        f"{CONTEXT} to {MOST_CONTEXT}, as long as two thirds of the slots remain; where layers are read, at most a "
+        "tenth more of them)",
     )
     model.add_argument(
         "--kv-bits",

@@ -10,8 +10,6 @@ from ..defaults import CONTEXT, KV_STEP_TOKENS, MOST_CONTEXT
 from ..errors import BudgetError, UsageError
 from .plan import ENDLESS, FREE_SHARE, Demand, Plan
 
-# The share of the slots that may be given up for a longer context than CONTEXT, as a numerator and a denominator.
-GIVEN_UP = (1, 3)
 MOST_TRIALS = 8  # contexts that are tried at most, each of which traces the model's graph
 
 
@@ -35,7 +33,7 @@ def plan_context(
     """The plan for the context that is asked for, or for one that suits the budget.
 
     Without a number, the context is at least CONTEXT tokens. It is longer, in steps of KV_STEP_TOKENS up to
-    MOST_CONTEXT, as long as the slots keep two thirds of the units that they hold with CONTEXT tokens. It never exceeds
+    MOST_CONTEXT, as long as it takes no more than the `spare_slots` of the plan for CONTEXT tokens. It never exceeds
     the model's positions. The smallest budget is that of CONTEXT tokens. The budget with which all units are resident
     is that of the longest such context.
 
@@ -76,9 +74,7 @@ def plan_context(
             return demand.total
 
     memory = min(budget, ENDLESS) if budget is not None else int(shortest.process + FREE_SHARE * free)
-    part, whole = GIVEN_UP
-    slots = sum(base.slots)
-    kept = max(base.units.layers * base.units.least, slots - slots * part // whole)
+    kept = max(base.units.layers * base.units.least, sum(base.slots) - base.spare_slots)
     context = _longest(total, least, most, memory - kept * base.slot_bytes)
     demand = demand_at(context)
     made = divide(demand, context, _note(context, least, positions, demand.total - shortest.total))
@@ -107,7 +103,7 @@ def _longest(total: Callable[[int], int], least: int, most: int, limit: int) -> 
 def _note(context: int, least: int, positions: int | None, price_bytes: int) -> str:
     """The note on a context that was chosen. price_bytes: what it takes more than `least` tokens."""
     if context == positions:
-        price = f", {price_bytes / 1e9:.3f} GB more than {least}" if context > least else ""
+        price = f"; {least} would save {price_bytes / 1e9:.3f} GB" if context > least else ""
         return f", all of the model's positions{price}"
-    price = f"{price_bytes / 1e9:.3f} GB more than {least}" if context > least else "the least"
-    return f" of the model's {positions}, {price} (--context N)" if positions else f", {price} (--context N)"
+    price = f"; {least} would save {price_bytes / 1e9:.3f} GB" if context > least else ", the least"
+    return f" of the model's {positions}{price} (--context N)" if positions else f"{price} (--context N)"

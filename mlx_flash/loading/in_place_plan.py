@@ -18,6 +18,7 @@ from .lookup_tables import Table, kept_bytes
 from .plan import ENDLESS, Demand, Plan, UnitCounts
 
 LAYERS = "layers"
+SPARE_READS = 10  # a longer context may add one to so many layers that a token reads
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ class InPlacePlan(Plan):
     chunks_at_once: int = 1
     reads_rows: bool = False
     rows_saved: int = 0
+
+    @property
+    def spare_slots(self) -> int:
+        """Of experts as of any units. A layer without a slot is read for every token, so few of them may go."""
+        if self.units.name != LAYERS:
+            return super().spare_slots
+        return (self.units.per_layer - self.pinned) // SPARE_READS
 
     def bytes_for(self, share: float) -> int:
         saved = self.rows_saved if share < 1 else 0

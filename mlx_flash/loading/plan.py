@@ -21,6 +21,7 @@ GRAMMAR_BYTES_PER_TOKEN = 800  # of the vocabulary; at most 760 were measured
 MLX_CACHE_BYTES = 32 << 20  # freed buffers that MLX may keep
 RUN_TO_RUN_BYTES = 4 << 20  # difference of the process's measured size from one run to the next
 ENDLESS = 2**62  # bytes; in effect no limit
+SPARE = 3  # one of so many slots may go for a longer context
 MIN_SLOTS = 16  # blocks per layer: fewer would make every selection a sequence of tiny rounds
 
 
@@ -111,6 +112,11 @@ class Plan:
     def slot_share(self) -> float:
         """The share of all blocks that fit into slots."""
         return sum(self.slots) / (self.units.layers * self.units.per_layer)
+
+    @property
+    def spare_slots(self) -> int:
+        """How many slots may go for a longer context, if the user names none."""
+        return sum(self.slots) // SPARE
 
     @property
     def total(self) -> int:

@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
     "gemma4": {
+        "vocab_size": VOCABULARY,  # mlx-lm's model takes it from here
         "text_config": {
             **PLAIN,
             "model_type": "gemma4_text",

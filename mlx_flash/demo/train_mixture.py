@@ -1,9 +1,11 @@
-"""Trains a small mixture of experts (Qwen3-MoE), with routing learnt from text, on a folder of plain-text books.
+"""Trains a small mixture of experts, with routing learnt from text, on a folder of plain-text books.
 
     python -m mlx_flash.demo.train_mixture --corpus DIR/train --held-out DIR/call_of_the_wild.txt --output DIR
+    python -m mlx_flash.demo.train_mixture --form nemotron_h --corpus ... --held-out ... --output ...
 
 Needs the `train` extra. It is used to measure what depends on the routing of tokens (`bench eviction`, `bench
-lookahead`), which random weights cannot show.
+lookahead`) and on the zeros inside experts (`bench relu-experts`), which random weights cannot show. See `mixtures.py`
+for the forms.
 
 The model uses the demo model's tokenizer and its token embeddings, reduced to this width. As in Qwen3-30B-A3B, a token
 uses one in sixteen experts of a layer. The usual loss against uneven use of the experts is computed for each layer.
@@ -18,59 +20,16 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mlx_flash.demo.forms import BEGIN_ID, PACKAGED, PAD_ID, Recipe, packaged_embeddings
+from mlx_flash.demo.forms import BEGIN_ID, PACKAGED, Recipe
+from mlx_flash.demo.mixtures import CHOSEN, EXPERTS, RECIPES, build, save
 from mlx_flash.demo.train import learning_rate, read_books
 
-RECIPE = Recipe(
-    form="qwen3_moe",
-    hidden_size=192,
-    layers=8,
-    heads=4,
-    key_value_heads=2,
-    context=256,
-    batch=4,
-    steps=1200,
-    peak_learning_rate=3e-3,
-    warmup_steps=100,
-)
-EXPERTS, CHOSEN, EXPERT_SIZE = 64, 4, 64
 BALANCE = 0.01  # weight of `unevenness` in the loss
-
-
-def build(recipe: Recipe):
-    """A randomly initialised `transformers` model with tied embeddings."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(recipe.seed)
-    config = Qwen3MoeConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        head_dim=recipe.hidden_size // recipe.heads,
-        intermediate_size=EXPERTS * EXPERT_SIZE,  # for layers without experts, of which there are none
-        moe_intermediate_size=EXPERT_SIZE,
-        num_experts=EXPERTS,
-        num_experts_per_tok=CHOSEN,
-        norm_topk_prob=True,
-        output_router_logits=True,
-        router_aux_loss_coef=0.0,  # That loss pools all layers, so no layer would have to use all its experts.
-        max_position_embeddings=recipe.context,
-        bos_token_id=BEGIN_ID,
-        eos_token_id=BEGIN_ID,
-        pad_token_id=PAD_ID,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(packaged_embeddings(recipe.hidden_size, config.initializer_range))
-    return model
 
 
 def unevenness(router_logits):
@@ -106,15 +65,6 @@ def evaluate(model, tokens: np.ndarray, context: int) -> tuple[float, float]:
             count += len(piece)
     model.train()
     return total / count, uneven / count
-
-
-def save(model, output: Path) -> None:
-    """Writes the model, with its configuration also under the names that mlx-lm uses."""
-    model.save_pretrained(output)
-    path = output / "config.json"
-    config = json.loads(path.read_text())
-    config |= {"num_experts": EXPERTS, "rope_theta": config["rope_parameters"]["rope_theta"]}
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict:
@@ -175,9 +125,13 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of plain-text books to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="book to measure on, not used for training")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--form", choices=RECIPES, default="qwen3_moe", help="architecture (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="number of optimiser steps (default: from the form's recipe)")
     arguments = parser.parse_args()
     held_out = arguments.held_out.read_text(encoding="utf-8")
-    print(json.dumps(train(RECIPE, read_books(arguments.corpus), held_out, arguments.output)))
+    recipe = RECIPES[arguments.form]
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    print(json.dumps(train(recipe, read_books(arguments.corpus), held_out, arguments.output)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ COMMANDS = {  # command -> its module
     "grammars": "grammars",
     "lookahead": "guesses",
     "ordering": "ordering",
+    "relu-experts": "relu_experts",
     "density": "density",
     "table-rows": "row_reads",
     "peak-memory": "peak_memory",

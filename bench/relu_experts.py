@@ -289,7 +289,8 @@ def show(result: dict[str, Any]) -> None:
     )
     head = ["layer", "zeros", "in the densest tenth of tokens", "fires again", "by popularity alone"]
     keys = ("zeros", "zeros_of_the_densest_tenth", "again", "again_by_chance")
-    table(head, [[str(row["layer"]), *(f"{row[key]:.1%}" for key in keys)] for row in result["zeros"]])
+    average = {"layer": "mean"} | {key: np.mean([row[key] for row in result["zeros"]]) for key in keys}
+    table(head, [[str(row["layer"]), *(f"{row[key]:.1%}" for key in keys)] for row in [*result["zeros"], average]])
     print("\nBlocks of a chosen expert with a neuron that fires, by storage order")
     orders = [key for key in result["touched"][0] if key != "neurons"]
     rows = [[str(row["neurons"]), *(f"{row[order]:.1%}" for order in orders)] for row in result["touched"]]

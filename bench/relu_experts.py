@@ -152,7 +152,7 @@ def traces_of(folder: Path, text: str, tokens: int) -> tuple[list[replay.ExpertT
     model.set_dtype(mx.float32)
     tokenizer = load_tokenizer(folder, config)
     calibration = files("mlx_flash.convert").joinpath("calibration.txt").read_text(encoding="utf-8")
-    window = min(LONGEST, config["max_position_embeddings"])
+    window = min(LONGEST, config.get("max_position_embeddings", LONGEST))
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     found = []
     for name, each in {"held-out text": text, "calibration text": calibration}.items():

@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "use_double_wide_mlp": False,
-        }
+        },
     },
     "longcat_flash_ngram": {
         **PLAIN,

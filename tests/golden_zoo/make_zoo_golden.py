@@ -1,4 +1,4 @@
-"""Writes tiny random mixtures of types that only mlx-vlm builds, and the results of transformers for them.
+"""Writes tiny random models of types that the zoos build, and the results of transformers for them.
 
     python tests/golden_zoo/make_zoo_golden.py [NAME ...]
 
@@ -6,6 +6,9 @@ Needs torch and transformers 5.24; the tests that read the files need neither. E
 ``golden.npz``: tokens (1, T) int32, logits (1, T, vocab) float32 of reading them at once, greedy (16,) int32: how they
 continue, token by token; the names and shapes of the tensors that transformers saves, whose numbers follow from their
 names (golden_numbers.py), and tensors of whole numbers.
+
+An indexer with few heads often gives several keys a score of exactly 0. Which of them it chooses then differs between
+libraries, so the indexers here have many heads.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ COMMANDS = {  # command -> its module
     "predictors": "predictor_recall",
     "quality": "quality",
     "bits": "bits",
+    "head-pieces": "head_pieces",
     "kv-bits": "kv_bits",
     "plan": "plan_shape",
     "eviction": "eviction",

@@ -11,7 +11,16 @@ from zoo_golden import one_by_one, prompt_and_greedy  # type: ignore[import-not-
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 
-NAMES = ("gemma3n", "gemma4_e4b", "gemma4_26b", "deepseek_v32")
+NAMES = (
+    "deepseek_v32",
+    "gemma3n",
+    "gemma4_26b",
+    "gemma4_e4b",
+    "glm_moe_dsa",
+    "minimax_m2",
+    "qwen3_5_moe",
+    "qwen3_next",
+)
 TOLERANCE = 5e-4  # of logits whose deviation is above 1
 
 

@@ -32,6 +32,8 @@ def opened(name: str, folder: Path) -> tuple[Any, Any]:
         config = {"model_type": "gemma3n", "text_config": config}
         weights = {key.replace("model.", "model.language_model.", 1): array for key, array in weights.items()}
         weights |= _unused(weights, config["text_config"]["num_hidden_layers"])
+    if config["model_type"] == "qwen3_5_moe":
+        weights = _stacked(weights)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
@@ -47,6 +49,20 @@ def _unused(weights: dict[str, mx.array], layers: int) -> dict[str, mx.array]:
         for layer in range(layers):
             if path.format(layer, name) not in weights:
                 found[path.format(layer, name)] = mx.zeros_like(weights[path.format(0, name)])
+    return found
+
+
+def _stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The weights with each layer's experts as the published Qwen3.5-MoE has them: stacked, gate and up as one."""
+    found = {key: array for key, array in weights.items() if ".experts." not in key}
+    for path in sorted({key.partition(".experts.")[0] for key in weights.keys() - found.keys()}):
+        parts: dict[str, list[mx.array]] = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            experts = range(sum(f"{path}.experts." in key and f".{name}." in key for key in weights))
+            parts[name] = [weights[f"{path}.experts.{expert}.{name}.weight"] for expert in experts]
+        found[f"{path}.experts.down_proj"] = mx.stack(parts["down_proj"])
+        both = [mx.stack(parts[name]) for name in ("gate_proj", "up_proj")]
+        found[f"{path}.experts.gate_up_proj"] = mx.concatenate(both, axis=1)
     return found
 
 

@@ -13,8 +13,12 @@ from mixtures import open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 
 GOLDEN = Path(__file__).parent / "golden_zoo"
-# transformers 5.24 saves some tensors of DeepSeek V4 under other names than the published checkpoint has.
-RENAMED = {".attn.norm.": ".attn.kv_norm.", "hc_head.hc_": "hc_head."}
+# Where transformers 5.24 saves tensors under other names than the published checkpoint has: type -> saved -> published.
+RENAMED: dict[str, dict[str, str]] = {
+    "deepseek_v4": {".attn.norm.": ".attn.kv_norm.", "hc_head.hc_": "hc_head."},
+    "gemma3n_text": {"model.": "model.language_model."},
+    "kimi_linear": {".layers.0.block_sparse_moe.": ".layers.0.mlp."},
+}
 
 
 def opened(name: str, folder: Path) -> tuple[Any, Any]:
@@ -25,12 +29,11 @@ def opened(name: str, folder: Path) -> tuple[Any, Any]:
     tensors |= {key.removeprefix("tensor "): golden[key] for key in golden.files if key.startswith("tensor ")}
     weights = {}
     for key, array in tensors.items():
-        for theirs, published in RENAMED.items():
+        for theirs, published in RENAMED.get(config["model_type"], {}).items():
             key = key.replace(theirs, published)
         weights[key] = mx.array(array)
     if config["model_type"] == "gemma3n_text":  # mlx-lm builds it as a part of Gemma 3n, as it is published
         config = {"model_type": "gemma3n", "text_config": config}
-        weights = {key.replace("model.", "model.language_model.", 1): array for key, array in weights.items()}
         weights |= _unused(weights, config["text_config"]["num_hidden_layers"])
     if config["model_type"] == "qwen3_5_moe":
         weights = _stacked(weights)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_flash.demo.forms import BEGIN_ID, PACKAGED, RECIPES, Recipe, build_model, ffn_activations
+from mlx_flash.demo.forms import BEGIN_ID, PACKAGED, RECIPES, Recipe, build_model, ffn_activations, save_model
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's first four ids
 
@@ -182,7 +182,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
 
     output.mkdir(parents=True, exist_ok=True)
     tokenizer_path = output / "tokenizer.json"
-    if recipe.form == "llama":
+    if recipe.form != "opt":
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(PACKAGED / name, output / name)
     if tokenizer_path.exists():
@@ -274,7 +274,7 @@ def train(recipe: Recipe, books: list[str], held_out: str, output: Path) -> dict
     cpu_seconds = time.process_time() - cpu_began
     model.half().float()  # Measure the weights that are shipped, which are rounded to float16.
     loss_value, by_layer = evaluate(model, meter, held_out_tokens, recipe.context)
-    model.half().save_pretrained(output)
+    save_model(model, output)
     return {
         "books": len(books),
         "tokens": len(tokens),

@@ -35,6 +35,7 @@ COMMANDS = {  # command -> its module
     "relu-experts": "relu_experts",
     "density": "density",
     "table-rows": "row_reads",
+    "topk-neurons": "topk_neurons",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",

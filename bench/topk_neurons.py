@@ -1,0 +1,322 @@
+"""Does it pay to read Gemma 3n's active neurons one by one? Times its sparse FFN against reading whole layers.
+
+One side reads up, down and gate of every layer in a ring of buffers. The other keeps the gate in memory, and reads the
+active neurons (up row and down column, beside each other) that are not in slots. Both are the engine's own parts, and
+take turns. Weights are random. The neurons that a token shares with the one before are drawn, because random inputs
+have none in common; `topk-hits` has real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.convert.neuron_file import quantised, write_neurons
+from mlx_flash.defaults import BITS, THREADS
+from mlx_flash.flash.files import Manifest, NeuronLayout
+from mlx_flash.flash.host_arrays import to_bytes, to_numpy
+from mlx_flash.flash.in_place import InPlaceFiles, TensorParts
+from mlx_flash.flash.inflight import InFlightReads
+from mlx_flash.flash.layer_ring import BUFFERS, LayerRing, lay_out
+from mlx_flash.flash.neurons import NeuronFile, NeuronSlots
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.rows import PackedRows
+from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.unit_file import UnitFile
+from mlx_flash.layers.neurons import StreamedNeurons
+
+from .tools import disk, topk
+from .tools.report import describe, environment, writable_folder
+
+PARTS = ("gate", "up", "down")
+MISSING = (1.0, 0.5, 0.25)  # share of the active neurons that are not in slots
+TURN = 3  # tokens; the ring reads ahead from one to the next
+Rows = mx.array | PackedRows  # (F, D)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=topk.SHAPES, default="e4b", help="shape of the FFN (default: %(default)s)")
+    parser.add_argument(
+        "--bits",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=sorted(BITS, reverse=True),
+        help="comma-separated list of bits per number (default: 16,8,4)",
+    )
+    parser.add_argument("--layers", type=whole_number(BUFFERS + 1), default=4, help="sparse layers (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(1), default=8, help="turns of every side (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=writable_folder, default=Path("."), help="folder for temporary files (default: this one)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    shape, rows = topk.SHAPES[arguments.shape], []
+    for bits in arguments.bits:
+        with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="mlx-flash-topk-") as folder:
+            rows.append(measure(Path(folder), shape, bits, arguments.layers, arguments.rounds))
+        show(rows[-1])
+    where = environment(arguments.folder)
+    print(describe(where))
+    print(json.dumps({"command": "topk-neurons", "environment": where, "shape": arguments.shape, "rows": rows}))
+
+
+# -- the two sides -------------------------------------------------------------------------------------------
+
+
+class Side(Protocol):
+    """One way to compute the layers. shared: has the counters of its reads."""
+
+    shared: InFlightReads
+
+    def token(self, xs: Sequence[mx.array]) -> None:
+        """Computes one token. xs: the input of each layer, (1, D)."""
+
+    def settle(self) -> None:
+        """Waits for reads that were begun for the next token."""
+
+
+class WholeLayers:
+    """Every layer is read whole, the next one while one computes."""
+
+    def __init__(self, path: Path, layout: NeuronLayout) -> None:
+        self.shared: InFlightReads = (files := InPlaceFiles([UnitFile(path)], Reader(THREADS)))
+        self.layout, offset, layers = layout, 0, []
+        for layer in range(layout.layers):
+            tensors = []
+            for part in PARTS:
+                for number, (dtype, elements) in enumerate(layout.components):
+                    shape, kind = (layout.neurons, elements), getattr(mx, dtype)
+                    place = TensorParts(np.zeros(1, np.int64), np.array([offset]), shape, kind)
+                    tensors.append((f"{layer}.{part}.{number}", place))
+                    offset += place.nbytes
+            layers.append(lay_out(tensors))
+        self.ring = LayerRing(files, layers, range(layout.layers), layout.layers)
+        self.close = files.close
+
+    def token(self, xs: Sequence[mx.array]) -> None:
+        for layer, x in enumerate(xs):
+            y = dense(x, *self._parts(self.ring.use(layer)))
+            self.ring.release(layer, [y])
+
+    def settle(self) -> None:
+        for layer in range(min(BUFFERS, self.layout.layers)):
+            self.ring.use(layer)
+
+    def _parts(self, views: list[mx.array]) -> list[Rows]:
+        each = len(self.layout.components)
+        return [as_rows([view[0] for view in views[i : i + each]], self.layout) for i in range(0, len(views), each)]
+
+
+class ActiveNeurons:
+    """The gate is in memory. `missing`: the share of the active neurons that are not in slots."""
+
+    def __init__(self, path: Path, layout: NeuronLayout, gate: Rows, missing: float) -> None:
+        self.shared = NeuronFile(UnitFile(path), Reader(THREADS), layout)
+        active = round((1 - topk.SPARSITY) * layout.neurons)
+        self.layers = []
+        for number in range(layout.layers):
+            # Slots for the neurons of two tokens keep those of the last one.
+            units = NeuronSlots(self.shared, number, min(2 * active, layout.blocks), layout.parts)
+            layer = StreamedNeurons(units, topk.TopKActivation(), decode_tokens=1, bias=False)  # type: ignore[arg-type]
+            layer.predictor = Drawn(TopK(gate), layout.neurons, active, missing, number)
+            self.layers.append(layer)
+        self.close = self.shared.close
+
+    def token(self, xs: Sequence[mx.array]) -> None:
+        for layer, x in zip(self.layers, xs, strict=True):
+            mx.eval(layer(x[None]))
+
+    def settle(self) -> None:
+        """Does nothing: neurons are not known before their token."""
+
+
+class TopK:
+    """The predictor by the rule itself. It returns g - c as activations."""
+
+    def __init__(self, gate: Rows) -> None:
+        self.gate = gate
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        gates = project(x, self.gate)
+        above = gates - topk.cutoff(gates)
+        return above > 0, above
+
+
+class Drawn:
+    """Takes the time of the predictor `inner`, and chooses `active` neurons of which 1 - `missing` were chosen before.
+
+    Its activations are those of `inner`, so the layer's output means nothing.
+    """
+
+    def __init__(self, inner: TopK, neurons: int, active: int, missing: float, seed: int) -> None:
+        self.inner, self.neurons, self.active = inner, neurons, active
+        self.rng = np.random.default_rng(seed)
+        self.kept = round((1 - missing) * active)
+        self.last = self.rng.choice(neurons, active, replace=False)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        mask, above = self.inner(x)
+        mx.eval(mask, above)
+        others = np.setdiff1d(np.arange(self.neurons), self.last)
+        fresh = self.rng.choice(others, self.active - self.kept, replace=False)
+        self.last = np.concatenate([self.rng.choice(self.last, self.kept, replace=False), fresh])
+        drawn = np.zeros((1, self.neurons), np.bool_)
+        drawn[0, self.last] = True
+        return mx.array(drawn), above
+
+
+def as_rows(components: list[mx.array], layout: NeuronLayout) -> Rows:
+    return PackedRows(*components, layout.group_size, layout.bits) if layout.quantised else components[0]
+
+
+def project(x: mx.array, rows: Rows) -> mx.array:
+    """(N, D) -> (N, F)"""
+    return rows.project(x) if isinstance(rows, PackedRows) else x @ rows.astype(x.dtype).T
+
+
+def dense(x: mx.array, gate: Rows, up: Rows, down: Rows) -> mx.array:
+    """The FFN over all neurons. x: (N, D) -> (N, D)"""
+    gates = project(x, gate)
+    h = topk.TopKActivation()(gates - topk.cutoff(gates), project(x, up))
+    return down.combine(h) if isinstance(down, PackedRows) else h @ down.astype(h.dtype)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """Per token and layer, one entry for every turn. The counters are sums of all turns."""
+
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+
+
+def measure(folder: Path, shape: topk.Shape, bits: int, layers: int, rounds: int) -> dict[str, Any]:
+    """One number of bits: writes the files, compares the results, and times both sides."""
+    layout = NeuronLayout.plan("float16", layers, shape.neurons, shape.width, PARTS[1:], bits)
+    keys = mx.random.split(mx.random.key(0), len(PARTS))
+    scale = shape.width**-0.5
+    matrices = [(scale * mx.random.normal((shape.neurons, shape.width), key=key)).astype(mx.float16) for key in keys]
+    parts = [list(quantised(layout, matrix)) if layout.quantised else [matrix] for matrix in matrices]
+    whole, neurons = folder / "layers.bin", folder / Manifest.neurons_file
+    with whole.open("wb") as file:
+        for _ in range(layers):
+            for part in parts:
+                for component in part:
+                    file.write(to_bytes(component).reshape(-1).data)
+    write_neurons(folder, layout, lambda _: tuple(matrices[1:]), lambda _: None)
+    del matrices
+    rows = [as_rows(part, layout) for part in parts]
+    gate = rows[0] if layout.quantised else rows[0].astype(mx.float32)  # type: ignore[union-attr]
+    checked = check(neurons, layout, [gate, *rows[1:]])
+    state = disk.prepare([whole, neurons])
+    with ExitStack() as stack:
+        sides: dict[str, Any] = {"whole layers": WholeLayers(whole, layout)}
+        stack.callback(sides["whole layers"].close)
+        for missing in MISSING:
+            sides[f"{missing:.0%} missing"] = side = ActiveNeurons(neurons, layout, gate, missing)
+            stack.callback(side.close)
+        samples = time_sides(sides, layers, shape.width, rounds, f"{bits} bits")
+    first = samples["whole layers"]
+    found = []
+    for name, sample in samples.items():
+        count = sample.counters.hits + sample.counters.misses
+        each = rounds * TURN * layers
+        found.append(
+            {
+                "side": name,
+                "missing": None if sample is first else sample.counters.misses / count,
+                "bytes": sample.counters.bytes / each,
+                "reads": sample.counters.reads / each,
+                "read_s": sample.counters.read_s / each,
+                "wait_s": float(np.median(sample.waited)),
+                "total_s": float(np.median(sample.seconds)),
+                "wait_ratio": float(np.median(np.divide(sample.waited, first.waited))),
+                "read_ratio": sample.counters.read_s / first.counters.read_s,
+                "total_ratio": float(np.median(np.divide(sample.seconds, first.seconds))),
+            }
+        )
+    layer_bytes = len(PARTS) * shape.neurons * layout.row_bytes
+    sizes = {"layer_bytes": layer_bytes, "gate_bytes": layer_bytes // 3, "neuron_bytes": layout.block_bytes}
+    return {"bits": bits, "layers": layers, "disk": state, **sizes, "check": checked, "sides": found}
+
+
+def time_sides(sides: dict[str, Side], layers: int, width: int, rounds: int, name: str) -> dict[str, Sample]:
+    """Lets the sides take turns of TURN tokens. The first round warms up."""
+    samples = {side: Sample() for side in sides}
+    for turn in tqdm(range(rounds + 1), desc=name, unit="round", dynamic_ncols=True):
+        tokens = mx.random.normal((TURN, layers, 1, width), key=mx.random.key(turn))
+        mx.eval(tokens)
+        order = list(sides) if turn % 2 else list(sides)[::-1]  # no side always comes first
+        for side in order:
+            before, began = sides[side].shared.counters.copy(), time.perf_counter()
+            for token in tokens:
+                sides[side].token(list(token))
+            sides[side].settle()
+            seconds = time.perf_counter() - began
+            spent = sides[side].shared.counters - before
+            if turn:
+                samples[side].seconds.append(seconds / (TURN * layers))
+                samples[side].waited.append(spent.wait_s / (TURN * layers))
+                samples[side].counters += spent
+    return samples
+
+
+def check(path: Path, layout: NeuronLayout, rows: list[Rows]) -> dict[str, float]:
+    """Compares the active neurons' sum with that of all neurons, for one token. rows: gate, up and down."""
+    shared = NeuronFile(UnitFile(path), Reader(THREADS), layout)
+    units = NeuronSlots(shared, 0, max(1, layout.blocks // 4), layout.parts)
+    layer = StreamedNeurons(units, topk.TopKActivation(), decode_tokens=1, bias=False)  # type: ignore[arg-type]
+    layer.predictor = rule = TopK(rows[0])
+    x = mx.random.normal((1, layout.width), key=mx.random.key(1))
+    sparse, expected = layer(x[None])[0, 0], dense(x, *rows)[0]
+    mask, above = rule(x)
+    assert above is not None
+    h = topk.TopKActivation()(above, project(x, rows[1]))
+    zeros = (h == 0) == ~mask
+    mx.eval(sparse, expected, h)
+    down = rows[2].dequantised(mx.float32) if isinstance(rows[2], PackedRows) else rows[2].astype(mx.float32)
+    exact = mx.array((to_numpy(h).astype(np.float64) @ to_numpy(down).astype(np.float64))[0].astype(np.float32))
+    shared.close()
+    found = {"active": mask.astype(mx.float32).mean().item(), "exact_zeros": bool(zeros.all().item())}
+    return found | topk.other_outputs(sparse, expected, exact)
+
+
+def show(row: dict[str, Any]) -> None:
+    disk_rate = row["disk"]["bytes"] / row["disk"]["seconds"] / 1e9
+    print(
+        f"\n{row['bits']} bits: a layer has {row['layer_bytes'] / 1e6:.1f} MB, its gate {row['gate_bytes'] / 1e6:.1f}, "
+        f"a neuron {row['neuron_bytes']} bytes; the disk reads {disk_rate:.2f} GB/s in sequence"
+    )
+    print(
+        "Per token and layer: reads and MB from the disk, ms that the disk was busy, that the token waited, and of all\n"
+        "(medians of the turns, but the disk's mean); then busy, waited and all relative to whole layers."
+    )
+    heads = ("missing", "reads", "MB", "busy", "waited", "all", "busy x", "waited x", "all x")
+    print(f"{'':<16}" + "".join(f"{head:>10}" for head in heads))
+    for side in row["sides"]:
+        missing = "" if side["missing"] is None else f"{side['missing']:.0%}"
+        cells = [missing, f"{side['reads']:.0f}", f"{side['bytes'] / 1e6:.2f}"]
+        cells += [f"{1e3 * side[key]:.1f}" for key in ("read_s", "wait_s", "total_s")]
+        cells += [f"{side[key]:.2f}" for key in ("read_ratio", "wait_ratio", "total_ratio")]
+        print(f"{side['side']:<16}" + "".join(f"{cell:>10}" for cell in cells))
+    found = row["check"]
+    print(
+        f"The rule keeps {found['active']:.2%}; the others are exactly zero: {found['exact_zeros']}. "
+        f"{found['differ']:.0%} of the outputs have other bits\nthan with all neurons, by at most {found['error']:.1e} "
+        f"of the largest (from float64: {found['own']:.1e} and {found['theirs']:.1e})."
+    )

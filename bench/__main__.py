@@ -36,6 +36,7 @@ COMMANDS = {  # command -> its module
     "density": "density",
     "table-rows": "row_reads",
     "topk-neurons": "topk_neurons",
+    "topk-hits": "topk_hits",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",

@@ -42,7 +42,7 @@ from .tools.report import describe, environment, writable_folder
 
 PARTS = ("gate", "up", "down")
 MISSING = (1.0, 0.5, 0.25)  # share of the active neurons that are not in slots
-TURN = 3  # tokens; the ring reads ahead from one to the next
+TURN = 2  # tokens; the ring reads ahead from one to the next
 Rows = mx.array | PackedRows  # (F, D)
 
 
@@ -54,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=sorted(BITS, reverse=True),
         help="comma-separated list of bits per number (default: 16,8,4)",
     )
-    parser.add_argument("--layers", type=whole_number(BUFFERS + 1), default=4, help="sparse layers (default: %(default)s)")
-    parser.add_argument("--rounds", type=whole_number(1), default=8, help="turns of every side (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=whole_number(BUFFERS + 1), default=BUFFERS + 1, help="sparse layers (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=4, help="turns of every side (default: %(default)s)")
     parser.add_argument(
         "--folder", type=writable_folder, default=Path("."), help="folder for temporary files (default: this one)"
     )

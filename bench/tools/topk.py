@@ -21,6 +21,7 @@ class Shape:
     """A model's decoder layers.
 
     sparse: how many of the `layers` choose their neurons. others: numbers in a layer's matrices beside the FFN's.
+    head: numbers in the output head, which is in memory.
     """
 
     layers: int
@@ -28,13 +29,15 @@ class Shape:
     width: int
     neurons: int
     others: int
+    head: int
 
 
 _OTHERS = 2 * 2048 * 2048 + 2 * 2048 * 512 + 2 * 2048 * 64 + 2 * 2048 * 256  # attention, LAuReL, per-layer input
+_HEAD = 262400 * 2048
 SHAPES = {
-    "e4b": Shape(35, 10, 2048, 16384, _OTHERS),
-    "e2b": Shape(30, 10, 2048, 8192, _OTHERS),
-    "tiny": Shape(4, 2, 256, 512, 4 * 256 * 256),
+    "e4b": Shape(35, 10, 2048, 16384, _OTHERS, _HEAD),
+    "e2b": Shape(30, 10, 2048, 8192, _OTHERS, _HEAD),
+    "tiny": Shape(4, 2, 256, 512, 4 * 256 * 256, 4096 * 256),
 }
 
 

@@ -194,7 +194,8 @@ def compute(shape: topk.Shape, bits: int, share: float, misses: list[float], mac
     if not ways:
         return row | {"neurons": None}
     best, quickest = min(ways, key=lambda way: way.read_s), min(ways, key=lambda way: way.total_s)
-    gains = {"read_gain": whole.read_s / best.read_s, "gain": whole.total_s / quickest.total_s}
+    read_gain = whole.read_s / best.read_s if best.read_s else None
+    gains = {"read_gain": read_gain, "gain": whole.total_s / quickest.total_s}
     return row | {"neurons": asdict(best), "quickest": asdict(quickest), **gains}
 
 
@@ -205,7 +206,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'':<14}" + "".join(f"{head:>8}" for head in heads))
 
     def line(name: str, picked: list[dict[str, Any]], key: str = "misses") -> None:
-        cells = [np.mean([row["active"] for row in picked]), *np.mean([row["active_p1_p99"] for row in picked], axis=0)]
+        cells = [np.mean([row["active"] for row in picked])]
+        cells += np.mean([row["active_p1_p99"] for row in picked], axis=0).tolist()
         cells += [np.mean([row[part] for row in picked]) for part in ("again", "again_by_chance")]
         cells += np.mean([row[key] for row in picked], axis=0).tolist()
         print(f"{name:<14}" + "".join(f"{cell:>8.1%}" for cell in cells))
@@ -219,10 +221,10 @@ def show(result: dict[str, Any]) -> None:
         "used, and by popularity alone; then the share that is missing, by slots over neurons."
     )
     print(
-        f"\ncomputed for {result['shape']}, with the mean misses: per token in the same memory. Whole layers: MB read,\n"
-        "ms to read it, ms with products. Neurons: the share of slots that reads fastest, reads of neurons, MB, ms to\n"
-        "read, and ms with products (of the share of slots that is quickest). Then the gain in reading, its bound if\n"
-        "no neuron were missing, and the gain in all."
+        f"\ncomputed for {result['shape']}, with the mean misses: per token in the same memory.\n"
+        "Whole layers: MB read, ms to read them, ms with products. Neurons: the share of slots that reads fastest,\n"
+        "reads of neurons, MB, ms to read, and ms with products (of the share of slots that is quickest). Then the\n"
+        "gain in reading, its bound if no neuron were missing, and the gain in all."
     )
     heads = ("bits", "memory", "MB", "whole MB", "read", "all", "slots", "reads", "MB", "read", "all")
     print("".join(f"{head:>9}" for head in (*heads, "reading x", "bound", "all x")))
@@ -235,7 +237,7 @@ def show(result: dict[str, Any]) -> None:
         else:
             cells += [f"{neurons['slots']:.1%}", f"{neurons['reads']:.0f}", f"{neurons['bytes'] / 1e6:.0f}"]
             cells += [f"{1e3 * neurons['read_s']:.1f}", f"{1e3 * row['quickest']['total_s']:.1f}"]
-            cells += [f"{row['read_gain']:.2f}"]
+            cells.append("-" if row["read_gain"] is None else f"{row['read_gain']:.2f}")
         cells.append("-" if row["bound"] is None else f"{row['bound']:.2f}")
         cells.append("-" if neurons is None else f"{row['gain']:.2f}")
         print("".join(f"{cell:>9}" for cell in cells))

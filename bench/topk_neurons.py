@@ -180,7 +180,10 @@ class Drawn:
 
 
 def as_rows(components: list[mx.array], layout: NeuronLayout) -> Rows:
-    return PackedRows(*components, layout.group_size, layout.bits) if layout.quantised else components[0]
+    if not layout.quantised:
+        return components[0]
+    packed, scales, biases = components
+    return PackedRows(packed, scales, biases, layout.group_size, layout.bits)
 
 
 def project(x: mx.array, rows: Rows) -> mx.array:
@@ -210,20 +213,9 @@ class Sample:
 def measure(folder: Path, shape: topk.Shape, bits: int, layers: int, rounds: int) -> dict[str, Any]:
     """One number of bits: writes the files, compares the results, and times both sides."""
     layout = NeuronLayout.plan("float16", layers, shape.neurons, shape.width, PARTS[1:], bits)
-    keys = mx.random.split(mx.random.key(0), len(PARTS))
-    scale = shape.width**-0.5
-    matrices = [(scale * mx.random.normal((shape.neurons, shape.width), key=key)).astype(mx.float16) for key in keys]
-    parts = [list(quantised(layout, matrix)) if layout.quantised else [matrix] for matrix in matrices]
     whole, neurons = folder / "layers.bin", folder / Manifest.neurons_file
-    with whole.open("wb") as file:
-        for _ in range(layers):
-            for part in parts:
-                for component in part:
-                    file.write(to_bytes(component).reshape(-1).data)
-    write_neurons(folder, layout, lambda _: tuple(matrices[1:]), lambda _: None)
-    del matrices
-    rows = [as_rows(part, layout) for part in parts]
-    gate = rows[0] if layout.quantised else rows[0].astype(mx.float32)  # type: ignore[union-attr]
+    rows = write_files(whole, layout)
+    gate = rows[0] if isinstance(rows[0], PackedRows) else rows[0].astype(mx.float32)
     checked = check(neurons, layout, [gate, *rows[1:]])
     state = disk.prepare([whole, neurons])
     with ExitStack() as stack:
@@ -255,6 +247,20 @@ def measure(folder: Path, shape: topk.Shape, bits: int, layers: int, rounds: int
     layer_bytes = len(PARTS) * shape.neurons * layout.row_bytes
     sizes = {"layer_bytes": layer_bytes, "gate_bytes": layer_bytes // 3, "neuron_bytes": layout.block_bytes}
     return {"bits": bits, "layers": layers, "disk": state, **sizes, "check": checked, "sides": found}
+
+
+def write_files(whole: Path, layout: NeuronLayout) -> list[Rows]:
+    """Writes layers of the same random numbers to `whole`, and up and down by neurons beside it. Returns the parts."""
+    keys, scale = mx.random.split(mx.random.key(0), len(PARTS)), layout.width**-0.5
+    numbers = [(scale * mx.random.normal((layout.neurons, layout.width), key=key)).astype(mx.float16) for key in keys]
+    parts = [list(quantised(layout, matrix)) if layout.quantised else [matrix] for matrix in numbers]
+    with whole.open("wb") as file:
+        for _ in range(layout.layers):
+            for part in parts:
+                for component in part:
+                    file.write(to_bytes(component).reshape(-1).data)
+    write_neurons(whole.parent, layout, lambda _: (numbers[1], numbers[2]), lambda _: None)
+    return [as_rows(part, layout) for part in parts]
 
 
 def time_sides(sides: dict[str, Side], layers: int, width: int, rounds: int, name: str) -> dict[str, Sample]:
@@ -294,19 +300,19 @@ def check(path: Path, layout: NeuronLayout, rows: list[Rows]) -> dict[str, float
     down = rows[2].dequantised(mx.float32) if isinstance(rows[2], PackedRows) else rows[2].astype(mx.float32)
     exact = mx.array((to_numpy(h).astype(np.float64) @ to_numpy(down).astype(np.float64))[0].astype(np.float32))
     shared.close()
-    found = {"active": mask.astype(mx.float32).mean().item(), "exact_zeros": bool(zeros.all().item())}
+    found = {"active": float(to_numpy(mask).mean()), "exact_zeros": bool(zeros.all().item())}
     return found | topk.other_outputs(sparse, expected, exact)
 
 
 def show(row: dict[str, Any]) -> None:
     disk_rate = row["disk"]["bytes"] / row["disk"]["seconds"] / 1e9
     print(
-        f"\n{row['bits']} bits: a layer has {row['layer_bytes'] / 1e6:.1f} MB, its gate {row['gate_bytes'] / 1e6:.1f}, "
-        f"a neuron {row['neuron_bytes']} bytes; the disk reads {disk_rate:.2f} GB/s in sequence"
+        f"\n{row['bits']} bits: a layer has {row['layer_bytes'] / 1e6:.1f} MB, its gate {row['gate_bytes'] / 1e6:.1f}\n"
+        f"and a neuron {row['neuron_bytes']} bytes; the disk reads {disk_rate:.2f} GB/s in sequence"
     )
     print(
-        "Per token and layer: reads and MB from the disk, ms that the disk was busy, that the token waited, and of all\n"
-        "(medians of the turns, but the disk's mean); then busy, waited and all relative to whole layers."
+        "Per token and layer: reads and MB from the disk, ms that the disk was busy (mean), that the token waited,\n"
+        "and of all (medians of the turns); then busy, waited and all relative to whole layers."
     )
     heads = ("missing", "reads", "MB", "busy", "waited", "all", "busy x", "waited x", "all x")
     print(f"{'':<16}" + "".join(f"{head:>10}" for head in heads))

@@ -60,7 +60,11 @@ def other_outputs(found: mx.array, expected: mx.array, exact: mx.array) -> dict[
     differ: share of outputs with other bits. error: largest difference. own, theirs: largest distance of `found` and
     `expected` from `exact`, the result in float64. All relative to the largest output.
     """
-    largest = mx.abs(expected).max().item()
+    largest = _number(mx.abs(expected).max())
     far = {"error": (found, expected), "own": (found, exact), "theirs": (expected, exact)}
-    distances = {name: mx.abs(one - other).max().item() / largest for name, (one, other) in far.items()}
-    return {"differ": (found != expected).astype(mx.float32).mean().item(), **distances}
+    distances = {name: _number(mx.abs(one - other).max()) / largest for name, (one, other) in far.items()}
+    return {"differ": _number((found != expected).astype(mx.float32).mean()), **distances}
+
+
+def _number(value: mx.array) -> float:
+    return float(value.item())  # type: ignore[arg-type]  # not complex

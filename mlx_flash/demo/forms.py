@@ -89,7 +89,7 @@ def build_model(recipe: Recipe):
     from transformers import Gemma3nForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(recipe.seed)
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": recipe.vocab_size,
         "hidden_size": recipe.hidden_size,
         "num_hidden_layers": recipe.layers,

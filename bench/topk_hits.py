@@ -73,7 +73,9 @@ def main(arguments: argparse.Namespace) -> None:
     rows = [layer_row(each) for each in tqdm(found, desc="caches", unit="layer", dynamic_ncols=True)]
     misses = np.mean([row["misses"] for row in rows], axis=0).tolist()
     shape = topk.SHAPES[arguments.shape]
-    machine = Machine(arguments.small * 1e9, arguments.large * 1e9, arguments.memory * 1e9, arguments.read_back / 1e3)
+    machine = MachineRates(
+        arguments.small * 1e9, arguments.large * 1e9, arguments.memory * 1e9, arguments.read_back / 1e3
+    )
     table = [compute(shape, bits, share, misses, machine) for bits in sorted(BITS, reverse=True) for share in MEMORY]
     result = {"command": "topk-hits", "environment": environment(arguments.model), "model": arguments.model.name}
     result |= {"text": arguments.text.name, "tokens": len(ids), "trained_for_it": of_the_model, "layers": rows}
@@ -141,7 +143,7 @@ def layer_row(trace: LayerTrace) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineRates:
     """Bytes per second of the disk in reads of 4 KiB and of megabytes, and of products; seconds of a read-back."""
 
     small: float
@@ -151,7 +153,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Way:
+class TokenCost:
     """A token's cost. read_s: the disk's time. total_s: with products, of which only those of certain layers overlap
     with reading, and with read-backs."""
 
@@ -162,7 +164,9 @@ class Way:
     slots: float = 0.0
 
 
-def compute(shape: topk.Shape, bits: int, share: float, misses: list[float], machine: Machine) -> dict[str, Any]:
+def compute(
+    shape: topk.LayerShape, bits: int, share: float, misses: list[float], machine: MachineRates
+) -> dict[str, Any]:
     """A token of a whole model, in the same memory: whole layers against neurons in the sparse ones.
 
     share: memory over the bytes of all layers. misses: of the neurons needed, for SHARES of slots. A neuron's read
@@ -173,7 +177,7 @@ def compute(shape: topk.Shape, bits: int, share: float, misses: list[float], mac
     layer = 3 * matrix + shape.others * number
     total, memory = shape.layers * layer, share * shape.layers * layer
     multiplied = total + shape.head * number
-    whole = Way((total - memory) / machine.large, 0.0, total - memory)
+    whole = TokenCost((total - memory) / machine.large, 0.0, total - memory)
     whole = replace(whole, total_s=max(whole.read_s, multiplied / machine.products))
     active = (1 - topk.SPARSITY) * shape.neurons
     rest = total - shape.sparse * 3 * matrix  # what is pinned or read whole, when neurons are read
@@ -186,7 +190,7 @@ def compute(shape: topk.Shape, bits: int, share: float, misses: list[float], mac
             reads, certain = shape.sparse * active * missing, max(0.0, rest - left)
             waited, ahead = reads * ALIGNMENT / machine.small, certain / machine.large
             read = certain + reads * layout.bundle_bytes
-            ways.append(Way(waited + ahead, waited + max(ahead, computing), read, reads, slots))
+            ways.append(TokenCost(waited + ahead, waited + max(ahead, computing), read, reads, slots))
     # The bound: no neuron is ever missing, and slots take no memory. Only the gates do.
     bound_s = max(0.0, rest - max(0.0, memory - shape.sparse * matrix)) / machine.large
     row = {"bits": bits, "memory": share, "memory_bytes": memory, "whole": asdict(whole)}

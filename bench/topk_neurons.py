@@ -89,7 +89,7 @@ class Side(Protocol):
         """Waits for reads that were begun for the next token."""
 
 
-class WholeLayers:
+class RingOfLayers:
     """Every layer is read whole, the next one while one computes."""
 
     def __init__(self, path: Path, layout: NeuronLayout) -> None:
@@ -202,7 +202,7 @@ def dense(x: mx.array, gate: Rows, up: Rows, down: Rows) -> mx.array:
 
 
 @dataclass
-class Sample:
+class SideTimes:
     """Per token and layer, one entry for every turn. The counters are sums of all turns."""
 
     seconds: list[float] = field(default_factory=list)
@@ -210,7 +210,7 @@ class Sample:
     counters: Counters = field(default_factory=Counters)
 
 
-def measure(folder: Path, shape: topk.Shape, bits: int, layers: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, shape: topk.LayerShape, bits: int, layers: int, rounds: int) -> dict[str, Any]:
     """One number of bits: writes the files, compares the results, and times both sides."""
     layout = NeuronLayout.plan("float16", layers, shape.neurons, shape.width, PARTS[1:], bits)
     whole, neurons = folder / "layers.bin", folder / Manifest.neurons_file
@@ -219,7 +219,7 @@ def measure(folder: Path, shape: topk.Shape, bits: int, layers: int, rounds: int
     checked = check(neurons, layout, [gate, *rows[1:]])
     state = disk.prepare([whole, neurons])
     with ExitStack() as stack:
-        sides: dict[str, Any] = {"whole layers": WholeLayers(whole, layout)}
+        sides: dict[str, Any] = {"whole layers": RingOfLayers(whole, layout)}
         stack.callback(sides["whole layers"].close)
         for missing in MISSING:
             sides[f"{missing:.0%} missing"] = side = ActiveNeurons(neurons, layout, gate, missing)
@@ -263,9 +263,9 @@ def write_files(whole: Path, layout: NeuronLayout) -> list[Rows]:
     return [as_rows(part, layout) for part in parts]
 
 
-def time_sides(sides: dict[str, Side], layers: int, width: int, rounds: int, name: str) -> dict[str, Sample]:
+def time_sides(sides: dict[str, Side], layers: int, width: int, rounds: int, name: str) -> dict[str, SideTimes]:
     """Lets the sides take turns of TURN tokens. The first round warms up."""
-    samples = {side: Sample() for side in sides}
+    samples = {side: SideTimes() for side in sides}
     for turn in tqdm(range(rounds + 1), desc=name, unit="round", dynamic_ncols=True):
         tokens = mx.random.normal((TURN, layers, 1, width), key=mx.random.key(turn))
         mx.eval(tokens)

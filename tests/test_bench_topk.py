@@ -23,7 +23,7 @@ from mlx_flash.flash.host_arrays import to_numpy
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(1, VOCABULARY, 40)]
 PATTERN = [0.95, 0.9, 0.0, 0.0]
-MACHINE = topk_hits.Machine(small=1e9, large=10e9, products=100e9, read_back_s=0.0)
+MACHINE = topk_hits.MachineRates(small=1e9, large=10e9, products=100e9, read_back_s=0.0)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

@@ -17,7 +17,7 @@ SPARSITY = 0.95
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """A model's decoder layers.
 
     sparse: how many of the `layers` choose their neurons. others: numbers in a layer's matrices beside the FFN's.
@@ -35,9 +35,9 @@ class Shape:
 _OTHERS = 2 * 2048 * 2048 + 2 * 2048 * 512 + 2 * 2048 * 64 + 2 * 2048 * 256  # attention, LAuReL, per-layer input
 _HEAD = 262400 * 2048
 SHAPES = {
-    "e4b": Shape(35, 10, 2048, 16384, _OTHERS, _HEAD),
-    "e2b": Shape(30, 10, 2048, 8192, _OTHERS, _HEAD),
-    "tiny": Shape(4, 2, 256, 512, 4 * 256 * 256, 4096 * 256),
+    "e4b": LayerShape(35, 10, 2048, 16384, _OTHERS, _HEAD),
+    "e2b": LayerShape(30, 10, 2048, 8192, _OTHERS, _HEAD),
+    "tiny": LayerShape(4, 2, 256, 512, 4 * 256 * 256, 4096 * 256),
 }
 
 

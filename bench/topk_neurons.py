@@ -3,7 +3,7 @@
 One side reads up, down and gate of every layer in a ring of buffers. The other keeps the gate in memory, and reads the
 active neurons (up row and down column, beside each other) that are not in slots. Both are the engine's own parts, and
 take turns. Weights are random. The neurons that a token shares with the one before are drawn, because random inputs
-have none in common; `topk-hits` has real ones.
+have none in common. `topk-hits` says how many are missing with so many slots.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .tools import disk, topk
 from .tools.report import describe, environment, writable_folder
 
 PARTS = ("gate", "up", "down")
-MISSING = (1.0, 0.5, 0.25)  # share of the active neurons that are not in slots
+SIDES = ((1.0, 0.1), (0.4, 0.1), (0.2, 0.25))  # share of the active neurons that are missing, slots / neurons
 TURN = 2  # tokens; the ring reads ahead from one to the next
 Rows = mx.array | PackedRows  # (F, D)
 
@@ -122,18 +122,20 @@ class RingOfLayers:
 
 
 class ActiveNeurons:
-    """The gate is in memory. `missing`: the share of the active neurons that are not in slots."""
+    """The gate is in memory. `missing`: the share of the active neurons that are not in slots. slots: of the neurons.
 
-    def __init__(self, path: Path, layout: NeuronLayout, gate: Rows, missing: float) -> None:
+    held_bytes: memory of a layer for its gate and its slots.
+    """
+
+    def __init__(self, path: Path, layout: NeuronLayout, gate: Rows, missing: float, slots: float) -> None:
         self.shared = NeuronFile(UnitFile(path), Reader(THREADS), layout)
-        active = round((1 - topk.SPARSITY) * layout.neurons)
         self.layers = []
         for number in range(layout.layers):
-            # Slots for the neurons of two tokens keep those of the last one.
-            units = NeuronSlots(self.shared, number, min(2 * active, layout.blocks), layout.parts)
+            units = NeuronSlots(self.shared, number, round(slots * layout.blocks), layout.parts)
             layer = StreamedNeurons(units, topk.TopKActivation(), decode_tokens=1, bias=False)  # type: ignore[arg-type]
-            layer.predictor = Drawn(TopK(gate), layout.neurons, active, missing, number)
+            layer.predictor = Drawn(TopK(gate), units, missing, number)
             self.layers.append(layer)
+        self.held_bytes = layout.neurons * layout.row_bytes + units.cache.slots * units.slot_bytes
         self.close = self.shared.close
 
     def token(self, xs: Sequence[mx.array]) -> None:
@@ -157,24 +159,25 @@ class TopK:
 
 
 class Drawn:
-    """Takes the time of the predictor `inner`, and chooses `active` neurons of which 1 - `missing` were chosen before.
+    """Takes the time of the predictor `inner`, and chooses as many neurons, of which `missing` have no slot.
 
-    Its activations are those of `inner`, so the layer's output means nothing.
+    The others were chosen for the token before. Its activations are those of `inner`, so the output means nothing.
     """
 
-    def __init__(self, inner: TopK, neurons: int, active: int, missing: float, seed: int) -> None:
-        self.inner, self.neurons, self.active = inner, neurons, active
-        self.rng = np.random.default_rng(seed)
-        self.kept = round((1 - missing) * active)
-        self.last = self.rng.choice(neurons, active, replace=False)
+    def __init__(self, inner: TopK, units: NeuronSlots, missing: float, seed: int) -> None:
+        self.inner, self.units, self.rng = inner, units, np.random.default_rng(seed)
+        active = round((1 - topk.SPARSITY) * units.layout.neurons)
+        self.fresh = round(missing * active)
+        self.last = self.rng.choice(units.layout.neurons, active, replace=False)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         mask, above = self.inner(x)
         mx.eval(mask, above)
-        others = np.setdiff1d(np.arange(self.neurons), self.last)
-        fresh = self.rng.choice(others, self.active - self.kept, replace=False)
-        self.last = np.concatenate([self.rng.choice(self.last, self.kept, replace=False), fresh])
-        drawn = np.zeros((1, self.neurons), np.bool_)
+        layout = self.units.layout
+        absent = np.flatnonzero(self.units.slot_of[np.arange(layout.neurons) // layout.neurons_per_block] < 0)
+        kept = self.rng.choice(self.last, len(self.last) - self.fresh, replace=False)
+        self.last = np.concatenate([kept, self.rng.choice(np.setdiff1d(absent, kept), self.fresh, replace=False)])
+        drawn = np.zeros((1, layout.neurons), np.bool_)
         drawn[0, self.last] = True
         return mx.array(drawn), above
 
@@ -221,14 +224,15 @@ def measure(folder: Path, shape: topk.LayerShape, bits: int, layers: int, rounds
     with ExitStack() as stack:
         sides: dict[str, Any] = {"whole layers": RingOfLayers(whole, layout)}
         stack.callback(sides["whole layers"].close)
-        for missing in MISSING:
-            sides[f"{missing:.0%} missing"] = side = ActiveNeurons(neurons, layout, gate, missing)
+        for missing, slots in SIDES:
+            sides[f"{missing:.0%} missing"] = side = ActiveNeurons(neurons, layout, gate, missing, slots)
             stack.callback(side.close)
         samples = time_sides(sides, layers, shape.width, rounds, f"{bits} bits")
-    first = samples["whole layers"]
+    first, layer_bytes = samples["whole layers"], len(PARTS) * shape.neurons * layout.row_bytes
     found = []
     for name, sample in samples.items():
         count = sample.counters.hits + sample.counters.misses
+        held = 0 if sample is first else sides[name].held_bytes
         each = rounds * TURN * layers
         found.append(
             {
@@ -240,12 +244,13 @@ def measure(folder: Path, shape: topk.LayerShape, bits: int, layers: int, rounds
                 "wait_s": float(np.median(sample.waited)),
                 "total_s": float(np.median(sample.seconds)),
                 "wait_ratio": float(np.median(np.divide(sample.waited, first.waited))),
+                "held_bytes": held,
+                "equal_ratio": sample.counters.read_s / first.counters.read_s / (1 - held / layer_bytes),
                 "read_ratio": sample.counters.read_s / first.counters.read_s,
                 "total_ratio": float(np.median(np.divide(sample.seconds, first.seconds))),
             }
         )
-    layer_bytes = len(PARTS) * shape.neurons * layout.row_bytes
-    sizes = {"layer_bytes": layer_bytes, "gate_bytes": layer_bytes // 3, "neuron_bytes": layout.block_bytes}
+    sizes = {"layer_bytes": layer_bytes, "gate_bytes": layer_bytes // 3, "neuron_bytes": layout.bundle_bytes}
     return {"bits": bits, "layers": layers, "disk": state, **sizes, "check": checked, "sides": found}
 
 
@@ -312,15 +317,17 @@ def show(row: dict[str, Any]) -> None:
     )
     print(
         "Per token and layer: reads and MB from the disk, ms that the disk was busy (mean), that the token waited,\n"
-        "and of all (medians of the turns); then busy, waited and all relative to whole layers."
+        "and of all (medians of the turns); the same relative to whole layers; MB held for gate and slots, and busy\n"
+        "relative to whole layers of which that memory holds as many as fit (computed)."
     )
-    heads = ("missing", "reads", "MB", "busy", "waited", "all", "busy x", "waited x", "all x")
+    heads = ("missing", "reads", "MB", "busy", "waited", "all", "busy x", "waited x", "all x", "held MB", "equal x")
     print(f"{'':<16}" + "".join(f"{head:>10}" for head in heads))
     for side in row["sides"]:
         missing = "" if side["missing"] is None else f"{side['missing']:.0%}"
         cells = [missing, f"{side['reads']:.0f}", f"{side['bytes'] / 1e6:.2f}"]
         cells += [f"{1e3 * side[key]:.1f}" for key in ("read_s", "wait_s", "total_s")]
         cells += [f"{side[key]:.2f}" for key in ("read_ratio", "wait_ratio", "total_ratio")]
+        cells += [f"{side['held_bytes'] / 1e6:.1f}", f"{side['equal_ratio']:.2f}"]
         print(f"{side['side']:<16}" + "".join(f"{cell:>10}" for cell in cells))
     found = row["check"]
     print(

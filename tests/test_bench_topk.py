@@ -70,9 +70,10 @@ def test_both_sides_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert max(found["error"], found["own"], found["theirs"]) < 1e-5
         whole, *neurons = row["sides"]
         assert whole["bytes"] >= row["layer_bytes"] and whole["missing"] is None
-        assert [side["side"] for side in neurons] == ["100% missing", "50% missing", "25% missing"]
+        assert [side["side"] for side in neurons] == ["100% missing", "40% missing", "20% missing"]
         missing = [side["missing"] for side in neurons]
         assert missing == sorted(missing, reverse=True) and 0 < missing[-1] < missing[0] <= 1
+        assert row["gate_bytes"] < neurons[0]["held_bytes"] < neurons[-1]["held_bytes"] < row["layer_bytes"]
         assert all(0 < side["bytes"] < whole["bytes"] for side in neurons)
     assert not list(tmp_path.iterdir())
 

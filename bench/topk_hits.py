@@ -1,8 +1,9 @@
 """Which neurons does Gemma 3n's rule choose, token by token, and what would reading them bring on a given disk?
 
 The model runs in memory over a held-out text, and the choice of every sparse layer is recorded. A model without the
-rule runs unchanged; the rule then says what it would choose in each layer, of gates that were not trained for it. The
-last table is computed, not measured: it takes the misses found here, a published shape, and the disk's two rates.
+rule runs unchanged; the rule then says what it would choose in each layer, of gates that were not trained for it. Of
+these layers the first ones count, as many in proportion as are sparse in Gemma 3n, because later ones are more alike
+from token to token. The last table is computed, not measured: it takes the misses found here, a published shape, and the disk's two rates.
 """
 
 from __future__ import annotations
@@ -71,15 +72,16 @@ def main(arguments: argparse.Namespace) -> None:
     prefix = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     found, of_the_model = trace(model, ids, prefix, arguments.window)
     rows = [layer_row(each) for each in tqdm(found, desc="caches", unit="layer", dynamic_ncols=True)]
-    misses = np.mean([row["misses"] for row in rows], axis=0).tolist()
     shape = topk.SHAPES[arguments.shape]
+    counted = rows if of_the_model else rows[: -(-len(rows) * shape.sparse // shape.layers)]
+    misses = np.mean([row["misses"] for row in counted], axis=0).tolist()
     machine = MachineRates(
         arguments.small * 1e9, arguments.large * 1e9, arguments.memory * 1e9, arguments.read_back / 1e3
     )
     table = [compute(shape, bits, share, misses, machine) for bits in sorted(BITS, reverse=True) for share in MEMORY]
     result = {"command": "topk-hits", "environment": environment(arguments.model), "model": arguments.model.name}
     result |= {"text": arguments.text.name, "tokens": len(ids), "trained_for_it": of_the_model, "layers": rows}
-    result |= {"shares": SHARES, "misses": misses, "shape": arguments.shape, "computed": table}
+    result |= {"counted": len(counted), "shares": SHARES, "misses": misses, "shape": arguments.shape, "computed": table}
     show(result)
     print(json.dumps(result))
 
@@ -218,20 +220,21 @@ def show(result: dict[str, Any]) -> None:
 
     for row in rows:
         line(f"layer {row['layer']}", [row])
-    line("mean", rows)
-    line("clairvoyant", rows, "misses_clairvoyant")
+    counted = rows[: result["counted"]]
+    line(f"mean of {len(counted)}", counted)
+    line("clairvoyant", counted, "misses_clairvoyant")
     print(
         "Share of active neurons: mean, 1st and 99th percentile of the tokens; of them, share that the token before\n"
         "used, and by popularity alone; then the share that is missing, by slots over neurons."
     )
     print(
-        f"\ncomputed for {result['shape']}, with the mean misses: per token in the same memory.\n"
+        f"\ncomputed for {result['shape']}, with these mean misses: per token in the same memory.\n"
         "Whole layers: MB read, ms to read them, ms with products. Neurons: the share of slots that reads fastest,\n"
         "reads of neurons, MB, ms to read, and ms with products (of the share of slots that is quickest). Then the\n"
         "gain in reading, its bound if no neuron were missing, and the gain in all."
     )
     heads = ("bits", "memory", "MB", "whole MB", "read", "all", "slots", "reads", "MB", "read", "all")
-    print("".join(f"{head:>9}" for head in (*heads, "reading x", "bound", "all x")))
+    print("".join(f"{head:>9}" for head in (*heads, "read x", "bound", "all x")))
     for row in result["computed"]:
         whole, neurons = row["whole"], row["neurons"]
         cells = [str(row["bits"]), f"{row['memory']:.0%}", f"{row['memory_bytes'] / 1e6:.0f}"]

@@ -107,7 +107,7 @@ def test_a_text_is_traced_and_the_table_computed(tmp_path: Path, capsys: pytest.
         capsys, "topk-hits", "--model", folder, "--text", tmp_path / "text.txt", "--tokens", 60, "--window", 32,
         "--shape", "tiny",
     )  # fmt: skip
-    assert told["trained_for_it"] and told["tokens"] == 60 and len(told["layers"]) == 2
+    assert told["trained_for_it"] and told["tokens"] == 60 and len(told["layers"]) == told["counted"] == 2
     for row in told["layers"]:
         assert all(best <= own for best, own in zip(row["misses_clairvoyant"], row["misses"], strict=True))
         assert row["misses"] == sorted(row["misses"], reverse=True)

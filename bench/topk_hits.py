@@ -2,8 +2,9 @@
 
 The model runs in memory over a held-out text, and the choice of every sparse layer is recorded. A model without the
 rule runs unchanged; the rule then says what it would choose in each layer, of gates that were not trained for it. Of
-these layers the first ones count, as many in proportion as are sparse in Gemma 3n, because later ones are more alike
-from token to token. The last table is computed, not measured: it takes the misses found here, a published shape, and the disk's two rates.
+these layers the first ones count, as many in proportion as are sparse in Gemma 3n, because later ones choose more
+alike from token to token. The last table is computed, not measured: it takes the misses found here, a published shape,
+and the disk's two rates.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = {"command": "topk-hits", "environment": environment(arguments.model), "model": arguments.model.name}
     result |= {"text": arguments.text.name, "tokens": len(ids), "trained_for_it": of_the_model, "layers": rows}
     result |= {"counted": len(counted), "shares": SHARES, "misses": misses, "shape": arguments.shape, "computed": table}
+    result["break_even"] = {bits: break_even(shape, bits, machine) for bits in sorted(BITS, reverse=True)}
     show(result)
     print(json.dumps(result))
 
@@ -206,6 +207,16 @@ def compute(
     return row | {"neurons": asdict(best), "quickest": asdict(quickest), **gains}
 
 
+def break_even(shape: topk.LayerShape, bits: int, machine: MachineRates) -> float:
+    """Neurons are read faster than whole layers in the same memory while misses / (1 - slots) is below this number.
+
+    Without reading up and down whole, a layer saves all their bytes but those that its slots could have pinned.
+    """
+    layout = NeuronLayout.plan("float16", 1, shape.neurons, shape.width, ("up", "down"), bits)
+    active = (1 - topk.SPARSITY) * shape.neurons
+    return shape.neurons * layout.bundle_bytes / machine.large / (active * ALIGNMENT / machine.small)
+
+
 def show(result: dict[str, Any]) -> None:
     rows = result["layers"]
     print("chosen by the model's own rule" if result["trained_for_it"] else "what the rule would choose; not trained")
@@ -249,3 +260,5 @@ def show(result: dict[str, Any]) -> None:
         cells.append("-" if row["bound"] is None else f"{row['bound']:.2f}")
         cells.append("-" if neurons is None else f"{row['gain']:.2f}")
         print("".join(f"{cell:>9}" for cell in cells))
+    limits = ", ".join(f"{limit:.2f} in {bits} bits" for bits, limit in result["break_even"].items())
+    print(f"Neurons are read faster while misses / (1 - slots) is below {limits}.")

@@ -151,3 +151,12 @@ def test_neurons_that_all_have_slots_are_not_read() -> None:
     row = topk_hits.compute(topk.SHAPES["e4b"], 4, 0.9, [1.0] * len(topk_hits.SHARES), MACHINE)
     assert row["neurons"]["slots"] == 1.0 and row["neurons"]["reads"] == 0
     assert row["read_gain"] == pytest.approx(1)
+
+
+def test_neurons_and_whole_layers_are_even_at_the_break_even() -> None:
+    shape = topk.SHAPES["e4b"]
+    limit = topk_hits.break_even(shape, 4, MACHINE)
+    for factor, better in ((0.9, True), (1.1, False)):
+        misses = [factor * limit * (1 - slots) for slots in topk_hits.SHARES]
+        row = topk_hits.compute(shape, 4, 0.5, misses, MACHINE)
+        assert (row["read_gain"] > 1.0001) == better

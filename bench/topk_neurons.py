@@ -209,6 +209,7 @@ class SideTimes:
     """Per token and layer, one entry for every turn. The counters are sums of all turns."""
 
     seconds: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
 
@@ -231,27 +232,29 @@ def measure(folder: Path, shape: topk.LayerShape, bits: int, layers: int, rounds
     first, layer_bytes = samples["whole layers"], len(PARTS) * shape.neurons * layout.row_bytes
     found = []
     for name, sample in samples.items():
-        count = sample.counters.hits + sample.counters.misses
         held = 0 if sample is first else sides[name].held_bytes
-        each = rounds * TURN * layers
-        found.append(
-            {
-                "side": name,
-                "missing": None if sample is first else sample.counters.misses / count,
-                "bytes": sample.counters.bytes / each,
-                "reads": sample.counters.reads / each,
-                "read_s": sample.counters.read_s / each,
-                "wait_s": float(np.median(sample.waited)),
-                "total_s": float(np.median(sample.seconds)),
-                "wait_ratio": float(np.median(np.divide(sample.waited, first.waited))),
-                "held_bytes": held,
-                "equal_ratio": sample.counters.read_s / first.counters.read_s / (1 - held / layer_bytes),
-                "read_ratio": sample.counters.read_s / first.counters.read_s,
-                "total_ratio": float(np.median(np.divide(sample.seconds, first.seconds))),
-            }
-        )
+        row = {"side": name} | summary(sample, first, rounds * TURN * layers)
+        found.append(row | {"held_bytes": held, "equal_ratio": row["read_ratio"] / (1 - held / layer_bytes)})
     sizes = {"layer_bytes": layer_bytes, "gate_bytes": layer_bytes // 3, "neuron_bytes": layout.bundle_bytes}
     return {"bits": bits, "layers": layers, "disk": state, **sizes, "check": checked, "sides": found}
+
+
+def summary(side: SideTimes, whole: SideTimes, computed: int) -> dict[str, Any]:
+    """Means of bytes and reads, medians of the times and of their ratios to whole layers. computed: tokens x layers."""
+    counters = side.counters
+    row: dict[str, Any] = {
+        "missing": None if side is whole else counters.misses / (counters.hits + counters.misses),
+        "bytes": counters.bytes / computed,
+        "reads": counters.reads / computed,
+    }
+    times = {
+        "read": (side.busy, whole.busy),
+        "wait": (side.waited, whole.waited),
+        "total": (side.seconds, whole.seconds),
+    }
+    for name, (own, others) in times.items():
+        row |= {f"{name}_s": float(np.median(own)), f"{name}_ratio": float(np.median(np.divide(own, others)))}
+    return row
 
 
 def write_files(whole: Path, layout: NeuronLayout) -> list[Rows]:
@@ -284,6 +287,7 @@ def time_sides(sides: dict[str, Side], layers: int, width: int, rounds: int, nam
             spent = sides[side].shared.counters - before
             if turn:
                 samples[side].seconds.append(seconds / (TURN * layers))
+                samples[side].busy.append(spent.read_s / (TURN * layers))
                 samples[side].waited.append(spent.wait_s / (TURN * layers))
                 samples[side].counters += spent
     return samples
@@ -316,8 +320,8 @@ def show(row: dict[str, Any]) -> None:
         f"and a neuron {row['neuron_bytes']} bytes; the disk reads {disk_rate:.2f} GB/s in sequence"
     )
     print(
-        "Per token and layer: reads and MB from the disk, ms that the disk was busy (mean), that the token waited,\n"
-        "and of all (medians of the turns); the same relative to whole layers; MB held for gate and slots, and busy\n"
+        "Per token and layer: reads and MB from the disk, ms that the disk was busy, that the token waited, and of\n"
+        "all (medians of the turns); the same relative to whole layers; MB held for gate and slots, and busy\n"
         "relative to whole layers of which that memory holds as many as fit (computed)."
     )
     heads = ("missing", "reads", "MB", "busy", "waited", "all", "busy x", "waited x", "all x", "held MB", "equal x")

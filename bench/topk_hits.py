@@ -233,6 +233,8 @@ def show(result: dict[str, Any]) -> None:
     for row in rows:
         line(f"layer {row['layer']}", [row])
     counted = rows[: result["counted"]]
+    if len(counted) < len(rows):
+        line("mean of all", rows)
     line(f"mean of {len(counted)}", counted)
     line("clairvoyant", counted, "misses_clairvoyant")
     print(

@@ -36,6 +36,8 @@ COMMANDS = {  # command -> its module
     "relu-experts": "relu_experts",
     "density": "density",
     "table-rows": "row_reads",
+    "topk-neurons": "topk_neurons",
+    "topk-hits": "topk_hits",
     "peak-memory": "peak_memory",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",

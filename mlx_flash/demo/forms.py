@@ -1,9 +1,12 @@
-"""The two forms of the demo model, with their recipes: OPT, with a plain FFN, and Llama, with a gated FFN."""
+"""The forms of the demo model, with their recipes: OPT, with a plain FFN, Llama, with a gated FFN, and Gemma 3n, whose
+first layers keep a twentieth of a gated FFN."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGED = Path(__file__).parent / "model"
 BEGIN_ID = 2  # OPT begins every text with </s>. So does its sibling, which shares the tokenizer.
@@ -56,19 +59,37 @@ RECIPES = {
         penalty_by_layer=True,
         controller_gain=0.03,
     ),
+    # The first half of the layers is sparse by itself, so there is no penalty: it would begin after the last step.
+    "gemma3n": Recipe(
+        form="gemma3n",
+        hidden_size=192,
+        layers=4,
+        heads=4,
+        key_value_heads=2,
+        ffn_size=1536,  # 8 times the width, as in E4B
+        context=256,
+        dropout=0.0,
+        precision="float32",
+        batch=4,
+        steps=900,
+        peak_learning_rate=3e-3,
+        warmup_steps=100,
+        sparsity_start=1.0,
+        target_density=0.05,
+    ),
 }
 
 
 def build_model(recipe: Recipe):
     """A randomly initialised `transformers` model of the recipe's form and shape, with tied embeddings.
 
-    The gated form starts from the token embeddings of the packaged model, because it shares that model's tokenizer.
+    The gated forms start from the token embeddings of the packaged model, because they share that model's tokenizer.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import Gemma3nForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(recipe.seed)
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": recipe.vocab_size,
         "hidden_size": recipe.hidden_size,
         "num_hidden_layers": recipe.layers,
@@ -88,17 +109,61 @@ def build_model(recipe: Recipe):
             layerdrop=0.0,
         )
         return OPTForCausalLM._from_config(config, attn_implementation="sdpa")
-    config = LlamaConfig(
-        **common,
-        num_key_value_heads=recipe.key_value_heads,
-        intermediate_size=recipe.ffn_size,
-        hidden_act="relu",  # activation of the gate
-        attention_dropout=recipe.dropout,
-    )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    common |= {
+        "num_key_value_heads": recipe.key_value_heads,
+        "intermediate_size": recipe.ffn_size,
+        "attention_dropout": recipe.dropout,
+    }
+    if recipe.form == "gemma3n":
+        config = gemma3n_config(recipe, common)
+        model = Gemma3nForCausalLM._from_config(config, attn_implementation="sdpa")
+    else:
+        config = LlamaConfig(**common, hidden_act="relu")  # activation of the gate
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(packaged_embeddings(recipe.hidden_size, config.initializer_range))
     return model
+
+
+def gemma3n_config(recipe: Recipe, common: dict[str, Any]):
+    """The configuration of a small Gemma 3n. Its first half of layers keeps `target_density` of the neurons."""
+    from transformers import Gemma3nTextConfig
+
+    dense = recipe.layers // 2
+    return Gemma3nTextConfig(
+        **common,
+        head_dim=recipe.hidden_size // recipe.heads,
+        layer_types=["sliding_attention", "full_attention"] * dense,
+        sliding_window=recipe.context // 2,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=recipe.vocab_size,
+        hidden_size_per_layer_input=32,
+        laurel_rank=16,
+        activation_sparsity_pattern=[1 - recipe.target_density] * (recipe.layers - dense) + [0.0] * dense,
+    )
+
+
+def save_model(model, output: Path) -> None:
+    """Writes the model in float16. A Gemma 3n gets the names of its published form, in which it is part of a larger
+    model, and its configuration those that mlx-lm reads."""
+    model = model.half()
+    model.save_pretrained(output)
+    if model.config.model_type != "gemma3n_text":
+        return
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(output / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): weight for name, weight in weights.items()}
+    save_file(renamed, output / "model.safetensors", {"format": "pt"})
+    path = output / "config.json"
+    text = json.loads(path.read_text())
+    rope = text["rope_parameters"]
+    text |= {
+        "rope_theta": rope["full_attention"]["rope_theta"],
+        "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
+    }
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def packaged_embeddings(width: int, deviation: float):

@@ -14,6 +14,7 @@ from serving import Server, serving  # type: ignore[import-not-found]
 from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
+from mlx_flash.text import images
 from mlx_flash.text.image_prompts import processor_of, see
 from mlx_flash.text.images import decode
 
@@ -126,6 +127,13 @@ def test_every_api_gives_the_same_answer(server: Server) -> None:
 def test_what_is_not_an_image(server: Server, address: str, said: str) -> None:
     found = chat(server, asked(address))
     assert found.status_code == 400 and said in found.json()["error"]["message"], found.text
+
+
+def test_images_beyond_the_most_are_not_decoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body holds thousands of small files that are large once they are decoded."""
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("an image is decoded"))
+    found = chat(server, asked(*[url(png())] * 17))
+    assert found.status_code == 400 and "17 images; the most is 16" in found.text
 
 
 def test_limits(server: Server) -> None:

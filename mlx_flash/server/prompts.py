@@ -28,7 +28,7 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], Imag
     from ..text.chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
     from ..text.generation import encode_prompt
     from ..text.image_prompts import processor_of
-    from ..text.images import decode
+    from ..text.images import check_count, decode
 
     tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
     (messages, files), tools = taken_out(dialogue.messages), dialogue.usable_tools
@@ -71,6 +71,7 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], Imag
         with _encoding:
             if not files:
                 return tokens_of(tokenizer, prompt, most=context), None
+            check_count(len(files))
             pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
             seen = processor_of(engine.model).prompt(prompt, pictures)
             return seen.ids, seen

@@ -97,7 +97,7 @@ def test_a_broken_file_of_rates(tmp_path: Path, cache: Path, monkeypatch: pytest
     assert [module._rate_of(path, True, 4) for _ in range(2)] == [1e9, 1e9]
 
 
-@pytest.mark.parametrize("rate", ["1" + 400 * "0", "Infinity", "NaN", "-1", '"x"', "null"])
+@pytest.mark.parametrize("rate", ["1" + 400 * "0", "Infinity", "NaN", "1e-300", "-1", '"x"', "null"])
 def test_a_rate_that_is_none(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     monkeypatch.setattr(module, "disk_rate", lambda *_: 1e9)
     path = tmp_path / "file"

@@ -90,7 +90,7 @@ def _rate_of(path: Path, direct: bool, threads: int) -> float | None:
         kept = _kept_rates()
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             rate, measured = map(float, kept[key])
-            if 0 < rate < math.inf and 0 <= time.time() - measured < RATE_LIFE_S:
+            if 1 <= rate < math.inf and 0 <= time.time() - measured < RATE_LIFE_S:
                 return rate
         reader = Reader(threads)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import ChatTemplateError, FlashError
+from ..flash.system import large_memory_given_back
 from ..text.encoding import TooManyTokens, too_long
 from .api_errors import ApiError, PromptTooLong
 from .apis.image_parts import taken_out
@@ -72,8 +73,9 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], Imag
             if not files:
                 return tokens_of(tokenizer, prompt, most=context), None
             check_count(len(files))
-            pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
-            seen = processor_of(engine.model).prompt(prompt, pictures)
+            with large_memory_given_back():  # The engine, which does so after a prompt, may never see this one.
+                pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
+                seen = processor_of(engine.model).prompt(prompt, pictures)
             return seen.ids, seen
 
 

@@ -88,7 +88,7 @@ class _Conversion:
     def run(self) -> Manifest:
         self.small = SmallCopies(self.outline.checkpoint.folder, lambda name: name == MANIFEST or _is_work_file(name))
         sequences = self._calibration_sequences()
-        self.written = self.folder.claim(self._key())
+        self.written = self.folder.claim(self._key(), self.outline.checkpoint.shards)
         if is_store(self.partial):  # Only the last renames are missing.
             try:
                 manifest = read_manifest(self.partial)
@@ -359,6 +359,7 @@ class _Conversion:
         return entry | {"sha256": table if name == Manifest.neurons_checksums_file else self.small.sums[name]}
 
     def _publish(self, manifest: Manifest) -> None:
+        self.folder.check_sources()
         publish(self.partial, manifest)
         self._rename()
 

@@ -145,7 +145,7 @@ class _MlxForm:
         for source in self.sources.values():
             if source.pieces is not None:
                 source.arrays.clear()
-        self.folder.claim(self.key)
+        self.folder.claim(self.key, self.files)
         self.folder.check_free_space(total, "the converted checkpoint")
         weight_map: dict[str, str] = {}
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing", dynamic_ncols=True) as bar:
@@ -156,6 +156,7 @@ class _MlxForm:
                 else:
                     note = partial(self.folder.written.add, name)
                     write_safetensors(self.folder.path / name, tensors, bar.update, written=note)
+        self.folder.check_sources()
         self.small.copy_to(self.folder.path)
         index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
         (self.folder.path / INDEX).write_text(json.dumps(index, indent=4, sort_keys=True), encoding="utf-8")

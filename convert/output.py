@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,19 @@ class PartialFolder:
     """The folder `output` + ".partial", which becomes the output when it is complete."""
 
     written: WrittenSums  # checksums of its files, once it is claimed
+    _sources: dict[Path, tuple[int, int, int] | None]
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.path = output.with_name(output.name + ".partial")
 
-    def claim(self, key: dict[str, Any]) -> WrittenSums:
+    def claim(self, key: dict[str, Any], sources: Iterable[Path]) -> WrittenSums:
         """Continues a partial conversion of the same input, or starts a new one. Returns the log of its checksums.
 
-        key: all that the output depends on. Raises UsageError for a folder that is not left over from a conversion.
+        key: all that the output depends on. sources: the files of weights that are read; they must stay as they are
+        until `check_sources`. Raises UsageError for a folder that is not left over from a conversion.
         """
+        self._sources = {path: _state_of(path) for path in sources}
         wanted = json.dumps(key, sort_keys=True).encode()
         record = self.path / RECORD
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
@@ -133,6 +136,18 @@ class PartialFolder:
         except ValueError:
             return False
 
+    def check_sources(self) -> None:
+        """Raises ConversionError if a file of weights changed or vanished since `claim`.
+
+        The output may be made of its old and its new bytes, so it must not be completed.
+        """
+        for path, state in self._sources.items():
+            if _state_of(path) != state:
+                raise ConversionError(
+                    f"{path} changed or vanished while it was converted. Leave the checkpoint as it is, and run the "
+                    "same command again; it starts again."
+                )
+
     def rename(self, is_work_file: Callable[[str], bool]) -> None:
         """Renames the folder, which is now complete, to the output. `recover` handles a kill at any point.
 
@@ -151,6 +166,15 @@ class PartialFolder:
         fsync(self.output)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """Changes with every change of a file that does not hide itself; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_our_store(folder: Path) -> bool:

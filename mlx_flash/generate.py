@@ -85,8 +85,9 @@ def apply_template(tokenizer: Any, prompt: str, arguments: argparse.Namespace, c
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     asked = read_prompt(arguments)
-    from .text.images import read_image
+    from .text.images import check_count, read_image
 
+    check_count(len(arguments.image))
     pictures = [read_image(path) for path in arguments.image]
     arguments.images = arguments.images or bool(pictures)
     model, tokenizer = load_model(arguments, say)

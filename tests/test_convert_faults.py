@@ -14,7 +14,7 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.check import check_store
-from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.convert.conversion import Settings, _Conversion, convert
 from mlx_flash.convert.sums import SUMS, WrittenSums
 from mlx_flash.errors import CheckpointError, ConversionError
 from mlx_flash.flash.safetensors_file import read_header
@@ -257,3 +257,21 @@ def test_a_checkpoint_without_a_tokenizer(
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     convert(bare, tmp_path / "store", quick)
     assert "bare has no tokenizer files" in (errors := capfd.readouterr().err) and "random tokens" in errors
+
+
+def test_a_checkpoint_that_changes_meanwhile(
+    checkpoint: Path, quick: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    file, real = folder / "model.safetensors", _Conversion._manifest
+
+    def changing(*arguments: Any) -> Any:
+        content = file.read_bytes()
+        file.write_bytes(content[:-64] + bytes(64))
+        return real(*arguments)
+
+    monkeypatch.setattr(_Conversion, "_manifest", changing)
+    with pytest.raises(ConversionError, match=r"model\.safetensors changed or vanished while it was converted"):
+        convert(folder, tmp_path / "store", quick)
+    assert not (tmp_path / "store").exists()

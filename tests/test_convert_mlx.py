@@ -243,6 +243,34 @@ def test_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         convert_to_mlx(folder, tmp_path / "mlx", Wanted(bits=4))
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_checkpoint_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool) -> None:
+    """Part of the output would be made of the old bytes, and part of the new ones."""
+    folder = published(tmp_path / "original", "qwen3_moe")
+    file, other = folder / "model.safetensors", tmp_path / "other"
+    content = file.read_bytes()
+    other.write_bytes(content[:-4096] + bytes(4096))
+    real, reads = mlx_form.read_at, []
+
+    def change(*arguments: Any) -> None:
+        real(*arguments)
+        reads.append(1)
+        if len(reads) == 3:
+            if replaced:
+                other.replace(file)
+            else:
+                file.write_bytes(other.read_bytes())
+
+    monkeypatch.setattr(mlx_form, "read_at", change)
+    with pytest.raises(ConversionError, match=r"model\.safetensors changed or vanished while it was converted"):
+        convert_to_mlx(folder, tmp_path / "mlx", Wanted(bits=4))
+    assert not (tmp_path / "mlx").exists()
+    convert_to_mlx(folder, tmp_path / "mlx", Wanted(bits=4))
+    convert_to_mlx(folder, tmp_path / "again", Wanted(bits=4))
+    found, expected = parameters(tmp_path / "mlx"), parameters(tmp_path / "again")
+    assert_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [

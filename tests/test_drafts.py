@@ -649,6 +649,17 @@ def test_another_vocabulary_is_refused(store: Path, tmp_path: Path) -> None:
         load(store, memory="2GB", draft_model=folder)
 
 
+@pytest.mark.parametrize("quantisation", ["plain", "4 bits"])
+def test_a_dense_model_of_a_type_of_ours_drafts(endless: Any, tmp_path: Path, quantisation: str) -> None:
+    """This package has a Llama of its own, for ReLU. With SiLU it is the zoo's."""
+    folder = make_mixture(tmp_path / "model", "llama", quantisation, **WIDE)
+    write_tokenizer(folder)
+    model, _ = load(folder, memory="2GB", draft_model=folder, context=64)
+    with closing(model.flash):
+        *_, last = stream_generate(model, endless, PROMPT, 12, num_draft_tokens=3)
+        assert last.statistics.drafts.accepted > 0  # type: ignore[union-attr]
+
+
 def test_the_plan_has_a_row_for_drafts(store: Path, tmp_path: Path) -> None:
     folder = make_mixture(tmp_path / "model", "mixtral")
     write_tokenizer(folder)

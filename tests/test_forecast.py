@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,26 @@ def test_a_broken_file_of_rates(tmp_path: Path, cache: Path, monkeypatch: pytest
     cache.mkdir()
     (cache / DISK_RATES).write_text(contents)
     assert [module._rate_of(path, True, 4) for _ in range(2)] == [1e9, 1e9]
+
+
+@pytest.mark.parametrize("rate", ["1" + 400 * "0", "Infinity", "NaN", "1e-300", "-1", '"x"', "null"])
+def test_a_rate_that_is_none(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setattr(module, "disk_rate", lambda *_: 1e9)
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    module._rate_of(path, True, 4)
+    (key,) = json.loads((cache / DISK_RATES).read_text())
+    (cache / DISK_RATES).write_text(f'{{"{key}": [{rate}, {int(time.time())}]}}')
+    assert module._rate_of(path, True, 4) == 1e9
+
+
+def test_a_pipe_in_place_of_the_rates(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "disk_rate", lambda *_: 1e9)
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    cache.mkdir()
+    os.mkfifo(cache / DISK_RATES)
+    assert module._rate_of(path, True, 4) == 1e9
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

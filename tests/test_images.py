@@ -129,3 +129,76 @@ def test_all_images_of_a_prompt_share_a_limit_of_pixels(monkeypatch: pytest.Monk
 def test_the_content_of_a_message() -> None:
     assert with_images("so", 0) == "so"
     assert with_images("so", 2) == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "so"}]
+
+
+def noise(size: tuple[int, int], kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    """An image whose halves differ, with some noise."""
+    numbers = np.random.default_rng(1).integers(0, 60, (size[1], size[0], len(mode)), np.uint8)
+    numbers[:, : size[0] // 2] += 150
+    file = io.BytesIO()
+    Image.fromarray(numbers, mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_large_image_is_never_converted_as_a_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "SEEN_PIXELS", 600)
+    monkeypatch.setattr(images, "BAND_PIXELS", 1000)
+    content = noise((130, 97), mode=mode)
+    sizes, convert = [], Image.Image.convert
+
+    def noting(pixels: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(pixels.width * pixels.height)
+        return convert(pixels, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", noting)
+    found = decode(content).pixels
+    assert sizes and max(sizes) <= 1000
+    monkeypatch.undo()
+    whole = Image.open(io.BytesIO(content))
+    behind = Image.new("RGBA", whole.size, "white")
+    whole = Image.alpha_composite(behind, whole.convert("RGBA")).convert("RGB").resize(found.size)
+    assert found.mode == "RGB" and 500 < found.width * found.height <= 600
+    assert np.abs(np.asarray(found, np.int32) - np.asarray(whole, np.int32)).mean() < 8
+
+
+def test_a_large_photo_is_decoded_in_a_smaller_size_and_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "SEEN_PIXELS", 1000)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # its right side is its top
+    content = noise((400, 160), "JPEG", exif=turned)
+    sizes, on_white = [], images._on_white
+
+    def noting(pixels: Any) -> Any:
+        sizes.append(pixels.size)
+        return on_white(pixels)
+
+    monkeypatch.setattr(images, "_on_white", noting)
+    found = decode(content).pixels
+    assert sizes == [(50, 20)]
+    assert found.size == (20, 50)
+    assert np.asarray(found)[:20].mean() > np.asarray(found)[-20:].mean() + 100
+
+
+@pytest.mark.parametrize(("kind", "mode", "most"), [("WEBP", "RGB", 37), ("JPEG", "CMYK", 75), ("JPEG", "RGB", 100)])
+def test_formats_whose_decoding_takes_more_have_fewer_pixels(
+    kind: str, mode: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "DECODED_BYTES", 600)
+
+    def made(pixels: int) -> bytes:
+        file = io.BytesIO()
+        Image.new(mode, (pixels, 1)).save(file, kind)
+        return file.getvalue()
+
+    assert decode(made(most)).pixels.size == (most, 1)
+    with pytest.raises(
+        ImageError, match=rf"the most is {most} for {kind if mode == 'RGB' else mode}\. Make it smaller"
+    ):
+        decode(made(most + 1))
+
+
+def test_the_longest_side() -> None:
+    assert decode(encoded(size=(1, images.MOST_SIDE))).pixels.size == (1, images.MOST_SIDE)
+    with pytest.raises(ImageError, match=r"16385 x 2 pixels; the longest side is 16384"):
+        decode(encoded(size=(images.MOST_SIDE + 1, 2)))

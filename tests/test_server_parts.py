@@ -29,10 +29,11 @@ from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.server.apis.openai_completions import CompletionRequest
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
-from mlx_flash.server.engine import Engine
-from mlx_flash.server.jobs import End
+from mlx_flash.server.engine import READY, Engine
+from mlx_flash.server.jobs import End, Job
 from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text.generation import stream_generate
+from mlx_flash.text.images import MOST_WAITING
 from mlx_flash.text.sampling import PENALTY_TOKENS, Sampling, make_processors
 from mlx_flash.text.stops import StopWords
 from mlx_flash.text.tokenizer import load_tokenizer
@@ -252,3 +253,24 @@ def test_a_client_that_leaves_as_an_item_comes(turns: int) -> None:
                 await task
 
     asyncio.run(leave())
+
+
+def test_few_prompts_with_images_wait_at_a_time() -> None:
+    """Each holds an image's numbers, some 25 MB, and the queue has 64 places."""
+
+    def job(seen: object = None, begun: bool = False) -> Job:
+        return Job([1], 1, Sampling(), lambda _: None, seen=seen, begun=begun)
+
+    engine = Engine("some", "")
+    engine.state = READY
+    waiting = [job(seen="pixels") for _ in range(MOST_WAITING)]
+    for each in waiting:
+        engine.submit(each)
+    with pytest.raises(ApiError, match=f"{MOST_WAITING} requests with images are waiting") as caught:
+        engine.submit(job(seen="pixels"))
+    assert caught.value.status == 429
+    engine.submit(job())
+    engine.submit(job(seen="pixels", begun=True))
+    for each in waiting:
+        each.leave()
+    engine.submit(job(seen="pixels"))

@@ -25,7 +25,7 @@ from mlx_flash.loading.in_place_loading import streamed_layers
 from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.source.model_kind import is_mixture
 from mlx_flash.source.remote_code import refusing_remote_code
-from mlx_flash.source.zoos import MLX_LM, MLX_VLM, zoo_of
+from mlx_flash.source.zoos import MLX_LM, MLX_VLM, mlx_vlm_module, zoo_of
 
 pytestmark = [
     pytest.mark.vlm,
@@ -168,6 +168,11 @@ def test_a_long_text_after_a_shorter_one_begins_at_the_first_position(mixture_of
     model.language_model._rope_deltas = mx.array([[5]])
     assert np.array_equal(first, np.array(model(mx.array([PROMPT]), cache=model.make_cache())))
     streamer.close()
+
+
+@pytest.mark.parametrize("architectures", [1.5, [["x"]], {"x": 1}])
+def test_architectures_that_are_none(architectures: object) -> None:
+    mlx_vlm_module({"model_type": "qwen3_vl_moe", "architectures": architectures})  # raises nothing
 
 
 def test_a_processor_that_trusts_code_runs_none(tmp_path: Path) -> None:

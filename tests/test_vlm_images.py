@@ -174,6 +174,15 @@ def test_the_vision_part_is_in_the_plan(folder: Path) -> None:
     assert "the vision part" in seeing.describe() and "the vision part" not in blind.describe()
 
 
+def test_the_prompts_that_wait_in_a_server_are_in_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def workspace(waiting: int) -> int:
+        monkeypatch.setattr(in_place_loading, "MOST_WAITING", waiting)
+        return int(mlx_flash.plan(folder, images=True, context=64).demand.workspace)
+
+    pixels = ImageProcessor(folder).largest()["pixel_values"].nbytes
+    assert workspace(3) - workspace(1) >= 2 * pixels
+
+
 def test_generate(folder: Path, tmp_path: Path) -> None:
     paths = []
     for seed in range(2):

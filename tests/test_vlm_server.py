@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from serving import Server, serving  # type: ignore[import-not-found]
 from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
+from mlx_flash.server import prompts
+from mlx_flash.text import images
 from mlx_flash.text.image_prompts import processor_of, see
 from mlx_flash.text.images import decode
 
@@ -126,6 +129,33 @@ def test_every_api_gives_the_same_answer(server: Server) -> None:
 def test_what_is_not_an_image(server: Server, address: str, said: str) -> None:
     found = chat(server, asked(address))
     assert found.status_code == 400 and said in found.json()["error"]["message"], found.text
+
+
+def test_images_beyond_the_most_are_not_decoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body holds thousands of small files that are large once they are decoded."""
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("an image is decoded"))
+    found = chat(server, asked(*[url(png())] * 17))
+    assert found.status_code == 400 and "17 images; the most is 16" in found.text
+
+
+def test_the_memory_of_decoding_is_given_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine, which also does so, never sees a request whose client has left, or whose images are refused."""
+    inside: list[str] = []
+
+    @contextmanager
+    def given_back() -> Iterator[None]:
+        inside.append("begin")
+        yield
+        inside.append("end")
+
+    def decoding(content: bytes, name: str) -> images.Picture:
+        inside.append("decode")
+        return decode(content, name)
+
+    monkeypatch.setattr(prompts, "large_memory_given_back", given_back)
+    monkeypatch.setattr(images, "decode", decoding)
+    assert chat(server, asked(url(png()))).status_code == 200
+    assert inside == ["begin", "decode", "end"]
 
 
 def test_limits(server: Server) -> None:

@@ -24,7 +24,7 @@ from ..text.tokenizer import load_tokenizer
 from .config import holds_mixture, number_of, read_config
 from .lazy_model import lazy_tensors, open_lazily
 from .memory_needs import Needs, needs_of
-from .model_types import CONFIG_ERRORS, family_types, model_arguments, model_classes
+from .model_types import CONFIG_ERRORS, model_arguments, model_classes, runs_as_it_is
 from .options import LoadOptions
 from .streaming_needs import loading_excess_bytes
 
@@ -110,9 +110,9 @@ def plan_drafts(options: LoadOptions, say: Callable[[str], None], fetch: bool) -
     folder = resolve_source(os.fspath(options.draft_model), None, say, fetch=fetch)
     if is_store(folder):
         raise UsageError(f"{folder} is a store, but a draft model is read from its checkpoint. Name the checkpoint.")
-    holds_mixture(folder)  # raises its errors before a model is built
-    config = read_config(folder)
-    model = _own_model(folder, config) if config.get("model_type") in family_types() else _zoo_model(folder)
+    config, mixture = read_config(folder), holds_mixture(folder)
+    of_zoo = mixture or runs_as_it_is(config, folder)  # raises its errors before a model is built
+    model = _zoo_model(folder) if of_zoo else _own_model(folder, config)
     if mx.default_device() == mx.cpu:  # which is slow at products in any other type
         model.set_dtype(mx.float32)
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import time
@@ -87,9 +88,9 @@ def _rate_of(path: Path, direct: bool, threads: int) -> float | None:
     with UnitFile(path, direct) as file:
         key = f"{os.stat(path).st_dev} {'direct' if file.direct else 'buffered'} {threads} threads"
         kept = _kept_rates()
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             rate, measured = map(float, kept[key])
-            if rate > 0 and 0 <= time.time() - measured < RATE_LIFE_S:
+            if 1 <= rate < math.inf and 0 <= time.time() - measured < RATE_LIFE_S:
                 return rate
         reader = Reader(threads)
         try:
@@ -103,7 +104,8 @@ def _rate_of(path: Path, direct: bool, threads: int) -> float | None:
 
 def _kept_rates() -> dict[str, Any]:
     with contextlib.suppress(OSError, UsageError, ValueError, RecursionError):
-        kept = json.loads((cache_folder() / DISK_RATES).read_text())
+        path = cache_folder() / DISK_RATES
+        kept = json.loads(path.read_text()) if path.is_file() else {}  # a named pipe would wait for ever
         return kept if isinstance(kept, dict) else {}
     return {}
 

@@ -10,6 +10,11 @@ from mlx.utils import tree_flatten
 from .graph_memory import Evaluation, peak_bytes, trace
 
 
+def prompt_bytes(inputs: dict[str, Any]) -> int:
+    """Bytes of what the model takes for a prompt. inputs: from `ImageProcessor.largest`."""
+    return sum(value.nbytes for value in inputs.values() if isinstance(value, mx.array))
+
+
 def image_bytes(model: Any, inputs: dict[str, Any]) -> int:
     """The most bytes that the vision part takes for a prompt. Nothing is evaluated, and the model does not change.
 

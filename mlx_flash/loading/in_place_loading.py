@@ -22,12 +22,12 @@ from ..source.model_kind import error_line
 from ..source.zoos import MLX_LM, zoo_of
 from ..text.draft_depth import MOST_DEPTH
 from ..text.image_prompts import ImageProcessor
-from ..text.images import HELD_BYTES
+from ..text.images import HELD_BYTES, MOST_WAITING
 from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
 from .forecast import Forecast, forecast
-from .image_needs import image_bytes
+from .image_needs import image_bytes, prompt_bytes
 from .in_place_model import InPlaceModel, parent_of
 from .in_place_plan import (
     InPlacePlan,
@@ -87,12 +87,13 @@ def plan_in_place(
             raise _cannot_run(folder, mixture.config, error) from None
 
     try:
-        seeing = 0 if images is None else image_bytes(mixture.model, images.largest())
+        largest = None if images is None else images.largest()
+        seeing = 0 if largest is None else image_bytes(mixture.model, largest)
     except UsageError:
         raise
     except Exception as error:
         raise _cannot_run(folder, mixture.config, error) from None
-    decoding = 0 if images is None else HELD_BYTES
+    decoding = 0 if largest is None else HELD_BYTES + MOST_WAITING * prompt_bytes(largest)
 
     def at_once(needs: Needs) -> int:
         """Most tokens of a pass that verifies drafts."""

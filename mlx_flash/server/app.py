@@ -149,6 +149,7 @@ class Routes:
         flash = self.engine.model.flash
         async with self.bodies.body_of(request, flash.plan.context, flash.images is not None) as body:
             asked = parse(kind, body)
+            del body  # which is large if it has images
             asked.check()
             if self.strict_names and asked.model:
                 self._known(asked.model)

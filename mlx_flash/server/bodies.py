@@ -50,7 +50,9 @@ class Bodies:
         self._held.append(body)
         try:
             await self._receive(body, request, most)
-            yield b"".join(body.chunks)
+            whole = [b"".join(body.chunks)]
+            body.chunks.clear()  # so that it is in memory once
+            yield whole.pop()
         finally:
             self._let_go(body)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import FlashError, GrammarError, ImageError
 from ..source.failures import foreseen
+from ..text.images import MOST_WAITING
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
 from .answer_progress import AnswerInProgress
@@ -105,6 +106,14 @@ class Engine:
                 raise ApiError(
                     429,
                     f"the queue is full: {len(self._waiting)} requests are waiting; try again later.",
+                    code="queue_full",
+                    retry_after_s=5,
+                )
+            seeing = sum(waiting.seen is not None for waiting in self._waiting)
+            if job.seen is not None and seeing >= MOST_WAITING and not job.begun:
+                raise ApiError(
+                    429,
+                    f"{seeing} requests with images are waiting, the most; try again later.",
                     code="queue_full",
                     retry_after_s=5,
                 )

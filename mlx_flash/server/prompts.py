@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import ChatTemplateError, FlashError
+from ..flash.system import large_memory_given_back
 from ..text.encoding import TooManyTokens, too_long
 from .api_errors import ApiError, PromptTooLong
 from .apis.image_parts import taken_out
@@ -28,7 +29,7 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], Imag
     from ..text.chat_template import has_chat_template, prompt_text, takes_tools, tokens_of
     from ..text.generation import encode_prompt
     from ..text.image_prompts import processor_of
-    from ..text.images import decode
+    from ..text.images import check_count, decode
 
     tokenizer, context = engine.tokenizer, engine.model.flash.plan.context
     (messages, files), tools = taken_out(dialogue.messages), dialogue.usable_tools
@@ -71,8 +72,10 @@ def encode_dialogue(engine: Engine, dialogue: Dialogue) -> tuple[list[int], Imag
         with _encoding:
             if not files:
                 return tokens_of(tokenizer, prompt, most=context), None
-            pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
-            seen = processor_of(engine.model).prompt(prompt, pictures)
+            check_count(len(files))
+            with large_memory_given_back():  # The engine, which does so after a prompt, may never see this one.
+                pictures = [decode(file, f"image {number}") for number, file in enumerate(files, 1)]
+                seen = processor_of(engine.model).prompt(prompt, pictures)
             return seen.ids, seen
 
 

@@ -69,7 +69,10 @@ def mlx_vlm_module(config: dict[str, Any]) -> Any | None:
     with refusing_remote_code():
         from mlx_vlm.utils import get_model_type
 
-        name = str(get_model_type(config))
+        try:
+            name = str(get_model_type(config))
+        except Exception:  # A value is not what mlx-vlm expects.
+            return None
         if not name.isidentifier() or find_spec(f"mlx_vlm.models.{name}") is None:
             return None
         module = import_module(f"mlx_vlm.models.{name}")

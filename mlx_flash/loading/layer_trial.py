@@ -25,9 +25,9 @@ from .in_place_model import InPlaceModel, module_at, parent_of
 from .memory_needs import stand_ins
 from .quantised_cache import plain_cache
 
-TURNS = 5  # of each measurement; the median counts
-SECONDS = 0.2  # After so long, LEAST_TURNS are enough.
-LEAST_TURNS = 2
+TURNS = 20  # of each measurement; the median counts
+SECONDS = 0.15  # After so long, LEAST_TURNS are enough.
+LEAST_TURNS = 3
 NUMBER = 0.01  # in place of every weight; some products skip zeros
 
 Place = tuple[Any, str, tuple[int, ...], mx.Dtype]

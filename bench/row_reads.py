@@ -161,10 +161,8 @@ def reads_alone(folder: str) -> dict[str, Any]:
         rows = []
         for table in mixture.lookup_tables:
             row = random.integers(table.rows, size=1)
-            places = [
-                (tensor.file, *(int(part[0]) for part in tensor.segments(row, 1))) for tensor in table.tensors.values()
-            ]
-            rows.append(np.array(places, np.int64))
+            places = [(np.full(1, tensor.file), *tensor.segments(row, 1)) for tensor in table.tensors.values()]
+            rows.append(np.concatenate([np.stack(place, axis=1) for place in places]))  # (tensors, 3)
         one_by_one += rows
         together.append(np.concatenate(rows))
     nbytes = sum(batch[:, 2].sum() for batch in together) / READ_TOKENS

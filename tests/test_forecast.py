@@ -84,6 +84,10 @@ def test_what_is_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             # Half a second has room for three batches, and the fourth, which was begun, does not count.
             assert trial.rate(2) == pytest.approx((2 * 3000 + 500_000) / 0.6)
             assert len(waited) == 4 and reader.outstanding == 0
+            waited.clear()
+            monkeypatch.setattr(probe, "SECONDS", 1e9)
+            ReadTrial([file], reader, batches).rate(1)
+            assert len(waited) == probe.ROUNDS * len(batches), "a short file needs less time"
     finally:
         reader.close()
 

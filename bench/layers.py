@@ -1,4 +1,4 @@
-"""Measures dense models whose layers are streamed: speed, bytes and the forecast, at shares of the weights in memory.
+"""Measures models whose layers or experts are streamed: speed, bytes, forecast, at shares of the weights in memory.
 
 Every run is a process of its own, in a memory cgroup of its budget where that is possible. Peers that stream a model
 from the disk can run beside it, in the same cgroup: Hugging Face's accelerate and llama.cpp.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,7 @@ PEERS = {"accelerate": "accelerate_offload.py", "llama.cpp": "llama_mmap.py"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, nargs="+", required=True, help="checkpoints of dense models")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="checkpoints that are run as they are")
     parser.add_argument(
         "--shares",
         type=lambda text: [float(part) for part in text.split(",")],
@@ -64,6 +66,8 @@ def main(arguments: argparse.Namespace) -> None:
             budget = max(sizes["smallest"], sizes["everything"] - int((1 - share) * sizes["weights"]))
             question = ["flash", *asked, budget, arguments.tokens, arguments.draft]
             row = _ask(question, "mlx_flash", model, share, budget)
+            made = _ask(["forecast", *asked, budget], "the forecast", model, share, budget)
+            row["forecast"] = made if "tokens_per_second" in made else None
             expected = expected or row.get("tokens")
             _add(rows, row, expected)
             for peer in PEERS if arguments.peer_python else ():
@@ -150,31 +154,44 @@ def _add(rows: list[dict[str, Any]], row: dict[str, Any], expected: list[int] | 
 def work(what: str, folder: str, context: int, *rest: Any) -> dict[str, Any]:
     if what == "sizes":
         return sizes_of(folder, context)
+    if what == "forecast":
+        return forecast(folder, context, *rest)
     budget, tokens, draft = rest
     return reference(folder, tokens) if what == "reference" else flash(folder, context, budget, tokens, draft)
 
 
 def sizes_of(folder: str, context: int) -> dict[str, Any]:
     """The bytes of a checkpoint's weights, its smallest budget, and the one for all of it."""
-    from mlx_flash.loading.in_place_model import open_in_place
-    from mlx_flash.loading.in_place_plan import WeightBytes
+    from mlx_flash.loading.in_place_plan import InPlacePlan
     from mlx_flash.loading.load import plan
     from mlx_flash.loading.plan import ENDLESS, RUN_TO_RUN_BYTES
 
     made = plan(folder, memory=ENDLESS, context=context)
-    if made.units.name != "layers":
-        raise UsageError(f"--model {folder} is not a dense model whose layers are streamed.")
-    weights = sum(WeightBytes.of(open_in_place(Path(folder))).resident)
-    return {"weights": weights, "smallest": made.smallest + RUN_TO_RUN_BYTES, "everything": made.everything}
+    if not isinstance(made, InPlacePlan):
+        raise UsageError(f"--model {folder} is not a checkpoint that is run as it is.")
+    smallest = made.smallest + RUN_TO_RUN_BYTES
+    return {"weights": made.parameters_bytes, "smallest": smallest, "everything": made.everything}
+
+
+def forecast(folder: str, context: int, budget: int) -> dict[str, Any]:
+    """The forecast as `mlxflash plan` makes it, from a new measurement of the disk; {} if nothing is read."""
+    from mlx_flash.flash.system import peak_memory_bytes
+    from mlx_flash.loading.load import plan_with_forecast
+    from mlx_flash.loading.options import LoadOptions
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["MLX_FLASH_CACHE"] = cache
+        plan, made = plan_with_forecast(folder, LoadOptions(memory=budget, context=context))
+    if made is None:
+        return {}
+    told = {"peak": peak_memory_bytes(), "plan": plan.total, "tokens_per_second": made.tokens_per_second}
+    return {**dataclasses.asdict(made), **told}
 
 
 def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> dict[str, Any]:
     import mlx_flash
     from mlx_flash.flash.system import peak_memory_bytes
-    from mlx_flash.loading.load import plan_with_forecast
-    from mlx_flash.loading.options import LoadOptions
 
-    _, forecast = plan_with_forecast(folder, LoadOptions(memory=budget, context=context))
     options: dict[str, Any] = {} if draft == "none" else {"draft": draft}
     model, tokenizer = mlx_flash.load(folder, memory=budget, context=context, **options)
     found, times, last = [], [], None
@@ -192,14 +209,6 @@ def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> di
         "pinned": model.flash.plan.pinned,
         "statistics": last.statistics.per_token(),
     }
-    if forecast is not None:
-        result["forecast"] = {
-            "bytes_per_token": forecast.bytes_per_token,
-            "disk_rate": forecast.disk_rate,
-            "compute_s": forecast.compute_s,
-            "head_s": forecast.head_s,
-            "tokens_per_second": forecast.tokens_per_second,
-        }
     model.flash.close()
     return result
 

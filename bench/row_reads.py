@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.cli.run import whole_number
+from mlx_flash.defaults import THREADS
 from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.flash.disk_rate import ReadTrial
 from mlx_flash.flash.host_arrays import to_numpy
+from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.system import available_memory_bytes, peak_memory_bytes
+from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.in_place_plan import InPlacePlan
 from mlx_flash.loading.load import load, plan
 from mlx_flash.loading.plan import ENDLESS, parse_memory
+from mlx_flash.loading.resident_weights import open_files
 from mlx_flash.source.checkpoint_files import read_config
 
 from .tools import disk, subprocess_json
@@ -33,6 +39,8 @@ from .tools.report import describe, environment, spread
 RESIDENT = "in memory"
 WARM_UP = 8  # decoded tokens that are not timed, because they build caches and kernels
 SEED = 0
+READ_TOKENS = 2048  # tokens whose rows are drawn
+TURNS = 3  # of each way to read them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +72,18 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         print(f"The tables are not measured in memory: {sizes['everything'] / 1e9:.1f} GB are not free.")
     show(rows)
+    reads = subprocess_json.ask("mlx_flash.bench.row_reads", ["reads", str(arguments.model)], "reads alone")
+    print(
+        f"A row of each of {reads['tables']} tables, drawn at random: {1e3 * reads['in_turn_s']:.2f} ms if the tables "
+        f"are read in turn, {1e3 * reads['together_s']:.2f} ms in one batch (medians of {TURNS})."
+    )
     if len({row["digest"] for row in rows}) > 1:
         raise FlashError("the logits of the runs differ (see above), expected the same bits.")
     where = environment(arguments.model)
     print(f"disk: {state['bytes'] / state['seconds'] / 1e9:.2f} GB/s in sequence; {state['state']}")
     print(describe(where))
     result = {"command": "table-rows", "environment": where, "model": arguments.model.name, "disk": state}
-    print(json.dumps(result | {"prompt": tokens[0], "tokens": tokens[1], "rows": rows}))
+    print(json.dumps(result | {"prompt": tokens[0], "tokens": tokens[1], "rows": rows, "reads": reads}))
 
 
 def run(model: Path, budget: int | None, tokens: list[int]) -> dict[str, Any]:
@@ -80,8 +93,9 @@ def run(model: Path, budget: int | None, tokens: list[int]) -> dict[str, Any]:
 
 
 def answer(question: str, *arguments: Any) -> dict[str, Any]:
-    """What a process of its own finds out: "sizes" or "run"."""
-    return sizes_of(*arguments) if question == "sizes" else measure(*arguments)
+    """What a process of its own finds out: "sizes", "run" or "reads"."""
+    parts: dict[str, Callable[..., dict[str, Any]]] = {"sizes": sizes_of, "run": measure, "reads": reads_alone}
+    return parts[question](*arguments)
 
 
 def sizes_of(folder: str, context: int) -> dict[str, int]:
@@ -133,6 +147,35 @@ def measure(folder: str, budget: int | None, prompt: int, tokens: int) -> dict[s
         row |= {"prompt_reads": marks[0].reads, "prompt_bytes": marks[0].bytes, "plan": model.flash.plan.as_dict()}
         model.flash.close()
     return row
+
+
+def reads_alone(folder: str) -> dict[str, Any]:
+    """Median seconds to read one row of every table: table after table, and all in one batch.
+
+    Rows are drawn at random, as the hashed ids of n-grams are. Both ways take turns.
+    """
+    mixture = open_in_place(Path(folder))
+    random = np.random.default_rng(SEED)
+    one_by_one, together = [], []
+    for _ in range(READ_TOKENS):
+        rows = []
+        for table in mixture.lookup_tables:
+            row = random.integers(table.rows, size=1)
+            places = [(np.full(1, tensor.file), *tensor.segments(row, 1)) for tensor in table.tensors.values()]
+            rows.append(np.concatenate([np.stack(place, axis=1) for place in places]))  # (tensors, 3)
+        one_by_one += rows
+        together.append(np.concatenate(rows))
+    nbytes = sum(batch[:, 2].sum() for batch in together) / READ_TOKENS
+    files, reader = open_files(mixture.files, direct=True), Reader(THREADS)
+    try:
+        trials = [ReadTrial(files, reader, batches) for batches in (one_by_one, together)]
+        seconds = [[nbytes / trial.rate(in_flight=1) for trial in trials] for _ in range(TURNS)]
+    finally:
+        reader.close()
+        for file in files:
+            file.close()
+    in_turn_s, together_s = (float(np.median(each)) for each in zip(*seconds, strict=True))
+    return {"tables": len(mixture.lookup_tables), "in_turn_s": in_turn_s, "together_s": together_s}
 
 
 def zipf(vocabulary: int, count: int) -> np.ndarray:

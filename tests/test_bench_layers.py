@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,22 @@ def test_a_row_for_each_way(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert flash["bytes"] > 0 or flash["pinned"] == 6
 
 
-def test_a_mixture_is_refused(tmp_path: Path) -> None:
-    write_mixture(tmp_path / "mixture", SHAPES["tiny"], 2, mx.float32, 0)
-    with pytest.raises(UsageError, match="is not a dense model whose layers are streamed"):
-        run("layers", "--model", str(tmp_path / "mixture"), "--tokens", "6")
+def test_the_forecast_of_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = replace(SHAPES["tiny"], hidden=512, neurons=256)
+    write_mixture(tmp_path / "mixture", shape, 4, mx.float32, 0)
+    arguments = ["--shares", "0.2", "--tokens", "6", "--context", "64", "--no-reference"]
+    run("layers", "--model", str(tmp_path / "mixture"), *arguments)
+    *_, summary, last = capsys.readouterr().out.splitlines()
+    (row,) = json.loads(last)["rows"]
+    forecast = row["forecast"]
+    assert forecast["even"] is True and 0 < forecast["compute_s"] < forecast["token_s"]
+    assert row["error"] == forecast["tokens_per_second"] / row["tokens_per_second"] - 1
+    assert summary.startswith("forecast: 1 runs, errors up to ")
+
+
+def test_a_store_is_refused(speaker: Path) -> None:
+    with pytest.raises(UsageError, match="is not a checkpoint that is run as it is"):
+        run("layers", "--model", str(speaker), "--tokens", "6")
 
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_the_command_compares_rows_that_are_read_with_tables_in_memory(
     row_reads.main(parser.parse_args(["--model", str(checkpoint), "--more", "0MB", "--prompt", "20", "--tokens", "12"]))
     *printed, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
+    reads = result["reads"]
+    assert reads["tables"] == 8 and reads["in_turn_s"] > 0 and reads["together_s"] > 0
     read, resident = result["rows"]
     assert read["reads"] > 0 and read["bytes"] > 0 and read["prompt_reads"] > 8
     assert read["digest"] == resident["digest"] and resident["budget"] is None

@@ -1,44 +1,105 @@
-"""Measures how fast a file is read, in large pieces at random places, as streamed weights are."""
+"""Measures how fast units are read: at their own places in the files, in the batches that tokens read them in."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from .layer_ring import TENSOR_ALIGNMENT
 from .reader import Reader, Ticket
-from .requests import MERGE_BYTES
 from .unit_file import UnitFile
 
 SECONDS = 0.5
-PIECES = 32  # of a batch; two batches are in flight, so that the disk never waits
+ROUNDS = 4  # After so many readings of all batches, fewer seconds are enough.
+TURNS = 20  # of reading while something computes; the median counts
+LEAST_TURNS = 3  # These are enough after SECONDS.
 
 
-def disk_rate(file: UnitFile, reader: Reader) -> float | None:
-    """Bytes per second of reads from `file`; None if it is too short to tell.
+class ReadTrial:
+    """Reads batches in turn, again and again, as tokens do. What is read is not kept.
 
-    Reading the same place twice would measure a cache, so no piece is read twice. Raises ReadError.
+    batches: segments that are read together, each int64 (n, 3) of file, offset, length.
     """
-    pieces = file.size // MERGE_BYTES // PIECES * PIECES
-    if pieces < 4 * PIECES:
-        return None
-    places = np.random.default_rng(0).permutation(pieces)
-    buffer = np.zeros(2 * PIECES * MERGE_BYTES + file.alignment, np.uint8)
-    address = buffer.ctypes.data + -buffer.ctypes.data % file.alignment
-    batches = places.reshape(-1, PIECES)
 
-    def begin(turn: int) -> Ticket:
-        targets = address + (turn % 2 * PIECES + np.arange(PIECES)) * MERGE_BYTES
-        return reader.submit(file, np.sort(batches[turn]) * MERGE_BYTES, targets, MERGE_BYTES, destination=buffer)
+    def __init__(self, files: Sequence[UnitFile], reader: Reader, batches: Sequence[np.ndarray]) -> None:
+        self._files, self._reader = files, reader
+        self._batches: Iterator[np.ndarray] = itertools.cycle(batches)
+        self._most = ROUNDS * sum(int(batch[:, 2].sum()) for batch in batches)
+        room = max(int(_rounded(batch).sum()) for batch in batches)
+        self._buffer = np.ones(room, np.uint8)  # ones, so that every page is in memory already
 
-    pending, read, started = [begin(0)], 0, time.perf_counter()
-    for turn in range(1, len(batches)):
-        pending.append(begin(turn))
-        reader.wait(pending.pop(0))
-        read += PIECES * MERGE_BYTES
-        if time.perf_counter() - started > SECONDS:
-            break
-    seconds = time.perf_counter() - started
-    for ticket in pending:
-        reader.wait(ticket)
-    return read / seconds
+    def rate(self, in_flight: int) -> float:
+        """Bytes per second. in_flight: number of batches that are on their way at once. Raises ReadError."""
+        pending: deque[tuple[int, list[Ticket]]] = deque()
+        read, began = 0, time.perf_counter()
+        while read < self._most and time.perf_counter() - began < SECONDS:
+            while len(pending) < in_flight:
+                pending.append(self._begin(next(self._batches)))
+            nbytes, tickets = pending.popleft()
+            self._wait(tickets)
+            read += nbytes
+        seconds = time.perf_counter() - began
+        for _, tickets in pending:
+            self._wait(tickets)
+        return read / seconds
+
+    def exposed_share(self, rate: float, compute: Callable[[], object]) -> float:
+        """How much of a computation does not fit into the time of a read that alone takes as long: 0 if both run side
+        by side without loss, 1 if one waits for the other.
+
+        rate: as `rate` measured it. Raises ReadError.
+        """
+        compute()
+        alone: list[float] = []
+        both: list[float] = []
+        while len(both) < LEAST_TURNS or (len(both) < TURNS and sum(both) < SECONDS):
+            began = time.perf_counter()
+            compute()
+            alone.append(time.perf_counter() - began)
+            tickets = []
+            left = int(rate * alone[-1])
+            began = time.perf_counter()
+            while left > 0:
+                batch = _beginning(next(self._batches), left)
+                nbytes, begun = self._begin(batch)
+                left -= nbytes
+                tickets += begun
+            compute()
+            self._wait(tickets)
+            both.append(time.perf_counter() - began)
+        lost = statistics.median(b / a for a, b in zip(alone, both, strict=True)) - 1
+        return min(1.0, max(0.0, lost))
+
+    def _begin(self, batch: np.ndarray) -> tuple[int, list[Ticket]]:
+        """Submits a batch. Returns its bytes and its tickets."""
+        batch = batch[np.lexsort((batch[:, 1], batch[:, 0]))]
+        sizes = _rounded(batch)
+        addresses = self._buffer.ctypes.data + np.cumsum(sizes) - sizes
+        tickets = []
+        for number in np.unique(batch[:, 0]).tolist():
+            here = batch[:, 0] == number
+            file, (offsets, lengths) = self._files[number], batch[here, 1:].T
+            tickets.append(self._reader.submit(file, offsets, addresses[here], lengths, destination=self._buffer))
+        return int(batch[:, 2].sum()), tickets
+
+    def _wait(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            self._reader.wait(ticket)
+
+
+def _beginning(batch: np.ndarray, nbytes: int) -> np.ndarray:
+    """The first `nbytes` of a batch, or all of a shorter one."""
+    before = np.cumsum(batch[:, 2]) - batch[:, 2]
+    cut = batch[before < nbytes].copy()
+    cut[:, 2] = np.minimum(cut[:, 2], nbytes - before[: len(cut)])
+    return cut
+
+
+def _rounded(batch: np.ndarray) -> np.ndarray:
+    """The room that each segment takes in memory, int64 (n,)."""
+    return -(-batch[:, 2] // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT

@@ -1,56 +1,56 @@
-"""Forecasts how fast a model will speak within its plan, before its weights are loaded."""
+"""Forecasts how fast a model will speak within its plan, before its weights are loaded.
+
+Three things are measured: how fast the disk gives what tokens read, how long the zoo's code computes without reading,
+and how well both run side by side. The rest follows from the order in which a token does them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import statistics
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
 
-from ..errors import UsageError
-from ..flash.disk_rate import disk_rate
+from ..errors import FlashError
+from ..flash.disk_rate import ReadTrial
+from ..flash.layer_ring import BUFFERS
 from ..flash.reader import Reader
-from ..flash.unit_file import UnitFile
-from ..source.cached import DISK_RATES
-from ..source.resolve import cache_folder
 from .in_place_model import InPlaceModel
-from .in_place_plan import InPlacePlan, WeightBytes
+from .in_place_plan import InPlacePlan
+from .kept_rates import Rate, keep_rate, kept_rates
+from .layer_trial import TokenSeconds, token_seconds
+from .layer_weights import LayerWeights, spread
+from .options import LoadOptions
+from .resident_weights import open_files
 
-RATE_LIFE_S = 24 * 3600  # a measured rate is used for so long
-TRIALS = 5  # of the products; the median counts
+BATCHES = 64  # of experts, drawn to measure the disk with
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The expected time of a decoded token.
 
-    bytes_per_token: bytes that a token reads. disk_rate: bytes per second of the disk. compute_s: seconds of the
-    products with the weights of layers and experts, which overlap with reading. head_s: seconds of the products outside
-    the layers, such as the output head's. They do not overlap, because by then the buffers are full. even: whether the
-    bytes assume that a router chooses all experts equally often.
+    bytes_per_token: bytes that a token reads. read_s, compute_s: seconds of its reads and of its computation, each
+    alone. token_s: seconds of the token, in which they overlap. even: whether the bytes assume that a router chooses
+    all experts equally often.
     """
 
     bytes_per_token: int
-    disk_rate: float
+    read_s: float
     compute_s: float
-    head_s: float
+    token_s: float
     even: bool
 
     @property
-    def read_s(self) -> float:
-        return self.bytes_per_token / self.disk_rate
+    def disk_rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes_per_token / self.read_s
 
     @property
     def tokens_per_second(self) -> float:
-        return 1 / (max(self.read_s, self.compute_s) + self.head_s)
+        return 1 / self.token_s
 
     def describe(self) -> str:
         """One sentence for the user."""
@@ -59,95 +59,115 @@ class Forecast:
         words = f"every token reads {self.bytes_per_token / 1e9:.3g} GB"
         if self.even:
             words = f"a token reads {self.bytes_per_token / 1e9:.3g} GB if all experts are chosen equally often"
-        bound = ", bound by computing" if self.compute_s + self.head_s > self.read_s else ""
+        bound = ", bound by computing" if self.compute_s > self.read_s else ""
         return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}"
 
 
-def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, direct: bool, threads: int) -> Forecast | None:
-    """The forecast for a plan; None if nothing is read, or if the checkpoint is too small to measure the disk with it.
+def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, options: LoadOptions) -> Forecast | None:
+    """The forecast for a plan; None if nothing is read, or if the model cannot be tried without its weights.
 
-    choices: number of experts that a token names in a layer. direct: whether reads go past the page cache. threads:
-    number of reader threads. It takes up to a second. Raises ReadError.
+    choices: number of experts that a token names in a layer. It takes a second or two, and no more memory than the
+    plan. Raises ReadError.
     """
-    slots = plan.expert_slots
-    missing = sum(choices * (1 - min(1.0, count / mixture.experts)) for count in slots)
-    experts = round(missing * mixture.expert_bytes)
-    if not (wanted := plan.layer_bytes_per_token + experts):
+    missing = [choices * (1 - min(1.0, count / mixture.experts)) for count in plan.expert_slots]
+    of_experts = round(sum(missing) * mixture.expert_bytes)
+    layers = [layer for _, layer in spread(mixture.layers, plan.pinned)] if plan.layer_bytes_per_token else []
+    if not of_experts and not layers:
         return None
-    largest = max(mixture.files, key=lambda file: file.stat().st_size)
-    if (rate := _rate_of(largest, direct, threads)) is None:
-        return None
-    in_layers = sum(tensor.nbytes for layer in mixture.layers for tensor in layer.tensors)
-    computed = in_layers + choices * len(slots) * mixture.expert_bytes
-    each = _seconds_per_byte(mixture)
-    return Forecast(wanted, rate, computed * each, sum(WeightBytes.of(mixture).outside) * each, even=experts > 0)
+    batches = [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
+    rates: list[Rate] = []
 
+    def beside(compute: Callable[[], object]) -> None:
+        if batches:
+            rates.append(disk.rate("layers", batches, BUFFERS, compute))
 
-def _rate_of(path: Path, direct: bool, threads: int) -> float | None:
-    """The rate of the disk that a file lies on, in bytes per second, measured now or within the last day."""
-    with UnitFile(path, direct) as file:
-        key = f"{os.stat(path).st_dev} {'direct' if file.direct else 'buffered'} {threads} threads"
-        kept = _kept_rates()
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            rate, measured = map(float, kept[key])
-            if 1 <= rate < math.inf and 0 <= time.time() - measured < RATE_LIFE_S:
-                return rate
-        reader = Reader(threads)
+    with contextlib.closing(_Disk(mixture, options)) as disk:
         try:
-            measured_rate = disk_rate(file, reader)
-        finally:
-            reader.close()
-    if measured_rate is not None:
-        _keep_rates({**kept, key: [round(measured_rate), int(time.time())]})
-    return measured_rate
+            computing = token_seconds(mixture, choices, beside)
+        except FlashError:
+            raise
+        except Exception:  # whatever a model raises that is called in another way than it expects
+            return None
+        reads = [int(batch[:, 2].sum()) / rates[0].bytes_per_second for batch in batches]
+        exposed = rates[0].exposed if rates else 1.0
+        token_s = _overlapped_s(_computed_between(layers, computing), reads, exposed)
+        if of_experts:
+            rate = disk.rate("experts", _batches_of_experts(mixture, max(missing)), 1)
+            reads.append(of_experts / rate.bytes_per_second)
+            token_s += reads[-1]  # A layer's experts are known when it needs them, so nothing computes meanwhile.
+    nbytes = plan.layer_bytes_per_token + of_experts
+    return Forecast(nbytes, sum(reads), computing.total, token_s, even=of_experts > 0)
 
 
-def _kept_rates() -> dict[str, Any]:
-    with contextlib.suppress(OSError, UsageError, ValueError, RecursionError):
-        path = cache_folder() / DISK_RATES
-        kept = json.loads(path.read_text()) if path.is_file() else {}  # a named pipe would wait for ever
-        return kept if isinstance(kept, dict) else {}
-    return {}
+def _overlapped_s(computed: Sequence[float], reads: Sequence[float], exposed: float) -> float:
+    """The seconds of a token that computes while layers are read.
 
+    computed: seconds between two waits for a layer, that layer's own included. reads: seconds of those layers' reads;
+    none if no layer is read. exposed: see `ReadTrial.exposed_share`.
 
-def _keep_rates(rates: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError, UsageError):  # no folder to write to: the next forecast measures again
-        path = cache_folder() / DISK_RATES
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(rates))
-        partial.replace(path)
-
-
-def _seconds_per_byte(mixture: InPlaceModel) -> float:
-    """Seconds that products with one token take for each byte of their matrices, from the matrices of the first layer.
-
-    0 for a layer without a matrix of a kind that is known here.
+    With two buffers, a layer's read begins when the last but one has computed. So a layer computes while the next one
+    is read, and the two after them begin when both have ended. The longer one counts, and of the shorter one that share
+    which does not run beside it.
     """
-    found = [module for layer in mixture.layers[:1] for _, module in layer.module.named_modules()]
-    modules: list[Any] = [module for module in found if isinstance(module, (nn.Linear, nn.QuantizedLinear))]
-    if not modules:
-        return 0.0
-    held = [{name: array for name, array in module.items() if isinstance(array, mx.array)} for module in modules]
-    inputs = [_input_of(module) for module in modules]
-    seconds = []
-    try:
-        for module, arrays in zip(modules, held, strict=True):
-            module.update({name: mx.zeros(array.shape, array.dtype) for name, array in arrays.items()})
-        mx.eval(inputs, [module.parameters() for module in modules])
-        for _ in range(TRIALS):
-            started = time.perf_counter()
-            mx.eval([module(x) for module, x in zip(modules, inputs, strict=True)])
-            seconds.append(time.perf_counter() - started)
-    finally:
-        for module, arrays in zip(modules, held, strict=True):
-            module.update(arrays)
-    return statistics.median(seconds) / sum(array.nbytes for arrays in held for array in arrays.values())
+    if not reads:
+        return sum(computed)
+    pairs = zip(computed, [*reads[1:], reads[0]], strict=True)
+    return sum(max(here, read) + exposed * min(here, read) for here, read in pairs)
 
 
-def _input_of(module: Any) -> mx.array:
-    """One token for a linear module: ones, (1, D)."""
-    weight = module["weight"]
-    if isinstance(module, nn.QuantizedLinear):
-        return mx.ones((1, weight.shape[-1] * 32 // module.bits), mx.float32)
-    return mx.ones((1, weight.shape[-1]), weight.dtype)
+def _computed_between(layers: Sequence[LayerWeights], computing: TokenSeconds) -> list[float]:
+    """A token's seconds from one wait for a layer to the next, see `_overlapped_s`. layers: those that are read."""
+    number_of = {id(layer.module): number for number, layer in enumerate(layers)}
+    computed = [0.0] * max(1, len(layers))
+    now = 0
+    for module, seconds in computing.layers:
+        computed[now] += seconds
+        now = (number_of.get(id(module), now - 1) + 1) % len(computed)
+    computed[now] += computing.outside  # like the layers before the first wait of the next token
+    return computed
+
+
+def _batches_of_experts(mixture: InPlaceModel, missing: float) -> list[np.ndarray]:
+    """What a layer reads at once, for layers and experts drawn at random. missing: experts that it reads."""
+    random = np.random.default_rng(0)
+    layers = list(mixture.switches.values())
+    batches = []
+    for _ in range(BATCHES):
+        tensors = [tensor for tensor in layers[random.integers(len(layers))].values() if not tensor.is_table]
+        count = len(tensors[0].offsets)
+        chosen = random.choice(count, min(count, max(1, round(missing))), replace=False)
+        parts = [(t.file_of[chosen], t.offsets[chosen], np.full(len(chosen), t.nbytes)) for t in tensors]
+        batches.append(np.concatenate([np.stack(part, axis=1) for part in parts]).astype(np.int64))
+    return batches
+
+
+class _Disk:
+    """Measures how fast a checkpoint's units are read, or remembers what was measured within the last day."""
+
+    def __init__(self, mixture: InPlaceModel, options: LoadOptions) -> None:
+        self._files = open_files(mixture.files, options.io == "direct")
+        self._reader = Reader(options.threads)
+        state, way = os.stat(mixture.files[0]), "direct" if self._files[0].direct else "buffered"
+        self._name = f"{state.st_dev}-{state.st_ino}-{state.st_size}, {way}, {options.threads} threads"
+
+    def rate(
+        self,
+        kind: str,
+        batches: Sequence[np.ndarray],
+        in_flight: int,
+        compute: Callable[[], object] | None = None,
+    ) -> Rate:
+        """kind: of the units. batches, in_flight: see `ReadTrial`. compute: what runs beside the reads; None for
+        nothing. Raises ReadError."""
+        name = f"{kind} of {self._name}"
+        if (rate := kept_rates().get(name)) is None:
+            trial = ReadTrial(self._files, self._reader, batches)
+            measured = trial.rate(in_flight)
+            rate = Rate(measured, 1.0 if compute is None else trial.exposed_share(measured, compute))
+            keep_rate(name, rate)
+        return rate
+
+    def close(self) -> None:
+        self._reader.close()
+        for file in self._files:
+            file.close()

@@ -183,7 +183,7 @@ def plan_in_place(
         return model
 
     def foresee() -> Forecast | None:
-        return forecast(mixture, plan, needs_at(plan.context).choices, options.io == "direct", options.threads)
+        return forecast(mixture, plan, needs_at(plan.context).choices, options)
 
     return plan, build, foresee
 

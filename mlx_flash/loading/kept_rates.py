@@ -1,0 +1,60 @@
+"""What was measured about disks within the last day, kept in the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from typing import Any, NamedTuple
+
+from ..errors import UsageError
+from ..source.cached import DISK_RATES
+from ..source.resolve import cache_folder
+
+LIFE_S = 24 * 3600  # a measurement is used for so long
+
+
+class Rate(NamedTuple):
+    """How fast units are read.
+
+    exposed: see `ReadTrial.exposed_share`.
+    """
+
+    bytes_per_second: float
+    exposed: float
+
+
+def kept_rates() -> dict[str, Rate]:
+    """The rates that were measured within the last day, by name."""
+    return {name: rate for name, (rate, _) in _kept().items()}
+
+
+def keep_rate(name: str, rate: Rate) -> None:
+    with contextlib.suppress(OSError, UsageError):  # no folder to write to: the next forecast measures again
+        path = cache_folder() / DISK_RATES
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        all_kept = {**_kept(), name: (rate, time.time())}
+        partial.write_text(json.dumps({each: [*kept, measured] for each, (kept, measured) in all_kept.items()}))
+        partial.replace(path)
+
+
+def _kept() -> dict[str, tuple[Rate, float]]:
+    """The rates, and when they were measured: seconds since the epoch."""
+    found = {}
+    for name, figures in _entries().items():
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            bytes_per_second, exposed, measured = map(float, figures)
+            if 1 <= bytes_per_second < math.inf and 0 <= exposed <= 1 and 0 <= time.time() - measured < LIFE_S:
+                found[name] = Rate(bytes_per_second, exposed), measured
+    return found
+
+
+def _entries() -> dict[str, Any]:
+    with contextlib.suppress(OSError, UsageError, ValueError, RecursionError):
+        path = cache_folder() / DISK_RATES
+        kept = json.loads(path.read_text()) if path.is_file() else {}  # a named pipe would wait for ever
+        return kept if isinstance(kept, dict) else {}
+    return {}

@@ -103,6 +103,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _make_mlx_form(arguments: argparse.Namespace, source: Path) -> None:
     from mlx_flash.errors import UsageError
+    from mlx_flash.source.checkpoint_files import read_config
+    from mlx_flash.source.zoos import has_vision
 
     from .mlx_form import Wanted, convert_to_mlx
 
@@ -116,6 +118,12 @@ def _make_mlx_form(arguments: argparse.Namespace, source: Path) -> None:
         if value != default:
             raise UsageError(f"{flag} is for ReLU models, which {source} is not. Leave it out.")
     wanted = Wanted(arguments.bits, arguments.expert_bits, arguments.dtype)
+    if has_vision(read_config(source)):
+        print(
+            "note: the parts for images are left out, because the model in mlx-lm reads only text. `mlx_vlm.convert` "
+            "keeps them.",
+            file=sys.stderr,
+        )
     nbytes = convert_to_mlx(source, arguments.output, wanted, arguments.overwrite)
     print(f"{arguments.output}: {nbytes / 1e9:.2f} GB in MLX's form", file=sys.stderr)
 

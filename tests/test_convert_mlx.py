@@ -298,4 +298,17 @@ def test_the_command(
         assert exit.value.code == 2 and re.search(message, said)
     else:
         assert not exit.value.code and "GB in MLX's form" in said
+        assert "note: the parts for images are left out" not in said
         open_in_place(tmp_path / "mlx")
+
+
+def test_parts_for_images_are_left_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published(tmp_path / "original", "gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 2}}))
+    monkeypatch.setattr(sys, "argv", ["convert", "--model", str(folder), "--output", str(tmp_path / "mlx")])
+    with pytest.raises(SystemExit) as exit:
+        run_command(command.make_parser(), command.main)
+    assert not exit.value.code and "note: the parts for images are left out" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 from mlx_flash.apps.menubar.server_process import why_it_ended
 from mlx_flash.cli.run import run_command
 from mlx_flash.convert import __main__ as convert_command
+from mlx_flash.errors import ReadError
+from mlx_flash.flash.plain_files import reading
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import Job, Sampling
 from mlx_flash.source.failures import REPORT
@@ -146,3 +148,19 @@ def test_a_conversation_whose_cache_could_not_grow_begins_anew(monkeypatch: pyte
     with pytest.raises(RuntimeError, match="METAL"):
         conversation.stream_generate(tokenizer, [*before, 4])
     assert conversation.tokens == []
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (FileNotFoundError(2, "No such file or directory"), "Check the name, or put the file back."),
+        (NotADirectoryError(20, "Not a directory"), "Check the name."),
+        (IsADirectoryError(21, "Is a directory"), "Name a file."),
+        (PermissionError(13, "Permission denied"), "Give this user the right to read it."),
+        (OSError(5, "Input/output error"), "copy the file from a sound disk."),
+        (EOFError("it ends at byte 3"), "Copy it again."),
+    ],
+)
+def test_the_remedy_suits_the_error(error: Exception, remedy: str) -> None:
+    with pytest.raises(ReadError, match=f"^photo.jpg cannot be read: .*{remedy}$"), reading(Path("photo.jpg")):
+        raise error

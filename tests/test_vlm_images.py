@@ -122,6 +122,17 @@ def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monke
             assert found[0] == wanted[0] and np.array_equal(found[1], wanted[1])
 
 
+def test_a_quantised_context(load: Any) -> None:
+    """mlx-vlm has a class of its own for it. With 8 bits the numbers change a little."""
+    model, tokenizer = load()
+    reference = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
+    quantised, _ = load(kv_bits=8)
+    assert "8 bits" in quantised.flash.plan.describe()
+    assert quantised.flash.plan.demand.kv_cache < model.flash.plan.demand.kv_cache
+    found = spoken(quantised, tokenizer, *look(quantised, TEXT, [picture()]))
+    assert 0 < np.abs(found[1] - reference[1])[0].max() < 0.1
+
+
 def test_two_conversations_in_turns(load: Any) -> None:
     model, tokenizer = load()
     alone = [spoken(model, tokenizer, *look(model, TEXT, [picture(seed)]))[0] for seed in (0, 1)]

@@ -15,11 +15,17 @@ if TYPE_CHECKING:  # `--help` must not wait for this import
 
 DISK = "The disk or the connection to it reports this. Try again; if it persists, copy the file from a sound disk."
 CUT = "The file was cut short or is still being copied. Copy it again."
+REMEDIES: dict[type[Exception], str] = {
+    FileNotFoundError: "Check the name, or put the file back.",
+    NotADirectoryError: "Check the name.",
+    IsADirectoryError: "Name a file.",
+    PermissionError: "Give this user the right to read it.",
+}
 
 
 def unreadable(path: Path, error: Exception, what: str = "") -> ReadError:
     """The ReadError for a system error or an EOFError. what: the part of the file, such as "tensor x"."""
-    remedy = CUT if isinstance(error, EOFError) else DISK
+    remedy = CUT if isinstance(error, EOFError) else REMEDIES.get(type(error), DISK)
     return ReadError(f"{path}{what and f': {what}'} cannot be read: {reason_of(error)}. {remedy}")
 
 

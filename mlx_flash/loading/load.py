@@ -20,7 +20,7 @@ from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.model_kind import refuse_own_code
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
-from ..source.zoos import INSTALL_MLX_VLM, mlx_vlm_is_installed, mlx_vlm_module
+from ..source.zoos import INSTALL_MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module
 from ..text.generation_config import read_generation_config
 from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
@@ -177,7 +177,7 @@ def _require_vision(source: Path, small: Path) -> None:
     refuse_own_code(config, source)
     if not mlx_vlm_is_installed():
         raise UsageError(f"mlx-vlm reads images, and it is not installed: `{INSTALL_MLX_VLM}`.")
-    if mlx_vlm_module(config) is None or not (config.get("vision_config") or config.get("vision_n_layers")):
+    if mlx_vlm_module(config) is None or not has_vision(config):
         raise UsageError(f"{source} ({config.get('model_type')}) is not a model that reads images. Leave images out.")
 
 

@@ -1,7 +1,7 @@
-"""Makes a model keep the keys and values of its context quantised, in mlx-lm's QuantizedKVCache.
+"""Makes a model keep the keys and values of its context quantised, in its zoo's QuantizedKVCache.
 
-mlx-lm quantises only plain KV caches: not windows that rotate, and not the states of recurrences. Attention must read
-the cache through mlx-lm's scaled_dot_product_attention, without sinks. A trial call finds out; nothing is evaluated.
+Only plain KV caches are quantised: not windows that rotate, and not the states of recurrences. Attention must read the
+cache through the zoo's scaled_dot_product_attention, without sinks. A trial call finds out; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ class QuantisedCaches:
         return [self._quantised(entry, groups) for entry in self.plain()]
 
     def _quantised(self, entry: Any, groups: Iterator[int | None]) -> Any:
-        from mlx_lm.models.cache import QuantizedKVCache
-
         if hasattr(entry, "caches"):
             entry.caches = tuple(self._quantised(part, groups) for part in entry.caches)
             return entry
         group_size = next(groups)
-        return entry if group_size is None else QuantizedKVCache(group_size, self.bits)
+        return entry if group_size is None else entry.to_quantized(group_size=group_size, bits=self.bits)
 
 
 def plain_cache(model: Any) -> list[Any]:
@@ -93,9 +91,7 @@ def _call(model: Any, cache: list[Any]) -> None:
 
 def _group_size(part: Any) -> int | None:
     """The group size for a part of a cache that has been called; None if it stays as it is. Raises UsageError."""
-    from mlx_lm.models.cache import KVCache
-
-    if type(part) is not KVCache or part.keys is None:
+    if type(part).__name__ != "KVCache" or part.keys is None:  # each zoo has a class of this name
         return None
     widths = {part.keys.shape[-1], part.values.shape[-1]}
     for size in GROUP_SIZES:

@@ -79,6 +79,11 @@ def mlx_vlm_module(config: dict[str, Any]) -> Any | None:
     return module if hasattr(module, "Model") and hasattr(module, "ModelConfig") else None
 
 
+def has_vision(config: dict[str, Any]) -> bool:
+    """Whether a configuration describes a part that reads images."""
+    return bool(config.get("vision_config") or config.get("vision_n_layers"))
+
+
 def mlx_vlm_is_installed() -> bool:
     """Whether mlx-vlm can be imported. It is not imported."""
     return "mlx_vlm" in sys.modules or find_spec("mlx_vlm") is not None

@@ -154,6 +154,17 @@ def test_drafts_leave_the_tokens_as_they_are(
     assert (statistics.drafts.accepted > 0) == (wrong > 1) and statistics.drafts.drafted > 0
 
 
+def test_what_is_seen_of_a_long_prompt_is_in_the_plan(folder_of: Callable[[str], Path]) -> None:
+    """Embeddings and per-layer embeddings of all its tokens are held until the last one is read."""
+    folder = folder_of("gemma4")
+    blind, seeing = (
+        [mlx_flash.plan(folder, images=images, context=context).demand.workspace for context in (1024, 2000)]
+        for images in (False, True)
+    )
+    more = (seeing[1] - seeing[0]) - (blind[1] - blind[0])
+    assert more >= (2000 - 1024) * (64 + 4 * 32) * 4
+
+
 def test_a_prompt_that_must_be_read_at_once_and_is_too_long(
     folder_of: Callable[[str], Path], load: Callable[..., Any]
 ) -> None:

@@ -80,12 +80,12 @@ class ImageProcessor:
         """The text that marks an image's place in a prompt without a chat template."""
         return str(getattr(self._own, "image_token", None) or "<image>")
 
-    def largest(self) -> dict[str, Any]:
-        """What the model takes for an image of SEEN_PIXELS."""
+    def largest(self, text: str = "") -> dict[str, Any]:
+        """What the model takes for an image of SEEN_PIXELS and a text."""
         from PIL import Image
 
         side = int(SEEN_PIXELS**0.5)
-        return self.inputs(self.mark, [Image.new("RGB", (side, side))])
+        return self.inputs(self.mark + text, [Image.new("RGB", (side, side))])
 
 
 class Sight:

@@ -18,7 +18,7 @@ from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 import mlx_flash
 from mlx_flash.errors import ImageError, UsageError
 from mlx_flash.loading import in_place_loading
-from mlx_flash.text.image_prompts import processor_of, see
+from mlx_flash.text.image_prompts import ImageProcessor, processor_of, see
 from mlx_flash.text.images import Picture
 from mlx_flash.text.prompt_cache import ReusedPromptCache
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from seeing_models import said_by_mlx_vlm  # type: ignore[import-not-found]
 from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
@@ -73,31 +73,11 @@ def spoken(model: Any, tokenizer: Any, prompt: Any, cache: Any = None, **options
 
 def test_the_zoo_s_own_numbers(folder: Path, load: Any) -> None:
     """The prompt is read in pieces here, and at once there; the decode path's bits are the zoo's."""
-    from mlx_vlm.models.cache import make_prompt_cache
-    from mlx_vlm.utils import load_model
-
-    inputs = ImageProcessor(folder).inputs(TEXT, [picture().pixels])
-    zoo = load_model(folder)
-    ids, pixels, mask = (inputs.pop(name) for name in ("input_ids", "pixel_values", "attention_mask"))
-    found = zoo.get_input_embeddings(ids, pixels, mask=mask, **inputs).to_dict()
-    more = inputs | {name: value for name, value in found.items() if value is not None}
-    cache = make_prompt_cache(zoo.language_model)
-    begin = 0
-    embeddings = more.pop("inputs_embeds")
-    for end in (*range(4, ids.shape[1] - 1, 4), ids.shape[1] - 1, ids.shape[1]):
-        piece = {"inputs_embeds": embeddings[:, begin:end], **more}
-        logits = zoo.language_model(ids[:, begin:end], cache=cache, **piece).logits[:, -1]
-        mx.eval(logits)
-        begin = end
-    expected, tokens = [], []
-    for _ in range(TOKENS):
-        expected.append(np.array(logits[0] - mx.logsumexp(logits)))
-        tokens.append(int(np.argmax(expected[-1])))
-        logits = zoo.language_model(mx.array([tokens[-1:]]), cache=cache).logits[:, -1]
+    _, tokens, logprobs = said_by_mlx_vlm(folder, TEXT, [picture().pixels], 4, TOKENS)
     model, tokenizer = load()
     made, found_logits = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
     assert made == tokens
-    assert np.array_equal(found_logits, np.stack(expected))
+    assert np.array_equal(found_logits, logprobs)
 
 
 def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

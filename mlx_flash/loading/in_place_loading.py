@@ -27,7 +27,7 @@ from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
 from .forecast import Forecast, forecast
-from .image_needs import image_bytes, prompt_bytes
+from .image_needs import NO_IMAGES, image_needs, prompt_bytes
 from .in_place_model import InPlaceModel, parent_of
 from .in_place_plan import (
     InPlacePlan,
@@ -46,6 +46,8 @@ from .resident_weights import compare_headers, open_files, ranges_in, read_resid
 from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
 from .verification import attach_sums
+
+SOME_TEXT = " and so on" * 64  # to find what a token of a prompt with images takes
 
 
 def plan_in_place(
@@ -88,7 +90,9 @@ def plan_in_place(
 
     try:
         largest = None if images is None else images.largest()
-        seeing = 0 if largest is None else image_bytes(mixture.model, largest)
+        seen = NO_IMAGES
+        if images is not None and largest is not None:
+            seen = image_needs(mixture.model, largest, images.largest(SOME_TEXT))
     except UsageError:
         raise
     except Exception as error:
@@ -105,7 +109,8 @@ def plan_in_place(
     def demand_of(context: int, weights: WeightBytes) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
-        computing = max(needs.workspace, seeing) + decoding
+        seeing, held = seen.at(context)
+        computing = max(needs.workspace + held, seeing) + decoding
         computing += reading_bytes(options.threads, aligned=False) + weights.rows_work
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(

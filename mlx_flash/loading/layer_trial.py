@@ -113,14 +113,17 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _places(layer: nn.Module, of_experts: dict[int, list[Any]]) -> list[Place]:
-    """The arrays of a layer, those of its experts included. of_experts: see `_few_experts`."""
+    """The weights of a layer, those of its experts included. of_experts: see `_few_experts`.
+
+    Constants, such as the frequencies of positions, have names with an underscore and stay as they are.
+    """
     modules = [*layer.modules()]
     modules += [each for module in layer.modules() for each in of_experts.get(id(module), [])]
     return [
         (module, name, array.shape, array.dtype)
         for module in modules
         for name, array in module.items()
-        if isinstance(array, mx.array)
+        if isinstance(array, mx.array) and not name.startswith("_")
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..defaults import PREFILL_TOKENS
 from ..errors import CheckpointError, FlashError, ImageError, UsageError
 from ..flash.system import large_memory_given_back
 from ..source.model_kind import error_line
@@ -80,12 +80,12 @@ class ImageProcessor:
         """The text that marks an image's place in a prompt without a chat template."""
         return str(getattr(self._own, "image_token", None) or "<image>")
 
-    def largest(self) -> dict[str, Any]:
-        """What the model takes for an image of SEEN_PIXELS."""
+    def largest(self, text: str = "") -> dict[str, Any]:
+        """What the model takes for an image of SEEN_PIXELS and a text."""
         from PIL import Image
 
         side = int(SEEN_PIXELS**0.5)
-        return self.inputs(self.mark, [Image.new("RGB", (side, side))])
+        return self.inputs(self.mark + text, [Image.new("RGB", (side, side))])
 
 
 class Sight:
@@ -106,7 +106,7 @@ class Sight:
         self._embeddings = found.pop("inputs_embeds")  # (1, T, D)
         self._more = given | {name: value for name, value in found.items() if value is not None}
         self.tokens = int(ids.shape[1])
-        self.whole = not self._may_be_split(model, ids)
+        self.whole = not self._may_be_split(model, ids)  # The prompt must be read in one call.
 
     def arrays(self) -> list[mx.array]:
         """What is to be evaluated before the prompt is read."""
@@ -116,11 +116,21 @@ class Sight:
     def __call__(self, text: Any, inputs: mx.array, cache: Any) -> mx.array:
         """Logits (1, T, V) of the next tokens (1, T) of the prompt, or of the answer."""
         begin = cached_tokens(cache)
+        rest = self.tokens - begin  # of the prompt
+        if 0 < rest < inputs.shape[1]:  # drafts follow the prompt's last token
+            own, drafts = mx.split(inputs, [rest], axis=1)
+            first = self._called(text, own, cache, begin)
+            return mx.concatenate([first, self._called(text, drafts, cache, self.tokens)], axis=1)
+        if rest <= 0:  # A pass is never taken back to before its beginning.
+            self._embeddings, self._more = mx.zeros((1, 0, 0)), {}
+        return self._called(text, inputs, cache, begin)
+
+    def _called(self, text: Any, inputs: mx.array, cache: Any, begin: int) -> mx.array:
         more: dict[str, Any] = {}
         if begin < self.tokens:
             more = self._more | {"inputs_embeds": self._embeddings[:, begin : begin + inputs.shape[1]]}
-        else:
-            self._embeddings, self._more = mx.zeros((1, 0, 0)), {}
+        if self.whole and begin < self.tokens and self._keeps_logits(text):
+            more |= {"logits_to_keep": 1}  # the others would take much memory
         self._exchange(text)
         logits = text(inputs, cache=cache, **more).logits
         self._exchange(text)
@@ -131,6 +141,12 @@ class Sight:
         for name, value in self._registers.items():
             self._registers[name] = getattr(text, name)
             setattr(text, name, value)
+
+    @staticmethod
+    def _keeps_logits(text: Any) -> bool:
+        """Whether the text model's call takes `logits_to_keep`, which some ignore."""
+        parameters = inspect.signature(type(text).__call__).parameters
+        return any(one.kind is one.VAR_KEYWORD or one.name == "logits_to_keep" for one in parameters.values())
 
     def _may_be_split(self, model: Any, ids: mx.array) -> bool:
         from mlx_vlm.generate.common import _chunked_prefill_enabled
@@ -165,10 +181,10 @@ def see(model: Any, prompt: ImagePrompt) -> list[Any]:
         except Exception as error:
             raise ImageError(f"the model cannot use these images: {error_line(error)}.") from None
         mx.clear_cache()
-    if sight.whole and tokens > PREFILL_TOKENS:
+    if sight.whole and tokens > flash.prefill_tokens:
         raise ImageError(
             f"the prompt has {tokens} tokens, and this model must read one with images at once, at most "
-            f"{PREFILL_TOKENS}. Use a smaller image, or a shorter text."
+            f"{flash.prefill_tokens}. Use a smaller image, a shorter text, or a larger --prefill-chunk."
         )
     cache: list[Any] = make_prompt_cache(model)
     cache[0].sight = sight

@@ -54,6 +54,12 @@ def cached_tokens(cache: list[Any]) -> int:
     return max((int(part.offset) for part in parts_of(cache) if hasattr(part, "offset")), default=0)
 
 
+def must_be_read_at_once(cache: list[Any]) -> bool:
+    """Whether a prompt cache is for a prompt with images in which earlier tokens attend to later ones."""
+    sight = getattr(cache[0], "sight", None) if cache else None
+    return sight is not None and sight.whole
+
+
 class TokenLoop:
     """Calls and times the model. Prompt and decoded tokens are counted separately, without other generations'."""
 
@@ -64,6 +70,7 @@ class TokenLoop:
         self.first_token_s = 0.0
         self.decoded = 0
         self.drafts: DraftCounts | None = None
+        self._unread: list[int] = []  # tokens of the prompt that are read with its last one
 
     def prefill(
         self,
@@ -74,6 +81,8 @@ class TokenLoop:
     ) -> None:
         """Feeds all tokens but the last, in chunks. `plain` and `drafted` feed the last one, as in mlx-lm.
 
+        They feed all of a prompt with images that must be read at once.
+
         Chunks end at multiples of `step` tokens of the whole context, so that they are those of a prompt read from its
         beginning even if some of it is in the cache.
 
@@ -81,6 +90,9 @@ class TokenLoop:
         """
         done, total, begin = 0, len(ids), cached_tokens(self.cache)
         progress(0, total)
+        if must_be_read_at_once(self.cache):
+            self._unread = ids[:-1]
+            return
         while total - done > 1:
             pieces: list[list[int]] = []
             while total - done > 1 and len(pieces) < self._pieces_at_once(logits):
@@ -111,9 +123,11 @@ class TokenLoop:
 
     def plain(self, token: int, choose: Chooser) -> Generator[Token]:
         """Yields the tokens that follow `token`, without end. The newest one has not been fed."""
+        fed = [*self._unread, token]
         while True:
-            token, logprobs, _ = self._decode([token], 0, choose)
+            token, logprobs, _ = self._decode(fed, 0, choose)
             yield Token(token, logprobs, False)
+            fed = [token]
 
     def drafted(
         self, token: int, choose: Chooser, limit: int, text: list[int], drafting: Drafting, depth: int, sampler: Sampler
@@ -128,7 +142,7 @@ class TokenLoop:
         """
         self.drafts = DraftCounts(drafting.kind, depth)
         drafter = drafting.begin(sampler, self.model.flash.vocabulary)
-        run = _Runs(self, choose, drafter, self.drafts)
+        run = _Runs(self, choose, drafter, self.drafts, self._unread)
         passes: list[Pass] = []
         made = 0
         try:
@@ -144,8 +158,9 @@ class TokenLoop:
                 for each in run.next(token, min(depth, left, room)):
                     token, made = each.token, made + 1
                     yield each
-                if left >= depth:  # otherwise the pass had to be short
+                if left >= depth and not self._unread:  # otherwise the pass had to be short, or it read the prompt
                     passes.append(run.last)
+                self._unread = []
         except GeneratorExit:
             run.settle()
             if drafting.depth is not None:
@@ -187,7 +202,7 @@ class TokenLoop:
         return drafts, seconds
 
     def _decode(self, fed: list[int], drafts: int, choose: Chooser) -> tuple[int, mx.array, mx.array]:
-        with self._timed():
+        with self._counting("prompt") if self._unread and not self.decoded else self._timed():
             logits = self.model(mx.array(fed)[None], cache=self.cache)[:, -1 - drafts :, :]
             chosen, logprobs = choose(logits[:, 0, :])
             mx.eval(chosen, logprobs, logits if drafts else ())
@@ -241,10 +256,12 @@ class _Runs:
     next pass. last: figures of the last pass.
     """
 
-    def __init__(self, loop: TokenLoop, choose: Chooser, drafter: Drafter, counts: DraftCounts) -> None:
+    def __init__(
+        self, loop: TokenLoop, choose: Chooser, drafter: Drafter, counts: DraftCounts, pending: list[int]
+    ) -> None:
         self._loop, self._choose, self._drafter, self._counts = loop, choose, drafter, counts
         self._rewinder = Rewinder(loop.cache)
-        self.pending: list[int] = []
+        self.pending = pending
         self._fed: list[int] = []  # the tokens of the pass that is running
         self._sure = 0  # how many of them are certain
         self.last = Pass(0, 0, 0.0, 0.0)

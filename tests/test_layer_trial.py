@@ -26,6 +26,8 @@ def parameters_of(mixture: InPlaceModel) -> list[tuple[str, mx.array]]:
 def test_every_layer_has_its_seconds(tmp_path: Path, family: str) -> None:
     mixture = open_in_place(make_mixture(tmp_path / "model", family))
     before, modules = parameters_of(mixture), [type(layer) for layer in mixture.model.layers]
+    for layer in mixture.model.layers:
+        layer._constant = mx.array([1.0, 2.0])  # like the frequencies of positions: not a weight
     beside = []
 
     def compute_once(compute: Any) -> None:
@@ -41,6 +43,7 @@ def test_every_layer_has_its_seconds(tmp_path: Path, family: str) -> None:
     assert [name for name, _ in after] == [name for name, _ in before]
     assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True)), "the model has its weights again"
     assert [type(layer) for layer in mixture.model.layers] == modules
+    assert all(layer._constant.tolist() == [1.0, 2.0] for layer in mixture.model.layers)
     assert all(primitives_of(array) for _, array in after if array.nbytes > 1024), "and none was read"
 
 

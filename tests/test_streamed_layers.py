@@ -304,6 +304,8 @@ def test_the_plan_of_a_dense_model() -> None:
     plans = [divided(weights, (12 + megabytes) * 10**6) for megabytes in (4, 7, 10, 20)]
     assert [plan.slots for plan in plans] == [(4,), (5,), (7,), (10,)]
     assert [plan.pinned for plan in plans] == [2, 3, 5, 10]
+    assert "4 of 10 layers (40%): 2 stay, the others pass through 2\n" in plans[0].describe()
+    assert "10 of 10 layers (100%)\n" in plans[3].describe()
     assert [plan.layer_bytes_per_token for plan in plans] == sorted(
         (plan.layer_bytes_per_token for plan in plans), reverse=True
     )

@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(made.describe())
     if forecast is not None:
         print(forecast.describe())
-    print(f"budgets (--memory), each with {RUN_TO_RUN_BYTES >> 20} MiB to spare")
+    longest = ", all but the smallest for the longest context (--context)" if arguments.context is None else ""
+    print(f"budgets (--memory), each with {RUN_TO_RUN_BYTES >> 20} MiB to spare{longest}")
     for name, size in points.items():
         what = "that is enough" if name == "smallest" else f"of the {made.units.name.split()[0]} in memory"
         print(f"  {-(-size // 10**6):>8} MB  {name} {what}")

@@ -242,6 +242,8 @@ def _of_layers(divided: Divided, weights: WeightBytes, demand: Demand, slots: in
     plan = divided(units, demand, slot_bytes, note, budget)
     held = sum(plan.slots)
     pinned = held if held == units.per_layer else held - BUFFERS
+    if weights.layers and pinned < held:
+        plan = replace(plan, notes=replace(plan.notes, slots=f": {pinned} stay, the others pass through {BUFFERS}"))
     return _in_place(
         plan,
         expert_slots=(slots,) * weights.expert_layers,

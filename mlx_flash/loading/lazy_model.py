@@ -183,7 +183,7 @@ def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | Non
     kind = foreign_quantisation(config, files_in(small), dtype_of)
     if kind and any(name.endswith(".qweight") for name in dtype_of):
         raise UnsupportedModelError(
-            f"{folder} is quantised ({kind}), and its experts are not stored in the form that the model computes with. "
+            f"{folder} is quantised ({kind}), and its weights are not stored in the form that the model computes with. "
             f"{UNQUANTISED}"
         )
     return kind

@@ -57,8 +57,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         type=int,
         default=PREFILL_TOKENS,
         metavar="N",
-        help="tokens of a prompt that are read in one pass; more take more memory and, where weights are read, fewer "
-        "bytes per prompt; another number may change the text (default: %(default)s)",
+        help="tokens of a prompt that are read in one pass; more take more memory and, where experts or neurons are "
+        "read, fewer bytes per prompt (several passes share the reads of layers anyway); another number may change the "
+        "text (default: %(default)s)",
     )
     model.add_argument(
         "--prompt-cache",

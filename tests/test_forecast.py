@@ -226,6 +226,6 @@ def test_the_forecast_of_a_model(
     assert made.bytes_per_token == change["layer_bytes_per_token"] + missing
     assert made.even is (family == "qwen3_moe") and made.disk_rate == pytest.approx(1e9)
     assert 0 < made.compute_s < made.token_s < made.compute_s + made.read_s
-    assert {name.split()[0] for name in kept_module.kept_rates()} == {"layers", "experts"} - (
+    assert {name.split(" of ")[0].split()[-1] for name in kept_module.kept_rates()} == {"layers", "experts"} - (
         set() if missing else {"experts"}
     )

@@ -11,7 +11,7 @@ from mixtures import FAMILIES, make_mixture  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 
 from mlx_flash.loading.in_place_model import InPlaceModel, open_in_place
-from mlx_flash.loading.layer_trial import token_seconds
+from mlx_flash.loading.layer_trial import _FewExperts, token_seconds
 from mlx_flash.loading.moves import primitives_of
 
 CHOICES = 2
@@ -63,6 +63,22 @@ def test_one_layer_of_each_kind_is_computed(tmp_path: Path, monkeypatch: pytest.
     assert set(called) == {0, 2}, "the first dense layer, and the first mixture"
     seconds = [each for _, each in found.layers]
     assert seconds[0] == seconds[1] and len(set(seconds[2:])) == 1
+
+
+@pytest.mark.parametrize(("slots", "rounds"), [(1, 4), (3, 2), (4, 1), (12, 1)])
+def test_few_slots_compute_in_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int, rounds: int) -> None:
+    """A token names 4 experts. The engine evaluates each round before the next one's experts come."""
+    mixture = open_in_place(make_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1))
+    guarded: list[bool] = []
+    real = _FewExperts.guard
+
+    def noting(self: _FewExperts, output: mx.array) -> None:
+        real(self, output)
+        guarded.append(not primitives_of(output))
+
+    monkeypatch.setattr(_FewExperts, "guard", noting)
+    token_seconds(mixture, slots, lambda _: None)
+    assert guarded[:rounds] == [rounds > 1] * rounds and len(guarded) % rounds == 0
 
 
 def test_it_takes_the_memory_of_a_layer(tmp_path: Path) -> None:

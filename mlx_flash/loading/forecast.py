@@ -83,7 +83,7 @@ def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, options: Lo
 
     with contextlib.closing(_Disk(mixture, options)) as disk:
         try:
-            computing = token_seconds(mixture, choices, beside)
+            computing = token_seconds(mixture, min([choices, *plan.expert_slots]), beside)
         except FlashError:
             raise
         except Exception:  # whatever a model raises that is called in another way than it expects
@@ -92,7 +92,8 @@ def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, options: Lo
         exposed = rates[0].exposed if rates else 1.0
         token_s = _overlapped_s(_computed_between(layers, computing), reads, exposed)
         if of_experts:
-            rate = disk.rate("experts", _batches_of_experts(mixture, max(missing)), 1)
+            at_once = max(min(each, count) for each, count in zip(missing, plan.expert_slots, strict=True))
+            rate = disk.rate(f"{round(at_once)} experts", _batches_of_experts(mixture, at_once), 1)
             reads.append(of_experts / rate.bytes_per_second)
             token_s += reads[-1]  # A layer's experts are known when it needs them, so nothing computes meanwhile.
     nbytes = plan.layer_bytes_per_token + of_experts
@@ -127,15 +128,15 @@ def _computed_between(layers: Sequence[LayerWeights], computing: TokenSeconds) -
     return computed
 
 
-def _batches_of_experts(mixture: InPlaceModel, missing: float) -> list[np.ndarray]:
-    """What a layer reads at once, for layers and experts drawn at random. missing: experts that it reads."""
+def _batches_of_experts(mixture: InPlaceModel, at_once: float) -> list[np.ndarray]:
+    """What a layer reads at once, for layers and experts drawn at random. at_once: experts that it reads so."""
     random = np.random.default_rng(0)
     layers = list(mixture.switches.values())
     batches = []
     for _ in range(BATCHES):
         tensors = [tensor for tensor in layers[random.integers(len(layers))].values() if not tensor.is_table]
         count = len(tensors[0].offsets)
-        chosen = random.choice(count, min(count, max(1, round(missing))), replace=False)
+        chosen = random.choice(count, min(count, max(1, round(at_once))), replace=False)
         parts = [(t.file_of[chosen], t.offsets[chosen], np.full(len(chosen), t.nbytes)) for t in tensors]
         batches.append(np.concatenate([np.stack(part, axis=1) for part in parts]).astype(np.int64))
     return batches

@@ -1,8 +1,8 @@
 """Times a model's layers, and what it computes outside of them, before its weights are loaded.
 
 The zoo's own code computes a token, with arbitrary numbers in place of weights. One layer of each kind is timed: layers
-are of one kind if their class and the shapes of their weights are the same. A layer of a mixture has as many experts as
-a token names. At any time the weights of one layer, or those outside of the layers, are in memory.
+are of one kind if their class and the shapes of their weights are the same. A layer of a mixture has few experts. At
+any time the weights of one layer, or those outside of the layers, are in memory.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class TokenSeconds:
         return sum(seconds for _, seconds in self.layers) + self.outside
 
 
-def token_seconds(mixture: InPlaceModel, choices: int, beside: Callable[[Callable[[], object]], None]) -> TokenSeconds:
+def token_seconds(mixture: InPlaceModel, slots: int, beside: Callable[[Callable[[], object]], None]) -> TokenSeconds:
     """Times a token that reads nothing.
 
-    choices: number of experts that a token names in a layer. beside: gets a function that computes the first layer,
-    while its weights are in memory.
+    slots: number of experts that a layer computes at once. Where a token names more, it computes in rounds. beside: gets
+    a function that computes the first layer, while its weights are in memory.
 
     The model is as before when this returns. Raises whatever a model raises that is called in another way than it
     expects.
@@ -86,7 +86,7 @@ def token_seconds(mixture: InPlaceModel, choices: int, beside: Callable[[Callabl
     tables = [stand_in for table in mixture.lookup_tables for stand_in in table.stand_ins]
     with (
         stand_ins(tables),
-        _few_experts(mixture, choices) as of_experts,
+        _few_experts(mixture, slots) as of_experts,
         _without_weights(mixture.model),
         instead(found, timed),
     ):
@@ -152,8 +152,8 @@ def _without_weights(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _few_experts(mixture: InPlaceModel, choices: int) -> Iterator[dict[int, list[Any]]]:
-    """Inside this context, every switch layer is a streamed one that holds `choices` experts and reads nothing.
+def _few_experts(mixture: InPlaceModel, slots: int) -> Iterator[dict[int, list[Any]]]:
+    """Inside this context, every switch layer is a streamed one that has `slots` slots and reads nothing.
 
     Yields the modules that have the experts' arrays, by the `id` of the streamed layer.
     """
@@ -162,8 +162,8 @@ def _few_experts(mixture: InPlaceModel, choices: int) -> Iterator[dict[int, list
     try:
         for path, tensors in mixture.switches.items():
             parent, name = parent_of(mixture.model, path)
-            shapes = {key: ((choices, *tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-            units: Any = _FewExperts(len(next(iter(tensors.values())).offsets), choices, shapes)
+            shapes = {key: ((slots, *tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+            units: Any = _FewExperts(len(next(iter(tensors.values())).offsets), slots, shapes)
             copied = _copied(held[path])
             inner = [copied, *(child for child in copied.children().values() if isinstance(child, nn.Module))]
             parent[name] = StreamedExperts(copied, units)
@@ -176,20 +176,24 @@ def _few_experts(mixture: InPlaceModel, choices: int) -> Iterator[dict[int, list
 
 
 class _FewExperts:
-    """Takes the place of `ExpertSlots`. The experts that a token names are always in its slots."""
+    """Takes the place of `ExpertSlots`. All experts are in its slots, as many at once as these can hold."""
 
     all_resident = False
 
     def __init__(self, count: int, slots: int, shapes: dict[str, tuple[tuple[int, ...], mx.Dtype]]) -> None:
         self.count = count
         self.pools = {name: _filled(*kind) for name, kind in shapes.items()}
-        self.slot_of = np.arange(count) % slots
+        self.slots, self.slot_of = slots, np.arange(count) % slots
 
     def use(self, experts: np.ndarray, **_: Any) -> Iterator[np.ndarray]:
-        yield experts
+        self._rounds = len(experts) > self.slots
+        for first in range(0, len(experts), self.slots):
+            yield experts[first : first + self.slots]
 
     def guard(self, output: mx.array) -> None:
-        """Nothing is written into the slots."""
+        """Evaluates the output where the real slots would be written before the next round."""
+        if self._rounds:
+            mx.eval(output)
 
 
 def _copied(switch: Any) -> Any:

@@ -49,8 +49,8 @@ class TokenSeconds:
 def token_seconds(mixture: InPlaceModel, slots: int, beside: Callable[[Callable[[], object]], None]) -> TokenSeconds:
     """Times a token that reads nothing.
 
-    slots: number of experts that a layer computes at once. Where a token names more, it computes in rounds. beside: gets
-    a function that computes the first layer, while its weights are in memory.
+    slots: number of experts that a layer computes at once. Where a token names more, it computes in rounds. beside:
+    gets a function that computes the first layer, while its weights are in memory.
 
     The model is as before when this returns. Raises whatever a model raises that is called in another way than it
     expects.

@@ -45,11 +45,13 @@ from .quantised_cache import plain_cache, quantise_cache
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
 from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
+from .trial_calls import nothing_scheduled
 from .verification import attach_sums
 
 SOME_TEXT = " and so on" * 64  # to find what a token of a prompt with images takes
 
 
+@nothing_scheduled()
 def plan_in_place(
     folder: Path,
     mixture: InPlaceModel,

@@ -25,6 +25,7 @@ from .layer_weights import LayerWeights, find_layers, spread
 from .lazy_model import open_lazily
 from .lookup_tables import Table, find_tables
 from .provenance import locate
+from .trial_calls import nothing_scheduled
 
 
 @dataclass
@@ -111,6 +112,7 @@ class InPlaceModel:
         return [module for _, module in self.model.named_modules() if isinstance(module, StreamedExperts)]
 
 
+@nothing_scheduled()
 def open_in_place(
     folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False
 ) -> InPlaceModel:

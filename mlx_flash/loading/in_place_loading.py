@@ -103,7 +103,8 @@ def plan_in_place(
 
     def at_once(needs: Needs) -> int:
         """Most tokens of a pass that verifies drafts."""
-        return MOST_DEPTH + 1 if dense else min(MOST_DEPTH + 1, most_positions(needs.choices))
+        most = getattr(mixture.model, "most_positions", MOST_DEPTH + 1)
+        return most if dense else min(most, most_positions(needs.choices))
 
     whole_weights, tables = WeightBytes.of(mixture), mixture.lookup_tables
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared

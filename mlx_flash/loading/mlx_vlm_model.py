@@ -16,6 +16,10 @@ from ..source.zoos import TEXT
 # What mlx-vlm's `load_model` calls to read a file of tensors, to rename the tensors, and to put them into the model.
 READ, RENAME, FILL = "_load_safetensors", "sanitize_weights", "load_model_weights"
 
+# Most tokens of a call that takes the path of decoded tokens. Beyond them, the DeepSeek V4 of mlx-vlm 0.7.10 takes that
+# of prompts (DECODE_BLOCK_SIZE), which computes other numbers, and not by rounding alone.
+MOST_POSITIONS = 8
+
 Weights = dict[str, mx.array]
 Sanitize = Callable[[Weights], Weights]
 
@@ -67,6 +71,8 @@ def as_text_model(model: Any) -> Any:
     kind: Any = type(model)
 
     class TextModel(kind):  # type: ignore[misc]
+        most_positions = MOST_POSITIONS
+
         def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
             text = self[TEXT]
             sight = getattr(cache[0], "sight", None) if cache else None

@@ -169,9 +169,10 @@ class CachedContext:
 
 
 def forgets(part: Any) -> bool:
-    """Whether a part of a cache cannot be trimmed, or not once it holds more tokens than its window."""
+    """Whether a part of a cache cannot be trimmed, or not once it holds more tokens than its window or its buffer."""
     window = getattr(part, "max_size", None) or getattr(part, "chunk_size", None)
-    return not part.is_trimmable() or window is not None
+    pools = hasattr(part, "pooled")  # mlx-vlm's: what is in the buffer becomes one entry as soon as it is full
+    return not part.is_trimmable() or window is not None or pools
 
 
 def copied_part(part: Any) -> Any:

@@ -6,7 +6,7 @@ MLX_BITS = (16, 8, 6, 5, 4, 3, 2)  # bits per weight in MLX's own form
 STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
-DRAFTS = ("none", "ngram")  # ways of drafting without a draft model
+DRAFTS = ("none", "ngram", "mtp")  # ways of drafting without a draft model
 
 KV_BITS = (8, 4)  # bits per number of a quantised KV cache
 CONTEXT = 2048  # tokens; the least that is chosen, if a model has so many positions

@@ -37,7 +37,7 @@ class Telling(Drafting):
     text: list[int] = field(default_factory=list)
     wrong: int = 10**9
 
-    def begin(self, sampler: Any, vocabulary: int) -> Drafter:
+    def begin(self, sampler: Any, vocabulary: int, cache: list[Any]) -> Drafter:
         return Told(self.text, self.wrong)
 
 
@@ -47,7 +47,7 @@ class Remembering(Drafting):
 
     texts: list[int] = field(default_factory=list)
 
-    def begin(self, sampler: Any, vocabulary: int) -> Drafter:
+    def begin(self, sampler: Any, vocabulary: int, cache: list[Any]) -> Drafter:
         remembering = self
 
         class Drafter(NgramDrafter):

@@ -340,8 +340,11 @@ def vlm_config_of(model_type: str) -> dict[str, Any]:
 
 def make_vlm_mixture(folder: Path, model_type: str, quantisation: str = "plain") -> Path:
     """Writes config.json and model.safetensors of a random model, in float32 except for quantised tensors."""
-    config = vlm_config_of(model_type)
-    mx.random.seed(len(model_type))
+    return write_vlm_model(folder, vlm_config_of(model_type), quantisation)
+
+
+def write_vlm_model(folder: Path, config: dict[str, Any], quantisation: str = "plain") -> Path:
+    mx.random.seed(len(config["model_type"]))
     model: Any = random_mlx_vlm_model(config)
     parameters: Any = tree_flatten(model.parameters())
     model.load_weights([(name, random_like(name, array)) for name, array in parameters])

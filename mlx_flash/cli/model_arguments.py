@@ -103,8 +103,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         choices=DRAFTS,
         default=DRAFTS[0],
         help="guess several tokens and verify them in one pass over the weights: ngram guesses what followed the same "
-        "words before; how many follows from what earlier answers measured; rounding may change the text (default: "
-        "%(default)s)",
+        "words before, mtp asks the checkpoint's own draft head, if mlx-vlm runs it (needs the extra vlm); how many "
+        "follows from what earlier answers measured; rounding may change the text (default: %(default)s)",
     )
     model.add_argument(
         "--draft-model",

@@ -1,4 +1,4 @@
-"""Plans and loads what drafts tokens: an index of n-grams, or a small model that is wholly in memory."""
+"""Plans and loads what drafts tokens: an index of n-grams, a small model wholly in memory, or the checkpoint's head."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..source.checkpoint_tensors import tensors_in
 from ..source.model_kind import error_line
 from ..source.resolve import resolve_source
 from ..text.draft_depth import MOST_DEPTH, DraftDepth
+from ..text.drafts import HEAD, MODEL, NGRAM, Drafting, DraftModel
 from ..text.ngrams import BYTES_PER_TOKEN
 from ..text.tokenizer import load_tokenizer
 from .config import holds_mixture, number_of, read_config
@@ -26,6 +27,7 @@ from .lazy_model import lazy_tensors, open_lazily
 from .memory_needs import Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes, runs_as_it_is
 from .options import LoadOptions
+from .own_head import PlannedHead, plan_head
 from .streaming_needs import loading_excess_bytes
 
 REMEDY = "Choose a smaller model of the same family (--draft-model), or use --draft ngram."
@@ -39,6 +41,10 @@ class PlannedDraftModel:
     model: Any
     needs: Callable[[int], Needs]
     positions: int | None
+
+    @property
+    def note(self) -> str:
+        return f"model {self.folder.name}, its KV cache, work space"
 
     def bytes_at(self, context: int) -> int:
         needs, sizes = self.needs(context), [array.nbytes for array in self._weights()]
@@ -56,13 +62,14 @@ class PlannedDraftModel:
                     f"is {there} there and {here} here. {REMEDY}"
                 )
 
-    def load(self) -> None:
+    def load(self, _: Any, most_positions: int) -> Drafting:
         """Reads the weights. Raises ReadError."""
         for array in sorted(self._weights(), key=lambda array: array.nbytes, reverse=True):
             try:
                 mx.eval(array)
             except RuntimeError as error:  # MLX names neither file nor tensor
                 raise unreadable(self.folder, error, "a tensor") from None
+        return Drafting(MODEL, most_positions, DraftModel(self.model, self.positions))
 
     def _weights(self) -> list[mx.array]:
         named: Any = tree_flatten(self.model.parameters())
@@ -71,14 +78,19 @@ class PlannedDraftModel:
 
 @dataclass(frozen=True)
 class PlannedDrafts:
-    """Drafts before the model that they are for is loaded. model: None for n-grams."""
+    """Drafts before the model that they are for is loaded. model: what makes them; None for n-grams."""
 
-    model: PlannedDraftModel | None
+    model: PlannedDraftModel | PlannedHead | None
+
+    @property
+    def of_own_head(self) -> bool:
+        """Whether the model's own head drafts, so that mlx-vlm must build the model."""
+        return isinstance(self.model, PlannedHead)
 
     @property
     def note(self) -> str:
         """The note for the plan."""
-        return "index of n-grams" if self.model is None else f"model {self.model.folder.name}, its KV cache, work space"
+        return "index of n-grams" if self.model is None else self.model.note
 
     def bytes_at(self, context: int, needs: Needs, most_positions: int) -> int:
         """The memory that drafts take. needs: of the model that they are for. most_positions: most tokens of a pass.
@@ -89,22 +101,23 @@ class PlannedDrafts:
         passing = needs.state_bytes + 2 * 4 * most_positions * needs.vocabulary
         return passing + (BYTES_PER_TOKEN * context if self.model is None else self.model.bytes_at(context))
 
-    def load(self, most_positions: int) -> Any:
-        """The Drafting. Raises ReadError."""
-        from ..text.drafts import MODEL, NGRAM, Drafting, DraftModel
-
-        depth = DraftDepth(min(MOST_DEPTH, most_positions - 1))
-        if (planned := self.model) is None:
-            return Drafting(NGRAM, most_positions, depth=depth)
-        planned.load()
-        return Drafting(MODEL, most_positions, DraftModel(planned.model, planned.positions), depth)
+    def load(self, model: Any) -> Drafting:
+        """How `model`, which is loaded, drafts. Raises ReadError."""
+        most = model.flash.most_positions
+        drafting = Drafting(NGRAM, most) if self.model is None else self.model.load(model, most)
+        drafting.depth = DraftDepth(min(MOST_DEPTH, most - 1))
+        return drafting
 
 
-def plan_drafts(options: LoadOptions, say: Callable[[str], None], fetch: bool) -> PlannedDrafts | None:
-    """The drafts that the options ask for, None if they ask for none. fetch: whether a repository may be downloaded.
+def plan_drafts(options: LoadOptions, source: Path, say: Callable[[str], None], fetch: bool) -> PlannedDrafts | None:
+    """The drafts that the options ask for, None if they ask for none.
 
-    Raises UsageError, CheckpointError and the errors of `resolve_source`.
+    source: the folder of the model that they are for. fetch: whether a repository may be downloaded.
+
+    Raises UsageError, CheckpointError, UnsupportedModelError and the errors of `resolve_source`.
     """
+    if options.draft == HEAD:
+        return PlannedDrafts(plan_head(source))
     if options.draft_model is None:
         return None if options.draft == "none" else PlannedDrafts(None)
     folder = resolve_source(os.fspath(options.draft_model), None, say, fetch=fetch)

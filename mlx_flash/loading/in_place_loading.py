@@ -146,7 +146,8 @@ def plan_in_place(
 
     plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
     plan = replace(plan, parameters_bytes=whole_weights.everything)
-    if plan.layer_bytes_per_token:
+    # In a shared reading, the model returns no hidden states.
+    if plan.layer_bytes_per_token and not (drafts is not None and drafts.of_own_head):
         each = bytes_of_a_shared_token(mixture, streamed)
         plan = with_spare_for_chunks(plan, each, options.prefill_chunk)
     plan = with_spare_for_rows(plan, tables)

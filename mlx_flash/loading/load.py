@@ -20,7 +20,7 @@ from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.model_kind import refuse_own_code
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
-from ..source.zoos import INSTALL_MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module
+from ..source.zoos import INSTALL_MLX_VLM, MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module
 from ..text.generation_config import read_generation_config
 from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
@@ -74,7 +74,7 @@ def load(
             say(forecast.describe())
         model = planned.build(say)
         if planned.drafts is not None:
-            model.flash.drafting = planned.drafts.load(model.flash.most_positions)
+            model.flash.drafting = planned.drafts.load(model)
     model.flash.defaults = planned.defaults
     return model, planned.tokenizer
 
@@ -135,7 +135,7 @@ def _planned(
     source = resolve_source(name, options.revision, say, fetch=prepare)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
-        drafts = plan_drafts(options, say, fetch=prepare)
+        drafts = plan_drafts(options, source, say, fetch=prepare)
         planned = _plan(source, name, options, say, prepare or name is None, copies, drafts)
         if drafts is not None and drafts.model is not None:
             drafts.model.check(planned.tokenizer)
@@ -212,7 +212,8 @@ def _plan_as_it_is(
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
     images = ImageProcessor(small) if options.images else None
-    mixture = open_in_place(source, small, images=options.images)
+    zoo = MLX_VLM if drafts is not None and drafts.of_own_head else None
+    mixture = open_in_place(source, small, zoo, images=options.images)
     copies.close()  # before the first load reads and compares all weights
     plan, build, foresee = plan_in_place(source, mixture, options, drafts, images)
     return Planned(plan, tokenizer, defaults, build, foresee, drafts)

@@ -12,6 +12,8 @@ import mlx.core as mx
 from ..errors import FlashError
 from ..source.remote_code import refusing_remote_code
 from ..source.zoos import TEXT
+from ..text.draft_head import HiddenStates
+from ..text.token_loop import cached_tokens
 
 # What mlx-vlm's `load_model` calls to read a file of tensors, to rename the tensors, and to put them into the model.
 READ, RENAME, FILL = "_load_safetensors", "sanitize_weights", "load_model_weights"
@@ -65,23 +67,34 @@ def load_by_mlx_vlm(
 
 
 def as_text_model(model: Any) -> Any:
-    """The same model, whose call takes tokens (B, T) and a prompt cache and returns logits (B, T, V), like mlx-lm's."""
+    """The same model, whose call takes tokens (B, T) and a prompt cache and returns logits (B, T, V), like mlx-lm's.
+
+    Its calls with a prompt cache note their hidden states in its `states`, unless that is None.
+    """
     from mlx_vlm.models.cache import make_prompt_cache
 
     kind: Any = type(model)
 
     class TextModel(kind):  # type: ignore[misc]
         most_positions = MOST_POSITIONS
+        states: HiddenStates | None = None
 
         def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
             text = self[TEXT]
             sight = getattr(cache[0], "sight", None) if cache else None
             if sight is not None:  # the prompt has images
+                if self.states is not None:
+                    self.states.forget()
                 return sight(text, inputs, cache)  # type: ignore[no-any-return]
             if hasattr(text, "_rope_deltas"):
                 # These belong to the last prompt with images. Where they are kept, a text counts its tokens.
                 text._position_ids, text._rope_deltas = None, mx.zeros((inputs.shape[0], 1), mx.int32)
-            return text(inputs, cache=cache).logits  # type: ignore[no-any-return]
+            if self.states is None or not cache:
+                return text(inputs, cache=cache).logits  # type: ignore[no-any-return]
+            place = cached_tokens(cache)
+            found = text(inputs, cache=cache, return_hidden=True)
+            self.states.note(cache, place, found.hidden_states)
+            return found.logits  # type: ignore[no-any-return]
 
         @property
         def layers(self) -> Any:

@@ -28,8 +28,8 @@ class LoadOptions:
     kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
     prefill_chunk: tokens of a prompt that are read in one pass. This may change the text.
     io: "direct" to read past the page cache, or "buffered".
-    draft: "ngram" to draft tokens by repeating what followed the same words before, or "none". This may change the text
-        by rounding.
+    draft: "ngram" to draft tokens by repeating what followed the same words before, "mtp" to draft with the
+        checkpoint's own head, wholly in memory, where mlx-vlm runs it, or "none". This may change the text by rounding.
     draft_model: a folder or a Hugging Face repository with a small model of the same vocabulary, which drafts tokens.
         It is wholly in memory. This may change the text by rounding.
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The

@@ -28,7 +28,7 @@ from .encoding import common_prefix
 from .ngrams import NgramIndex
 from .rewinding import Rewinder
 
-NGRAM, MODEL = "ngram", "model"  # ways of drafting
+NGRAM, MODEL, HEAD = "ngram", "model", "mtp"  # ways of drafting
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token ids (1,)
 
@@ -46,6 +46,12 @@ class Drafter(Protocol):
         """At most `count` tokens that may follow."""
 
     def end(self) -> None: ...
+
+
+class DraftSource(Protocol):
+    """What is in memory to make drafts of any text."""
+
+    def begin(self, sampler: Sampler, vocabulary: int, cache: list[Any]) -> Drafter: ...
 
 
 class NgramDrafter:
@@ -83,7 +89,7 @@ class DraftModel:
         self.model, self.positions = model, positions
         self._kept: list[_Fed] = []  # at most one; empty while a text uses it
 
-    def begin(self, sampler: Sampler, vocabulary: int) -> ModelDrafter:
+    def begin(self, sampler: Sampler, vocabulary: int, _: list[Any]) -> ModelDrafter:
         """The drafter of a new text. vocabulary: number of logits of the model that verifies, V."""
         return ModelDrafter(self, sampler, vocabulary)
 
@@ -177,29 +183,38 @@ class ModelDrafter:
         return logits
 
     def _chosen(self, logits: mx.array) -> mx.array:
-        """Logits (1, n, V of the draft model) -> the token that is chosen after the last one, (1,)."""
-        last = logits[:, -1, : self.vocabulary].astype(mx.float32)
-        if (missing := self.vocabulary - last.shape[-1]) > 0:  # The random numbers depend on the shape.
-            last = mx.concatenate([last, mx.full((1, missing), -mx.inf)], axis=-1)
-        return self.sampler(last - mx.logsumexp(last, keepdims=True))
+        return chosen_by(self.sampler, logits, self.vocabulary)
+
+
+def chosen_by(sampler: Sampler, logits: mx.array, vocabulary: int) -> mx.array:
+    """Logits (1, n, V of what drafts) -> the token that is chosen after the last one, (1,).
+
+    vocabulary: number of logits of the model that verifies.
+    """
+    last = logits[:, -1, :vocabulary].astype(mx.float32)
+    if (missing := vocabulary - last.shape[-1]) > 0:  # The random numbers depend on the shape.
+        last = mx.concatenate([last, mx.full((1, missing), -mx.inf)], axis=-1)
+    return sampler(last - mx.logsumexp(last, keepdims=True))
 
 
 @dataclass
 class Drafting:
     """How a model's drafts are made, and how many.
 
-    kind: NGRAM or MODEL. most_positions: most tokens of a pass, so that it takes the path of decoded tokens. model: the
-    draft model for MODEL. depth: chooses the number of drafts for each request; None for FIRST_DEPTH.
+    kind: NGRAM, MODEL or HEAD. most_positions: most tokens of a pass, so that it takes the path of decoded tokens.
+    model: the draft model for MODEL, the head for HEAD. depth: chooses the number of drafts for each request; None for
+    FIRST_DEPTH.
     """
 
     kind: str
     most_positions: int
-    model: DraftModel | None = None
+    model: DraftSource | None = None
     depth: DraftDepth | None = None
 
     def choose_depth(self) -> int:
         """The most drafts per pass for the next text."""
         return min(FIRST_DEPTH, self.most_positions - 1) if self.depth is None else self.depth.choose()
 
-    def begin(self, sampler: Sampler, vocabulary: int) -> Drafter:
-        return NgramDrafter() if self.model is None else self.model.begin(sampler, vocabulary)
+    def begin(self, sampler: Sampler, vocabulary: int, cache: list[Any]) -> Drafter:
+        """The drafter of a new text. cache: the prompt cache of the model that verifies."""
+        return NgramDrafter() if self.model is None else self.model.begin(sampler, vocabulary, cache)

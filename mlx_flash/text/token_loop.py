@@ -141,7 +141,7 @@ class TokenLoop:
         included.
         """
         self.drafts = DraftCounts(drafting.kind, depth)
-        drafter = drafting.begin(sampler, self.model.flash.vocabulary)
+        drafter = drafting.begin(sampler, self.model.flash.vocabulary, self.cache)
         run = _Runs(self, choose, drafter, self.drafts, self._unread)
         passes: list[Pass] = []
         made = 0

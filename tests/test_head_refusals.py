@@ -65,6 +65,16 @@ def test_a_head_that_does_not_fit_its_configuration(tmp_path: Path) -> None:
         loading.load(folder, memory="2GB", draft="mtp")
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"text_config": {"hidden_size": 64}}, {"hidden_size": None, "vocab_size": 8}, {"text_config": [1]}]
+)
+def test_a_configuration_without_sizes(tmp_path: Path, config: dict[str, object]) -> None:
+    """mlx-vlm has defaults for them, which a plan cannot see."""
+    planned = own_head.PlannedHead(tmp_path, None, config)
+    with pytest.raises(CheckpointError, match="mlx-vlm cannot run the draft head of"):
+        _ = planned._computing_bytes
+
+
 def test_a_draft_model_beside_it(store: Path) -> None:
     with pytest.raises(UsageError, match="draft is 'mtp' and a draft model is given as well"):
         loading.load(store, memory="2GB", draft="mtp", draft_model=store)

@@ -50,8 +50,11 @@ class PlannedHead:
     def _computing_bytes(self) -> int:
         """The head's KV cache, its work space while the cache begins again, and the model's hidden states."""
         text = self.config.get("text_config") or self.config
-        width, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
-        streams = int(text.get("hc_count") or text.get("hc_mult") or 1)
+        try:
+            width, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
+            streams = int(text.get("hc_count") or text.get("hc_mult") or 1)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _cannot_load(self.folder, error) from None
         most = most_tokens(self.head)
         again = max(1, most // 2)
         target = SimpleNamespace(

@@ -12,7 +12,15 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import random_like  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
-from vlm_mixtures import COMMON, MARKS, QWEN_VISION, ROPE, TEMPLATE, make_seeing_mixture  # type: ignore[import-not-found]
+from vlm_mixtures import (  # type: ignore[import-not-found]
+    COMMON,
+    GEMMA4_BESIDE,
+    MARKS,
+    QWEN_VISION,
+    ROPE,
+    TEMPLATE,
+    make_seeing_mixture,
+)
 
 from mlx_flash.source.zoos import random_mlx_vlm_model
 from mlx_flash.text.image_prompts import ImageProcessor
@@ -40,20 +48,6 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "use_double_wide_mlp": False,
     "tie_word_embeddings": True,
-}
-GEMMA4_BESIDE = {
-    "vision_config": {
-        "model_type": "gemma4_vision",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "patch_size": 4,
-        "position_embedding_size": 64,
-    },
-    "audio_config": None,
 }
 GEMMA4_PROCESSOR = {
     "processor_class": "Gemma4Processor",

@@ -57,6 +57,20 @@ LINEAR = {
     "rope_parameters": ROPE,
 }
 # model_type -> (settings of the text model, settings beside it, name of the text model's part; "" if there is none)
+GEMMA4_BESIDE = {
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "position_embedding_size": 64,
+    },
+    "audio_config": None,
+}
 TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "qwen4_exp": (
         {
@@ -312,20 +326,7 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             "use_double_wide_mlp": False,
             "tie_word_embeddings": True,
         },
-        {
-            "vision_config": {
-                "model_type": "gemma4_vision",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 4,
-                "position_embedding_size": 64,
-            },
-            "audio_config": None,
-        },
+        GEMMA4_BESIDE,
         "text_config",
     ),
 }

@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, UsageError
 from ..flash.files import is_store
-from ..flash.plain_files import unreadable
 from ..source.checkpoint_tensors import tensors_in
 from ..source.model_kind import error_line
 from ..source.resolve import resolve_source
@@ -23,7 +22,7 @@ from ..text.drafts import HEAD, MODEL, NGRAM, Drafting, DraftModel
 from ..text.ngrams import BYTES_PER_TOKEN
 from ..text.tokenizer import load_tokenizer
 from .config import holds_mixture, number_of, read_config
-from .lazy_model import lazy_tensors, open_lazily
+from .lazy_model import lazy_tensors, open_lazily, read_all
 from .memory_needs import Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes, runs_as_it_is
 from .options import LoadOptions
@@ -64,11 +63,7 @@ class PlannedDraftModel:
 
     def load(self, _: Any, most_positions: int) -> Drafting:
         """Reads the weights. Raises ReadError."""
-        for array in sorted(self._weights(), key=lambda array: array.nbytes, reverse=True):
-            try:
-                mx.eval(array)
-            except RuntimeError as error:  # MLX names neither file nor tensor
-                raise unreadable(self.folder, error, "a tensor") from None
+        read_all(self._weights(), self.folder, "a tensor")
         return Drafting(MODEL, most_positions, DraftModel(self.model, self.positions))
 
     def _weights(self) -> list[mx.array]:

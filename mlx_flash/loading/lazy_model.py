@@ -6,7 +6,7 @@ A zoo builds the model lazily, from tensors that are handed to it. No family is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,3 +187,12 @@ def _quantised(folder: Path, small: Path, dtype_of: dict[str, str]) -> str | Non
             f"{UNQUANTISED}"
         )
     return kind
+
+
+def read_all(arrays: Iterable[mx.array], folder: Path, what: str) -> None:
+    """Reads lazy arrays of a checkpoint, the largest first. what: one of them, for messages. Raises ReadError."""
+    for array in sorted(arrays, key=lambda array: array.nbytes, reverse=True):
+        try:
+            mx.eval(array)
+        except RuntimeError as error:  # MLX names neither file nor tensor
+            raise unreadable(folder, error, what) from None

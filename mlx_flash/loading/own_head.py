@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, FlashError, UsageError
 from ..flash.files import is_store
-from ..flash.plain_files import unreadable
 from ..source.checkpoint_tensors import tensors_in
 from ..source.model_kind import error_line, refuse_own_code
 from ..source.remote_code import refusing_remote_code
@@ -22,7 +21,7 @@ from ..text.draft_head import DraftHead, most_tokens
 from ..text.drafts import HEAD, Drafting
 from .config import read_config
 from .graph_memory import Evaluation, peak_bytes, trace
-from .lazy_model import lazy_tensors
+from .lazy_model import lazy_tensors, read_all
 from .memory_needs import LOGITS_COPIES
 from .streaming_needs import loading_excess_bytes
 
@@ -94,11 +93,7 @@ class PlannedHead:
 
     def load(self, model: Any, most_positions: int) -> Drafting:
         """Reads the weights, and makes the model note its hidden states. Raises ReadError."""
-        for _, array in sorted(self._weights(), key=lambda item: item[1].nbytes, reverse=True):
-            try:
-                mx.eval(array)
-            except RuntimeError as error:  # MLX names neither file nor tensor
-                raise unreadable(self.folder, error, "a tensor of the draft head") from None
+        read_all([array for _, array in self._weights()], self.folder, "a tensor of the draft head")
         made = DraftHead(self.head, model)
         model.states = made.states
         return Drafting(HEAD, most_positions, made)

@@ -16,6 +16,7 @@ from mlx_flash.loading import load as loading
 from mlx_flash.server.access import Access
 from mlx_flash.server.app import make_app
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
+from mlx_flash.server.library import Library
 from mlx_flash.server.serving import HttpThread, bind, url_of
 from mlx_flash.text import prompt_cache
 
@@ -53,8 +54,8 @@ class Server:
 
     @property
     def totals(self) -> dict[str, float]:
-        assert self.engine.monitor is not None
-        return self.engine.monitor.totals
+        assert self.engine.switch.totals is not None
+        return self.engine.switch.totals
 
 
 @contextlib.contextmanager
@@ -65,20 +66,25 @@ def serving(
     key: str | None = None,
     wait: bool = True,
     access: Access | None = None,
+    library: Callable[[Engine], Library] | None = None,
 ) -> Iterator[Server]:
-    """Runs a server. wait: until the model is loaded. access: None for one that accepts only `key`."""
+    """Runs a server. wait: until the model is loaded. access: None for one that accepts only `key`.
+
+    library: makes the one of this engine; the server's own model is still loaded by `load`.
+    """
     engine = Engine(name, "somewhere", limit)
+    models = None if library is None else library(engine)
     bound = bind("127.0.0.1", 0)
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
-            engine.run(load)
+            engine.run(lambda _: load())
         except BaseException as error:  # reported below
             raised.append(error)
 
     thread = threading.Thread(target=run)
-    with HttpThread(make_app(engine, access or Access(key=key)), bound) as http:
+    with HttpThread(make_app(engine, access or Access(key=key), models), bound) as http:
         thread.start()
         try:
             if wait:
@@ -88,6 +94,8 @@ def serving(
             engine.stop()
             thread.join(PATIENCE_S)
             assert not thread.is_alive()
+    if models is not None:
+        models.close()
     if wait and raised:
         raise raised[0]
 

@@ -201,7 +201,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic, server: Server) -> None
     assert counted == usage.input_tokens + usage.cache_read_input_tokens
     body = {"messages": [{"role": "user", "content": "Never seen before: " + "z" * 50}]}
     counted = server.post("/messages/count_tokens?beta=true", body).json()["input_tokens"]
-    server.engine._turns.forget()  # an empty cache
+    server.engine.switch.loaded.turns.forget()  # an empty cache
     usage = server.post("/messages", {**body, "max_tokens": 1}).json()["usage"]
     assert usage["input_tokens"] == counted and usage["cache_read_input_tokens"] == 0
 

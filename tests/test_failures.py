@@ -20,6 +20,7 @@ from mlx_flash.errors import ReadError
 from mlx_flash.flash.plain_files import reading
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import Job, Sampling
+from mlx_flash.server.loaded_model import LoadedModel
 from mlx_flash.source.failures import REPORT
 from mlx_flash.text import cached_context
 from mlx_flash.text import prompt_cache as turns_module
@@ -110,7 +111,7 @@ def test_the_menu_bar_app_shows_that_sentence() -> None:
 def test_the_server_answers_500_with_a_sentence(error: Exception, said: str) -> None:
     engine = Engine("some", "")
     told: list[Any] = []
-    engine.monitor = MagicMock()
+    engine.switch.loaded = LoadedModel(None, None, monitor=MagicMock())
     engine._generate = MagicMock(side_effect=error)  # type: ignore[method-assign]
     engine._serve(Job(ids=[1], max_tokens=1, sampling=Sampling(), tell=told.append))
     (answer,) = told

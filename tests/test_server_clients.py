@@ -121,7 +121,7 @@ def test_a_full_queue_has_room_for_a_request_that_has_begun(load_speaker: Callab
     with serving(load_speaker) as server:
         several = Caller(server, True, {**PROMPT, "n": 3, "max_tokens": 2})
         gate.go_on_to("prompt", 0)
-        server.engine.limit = 0
+        server.engine.places.limit = 0
         gate.open()
         answer = several.read_all()
         assert b"queue_full" not in answer and answer.count(b'"finish_reason":"length"') == 3

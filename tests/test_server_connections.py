@@ -275,14 +275,8 @@ def test_names_of_this_server() -> None:
 
 
 def test_telling_a_client_whose_loop_has_ended_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoEngine:
-        def submit(self, job: Any) -> None:
-            pass
-
-    engine: Any = NoEngine()
-
     async def wait() -> answering.Waiting:
-        return answering.Waiting(engine, ids=[1], max_tokens=1, sampling=None, stop=(), top_logprobs=None)
+        return answering.Waiting(lambda _: None, ids=[1], max_tokens=1, sampling=None, stop=(), top_logprobs=None)
 
     waiting = asyncio.run(wait())
     monkeypatch.setattr(waiting._loop, "is_closed", lambda: False)  # as it was a moment before

@@ -20,6 +20,7 @@ from mlx_flash.server.apis.openai_common import NOT_DONE, NOT_DONE_IN_CHAT, pars
 from mlx_flash.server.apis.openai_completions import CompletionRequest
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.engine import Engine
+from mlx_flash.server.loaded_model import LoadedModel
 from mlx_flash.server.prompts import encode_dialogue, encode_prompt_of, room_for
 from mlx_flash.text import template_process
 from mlx_flash.text.chat_template import RESERVED_VARIABLES
@@ -72,7 +73,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     def make(template: Any = None, **options: Any) -> Engine:
         engine = Engine("some", "")
         folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template, **options)
-        engine.model, engine.tokenizer = Model, load_tokenizer(folder)
+        engine.switch.loaded = LoadedModel(Model, load_tokenizer(folder))
         engines.append(engine)
         return engine
 

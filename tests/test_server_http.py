@@ -92,7 +92,8 @@ def events_of(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_events_tell_of_prompt_tokens_and_end(server: Server, gate: Gate) -> None:  # noqa: F811
     gate.open()
-    assert server.engine.monitor is not None
+    loaded = server.engine.switch.loaded
+    assert loaded is not None and loaded.monitor is not None
     with server.client() as client, client.stream("GET", "/events") as listening:
         assert listening.headers["content-type"].startswith("text/event-stream")
         events = events_of(listening.iter_lines())
@@ -122,7 +123,7 @@ def test_events_tell_of_prompt_tokens_and_end(server: Server, gate: Gate) -> Non
     until(lambda: not server.engine.hub.listening)
     server.post(CHAT, SHORT)
     server.idle()
-    assert not server.engine.monitor.live.watching  # it costs nothing now
+    assert not loaded.monitor.live.watching  # it costs nothing now
 
 
 def test_an_idle_event_stream_is_kept_alive_and_ends_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -29,8 +28,10 @@ from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.server.apis.openai_completions import CompletionRequest
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
-from mlx_flash.server.engine import READY, Engine
+from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import End, Job
+from mlx_flash.server.loaded_model import LoadedModel
+from mlx_flash.server.places import Place
 from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.images import MOST_WAITING
@@ -200,7 +201,7 @@ TEMPLATE = (
 
 def test_a_chat_template_is_followed(store: Path, open_model: Callable[..., Any]) -> None:
     engine = Engine("some", "")
-    engine.model, engine.tokenizer = open_model(store), load_tokenizer(store)
+    engine.switch.loaded = LoadedModel(open_model(store), load_tokenizer(store))
     messages: list[dict[str, Any]] = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
@@ -241,8 +242,7 @@ def test_a_client_that_leaves_as_an_item_comes(turns: int) -> None:
     """A cancellation at any time after the item ends the wait. Otherwise the engine would not be told."""
 
     async def leave() -> None:
-        engine: Any = SimpleNamespace(submit=lambda _: None)
-        waiting = Waiting(engine, ids=[], max_tokens=1, sampling=jobs.Sampling())
+        waiting = Waiting(lambda _: None, ids=[], max_tokens=1, sampling=jobs.Sampling())
         task = asyncio.ensure_future(waiting.next())
         await asyncio.sleep(0.01)
         waiting._items.put_nowait(End("length", 1, 0, 1))
@@ -262,15 +262,20 @@ def test_few_prompts_with_images_wait_at_a_time() -> None:
         return Job([1], 1, Sampling(), lambda _: None, seen=seen, begun=begun)
 
     engine = Engine("some", "")
-    engine.state = READY
-    waiting = [job(seen="pixels") for _ in range(MOST_WAITING)]
-    for each in waiting:
-        engine.submit(each)
+    engine.places.set_model(engine.switch.current, loaded=True)
+
+    def submit(job: Job) -> Place:
+        place = Place(None)
+        engine.places.take(place)
+        engine.places.fill(place, job)
+        return place
+
+    waiting = [submit(job(seen="pixels")) for _ in range(MOST_WAITING)]
     with pytest.raises(ApiError, match=f"{MOST_WAITING} requests with images are waiting") as caught:
-        engine.submit(job(seen="pixels"))
+        submit(job(seen="pixels"))
     assert caught.value.status == 429
-    engine.submit(job())
-    engine.submit(job(seen="pixels", begun=True))
+    submit(job())
+    submit(job(seen="pixels", begun=True))
     for each in waiting:
-        each.leave()
-    engine.submit(job(seen="pixels"))
+        engine.places.leave(each)
+    submit(job(seen="pixels"))

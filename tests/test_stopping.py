@@ -284,7 +284,7 @@ def signals_pending(process: subprocess.Popen[str]) -> bool:
 def test_a_server_that_hangs_ends_as_it_was_told() -> None:
     work = """
     class Engine:
-        ready = True
+        stoppable = True
         def stop(self): pass
     with Signals(Engine()):
         ready_and_stuck_in_c()"""

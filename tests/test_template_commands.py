@@ -21,6 +21,7 @@ from mlx_flash.server.apis.openai_chat import ChatRequest
 from mlx_flash.server.apis.openai_common import parse
 from mlx_flash.server.apis.question import Dialogue
 from mlx_flash.server.engine import Engine
+from mlx_flash.server.loaded_model import LoadedModel
 from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text import template_process
 from mlx_flash.text.conversation import Conversation
@@ -124,7 +125,7 @@ def test_the_server_applies_a_template_in_code(in_code: Any) -> None:
                 context = 999
 
     engine = Engine("some", "")
-    engine.model, engine.tokenizer = Model, in_code
+    engine.switch.loaded = LoadedModel(Model, in_code)
     request = parse(ChatRequest, json.dumps({"messages": [SYSTEM, HI]}).encode())
     request.check()
     assert encode_chat(engine, request) == ids_of(in_code, SYSTEM, HI)

@@ -26,6 +26,7 @@ from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
 from ..layers.recall import PredictorSetting
+from .load_progress import tell_progress
 from .options import LoadOptions
 from .plan import Plan
 from .runtime import Runtime, evaluate_constants
@@ -129,7 +130,7 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
                 f"{path}: {name} has shape {found}, expected {', '.join(map(str, expected))}. "
                 "Convert the checkpoint again."
             )
-    total = sum(parameter.size for parameter in wanted.values()) * dtype.size
+    total, done = sum(parameter.size for parameter in wanted.values()) * dtype.size, 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for name in sorted(wanted, key=lambda name: wanted[name].size, reverse=True):
             tensor = tensors.take(name)
@@ -143,6 +144,8 @@ def _load_resident(model: Any, folder: Path, manifest: Manifest, dtype: mx.Dtype
             mx.eval(tensor)
             model.load_weights([(name, tensor)], strict=False)
             bar.update(tensor.nbytes)
+            done += tensor.nbytes
+            tell_progress("reading weights", done, total)
 
 
 def backend_multiplies_packed() -> bool:

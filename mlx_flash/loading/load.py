@@ -43,6 +43,7 @@ def load(
     options: LoadOptions | None = None,
     *,
     say: Callable[[str], None] = lambda _: None,
+    fetch: bool = True,
     **fields: Any,
 ) -> tuple[Any, Any]:
     """Loads a store (or converts a checkpoint first) within a memory budget.
@@ -51,6 +52,7 @@ def load(
         path: folder of a store or of a checkpoint, or a Hugging Face id; None for the packaged demo model.
         options: see LoadOptions.
         say: called with the plan and notes, before anything large is allocated.
+        fetch: whether the Hub may be asked for a newer version of a repository; False for the copy on the disk.
         fields: the fields of LoadOptions, in place of `options`: `load(path, memory="6GB", context=4096)`.
 
     Returns:
@@ -68,7 +70,7 @@ def load(
     Raises:
         BudgetError, UsageError, StoreError and its subclasses, CheckpointError, ConversionError, ReadError.
     """
-    with _planned(path, _options(options, fields), say) as planned:
+    with _planned(path, _options(options, fields), say, fetch=fetch) as planned:
         say(planned.plan.describe())
         if (forecast := planned.foresee()) is not None:
             say(forecast.describe())
@@ -112,7 +114,7 @@ def _foreseen(
 ) -> tuple[Plan, Forecast | None]:
     given = replace(options, verify=False)  # verify would make checksums
     given.check()
-    with _planned(path, given, say, prepare=False) as planned:
+    with _planned(path, given, say, prepare=False, fetch=False) as planned:
         BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
         return planned.plan, planned.foresee() if measure else None
 
@@ -128,14 +130,18 @@ def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions
 
 @contextlib.contextmanager
 def _planned(
-    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], prepare: bool = True
+    path: str | os.PathLike[str] | None,
+    options: LoadOptions,
+    say: Callable[[str], None],
+    prepare: bool = True,
+    fetch: bool = True,
 ) -> Iterator[Planned]:
-    """The model at `path`, ready to be loaded inside this context. prepare: download and convert it if needed."""
+    """The model at `path`, ready to be loaded inside this context. prepare: convert it. fetch: download it."""
     name = None if path is None else os.fspath(path)
-    source = resolve_source(name, options.revision, say, fetch=prepare)
+    source = resolve_source(name, options.revision, say, fetch=fetch)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
-        drafts = plan_drafts(options, source, say, fetch=prepare)
+        drafts = plan_drafts(options, source, say, fetch=fetch)
         planned = _plan(source, name, options, say, prepare or name is None, copies, drafts)
         if drafts is not None and drafts.model is not None:
             drafts.model.check(planned.tokenizer)

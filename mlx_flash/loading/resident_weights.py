@@ -17,6 +17,7 @@ from ..flash.table_rows import summed_segments
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import Ranges, RangeSums
 from .in_place_model import InPlaceModel
+from .load_progress import tell_progress
 from .moves import primitives_of
 from .verification import differs
 
@@ -104,7 +105,7 @@ def read_resident(mixture: InPlaceModel, files: Sequence[UnitFile] | None = None
     known = {source for names in mixture.sources.values() for source in names}
     unknown = [name for name in mixture.tensors if name not in known]
     arrays = sorted(mixture.resident(), key=lambda item: item[1].nbytes, reverse=True)
-    total = sum(array.nbytes for _, array in arrays)
+    total, done = sum(array.nbytes for _, array in arrays), 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < 500e6, leave=False) as bar:
         for name, array in arrays:
             try:
@@ -114,6 +115,8 @@ def read_resident(mixture: InPlaceModel, files: Sequence[UnitFile] | None = None
             if files is not None:
                 _compare_read(mixture, files, mixture.sources.get(name, unknown))
             bar.update(array.nbytes)
+            done += array.nbytes
+            tell_progress("reading weights", done, total)
     if files is not None:
         of_streamed = mixture.behind(mixture.streamed)
         _compare_read(mixture, files, [name for name in mixture.tensors if name not in of_streamed])

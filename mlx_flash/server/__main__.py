@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
-from ..cli.model_arguments import add_model_arguments, load_model, options_of
+from ..cli.model_arguments import add_model_arguments, options_of
 from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..cli.terminal import say
 from ..defaults import KEY_VARIABLE
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server"),
-        description="Serves one model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests "
+        description="Serves a model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests "
         "wait in a queue; one is answered at a time. The address goes to standard output, everything else to standard "
         "error. If a request does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from "
         "the model's generation_config.json, else from OpenAI's defaults (temperature 1).",
@@ -60,7 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--strict-names",
         action="store_true",
-        help="refuse requests that name another model (default: every name stands for the loaded model)",
+        help="refuse requests that name a model which is not in the list (default: every such name stands for the "
+        "loaded model)",
+    )
+    http.add_argument(
+        "--idle-unload",
+        type=_duration,
+        metavar="TIME",
+        help="close the model after this time without requests, such as 90s, 15m or 2h, and give its memory back; the "
+        "next request loads it again (default: keep it loaded)",
     )
     http.add_argument(
         "--allow-origin",
@@ -97,6 +107,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _duration(text: str) -> float:
+    """Seconds of "90s", "15m" or "2h". Raises ArgumentTypeError."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", text.strip())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a time such as 90s, 15m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def _json_object(text: str) -> dict[str, Any]:
     """The object in a JSON text. Raises ArgumentTypeError."""
     try:
@@ -111,7 +129,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 class Signals:
-    """Handles Ctrl-C and SIGTERM. While the model loads, they end the server at once.
+    """Handles Ctrl-C and SIGTERM. While a model loads, they end the server at once.
 
     Later, the first one asks the engine to stop, and a second one ends the server at once. `code` is then the exit
     code: 130 after Ctrl-C, 0 after SIGTERM.
@@ -134,7 +152,7 @@ class Signals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         insists, self.code = self.code is not None, self.CODES[signal.Signals(number)]
-        if self.engine.ready and not insists:
+        if self.engine.stoppable and not insists:
             self.engine.stop()
         elif number == signal.SIGINT:
             raise Interrupted
@@ -167,18 +185,22 @@ def main(arguments: argparse.Namespace) -> int:
     from ..source.resolve import demo_folder
     from .app import make_app
     from .engine import Engine
+    from .library import Library
 
     path = arguments.model if arguments.model is not None else str(demo_folder())
     if Path(path).is_dir():
         path = str(Path(path).resolve())
     engine = Engine(access.names[0] if access.names else model_name(arguments.model), path)
+    engine.idle_unload_s = arguments.idle_unload
     engine.template_variables, engine.thinking_tokens = arguments.chat_template_args, arguments.thinking_budget
     if ALL in access.origins and key is None:
         say("note: with --allow-origin '*' and without a key, every web page that you open can use this server")
-    with HttpThread(make_app(engine, access), bound), Signals(engine) as signals:
+    names = tuple(dict.fromkeys((engine.name, *access.names)))
+    library = Library(engine, names, arguments.model, options_of(arguments), say)
+    with closing(library), HttpThread(make_app(engine, access, library), bound), Signals(engine) as signals:
         print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
         try:
-            engine.run(lambda: load_model(arguments, say))
+            engine.run(library.load_own)
         except (KeyboardInterrupt, SystemExit):
             if signals.code is None:
                 raise

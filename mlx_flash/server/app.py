@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from .access import DEFAULT_MODEL, Access
-from .answering import answer
+from .access import Access
+from .answering import Answering, LateStream, Turn, answer
 from .api_errors import ApiError
 from .apis.answer_form import AnswerForm
-from .apis.anthropic import MessagesForm, MessagesRequest, TokenCountRequest, anthropic_model, anthropic_models
-from .apis.error_forms import error_response, speaks_anthropic
+from .apis.anthropic import MessagesForm, MessagesRequest, TokenCountRequest
+from .apis.error_forms import error_response
 from .apis.ollama import (
     OllamaChatForm,
     OllamaChatRequest,
@@ -39,21 +38,23 @@ from .apis.responses_answer import ResponsesForm
 from .bodies import Bodies
 from .engine import FAILED, LOADING, Engine
 from .guard import Guard
+from .library import Library
 from .metrics import exposition
+from .model_routes import ModelRoutes
 from .ollama_model import AboutModel
 from .openapi import description
 from .preparing import jobs_for
 from .prompts import encode_dialogue
 from .stats_report import statistics
-from .streams import EventStream, Gone
+from .streams import EventStream, Gone, unless_gone
 
 PAGE = Path(__file__).parent / "page"
 FRESH = {"Cache-Control": "no-cache"}  # A newer server must not be used with an older page.
 
 
-def make_app(engine: Engine, access: Access) -> ASGIApp:
-    """The server's ASGI application."""
-    routes = Routes(engine, access)
+def make_app(engine: Engine, access: Access, library: Library | None = None) -> ASGIApp:
+    """The server's ASGI application. library: the models that it may load; None for its first one alone."""
+    routes = Routes(engine, access, library)
     app = Starlette(
         routes=[
             *routes.api("/v1"),
@@ -64,6 +65,9 @@ def make_app(engine: Engine, access: Access) -> ASGIApp:
             Route("/stats", routes.stats),
             Route("/metrics", routes.metrics),
             Route("/events", routes.events),
+            Route("/library", routes.models.listing),
+            Route("/library/load", routes.models.load, methods=["POST"]),
+            Route("/library/unload", routes.models.unload, methods=["POST"]),
             Route("/", routes.page),
             *([Mount("/page", _PageFiles(directory=PAGE))] if PAGE.is_dir() else []),
         ],
@@ -86,13 +90,11 @@ class _PageFiles(StaticFiles):
 
 
 class Routes:
-    def __init__(self, engine: Engine, access: Access) -> None:
+    def __init__(self, engine: Engine, access: Access, library: Library | None) -> None:
         self.engine = engine
-        self.names = tuple(dict.fromkeys((engine.name, *access.names)))
-        self.strict_names = access.strict_names
         self.bodies = Bodies()
+        self.models = ModelRoutes(engine, access, library, self.bodies)
         self.recent = RecentItems()
-        self.created = int(time.time())
 
     def api(self, prefix: str) -> list[Route]:
         """The routes of OpenAI's and Anthropic's APIs."""
@@ -103,13 +105,13 @@ class Routes:
             self._answers(f"{prefix}/messages", MessagesRequest, MessagesForm),
             Route(f"{prefix}/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route(f"{prefix}/responses/{{id}}", self.response, methods=["GET", "DELETE"]),
-            Route(f"{prefix}/models", self.models),
-            Route(f"{prefix}/models/{{name:path}}", self.model),
+            Route(f"{prefix}/models", self.models.models),
+            Route(f"{prefix}/models/{{name:path}}", self.models.model),
         ]
 
     def ollama(self) -> list[Route]:
         """The routes of Ollama's API."""
-        about = AboutModel(self.engine)
+        about = AboutModel(self.engine, self.models)
         return [
             self._answers("/api/chat", OllamaChatRequest, OllamaChatForm),
             self._answers("/api/generate", OllamaGenerateRequest, OllamaGenerateForm),
@@ -124,12 +126,27 @@ class Routes:
 
         async def respond(request: Request) -> Response:
             engine = self.engine
-            async with self._parsed(request, kind) as asked:
+            async with contextlib.AsyncExitStack() as held:
+                asked = await held.enter_async_context(self._parsed(request, kind))
                 if isinstance(asked, ResponsesRequest):
                     asked.find_references(self.recent)
-                question = asked.question(asked.sampling(engine.model.flash.vocabulary, engine.model.flash.defaults))
-                jobs = await asyncio.to_thread(jobs_for, engine, question)
-            return await answer(request, engine, jobs, form(asked, engine.name), bool(asked.stream))
+                turn = held.enter_context(Turn(engine, await self.models.named(asked.model)))
+
+                async def prepare() -> tuple[list[dict[str, Any]], AnswerForm]:
+                    flash = engine.model.flash
+                    question = asked.question(asked.sampling(flash.vocabulary, flash.defaults))
+                    return await asyncio.to_thread(jobs_for, engine, question), form(asked, engine.name)
+
+                stream = bool(asked.stream)
+                if not turn.has_come:
+                    if stream:
+                        return LateStream(turn, prepare, form(asked, engine.name), held.pop_all())
+                    await unless_gone(request.receive, turn.come())
+                jobs, made = await prepare()
+                if not jobs:
+                    return JSONResponse(made.whole([]))
+                answering = Answering(turn, jobs, made)
+            return await answer(request, answering, stream)
 
         return Route(path, respond, methods=["POST"])
 
@@ -138,7 +155,10 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         async with self._parsed(request, TokenCountRequest) as asked:
-            ids, _ = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
+            with Turn(self.engine, await self.models.named(asked.model), limited=False) as turn:
+                if not turn.has_come:
+                    await unless_gone(request.receive, turn.come())
+                ids, _ = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())
         return JSONResponse({"input_tokens": len(ids)})
 
     @contextlib.asynccontextmanager
@@ -146,58 +166,21 @@ class Routes:
         """The checked request, an instance of `kind`. Its body counts as held until the block ends."""
         self.engine.check_ready()
         _check_encoding(request)
-        flash = self.engine.model.flash
-        async with self.bodies.body_of(request, flash.plan.context, flash.images is not None) as body:
+        context, images = self.engine.bounds
+        async with self.bodies.body_of(request, context, images) as body:
             asked = parse(kind, body)
             del body  # which is large if it has images
             asked.check()
-            if self.strict_names and asked.model:
-                self._known(asked.model)
             yield asked
-
-    def _known(self, model: str) -> str:
-        """The name in the list of models. Raises ApiError if `model` does not name the loaded model."""
-        if model == DEFAULT_MODEL:
-            return self.engine.name
-        if model.removesuffix(":latest") in self.names:  # Ollama's clients add the tag.
-            model = model.removesuffix(":latest")
-        if model not in self.names:
-            raise ApiError(
-                404,
-                f"there is no model {model!r:.200}; this server runs {self.engine.name!r}.",
-                param="model",
-                code="model_not_found",
-            )
-        return model
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        """A model in OpenAI's form. Once it is loaded, with the planned context, in the words of other servers."""
-        entry = {"id": name, "object": "model", "created": self.created, "owned_by": "mlx_flash"}
-        if not self.engine.ready:
-            return entry
-        context = self.engine.model.flash.plan.context
-        return {**entry, "context_length": context, "max_model_len": context}
-
-    async def models(self, request: Request) -> Response:
-        if speaks_anthropic(request.scope):
-            return JSONResponse(anthropic_models(self.engine.name, self.created))
-        return JSONResponse({"object": "list", "data": [self._entry(name) for name in self.names]})
-
-    async def model(self, request: Request) -> Response:
-        if not request.path_params["name"]:
-            return await self.models(request)
-        if speaks_anthropic(request.scope) and not self.strict_names:
-            return JSONResponse(anthropic_model(self.engine.name, self.created))
-        return JSONResponse(self._entry(self._known(request.path_params["name"])))
 
     async def openapi(self, _request: Request) -> Response:
         return JSONResponse(description())
 
     async def health(self, _request: Request) -> Response:
         engine = self.engine
-        if engine.state == LOADING:
+        if engine.state == LOADING and not engine.opened:
             return JSONResponse({"status": "loading"}, 503, {"Retry-After": "2"})
-        if engine.state == FAILED:
+        if engine.state == FAILED and not engine.opened:
             return JSONResponse({"status": "failed", "error": engine.failure}, 500)
         engine.check_ready()
         return JSONResponse({"status": "ok", "model": engine.name})

@@ -1,4 +1,4 @@
-"""Runs one model in one thread, one generation at a time. MLX's arrays belong to the thread that makes them.
+"""Runs models in one thread, one generation at a time. MLX's arrays belong to the thread that makes them.
 
 There are no batches: each row of a batch needs its own KV cache, and the plan has room for one context. A step would
 also read the union of the units that its rows need. That is less per token, but each request waits longer.
@@ -6,32 +6,29 @@ also read the union of the units that its rows need. That is less per token, but
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from ..errors import FlashError, GrammarError, ImageError
 from ..source.failures import foreseen
-from ..text.images import MOST_WAITING
 from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
 from .answer_progress import AnswerInProgress
 from .api_errors import ApiError
 from .events import EventHub
 from .jobs import End, Job, Piece, Progress
-from .monitor import Monitor
+from .loaded_model import LoadedModel
+from .model_switch import FAILED, LOADING, READY, STOPPED, ModelSwitch, Target, Tell, why_not_loaded
+from .places import Load, Place, Places, Unload
 
 QUEUE_LIMIT = 64
-LOADING = "loading"
-READY = "ready"
-FAILED = "failed"
-STOPPED = "stopped"
 
 log = logging.getLogger(__name__)
 
@@ -41,47 +38,104 @@ class _Ended(Exception):
 
 
 class Engine:
-    """The queue of jobs and the loop that serves them.
+    """The queue of requests and the loop that serves them.
 
-    Call `run` from the thread that should own the model. Everything else may be called from any thread.
+    Call `run` from the thread that should own the models. Everything else may be called from any thread.
 
-    name: the model's name in the API. path: the model's location, for people to read. limit: of the queue, in jobs.
+    name: the first model's name in the API. path: its location, for people to read. limit: of the queue, in requests.
     """
 
     def __init__(self, name: str, path: str, limit: int = QUEUE_LIMIT) -> None:
-        self.name, self.path, self.limit = name, path, limit
-        self.state, self.failure = LOADING, ""
         self.hub = EventHub()
-        self.model: Any = None
-        self.tokenizer: Any = None
-        self.format: Any = None  # the tokenizer's AnswerFormat
-        self.grammars: Any = None
+        own = Target(name, path, _no_load)
+        self.own_path = path
+        self.switch = ModelSwitch(own, self.hub)
+        self.places = Places(limit, own)
         self.template_variables: dict[str, Any] = {}  # for the chat template, where a request sets none
         self.thinking_tokens: int | None = None  # most tokens of an answer's thoughts; None: no limit
-        self.monitor: Monitor | None = None
+        self.idle_unload_s: float | None = None  # time without requests after which the model is closed
         self.templates = TemplateProcess()
         self.job: Job | None = None  # the job that is running
         self.started = time.monotonic()
-        self._waiting: deque[Job] = deque()
-        self._lock = threading.Lock()
         # A SimpleQueue, because a signal handler may put into it while this thread is inside another of its methods.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
+        self._bounds = (0, False)
 
     # -- from any thread ------------------------------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """The name of the model that answers requests which name no other one."""
+        return self.switch.current.name
+
+    @property
+    def path(self) -> str:
+        return self.switch.current.path
+
+    @property
+    def state(self) -> str:
+        return self.switch.state
+
+    @property
+    def failure(self) -> str:
+        return self.switch.failure
+
+    @property
     def ready(self) -> bool:
+        """Whether a model is loaded."""
         return self.state == READY
 
+    @property
+    def opened(self) -> bool:
+        """Whether the first model was loaded. From then on requests wait for a model that is being loaded."""
+        return self.switch.loads > 0
+
+    @property
+    def stoppable(self) -> bool:
+        """Whether `stop` has an effect soon: not while a model is being loaded."""
+        return self.state not in (LOADING, STOPPED)
+
+    # What a request needs of the loaded model. Only a request whose place was called may use it.
+
+    @property
+    def model(self) -> Any:
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded.tokenizer
+
+    @property
+    def format(self) -> Any:
+        return self._loaded.format
+
+    @property
+    def grammars(self) -> Any:
+        return self._loaded.grammars
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        if (loaded := self.switch.loaded) is None:
+            raise ApiError(503, "no model is loaded now; try again.", code="loading", retry_after_s=2)
+        return loaded
+
+    @property
+    def bounds(self) -> tuple[int, bool]:
+        """(tokens of the context, whether images are read) of the loaded model, or of the last one."""
+        if (loaded := self.switch.loaded) is not None:
+            flash = loaded.model.flash
+            self._bounds = flash.plan.context, flash.images is not None
+        return self._bounds
+
     def check_ready(self) -> None:
-        """Raises ApiError if the model is not ready."""
-        if self.state == LOADING:
+        """Raises ApiError if the server does not take requests: the first model was not loaded, or the server stops."""
+        if self.state == LOADING and not self.opened:
             raise ApiError(503, "the model is being loaded; try again soon.", code="loading", retry_after_s=2)
-        if self.state == FAILED:
+        if self.state == FAILED and not self.opened:
             raise ApiError(500, f"the model could not be loaded: {self.failure}", code="load_failed")
         if self.state == STOPPED or self._stopping:
-            raise ApiError(503, "the server is stopping.", code="stopping")
+            raise _stopping()
 
     def make_room_for_grammars(self) -> None:
         """Takes the memory of structured answers out of that of the prompt caches. Raises ApiError if that is small."""
@@ -94,30 +148,23 @@ class Engine:
                 f"but they have {planned / 1e6:.0f} MB. Start it with --prompt-cache {-(-needed // 10**6)}MB or more.",
                 code="no_memory",
             )
-        self._turns.planned_bytes = planned - needed
+        self._loaded.turns.planned_bytes = planned - needed
 
-    def submit(self, job: Job) -> None:
-        """Puts a job at the end of the queue. Raises ApiError if it is full, unless the job's request has begun."""
-        with self._lock:
-            self.check_ready()
-            for left in [job for job in self._waiting if job.left]:
-                self._waiting.remove(left)
-            if len(self._waiting) >= self.limit and not job.begun:
-                raise ApiError(
-                    429,
-                    f"the queue is full: {len(self._waiting)} requests are waiting; try again later.",
-                    code="queue_full",
-                    retry_after_s=5,
-                )
-            seeing = sum(waiting.seen is not None for waiting in self._waiting)
-            if job.seen is not None and seeing >= MOST_WAITING and not job.begun:
-                raise ApiError(
-                    429,
-                    f"{seeing} requests with images are waiting, the most; try again later.",
-                    code="queue_full",
-                    retry_after_s=5,
-                )
-            self._waiting.append(job)
+    def take(self, place: Place, limited: bool = True) -> None:
+        """Gives a request its place in the queue. Raises ApiError if it is full, unless it is not `limited`."""
+        self.check_ready()
+        self.places.take(place, limited)
+        self._wake.put(None)
+
+    def fill(self, place: Place, job: Job, more: bool = False) -> None:
+        """Puts the next job of a request into its place. more: whether others follow. Raises ApiError."""
+        self.check_ready()
+        self.places.fill(place, job, more)
+        self._wake.put(None)
+
+    def leave(self, place: Place) -> None:
+        """Gives up a request's place, and what runs for it."""
+        self.places.leave(place)
         self._wake.put(None)
 
     def stop(self) -> None:
@@ -127,63 +174,79 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        with self._lock:
-            return sum(not job.left for job in self._waiting)
+        return self.places.waiting
 
-    @property
-    def prompt_caches(self) -> Any:
-        return self._turns.statistics()
+    # -- the models' thread ---------------------------------------------------------------------------------
 
-    # -- the model's thread ---------------------------------------------------------------------------------
+    def run(self, load: Callable[[Tell], tuple[Any, Any]]) -> None:
+        """Loads the first model, then serves requests until `stop`. Raises the errors of `load`.
 
-    def run(self, load: Callable[[], tuple[Any, Any]]) -> None:
-        """Loads the model, then serves jobs until `stop`. Raises the errors of `load`."""
+        load: returns (model, tokenizer). Its argument receives the progress. It is called again when the model was
+        closed and a request needs it.
+        """
+        own = replace(self.switch.current, load=load)
+        self.switch.load(own)
+        self.places.set_model(own, loaded=True)
         try:
-            self.model, self.tokenizer = load()
-            from ..text.answer_parts import AnswerFormat
-            from ..text.grammar import Grammars
-            from ..text.prompt_cache import ReusedPromptCache  # The import of mlx-lm is part of loading.
-
-            self.format = AnswerFormat(self.tokenizer)
-            self.grammars = Grammars(self.tokenizer, self.model.flash.vocabulary)
-            self._turns = ReusedPromptCache(self.model)
-            self.monitor = Monitor(self.model, self.hub)
-        except Exception as error:
-            self.failure, self.state = foreseen(error) or str(error) or type(error).__name__, FAILED
-            raise
-        except BaseException:  # such as a signal
-            self.state = STOPPED
-            raise
-        try:
-            self.state = READY
             while not self._stopping:
-                self._wake.get()
-                if (job := self._next()) is not None:
-                    self._serve(job)
+                if not self._step():
+                    self._wait()
         finally:
             self._clear_up()
 
     def _clear_up(self) -> None:
-        with self._lock:
-            self.state = STOPPED
-            waiting, self._waiting = self._waiting, deque()
-        for job in waiting:
-            job.tell(_stopping())
+        self.switch.state = STOPPED
+        self.places.close(_stopping())
         self.hub.close()
         self.templates.close()
-        self.model.flash.close()
+        self.switch.close()
 
-    def _next(self) -> Job | None:
-        with self._lock:
-            while self._waiting and not self._stopping:
-                if not (job := self._waiting.popleft()).left:
-                    return job
-        return None
+    def _step(self) -> bool:
+        """Does what the queue asks for next. Returns whether there was something to do."""
+        step = self.places.next()
+        if isinstance(step, Place):
+            try:
+                assert step.serving is not None
+                if not step.serving.left:
+                    self._serve(step.serving)
+            finally:
+                self.places.served(step)
+        elif isinstance(step, Load):
+            self._load(step.target)
+        elif isinstance(step, Unload):
+            self.switch.unload()
+        return step is not None
+
+    def _load(self, target: Target) -> None:
+        try:
+            self.switch.load(target, self._check_stopping)
+        except _Ended:
+            return
+        except Exception as error:
+            self.places.fail(target, why_not_loaded(target.name, error))
+        self.places.set_model(self.switch.current, self.switch.loaded is not None)
+
+    def _check_stopping(self) -> None:
+        if self._stopping:
+            raise _Ended
+
+    def _wait(self) -> None:
+        """Waits for a request, or until the model was idle for so long that it is closed."""
+        left = None
+        if self.idle_unload_s is not None and self.switch.loaded is not None and self.places.empty:
+            left = self.places.quiet_since + self.idle_unload_s - time.monotonic()
+            if left <= 0:
+                if self.places.retire():
+                    self.switch.unload()
+                return
+        with contextlib.suppress(queue.Empty):
+            self._wake.get(timeout=left)
 
     def _serve(self, job: Job) -> None:
-        assert self.monitor is not None
+        monitor = self._loaded.monitor
+        assert monitor is not None
         self.job = job
-        self.monitor.begin(job)
+        monitor.begin(job)
         failed = True
         try:
             job.tell(self._generate(job))
@@ -205,7 +268,7 @@ class Engine:
             job.tell(_stopping())
             raise
         finally:
-            self.monitor.end(failed)
+            monitor.end(failed)
             self.job = None
 
     def _generate(self, job: Job) -> End:
@@ -214,7 +277,7 @@ class Engine:
         from ..text.detokenizer import Detokenizer
         from .prompt_echo import PromptEcho, chunk_for, text_of
 
-        monitor, turns = self.monitor, self._turns
+        monitor, turns = self._loaded.monitor, self._loaded.turns
         assert monitor is not None
 
         def check() -> None:
@@ -285,3 +348,7 @@ class Engine:
 
 def _stopping() -> ApiError:
     return ApiError(503, "the server is stopping.", code="stopping")
+
+
+def _no_load(_tell: Tell) -> tuple[Any, Any]:
+    raise AssertionError("`run` sets how the first model is loaded")

@@ -45,13 +45,18 @@ class _Snapshot(Collector):
         for name, text in LAST.items():
             if stats["last"] is not None and stats["last"][name] is not None:
                 yield GaugeMetricFamily(f"mlx_flash_last_{name}", text, value=stats["last"][name])
+        library, resident = stats["library"], stats["resident"]
+        yield CounterMetricFamily("mlx_flash_loads", "Models that were loaded.", value=library["loads"])
+        yield CounterMetricFamily("mlx_flash_unloads", "Models that were closed.", value=library["unloads"])
         for name, text, value in (
+            ("model_loaded", "Whether a model is loaded.", int(stats["model"] is not None)),
             ("requests_running", "Requests that are running.", int(stats["now"] is not None)),
             ("requests_waiting", "Requests in the queue.", stats["queue"]["waiting"]),
             ("memory_bytes", "Memory of this process.", stats["memory"]["current_bytes"]),
             ("memory_peak_bytes", "Peak memory of this process.", stats["memory"]["peak_bytes"]),
             ("memory_budget_bytes", "The memory budget.", stats["memory"]["budget_bytes"]),
-            ("resident_share", "Share of all units that are in slots.", stats["resident"]["share"]),
+            ("resident_share", "Share of all units that are in slots.", resident and resident["share"]),
             ("uptime_seconds", "Seconds since the start.", stats["uptime_s"]),
         ):
-            yield GaugeMetricFamily(f"mlx_flash_{name}", text, value=value)
+            if value is not None:  # while no model is loaded
+                yield GaugeMetricFamily(f"mlx_flash_{name}", text, value=value)

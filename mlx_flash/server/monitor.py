@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 SHORTEST_EVENT_GAP_S = 0.05
 SPEED_OVER_S = 2.0  # The speed shown is the mean of the tokens of this time.
+NO_TOTALS: dict[str, float] = {
+    **dict.fromkeys(("requests", "failed", "prompt_tokens", "generated_tokens", "bytes_read"), 0),
+    **dict.fromkeys(("drafted_tokens", "accepted_tokens"), 0),
+    "seconds_generating": 0.0,
+}
 
 
 class Monitor:
     """Records what the engine does. The engine's thread writes; any thread may read, as values are replaced whole."""
 
-    def __init__(self, model: Any, hub: EventHub) -> None:
+    def __init__(self, model: Any, hub: EventHub, totals: dict[str, float] | None = None) -> None:
+        """totals: those of the models before this one."""
         self.live = CacheWatch(model)
         self.hub = hub
-        self.totals: dict[str, float] = {
-            **dict.fromkeys(("requests", "failed", "prompt_tokens", "generated_tokens", "bytes_read"), 0),
-            **dict.fromkeys(("drafted_tokens", "accepted_tokens"), 0),
-            "seconds_generating": 0.0,
-        }
+        self.totals = totals or NO_TOTALS
         self.last: dict[str, Any] | None = None
         self.now: dict[str, Any] | None = None
         self._counters: Counters = model.flash.streamer.counters

@@ -8,13 +8,39 @@ from typing import Any
 
 from ..flash.system import current_memory_bytes, peak_memory_bytes
 from .engine import Engine
+from .loaded_model import LoadedModel
+from .monitor import NO_TOTALS
 
 KINDS = {"router": "experts", "every layer": "layers"}  # by the runtime's predictor
+NO_MODEL = dict.fromkeys(("model", "plan", "prompt_caches", "resident", "last", "now"))
 
 
 def statistics(engine: Engine) -> dict[str, Any]:
-    """The answer of /stats. The model must be loaded."""
-    flash, monitor = engine.model.flash, engine.monitor
+    """The answer of /stats. What belongs to a model is null while none is loaded."""
+    switch = engine.switch
+    loaded = switch.loaded
+    return {
+        **(NO_MODEL if loaded is None else _of_model(engine, loaded)),
+        "memory": {
+            "current_bytes": current_memory_bytes(),
+            "peak_bytes": peak_memory_bytes(),
+            "budget_bytes": None if loaded is None else loaded.model.flash.plan.budget,
+        },
+        "totals": switch.totals or NO_TOTALS,
+        "queue": {"waiting": engine.waiting, "limit": engine.places.limit},
+        "uptime_s": time.monotonic() - engine.started,
+        "state": switch.state,
+        "library": {
+            "loading": switch.progress,
+            "loads": switch.loads,
+            "unloads": switch.unloads,
+            "idle_unload_s": engine.idle_unload_s,
+        },
+    }
+
+
+def _of_model(engine: Engine, loaded: LoadedModel) -> dict[str, Any]:
+    flash, monitor = loaded.model.flash, loaded.monitor
     assert monitor is not None
     units = flash.plan.units
     resident = monitor.live.resident
@@ -26,31 +52,23 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "layers": units.layers,
             "units_per_layer": units.per_layer,
             "unit_size": 1 if flash.manifest is None else flash.manifest.layout.neurons_per_block,
-            "parameters_bytes": _parameters_bytes(flash),
+            "parameters_bytes": parameters_bytes(flash),
             "sampling": flash.defaults.sampling,
             "images": flash.images is not None,
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},
-        "memory": {
-            "current_bytes": current_memory_bytes(),
-            "peak_bytes": peak_memory_bytes(),
-            "budget_bytes": flash.plan.budget,
-        },
-        "prompt_caches": asdict(engine.prompt_caches),
+        "prompt_caches": asdict(loaded.turns.statistics()),
         "resident": {
             "slots": monitor.live.slots,
             "units": resident,
             "share": sum(resident) / (units.layers * units.per_layer),
         },
-        "totals": monitor.totals,
         "last": monitor.last,
         "now": monitor.now,
-        "queue": {"waiting": engine.waiting, "limit": engine.limit},
-        "uptime_s": time.monotonic() - engine.started,
     }
 
 
-def _parameters_bytes(flash: Any) -> int:
+def parameters_bytes(flash: Any) -> int:
     """Bytes of the model's weights, wherever they are."""
     if flash.manifest is None:
         return int(flash.plan.parameters_bytes)

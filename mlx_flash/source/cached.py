@@ -18,6 +18,7 @@ HISTORY = "chat-history"
 REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
 DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to a forecast
+PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
 MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder beside a store
@@ -161,6 +162,8 @@ def _kind_of(path: Path) -> str | None:
                 return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
         if path.name == DISK_RATES and path.is_file():
             return "speed of disks"
+        if path.name == PLANS and path.is_file():
+            return "plans of models"
         if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
         if path.name.startswith(MATRICES) and path.is_dir():

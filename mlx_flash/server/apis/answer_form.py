@@ -74,6 +74,14 @@ class AnswerForm(ABC):
         """Sent while there is nothing to say, so that nobody closes the connection. progress: None while queued."""
         return ": waiting\n\n" if progress is None else f": prompt {progress.done}/{progress.total}\n\n"
 
+    def loading(self) -> str:
+        """Sent before `begin`, while the model is loaded that is to answer."""
+        return self.waiting(None)
+
+    def only_loaded(self) -> str:
+        """The whole stream of a request that asks for nothing but that the model is loaded."""
+        return one_line(self.whole([])) + "\n"
+
 
 def event(value: dict[str, Any], name: str | None = None) -> str:
     """A server-sent event with JSON data, in one line."""

@@ -388,5 +388,7 @@ def anthropic_model(name: str, created: int) -> dict[str, Any]:
     return {"type": "model", "id": name, "display_name": name, "created_at": when, "lifecycle": "active"}
 
 
-def anthropic_models(name: str, created: int) -> dict[str, Any]:
-    return {"data": [anthropic_model(name, created)], "has_more": False, "first_id": name, "last_id": name}
+def anthropic_models(names: list[str], created: int) -> dict[str, Any]:
+    """The list of models, which has at least one."""
+    data = [anthropic_model(name, created) for name in names]
+    return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}

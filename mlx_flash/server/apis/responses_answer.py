@@ -66,6 +66,10 @@ class ResponsesForm(AnswerForm):
         """An event, because a comment does not keep codex from giving up."""
         return self._send([{"type": "response.in_progress", "response": self._response("in_progress")}])
 
+    def loading(self) -> str:
+        """A comment, because no event may come before the first one of `begin`."""
+        return ": loading\n\n"
+
     def item(self, index: int, item: Thought | Piece | ToolCall) -> str:
         return self._send(self._output.take(item))
 

@@ -1,0 +1,45 @@
+"""A model that is loaded, with all that answers need of it, from its loading to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .events import EventHub
+from .monitor import Monitor
+
+
+@dataclass
+class LoadedModel:
+    """format: the tokenizer's AnswerFormat. turns: the ReusedPromptCache."""
+
+    model: Any
+    tokenizer: Any
+    format: Any = None
+    grammars: Any = None
+    turns: Any = None
+    monitor: Monitor | None = None
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, hub: EventHub, totals: dict[str, float] | None) -> LoadedModel:
+        """totals: those of the models before it."""
+        from ..text.answer_parts import AnswerFormat
+        from ..text.grammar import Grammars
+        from ..text.prompt_cache import ReusedPromptCache  # The import of mlx-lm is part of loading.
+
+        try:
+            return cls(
+                model,
+                tokenizer,
+                AnswerFormat(tokenizer),
+                Grammars(tokenizer, model.flash.vocabulary),
+                ReusedPromptCache(model),
+                Monitor(model, hub, totals),
+            )
+        except BaseException:
+            model.flash.close()
+            raise
+
+    def close(self) -> None:
+        """Stops the reader's threads and closes the model's files."""
+        self.model.flash.close()

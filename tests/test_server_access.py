@@ -68,7 +68,7 @@ def test_entries_before_the_model_is_loaded() -> None:
         raise UsageError("no model.")
 
     with serving(load, wait=False) as server:
-        assert set(server.get("/v1/models").json()["data"][0]) == {"id", "object", "created", "owned_by"}
+        assert set(server.get("/v1/models").json()["data"][0]) == {"id", "object", "created", "owned_by", "loaded"}
 
 
 def test_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

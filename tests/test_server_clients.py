@@ -171,7 +171,7 @@ def test_stopping_while_one_is_worked_on_and_one_waits(
         working = Caller(server, stream)
         gate.go_on_to("token", 2)
         waiting = Caller(server, stream)
-        until(lambda: server.engine.waiting == 1)
+        until(lambda: any(place.job is not None for place in server.engine.places._places))
         server.engine.stop()
         gate.open()
         for caller in (working, waiting):

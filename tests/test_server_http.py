@@ -52,6 +52,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     stats = server.get("/stats").json()
     assert set(stats) == {
         *("model", "plan", "memory", "resident", "totals", "last", "now", "queue", "uptime_s", "prompt_caches"),
+        *("state", "library"),
     }
     model = stats["model"]
     assert (

@@ -53,7 +53,7 @@ def speak(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         end = tokenizer.eos_token_id
         script = iter([*tokens, end])
         monkeypatch.setattr(engine, "make_sampler", lambda *_: lambda logprobs: mx.array([next(script)]))
-        monkeypatch.setattr(server.engine, "tokenizer", tokenizer)
+        monkeypatch.setattr(server.engine.switch.loaded, "tokenizer", tokenizer)
         body = {"max_tokens": len(tokens) + 1, **options}
         body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         answer = server.post("/v1/chat/completions" if chat else "/v1/completions", body)

@@ -1,0 +1,412 @@
+"""Several models on one server: which one a request names, what is loaded when, and what lists say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripted import make_scripted  # type: ignore[import-not-found]  # found beside this file
+from serving import Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
+
+from mlx_flash.loading.load import load
+from mlx_flash.loading.options import LoadOptions
+from mlx_flash.server import model_switch
+from mlx_flash.server.access import Access
+from mlx_flash.server.engine import Engine
+from mlx_flash.server.library import Library
+from mlx_flash.server.model_plans import ModelPlans
+from mlx_flash.source import installed
+from mlx_flash.source.installed import HUB, InstalledModel, installed_models, with_own_names
+
+NEEDS = {"smallest": 50_000_000, "everything": 60_000_000, "images": False, "reason": ""}
+OWN, OTHERS = "own", ("owner/first", "owner/second")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The Hub's cache with two models, and a folder with the server's own."""
+    hub = tmp_path_factory.mktemp("hub")
+    own = make_scripted(tmp_path_factory.mktemp("own"))
+    made = {OWN: own, "": hub}
+    for name in OTHERS:
+        repository = hub / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("c0ffee")
+        made[name] = Path(shutil.copytree(own, repository / "snapshots" / "c0ffee"))
+    return made
+
+
+class Models:
+    """The library of a server in this process. Its models load from `folders`; nothing starts a process."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        self.loaded: list[str] = []  # names, in the order of loading
+        self.needs: dict[str, dict[str, Any]] = {}
+        self.failing: dict[str, Exception] = {}
+        self.memory = "3GB"
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.library: Library | None = None
+
+    def of(self, engine: Engine) -> Library:
+        models = self
+
+        class Plans(ModelPlans):
+            def make(self, chosen: Any) -> None:
+                for model in chosen:
+                    self._keep(model, models.needs.get(model.name, NEEDS))
+
+        class Made(Library):
+            def _load(self, model: InstalledModel | None, *_: Any, **__: Any) -> tuple[Any, Any]:
+                return models.load(OWN if model is None else model.name)
+
+        self.library = Made(engine, (OWN,), str(self.folders[OWN]), LoadOptions(memory=self.memory))
+        self.library.plans = Plans(self.library._options_to_plan)
+        return self.library
+
+    def load(self, name: str = OWN) -> tuple[Any, Any]:
+        assert self.may_load.wait(60)
+        self.loaded.append(name)
+        if name in self.failing:
+            raise self.failing[name]
+        return load(self.folders[name], memory="3GB", context=256, prompt_cache=0)
+
+
+@pytest.fixture
+def models(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Models:
+    monkeypatch.setattr(installed, "hub_cache", lambda: folders[""])
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
+    return Models(folders)
+
+
+@pytest.fixture
+def server(models: Models) -> Iterator[Server]:
+    with serving(models.load, OWN, library=models.of) as running:
+        yield running
+
+
+def ask(server: Server, model: str | None = None, **more: Any) -> Any:
+    return server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "model": model, **more})
+
+
+# -- naming -------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_loads_the_model_that_it_names(server: Server, models: Models) -> None:
+    assert ask(server, "gpt-5").json()["model"] == OWN
+    assert ask(server, "owner/first").json()["model"] == "owner/first"
+    assert ask(server, "claude-opus").json()["model"] == "owner/first"  # another name means the loaded one
+    assert ask(server, "owner/first:latest").json()["model"] == "owner/first"
+    assert ask(server, OWN).json()["model"] == OWN
+    assert models.loaded == [OWN, "owner/first", OWN]
+    library = server.get("/stats").json()["library"]
+    assert (library["loads"], library["unloads"], library["loading"]) == (3, 2, None)
+    metrics = server.get("/metrics").text
+    assert "mlx_flash_loads_total 3.0" in metrics and "mlx_flash_unloads_total 2.0" in metrics
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 2}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_predict": 2}}),
+        ("/api/generate", {}),
+    ],
+)
+def test_every_api_loads_and_streams(server: Server, models: Models, path: str, body: dict[str, Any]) -> None:
+    for name, stream in (("owner/first", True), ("owner/second", False)):
+        answer = server.post(path, {**body, "model": name, "stream": stream})
+        assert answer.status_code == 200 and '"error":{' not in answer.text, answer.text
+        assert server.get("/health").json() == {"status": "ok", "model": name}
+    assert models.loaded == [OWN, *OTHERS]
+
+
+def test_a_stream_begins_while_its_model_is_loaded(server: Server, models: Models) -> None:
+    models.may_load.clear()
+    body = {"prompt": "Hi", "max_tokens": 2, "model": "owner/first", "stream": True}
+    with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        assert answer.status_code == 200 and next(lines) == ": waiting"
+        until(lambda: server.get("/stats").json()["state"] == "loading")
+        stats = server.get("/stats").json()
+        assert stats["model"] is None and stats["library"]["loading"]["name"] == "owner/first"
+        report = server.get("/library").json()
+        assert report["state"] == "loading" and report["loading"]["stage"] == "planning"
+        assert server.get("/health").json()["status"] == "ok" and server.get("/metrics").status_code == 200
+        models.may_load.set()
+        rest = list(lines)
+    assert rest[-2] == "data: [DONE]" and '"model":"owner/first"' in rest[1]
+
+
+def test_strict_names(models: Models) -> None:
+    access = Access(strict_names=True)
+    with serving(models.load, OWN, access=access, library=models.of) as server:
+        refused = ask(server, "gpt-5")
+        assert refused.status_code == 404 and "owner/first, owner/second" in refused.text
+        assert ask(server, "owner/second").status_code == ask(server, "default").status_code == 200
+        assert server.get("/v1/models/gpt-5").status_code == 404
+        assert models.loaded == [OWN, "owner/second"]
+
+
+def test_a_model_that_does_not_fit_is_refused_and_the_old_one_stays(server: Server, models: Models) -> None:
+    models.needs["owner/first"] = {**NEEDS, "smallest": 9_000_000_000}
+    models.needs["owner/second"] = {**NEEDS, "smallest": None, "reason": "it is of another kind."}
+    for stream in (False, True):
+        refused = ask(server, "owner/first", stream=stream)
+        assert refused.status_code == 400 and "needs at least 9" in refused.text and "3000 MB" in refused.text
+    assert "it is of another kind" in ask(server, "owner/second").text
+    assert models.loaded == [OWN] and server.engine.ready
+    names = [entry["id"] for entry in server.get("/v1/models").json()["data"]]
+    assert names == [OWN]
+    reasons = {entry["name"]: entry["reason"] for entry in server.get("/library").json()["models"]}
+    assert "needs at least" in reasons["owner/first"] and reasons["owner/second"] == "it is of another kind."
+
+
+def test_a_load_that_fails(server: Server, models: Models) -> None:
+    models.failing["owner/first"] = OSError("the disk is gone")
+    refused = ask(server, "owner/first")
+    assert refused.status_code == 500 and "the disk is gone" in refused.text
+    report = server.get("/library").json()
+    assert report["state"] == "failed" and "the disk is gone" in report["failure"]
+    assert server.get("/health").json() == {"status": "ok", "model": OWN}
+    assert ask(server, "gpt-5").json()["model"] == OWN  # the old model comes back
+    assert models.loaded == [OWN, "owner/first", OWN] and server.get("/library").json()["state"] == "ready"
+
+
+# -- the order ----------------------------------------------------------------------------------------------------
+
+
+def test_requests_behind_a_load_wait_in_order(server: Server, models: Models, gate: Gate) -> None:  # noqa: F811
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, server)]
+        gate.go_on_to("prompt", 0)
+        for waiting, name in enumerate(("owner/first", "gpt-5", OWN), 1):
+            answers.append(pool.submit(ask, server, name))
+            until(lambda waiting=waiting: server.engine.waiting == waiting)
+        report = server.get("/library").json()
+        assert report["loading"] == {
+            **{"name": "owner/first", "stage": "waiting for the answers before it"},
+            **{"done": 0, "total": 0},
+        }
+        assert models.loaded == [OWN]  # the running answer ends first
+        gate.open()
+        assert [each.result().json()["model"] for each in answers] == [OWN, "owner/first", "owner/first", OWN]
+    assert models.loaded == [OWN, "owner/first", OWN]
+
+
+def test_several_answers_of_one_request_come_from_one_model(
+    server: Server,
+    models: Models,
+    gate: Gate,  # noqa: F811
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        several = pool.submit(ask, server, n=3, temperature=1)
+        gate.go_on_to("prompt", 0)
+        other = pool.submit(ask, server, "owner/first")
+        until(lambda: server.engine.waiting == 1)
+        gate.open()
+        assert len(several.result().json()["choices"]) == 3 and other.result().status_code == 200
+    assert models.loaded == [OWN, "owner/first"]
+
+
+def test_a_client_that_leaves_while_its_model_is_to_be_loaded(server: Server, models: Models) -> None:
+    models.may_load.clear()
+    body = {"prompt": "Hi", "max_tokens": 2, "model": "owner/second", "stream": True}
+    with ThreadPoolExecutor(1) as pool, server.client() as client:
+        first = pool.submit(ask, server, "owner/first")
+        until(lambda: server.engine.state == "loading")
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert next(answer.iter_lines()) == ": waiting"
+            until(lambda: server.engine.waiting == 2)
+        until(lambda: server.engine.waiting == 1)
+        models.may_load.set()
+        assert first.result().status_code == 200
+    assert models.loaded == [OWN, "owner/first"]
+
+
+def test_two_hundred_requests_over_three_models(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer comes from the model that its request named, and none is lost."""
+    monkeypatch.setattr(model_switch, "gc", SimpleNamespace(collect=lambda: 0))  # takes a tenth of a second here
+    names = [OWN, *OTHERS]
+    kept: dict[str, tuple[Any, Any]] = {name: models.load(name) for name in names}
+    closes = {name: kept[name][0].flash.close for name in names}
+    for name, (model, _) in kept.items():  # loading is as quick as it can be
+        model.flash.close = lambda: None
+        model.named = name
+    models.load = lambda name=OWN: kept[name]  # type: ignore[method-assign]
+    with serving(models.load, OWN, library=models.of) as server:
+        served: list[str] = []
+        serve = server.engine._serve
+
+        def noted(job: Any) -> None:
+            served.append(server.engine.model.named)
+            serve(job)
+
+        server.engine._serve = noted
+        with server.client() as client:
+
+            def one(number: int) -> tuple[str, str]:
+                name = names[number * number % 7 % 3]
+                body = {"prompt": "Hi", "max_tokens": 1, "model": name, "stream": number % 2 == 0}
+                answer = client.post("/v1/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                if number % 2:
+                    return name, str(answer.json()["model"])
+                events = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+                return name, str(json.loads(events[0].removeprefix("data: "))["model"])
+
+            with ThreadPoolExecutor(20) as pool:
+                answers = list(pool.map(one, range(200)))
+    assert len(answers) == 200 and all(asked == answered for asked, answered in answers)
+    assert sorted(served) == sorted(asked for asked, _ in answers)
+    for close in closes.values():
+        close()
+
+
+# -- /library -----------------------------------------------------------------------------------------------------
+
+
+def test_the_library_lists_loads_and_unloads(server: Server, models: Models) -> None:
+    report = server.get("/library").json()
+    assert [entry["name"] for entry in report["models"]] == [OWN, *OTHERS]
+    until(lambda: all(entry["runs"] for entry in server.get("/library").json()["models"]))
+    report = server.get("/library").json()
+    first, second = report["models"][:2]
+    assert (first["source"], first["loaded"], second["source"], second["loaded"]) == ("folder", True, "hub", False)
+    assert second["smallest_bytes"] > 50_000_000 and second["images"] is False and second["size_bytes"] > 1000
+    assert report["state"] == "ready" and report["loading"] is None and report["idle_unload_s"] is None
+    assert report["budget_bytes"] > 0 and report["budgets"][0]["text"] == "smallest"
+    listed = server.get("/v1/models").json()["data"]
+    assert [entry["id"] for entry in listed] == [OWN, *OTHERS]
+    assert [entry["loaded"] for entry in listed] == [True, False, False] and "context_length" not in listed[1]
+    assert [tag["name"] for tag in server.get("/api/tags").json()["models"]] == [
+        *(f"{name}:latest" for name in (OWN, *OTHERS)),
+    ]
+    assert server.post("/api/show", {"model": "owner/first"}).json()["model_info"]["general.basename"] == "owner/first"
+    assert models.loaded == [OWN]
+
+    assert server.post("/library/load", {"name": "owner/first"}).status_code == 202
+    until(lambda: server.get("/stats").json()["state"] == "ready" and server.engine.name == "owner/first")
+    assert server.get("/v1/models").json()["data"][0]["id"] == "owner/first"
+    assert server.get("/api/ps").json()["models"][0]["name"] == "owner/first:latest"
+
+    assert server.post("/library/unload", {}).status_code == 202
+    until(lambda: server.get("/library").json()["state"] == "unloaded")
+    stats = server.get("/stats").json()
+    assert (
+        stats["model"] is None and stats["totals"]["requests"] == 0 and server.get("/api/ps").json() == {"models": []}
+    )
+    assert server.get("/health").json() == {"status": "ok", "model": "owner/first"}
+    assert not any(entry["loaded"] for entry in server.get("/library").json()["models"])
+    assert ask(server).json()["model"] == "owner/first"  # loaded again
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"name": "nobody/nothing"}, "there is no model"),
+        ({"name": "ü" * 10_000}, "there is no model"),
+        ({"name": "../../etc"}, "there is no model"),
+        ({"name": ""}, "name"),
+        ({}, "name"),
+        ({"name": "owner/first", "memory": "x"}, "expected a number with a unit"),
+        ({"name": "owner/first", "memory": "1TB"}, "expected a number with a unit"),
+        ({"name": "owner/first", "memory": "900000GB"}, "this machine has"),
+        ({"name": "owner/first", "memory": "0B"}, "needs at least"),
+    ],
+)
+def test_orders_that_are_refused(server: Server, models: Models, body: dict[str, Any], said: str) -> None:
+    refused = server.post("/library/load", body)
+    assert refused.status_code == 400 and said in refused.text, refused.text
+    assert models.loaded == [OWN] and server.engine.ready
+
+
+def test_a_budget_that_was_ordered_stays(server: Server, models: Models) -> None:
+    assert server.post("/library/load", {"name": OWN, "memory": "2GB"}).status_code == 202
+    until(lambda: len(models.loaded) == 2 and server.engine.ready)
+    assert models.library is not None and models.library.memory == "2GB"
+    assert ask(server, OWN).status_code == 200 and models.loaded == [OWN, OWN]
+
+
+def test_events_tell_of_loading(server: Server) -> None:
+    with server.client() as client, client.stream("GET", "/events") as events:
+        lines = events.iter_lines()
+        assert next(lines) == "event: state"
+        server.post("/library/load", {"name": "owner/first"})
+        found = []
+        for line in lines:
+            if line.startswith("data: ") and "stage" in line:
+                found.append(json.loads(line.removeprefix("data: ")))
+                if found[-1]["state"] == "ready":
+                    break
+    assert {event["name"] for event in found} == {"owner/first"} and found[0]["state"] == "loading"
+    assert set(found[0]) == {"state", "name", "stage", "done", "total"}
+
+
+def test_a_server_without_a_library(models: Models) -> None:
+    with serving(models.load, OWN) as server:
+        assert server.get("/library").status_code == 404
+        assert ask(server, "owner/first").json()["model"] == OWN
+
+
+# -- idle ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_model_is_closed_and_loaded_again(models: Models) -> None:
+    def of(engine: Engine) -> Library:
+        engine.idle_unload_s = 0.05
+        return models.of(engine)
+
+    with serving(models.load, OWN, library=of) as server:
+        until(lambda: server.engine.state == "unloaded")
+        assert server.get("/health").json() == {"status": "ok", "model": OWN}
+        assert server.get("/library").json()["idle_unload_s"] == 0.05
+        assert server.get("/v1/models").status_code == 200
+        assert ask(server).json()["model"] == OWN
+        assert models.loaded == [OWN, OWN]
+        until(lambda: server.engine.state == "unloaded")
+
+
+# -- names of what is installed -----------------------------------------------------------------------------------
+
+
+def test_names_are_made_unambiguous(tmp_path: Path) -> None:
+    def of(name: str, source: str, folder: str) -> InstalledModel:
+        return InstalledModel(name, source, folder, tmp_path / folder, 1, "stamp")
+
+    models = [of("opt", "cache", "opt-0123456789ab"), of("opt", "cache", "opt-ba9876543210"), of("a/b", HUB, "c0ffee")]
+    assert [model.name for model in with_own_names(models, set())] == ["opt-0123456789ab", "opt-ba9876543210", "a/b"]
+    assert [model.name for model in with_own_names(models, {"a/b", "opt-0123456789ab"})] == [
+        *("opt-ba9876543210", "a/b@c0ffee"),
+    ]
+
+
+def test_what_is_no_model_is_not_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(installed, "hub_cache", lambda: tmp_path / "hub")
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    assert installed_models() == []
+    for repository in ("datasets--a--b", "models--a--none", "models--a--outside", "models--a--empty"):
+        (tmp_path / "hub" / repository / "refs").mkdir(parents=True)
+        (tmp_path / "hub" / repository / "snapshots" / "c0ffee").mkdir(parents=True)
+        (tmp_path / "hub" / repository / "refs" / "main").write_text("c0ffee")
+    (tmp_path / "hub" / "models--a--none" / "refs" / "main").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hub" / "models--a--outside" / "refs" / "main").write_text("../../../..")
+    assert installed_models() == []
+    whole = tmp_path / "hub" / "models--a--empty" / "snapshots" / "c0ffee" / "config.json"
+    whole.write_text("{}")
+    (found,) = installed_models()
+    assert (found.name, found.source, found.size_bytes) == ("a/empty", HUB, 2)
+    whole.write_text("{} ")
+    assert installed_models()[0].stamp != found.stamp

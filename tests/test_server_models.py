@@ -227,7 +227,8 @@ def test_a_client_that_leaves_while_its_model_is_to_be_loaded(server: Server, mo
         first = pool.submit(ask, server, "owner/first")
         until(lambda: server.engine.state == "loading")
         with client.stream("POST", "/v1/completions", json=body) as answer:
-            assert next(answer.iter_lines()) == ": waiting"
+            lines = answer.iter_lines()
+            assert next(lines) == ": waiting"
             until(lambda: server.engine.waiting == 2)
         until(lambda: server.engine.waiting == 1)
         models.may_load.set()

@@ -31,7 +31,7 @@ from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import End, Job
 from mlx_flash.server.loaded_model import LoadedModel
-from mlx_flash.server.places import Place
+from mlx_flash.server.places import QueuePlace
 from mlx_flash.server.prompts import encode_dialogue
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.images import MOST_WAITING
@@ -264,8 +264,8 @@ def test_few_prompts_with_images_wait_at_a_time() -> None:
     engine = Engine("some", "")
     engine.places.set_model(engine.switch.current, loaded=True)
 
-    def submit(job: Job) -> Place:
-        place = Place(None)
+    def submit(job: Job) -> QueuePlace:
+        place = QueuePlace(None)
         engine.places.take(place)
         engine.places.fill(place, job)
         return place

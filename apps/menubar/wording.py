@@ -98,7 +98,7 @@ def statistics(state: State) -> list[tuple[str, str]]:
     """(name, value) of each row in the statistics window."""
     rows = [("Engine", headline(state)), ("Model", state.settings.model or "Demo model"), ("Endpoint", state.endpoint)]
     stats = state.stats
-    if stats is None:
+    if stats is None or stats["model"] is None:  # the server, or its model, is not loaded
         return rows
     memory, resident, totals = stats["memory"], stats["resident"], stats["totals"]
     rows += [

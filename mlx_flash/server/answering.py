@@ -17,13 +17,13 @@ from .apis.answer_form import Answered, AnswerForm
 from .engine import Engine
 from .jobs import End, Item, Job, Progress
 from .model_switch import Target
-from .places import Place
+from .places import QueuePlace
 from .streams import EventStream, unless_gone
 
 KEEP_ALIVE_S = 15  # An idle stream sends a comment after this time, so that proxies do not close it.
 
 
-class Turn:
+class RequestTurn:
     """A request's place in the queue, and the wait until the model is loaded that answers it. For coroutines.
 
     Leaving the `with` block gives the place up, unless a job was submitted.
@@ -36,7 +36,7 @@ class Turn:
         self._coming = asyncio.Event()
         self._error: ApiError | None = None
         self._used = False
-        self.place = Place(target, self._call)
+        self.place = QueuePlace(target, self._call)
         engine.take(self.place, limited)
 
     @property
@@ -69,7 +69,7 @@ class Turn:
     def leave(self) -> None:
         self.engine.leave(self.place)
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> RequestTurn:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +106,7 @@ class Waiting:
 class Answering:
     """The jobs of one request, one after the other."""
 
-    def __init__(self, turn: Turn, jobs: list[dict[str, Any]], form: AnswerForm) -> None:
+    def __init__(self, turn: RequestTurn, jobs: list[dict[str, Any]], form: AnswerForm) -> None:
         """Submits the first job. Raises ApiError."""
         self.turn, self.form = turn, form
         self._jobs = jobs
@@ -190,7 +190,7 @@ class _JobStream(EventStream):
 class LateStream(EventStream):
     """The stream of a request whose model is still to be loaded. It begins at once, and waits for that."""
 
-    def __init__(self, turn: Turn, prepare: Prepare, form: AnswerForm, held: contextlib.AsyncExitStack) -> None:
+    def __init__(self, turn: RequestTurn, prepare: Prepare, form: AnswerForm, held: contextlib.AsyncExitStack) -> None:
         """form: for what is sent before the turn has come. held: closed when the request was prepared."""
         self.media_type = form.media_type
         super().__init__(self._answer(turn, prepare, form, held))
@@ -204,7 +204,7 @@ class LateStream(EventStream):
 
     @staticmethod
     async def _answer(
-        turn: Turn, prepare: Prepare, form: AnswerForm, held: contextlib.AsyncExitStack
+        turn: RequestTurn, prepare: Prepare, form: AnswerForm, held: contextlib.AsyncExitStack
     ) -> AsyncGenerator[str, None]:
         try:
             yield form.loading()

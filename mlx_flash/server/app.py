@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from .access import Access
-from .answering import Answering, LateStream, Turn, answer
+from .answering import Answering, LateStream, RequestTurn, answer
 from .api_errors import ApiError
 from .apis.answer_form import AnswerForm
 from .apis.anthropic import MessagesForm, MessagesRequest, TokenCountRequest
@@ -130,7 +130,7 @@ class Routes:
                 asked = await held.enter_async_context(self._parsed(request, kind))
                 if isinstance(asked, ResponsesRequest):
                     asked.find_references(self.recent)
-                turn = held.enter_context(Turn(engine, await self.models.named(asked.model)))
+                turn = held.enter_context(RequestTurn(engine, await self.models.named(asked.model)))
 
                 async def prepare() -> tuple[list[dict[str, Any]], AnswerForm]:
                     flash = engine.model.flash
@@ -155,7 +155,7 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         async with self._parsed(request, TokenCountRequest) as asked:
-            with Turn(self.engine, await self.models.named(asked.model), limited=False) as turn:
+            with RequestTurn(self.engine, await self.models.named(asked.model), limited=False) as turn:
                 if not turn.has_come:
                     await unless_gone(request.receive, turn.come())
                 ids, _ = await asyncio.to_thread(encode_dialogue, self.engine, asked.dialogue())

@@ -26,7 +26,7 @@ from .events import EventHub
 from .jobs import End, Job, Piece, Progress
 from .loaded_model import LoadedModel
 from .model_switch import FAILED, LOADING, READY, STOPPED, ModelSwitch, Target, Tell, why_not_loaded
-from .places import Load, Place, Places, Unload
+from .places import Load, Places, QueuePlace, Unload
 
 QUEUE_LIMIT = 64
 
@@ -150,19 +150,19 @@ class Engine:
             )
         self._loaded.turns.planned_bytes = planned - needed
 
-    def take(self, place: Place, limited: bool = True) -> None:
+    def take(self, place: QueuePlace, limited: bool = True) -> None:
         """Gives a request its place in the queue. Raises ApiError if it is full, unless it is not `limited`."""
         self.check_ready()
         self.places.take(place, limited)
         self._wake.put(None)
 
-    def fill(self, place: Place, job: Job, more: bool = False) -> None:
+    def fill(self, place: QueuePlace, job: Job, more: bool = False) -> None:
         """Puts the next job of a request into its place. more: whether others follow. Raises ApiError."""
         self.check_ready()
         self.places.fill(place, job, more)
         self._wake.put(None)
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: QueuePlace) -> None:
         """Gives up a request's place, and what runs for it."""
         self.places.leave(place)
         self._wake.put(None)
@@ -204,7 +204,7 @@ class Engine:
     def _step(self) -> bool:
         """Does what the queue asks for next. Returns whether there was something to do."""
         step = self.places.next()
-        if isinstance(step, Place):
+        if isinstance(step, QueuePlace):
             try:
                 assert step.serving is not None
                 if not step.serving.left:

@@ -52,7 +52,6 @@ class Library:
         self._changed = False  # whether the budget was changed by a request
         self._begun = False  # whether the first model has been loaded once
         self._own_needs: dict[str, Any] | None = None  # of the first model: bytes without the process
-        self._budget: int | None = None  # of the last plan
         self._surveying = threading.Lock()
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -209,7 +208,6 @@ class Library:
             loaded, tokenizer = load(path, options, say=self.say, fetch=fetch)
         plan = loaded.flash.plan
         process = plan.demand.process
-        self._budget = plan.budget
         if model is None:
             self._own_needs = {
                 "smallest": plan.smallest - process,
@@ -289,7 +287,7 @@ class Library:
             stage, state = "waiting for the answers before it", "loading"
             progress = {"name": coming.name, "stage": stage, "done": 0, "total": 0}
         plan = None if loaded is None else loaded.model.flash.plan
-        budget = self._budget if self.memory is None else parse_memory(self.memory)
+        budget = switch.budget_bytes if self.memory is None else parse_memory(self.memory)
         return {
             "models": self.listed(),
             "state": state,

@@ -19,7 +19,7 @@ from .bodies import Bodies
 from .engine import Engine
 from .library import MOST_NAME, Library
 from .model_switch import Target
-from .places import Place
+from .places import QueuePlace
 from .stats_report import parameters_bytes
 
 
@@ -129,13 +129,13 @@ class ModelRoutes:
         if len(asked.name) > MOST_NAME:
             raise ApiError(400, f"there is no model {asked.name!r:.200}.", param="name", code="model_not_found")
         target = await asyncio.to_thread(library.order, asked.name, asked.memory)
-        self.engine.take(Place(target, errand=True))
+        self.engine.take(QueuePlace(target, errand=True))
         return await self._report(202)
 
     async def unload(self, _request: Request) -> Response:
         """POST /library/unload. The next request loads the model again."""
         self.engine.check_ready()
-        self.engine.take(Place(None, errand=True, unload=True))
+        self.engine.take(QueuePlace(None, errand=True, unload=True))
         return await self._report(202)
 
     async def _report(self, status: int) -> Response:

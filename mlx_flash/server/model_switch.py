@@ -49,6 +49,7 @@ class ModelSwitch:
         self.loaded: LoadedModel | None = None
         self.progress: dict[str, Any] | None = {"name": current.name, "stage": "starting", "done": 0, "total": 0}
         self.loads = self.unloads = 0
+        self.budget_bytes: int | None = None  # of the last model's plan
         self.freed_bytes = 0  # size of the process after the last model was closed; 0 before
         self._totals: dict[str, float] | None = None
         self._told_at = 0.0
@@ -75,6 +76,7 @@ class ModelSwitch:
             self.progress, self.state = None, STOPPED
             raise
         self.progress, self.current, self.failure = None, target, ""
+        self.budget_bytes = model.flash.plan.budget
         self.loads += 1
         self._set(READY, target.name)
 

@@ -13,6 +13,7 @@ from .apis.ollama import OllamaChatRequest, OllamaGenerateRequest
 from .apis.openai_chat import ChatRequest
 from .apis.openai_completions import CompletionRequest
 from .apis.responses import ELSEWHERE, ResponsesRequest
+from .model_routes import LoadRequest
 
 Schema = dict[str, Any]
 
@@ -43,6 +44,7 @@ GETS = {
     "/v1/models": "openai",
     "/health": "openai",
     "/stats": "openai",
+    "/library": "openai",
     "/api/tags": "ollama",
     "/api/ps": "ollama",
     "/api/version": "ollama",
@@ -66,6 +68,11 @@ def description() -> Schema:
         body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{request.__name__}"})}
         answers = _json({"type": "object"}) | ({stream: {"schema": {}}} if stream else {})
         paths[path] = {"post": {"requestBody": body, "responses": _responses(answers, api)}}
+    schemas["LoadRequest"] = LoadRequest.model_json_schema()
+    accepted = _json({"type": "object"})
+    order = {"required": True, "content": _json({"$ref": "#/components/schemas/LoadRequest"})}
+    paths["/library/load"] = {"post": {"requestBody": order, "responses": _responses(accepted, "openai", "202")}}
+    paths["/library/unload"] = {"post": {"responses": _responses(accepted, "openai", "202")}}
     for path, api in GETS.items():
         paths[path] = {"get": {"responses": _responses(_json({"type": "object"}), api)}}
     parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -86,7 +93,7 @@ def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def _responses(content: Schema, api: str) -> Schema:
+def _responses(content: Schema, api: str, status: str = "200") -> Schema:
     refused = {"description": "refused", "content": _json({"$ref": f"#/components/schemas/{api}_error"})}
-    answers = {"200": {"description": "the answer", "content": content}}
-    return answers | {str(status): refused for status in PROBLEMS}
+    answers = {status: {"description": "the answer", "content": content}}
+    return answers | {str(problem): refused for problem in PROBLEMS}

@@ -28,7 +28,7 @@ def nobody(_error: ApiError | None) -> None:
 
 
 @dataclass(eq=False)
-class Place:
+class QueuePlace:
     """A place in the queue.
 
     target: the model that must be loaded; None for the one that is loaded then. unload: asks for no model instead.
@@ -75,11 +75,11 @@ class Places:
         self.limit = limit
         self.current, self.loaded = current, False
         self.quiet_since = time.monotonic()  # when the last request left
-        self._places: list[Place] = []
+        self._places: list[QueuePlace] = []
         self._closed: ApiError | None = None
         self._lock = threading.Lock()
 
-    def take(self, place: Place, limited: bool = True) -> None:
+    def take(self, place: QueuePlace, limited: bool = True) -> None:
         """Puts a place at the end. Raises ApiError if the queue is full, unless it is not `limited`."""
         with self._lock:
             if self._closed is not None:
@@ -93,7 +93,7 @@ class Places:
             self._places.append(place)
             self._call()
 
-    def fill(self, place: Place, job: Job, more: bool = False) -> None:
+    def fill(self, place: QueuePlace, job: Job, more: bool = False) -> None:
         """Puts the next job into a place that was called. Raises ApiError if too many images wait."""
         with self._lock:
             if self._closed is not None:
@@ -105,7 +105,7 @@ class Places:
             if not place.gone:
                 place.job, place.more = job, more
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: QueuePlace) -> None:
         """Gives a place up. A job that runs ends within one token."""
         with self._lock:
             place.gone, place.more, place.job = True, False, None
@@ -114,7 +114,7 @@ class Places:
             else:
                 self._remove(place)
 
-    def served(self, place: Place) -> None:
+    def served(self, place: QueuePlace) -> None:
         """Ends the job that `next` returned. A place with more jobs moves behind those of the same model."""
         with self._lock:
             place.serving = None
@@ -125,7 +125,7 @@ class Places:
             else:
                 self._remove(place)
 
-    def next(self) -> Place | Load | Unload | None:
+    def next(self) -> QueuePlace | Load | Unload | None:
         """What the engine is to do: run the job of a place, load or close a model, or wait (None)."""
         with self._lock:
             for place in self._same():
@@ -198,15 +198,15 @@ class Places:
     def _waiting(self) -> int:
         return sum(place.serving is None and not place.errand for place in self._places)
 
-    def _remove(self, place: Place) -> None:
+    def _remove(self, place: QueuePlace) -> None:
         if place in self._places:
             self._places.remove(place)
             self._call()
         self.quiet_since = time.monotonic()
 
-    def _same(self) -> list[Place]:
+    def _same(self) -> list[QueuePlace]:
         """The first places, as far as the loaded model serves them."""
-        found: list[Place] = []
+        found: list[QueuePlace] = []
         for place in self._places if self.loaded else ():
             if place.unload or place.target not in (None, self.current):
                 break

@@ -24,7 +24,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
         "memory": {
             "current_bytes": current_memory_bytes(),
             "peak_bytes": peak_memory_bytes(),
-            "budget_bytes": None if loaded is None else loaded.model.flash.plan.budget,
+            "budget_bytes": switch.budget_bytes,
         },
         "totals": switch.totals or NO_TOTALS,
         "queue": {"waiting": engine.waiting, "limit": engine.places.limit},

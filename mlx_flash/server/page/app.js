@@ -205,6 +205,10 @@ async function stats() {
   if (connection.state !== "ready" || document.hidden) return;
   try {
     const found = await get("/stats", AbortSignal.timeout(10000));
+    if (found.model === null) { // The server loads one with the next request.
+      statsTimer = setTimeout(stats, IDLE_STATS_MS);
+      return;
+    }
     context = found.plan.context ?? null;
     settings.context = context;
     settings.recommended = found.model.sampling;

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_flash import cache, chat
+from mlx_flash import cache
+from mlx_flash.cli import chat_input
 from mlx_flash.cli.run import run_command
 from mlx_flash.errors import ConversionError
 from mlx_flash.flash.files import RECORD, is_store
@@ -231,7 +232,7 @@ def test_no_home_folder(
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # os.path.expanduser does this without a home folder
     code, _, errors = cli()
     assert code == 2 and errors.endswith("Set MLX_FLASH_CACHE to the full path of a folder.\n"), errors
-    assert chat.history_file() == Path(os.devnull)
+    assert chat_input.history_file() == Path(os.devnull)
     assert "traceback is above" in failures.sentence(KeyError("x")) and "KeyError" in capsys.readouterr().err
 
 

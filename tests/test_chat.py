@@ -91,7 +91,7 @@ def test_answers_go_on_from_each_other_until_they_are_forgotten(
 ) -> None:
     terminal = start("--max-tokens", "24", "--memory", "1GB")
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
-        note = "note: answers end after 24 tokens (--max-tokens)\n"  # printed once
+        note = "note: answers end after 24 tokens (/set max-tokens N); /continue continues this one\n"  # printed once
         assert ask(terminal, question) == f"{answer}\n" + (note if number == 0 else "")
     statistics = ask(terminal, "/stats")
     assert "last answer: 24 tokens" in statistics and "total of 3 answers: 72 tokens" in statistics
@@ -132,7 +132,7 @@ def test_the_prompt_commands_and_the_history(start: Callable[..., PseudoTerminal
     assert all(name in listed for name in ("/reset", "/stats", "/memory 6GB", "/help", "/quit", "Ctrl-C"))
     assert "no answers yet" in ask(terminal, "/stats")
     assert ask(terminal, "") == "" and ask(terminal, "  ") == ""
-    assert "there is no command /rest; /help lists them" in ask(terminal, "/rest")
+    assert "there is no command /rest; did you mean /reset? /help lists them" in ask(terminal, "/rest")
     assert "/reset takes no argument" in ask(terminal, "/reset now")
     assert "/memory takes one size" in ask(terminal, "/memory 6 GB")
     assert "memory is 'lots', expected a number with a unit" in ask(terminal, "/memory lots")

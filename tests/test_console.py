@@ -14,7 +14,7 @@ import pytest
 import mlx_flash
 from mlx_flash.cli.main import COMMANDS
 
-HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch", "toga"}
+HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch", "toga", "rich"}
 ROOT = Path(__file__).parent.parent
 
 

@@ -41,7 +41,7 @@ def test_the_terminal_separates_thoughts(scripted: Scripted, capsys: pytest.Capt
         assert said.out == "Good day.\nGood day.\n"
         assert said.err == "They greet.\n\nThey greet.\n\n"
         assert "<|im_start|>assistant\nGood day.<|im_end|>" in scripted.prompts[1]  # thoughts are not sent back
-        arguments.max_tokens = 5
+        talk.settings.set("max-tokens", "5")
         scripted.script = lambda prompt: "<think>\nThey greet and greet"
         chat.converse(talk, iter(["hi"]), Interrupts(), False)
         said = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ class History:
         self.readline.set_auto_history(False)
         if "libedit" not in (self.readline.__doc__ or ""):
             self.readline.parse_and_bind("set enable-bracketed-paste on")  # Lines pasted together are one question.
+            self.readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')  # Alt-Return puts a line break into the line.
         with contextlib.suppress(OSError):
             lines = path.read_text(errors="replace").splitlines()
             for line in lines[-LINES:]:
@@ -50,6 +52,24 @@ class History:
     def typed_so_far(self) -> str:
         """The text on the line when Ctrl-C was pressed."""
         return "" if self.readline is None else self.readline.get_line_buffer()
+
+    @contextlib.contextmanager
+    def offering(self, text: str) -> Iterator[None]:
+        """Inside this context the next line begins with a text, which can be edited."""
+        readline = self.readline
+        if readline is None:
+            yield
+            return
+
+        def insert() -> None:
+            readline.set_startup_hook(None)
+            readline.insert_text(text)
+
+        readline.set_startup_hook(insert)
+        try:
+            yield
+        finally:
+            readline.set_startup_hook(None)
 
     def _write(self, text: str, how: int) -> None:
         """Writes to the file, which only the user can read: questions are private."""

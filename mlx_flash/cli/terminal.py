@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -44,6 +45,7 @@ class Interrupts:
     def renew(self) -> None:
         """Forgets every Ctrl-C so far."""
         self.asked, self._warned = False, False
+        self._told = False
         if self._warning is not None:
             stopping.allow_interrupts(2)
 
@@ -57,6 +59,14 @@ class Interrupts:
         finally:
             signal.signal(signal.SIGINT, self._handle)
 
+    def rows_written(self) -> int:
+        """The rows by which the warning has moved the cursor down since the last call, on standard error's terminal."""
+        told, self._told = self._told, False
+        if not told or self._warning is None:
+            return 0
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        return 1 + -(-len(self._warning) // width)
+
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self.asked:
             self.asked = True
@@ -65,7 +75,24 @@ class Interrupts:
         else:
             with contextlib.suppress(OSError, ValueError):  # The signal may have interrupted a `print`, so not `print`.
                 os.write(sys.stderr.fileno(), f"\n{self._warning}\n".encode())
-            self._warned = True
+            self._warned = self._told = True
+
+
+@contextlib.contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Inside this context a terminal does not show the keys that are pressed; the next `input` gets and shows them."""
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (OSError, ValueError, termios.error):  # not a terminal
+        yield
+        return
+    unseen = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(number, termios.TCSADRAIN, unseen)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)
 
 
 class PromptInterrupted(Exception):

@@ -23,6 +23,7 @@ class Turn:
     answer: str
     tokens: list[int]  # question and answer; only the answer if there is a template
     pictures: Sequence[Picture] = ()  # that the question is about
+    thoughts: str = ""  # before the answer; they are not part of later prompts
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Conversation:
         self.has_template = template and has_chat_template(tokenizer)
         self._process = TemplateProcess()
         self.turns: list[Turn] = []
-        self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.system_prompt = system_prompt  # may be changed at any time; not used without a template
 
     def ask(self, question: str, room: int, pictures: Sequence[Picture] = ()) -> Prompt:
         """The prompt for a question. pictures: the images that it is about.
@@ -76,11 +77,25 @@ class Conversation:
         del self.turns[:dropped]
         return Prompt(tokens, dropped, before - len(tokens), self._system_tokens(question, tokens), seen)
 
-    def answered(self, question: str, answer: str, made: list[int], pictures: Sequence[Picture] = ()) -> None:
-        """Adds a turn. made: tokens of the answer. pictures: the question's."""
+    def answered(
+        self, question: str, answer: str, made: list[int], pictures: Sequence[Picture] = (), thoughts: str = ""
+    ) -> None:
+        """Adds a turn. made: tokens of the answer. pictures: the question's. thoughts: the answer's."""
         own = [] if self.has_template else self._text_tokens(question, first=not self.turns)
-        ends = self.tokenizer.eos_token_ids
-        self.turns.append(Turn(question, answer, own + [token for token in made if token not in ends], pictures))
+        self.turns.append(Turn(question, answer, own + self._without_ends(made), pictures, thoughts))
+
+    def lengthened(self, answer: str, made: list[int], thoughts: str) -> None:
+        """Replaces the last turn's answer and thoughts by longer ones. made: the tokens that were added."""
+        last = self.turns[-1]
+        last.answer, last.thoughts = answer, thoughts
+        last.tokens = last.tokens + self._without_ends(made)
+
+    def replay(self, turns: Sequence[Turn]) -> None:
+        """Replaces the conversation by turns whose tokens are not known. Raises TokenizerError."""
+        self.turns = []
+        for turn in turns:
+            made = [] if self.has_template else encode(self.tokenizer, turn.answer, special_tokens=False)
+            self.answered(turn.question, turn.answer, made, turn.pictures, turn.thoughts)
 
     def forget(self) -> None:
         self.turns = []
@@ -97,7 +112,7 @@ class Conversation:
                 raise ImageError("without a chat template, a conversation has no place for images.")
             kept = [token for turn in turns for token in turn.tokens]
             return self._start() + kept + self._text_tokens(asked.question, first=not turns), None
-        messages: list[dict[str, Any]] = list(self._system)
+        messages = self._system()
         for turn in turns:
             messages.append({"role": "user", "content": with_images(turn.question, len(turn.pictures))})
             messages.append({"role": "assistant", "content": turn.answer})
@@ -112,10 +127,17 @@ class Conversation:
         seen = self.images.prompt(text, pictures)
         return seen.ids, seen
 
+    def _system(self) -> list[dict[str, Any]]:
+        return [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+
+    def _without_ends(self, made: list[int]) -> list[int]:
+        ends = self.tokenizer.eos_token_ids
+        return [token for token in made if token not in ends]
+
     def _system_tokens(self, question: str, tokens: list[int]) -> int:
-        if not (self._system and self.has_template):
+        if not (self._system() and self.has_template):
             return 0
-        messages = [*self._system, {"role": "user", "content": question}]
+        messages = [*self._system(), {"role": "user", "content": question}]
         return system_tokens(self._process, self.tokenizer, messages, tokens, most=MOST_CONTEXTS * self.context)
 
     def _start(self) -> list[int]:

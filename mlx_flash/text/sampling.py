@@ -126,35 +126,46 @@ def add_sampling_arguments(group: Any, max_tokens: int) -> None:
     group.add_argument("--seed", type=int, help="seed of the sampler (default: random)")
 
 
+@dataclass(frozen=True)
+class SettingRange:
+    """The numbers that a setting may be: `least` to `most`, in words `expected`."""
+
+    least: float
+    most: float
+    expected: str
+    whole: bool = False
+
+    def holds(self, value: float) -> bool:
+        return self.least <= value <= self.most
+
+
+RANGES = {  # field of Sampling, or max_tokens -> its range
+    "max_tokens": SettingRange(1, 2**63 - 1, "at least 1", whole=True),
+    "temperature": SettingRange(0, 1e3, "0 to 1000"),  # Above it, logits underflow.
+    "top_p": SettingRange(0, 1, "0 to 1"),
+    "top_k": SettingRange(0, 2**63 - 1, "0 or more", whole=True),
+    "min_p": SettingRange(0, 1, "0 to 1"),
+    "repetition_penalty": SettingRange(0.01, 10, "0.01 to 10"),  # Below 0.01, logits overflow.
+    "presence_penalty": SettingRange(-2, 2, "-2 to 2"),
+    "frequency_penalty": SettingRange(-2, 2, "-2 to 2"),
+    "seed": SettingRange(0, 2**64 - 1, "0 to 2**64 - 1", whole=True),
+}
+FLAGS = {"temp": "temperature"} | {  # attribute of the parsed arguments -> the setting
+    name: name for name in ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+}
+
+
 def check_sampling(arguments: argparse.Namespace) -> None:
     """Raises UsageError for invalid numbers, before anything is loaded."""
-    if arguments.max_tokens < 1:
-        raise UsageError(f"--max-tokens is {arguments.max_tokens}, expected at least 1.")
-    if arguments.temp is not None and not 0 <= arguments.temp <= 1e3:  # Above it, logits underflow.
-        raise UsageError(f"--temp is {arguments.temp}, expected 0 to 1000.")
-    if arguments.top_p is not None and not 0 <= arguments.top_p <= 1:
-        raise UsageError(f"--top-p is {arguments.top_p}, expected 0 to 1.")
-    if arguments.min_p is not None and not 0 <= arguments.min_p <= 1:
-        raise UsageError(f"--min-p is {arguments.min_p}, expected 0 to 1.")
-    penalty = arguments.repetition_penalty
-    if penalty is not None and not 0.01 <= penalty <= 10:  # Below 0.01, logits overflow.
-        raise UsageError(f"--repetition-penalty is {penalty}, expected 0.01 to 10.")
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
-        raise UsageError(f"--seed is {arguments.seed}, expected 0 to 2**64 - 1.")
-    if arguments.top_k is not None and arguments.top_k < 0:
-        raise UsageError(f"--top-k is {arguments.top_k}, expected 0 or more.")
+    for flag, name in FLAGS.items():
+        value = getattr(arguments, flag)
+        if value is not None and not RANGES[name].holds(value):
+            raise UsageError(f"--{flag.replace('_', '-')} is {value}, expected {RANGES[name].expected}.")
 
 
 def sampling_of(arguments: argparse.Namespace, model: GenerationConfig) -> Sampling:
     """The settings from the arguments; the others from the model's own settings; greedy if neither sets any."""
-    given = {
-        "temperature": arguments.temp,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
-        "min_p": arguments.min_p,
-        "repetition_penalty": arguments.repetition_penalty,
-        "seed": arguments.seed,
-    }
+    given = {name: getattr(arguments, flag) for flag, name in FLAGS.items() if name != "max_tokens"}
     base = Sampling(temperature=0.0).with_defaults(model)
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 

@@ -22,15 +22,16 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 class PseudoTerminal:
-    def __init__(self, *arguments: str, cache: Path) -> None:
-        """Starts Python with the arguments. cache: its cache folder."""
+    def __init__(self, *arguments: str, cache: Path, **variables: str) -> None:
+        """Starts Python with the arguments. cache: its cache folder. variables: of its environment."""
         self._own, other = pty.openpty()
         termios.tcsetwinsize(other, (50, 20_000))  # wide enough that no line is broken
-        environment = {**os.environ, "TERM": "xterm", "MLX_FLASH_CACHE": str(cache)}
+        environment = {**os.environ, "TERM": "xterm", "MLX_FLASH_CACHE": str(cache), **variables}
         command = [sys.executable, "-c", LAUNCH, *arguments]
         self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
         os.close(other)
         self._unread = ""
+        self.raw = ""  # all output, with its escape sequences
 
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
@@ -97,4 +98,5 @@ class PseudoTerminal:
         except OSError:  # Linux raises this when the command has ended
             return False
         self._unread += piece
+        self.raw += piece
         return bool(piece)

@@ -1,6 +1,7 @@
 """Runs `mlxflash chat` with a model that says what a test has written: `scripted_chat.py ANSWERS.json FLAGS`.
 
-ANSWERS.json: a list of [text, answer]. The answer of the first text that the prompt's end contains is said.
+ANSWERS.json: a list of [text, answer]. The answer of the first text that the last question contains is said, and PROMPT
+in it is replaced by the beginning and the end of the prompt, as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def main() -> None:
 
     def script(prompt: str) -> str:
         asked = prompt.rpartition("<|im_start|>user")[2]
-        return next((answer for text, answer in answers if text in asked), OTHERWISE)
+        answer = next((answer for text, answer in answers if text in asked), OTHERWISE)
+        return str(answer).replace("PROMPT", json.dumps(f"{prompt[:40]} ... {prompt[-110:]}"))
 
     with pytest.MonkeyPatch.context() as patch:
         Scripted(Path(), patch).script = script

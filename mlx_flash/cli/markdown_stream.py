@@ -74,12 +74,12 @@ class MarkdownStream:
 
     def resume(self, text: str) -> None:
         """Begins with the running block of an earlier text, whose other blocks were shown before."""
-        self._rest = text
+        self._rest = text = printable(text)
         blocks = self._blocks()
         self._rest = "".join(text.splitlines(keepends=True)[blocks[-1][0].map[0] :]) if blocks else ""  # type: ignore[index]
 
     def add(self, text: str) -> None:
-        self._rest += text
+        self._rest += printable(text)  # before rich drops some control characters
 
     def lines(self, width: int, ended: bool = False) -> tuple[list[StyledLine], list[StyledLine]]:
         """(lines that have become final since the last call, lines that may still change).

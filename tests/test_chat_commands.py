@@ -90,7 +90,7 @@ def prompt_of(shown: str) -> str:
 
 
 def last_of(path: Path) -> dict[str, str]:
-    return json.loads(path.read_text())["messages"][-1]  # type: ignore[no-any-return]
+    return json.loads(path.read_text())["chats"][0]["messages"][-1]  # type: ignore[no-any-return]
 
 
 # -- in a terminal -----------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_conversation_with_commands(start: Callable[..., PseudoTerminal], tmp_
     terminal.until("... ")
     prompt = prompt_of(ask(terminal, '"""'))
     assert prompt.startswith("<|im_start|>system\nBe brief.")
-    assert "user\nmy notes.txt:\n\n````txt\nalpha\n```\nbeta\n````\n\nthe\n  prompt<|im_end|>" in prompt
+    assert "user\nmy notes.txt:\n````\nalpha\n```\nbeta\n````\n\nthe\n  prompt<|im_end|>" in prompt
     terminal.type("the \\\n")
     terminal.until("... ")
     assert "user\nthe \nprompt<|im_end|>" in prompt_of(ask(terminal, "prompt"))
@@ -278,13 +278,19 @@ def test_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
     write_chat(path, None, turns, "model")
     assert read_chat(path) == SavedChat(None, turns) and [*tmp_path.iterdir()] == [path]
     form = json.loads(path.read_text())
-    assert {key: form[key] for key in ("format", "version", "title", "system")} == {
-        **{"format": "mlx_flash-chat", "version": 1, "title": "Hi", "system": ""},
-    }
-    path.write_text(json.dumps({**form, "more": 1, "system": "Be", "messages": form["messages"][:3]}))
-    assert read_chat(path) == SavedChat("Be", turns[:1], "So?")
+    chat_ = form["chats"][0]
+    assert (form["format"], form["version"], chat_["title"], chat_["system"]) == ("mlx_flash chats", 1, "Hi", "")
+    # As the page writes it: with a system message, files, an image, and a question that was asked again.
+    question = {**chat_["messages"][2], "files": [{"name": "a.py", "text": "x = 1"}], "images": ["data:"]}
+    other = {**question, "id": "other", "content": "Or?"}
+    chat_.update(system="Be", leaf=question["id"], named=True, messages=[*chat_["messages"][:2], question, other])
+    path.write_text(json.dumps(form))
+    assert read_chat(path) == SavedChat("Be", turns[:1], "a.py:\n```py\nx = 1\n```\n\nSo?", 1)
     with pytest.raises(OSError):
         write_chat(tmp_path / "none" / "a.json", None, turns, "model")
+
+
+HI = {"id": "1", "parent": None, "role": "user", "content": "hi"}
 
 
 @pytest.mark.parametrize(
@@ -293,22 +299,32 @@ def test_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
         ("{", "it is not JSON"),
         ("[" * 100_000, "it is not JSON"),
         (b"\xff\xfe", "it is not JSON"),
-        ("[]", 'expected "format": "mlx_flash-chat"'),
-        ({"format": "other"}, 'expected "format": "mlx_flash-chat"'),
+        ("[]", 'expected "format": "mlx_flash chats"'),
+        ({"format": "other"}, 'expected "format": "mlx_flash chats"'),
         ({"version": 2}, "has version 2 of the form, expected 1"),
-        ({"messages": None}, "is damaged"),
-        ({"system": ["x"]}, "is damaged"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1: expected an object with texts"),
-        ({"messages": ["x"]}, "message 1: expected an object with texts"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "message 1: expected an object with texts"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "message 1: the role is 'assistant'"),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "message 2: the role is 'user'"),
+        ({"chats": None}, "has no list of chats, expected one"),
+        ({"chats": [{}, {}]}, "has 2 chats, expected one"),
+        ({"chats": [{"system": ["x"]}]}, "its system message is not a text"),
+        ({"chats": [{}]}, "expected a list of messages"),
+        ({"chats": [{"messages": ["x"]}]}, "expected a list of messages"),
+        ({"chats": [{"messages": [{**HI, "parent": "1"}]}]}, "expected a list of messages"),
+        ({"chats": [{"messages": [HI, HI]}]}, "expected a list of messages"),
+        ({"chats": [{"messages": [HI], "leaf": "2"}]}, "which message is the last"),
+        ({"chats": [{"messages": [{**HI, "content": 1}], "leaf": "1"}]}, "message 1 is not a text"),
+        ({"chats": [{"messages": [{**HI, "content": "\ud800"}], "leaf": "1"}]}, "message 1 is not a text"),
+        ({"chats": [{"messages": [{**HI, "files": [1]}], "leaf": "1"}]}, "message 1 is not a text"),
+        ({"chats": [{"messages": [{**HI, "files": [{"name": "x"}]}], "leaf": "1"}]}, "message 1 is not a text"),
+        ({"chats": [{"messages": [{**HI, "role": "assistant"}], "leaf": "1"}]}, "message 1: the role is 'assistant'"),
+        (
+            {"chats": [{"messages": [HI, {**HI, "id": "2", "parent": "1"}], "leaf": "2"}]},
+            "message 2: the role is 'user'",
+        ),
     ],
 )
 def test_a_file_that_is_not_a_conversation(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "a.json"
     if isinstance(content, dict):
-        content = json.dumps({"format": "mlx_flash-chat", "version": 1, "messages": [], **content})
+        content = json.dumps({"format": "mlx_flash chats", "version": 1, "chats": [], **content})
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=r"a\.json") as refused:
         read_chat(path)
@@ -321,6 +337,7 @@ def test_files_that_cannot_go_with_a_question(tmp_path: Path, tokenizer: Any) ->
         "bin.txt": b"\xff\xfea",
         "big.txt": b"x " * 400,
         "huge.txt": b"x" * 9999,
+        "empty.txt": b"\n",
     }.items():
         (tmp_path / name).write_bytes(content)
     for name, message in {
@@ -328,13 +345,14 @@ def test_files_that_cannot_go_with_a_question(tmp_path: Path, tokenizer: Any) ->
         "bin.txt": "byte 0 is not UTF-8",
         "big.txt": "more tokens than the context's 64",
         "huge.txt": "more tokens than the context's 64",
+        "empty.txt": "is empty",
         "none.txt": "No such file",
         ".": "is not a file",
     }.items():
         with pytest.raises(UsageError, match=message):
             text_file.fenced(tmp_path / name, tokenizer, 64)
     (tmp_path / "bom.py").write_bytes("\ufeffx = 1".encode())
-    assert text_file.fenced(tmp_path / "bom.py", tokenizer, 64)[0] == "bom.py:\n\n```py\nx = 1\n```"
+    assert text_file.fenced(tmp_path / "bom.py", tokenizer, 64)[0] == "bom.py:\n```py\nx = 1\n```"
 
 
 def test_paths_as_they_are_typed_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,8 @@ class ChatCommands:
             say("nothing was loaded")
             return
         chat.replay(found.turns, found.system, found.unanswered)
-        say(f"{turns(len(found.turns))} loaded; your next message continues them")
+        without = f", without {found.images} image{'s' * (found.images > 1)}" if found.images else ""
+        say(f"{turns(len(found.turns))} loaded{without}; your next message continues the conversation")
         if found.system is not None and not chat.conversation.has_template:
             say("note: its system message is not used without a chat template")
         if found.unanswered is not None:

@@ -13,6 +13,7 @@ from ..text.encoding import TooManyTokens, encode
 from .printable import printable
 
 MOST_CHARACTERS = 32  # of a file, per token of the context
+PLAIN = ("txt", "text", "log")  # endings of files that are in no language
 
 
 def path_of(text: str) -> Path:
@@ -62,6 +63,8 @@ def fenced(path: Path, tokenizer: Any, context: int) -> tuple[str, int]:
         if len(content) <= 4 * most:
             raise UsageError(f"{path} is not a text file: byte {error.start} is not UTF-8.") from None
         text = content[:most].decode(errors="replace")
+    if not text.strip():
+        raise UsageError(f"{path} is empty.")
     if "\0" in text:
         raise UsageError(f"{path} is not a text file: it has zero bytes.")
     try:
@@ -74,7 +77,13 @@ def fenced(path: Path, tokenizer: Any, context: int) -> tuple[str, int]:
         raise UsageError(
             f"{path} has more tokens than the context's {context}. Take a part of it, or start with a larger --context."
         )
+    return in_fence(path.name, text), count
+
+
+def in_fence(name: str, text: str) -> str:
+    """A file's name, and its text in a fence that the text cannot close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    suffix = path.suffix[1:] if path.suffix[1:].isalnum() else ""
+    suffix = Path(name).suffix[1:].lower()
+    language = suffix if suffix.isalnum() and suffix not in PLAIN else ""
     body = text if text.endswith("\n") else f"{text}\n"
-    return f"{printable(path.name)}:\n\n{fence}{suffix}\n{body}{fence}", count
+    return f"{printable(name)}:\n{fence}{language}\n{body}{fence}"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .cli.model_arguments import add_model_arguments, load_model
+from .cli.printable import for_stream
 from .cli.run import program, run_command
 from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, context_hint, progress_line, say
 from .errors import ChatTemplateError, UsageError
@@ -121,7 +122,7 @@ def main(arguments: argparse.Namespace) -> int:
                 logits_processors=make_processors(sampling, lambda: ()),
                 prompt_progress_callback=progress_line(interrupts),
             ):
-                print(response.text, end="", flush=True)
+                print(for_stream(response.text, sys.stdout), end="", flush=True)
                 pieces.append(response.text)
                 tokens.append(response.token)
                 if interrupts.asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pytest
 from mlx_flash.cli import live_region
 from mlx_flash.cli.live_region import LiveRegion, StyledLine
 from mlx_flash.cli.markdown_stream import MarkdownStream
-from mlx_flash.cli.printable import printable
+from mlx_flash.cli.printable import for_stream, lacks_styles, printable
 
 WIDTH, HEIGHT = 60, 8
 LONG = "a line of code that is wider than the terminal, so that it can be copied as one: " + "x" * 40
@@ -114,6 +115,15 @@ def test_a_number_at_the_end_may_continue_a_list() -> None:
     assert plain(lines_of(["1. a\n\n", "2", ". b\n"])) == plain(lines_of(["1. a\n\n2. b\n"]))
 
 
+def test_spaces_that_begin_a_line_stay() -> None:
+    text = "def f(x):\n    if x:\n\treturn x\n\n    y = 1\n\n- a\n  b\n    c"
+    assert plain(lines_of([text])) == "def f(x):\n    if x:\n    return x\n\n    y = 1\n\n • a\n   b\n     c"
+
+
+def test_the_language_may_come_after_the_fence() -> None:
+    assert plain(lines_of(["```", "py", "thon", "\nx", " = 1\n", "``", "`"])) == "```python\nx = 1\n```"
+
+
 def test_it_continues_in_the_running_block() -> None:
     stream = MarkdownStream()
     stream.resume("One.\n\n```python\nx = 1\ny")
@@ -131,6 +141,17 @@ def test_control_characters_become_visible(text: str) -> None:
     )
     for cleaned in (printable(text), SGR.sub("", shown)):
         assert not [c for c in cleaned if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
+
+
+def test_a_file_gets_the_text_as_it_is_and_a_terminal_what_is_printable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = io.StringIO()
+    assert for_stream("a\x1b[2J", stream) == "a\x1b[2J" and lacks_styles(stream) == "the output is not a terminal"
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert for_stream("a\x1b[2J", stream) == "a␛[2J"
+    for name, value, reason in (("TERM", "dumb", "TERM"), ("TERM", "xterm", None), ("NO_COLOR", "1", "NO_COLOR")):
+        monkeypatch.setenv(name, value)
+        assert (lacks_styles(stream) or "").partition(" ")[0] == (reason or "")
 
 
 # -- on a screen -------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ written, and links show their address instead of hiding it in an escape sequence
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 from rich import markdown as rich_markdown
 from rich.color import ColorSystem
@@ -61,11 +63,17 @@ CODE_THEME = ANSISyntaxTheme(
 )
 
 
+# Markdown drops the spaces that begin a line inside a paragraph. A model may mean them: code without a fence, poems.
+INDENT = "\ue000"  # stands for such a space while the text is rendered; models have no use for this character
+INDENTED = re.compile(r"(?<=\n)[ \t]+")
+
+
 class MarkdownStream:
     """The lines of a growing Markdown text."""
 
     def __init__(self) -> None:
         self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+        self._parser.core.ruler.before("inline", "indent", _keep_indents)
         self._definitions: dict[str, object] = {}  # of links, in earlier blocks
         self._console = Console(force_terminal=True, theme=THEME, highlight=False, markup=False, emoji=False)
         self._rest = ""  # the text of the blocks that are not final
@@ -100,9 +108,10 @@ class MarkdownStream:
             self._began, self._given = True, 0
         live: list[StyledLine] = []
         running, began = blocks[count:], self._began
-        for number, block in enumerate(running):
+        for block in running:
             lines = self._lines_of(block, width)
-            if number == 0 and len(running) == 1 and block[0].type == "fence":
+            opened = block[0].type == "fence" and _start(block) < whole_lines
+            if opened and len(running) == 1:
                 # The earlier lines of code do not change. The last two are the newest line and the closing fence.
                 final += lines[:-2]
                 self._given += len(lines[:-2])
@@ -160,6 +169,14 @@ class _CodeLines(rich_markdown.CodeBlock):
         yield Text("```", style="dim")
 
 
+class _IndentedCode(_CodeLines):
+    """Code that was written without fences, as it was written: with four spaces before each line."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.text.plain.removesuffix("\n").split("\n"):
+            yield Text(f"    {line}", style=THEME.styles["markdown.code"])
+
+
 class _FoldedTable(rich_markdown.TableElement):
     """A table that breaks words which are too long for a column, instead of cutting them."""
 
@@ -181,7 +198,7 @@ class _MarkdownBlock(rich_markdown.Markdown):
     elements = {  # noqa: RUF012  # rich's own annotation is a ClassVar
         **rich_markdown.Markdown.elements,
         "fence": _CodeLines,
-        "code_block": _CodeLines,
+        "code_block": _IndentedCode,
         "table_open": _FoldedTable,
         "heading_open": _LeftHeading,
     }
@@ -196,6 +213,12 @@ def _start(block: list[Token]) -> int:
     lines = block[0].map
     assert lines is not None
     return lines[0]
+
+
+def _keep_indents(state: StateCore) -> None:
+    for token in state.tokens:
+        if token.type == "inline":
+            token.content = INDENTED.sub(lambda found: INDENT * len(found[0].expandtabs(4)), token.content)
 
 
 def _in_lines(tokens: Sequence[Token]) -> Iterator[Token]:
@@ -218,7 +241,9 @@ def _in_lines(tokens: Sequence[Token]) -> Iterator[Token]:
 
 def _styled(line: Sequence[Segment]) -> StyledLine:
     """A line as text with escape sequences: colours and weights, and nothing else, whatever the text is."""
-    pieces = [(printable(text).replace("\t", " "), style) for text, style, control in line if not control]
+    pieces = [
+        (printable(text).replace("\t", " ").replace(INDENT, " "), style) for text, style, control in line if not control
+    ]
     while pieces and not pieces[-1][0].strip():
         del pieces[-1]
     if pieces:

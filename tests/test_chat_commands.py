@@ -194,6 +194,7 @@ def test_without_colour_it_is_plain_text(start: Callable[..., PseudoTerminal]) -
     assert "temperature        0.5     --temp " in table and "markdown           off     NO_COLOR is set" in table
     assert "Markdown cannot be shown: NO_COLOR is set." in ask(terminal, "/set markdown on")
     assert "seed               7       /set " in ask(terminal, "/set se 7")
+    assert "seed               7       /set " in ask(terminal, "/set seed")
     assert "a seed is set, so the answer may be the same" in ask(terminal, "/retry")
     terminal.type("/edit\n")  # on the line, since no editor is named
     terminal.until(f"{READY}attack")

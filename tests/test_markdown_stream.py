@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import random
 import re
+import termios
 from collections.abc import Sequence
 
 import pyte
@@ -13,7 +16,7 @@ import pytest
 from mlx_flash.cli import live_region
 from mlx_flash.cli.live_region import LiveRegion, StyledLine
 from mlx_flash.cli.markdown_stream import MarkdownStream
-from mlx_flash.cli.printable import for_stream, lacks_styles, printable
+from mlx_flash.cli.printable import for_stream, lacks_styles, printable, size_of
 
 WIDTH, HEIGHT = 60, 8
 LONG = "a line of code that is wider than the terminal, so that it can be copied as one: " + "x" * 40
@@ -154,6 +157,14 @@ def test_a_file_gets_the_text_as_it_is_and_a_terminal_what_is_printable(monkeypa
         assert (lacks_styles(stream) or "").partition(" ")[0] == (reason or "")
 
 
+def test_a_terminal_without_a_size_has_a_usual_one() -> None:
+    own, other = pty.openpty()  # of 0 columns and 0 rows
+    with os.fdopen(own, "wb"), os.fdopen(other, "r") as terminal:
+        assert size_of(terminal) == (80, 24)
+        termios.tcsetwinsize(terminal, (50, 100))
+        assert size_of(terminal) == (100, 50)
+
+
 # -- on a screen -------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +176,7 @@ class _Screen:
         self._stream = pyte.Stream(self.screen)
         self.writes = 0
         monkeypatch.setattr(live_region.sys, "stdout", self)
-        monkeypatch.setattr(live_region.os, "get_terminal_size", lambda _: (WIDTH, HEIGHT))
+        monkeypatch.setattr(live_region, "size_of", lambda _: (WIDTH, HEIGHT))
 
     def write(self, text: str) -> None:
         self.writes += 1

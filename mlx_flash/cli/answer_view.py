@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..text.answer_parts import AnswerParts, Part, Text, Thought
-from .printable import for_stream, lacks_styles
+from .printable import for_stream, lacks_styles, size_of
 
 if TYPE_CHECKING:
     from .live_region import LiveRegion
@@ -138,7 +137,6 @@ class _MarkdownView:
         return self._draw(ended=True)
 
     def _draw(self, ended: bool) -> bool:
-        width = os.get_terminal_size(sys.stdout.fileno()).columns
-        final, live = self._stream.lines(width, ended)
+        final, live = self._stream.lines(size_of(sys.stdout)[0], ended)
         self._region.draw(final, live)
         return bool(final)

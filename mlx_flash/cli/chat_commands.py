@@ -112,7 +112,8 @@ class ChatCommands:
             return
         name, _, value = argument.partition(" ")
         if not value.strip():
-            raise UsageError("/set takes a name and a value, such as: /set temperature 0.7.")
+            say(settings.line(name))
+            return
         say(settings.set(name, value.strip()))
         self._chat.use_settings()
 

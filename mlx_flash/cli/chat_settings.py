@@ -86,6 +86,10 @@ class ChatSettings:
         self._values[name] = self._first[name] if text == DEFAULT else _Value(_parsed(name, text), "/set")
         return self._line(name)
 
+    def line(self, name: str) -> str:
+        """A setting, its value, where that comes from, and what it does. name: may be shortened. Raises UsageError."""
+        return self._line(self._full(name.replace("_", "-")))
+
     def table(self) -> str:
         return "\n".join([f"{'setting':<19}{'value':<8}{'from':<15}", *(self._line(name) for name in ABOUT)])
 

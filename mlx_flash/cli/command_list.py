@@ -19,7 +19,7 @@ COMMANDS = {
     "/continue": ChatCommand("", "continue an answer that was cut or stopped"),
     "/edit": ChatCommand("", "change the last question (in $VISUAL or $EDITOR) and ask it again"),
     "/system": ChatCommand("[TEXT]", "show the system message, or set it; /system off removes it"),
-    "/set": ChatCommand("[NAME VALUE]", "show all settings, or change one: /set temperature 0.7"),
+    "/set": ChatCommand("[NAME [VALUE]]", "show all settings, or change one: /set temperature 0.7"),
     "/file": ChatCommand("PATH", "put a text file before your next message"),
     "/image": ChatCommand("PATH", "show an image with your next message (start with --images)"),
     "/save": ChatCommand("PATH", "write the conversation into a file"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from .printable import size_of
 
 # Lines that fit are written without automatic line breaks: a terminal that counts a character as wider than we do then
 # cuts a line, instead of breaking it and shifting everything below.
@@ -37,7 +38,7 @@ class LiveRegion:
 
         Of live lines that are too many for the terminal, the last ones are shown.
         """
-        width, height = os.get_terminal_size(sys.stdout.fileno())
+        width, height = size_of(sys.stdout)
         kept = len(live)
         rows = 0
         while kept and rows + live[kept - 1].rows(width) < height:

@@ -25,6 +25,12 @@ def for_stream(text: str, stream: TextIO) -> str:
     return printable(text) if stream.isatty() else text
 
 
+def size_of(stream: TextIO) -> tuple[int, int]:
+    """(columns, rows) of the stream's terminal; usual ones for a terminal that does not know, as in some containers."""
+    columns, rows = os.get_terminal_size(stream.fileno())
+    return columns or 80, rows or 24
+
+
 def lacks_styles(stream: TextIO) -> str | None:
     """Why the stream cannot show styles: a clause; None if it can."""
     if not stream.isatty():

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import stopping
 from .beginning import Interrupted, interrupt
+from .printable import size_of
 
 WITHOUT_TEMPLATE = "Use --ignore-chat-template to run without it."  # follows an error of a chat template
 
@@ -62,10 +63,9 @@ class Interrupts:
     def rows_written(self) -> int:
         """The rows by which the warning has moved the cursor down since the last call, on standard error's terminal."""
         told, self._told = self._told, False
-        if not told or self._warning is None:
+        if not told or self._warning is None or not sys.stderr.isatty():
             return 0
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
-        return 1 + -(-len(self._warning) // width)
+        return 1 + -(-len(self._warning) // size_of(sys.stderr)[0])
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self.asked:

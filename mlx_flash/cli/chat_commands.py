@@ -13,7 +13,7 @@ from .printable import printable
 from .terminal import WITHOUT_TEMPLATE, Interrupts, keys_unseen, say
 from .text_file import path_of
 
-NONE = "off"  # removes the system message
+NONE = "off"  # removes the system message, or the files that wait for the next message
 
 
 class ChatCommands:
@@ -120,6 +120,10 @@ class ChatCommands:
     # -- files -----------------------------------------------------------------------------------------------
 
     def _file(self, argument: str) -> None:
+        if argument == NONE:
+            self._chat.files, self._chat.pictures = [], []
+            say("no file and no image goes with your next message")
+            return
         path = path_of(argument)
         count = self._chat.add_file(path)
         others = len(self._chat.files) - 1

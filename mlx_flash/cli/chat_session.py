@@ -141,6 +141,8 @@ class Chat:
         try:
             begun = self._ask(asked.text if question is None else question, asked.pictures, interrupts)
         finally:
+            if begun and not asked.answered:  # What went with a question that was refused has been used now.
+                self.files, self.pictures = [], []
             if turn is not None and not begun:
                 self.conversation.turns.append(turn)
                 self.asked, self.cut = asked, cut

@@ -20,7 +20,7 @@ COMMANDS = {
     "/edit": ChatCommand("", "change the last question (in $VISUAL or $EDITOR) and ask it again"),
     "/system": ChatCommand("[TEXT]", "show the system message, or set it; /system off removes it"),
     "/set": ChatCommand("[NAME [VALUE]]", "show all settings, or change one: /set temperature 0.7"),
-    "/file": ChatCommand("PATH", "put a text file before your next message"),
+    "/file": ChatCommand("PATH", "put a text file before your next message; /file off takes it back"),
     "/image": ChatCommand("PATH", "show an image with your next message (start with --images)"),
     "/save": ChatCommand("PATH", "write the conversation into a file"),
     "/load": ChatCommand("PATH", "continue the conversation in a file"),

@@ -4,7 +4,7 @@ first layers keep a twentieth of a gated FFN."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ PAD_ID = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the result, apart from the corpus. The defaults are those of the packaged model."""
+    """Everything that determines the result, apart from the corpus. The shape is that of the packaged model."""
 
     form: str = "opt"
     vocab_size: int = 4096
@@ -37,11 +37,33 @@ class Recipe:
     target_density: float = 0.05  # share of FFN neurons active at the end
     penalty_by_layer: bool = False  # steer every layer to the target, instead of the mean of the layers
     controller_gain: float = 0.01  # growth of the penalty's logarithm, per step and unit of the density's logarithm
+    attention_dropout: float = 0.0  # of an OPT
+    muon: bool = False  # whether Muon, instead of AdamW, trains the matrices of the layers
+    teachers: tuple[Recipe, ...] = ()  # models trained before, whose mean prediction the model learns
+    teaching: float = 0.7  # share of the teachers' prediction in the loss; the text has the rest
     seed: int = 20231212
 
 
+_TEACHER = Recipe(
+    attention_dropout=0.1, batch=16, warmup_steps=80, sparsity_start=1.0, muon=True
+)  # without a penalty: it would begin after the last step
+
 RECIPES = {
-    "opt": Recipe(),
+    "opt": Recipe(
+        batch=16,
+        steps=3787,
+        warmup_steps=114,
+        weight_decay=0.1,
+        target_density=0.065,
+        controller_gain=0.0137,
+        muon=True,
+        teachers=(
+            replace(_TEACHER, hidden_size=448, layers=5, heads=7, ffn_size=1792, dropout=0.3, steps=2651, seed=1),
+            replace(_TEACHER, hidden_size=384, layers=6, heads=6, ffn_size=1536, dropout=0.25, steps=2582, seed=2),
+            replace(_TEACHER, dropout=0.2, steps=3502, warmup_steps=105, muon=False, seed=3),
+        ),
+        seed=6,
+    ),
     "llama": Recipe(
         form="llama",
         hidden_size=192,
@@ -106,6 +128,7 @@ def build_model(recipe: Recipe):
             word_embed_proj_dim=recipe.hidden_size,
             ffn_dim=recipe.ffn_size,
             dropout=recipe.dropout,
+            attention_dropout=recipe.attention_dropout,
             layerdrop=0.0,
         )
         return OPTForCausalLM._from_config(config, attn_implementation="sdpa")

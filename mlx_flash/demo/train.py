@@ -360,7 +360,8 @@ def card(recipe: Recipe, figures: dict, held_out_name: str) -> str:
         "size": f"{figures['parameters'] / 1e6:.2f} million parameters in float16: {shape}, {recipe.context} positions",
         "tokenizer": f"{tokenizer}; white space of any kind counts as one space",
         "training": f"{recipe.steps} steps of {recipe.batch} x {recipe.context} tokens ({epochs:.1f} epochs), "
-        f"{optimiser}, {recipe.precision}{teaching}, seed {recipe.seed}, {figures['cpu_minutes']:.0f} minutes of processor time: "
+        f"{optimiser}, {recipe.precision}{teaching}, seed {recipe.seed}, "
+        f"{figures['cpu_minutes']:.0f} minutes of processor time: "
         f"`python -m mlx_flash.demo.train --form {recipe.form} --steps {recipe.steps}`",
         "held-out text": f"{held_out_name}: {figures['held_out_tokens']:,} tokens, "
         f"{figures['held_out_characters']:,} characters",

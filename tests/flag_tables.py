@@ -17,6 +17,7 @@ MODULES = {  # the commands that have flags of their own
     "server": "mlx_flash.server.__main__",
     "launch": "mlx_flash.launch",
     "plan": "mlx_flash.cli.show_plan",
+    "download": "mlx_flash.download",
     "convert": "mlx_flash.convert.__main__",
     "check": "mlx_flash.check",
     "cache": "mlx_flash.cache",

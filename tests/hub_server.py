@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_BYTES = 1 << 20  # larger files are LFS files, whose ETag is their SHA-256
 
@@ -33,10 +34,13 @@ class Hub:
     address: str = ""
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)
+    downloads: dict[str, int] = field(default_factory=dict)  # repository -> how often it was downloaded
     broken: bool = False  # answer 500 to every request
     cut_at: dict[str, int] = field(default_factory=dict)  # file -> byte at which every connection ends
     stall_at: dict[str, int] = field(default_factory=dict)  # file -> byte after which nothing more is sent
     stalled: threading.Event = field(default_factory=threading.Event)
+    whole: bool = False  # send whole files, whatever range is asked for
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, path, Range)
 
     def commit(self, repository: str, revision: str) -> str:
@@ -94,6 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if hub.broken:
             return self.send(500, b"out of order")
+        if path == "/api/models":
+            hub.requests.append((self.command, self.path, None))
+            return self.answer_search(parse_qs(urlsplit(self.path).query))
         if path.startswith("/api/models/"):
             hub.requests.append((self.command, path, None))
             owner, name, *rest = path.removeprefix("/api/models/").split("/", 3)
@@ -102,7 +109,31 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, file, self.headers.get("Range")))
         return self.answer_file(f"{owner}/{name}", revision, file)
 
+    def answer_search(self, asked: dict[str, list[str]]) -> None:
+        """Repositories whose id contains the text, those that were downloaded most often first."""
+        hub, text = self.hub, asked.get("search", [""])[0].lower()
+        names = [name for name in hub.repositories if text in name.lower() and name not in hub.private]
+        names.sort(key=lambda name: -hub.downloads.get(name, 0))
+        found = [self.described(name) for name in names[: int(asked.get("limit", ["1000"])[0])]]
+        self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def described(self, repository: str) -> dict[str, Any]:
+        files = self.hub.repositories[repository]["main"]
+        told: dict[str, Any] = {"id": repository, "downloads": self.hub.downloads.get(repository, 0), "tags": []}
+        with contextlib.suppress(KeyError, ValueError):
+            told["config"] = {"model_type": json.loads(files["config.json"])["model_type"]}
+        counts: dict[str, int] = {}
+        for data in (data for name, data in files.items() if name.endswith(".safetensors")):
+            for name, entry in header_of(data).items():
+                if name != "__metadata__":
+                    counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+        if counts:
+            told["safetensors"] = {"parameters": counts, "total": sum(counts.values())}
+        return told
+
     def answer_api(self, repository: str, kind: str = "revision", revision: str = "main") -> None:
+        if repository in self.hub.private:
+            return self.refuse(401, "RepoNotFound")
         if repository not in self.hub.repositories:
             return self.refuse(404, "RepoNotFound")
         files = self.files_of(repository, revision)
@@ -132,9 +163,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         data = files[file]
         begin, status, headers = 0, 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": revision}
-        if span := self.headers.get("Range"):
-            begin, status = int(span.removeprefix("bytes=").split("-")[0]), 206
-            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        if (span := self.headers.get("Range")) and not hub.whole:
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            begin, status = int(first), 206
+            end = min(len(data), int(last) + 1) if last else len(data)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+            data = data[:end]
         if self.command == "GET" and file in hub.cut_at:
             self.send(status, data[begin:], headers, only=max(0, hub.cut_at[file] - begin))
             self.close_connection = True
@@ -165,6 +199,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data if only is None else data[:only])
 
 
+def header_of(data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file; empty if there is none."""
+    try:
+        return dict(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]))
+    except ValueError:
+        return {}
+
+
 def large(data: bytes) -> dict[str, Any]:
     if len(data) < LFS_BYTES:
         return {}
@@ -172,12 +214,20 @@ def large(data: bytes) -> dict[str, Any]:
     return {"lfs": {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": 134}}
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Leaves out what a client that has gone causes."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def serve() -> Iterator[Hub]:
     """Runs a Hub on 127.0.0.1 in threads of this process."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -26,7 +26,7 @@ FLOORS = (
     ("models", "text"),
     ("loading",),
     ("cli",),
-    ("server", "generate", "chat", "launch", "check", "cache"),
+    ("server", "generate", "chat", "launch", "check", "cache", "download"),
     ("convert",),
     ("bench", "apps", "demo"),
 )

@@ -37,7 +37,21 @@ def test_help_lists_every_command() -> None:
         assert (
             listed
             == list(COMMANDS)
-            == [*("generate", "chat", "server", "launch", "plan", "convert", "check", "cache", "bench", "app")]
+            == [
+                *(
+                    "generate",
+                    "chat",
+                    "server",
+                    "launch",
+                    "plan",
+                    "download",
+                    "convert",
+                    "check",
+                    "cache",
+                    "bench",
+                    "app",
+                )
+            ]
         )
 
 

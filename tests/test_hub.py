@@ -28,7 +28,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, ConversionError, FlashError, NoSpaceError, UsageError
-from mlx_flash.source import hub
+from mlx_flash.source import hub, hub_listing
 from mlx_flash.source.checkpoint_files import weight_files
 
 REPOSITORY = "owner/tiny"
@@ -251,7 +251,7 @@ def test_nothing_is_downloaded_of_what_is_no_checkpoint(
     done = find(server, home, REPOSITORY)
     assert done.returncode == 1
     with pytest.raises(CheckpointError, match=words):
-        hub.wanted_files(files, lambda name: files[name].decode(), REPOSITORY)
+        hub_listing.wanted_files(files, lambda name: files[name].decode(), REPOSITORY)
     assert set(server.fetched()) <= {"model.safetensors.index.json"}
 
 
@@ -353,14 +353,14 @@ def test_too_little_room_is_seen_before(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 10**9))
-    hub._check_free_space(REPOSITORY, {"model.safetensors": 2 * 10**9})
-    hub._check_free_space(REPOSITORY, {})
+    hub_listing.check_free_space(REPOSITORY, {"model.safetensors": 2 * 10**9})
+    hub_listing.check_free_space(REPOSITORY, {})
     with pytest.raises(NoSpaceError, match=r"needs 3\.00 GB more in .*, where 3\.00 GB are free.*HF_HOME"):
-        hub._check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})
+        hub_listing.check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})
     (tmp_path / "models--owner--tiny" / "blobs").mkdir(parents=True)
     with (tmp_path / "models--owner--tiny" / "blobs" / "x.incomplete").open("wb") as file:
         file.truncate(10**9)
-    hub._check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})  # a third of it is present
+    hub_listing.check_free_space(REPOSITORY, {"model.safetensors": 3 * 10**9})  # a third of it is present
 
 
 # -- refused, and out of reach -----------------------------------------------------------------------------------
@@ -371,7 +371,10 @@ def test_what_the_hub_refuses(server: Hub, home: Path, checkpoint: Path) -> None
     server.add("owner/gated", checkpoint)
     server.gated.add("owner/gated")
     for arguments, words in (
-        (["owner/gated"], f"is gated. Accept its terms at {server.address}/owner/gated, then run `hf auth login`"),
+        (
+            ["owner/gated"],
+            f"is gated. Accept its terms at {server.address}/owner/gated, then run `hf auth login`, or set HF_TOKEN",
+        ),
         (["owner/nothing"], "owner/nothing is neither a folder nor a Hugging Face repository."),
         ([REPOSITORY, "--revision", "v9"], "owner/tiny has no revision v9; expected the name of a branch"),
     ):
@@ -490,10 +493,10 @@ def test_templates_with_names_of_their_own_are_downloaded() -> None:
     """These templates are in the only subfolder that transformers reads."""
     folder = "additional_chat_templates"
     names = ["config.json", "model.safetensors", "a/b.jinja", f"{folder}/._tool_use.jinja", f"{folder}/a/b.jinja"]
-    wanted = hub.wanted_files([*names, f"{folder}/tool_use.jinja"], lambda _: "", REPOSITORY)
+    wanted = hub_listing.wanted_files([*names, f"{folder}/tool_use.jinja"], lambda _: "", REPOSITORY)
     assert wanted == ["config.json", f"{folder}/tool_use.jinja", "model.safetensors"]
 
 
 def test_hidden_files_are_not_downloaded() -> None:
     names = ["config.json", "._config.json", "model.safetensors", "._model.safetensors", ".cache.json"]
-    assert hub.wanted_files(names, lambda _: "", REPOSITORY) == ["config.json", "model.safetensors"]
+    assert hub_listing.wanted_files(names, lambda _: "", REPOSITORY) == ["config.json", "model.safetensors"]

@@ -15,6 +15,7 @@ COMMANDS = {
     "server": ("mlx_flash.server", "serves the APIs of OpenAI, Anthropic and Ollama, and a page to chat in"),
     "launch": ("mlx_flash.launch", "starts a coding agent (claude, codex, opencode) with a model of this machine"),
     "plan": ("mlx_flash.cli.show_plan", "prints how much memory a model needs, and sensible budgets"),
+    "download": ("mlx_flash.download", "downloads a model from the Hugging Face Hub, or continues to"),
     "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
     "cache": ("mlx_flash.cache", "lists and removes the entries of the cache folder"),

@@ -8,46 +8,31 @@ the finished files there and links them.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import glob
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConversionError, NoSpaceError, UsageError
-from ..flash.files import MANIFEST, Manifest
+from ..errors import ConversionError
 from ..flash.safetensors_file import sha256_of
 from ..flash.system import sync_to_disk
-from .checkpoint_files import MAX_SMALL_BYTES, further_templates, matching, small_files, weight_files
+from .hub_listing import (
+    PARTIAL,
+    Choose,
+    Listing,
+    ask_hub,
+    blobs_folder,
+    check_free_space,
+    in_our_words,
+    listing_of,
+    wanted_files,
+    why_unreachable,
+)
 
 LARGE_BYTES = 10_000_000  # Files of at least this size are resumed.
-SPARE_BYTES = 64 << 20
-ASK_SECONDS = 20  # After this time the Hub counts as unreachable.
 SHA256_DIGITS = 64  # The ETag of a file in large file storage is its checksum, with this many digits.
-
-# (names of a repository's files, function that returns the text of one, name of the repository) -> files to download
-Choose = Callable[[Collection[str], Callable[[str], str], object], list[str]]
-
-
-def wanted_files(names: Collection[str], read: Callable[[str], str], where: object) -> list[str]:
-    """The files of a repository to download: those of its store, or else of its checkpoint.
-
-    If it has the weights in several formats, one is chosen. read(name): returns the text of an index. Raises
-    CheckpointError if there is neither a store nor a checkpoint.
-    """
-    if MANIFEST in names and Manifest.neurons_file in names:
-        parts = [Manifest.neurons_file, Manifest.neurons_checksums_file, Manifest.resident_file]
-        parts.append(Manifest.predictor_file("*"))
-        return sorted({*small_files(names), *matching(names, parts)})
-    if "config.json" not in names:
-        raise CheckpointError(
-            f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json)."
-        )
-    weights = weight_files(names, read, where)
-    index = [weights.index] if weights.index else []
-    return [*small_files(names), *further_templates(names), *index, *weights.names]
 
 
 def download(
@@ -56,90 +41,75 @@ def download(
     say: Callable[[str], None] = lambda _: None,
     choose: Choose = wanted_files,
     fetch: bool = True,
+    listed: Callable[[Listing], None] = lambda _: None,
 ) -> Path:
     """The folder of a snapshot with the files that `choose` names: by default those of a store or a checkpoint.
 
-    If the Hub cannot be reached, or without `fetch`, it is the snapshot that was downloaded before. Raises UsageError
-    (no such repository or revision, gated), CheckpointError (no checkpoint), NoSpaceError, or ConversionError if a
-    download is needed and fails.
+    If the Hub cannot be reached, or without `fetch`, it is the snapshot that was downloaded before. listed: called
+    before the first byte of weights is downloaded, if the Hub was asked. Raises UsageError (no such repository or
+    revision, gated), CheckpointError (no checkpoint), NoSpaceError, or ConversionError if a download is needed and
+    fails.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
+    with in_our_words(repository, revision):
         if not fetch:
             return _downloaded_before(repository, revision, None, say, choose)
-        return _download(repository, revision, say, choose)
-    except GatedRepoError:
-        raise UsageError(
-            f"{repository} is gated. Accept its terms at {constants.ENDPOINT}/{repository}, then run `hf auth login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UsageError(
-            f"{repository} is neither a folder nor a Hugging Face repository. If the repository is private, run "
-            "`hf auth login` first."
-        ) from None
-    except RevisionNotFoundError:
-        raise UsageError(
-            f"{repository} has no revision {revision}; expected the name of a branch or a tag, or a full commit hash."
-        ) from None
-    except HFValidationError:
-        raise UsageError(f"{repository} is neither a folder nor a Hugging Face repository id (owner/name).") from None
-    except (CheckpointError, ConversionError, UsageError):
-        raise
-    except Exception as error:  # huggingface_hub, its HTTP library and the disk raise a dozen unrelated kinds.
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"the disk of {constants.HF_HUB_CACHE} is full; the files downloaded so far are kept. Make room and "
-                "run the same command again to continue, or set HF_HOME to a folder on another disk."
-            ) from None
-        text = " ".join(str(error).split())  # Some messages have several lines.
-        raise ConversionError(
-            f"downloading {repository} failed: {text or type(error).__name__}. Run the same command again to continue."
-        ) from None
+        return _download(repository, revision, say, choose, listed)
 
 
-def _download(repository: str, revision: str | None, say: Callable[[str], None], choose: Choose) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+def _download(
+    repository: str,
+    revision: str | None,
+    say: Callable[[str], None],
+    choose: Choose,
+    listed: Callable[[Listing], None],
+) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=ASK_SECONDS)
+        info = ask_hub(repository, revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception as error:  # no network, the Hub does not answer, HF_HUB_OFFLINE is set
         return _downloaded_before(repository, revision, error, say, choose)
-    commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
 
     def read(name: str) -> str:
-        return Path(hf_hub_download(repository, name, revision=commit)).read_text(encoding="utf-8", errors="replace")
+        return Path(hf_hub_download(repository, name, revision=info.sha)).read_text(encoding="utf-8", errors="replace")
 
-    wanted = choose(sizes, read, repository)
-    for name in [*small_files(wanted), *further_templates(wanted)]:
-        if sizes[name] > MAX_SMALL_BYTES:
-            raise CheckpointError(
-                f"{name} of {repository} has {sizes[name] / 1e6:.0f} MB; a file of its kind has at most "
-                f"{MAX_SMALL_BYTES >> 20} MiB. Nothing was downloaded."
-            )
-    missing = {
-        name: sizes[name]
-        for name in wanted
-        if not isinstance(try_to_load_from_cache(repository, name, revision=commit), str)
-    }
-    _check_free_space(repository, missing)
+    listing = listing_of(info, repository, choose, read)
+    listed(listing)
+    missing = listing.missing()
+    check_free_space(repository, missing)
     for name, size in missing.items():
         if size >= LARGE_BYTES:
-            _fetch(repository, name, commit, say)
+            _fetch(repository, name, info.sha, say)
     # Pass the name of the revision, so that the cache can resolve it later without a network.
-    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(w) for w in wanted]))
-    if folder.name != commit:
+    wanted = [glob.escape(name) for name in listing.sizes]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    if folder.name != info.sha:
         raise ConversionError(f"{repository} changed during the download. Run the same command again.")
     return folder
+
+
+def discard_partial(repository: str) -> int:
+    """Removes what an unfinished download left in the cache. Returns the bytes that this freed.
+
+    These are files that are not whole, and whole ones that belong to no snapshot yet. Files that another process is
+    downloading stay. Raises OSError.
+    """
+    from filelock import FileLock, Timeout
+
+    blobs = blobs_folder(repository)
+    linked = {path.resolve().name for path in blobs.parent.glob("snapshots/*/**/*") if path.is_symlink()}
+    freed = 0
+    for path in sorted(blobs.glob("*")):
+        name = path.name.removesuffix(PARTIAL)
+        if path.name in linked or not path.is_file():
+            continue
+        with contextlib.suppress(Timeout), FileLock(_lock_file(repository, name)).acquire(timeout=0):
+            freed += path.stat().st_size
+            path.unlink()
+    return freed
 
 
 def _downloaded_before(
@@ -152,18 +122,12 @@ def _downloaded_before(
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    offline = isinstance(reason, OfflineModeIsEnabled)
     at = repository if revision is None else f"{repository} at {revision}"
     if reason is None:
-        why, remedy = (
-            "this command downloads nothing",
-            f"Download it with `hf download {repository}`, or run the model once.",
-        )
-    elif offline:
-        why, remedy = "HF_HUB_OFFLINE is set", "Unset it to download."
+        why = "this command downloads nothing"
+        remedy = f"Download it with `mlxflash download {repository}`, or run the model once."
     else:
-        text = " ".join(str(reason).split())
-        why, remedy = f"the Hub cannot be reached ({text or type(reason).__name__})", "Are you online?"
+        why, remedy = why_unreachable(reason)
     try:
         # Ask for no files; the missing ones are found below.
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))
@@ -183,30 +147,9 @@ def _downloaded_before(
         raise ConversionError(
             f"{at} was downloaded only in part (missing: {', '.join(missing[:3])}), and {why}. {remedy}"
         )
-    if reason is not None and not offline:
+    if reason is not None and not isinstance(reason, OfflineModeIsEnabled):
         say(f"note: {why}; using the copy of {at} that was downloaded before")
     return folder
-
-
-def _check_free_space(repository: str, missing: dict[str, int]) -> None:
-    """Raises NoSpaceError if the missing bytes of the files do not fit on the cache's disk."""
-    blobs = _blobs_folder(repository)
-    needed = sum(missing.values()) - sum(path.stat().st_size for path in blobs.glob("*.incomplete"))
-    above = next(folder for folder in (blobs, *blobs.parents) if folder.exists())
-    free = shutil.disk_usage(above).free
-    if missing and free < needed + SPARE_BYTES:
-        raise NoSpaceError(
-            f"{repository} needs {needed / 1e9:.2f} GB more in {above}, where {free / 1e9:.2f} GB are free. Make "
-            "room, or set HF_HOME to a folder on another disk."
-        )
-
-
-def _blobs_folder(repository: str) -> Path:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=repository, repo_type="model")
-    return Path(constants.HF_HUB_CACHE).expanduser().resolve() / folder / "blobs"
 
 
 def _fetch(repository: str, name: str, commit: str, say: Callable[[str], None]) -> None:
@@ -221,8 +164,8 @@ def _fetch(repository: str, name: str, commit: str, say: Callable[[str], None]) 
         return  # an unusual answer for the Hub: leave it to huggingface_hub
     if found.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
         return  # too large for a single HTTP request: leave it to huggingface_hub, which has another way
-    blob = _blobs_folder(repository) / found.etag
-    partial = blob.with_name(f"{found.etag}.incomplete")
+    blob = blobs_folder(repository) / found.etag
+    partial = blob.with_name(f"{found.etag}{PARTIAL}")
     with _download_lock(repository, found.etag, say):
         if blob.exists():
             return
@@ -253,12 +196,16 @@ def _download_lock(repository: str, etag: str, say: Callable[[str], None]) -> Ab
     """The lock that huggingface_hub takes for the same file."""
     from filelock import FileLock, Timeout
 
-    folder = _blobs_folder(repository).parent
-    path = folder.parent / ".locks" / folder.name / f"{etag}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock = FileLock(_lock_file(repository, etag))
     try:
         return lock.acquire(timeout=0)
     except Timeout:
         say(f"waiting for another process that is downloading {repository}")
         return lock.acquire()
+
+
+def _lock_file(repository: str, etag: str) -> Path:
+    folder = blobs_folder(repository).parent
+    path = folder.parent / ".locks" / folder.name / f"{etag}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

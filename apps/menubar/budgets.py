@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -39,6 +39,13 @@ def fixed_budgets() -> tuple[Budget, ...]:
     """Budgets of round sizes, up to the machine's memory."""
     total = psutil.virtual_memory().total
     return tuple(Budget(size * GB, "") for size in FIXED_GB if size * GB <= total)
+
+
+def served_budgets(library: dict[str, Any], kind: str) -> tuple[Budget, ...]:
+    """The budgets in the answer of /library, which are none while no model is loaded. kind: of units."""
+    listed = library.get("budgets") or ()
+    notes = {int(entry["bytes"]): str(entry["text"]) for entry in listed}  # For equal sizes, the last one counts.
+    return tuple(Budget(size, NOTES.get(note, note).format(units=kind)) for size, note in sorted(notes.items()))
 
 
 def planned_budgets(model: str | None) -> tuple[Budget, ...] | None:
@@ -82,11 +89,11 @@ def ask_plan(model: str | None) -> list[Budget]:
 def points(plan: Plan, units: str) -> list[Budget]:
     """The smallest budget, and those for some shares of the units in memory. For equal sizes, the last note counts."""
     sizes = plan.budgets()
-    notes = {_rounded_up(sizes[name]): note.format(units=units) for name, note in NOTES.items()}
+    notes = {rounded_up(sizes[name]): note.format(units=units) for name, note in NOTES.items()}
     return [Budget(size, note) for size, note in sorted(notes.items())]
 
 
-def _rounded_up(size: int) -> int:
+def rounded_up(size: int) -> int:
     """The size with room for the server, rounded up to two digits or 10 MB. More precision is of no use."""
     step = max(10**7, 10 ** (len(str(size)) - 2))
     return -(-(size + SERVER_BYTES) // step) * step

@@ -29,8 +29,24 @@ class Client:
         return self._get("/health", allowed=(200, 500, 503))
 
     def stats(self) -> dict[str, Any]:
-        """The answer of /stats: plan, resident units, totals and the running request. Raises ServerError."""
+        """The answer of /stats: plan, resident units, totals and the running request. Raises ServerError.
+
+        What belongs to a model is None while none is loaded.
+        """
         return self._get("/stats", allowed=(200,))
+
+    def library(self) -> dict[str, Any]:
+        """The answer of /library: the models, which one is loaded, and its budgets. Raises ServerError."""
+        return self._get("/library", allowed=(200,))
+
+    def load(self, name: str, memory: int | None) -> dict[str, Any]:
+        """Asks for another model, or another budget in bytes. Returns the answer of /library. Raises ServerError."""
+        budget = {} if memory is None else {"memory": f"{memory}B"}
+        return self._post("/library/load", {"name": name, **budget})
+
+    def unload(self) -> dict[str, Any]:
+        """Asks the server to free the model's memory. Returns the answer of /library. Raises ServerError."""
+        return self._post("/library/unload", {})
 
     def ask(self, question: str, max_tokens: int) -> ServerAnswer:
         """Sends a question. Iterate over the result for the pieces of the answer. Raises ServerError."""
@@ -43,9 +59,16 @@ class Client:
         return ServerAnswer(self._host, self._port, body)
 
     def _get(self, path: str, allowed: tuple[int, ...]) -> dict[str, Any]:
+        return self._answer("GET", path, None, allowed)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._answer("POST", path, json.dumps(body), allowed=(202,))
+
+    def _answer(self, method: str, path: str, body: str | None, allowed: tuple[int, ...]) -> dict[str, Any]:
+        headers = {} if body is None else {"Content-Type": "application/json"}
         connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_SECONDS)
         with contextlib.closing(connection), _as_server_error():
-            connection.request("GET", path)
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             content = _parsed(response.read())
             if response.status not in allowed:

@@ -15,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .budgets import Budget, fixed_budgets, planned_budgets
+from .budgets import Budget, fixed_budgets, planned_budgets, served_budgets
 from .client import Client, ServerAnswer, ServerError
+from .downloads import Downloads
+from .model_choices import loaded_name, name_of
 from .server_process import EngineProcess, server_command, why_it_ended
 from .settings import AppSettings, read_settings, write_settings
 
 POLL_SECONDS = 0.5
+LIBRARY_POLLS = 20  # The server lists its models anew after so many polls, or when another one is loaded.
 LOST_POLLS = 20  # After this many polls without an answer, a living engine is ended.
 MAX_TOKENS = 200  # in the answer to a quick question
 
@@ -39,6 +42,8 @@ class State:
     last_lines: tuple[str, ...] = ()  # last lines of an engine that ended
     budgets: tuple[Budget, ...] = ()  # the budgets to choose from
     stats: dict[str, Any] | None = None  # the server's /stats
+    library: dict[str, Any] | None = None  # the server's /library; the last one after it ended
+    notice: str = ""  # a sentence to show once
     question: str = ""
     answer: str = ""
     answering: bool = False
@@ -48,6 +53,11 @@ class State:
     def endpoint(self) -> str:
         """The base URL for clients of OpenAI's API."""
         return f"{self.address}/v1" if self.address else ""
+
+    @property
+    def served(self) -> str:
+        """What the running server does: "ready", "loading", "unloaded" or "failed"; "" if it does not run."""
+        return str((self.stats or {}).get("state", "ready")) if self.phase == RUNNING else ""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -80,6 +90,12 @@ class Controller:
         self._turn = 0  # number of the current question
         self._operations = ThreadPoolExecutor(1, "engine")
         self._closed = False
+        self._started: str | None = None  # the model and the budget that the engine was started with
+        self._own_name = ""  # the engine's name for that model
+        self._has_budget = False  # whether it was given one, then or later
+        self.downloads = Downloads(
+            on_change, self._note_unfinished, self._note_downloaded, self._state.settings.unfinished
+        )
         self._ask_for_budgets()
 
     @property
@@ -99,15 +115,31 @@ class Controller:
         self._later(self._stop)
 
     def choose_model(self, model: str | None) -> None:
-        """Chooses a folder or a Hugging Face id; None for the demo model. A running engine is restarted with it."""
-        model = model.strip() if model else None
-        self._settle(self._state.settings.with_model(model or None))
+        """Chooses a folder or a Hugging Face id; None for the demo model.
+
+        A running engine loads it, or is restarted with it if it does not list it.
+        """
+        settings = self._state.settings.with_model(model.strip() or None if model else None)
+        if self._load_instead(settings):
+            return
+        self._settle(settings)
         self._change(budgets=fixed_budgets())
         self._ask_for_budgets()
 
     def choose_budget(self, size: int | None) -> None:
-        """Chooses a budget in bytes; None for a share of free memory. A running engine is restarted with it."""
-        self._settle(self._state.settings.with_budget(size))
+        """Chooses a budget in bytes; None for a share of free memory. A running engine loads its model again with it,
+        or is restarted."""
+        settings = self._state.settings.with_budget(size)
+        if not self._load_instead(settings):
+            self._settle(settings)
+
+    def unload(self) -> None:
+        """Frees the model's memory. The next question loads the model again."""
+        if self._state.phase == RUNNING:
+            self._later(partial(self._ask_server, lambda client: client.unload()))
+
+    def notice_was_shown(self) -> None:
+        self._change(notice="")
 
     def ask(self, question: str) -> None:
         """Asks the engine; the answer arrives in `state`. An answer that is still running is cancelled."""
@@ -134,6 +166,7 @@ class Controller:
     def close(self) -> None:
         """Ends every process and thread of this app, and waits for that."""
         self._closed = True
+        self.downloads.close()
         self.cancel()
         with contextlib.suppress(RuntimeError):  # It is closed already.
             self._operations.submit(self._stop)
@@ -176,6 +209,7 @@ class Controller:
             self._ended(engine, code)
 
         self._engine = engine
+        self._started, self._own_name, self._has_budget = settings.model, "", settings.budget is not None
         engine.watch(on_listening, on_line, on_end)
         threading.Thread(target=self._follow, args=(engine, listening, addresses), daemon=True).start()
 
@@ -217,7 +251,7 @@ class Controller:
             return  # The engine ended before.
         client = Client(addresses[0])
         pause = threading.Event()
-        silent = 0
+        silent, polls, listed = 0, 0, None
         while self._engine is engine:
             try:
                 if self._state.phase == STARTING:
@@ -225,12 +259,27 @@ class Controller:
                 if self._state.phase == RUNNING:
                     stats = client.stats()
                     self._change_if(engine, stats=stats)
+                    now = stats.get("state"), (stats.get("library") or {}).get("loads")
+                    if now != listed or polls % LIBRARY_POLLS == 0:
+                        self._change_if(engine, **self._listed(client, stats))
+                    polls, listed = polls + 1, now
                 silent = 0
             except ServerError as error:
                 silent += 1
                 if silent > LOST_POLLS:
                     return self._later(partial(self._give_up, engine, f"The engine was ended because {error}"))
             pause.wait(POLL_SECONDS)
+
+    def _listed(self, client: Client, stats: dict[str, Any]) -> dict[str, Any]:
+        """The changes that the server's list of models brings; none if it has no such list."""
+        try:
+            library = client.library()
+        except ServerError:
+            return {}
+        if not self._own_name and library.get("state") == "ready":
+            self._own_name = loaded_name(library)
+        budgets = served_budgets(library, (stats.get("model") or {}).get("kind", "units"))
+        return {"library": library, **({"budgets": budgets} if budgets else {})}
 
     def _look_whether_ready(self, engine: EngineProcess, client: Client, address: str) -> None:
         health = client.health()
@@ -245,15 +294,52 @@ class Controller:
 
     # -- choices ---------------------------------------------------------------------------------------------
 
-    def _settle(self, settings: AppSettings) -> None:
+    def _load_instead(self, settings: AppSettings) -> bool:
+        """Lets the running engine load the model of `settings`; False if it cannot, so that it must be restarted."""
+        before, state = self._state.settings, self._state
+        if state.phase != RUNNING or (settings.model, settings.budget) == (before.model, before.budget):
+            return False
+        name = name_of(settings.model, state.library, self._started, self._own_name)
+        if name is None or (settings.budget is None and self._has_budget):
+            return False  # The server has no way back to a share of the free memory.
+        self._later(partial(self._ask_server, lambda client: client.load(name, settings.budget), settings))
+        return True
+
+    def _ask_server(self, ask: Callable[[Client], dict[str, Any]], settings: AppSettings | None = None) -> None:
+        """Asks the running engine for something. settings: what becomes the user's choice if it agrees."""
+        state = self._state
+        if state.phase != RUNNING:
+            return
+        try:
+            library = ask(Client(state.address))
+        except ServerError as error:
+            self._change(notice=str(error))
+            return
+        self._change(library=library)
+        if settings is not None:
+            self._has_budget = self._has_budget or settings.budget is not None
+            self._keep(settings)
+
+    def _keep(self, settings: AppSettings) -> None:
         with self._lock:
-            changed = settings != self._state.settings
             self._change(settings=settings)
             with contextlib.suppress(OSError):  # On a full disk the choice lasts until the app ends.
                 write_settings(self._file, settings)
+
+    def _settle(self, settings: AppSettings) -> None:
+        changed = settings != self._state.settings
+        self._keep(settings)
         if changed and self._engine is not None:
             self._later(self._stop)
             self._later(self._start)
+
+    def _note_unfinished(self, names: tuple[str, ...]) -> None:
+        with self._lock:
+            self._keep(replace(self._state.settings, unfinished=names))
+
+    def _note_downloaded(self, name: str) -> None:
+        with self._lock:
+            self._keep(self._state.settings.with_recent(name))
 
     def _ask_for_budgets(self) -> None:
         model = self._state.settings.model

@@ -122,19 +122,20 @@ def _read_errors(stream: IO[str], lines: deque[str], on_line: Callable[[str], No
             on_line(line)
 
 
-def why_it_ended(code: int, lines: Sequence[str]) -> str:
-    """A sentence that says why the engine ended.
+def why_it_ended(code: int, lines: Sequence[str], what: str = "The engine") -> str:
+    """A sentence that says why the engine, or another process, ended.
 
-    code: the exit code, or the negative number of the signal. lines: the last lines of standard error.
+    code: the exit code, or the negative number of the signal. lines: the last lines of standard error. what: the
+    process, as the beginning of a sentence.
     """
     said = _last_sentence(lines)
     if code >= 0:
-        return said or f"The engine ended with exit code {code} and without a message."
+        return said or f"{what} ended with exit code {code} and without a message."
     number = -code
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in MEMORY_SIGNALS:
-        return f"The engine was ended by {name}. Out of memory? Choose a smaller budget, or close other programs."
-    return f"The engine was ended by {name}." + (f" Its last message: {said}" if said else "")
+        return f"{what} was ended by {name}. Out of memory? Choose a smaller budget, or close other programs."
+    return f"{what} was ended by {name}." + (f" Its last message: {said}" if said else "")
 
 
 def _last_sentence(lines: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ class AppSettings:
     model: str | None = None  # a folder or a Hugging Face id; None: the demo model
     recent: tuple[str, ...] = ()  # recent models, latest first
     memory: dict[str, int] = field(default_factory=dict)  # model -> budget in bytes; automatic if it is missing
+    unfinished: tuple[str, ...] = ()  # models whose downloads were begun and not finished
 
     @property
     def budget(self) -> int | None:
@@ -26,6 +27,10 @@ class AppSettings:
     def with_model(self, model: str | None) -> AppSettings:
         recent = self.recent if model is None else (model, *(name for name in self.recent if name != model))
         return replace(self, model=model, recent=recent[:RECENT_MODELS])
+
+    def with_recent(self, model: str) -> AppSettings:
+        """The model is in the list, without being chosen."""
+        return replace(self.with_model(model), model=self.model)
 
     def with_budget(self, budget: int | None) -> AppSettings:
         others = {name: size for name, size in self.memory.items() if name != (self.model or DEMO)}
@@ -45,14 +50,19 @@ def read_settings(file: Path) -> AppSettings:
     except (OSError, ValueError):
         found = None
     found = found if isinstance(found, dict) else {}
-    model, recent, memory = found.get("model"), found.get("recent"), found.get("memory")
+    model, memory = found.get("model"), found.get("memory")
     return AppSettings(
         model if isinstance(model, str) and model else None,
-        tuple(name for name in recent if isinstance(name, str))[:RECENT_MODELS] if isinstance(recent, list) else (),
+        _names(found.get("recent"))[:RECENT_MODELS],
         {name: size for name, size in memory.items() if type(size) is int and size > 0}
         if isinstance(memory, dict)
         else {},
+        _names(found.get("unfinished")),
     )
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list) else ()
 
 
 def write_settings(file: Path, settings: AppSettings) -> None:

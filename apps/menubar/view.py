@@ -17,10 +17,12 @@ import mlx_flash
 
 from . import wording
 from .controller import FAILED, STOPPING, Controller, State
+from .hub_window import HubWindow
 from .icon import Icons
+from .model_choices import choices
 from .native import copy_text, menu_is_open, set_text
 from .settings import settings_file
-from .windows import AskWindow, HubWindow, StatisticsWindow
+from .windows import AskWindow, StatisticsWindow
 
 TICK_SECONDS = 0.5  # time until the next attempt to rebuild a menu that was open
 
@@ -39,6 +41,7 @@ class Menubar:
         self.closing = False
         self._ask: AskWindow | None = None
         self._statistics: StatisticsWindow | None = None
+        self._hub: HubWindow | None = None
         self.controller = Controller(settings_file(), on_change=self._changed)
         self._item = toga.MenuStatusIcon(text=app.formal_name, icon=self._icon(self.controller.state))
         app.status_icons.add(self._item)
@@ -62,13 +65,15 @@ class Menubar:
     def _refresh(self) -> None:
         self._refreshing = False
         state = self.controller.state
-        structure = (state.settings, state.budgets, state.phase)
+        models = choices(state.settings, state.library)
+        structure = (state.settings, models, state.budgets, state.phase)
         if structure != self._shown_structure and not menu_is_open(self._item):
             self._shown_structure = structure
-            self._build_menu(state)
+            self._build_menu(state, models)
         self._show(self._headline, wording.padded(wording.headline(state)))
         self._show(self._start_or_stop, wording.start_or_stop(state))
         self._enable(self._start_or_stop, state.phase != STOPPING)
+        self._enable(self._unload, state.served == "ready" and state.library is not None)
         for line in (self._open_page, self._copy):
             self._enable(line, bool(state.address))
         icon = self._icon(state)
@@ -78,6 +83,11 @@ class Menubar:
             self._ask.show(state, wording.headline(state))
         if self._statistics is not None:
             self._statistics.show(wording.statistics(state))
+        if self._hub is not None:
+            self._hub.show(self.controller.downloads.state)
+        if state.notice:
+            self.controller.notice_was_shown()
+            self._app.loop.create_task(self._app.dialog(toga.InfoDialog("The model was not changed", state.notice)))
         if state.phase != self._shown_phase:
             self._shown_phase = state.phase
             if state.phase == FAILED:
@@ -108,11 +118,13 @@ class Menubar:
 
         self._headline = line(lambda _: self._open_statistics(), "", 0, 0)
         self._start_or_stop = line(lambda _: self._press_start_or_stop(), "Start the engine", 1, 0)
+        self._unload = line(lambda _: controller.unload(), "Unload the model", 1, 1)
         self._open_page = line(lambda _: webbrowser.open(controller.state.address), "Open the page", 3, 1)
         self._copy = line(lambda _: copy_text(controller.state.endpoint), "Copy the endpoint", 3, 2)
         self._lines = [
             self._headline,
             self._start_or_stop,
+            self._unload,
             line(lambda _: self._open_ask(), "Ask…", 3, 0),
             self._open_page,
             self._copy,
@@ -120,22 +132,22 @@ class Menubar:
             line(lambda _: self._app.request_exit(), "Quit", 4, 0),
         ]
 
-    def _build_menu(self, state: State) -> None:
+    def _build_menu(self, state: State, models: list[str | None]) -> None:
         controller = self.controller
-        models = toga.Group("Model", parent=self._item, section=2, order=0)
+        of_models = toga.Group("Model", parent=self._item, section=2, order=0)
         budgets = toga.Group("Memory", parent=self._item, section=2, order=1)
         lines = list(self._lines)
 
         def add(group: toga.Group, section: int, action: Callable[..., object], text: str) -> None:
             lines.append(toga.Command(action, text, group=group, section=section, order=len(lines)))
 
-        for model in (None, *state.settings.recent):
+        for model in models:
             choose = partial(_without_command, controller.choose_model, model)
-            add(models, 0, choose, wording.model_label(model, state))
-        add(models, 1, self._choose_folder, wording.NO_MARK + "A folder…")
-        add(models, 1, lambda _: self._open_hub(), wording.NO_MARK + "From the Hugging Face Hub…")
+            add(of_models, 0, choose, wording.model_label(model, state))
+        add(of_models, 1, self._choose_folder, wording.NO_MARK + "A folder…")
+        add(of_models, 1, lambda _: self._open_hub(), wording.NO_MARK + "Download a model…")
         free = wording.free_memory(state)
-        for budget in (None, *state.budgets):
+        for budget in wording.budgets_of(state):
             choose = partial(_without_command, controller.choose_budget, budget and budget.size)
             add(budgets, 0 if budget is None else 1, choose, wording.budget_label(budget, state, free))
         commands = self._app.status_icons.commands
@@ -167,7 +179,14 @@ class Menubar:
         self._statistics.open()
 
     def _open_hub(self) -> None:
-        HubWindow(self.controller.choose_model).open()
+        if self._hub is None or self._hub.window.closed:
+            self._hub = HubWindow(self.controller.downloads, self._start_with)
+        self._hub.show(self.controller.downloads.state)
+        self._hub.open()
+
+    def _start_with(self, model: str) -> None:
+        self.controller.choose_model(model)
+        self.controller.start()
 
     async def _choose_folder(self, _command: object, **_: Any) -> None:
         if folder := await self._app.dialog(toga.SelectFolderDialog("The folder of a store or a checkpoint")):

@@ -1,4 +1,4 @@
-"""The app's three small windows. Each shows the data it is given and reports the user's actions."""
+"""The app's two small windows. Each shows the data it is given and reports the user's actions."""
 
 from __future__ import annotations
 
@@ -72,28 +72,3 @@ class StatisticsWindow:
 
     def open(self) -> None:
         self.window.show()
-
-
-class HubWindow:
-    """Asks for the id of a Hugging Face repository."""
-
-    def __init__(self, on_chosen: Callable[[str], None]) -> None:
-        self._on_chosen = on_chosen
-        self._id = toga.TextInput(placeholder="owner/name", on_confirm=self._pressed, flex=1)
-        button = toga.Button("Use it", on_press=self._pressed, width=90, margin_left=8)
-        note = toga.Label(
-            "A Hugging Face repository. It is downloaded, and converted if needed,\nwhen the engine starts with it.",
-            margin_bottom=8,
-        )
-        line = toga.Box(children=[self._id, button], direction=ROW)
-        box = toga.Box(children=[note, line], direction=COLUMN, margin=12)
-        self.window = toga.Window(title="Model from the Hub", size=(480, 120), resizable=False, content=box)
-
-    def open(self) -> None:
-        self.window.show()
-        self._id.focus()
-
-    def _pressed(self, _widget: object, **_: object) -> None:
-        if name := self._id.value.strip():
-            self.window.close()
-            self._on_chosen(name)

@@ -12,12 +12,15 @@ from .controller import FAILED, RUNNING, STARTING, STOPPED, STOPPING, State
 
 LINE_CHARACTERS = 72  # A menu is as wide as its longest line.
 WIDTH = 50  # characters of the first line while the model answers
+SIGNS = {"loading": "...", "unloaded": "zzz", "failed": "!"}  # what the running server does with its model
 MARK, NO_MARK = "✓ ", "    "  # toga's commands have no check marks.
 
 
 def icon_text(state: State) -> str:
     """At most four characters for the menu bar: tokens per second of a running request, else a sign of the phase."""
     if state.phase == RUNNING:
+        if (served := SIGNS.get(state.served)) is not None:
+            return served
         rate = state.tokens_per_second
         return "on" if rate is None else rate_text(rate)
     return {STOPPED: "off", STARTING: "...", STOPPING: "...", FAILED: "!"}[state.phase]
@@ -41,6 +44,8 @@ def headline(state: State) -> str:
         return shortened(f"Starting: {state.progress}" if state.progress else "Starting")
     if state.phase == FAILED:
         return shortened(state.trouble)
+    if state.served in SIGNS:
+        return shortened(_without_model(state))
     now = (state.stats or {}).get("now")
     if isinstance(now, dict):
         if (rate := state.tokens_per_second) is None or not now.get("generated_tokens"):
@@ -50,6 +55,19 @@ def headline(state: State) -> str:
     if isinstance(last, dict) and last.get("tokens_per_second"):
         return f"Ready · last answer {rate_text(last['tokens_per_second'])} tokens per second"
     return "Ready"
+
+
+def _without_model(state: State) -> str:
+    """What a running server without a model does."""
+    if state.served == "unloaded":
+        return "Asleep: the next question loads the model"
+    library = state.library or {}
+    if state.served == "failed":
+        return f"Not loaded: {library.get('failure') or 'the server does not say why'}"
+    loading = ((state.stats or {}).get("library") or {}).get("loading") or library.get("loading") or {}
+    share = f" {loading['done'] / loading['total']:.0%}" if loading.get("total") else ""
+    stage = f": {loading['stage']}" if loading.get("stage") else ""
+    return f"Loading {loading.get('name', 'the model')}{stage}{share}"
 
 
 def padded(line: str) -> str:
@@ -69,6 +87,15 @@ def model_name(model: str | None) -> str:
 
 def model_label(model: str | None, state: State) -> str:
     return (MARK if model == state.settings.model else NO_MARK) + model_name(model)
+
+
+def budgets_of(state: State) -> list[Budget | None]:
+    """The budgets in the menu; None for the automatic one. A chosen one is among them, whatever the plan says."""
+    chosen = state.settings.budget
+    others = {budget.size: budget for budget in state.budgets}
+    if chosen is not None:
+        others.setdefault(chosen, Budget(chosen, ""))
+    return [None, *(others[size] for size in sorted(others))]
 
 
 def budget_label(budget: Budget | None, state: State, free: int | None = None) -> str:
@@ -100,16 +127,20 @@ def statistics(state: State) -> list[tuple[str, str]]:
     stats = state.stats
     if stats is None or stats["model"] is None:  # the server, or its model, is not loaded
         return rows
-    memory, resident, totals = stats["memory"], stats["resident"], stats["totals"]
+    memory, resident, totals, model = stats["memory"], stats.get("resident"), stats["totals"], stats.get("model")
+    budget = memory.get("budget_bytes")
     rows += [
-        ("Memory", f"{size_text(memory['current_bytes'])} of {size_text(memory['budget_bytes'])}"),
+        ("Memory", size_text(memory["current_bytes"]) + ("" if budget is None else f" of {size_text(budget)}")),
         ("Peak memory", size_text(memory["peak_bytes"])),
-        (f"Resident {stats['model']['kind']}", f"{resident['share']:.0%}"),
+    ]
+    if model is not None and resident is not None:
+        rows.append((f"Resident {model['kind']}", f"{resident['share']:.0%}"))
+    rows += [
         ("Requests", f"{totals['requests']}, {totals['failed']} failed, {stats['queue']['waiting']} waiting"),
         ("Tokens", f"{totals['prompt_tokens']} read, {totals['generated_tokens']} written"),
         ("Read from the SSD", size_text(totals["bytes_read"])),
     ]
-    request, title = (stats["now"], "now") if stats["now"] else (stats["last"], "last answer")
+    request, title = (stats["now"], "now") if stats.get("now") else (stats.get("last"), "last answer")
     if request:
         if request.get("tokens_per_second"):
             rows.append((f"Tokens per second, {title}", rate_text(request["tokens_per_second"])))

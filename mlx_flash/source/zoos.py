@@ -9,6 +9,7 @@ import copy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any
 
 from ..flash.random_state import kept_random_state
@@ -24,6 +25,18 @@ def zoo_of(config: dict[str, Any]) -> str | None:
     if mlx_lm_classes(config) is not None:
         return MLX_LM
     return MLX_VLM if mlx_vlm_module(config) is not None else None
+
+
+def types_of_zoos() -> set[str]:
+    """The model types that the zoos have a file for. `zoo_of` answers for certain, and slower."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    types = {str(name) for name in MODEL_REMAPPING}
+    for zoo in ("mlx_lm", "mlx_vlm"):
+        found = find_spec(zoo)
+        folders = found.submodule_search_locations if found is not None else None
+        types |= {module.name for module in iter_modules([f"{folder}/models" for folder in folders or ()])}
+    return types
 
 
 def random_model(config: dict[str, Any]) -> Any | None:

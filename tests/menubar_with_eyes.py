@@ -1,8 +1,8 @@
 """Runs the menu bar app and keeps writing everything that can be seen and clicked into a file.
 
 python tests/menubar_with_eyes.py FILE: writes JSON with `menus` (text -> middle of the line on the screen, and whether
-it is enabled), `buttons` and `inputs` (likewise), `texts` (labels and text boxes), `clipboard` and `engine` (the
-process once its model is loaded). The app is unchanged, except that its answers are short.
+it is enabled), `buttons`, `cells` of tables and `inputs` (likewise), `texts` (labels and text boxes), `clipboard` and
+`engine` (the process once its model is loaded). The app is unchanged, except that its answers are short.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import gated_server  # type: ignore[import-not-found]
 from PySide6.QtCore import QPoint, QTimer
 from PySide6.QtGui import QGuiApplication
-from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButton, QTextEdit, QWidget
+from PySide6.QtWidgets import QApplication, QLabel, QLineEdit, QMenu, QPushButton, QTableView, QTextEdit, QWidget
 
 from mlx_flash.apps.menubar import controller, view
 from mlx_flash.apps.menubar.controller import RUNNING, Controller
@@ -41,9 +41,22 @@ def engine_of(app: Any) -> int | None:
     return engine.pid if engine is not None and shown.state.phase == RUNNING else None
 
 
+def cells_of(table: QTableView) -> dict[str, list[int]]:
+    """The texts in a table, with the middle of each."""
+    model = table.model()
+    found = {}
+    for row in range(model.rowCount()):
+        for column in range(model.columnCount()):
+            index = model.index(row, column)
+            place = table.viewport().mapToGlobal(table.visualRect(index).center())
+            found[str(index.data())] = [place.x(), place.y()]
+    return found
+
+
 def look() -> dict[str, object]:
     menus: dict[str, list[object]] = {}
-    buttons: dict[str, list[int]] = {}
+    buttons: dict[str, list[object]] = {}
+    cells: dict[str, list[int]] = {}
     inputs: list[list[int]] = []
     texts: list[str] = []
     for window in QApplication.topLevelWidgets():
@@ -57,7 +70,9 @@ def look() -> dict[str, object]:
             if not widget.isVisible():
                 continue
             if isinstance(widget, QPushButton):
-                buttons[widget.text().replace("&", "")] = middle_of(widget)
+                buttons[widget.text().replace("&", "")] = [*middle_of(widget), widget.isEnabled()]
+            elif isinstance(widget, QTableView):
+                cells |= cells_of(widget)
             elif isinstance(widget, QLineEdit):
                 inputs.append(middle_of(widget))
             elif isinstance(widget, QTextEdit):
@@ -65,7 +80,14 @@ def look() -> dict[str, object]:
             elif isinstance(widget, QLabel) and widget.text():
                 texts.append(widget.text())
     clipboard = QGuiApplication.clipboard().text()
-    return {"menus": menus, "buttons": buttons, "inputs": inputs, "texts": texts, "clipboard": clipboard}
+    return {
+        "menus": menus,
+        "buttons": buttons,
+        "cells": cells,
+        "inputs": inputs,
+        "texts": texts,
+        "clipboard": clipboard,
+    }
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ def test_a_download_is_paused_continued_broken_and_finished() -> None:
     stage.downloads.download()
     stage.process(DOWNLOAD, 1).give("downloading a/b failed: x. Run the same command again to continue.")
     state = stage.wait(lambda state: state.download.phase == BROKEN)
-    assert "stopped at 1 GB of 4 GB: downloading a/b failed" in hub_wording.download_line(state.download)
+    assert hub_wording.download_line(state.download) == "a/b stopped at 1 GB of 4 GB: downloading a/b failed: x."
 
     stage.downloads.download()
     process = stage.process(DOWNLOAD, 2)
@@ -245,7 +245,9 @@ def test_room_on_the_disk_and_words() -> None:
     assert [hub_wording.count_text(n) for n in (7, 1200, 3_400_000)] == ["7", "1.2k", "3.4M"]
     assert hub_wording.download_line(Download()) == ""
     assert [is_id(text) for text in ("a/b", "a/", "/b", "a", "a/b/c", "./x", "~/x")] == [True] + [False] * 6
-    assert max(map(len, hub_wording.wrapped("word " * 100).splitlines())) <= hub_wording.LINE_CHARACTERS
+    lines = hub_wording.wrapped("word " * 200).splitlines()
+    assert len(lines) == hub_wording.LINES and max(map(len, lines)) <= hub_wording.LINE_CHARACTERS
+    assert lines[-1].endswith(" …")
 
 
 def test_settings_keep_unfinished_downloads(tmp_path: Path) -> None:

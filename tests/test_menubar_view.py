@@ -21,6 +21,9 @@ from typing import Any
 import gated_server  # type: ignore[import-not-found]
 import psutil
 import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from hub_server import Hub, serve  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
 from processes import runs  # type: ignore[import-not-found]  # beside this file
 
 from mlx_flash.apps.menubar.settings import settings_file
@@ -38,7 +41,7 @@ GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)  # colours of the tile while
 class Screen:
     """A screen with a tray and the app on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hub: Hub) -> None:
         self.folder = folder
         self.seen = folder / "seen.json"
         self.processes: list[subprocess.Popen[Any]] = []
@@ -49,7 +52,8 @@ class Screen:
         os.close(write)
         with os.fdopen(read) as display:
             self.environment = {
-                **os.environ,
+                **hub.environment(folder / "hub"),
+                **{name: os.environ[name] for name in ("MLX_FLASH_CACHE",) if name in os.environ},
                 "DISPLAY": f":{display.readline().strip()}",
                 "QT_QPA_PLATFORM": "xcb",
                 "XDG_CONFIG_HOME": str(folder / "config"),
@@ -88,7 +92,7 @@ class Screen:
             seen: dict[str, Any] = json.loads(self.seen.read_text())
             return seen
         except FileNotFoundError:
-            return {"menus": {}, "buttons": {}, "inputs": [], "texts": [], "clipboard": "", "engine": None}
+            return {"menus": {}, "buttons": {}, "cells": {}, "inputs": [], "texts": [], "clipboard": "", "engine": None}
 
     def wait(self, condition: Callable[[dict[str, Any]], Any]) -> Any:
         return until(lambda: condition(self.look()), self.look)
@@ -163,7 +167,8 @@ class Screen:
         return found
 
     def press(self, text: str) -> None:
-        x, y = self.wait(lambda seen: seen["buttons"].get(text))
+        """Presses a button once it is enabled."""
+        x, y, _ = self.wait(lambda seen: (found := seen["buttons"].get(text)) and found[2] and found)
         self.do("mousemove", x, y, "click", 1)
 
     def running(self, before: psutil.Process | None = None) -> psutil.Process:
@@ -194,8 +199,20 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-def screen(tmp_path: Path) -> Iterator[Screen]:
-    screen = Screen(tmp_path)
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub with one model that runs and one that does not."""
+    folder = make_mixture(tmp_path / "mixture", "qwen3_moe")
+    write_tokenizer(folder)
+    with serve() as hub:
+        hub.add("owner/tiny-mixture", folder)
+        hub.add("owner/tiny-vision", folder, **{"config.json": b'{"model_type": "nobody"}'})
+        hub.downloads["owner/tiny-mixture"] = 1234
+        yield hub
+
+
+@pytest.fixture
+def screen(tmp_path: Path, hub: Hub) -> Iterator[Screen]:
+    screen = Screen(tmp_path, hub)
     try:
         yield screen
     finally:
@@ -274,6 +291,28 @@ def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
     screen.click("Statistics…")
     screen.wait(lambda seen: "Read from the SSD" in seen["texts"])
     screen.screenshot("statistics")
+
+    # A model is found on the Hub, looked at and downloaded.
+    screen.open_menu()
+    screen.point_at("Model")
+    screen.wait(lambda seen: "Download a model…" in (text.strip() for text in seen["menus"]))
+    screen.click("    Download a model…")
+    x, y = screen.wait(lambda seen: "Search" in seen["buttons"] and seen["inputs"])[-1]
+    screen.do("mousemove", x, y, "click", 1)
+    screen.do("type", "tiny")
+    screen.do("key", "Return")
+    x, y = screen.wait(lambda seen: seen["cells"].get("owner/tiny-mixture"))
+    assert screen.look()["cells"].keys() >= {"1.23k"} and "owner/tiny-vision" not in screen.look()["cells"]
+    screen.do("mousemove", x, y, "click", 1)
+    screen.wait(lambda seen: [text for text in seen["texts"] if "smallest budget" in text])
+    screen.screenshot("verdict")
+    screen.press("Download")
+    screen.wait(lambda seen: "owner/tiny-mixture is downloaded." in seen["texts"])
+    screen.screenshot("downloaded")
+    screen.open_menu()
+    screen.point_at("Model")
+    screen.wait(lambda seen: "owner/tiny-mixture" in (text.strip() for text in seen["menus"]))
+    screen.close_menu()
 
     # Another budget restarts the engine.
     screen.click(screen.open_budgets())

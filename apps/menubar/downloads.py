@@ -190,6 +190,8 @@ class Downloads:
             return self._change_download(**answer)
         name = self._state.download.name
         self._change_download(phase=DONE, done=self._state.download.total, rate=None, seconds_left=None)
+        if self._state.chosen == name and (verdict := self._state.verdict) is not None:
+            self._change(verdict=replace(verdict, missing=0))
         self._note_unfinished(name, False)
         self._on_downloaded(name)
 

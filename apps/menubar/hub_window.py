@@ -9,6 +9,7 @@ from toga.style.pack import COLUMN, ROW
 
 from . import hub_wording
 from .downloads import LOADING, Downloads, HubState
+from .native import widen_first_column
 
 
 class HubWindow:
@@ -24,6 +25,7 @@ class HubWindow:
         self._table = toga.Table(
             columns=["Model", "Size", "Downloads"], on_select=self._select, flex=1, margin_top=6, multiple_select=False
         )
+        widen_first_column(self._table)
         self._size, self._verdict = toga.Label("", margin_top=8), toga.Label("", margin_top=4)
         self._bar = toga.ProgressBar(max=1.0, value=0, margin_top=8)
         self._progress = toga.Label("", margin_top=4)
@@ -34,10 +36,12 @@ class HubWindow:
         line = toga.Box(children=[self._text, search], direction=ROW)
         parts = [line, self._note, self._table, self._size, self._verdict, self._bar, self._progress, buttons]
         box = toga.Box(children=parts, direction=COLUMN, margin=12)
-        self.window = toga.Window(title="Download a model", size=(640, 480), content=box)
+        self.window = toga.Window(title="Download a model", size=(680, 520), content=box)
 
     def show(self, state: HubState) -> None:
-        self._show_rows([hub_wording.row(found, state) for found in state.found])
+        rows = [hub_wording.row(found, state) for found in state.found]
+        if rows != self._rows:  # A new list takes the selection away.
+            self._rows = self._table.data = rows
         size, verdict = hub_wording.verdict_lines(state)
         for label, text in (
             (self._note, hub_wording.search_note(state)),
@@ -57,17 +61,6 @@ class HubWindow:
         ):
             if button.enabled != enabled:
                 button.enabled = enabled
-
-    def _show_rows(self, rows: list[tuple[str, str, str]]) -> None:
-        """Only other models replace the list, because that takes the selection away."""
-        before, self._rows = self._rows, rows
-        if [row[0] for row in rows] != [row[0] for row in before]:
-            self._table.data = rows
-        else:
-            for place, (row, old) in enumerate(zip(rows, before, strict=True)):
-                if row != old:
-                    shown = self._table.data[place]
-                    _, shown.size, shown.downloads = row
 
     def open(self) -> None:
         self.window.show()

@@ -9,20 +9,23 @@ import psutil
 from .downloads import BROKEN, DISCARDING, DONE, LOADING, PAUSED, Download, Found, HubState, Verdict
 from .wording import size_text
 
-LINE_CHARACTERS = 88
+LINE_CHARACTERS = 96
 LINES = 4
+FOR_TERMINALS = " Run the same command again to continue."  # ends an error; the window has a button for that
 
 
 def row(found: Found, state: HubState) -> tuple[str, str, str]:
     """(name, size, downloads) of a model in the list."""
-    begun = found.name in state.unfinished
-    times = "not finished" if begun else "" if found.downloads is None else count_text(found.downloads)
+    times = "" if found.downloads is None else count_text(found.downloads)
+    if found.downloads is None and found.name in state.unfinished:
+        times = "not finished"
     return found.name, "" if found.size_bytes is None else size_text(found.size_bytes), times
 
 
 def wrapped(text: str) -> str:
     """The text in lines, because a label does not wrap."""
-    return "\n".join(textwrap.wrap(text, LINE_CHARACTERS, break_on_hyphens=False)[:LINES])
+    lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=LINES, placeholder=" …", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def count_text(count: int) -> str:
@@ -109,7 +112,7 @@ def download_line(download: Download) -> str:
     if download.phase == DISCARDING:
         return f"Removing what has arrived of {download.name}"
     if download.phase == BROKEN:
-        return f"{download.name} stopped at {far}: {download.trouble}"
+        return f"{download.name} stopped at {far}: {download.trouble.removesuffix(FOR_TERMINALS)}"
     if download.phase == PAUSED:
         return f"{download.name}: paused at {far}"
     parts = [f"{download.name}: {far}"]

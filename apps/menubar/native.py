@@ -1,4 +1,4 @@
-"""Calls of toga's two backends for what toga lacks: the clipboard, and a new text for a line of an open menu.
+"""Calls of toga's two backends for what toga lacks: clipboard, widths of columns, texts of lines of an open menu.
 
 This is the only file that depends on the backend. The Cocoa parts were written from the documentation and not run.
 """
@@ -28,6 +28,17 @@ def set_text(command: Any, text: str) -> None:
             line.title = text
         else:
             line.setText(text)
+
+
+def widen_first_column(table: Any) -> None:
+    """Gives the first column of a toga.Table the width that the others do not need. On macOS users drag columns."""
+    if sys.platform != "darwin":
+        from PySide6.QtWidgets import QHeaderView
+
+        header = table._impl.native.horizontalHeader()
+        for column in range(header.count()):
+            mode = QHeaderView.ResizeMode.ResizeToContents if column else QHeaderView.ResizeMode.Stretch
+            header.setSectionResizeMode(column, mode)
 
 
 def menu_is_open(status_icon: Any) -> bool:

@@ -22,7 +22,7 @@ from mlx_flash.apps.menubar.settings import AppSettings, read_settings
 SECONDS = 600.0
 ENGINE = "import time; print('Serving at {}', flush=True); time.sleep(600)"
 GB = 10**9
-SIZES = {"smallest": GB, "25%": 2 * GB, "50%": 3 * GB, "100%": 5 * GB}
+SIZES = {"smallest": 985 * 10**6, "25%": 1985 * 10**6, "50%": 2985 * 10**6, "100%": 4985 * 10**6}
 
 
 def entry(name: str, source: str, **more: Any) -> dict[str, Any]:

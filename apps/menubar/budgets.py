@@ -26,7 +26,7 @@ NOTES = {
     "smallest": "the smallest",
     "100%": "all {units} in memory",
 }
-SERVER_BYTES = 10_000_000  # The server may be this much larger than the process of the plan: threads, buffers.
+SERVER_BYTES = 10_000_000  # The server may be, or become, this much larger than in the plan: threads, buffers.
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ def fixed_budgets() -> tuple[Budget, ...]:
 
 def served_budgets(library: dict[str, Any], kind: str) -> tuple[Budget, ...]:
     """The budgets in the answer of /library, which are none while no model is loaded. kind: of units."""
-    listed = library.get("budgets") or ()
-    notes = {int(entry["bytes"]): str(entry["text"]) for entry in listed}  # For equal sizes, the last one counts.
+    notes = {rounded_up(int(entry["bytes"])): str(entry["text"]) for entry in library.get("budgets") or ()}
     return tuple(Budget(size, NOTES.get(note, note).format(units=kind)) for size, note in sorted(notes.items()))
 
 
@@ -94,7 +93,7 @@ def points(plan: Plan, units: str) -> list[Budget]:
 
 
 def rounded_up(size: int) -> int:
-    """The size with room for the server, rounded up to two digits or 10 MB. More precision is of no use."""
+    """The size with room for the server's growth, rounded up to two digits or 10 MB. More precision is of no use."""
     step = max(10**7, 10 ** (len(str(size)) - 2))
     return -(-(size + SERVER_BYTES) // step) * step
 

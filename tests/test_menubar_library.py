@@ -18,6 +18,7 @@ from mlx_flash.apps.menubar import model_choices, wording
 from mlx_flash.apps.menubar.budgets import Budget
 from mlx_flash.apps.menubar.controller import RUNNING, STOPPED, Controller, State
 from mlx_flash.apps.menubar.settings import AppSettings, read_settings
+from mlx_flash.source.installed import InstalledModel
 
 SECONDS = 600.0
 ENGINE = "import time; print('Serving at {}', flush=True); time.sleep(600)"
@@ -114,7 +115,11 @@ def controller(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A controller whose engine is the scripted server."""
     monkeypatch.setattr(controllers, "planned_budgets", lambda _: None)
     monkeypatch.setattr(controllers, "POLL_SECONDS", 0.02)
-    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    here = [
+        InstalledModel("a/b", "hub", "a/b", tmp_path, GB, ""),
+        InstalledModel("demo", "demo", None, tmp_path, GB, ""),
+    ]
+    monkeypatch.setattr("mlx_flash.source.installed.installed_models", lambda: here)
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"script": server})) as listening:
         threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
         program = ENGINE.format(f"http://127.0.0.1:{listening.server_port}")
@@ -137,9 +142,7 @@ def listed(controller: Controller) -> State:
     return wait(controller, lambda state: state.phase == RUNNING and state.library and state.stats)
 
 
-def test_the_menu_has_the_models_and_budgets_of_the_server(controller: Controller, tmp_path: Path) -> None:
-    for name in ("old-0123456789ab", "kept-0123456789ab"):
-        (tmp_path / "cache" / name).mkdir(parents=True)
+def test_the_menu_has_the_models_and_budgets_of_the_server(controller: Controller) -> None:
     state = listed(controller)
     assert model_choices.choices(state.settings, state.library) == [None, "a/b"]
     assert [wording.budget_label(budget, state).strip() for budget in wording.budgets_of(state)] == [
@@ -147,13 +150,26 @@ def test_the_menu_has_the_models_and_budgets_of_the_server(controller: Controlle
         *("1 GB: the smallest", "2 GB: a quarter of the experts in memory"),
         *("3 GB: half of the experts in memory", "5 GB: all experts in memory"),
     ]
-    library = {"models": [entry("kept", "cache"), entry("gone", "cache"), entry("x/y@0123456789ab", "hub")]}
-    store = str(tmp_path / "cache" / "kept-0123456789ab")
-    assert model_choices.choices(AppSettings(recent=("a/b",)), library) == [None, "a/b", store]
-    assert model_choices.name_of(store, library, None, "demo") == "kept"
     controller.stop()
     state = wait(controller, lambda state: state.phase == STOPPED)
     assert model_choices.choices(state.settings, state.library) == [None, "a/b"]  # the last list
+
+
+def test_a_store_of_the_cache_folder_is_started_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/cache/kept-0123456789ab"
+    here = [
+        InstalledModel("kept", "cache", path, Path(path), GB, ""),
+        InstalledModel("a/b", "hub", "a/b", Path("/x"), GB, ""),
+    ]
+    monkeypatch.setattr("mlx_flash.source.installed.installed_models", lambda: here)
+    library = model_choices.with_values(
+        {"models": [entry("kept", "cache"), entry("gone", "cache"), entry("a/b", "hub")]}
+    )
+    assert model_choices.choices(AppSettings(recent=("a/b",)), library) == [None, "a/b", path]
+    assert model_choices.name_of(path, library, None, "demo") == "kept"
+    assert model_choices.name_of(None, library, None, "demo") == "demo"
+    assert model_choices.name_of("/elsewhere", library, None, "demo") is None
+    assert model_choices.name_of(None, library, "/elsewhere", "own") is None  # "gone" is not the demo model
 
 
 def test_a_running_engine_loads_another_model_and_another_budget(controller: Controller, server: Server) -> None:

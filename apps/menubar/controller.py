@@ -18,7 +18,7 @@ from typing import Any
 from .budgets import Budget, fixed_budgets, planned_budgets, served_budgets
 from .client import Client, ServerAnswer, ServerError
 from .downloads import Downloads
-from .model_choices import loaded_name, name_of
+from .model_choices import loaded_name, name_of, with_values
 from .server_process import EngineProcess, server_command, why_it_ended
 from .settings import AppSettings, read_settings, write_settings
 
@@ -42,7 +42,7 @@ class State:
     last_lines: tuple[str, ...] = ()  # last lines of an engine that ended
     budgets: tuple[Budget, ...] = ()  # the budgets to choose from
     stats: dict[str, Any] | None = None  # the server's /stats
-    library: dict[str, Any] | None = None  # the server's /library; the last one after it ended
+    library: dict[str, Any] | None = None  # from `with_values`; the last one after the server ended
     notice: str = ""  # a sentence to show once
     question: str = ""
     answer: str = ""
@@ -273,7 +273,7 @@ class Controller:
     def _listed(self, client: Client, stats: dict[str, Any]) -> dict[str, Any]:
         """The changes that the server's list of models brings; none if it has no such list."""
         try:
-            library = client.library()
+            library = with_values(client.library())
         except ServerError:
             return {}
         if not self._own_name and library.get("state") == "ready":
@@ -311,7 +311,7 @@ class Controller:
         if state.phase != RUNNING:
             return
         try:
-            library = ask(Client(state.address))
+            library = with_values(ask(Client(state.address)))
         except ServerError as error:
             self._change(notice=str(error))
             return

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-from mlx_flash.errors import UsageError
 
 from .settings import AppSettings
 
-HASH_DIGITS = "[0-9a-f]" * 12  # at the end of a store's folder in the cache folder
+MODEL = "model"  # added to every entry of the server's list: the value of --model that runs it
+
+
+def with_values(library: dict[str, Any]) -> dict[str, Any]:
+    """The answer of /library, with the value of --model of each model; None for the demo model and unknown ones.
+
+    It reads the folders of both caches.
+    """
+    from mlx_flash.source.installed import installed_models, with_own_names
+
+    known = {(each.source, each.name): each.model for each in with_own_names(installed_models(), set())}
+    entries = [{**entry, MODEL: known.get((entry["source"], entry["name"]))} for entry in library["models"]]
+    return {**library, "models": entries}
 
 
 def choices(settings: AppSettings, library: dict[str, Any] | None) -> list[str | None]:
     """The values of --model that can be chosen; None for the demo model. The first ones are those of the settings."""
-    served = (model_of(entry) for entry in _entries(library) if entry.get("runs"))
-    known = [None, *settings.recent, *(model for model in served if model is not None)]
-    return list(dict.fromkeys(known))
+    served = [entry[MODEL] for entry in _entries(library) if entry["runs"]]
+    return list(dict.fromkeys([None, *settings.recent, *served]))
 
 
 def name_of(model: str | None, library: dict[str, Any] | None, started: str | None, own_name: str) -> str | None:
@@ -27,34 +35,14 @@ def name_of(model: str | None, library: dict[str, Any] | None, started: str | No
     if model == started and own_name:
         return own_name
     for entry in _entries(library):
-        if model == model_of(entry) and (model is not None or entry.get("source") == "demo"):
+        if model == entry[MODEL] and (model is not None or entry["source"] == "demo"):
             return str(entry["name"])
     return None
 
 
 def loaded_name(library: dict[str, Any] | None) -> str:
-    return next((str(entry["name"]) for entry in _entries(library) if entry.get("loaded")), "")
+    return next((str(entry["name"]) for entry in _entries(library) if entry["loaded"]), "")
 
 
-def model_of(entry: dict[str, Any]) -> str | None:
-    """The value of --model for a model in the answer of /library; None if there is none, as for the demo model."""
-    name = str(entry.get("name"))
-    if entry.get("source") == "hub" and "@" not in name:  # Behind @ is the commit of one of several snapshots.
-        return name
-    return _store_named(name) if entry.get("source") == "cache" else None
-
-
-def _store_named(name: str) -> str | None:
-    """The newest store of this name in the cache folder."""
-    from mlx_flash.source.resolve import cache_folder
-
-    try:
-        folder = cache_folder()
-        found = [path for path in (folder / name, *folder.glob(f"{name}-{HASH_DIGITS}")) if path.is_dir()]
-        return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
-    except (OSError, UsageError, ValueError, NotImplementedError):  # a name that is not a pattern
-        return None
-
-
-def _entries(library: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    yield from (library or {}).get("models") or ()
+def _entries(library: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [] if library is None else library["models"]

@@ -125,7 +125,7 @@ def statistics(state: State) -> list[tuple[str, str]]:
     """(name, value) of each row in the statistics window."""
     rows = [("Engine", headline(state)), ("Model", state.settings.model or "Demo model"), ("Endpoint", state.endpoint)]
     stats = state.stats
-    if stats is None or stats["model"] is None:  # the server, or its model, is not loaded
+    if stats is None:
         return rows
     memory, resident, totals, model = stats["memory"], stats.get("resident"), stats["totals"], stats.get("model")
     budget = memory.get("budget_bytes")

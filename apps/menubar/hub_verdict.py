@@ -7,6 +7,7 @@ verdict. No weights are downloaded.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
@@ -37,10 +38,13 @@ def main() -> None:
     from mlx_flash.errors import FlashError
 
     stopping.end_with_stdin()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(json.dumps(verdict_on(sys.argv[1])))
     except FlashError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:  # The folder of headers is removed by now.
+        sys.exit(143)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def plan_before_download(
 
     Raises the errors of `plan` and those of `skeleton_of`.
     """
-    with tempfile.TemporaryDirectory(prefix="mlx_flash-skeleton-") as name:
+    # Threads may still write there when a signal ends the process.
+    with tempfile.TemporaryDirectory(prefix="mlx_flash-skeleton-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         listing = skeleton_of(repository, options.revision, folder, listed)
         try:

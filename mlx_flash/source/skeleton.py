@@ -6,9 +6,11 @@ place of its tensors, which takes no room on the disk. Nothing may be computed o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from ..errors import CheckpointError, ConversionError
 from ..flash.files import Manifest
@@ -57,16 +59,46 @@ def skeleton_of(
         listed(listing)
         small = {*small_files(listing.sizes), *further_templates(listing.sizes)}
         small |= {name for name in listing.sizes if name.endswith((".index.json", Manifest.neurons_checksums_file))}
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            list(threads.map(get, small))
-            headers = [name for name in listing.sizes if name.endswith(".safetensors")]
-            found = threads.map(lambda name: _header(listing, name, MAX_HEADER_BYTES // len(headers)), headers)
-            for name, header in zip(headers, found, strict=True):
-                (folder / name).write_bytes(header)
+        headers = [name for name in listing.sizes if name.endswith(".safetensors")]
+        most = MAX_HEADER_BYTES // max(1, len(headers))
+        _at_once(get, sorted(small))
+        _at_once(lambda name: (folder / name).write_bytes(_header(listing, name, most)), headers)
         for name in listing.sizes.keys() - small:
             with (folder / name).open("ab") as file:
                 file.truncate(listing.sizes[name])
     return listing
+
+
+def _at_once(do: Callable[[str], object], names: Collection[str]) -> None:
+    """Calls a function with each name, in several threads. After an error, no further call begins.
+
+    The threads are daemons, so that a process that is told to end does not wait for the network.
+    """
+    left: SimpleQueue[str] = SimpleQueue()
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
+    for name in names:
+        left.put(name)
+
+    def work() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                name = left.get_nowait()
+                try:
+                    do(name)
+                    ended.put(None)
+                except Exception as error:
+                    ended.put(error)
+
+    for _ in range(AT_ONCE):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in names:
+            if (error := ended.get()) is not None:
+                raise error
+    finally:
+        with contextlib.suppress(Empty):
+            while left.get_nowait():
+                pass
 
 
 def _header(listing: Listing, name: str, most: int) -> bytes:

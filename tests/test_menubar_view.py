@@ -314,21 +314,25 @@ def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
     screen.wait(lambda seen: "owner/tiny-mixture" in (text.strip() for text in seen["menus"]))
     screen.close_menu()
 
-    # Another budget restarts the engine.
+    # The engine loads its model again with another budget and unloads it. After a crash it is started with that budget.
     screen.click(screen.open_budgets())
-    second = screen.running(first)
-    assert not first.is_running()
-    assert "--memory" in second.cmdline()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", screen.environment["XDG_CONFIG_HOME"])
-        assert json.loads(settings_file().read_text())["memory"].keys() == {""}
-
-    second.kill()
+        chosen = settings_file()
+    until(lambda: json.loads(chosen.read_text())["memory"].keys() == {""})
+    screen.wait(lambda seen: not seen["menus"])
+    screen.open_menu()
+    screen.wait(lambda seen: seen["menus"]["Unload the model"][2])
+    screen.click("Unload the model")
+    screen.wait(lambda seen: "Asleep: the next question loads the model" in seen["texts"])
+    screen.screenshot("asleep")
+    first.kill()
     screen.wait(lambda seen: any("SIGKILL" in text and "Start it again?" in text for text in seen["texts"]))
     assert until(lambda: screen.shows(RED))
     screen.screenshot("crash")
     screen.press("Yes")
-    third = screen.running(second)
+    third = screen.running(first)
+    assert "--memory" in third.cmdline()
 
     screen.open_menu()
     screen.click("Stop the engine")

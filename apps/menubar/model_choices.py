@@ -17,7 +17,7 @@ def with_values(library: dict[str, Any]) -> dict[str, Any]:
     from mlx_flash.source.installed import installed_models, with_own_names
 
     known = {(each.source, each.name): each.model for each in with_own_names(installed_models(), set())}
-    entries = [{**entry, MODEL: known.get((entry["source"], entry["name"]))} for entry in library["models"]]
+    entries = [{**entry, MODEL: known.get((entry["source"], entry["name"]))} for entry in library.get("models") or ()]
     return {**library, "models": entries}
 
 

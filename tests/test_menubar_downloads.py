@@ -321,7 +321,7 @@ def test_a_model_is_found_looked_at_downloaded_and_forgotten(hub: Hub, tmp_path:
     big = make_checkpoint(tmp_path / "big", hidden=256, neurons=2048, layers=4)
     hub.add("owner/big", big)
     hub.stall_at["model.safetensors"] = PIECE + PIECE // 2
-    downloads.look_at("owner/big")
+    downloads._change(chosen="owner/big")  # without asking for a verdict
     downloads.download()
     wait(lambda state: state.download.done >= PIECE)
     downloads.pause()

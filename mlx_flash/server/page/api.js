@@ -51,8 +51,19 @@ async function request(path, options = {}) {
 }
 
 /** GET: the body's JSON. */
-export async function get(path, signal) {
-  const response = await request(path, { signal });
+export const get = (path, signal) => json(path, { signal });
+
+/** POST of JSON: the body's JSON. */
+export const post = (path, body) => json(path, posted(body));
+
+const posted = (body) => ({
+  method: "POST",
+  body: JSON.stringify(body),
+  headers: { "Content-Type": "application/json" },
+});
+
+async function json(path, options) {
+  const response = await request(path, options);
   if (!response.ok) throw await refusal(response);
   try {
     return await response.json();
@@ -62,12 +73,12 @@ export async function get(path, signal) {
   }
 }
 
-/** GET /health: {state: "ready" | "loading" | "failed" | "gone", detail}. Never throws. */
+/** GET /health: {state: "ready" | "loading" | "failed" | "gone", detail, model}. Never throws. */
 export async function health() {
   try {
     const response = await request("/health", { signal: AbortSignal.timeout(5000) });
     const body = await response.json().catch(() => ({}));
-    if (response.ok) return { state: "ready" };
+    if (response.ok) return { state: "ready", model: body.model };
     if (response.status === 503) return { state: "loading" };
     return { state: "failed", detail: body.error?.message ?? body.error ?? `The server answered ${response.status}.` };
   } catch {
@@ -80,8 +91,7 @@ export async function health() {
  * comments included. Ends when the server closes the stream; throws Gone when the connection breaks.
  */
 export async function* stream(path, { signal, body, alive = () => {} } = {}) {
-  const post = body && { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
-  const response = await request(path, { signal, ...post });
+  const response = await request(path, { signal, ...(body && posted(body)) });
   if (!response.ok) throw await refusal(response);
   alive();
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,13 +1,19 @@
-// Connects the parts of the page: the connection, the conversation, the settings, the panel.
+// Connects the parts of the page: the connection, the chats, the settings, the panel.
 
-import { answer, get, Gone, Refused, setKey } from "./api.js";
+import { actionsOf } from "./actions.js";
+import { Answering } from "./answering.js";
+import { get, setKey } from "./api.js";
+import { Attachments } from "./attachments.js";
+import { Chats } from "./chats.js";
 import { Connection } from "./connection.js";
-import { Conversation } from "./conversation.js";
 import { bytes } from "./format.js";
 import { Inside } from "./inside.js";
-import { Messages, summary } from "./messages.js";
+import { Library } from "./library.js";
+import { Messages } from "./messages.js";
 import { Pictures } from "./pictures.js";
 import { Settings } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { Store } from "./store.js";
 
 const DRAFT_KEY = "mlx_flash.draft";
 const BUSY_STATS_MS = 1000;
@@ -16,120 +22,113 @@ const IDLE_STATS_MS = 5000;
 const at = (id) => document.getElementById(id);
 
 const connection = new Connection();
-const conversation = new Conversation();
+const suspect = (error) => connection.suspect(error);
+const store = new Store();
+const chats = new Chats(store);
+const answering = new Answering(suspect);
 const inside = new Inside();
+const library = new Library(suspect);
 const settings = new Settings(at("composer"), at("settings-summary"), at("settings-reset"));
-const messages = new Messages(at("log"), at("empty"), at("scroll"), at("composer"), retry);
+const messages = new Messages(at("log"), at("empty"), at("scroll"), at("composer"), actions);
 const prompt = at("prompt");
-const pictures = new Pictures({
-  list: at("pictures"),
-  note: at("pictures-note"),
-  button: at("add-picture"),
-  input: at("picture-file"),
+const pictures = new Pictures({ list: at("pictures"), note: at("attach-note"), changed: controls });
+const attachments = new Attachments({
+  list: at("files"),
+  note: at("attach-note"),
+  button: at("attach"),
+  input: at("attach-file"),
   area: document.body,
+  pictures,
   changed: controls,
 });
+new Sidebar(chats, openChat);
 
-let asking = null; // the AbortController of the answer that is arriving
-let ownId = null; // the id of that answer in /events
 let context = null; // tokens that the server planned for, prompt and answer together
+let model = ""; // the name of the server's model
 
 // Sending messages.
 
+const mayAsk = () => !answering.isAnswering(chats.current) && connection.state === "ready" && settings.valid();
+
 function send() {
   const content = prompt.value.trim();
-  if (asking || !(content || pictures.count) || connection.state !== "ready" || !settings.valid()) return;
-  const images = pictures.count ? { images: pictures.take() } : {};
-  messages.add(conversation.add({ role: "user", content, ...images }));
+  if (!(content || attachments.count) || !mayAsk()) return;
+  messages.add(chats.current.add({ role: "user", content, ...attachments.take() }));
   prompt.value = "";
   draft();
   ask();
 }
 
-function retry() {
-  if (asking || connection.state !== "ready" || !settings.valid()) return;
-  conversation.takeBack();
-  messages.show(conversation.messages);
-  prompt.focus();
-  ask();
+/** Asks for an answer, or for the rest of one: `into`. */
+function ask(into = null) {
+  const conversation = chats.current;
+  const options = settings.sampling(conversation.tokens);
+  answering.ask(conversation, { into, made: { model, tab: chats.tab }, options });
 }
 
-async function ask() {
-  const turns = conversation.turns();
-  const sampling = settings.sampling(conversation.tokens);
-  const message = conversation.add({ role: "assistant", content: "", state: "streaming" });
-  const controller = new AbortController();
-  asking = controller;
-  messages.add(message);
+/** The buttons under a message. */
+function actions(message, last) {
+  const conversation = chats.current;
+  return actionsOf(message, {
+    last,
+    versions: conversation.versions(message),
+    onStep(version) {
+      if (answering.isAnswering(conversation)) return;
+      conversation.show(version);
+      const place = conversation.messages.indexOf(version);
+      messages.show(conversation.messages);
+      const article = at("log").children[place];
+      article.scrollIntoView({ block: "nearest" });
+      (article.querySelector(".step:enabled") ?? prompt).focus();
+      controls();
+    },
+    onEdit(_, content) {
+      if (!mayAsk()) return;
+      const { images, files } = message;
+      conversation.branch(message);
+      conversation.add({ role: "user", content, ...(images && { images }), ...(files && { files }) });
+      messages.show(conversation.messages);
+      prompt.focus();
+      ask();
+    },
+    onContinue() {
+      if (mayAsk()) ask(message);
+      prompt.focus();
+    },
+    onRetry() {
+      if (!mayAsk()) return;
+      const nothing = last && !message.content && !message.thoughts; // Another try is not another version.
+      if (!nothing) conversation.branch(message);
+      prompt.focus();
+      ask(nothing ? message : null);
+    },
+  });
+}
+
+answering.addEventListener("begin", ({ detail }) => {
+  if (detail !== chats.current) return;
+  messages.show(detail.messages);
   controls();
-  let [first, latest, finish, usage] = [0, 0, null, null];
-  try {
-    for await (const chunk of answer(turns, sampling, controller.signal)) {
-      ownId = chunk.id ?? ownId;
-      finish = chunk.finish ?? finish;
-      usage = chunk.usage ?? usage;
-      if (!chunk.text && !chunk.thoughts) continue;
-      latest = performance.now();
-      first ||= latest;
-      message.content += chunk.text;
-      if (chunk.thoughts) message.thoughts = (message.thoughts ?? "") + chunk.thoughts;
-      messages.update();
-      conversation.keepSoon();
-    }
-    message.state = "done";
-    message.tokens = usage?.total_tokens;
-    message.note = summary({ tokens: usage?.completion_tokens, seconds: (latest - first) / 1000, finish });
-  } catch (error) {
-    ended(message, error);
-  } finally {
-    if (asking === controller) asking = null;
-    ownId = null;
-    messages.update();
-    conversation.keep();
-    controls();
-    stats();
-  }
-}
-
-/** Marks an answer that failed or was stopped; the text that has arrived is kept. */
-function ended(message, error) {
-  const some = message.content !== "" || Boolean(message.thoughts);
-  if (error.name === "AbortError") {
-    message.state = "stopped";
-    message.note = some ? "Stopped." : "Stopped before it began.";
-    return;
-  }
-  message.state = some ? "partial" : "error";
-  if (error instanceof Gone) message.note = some ? "Interrupted: the server went away." : "The server went away.";
-  else if (error instanceof Refused) message.note = explained(error);
-  else message.note = `The answer could not be read (${error.message}).`;
-  connection.suspect(error);
-}
-
-function explained({ message, code }) {
-  const more = code === "context_length_exceeded" ? " Start a new chat, or ask for fewer tokens." : "";
-  return message.charAt(0).toUpperCase() + message.slice(1) + more;
-}
+});
+answering.addEventListener("more", ({ detail }) => detail === chats.current && messages.update());
+answering.addEventListener("end", ({ detail }) => {
+  if (detail === chats.current) messages.update();
+  controls();
+  stats();
+});
 
 function stop() {
-  asking?.abort();
-  prompt.focus();
-}
-
-function newChat() {
-  asking?.abort();
-  conversation.clear();
-  messages.show(conversation.messages);
-  controls();
+  answering.stop(chats.current);
   prompt.focus();
 }
 
 function controls() {
   const ready = connection.state === "ready";
-  at("stop").hidden = asking === null;
-  at("send").disabled = !ready || asking !== null || (prompt.value.trim() === "" && pictures.count === 0);
-  at("log").classList.toggle("offline", !ready);
-  const { tokens } = conversation;
+  const busy = answering.isAnswering(chats.current);
+  at("stop").hidden = !busy;
+  at("send").disabled = !ready || busy || (prompt.value.trim() === "" && attachments.count === 0);
+  at("log").classList.toggle("offline", !ready || busy);
+  const { tokens } = chats.current;
   at("context").textContent = context && tokens ? `Context ${tokens} of ${context}` : "";
 }
 
@@ -148,7 +147,6 @@ at("composer").addEventListener("submit", (event) => {
   prompt.focus();
 });
 at("stop").addEventListener("click", stop);
-at("new-chat").addEventListener("click", newChat);
 prompt.addEventListener("input", draft);
 prompt.addEventListener("keydown", (event) => {
   // isComposing: this Enter chooses a word of an input method, so it does not send.
@@ -162,11 +160,53 @@ at("example").addEventListener("click", () => {
   prompt.focus();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && asking && !at("key-dialog").open) stop();
+  if (event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]")) stop();
+});
+
+// Chats.
+
+async function openChat(id) {
+  if (id !== chats.current.record.id) await chats.open(id);
+  prompt.focus();
+}
+
+at("new-chat").addEventListener("click", () => {
+  chats.fresh();
+  prompt.focus();
+});
+chats.addEventListener("open", () => {
+  messages.show(chats.current.messages);
+  showSystem();
+  controls();
+});
+chats.addEventListener("deleted", ({ detail }) => answering.stop(detail));
+store.addEventListener("leave", () => answering.keep());
+store.addEventListener("trouble", ({ detail }) => {
+  at("store-note").textContent = detail;
+  at("store-note").hidden = detail === "";
+});
+
+// The system prompt.
+
+function showSystem() {
+  const { system } = chats.current.record;
+  at("system").value = system;
+  at("system-default").disabled = system === chats.system;
+  at("system-default").textContent = system || !chats.system ? "Use it for new chats" : "Use none for new chats";
+}
+at("system").addEventListener("input", () => {
+  chats.setSystem(at("system").value);
+  showSystem();
+});
+at("system-default").addEventListener("click", () => {
+  chats.system = chats.current.record.system;
+  at("system-note").textContent = "New chats begin with it.";
+  showSystem();
 });
 
 // The state of the server.
 
+const LIBRARY_WORDS = { loading: "Loading", unloaded: "Asleep", failed: "Failed" };
 const STATES = {
   connecting: ["Connecting", ""],
   ready: ["Connected", ""],
@@ -177,26 +217,35 @@ const STATES = {
 };
 
 connection.addEventListener("state", ({ detail: { state, detail } }) => {
-  const [word, sentence] = STATES[state];
-  at("state").textContent = word;
-  at("state").dataset.state = state;
-  at("banner").hidden = sentence === "";
-  at("banner").dataset.state = state;
-  at("banner-text").textContent = state === "failed" ? sentence + detail : sentence;
-  at("banner-key").hidden = state !== "locked";
+  banner();
   if (state !== "ready") inside.activity({ state: "idle" });
   if (state === "locked") askKey(detail);
   if (state === "ready") stats();
   controls();
 });
 connection.addEventListener("activity", ({ detail }) => {
-  inside.activity(detail, own(detail));
+  inside.activity(detail, answering.isOwn(detail));
   if (detail.state === "idle") stats();
 });
 connection.addEventListener("token", ({ detail }) => inside.token(detail));
+connection.addEventListener("library", ({ detail }) => library.event(detail));
+library.addEventListener("change", () => {
+  banner();
+  if (library.state !== "loading") stats();
+});
 
-/** Whether an event belongs to this page's request. Its id is unknown until the first chunk arrives. */
-const own = ({ id }) => asking !== null && (ownId === null || ownId === id);
+function banner() {
+  const { state, detail } = connection;
+  const [word, sentence] = STATES[state];
+  const told = state === "failed" ? sentence + detail : sentence;
+  const ofLibrary = state === "ready" ? library.sentence : "";
+  at("state").textContent = ofLibrary ? LIBRARY_WORDS[library.state] : word;
+  at("state").dataset.state = state;
+  at("banner-text").textContent = ofLibrary || told;
+  at("banner").hidden = !(ofLibrary || told);
+  at("banner").dataset.state = ofLibrary ? library.state : state;
+  at("banner-key").hidden = state !== "locked";
+}
 
 let statsTimer = null;
 async function stats() {
@@ -205,22 +254,9 @@ async function stats() {
   if (connection.state !== "ready" || document.hidden) return;
   try {
     const found = await get("/stats", AbortSignal.timeout(10000));
-    if (found.model === null) { // The server loads one with the next request.
-      statsTimer = setTimeout(stats, IDLE_STATS_MS);
-      return;
-    }
-    context = found.plan.context ?? null;
-    settings.context = context;
-    settings.recommended = found.model.sampling;
-    const { id } = found.model;
-    const name = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // for a path, the folder's name
-    messages.model = name;
-    pictures.usable = found.model.images;
-    at("model").textContent = name;
-    at("model").title = found.model.path;
-    at("budget").textContent = bytes(found.memory.budget_bytes);
-    inside.stats(found);
-    at("demo-note").hidden = id !== "demo";
+    library.stats(found);
+    if (found.model) loaded(found);
+    else named(connection.model);
     controls();
     clearTimeout(statsTimer);
     statsTimer = setTimeout(stats, found.now ? BUSY_STATS_MS : IDLE_STATS_MS);
@@ -230,6 +266,27 @@ async function stats() {
   }
 }
 document.addEventListener("visibilitychange", stats);
+
+/** Shows what /stats says of a loaded model. */
+function loaded(found) {
+  context = found.plan.context ?? null;
+  attachments.context = context;
+  settings.context = context;
+  settings.recommended = found.model.sampling;
+  settings.thinks = found.model.thinks;
+  pictures.usable = found.model.images;
+  named(found.model.id);
+  at("model").title = found.model.path;
+  at("budget").textContent = bytes(found.memory.budget_bytes);
+  inside.stats(found);
+}
+
+function named(id) {
+  model = id.startsWith("/") ? id.replace(/\/+$/, "").split("/").at(-1) : id; // for a path, the folder's name
+  messages.model = model;
+  at("model").textContent = model || "–";
+  at("demo-note").hidden = id !== "demo";
+}
 
 // The API key, if the server requires one.
 
@@ -254,7 +311,9 @@ try {
 } catch {
   // Storage is disabled.
 }
-messages.show(conversation.messages);
 controls();
+showSystem();
 prompt.focus();
+await store.open();
+await chats.start();
 connection.run();

@@ -4,14 +4,16 @@ import { Gone, Refused, health, stream } from "./api.js";
 
 const FIRST_WAIT_MS = 400;
 const LONGEST_WAIT_MS = 5000;
+const NAMES = { state: "activity" }; // "state" is that of the connection
 const SILENCE_MS = 45000; // The server sends a comment every 15 s; after three missed ones it counts as gone.
 
 /**
- * Events: "state" (detail {state, detail}), "token" and "activity" (detail: the data from /events).
+ * Events: "state" (detail {state, detail}), "token", "activity" and "library" (detail: the data from /events).
  * State: "connecting", "ready", "loading", "failed", "locked" (needs another key), "gone".
  */
 export class Connection extends EventTarget {
   state = "connecting";
+  model = ""; // the name of the server's model, also while it is not loaded
   #wake = () => {};
   #listening = null; // the AbortController of the open stream
 
@@ -24,6 +26,7 @@ export class Connection extends EventTarget {
       const began = performance.now();
       const found = await health();
       if (found.state === "ready") {
+        this.model = found.model ?? this.model;
         const locked = await this.#listen();
         if (locked) {
           this.#set("locked", locked);
@@ -64,7 +67,7 @@ export class Connection extends EventTarget {
     };
     try {
       for await (const { event, data } of stream("/events", { signal: controller.signal, alive })) {
-        this.dispatchEvent(new CustomEvent(event === "token" ? "token" : "activity", { detail: JSON.parse(data) }));
+        this.dispatchEvent(new CustomEvent(NAMES[event] ?? event, { detail: JSON.parse(data) }));
       }
     } catch (error) {
       if (error instanceof Refused && error.status === 401) return error.message;

@@ -1,73 +1,82 @@
-// The data of the conversation: its messages, and how each answer ended. It survives a reload, up to a maximum size.
+// The data of one chat: a tree of messages, and the branch of it that is shown.
 
-const KEY = "mlx_flash.conversation";
-const MOST_MESSAGES = 200;
-const MOST_CHARACTERS = 500_000;
+import { fenced } from "./text_files.js";
 
-/** A content in OpenAI's form: a text, or parts if there are images. */
-const contentOf = ({ content, images }) =>
-  images
-    ? [
-        ...images.map((url) => ({ type: "image_url", image_url: { url } })),
-        ...(content ? [{ type: "text", text: content }] : []),
-      ]
-    : content;
+const SAVE_MS = 1000; // between two records of an answer that arrives
+
+/** A content in OpenAI's form: a text, or parts if there are images. Files stand before the text. */
+function contentOf({ content, images, files }) {
+  const text = [...(files ?? []).map(fenced), ...(content ? [content] : [])].join("\n\n");
+  if (!images) return text;
+  const urls = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  return text ? [...urls, { type: "text", text }] : urls;
+}
+
+/** An id that no other tab gives. */
+export function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** A chat without messages. */
+export function newChat(system = "") {
+  const now = Date.now();
+  return { id: newId(), title: "", named: false, system, leaf: null, created: now, updated: now };
+}
 
 /**
- * A message: {role: "user" | "assistant", content, images, lost, thoughts, state, note, tokens}.
- * images: data URLs. They last as long as the page; lost: how many there were before a reload.
- * thoughts: what the model thought before an answer, if anything. They are never sent back.
+ * A message: {id, parent, at, role: "user" | "assistant", content, images, files, thoughts, model, state, note, tokens, cut}.
+ * parent: the id of the message that it follows; null for the first. Messages with the same parent are versions.
+ * at: its time in ms; later ones of a chat have larger values.
+ * images: data URLs. files: [{name, text}].
+ * thoughts: what the model thought before an answer, if anything. They are not sent back with later questions.
  * tokens: size of the conversation up to and including this message.
  * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
+ * cut: whether the limit of the answer ended it. tab: where it streams.
  */
 export class Conversation {
-  messages = [];
+  #byId = new Map();
   #timer = null;
-  #left = false;
 
-  constructor() {
-    try {
-      const stored = JSON.parse(localStorage.getItem(KEY) ?? "[]");
-      this.messages = stored.filter(
-        (m) =>
-          ["user", "assistant"].includes(m?.role) &&
-          typeof m.content === "string" &&
-          ["undefined", "string"].includes(typeof m.thoughts),
-      );
-    } catch {
-      // Storage is disabled, or holds other data.
+  /** record: of the chat. messages: all of them. save: stores a chat's record and some of its messages. */
+  constructor(record, messages, save) {
+    this.record = record;
+    this.save = save;
+    for (const message of messages) this.#byId.set(message.id, message);
+    if (!this.#byId.has(record.leaf)) record.leaf = messages.at(-1)?.id ?? null;
+  }
+
+  get all() {
+    return [...this.#byId.values()];
+  }
+
+  /** The messages of the branch that is shown, first to last. */
+  get messages() {
+    const path = [];
+    for (let each = this.#byId.get(this.record.leaf); each; each = this.#byId.get(each.parent)) {
+      if (path.includes(each)) break; // a damaged record
+      path.unshift(each);
     }
-    for (const message of this.messages) {
-      if (message.state === "streaming") {
-        message.state = message.content || message.thoughts ? "partial" : "error";
-        message.note = "Interrupted: the page was reloaded.";
-      }
-    }
-    // Leaving the page breaks the connection of a running answer. That must not be stored as the server's fault.
-    addEventListener("pagehide", () => {
-      this.keep();
-      this.#left = true;
-    });
-    addEventListener("pageshow", () => (this.#left = false));
+    return path;
   }
 
   get last() {
-    return this.messages.at(-1);
+    return this.#byId.get(this.record.leaf);
   }
 
-  /** The last known number of tokens in the conversation. */
+  /** The last known number of tokens in the branch. */
   get tokens() {
     return this.messages.findLast((message) => message.tokens)?.tokens ?? 0;
   }
 
-  /** The messages for the model: questions with their answers, and the last question. Unanswered ones are left out. */
+  /** The messages for the model: the system prompt, questions with their answers, and the last question. */
   turns() {
-    const turns = [];
-    this.messages.forEach((message, i) => {
+    const messages = this.messages;
+    const turns = this.record.system ? [{ role: "system", content: this.record.system }] : [];
+    messages.forEach((message, i) => {
       const { role } = message;
-      const next = this.messages[i + 1];
+      const next = messages[i + 1];
       const answered = next?.role === "assistant" && next.content !== "";
-      if (role === "user" && (answered || this.messages.slice(i + 1).every((m) => m.role === "assistant"))) {
+      if (role === "user" && (answered || messages.slice(i + 1).every((m) => m.role === "assistant"))) {
         turns.push({ role, content: contentOf(message) });
         if (answered) turns.push({ role: "assistant", content: next.content });
       }
@@ -75,45 +84,61 @@ export class Conversation {
     return turns;
   }
 
+  /** Adds a message after the last one that is shown. */
   add(message) {
-    this.messages.push(message);
-    this.keep();
+    const at = Math.max(Date.now(), ...this.all.map((each) => each.at + 1));
+    Object.assign(message, { id: newId(), parent: this.record.leaf, at });
+    this.#byId.set(message.id, message);
+    this.record.leaf = message.id;
+    if (!this.record.named && !this.record.title) this.record.title = titleOf(message);
+    this.record.updated = at;
+    this.save(this.record, [message], true);
     return message;
   }
 
-  /** Removes the last answer, so that it can be generated again. */
-  takeBack() {
-    if (this.last?.role === "assistant") this.messages.pop();
-    this.keep();
+  /** Makes the next message another version of `message`. */
+  branch(message) {
+    this.record.leaf = message.parent;
   }
 
-  clear() {
-    this.messages = [];
-    this.keep();
+  /** All messages that stand in the same place, oldest first. */
+  versions(message) {
+    return this.all.filter(({ parent }) => parent === message.parent).sort((one, other) => one.at - other.at);
   }
 
-  /** Stores the conversation within a second; for use while an answer arrives. */
-  keepSoon() {
-    this.#timer ??= setTimeout(() => this.keep(), 1000);
+  /** Shows another version, and the newest messages after it. */
+  show(message) {
+    const latest = ({ id }) => this.all.filter(({ parent }) => parent === id).sort((a, b) => b.at - a.at)[0];
+    for (let next = message; next; next = latest(next)) this.record.leaf = next.id;
+    this.save(this.record, []);
   }
 
-  /** Stores the conversation. Above the maximum size, the oldest messages are not stored. */
-  keep() {
+  /** Takes in what another tab has stored; the branch is followed if it grew. Returns whether the branch has changed. */
+  merge(record, messages) {
+    const before = this.record.leaf;
+    const shown = JSON.stringify([this.record.system, this.messages]);
+    const own = new Set(this.messages.filter(({ state }) => state === "streaming"));
+    for (const message of messages) if (!own.has(this.#byId.get(message.id))) this.#byId.set(message.id, message);
+    Object.assign(this.record, record);
+    if (before && !this.messages.some(({ id }) => id === before)) this.record.leaf = before;
+    return JSON.stringify([this.record.system, this.messages]) !== shown;
+  }
+
+  /** Stores a message; `soon`: within a second, for use while an answer arrives. */
+  keep(message, soon = false) {
+    if (soon) {
+      this.#timer ??= setTimeout(() => this.keep(message), SAVE_MS);
+      return;
+    }
     clearTimeout(this.#timer);
     this.#timer = null;
-    if (this.#left) return;
-    let kept = this.messages.slice(-MOST_MESSAGES);
-    const size = ({ content, thoughts }) => content.length + (thoughts?.length ?? 0);
-    let characters = kept.reduce((sum, message) => sum + size(message), 0);
-    while (kept.length > 2 && characters > MOST_CHARACTERS) {
-      characters -= size(kept[0]);
-      kept = kept.slice(1);
-    }
-    try {
-      const textOnly = ({ images, ...rest }) => (images ? { ...rest, lost: images.length } : rest);
-      localStorage.setItem(KEY, JSON.stringify(kept.map(textOnly)));
-    } catch {
-      // Storage is full or disabled: the conversation lasts as long as the page.
-    }
+    this.save(this.record, [message]);
   }
+}
+
+/** The title of a chat that begins with this question. */
+function titleOf({ content, files, images }) {
+  const line = content.trim().split("\n")[0].replace(/\s+/g, " ").replace(/^[#>*\s]+/, "");
+  if (line) return line.length > 60 ? `${line.slice(0, 59).trimEnd()}…` : line;
+  return files?.[0]?.name ?? (images ? "An image" : "");
 }

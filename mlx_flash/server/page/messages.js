@@ -1,5 +1,6 @@
 // The conversation on the screen. Text from a model or a user is only ever put into text nodes.
 
+import { folded } from "./attachments.js";
 import { NONE } from "./format.js";
 import { picture } from "./pictures.js";
 
@@ -37,12 +38,13 @@ export class Messages {
   #along = true; // whether the end of the conversation is visible
   #model = "Model";
 
-  constructor(log, empty, scroll, composer, onRetry) {
+  /** actions: (message, whether it is the last) -> the buttons under it. */
+  constructor(log, empty, scroll, composer, actions) {
     this.log = log;
     this.empty = empty;
     this.scroll = scroll;
     this.composer = composer;
-    this.onRetry = onRetry;
+    this.actions = actions;
     addEventListener("scroll", () => (this.#along = this.#below() < NEAR_PX), { capture: true, passive: true });
     // If the input or the settings below grow, the end must stay visible for a user who reads it.
     const resized = new ResizeObserver(() => this.#along && this.toEnd());
@@ -52,7 +54,7 @@ export class Messages {
 
   set model(name) {
     this.#model = name;
-    for (const name of this.log.querySelectorAll(".assistant > .who")) name.textContent = this.#model;
+    for (const name of this.log.querySelectorAll(".assistant > .who.unknown")) name.textContent = this.#model;
   }
 
   show(messages) {
@@ -79,12 +81,13 @@ export class Messages {
 
   #append(message) {
     const article = element("article", message.role);
-    article.append(element("h3", "who", message.role === "user" ? "You" : this.#model));
+    const who = message.role === "user" ? "You" : message.model;
+    article.append(element("h3", who ? "who" : "who unknown", who ?? this.#model));
     const text = document.createTextNode(message.content);
     const body = element("div", "text");
     const seen = element("div", "pictures");
     seen.append(...(message.images ?? []).map((url, i) => picture(url, i + 1)));
-    if (message.lost) seen.append(element("p", "quiet", "An image was here. A reload does not keep images."));
+    seen.append(...folded(message.files));
     seen.hidden = !seen.hasChildNodes();
     body.append(text);
     const thoughts = foldedThoughts(message);
@@ -116,19 +119,12 @@ export class Messages {
     article.setAttribute("aria-busy", String(streaming));
     article.classList.toggle("waiting", streaming && message.content === "" && !message.thoughts);
     const note = message.note ?? "";
-    const retry = last && message.role === "assistant" && !streaming;
-    const state = `${note}|${retry}`;
+    const state = `${note}|${last}|${streaming}`;
     if (foot.dataset.shown === state) return;
     foot.dataset.shown = state;
     foot.replaceChildren();
     if (note) foot.append(element("span", "note", note));
-    if (retry) {
-      const button = element("button", "retry", "Retry");
-      button.type = "button";
-      button.title = "Discard this answer and ask again";
-      button.addEventListener("click", this.onRetry);
-      foot.append(button);
-    }
+    foot.append(...this.actions(message, last));
   }
 
   // On a wide screen the chat scrolls. On a narrow one the page scrolls, under the composer at its bottom.

@@ -1,4 +1,4 @@
-// The images of the next message: chosen, dropped onto the page, or pasted. They are scaled down here, so that little is sent.
+// The images of the next message. They are scaled down here, so that little is sent.
 
 const MOST = 16; // images of a prompt, as the server allows
 const MOST_PIXELS = 1 << 20; // that the model sees of a prompt's images
@@ -34,29 +34,11 @@ export class Pictures {
   #urls = [];
   #usable = false;
 
-  /** list: shows the images. note: says what could not be used. button, input: choose files. area: files are dropped there. */
-  constructor({ list, note, button, input, area, changed }) {
+  /** list: shows the images. note: says what could not be used. */
+  constructor({ list, note, changed }) {
     this.list = list;
     this.note = note;
-    this.button = button;
     this.changed = changed;
-    button.addEventListener("click", () => input.click());
-    input.addEventListener("change", () => {
-      this.add(input.files);
-      input.value = "";
-    });
-    area.addEventListener("dragover", (event) => this.#offers(event) && event.preventDefault());
-    area.addEventListener("drop", (event) => {
-      if (!this.#offers(event)) return;
-      event.preventDefault(); // The browser would leave the page for the file.
-      this.add(event.dataTransfer.files);
-    });
-    area.addEventListener("paste", (event) => {
-      const files = [...(event.clipboardData?.files ?? [])];
-      if (files.length === 0) return;
-      event.preventDefault();
-      this.add(files);
-    });
   }
 
   get count() {
@@ -65,8 +47,7 @@ export class Pictures {
 
   /** Whether the model reads images. */
   set usable(usable) {
-    this.#usable = usable;
-    this.button.hidden = !usable;
+    this.#usable = Boolean(usable);
   }
 
   async add(files) {
@@ -93,10 +74,6 @@ export class Pictures {
     this.note.textContent = "";
     this.#show();
     return taken;
-  }
-
-  #offers(event) {
-    return [...(event.dataTransfer?.types ?? [])].includes("Files");
   }
 
   #show() {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import gated_server  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE_S = 600  # the first start converts the demo model
@@ -115,3 +115,15 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def forget_all(page: Page, url: str) -> None:
+    """Deletes what the page keeps in the browser, from a document of the server that keeps nothing itself."""
+    page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
+    page.goto(f"{url}/page/icon.svg")
+    page.evaluate(
+        """() => { localStorage.clear(); sessionStorage.clear(); return new Promise((done, fail) => {
+            const request = indexedDB.deleteDatabase('mlx_flash');
+            [request.onsuccess, request.onerror] = [done, fail]; }); }"""
+    )
+    page.unroute("**/favicon.ico")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
-from page_browser import CHROMIUM, Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
+from page_browser import CHROMIUM, Server, chromium, forget_all, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, ViewportSize
@@ -154,7 +154,7 @@ def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
     """The common page without its earlier contents, not yet opened."""
     tab = open_tab(page=common_page)
     yield tab
-    forget_all(tab)
+    forget_all(common_page, tab.server.url)
     common_page.unroute_all()
     common_page.mouse.move(0, 0)
     common_page.goto("about:blank")
@@ -166,17 +166,6 @@ def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
 def tab(empty_tab: Tab) -> Tab:
     empty_tab.open()
     return empty_tab
-
-
-def forget_all(tab: Tab) -> None:
-    """Deletes what the page keeps in the browser, from a document that keeps nothing itself."""
-    tab.page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
-    tab.page.goto(f"{tab.server.url}/page/icon.svg")
-    tab.page.evaluate(
-        """() => { localStorage.clear(); sessionStorage.clear(); return new Promise((done, fail) => {
-            const request = indexedDB.deleteDatabase('mlx_flash');
-            [request.onsuccess, request.onerror] = [done, fail]; }); }"""
-    )
 
 
 def expect_failed_loads(tab: Tab, least: int = 1) -> None:

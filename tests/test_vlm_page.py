@@ -54,7 +54,7 @@ def page(folder: Path, tmp_path: Path) -> Iterator[Page]:
             page.set_default_timeout(WAIT_MS)
             page.goto(server.url)
             page.wait_for_selector(READY)
-            page.wait_for_selector("#add-picture:not([hidden])")
+            page.wait_for_function("() => document.getElementById('model').textContent !== '–'")
             yield page
 
 
@@ -74,7 +74,7 @@ def asked(page: Page) -> Any:
 
 
 def test_images_are_chosen_dropped_and_pasted(page: Page, tmp_path: Path) -> None:
-    page.set_input_files("#picture-file", png(tmp_path, (30, 40), "red"))
+    page.set_input_files("#attach-file", png(tmp_path, (30, 40), "red"))
     for kind, colour in (("drop", "green"), ("paste", "blue")):
         text = base64.b64encode(png(tmp_path, (20, 20), colour).read_bytes()).decode()
         page.evaluate(HAND_OVER, [kind, f"{colour}.png", text])
@@ -92,17 +92,20 @@ def test_images_are_chosen_dropped_and_pasted(page: Page, tmp_path: Path) -> Non
     assert asked(page) == "and"
     page.reload()
     page.wait_for_selector(READY)
-    assert "A reload does not keep images" in page.inner_text("#log article.user:first-child")
+    assert page.locator("#log article.user img").count() == 2
 
 
-def test_a_large_image_is_scaled_down_and_a_text_is_refused(page: Page, tmp_path: Path) -> None:
-    page.set_input_files("#picture-file", png(tmp_path, (3000, 2000), "red"))
+def test_a_large_image_is_scaled_down_and_stands_beside_a_text(page: Page, tmp_path: Path) -> None:
+    page.set_input_files("#attach-file", png(tmp_path, (3000, 2000), "red"))
     page.wait_for_selector("#pictures li")
-    text = base64.b64encode(b"no image").decode()
-    page.evaluate(HAND_OVER, ["drop", "note.txt", text])
-    page.wait_for_function("document.getElementById('pictures-note').textContent.includes('note.txt is not an image')")
-    content = asked(page)  # without a text
-    assert [part["type"] for part in content] == ["image_url"]
+    for name, text in (("broken.png", b"no image"), ("note.txt", b"A note.")):
+        page.evaluate(HAND_OVER, ["drop", name, base64.b64encode(text).decode()])
+        note = "broken.png is not an image that this browser reads." if name == "broken.png" else ""
+        page.wait_for_function("note => document.getElementById('attach-note').textContent === note", arg=note)
+    page.wait_for_selector("#files li")
+    content = asked(page)  # without a question
+    assert [part["type"] for part in content] == ["image_url", "text"]
+    assert content[1]["text"] == "note.txt:\n```\nA note.\n```"
     head, data = content[0]["image_url"]["url"].split(",")
     assert head == "data:image/jpeg;base64"
     sent = tmp_path / "sent.jpg"
@@ -120,7 +123,8 @@ def test_a_model_that_reads_no_images(folder: Path, tmp_path: Path) -> None:
             page.goto(server.url)
             page.wait_for_selector(READY)
             page.wait_for_function("document.getElementById('model').textContent !== '–'")
-            assert page.is_hidden("#add-picture")
             text = base64.b64encode(png(tmp_path, (20, 20), "red").read_bytes()).decode()
             page.evaluate(HAND_OVER, ["paste", "red.png", text])
-            page.wait_for_function("document.getElementById('pictures-note').textContent.includes('reads no images')")
+            page.wait_for_function(
+                "() => document.getElementById('attach-note').textContent.includes('reads no images')"
+            )

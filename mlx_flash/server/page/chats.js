@@ -160,7 +160,7 @@ export class Chats extends EventTarget {
       taken += 1;
       this.#write(own ?? record, more, true);
       const live = this.#live.get(record.id);
-      live?.merge(live.record, more);
+      live?.merge(live.record, more, this.#tab);
       if (live && live === this.current) this.#tell("open");
     }
     return taken;
@@ -191,7 +191,7 @@ export class Chats extends EventTarget {
     const records = await this.#store.chats();
     const record = records.find(({ id }) => id === chat);
     const live = this.#live.get(chat);
-    const changed = live && record && live.merge(record, await this.#store.messages(chat));
+    const changed = live && record && live.merge(record, await this.#store.messages(chat), this.#tab);
     // Records of chats that were open stay the same objects.
     this.list = records.map((each) => this.#live.get(each.id)?.record ?? each);
     if (changed && live === this.current) this.#tell("open");

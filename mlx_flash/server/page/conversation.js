@@ -113,12 +113,17 @@ export class Conversation {
     this.save(this.record, []);
   }
 
-  /** Takes in what another tab has stored; the branch is followed if it grew. Returns whether the branch has changed. */
-  merge(record, messages) {
+  /**
+   * Takes in what another tab has stored; the branch is followed if it grew. Returns whether the branch has changed.
+   * tab: this one, whose streaming answers are newer than what is stored of them.
+   */
+  merge(record, messages, tab) {
     const before = this.record.leaf;
     const shown = JSON.stringify([this.record.system, this.messages]);
-    const own = new Set(this.messages.filter(({ state }) => state === "streaming"));
-    for (const message of messages) if (!own.has(this.#byId.get(message.id))) this.#byId.set(message.id, message);
+    for (const message of messages) {
+      const own = this.#byId.get(message.id);
+      if (!(own?.state === "streaming" && own.tab === tab)) this.#byId.set(message.id, message);
+    }
     Object.assign(this.record, record);
     if (before && !this.messages.some(({ id }) => id === before)) this.record.leaf = before;
     return JSON.stringify([this.record.system, this.messages]) !== shown;

@@ -30,16 +30,15 @@ export class Library extends EventTarget {
   }
 
   /** Takes the server's state from /stats, which has no "library" on a server with one fixed model. */
-  stats({ state, library, loading }) {
+  stats({ state, library }) {
     at("library-open").disabled = library === undefined;
     if (state === undefined) return;
-    this.#set(state, library?.loading ?? loading ?? null);
+    this.#set(state, library?.loading ?? null);
   }
 
   /** Takes an `event: library` of /events. */
   event({ state, name, stage, done, total }) {
     this.#set(state, state === "loading" ? { name, stage, done, total } : null);
-    if (state !== "loading" && at("library").open) this.#read();
   }
 
   /** What a user should know of the state, or "". */
@@ -55,7 +54,7 @@ export class Library extends EventTarget {
     this.state = state;
     this.loading = loading;
     if (!changed) return;
-    if (state === "failed") this.#read();
+    if (state === "failed" || (state !== "loading" && at("library").open)) this.#read();
     this.#showState();
     this.dispatchEvent(new Event("change"));
   }

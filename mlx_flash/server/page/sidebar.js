@@ -143,8 +143,10 @@ export class Sidebar {
     field.value = record.title;
     field.maxLength = 200;
     field.setAttribute("aria-label", "Title of the chat");
+    let ended = false;
     const end = (keep) => {
-      if (!field.isConnected) return;
+      if (ended) return; // Removing the field takes the focus from it, which would end it again.
+      ended = true;
       field.remove();
       if (keep) this.chats.rename(record.id, field.value.trim() || record.title);
       this.#show();

@@ -1,0 +1,547 @@
+"""Several chats on the server's page: kept, searched, exported, branched, continued; settings, files, models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from page_browser import CHROMIUM, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
+from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
+from serving import Server  # type: ignore[import-not-found]
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Route
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
+]
+
+WAIT_MS = 15_000  # limit of every wait; no test needs it
+READY = '#state[data-state="ready"]'
+LAST = "#log article:last-child"
+GIB = 2**30
+# Hands files to the page as a drop does. argument: [[name, text], ...].
+DROP = """(files) => {
+  const data = new DataTransfer();
+  for (const [name, text] of files) data.items.add(new File([text], name));
+  document.getElementById("prompt").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true,
+    cancelable: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+class Chat:
+    """The page, for tests that read like what a user does."""
+
+    def __init__(self, page: Page, server: Server) -> None:  # noqa: F811
+        self.page, self.server = page, server
+        self.complaints: list[str] = []
+        page.set_default_timeout(WAIT_MS)
+        page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def open(self) -> Page:
+        self.page.goto(self.server.url)
+        self.page.wait_for_selector(READY)
+        self.shows("() => document.getElementById('model').textContent !== '–'")
+        return self.page
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_selector(READY)
+        self.shows("() => document.getElementById('model').textContent !== '–'")
+
+    def say(self, text: str, state: str = "done") -> Any:
+        """Asks, waits for the answer, and returns the body of the request."""
+        self.page.fill("#prompt", text)
+        return self.asked(lambda: self.page.press("#prompt", "Enter"), state)
+
+    def asked(self, act: Callable[[], Any], state: str = "done") -> Any:
+        with self.page.expect_request("**/v1/chat/completions") as sent:
+            act()
+        self.page.wait_for_selector(f'{LAST}.assistant[data-state="{state}"]')
+        return sent.value.post_data_json
+
+    def shows(self, condition: str, argument: Any = None) -> None:
+        self.page.wait_for_function(condition, arg=argument)
+
+    def reads(self, selector: str, pattern: str) -> None:
+        self.shows(
+            "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
+            [selector, pattern],
+        )
+
+    def titles(self) -> list[str]:
+        return self.page.locator(".chat-title span:first-child").all_text_contents()
+
+    def texts(self) -> list[str]:
+        """What the shown branch says, question and answer in turn."""
+        return [text.strip() for text in self.page.locator("#log article > .text").all_text_contents()]
+
+    def set(self, **values: str) -> None:
+        self.page.evaluate("document.getElementById('settings').open = true")
+        for name, value in values.items():
+            field = self.page.locator(f"#settings [name={name}]")
+            if name in ("thinking", "form"):
+                field.select_option(value)
+            else:
+                field.fill(value)
+
+    def row(self, title: str, button: str) -> None:
+        """Clicks a button of a chat in the list."""
+        self.page.locator("#chats-list li", has_text=title).hover()
+        self.page.get_by_role("button", name=f"{button} {title}").click()
+
+
+@pytest.fixture(scope="module")
+def common(browser: Browser, server: Server) -> Chat:  # noqa: F811
+    """A window costs Chromium half a second of processor time, so most tests share this one in turn."""
+    return Chat(browser.new_context().new_page(), server)
+
+
+@pytest.fixture
+def chat(common: Chat, scripted: Scripted) -> Iterator[Chat]:  # noqa: F811
+    scripted.script = lambda prompt: "Good day."
+    common.open()
+    yield common
+    common.page.unroute_all()
+    forget_all(common.page, common.server.url)
+    common.page.set_viewport_size({"width": 1280, "height": 720})
+    complaints, common.complaints = common.complaints, []
+    assert complaints == []
+
+
+def expect_refusals(chat: Chat) -> None:
+    """Checks that requests failed, which Chromium reports, and that there was no other error."""
+    failed = [text for text in chat.complaints if text.startswith("Failed to load resource")]
+    assert failed and failed == chat.complaints
+    chat.complaints.clear()
+
+
+def test_chats_are_kept_found_renamed_and_deleted(chat: Chat) -> None:
+    page = chat.page
+    chat.say("Bread with rye")
+    page.click("#new-chat")
+    chat.say("Soup of beans")
+    assert chat.titles() == ["Soup of beans", "Bread with rye"]
+    chat.reload()
+    assert chat.titles() == ["Soup of beans", "Bread with rye"] and chat.texts() == ["Soup of beans", "Good day."]
+    page.get_by_role("button", name="Bread with rye").first.click()
+    chat.reads(f"{LAST} .text", "Good day.")
+    assert chat.texts() == ["Bread with rye", "Good day."]
+
+    for words, found in (("BEANS", ["Soup of beans"]), ("good day", ["Soup of beans", "Bread with rye"]), ("ice", [])):
+        page.fill("#chats-search", words)
+        chat.shows("([count]) => document.querySelectorAll('#chats-list li').length === count", [len(found)])
+        assert chat.titles() == found
+    assert page.inner_text("#chats-none") == "No chat has these words."
+    page.fill("#chats-search", "")
+    chat.shows("() => document.querySelectorAll('#chats-list li').length === 2")
+
+    chat.row("Bread with rye", "Rename")
+    page.keyboard.type("Baking")
+    page.keyboard.press("Enter")
+    assert chat.titles() == ["Soup of beans", "Baking"]
+    chat.row("Baking", "Delete")
+    page.click("#delete-dialog button[value='']")
+    assert chat.titles() == ["Soup of beans", "Baking"]
+    chat.row("Baking", "Delete")
+    page.click("#delete-dialog button[value=delete]")
+    chat.shows("() => document.querySelectorAll('#chats-list li').length === 1")
+    assert chat.texts() == []
+    page.click("#chats-undo")
+    chat.reads(f"{LAST} .text", "Good day.")
+    chat.reload()
+    assert chat.titles() == ["Soup of beans", "Baking"] and chat.texts() == ["Bread with rye", "Good day."]
+
+
+def test_a_file_of_chats_comes_back_as_it_was(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    page.evaluate(DROP, [["notes.md", "# A\n"]])
+    page.wait_for_selector("#files li")
+    chat.set(system="Be kind.")
+    chat.say("Read this")
+    chat.asked(lambda: page.click(f"{LAST} .retry"))
+    page.click("#new-chat")
+    chat.say("Another")
+
+    def export(name: str) -> Path:
+        page.evaluate("document.getElementById('chat-menu').open = true")
+        with page.expect_download() as got:
+            page.click("#chats-export")
+        got.value.save_as(tmp_path / name)
+        return tmp_path / name
+
+    first = export("first.json")
+    for title in ("Another", "Read this"):
+        chat.row(title, "Delete")
+        page.click("#delete-dialog button[value=delete]")
+        page.wait_for_selector("#chats-undo")
+    assert chat.titles() == []
+    page.set_input_files("#chats-file", first)
+    chat.reads("#chats-note", r"^2 chats are imported\.$")
+    assert json.loads(export("second.json").read_text()) == json.loads(first.read_text())
+    page.set_input_files("#chats-file", first)
+    chat.reads("#chats-note", r"^0 chats are imported; 2 of the file were here already\.$")
+    page.get_by_role("button", name="Read this").first.click()
+    chat.reads(f"{LAST} .versions", "2/2")
+    assert page.input_value("#system") == "Be kind."
+
+    data = json.loads(first.read_text())
+    data["chats"][0]["messages"][1]["images"] = ["/stats"]
+    for name, text, why in (
+        ("a.json", "{", "a.json: it is not JSON"),
+        ("b.json", '{"chats": []}', "b.json: it holds no chats that this page has exported."),
+        ("c.json", json.dumps(data), "c.json: chat 1 message 2 has an image that is none."),
+    ):
+        (tmp_path / name).write_text(text)
+        page.set_input_files("#chats-file", tmp_path / name)
+        chat.reads("#chats-note", f"^{re.escape(why)}")
+    with page.expect_download() as got:
+        page.evaluate("document.getElementById('chat-menu').open = true")
+        page.click("#export-markdown")
+    assert got.value.suggested_filename == "Read this.md"
+    told = got.value.path().read_text()
+    assert told.startswith(
+        "# Read this\n\n## System\n\nBe kind.\n\n## You\n\nnotes.md:\n```md\n# A\n```\n\nRead this\n"
+    )
+
+
+def test_a_changed_question_and_a_second_answer_are_branches(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
+    page = chat.page
+    chat.say("One")
+    chat.say("Two")
+    scripted.script = lambda prompt: "Other."
+    page.click("#log article:first-child .edit")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("Three")
+    body = chat.asked(lambda: page.keyboard.press("Enter"))
+    assert body["messages"] == [{"role": "user", "content": "Three"}]
+    assert chat.texts() == ["Three", "Other."]
+    chat.reads("#log article:first-child .versions", "2/2")
+    page.click("#log article:first-child .step[aria-label='Earlier version']")
+    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
+    chat.asked(lambda: page.click(f"{LAST} .retry"))
+    assert chat.texts() == ["One", "Good day.", "Two", "Other."]
+    chat.reload()
+    assert chat.texts() == ["One", "Good day.", "Two", "Other."]
+    page.click(f"{LAST} .step[aria-label='Earlier version']")
+    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
+    page.click("#log article:first-child .edit")
+    page.keyboard.press("Escape")
+    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
+    assert chat.titles() == ["One"]
+
+
+def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
+    page = chat.page
+    scripted.script = lambda prompt: "llo there." if prompt.endswith("He") else "Hello there."
+    chat.set(max_tokens="2", system="Be brief.")
+    chat.say("Hi")
+    assert chat.texts() == ["Hi", "He"]
+    assert (page.text_content(f"{LAST} .note") or "").endswith("cut there")
+    chat.set(max_tokens="100")
+    body = chat.asked(lambda: page.click(f"{LAST} .continue"))
+    system = {"role": "system", "content": "Be brief."}
+    assert body["messages"] == [
+        system,
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "He"},
+    ]
+    assert body["continue_final_message"] is True
+    assert chat.texts() == ["Hi", "Hello there."] and page.locator(f"{LAST} .continue").count() == 0
+    chat.reload()
+    assert chat.texts() == ["Hi", "Hello there."]
+
+
+def test_every_setting_reaches_the_request(chat: Chat) -> None:
+    page = chat.page
+    given = {
+        **{"temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "repetition_penalty": "1.1"},
+        **{"presence_penalty": "0.2", "frequency_penalty": "-0.2", "max_tokens": "50", "seed": "7"},
+    }
+    chat.set(**given, thinking_budget="9", thinking="off", stop_words="one\ntwo")
+    body = chat.say("Hi")
+    assert {name: body[name] for name in given} == {name: float(value) for name, value in given.items()}
+    assert body["stop"] == ["one", "two"] and body["thinking_budget"] == 9
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    chat.reload()
+    page.evaluate("document.getElementById('settings').open = true")
+    assert page.input_value("[name=min_p]") == "0.05" and page.input_value("[name=stop_words]") == "one\ntwo"
+    page.click("#settings-reset")
+    body = chat.say("Again")
+    assert set(body) == {
+        *("model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens"),
+    }  # what the page sends for a model without recommended settings
+    assert page.get_attribute("[name=top_k]", "placeholder") == "auto: off"
+
+    chat.set(form="json")
+    assert chat.say("As JSON")["response_format"] == {"type": "json_object"}
+    chat.set(form="schema", schema='{"type": "object", ')
+    page.fill("#prompt", "As a schema")
+    page.press("#prompt", "Enter")
+    assert (page.text_content("#schema-wrong") or "").startswith("This is not JSON: ")
+    assert page.input_value("#prompt") == "As a schema"  # not sent
+    schema = {"type": "object", "not": {}}
+    chat.set(schema=json.dumps(schema))
+    body = chat.asked(lambda: page.press("#prompt", "Enter"), "error")
+    assert body["response_format"]["json_schema"]["schema"] == schema
+    assert "not" in (page.text_content(f"{LAST} .note") or "")
+    expect_refusals(chat)
+
+
+def test_a_system_prompt_belongs_to_its_chat(chat: Chat) -> None:
+    page = chat.page
+    chat.set(system="Be brief.")
+    assert chat.say("Hi")["messages"][0] == {"role": "system", "content": "Be brief."}
+    page.click("#new-chat")
+    assert page.input_value("#system") == ""
+    chat.set(system="Be kind.")
+    page.click("#system-default")
+    page.click("#new-chat")
+    assert page.input_value("#system") == "Be kind."
+    chat.reload()
+    assert page.input_value("#system") == "Be kind."
+    page.get_by_role("button", name="Hi").first.click()
+    chat.shows("() => document.getElementById('system').value === 'Be brief.'")
+
+
+def test_text_files_go_into_the_question(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    (tmp_path / "a.py").write_text("print('```')\n")
+    page.set_input_files("#attach-file", tmp_path / "a.py")
+    page.evaluate(DROP, [["b.txt", "Two"], ["c.txt", "Three"]])
+    chat.shows("() => document.querySelectorAll('#files li').length === 3")
+    page.get_by_role("button", name="Remove c.txt").click()
+    for name, text, why in (
+        ("d.bin", "a\0b", "d.bin is neither UTF-8 text nor an image."),
+        ("e.txt", "word " * 8000, "e.txt has about 10000 tokens; the context holds 8192. Attach a part of it."),
+    ):
+        page.evaluate(DROP, [[name, text]])
+        chat.reads("#attach-note", re.escape(why))
+    body = chat.say("What is this?")
+    wanted = "a.py:\n```py\nprint('```')\n```\n\nb.txt:\n```\nTwo\n```\n\nWhat is this?"
+    assert body["messages"] == [{"role": "user", "content": wanted}]
+    assert page.locator("#files li").count() == 0
+    chat.reload()
+    page.click(".file summary")
+    assert page.inner_text(".file pre").strip() == "print('```')"
+    page.click("#new-chat")
+    page.evaluate(DROP, [["f.md", "````\n````"]])
+    page.wait_for_selector("#files li")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.click("#send")  # a file without a question
+    assert sent.value.post_data_json["messages"][0]["content"] == "f.md:\n`````md\n````\n````\n`````"
+    page.wait_for_selector(f'{LAST}.assistant[data-state="done"]')
+    assert chat.titles()[0] == "f.md"
+
+
+def test_two_tabs_add_to_the_same_chats(chat: Chat) -> None:
+    chat.say("One")
+    other = Chat(chat.page.context.new_page(), chat.server)
+    other.open()
+    assert other.titles() == ["One"] and other.texts() == []
+    other.say("Two")
+    chat.shows("() => document.querySelectorAll('#chats-list li').length === 2")
+    other.page.get_by_role("button", name="One").first.click()
+    other.reads(f"{LAST} .text", "Good day.")
+    other.say("Three")
+    chat.shows("() => document.querySelectorAll('#log article').length === 4")
+    chat.reads(f"{LAST} .text", "Good day.")
+    assert chat.texts() == ["One", "Good day.", "Three", "Good day."]
+    chat.say("Four")
+    other.shows("() => document.querySelectorAll('#log article').length === 6")
+    other.row("One", "Delete")
+    other.page.click("#delete-dialog button[value=delete]")
+    chat.shows("() => document.querySelectorAll('#log article').length === 0")
+    assert chat.titles() == ["Two"] and other.complaints == []
+    other.page.close()
+
+
+def test_an_answer_goes_on_while_another_chat_is_open(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
+    page = chat.page
+    held: list[Route] = []
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
+    page.fill("#prompt", "Slow")
+    with page.expect_request("**/v1/chat/completions"):
+        page.press("#prompt", "Enter")
+    page.click("#new-chat")
+    assert page.is_hidden("#stop") and chat.texts() == []
+    while not held:
+        page.wait_for_timeout(10)  # the route is called during this wait
+    held[0].continue_()
+    page.unroute("**/v1/chat/completions")
+    chat.say("Fast")
+    page.get_by_role("button", name="Slow").first.click()
+    page.wait_for_selector(f'{LAST}.assistant[data-state="done"]')
+    assert chat.texts() == ["Slow", "Good day."]
+
+
+@pytest.mark.parametrize("fault", ["indexedDB.open = () => { throw new Error('off'); }", "put"])
+def test_a_browser_that_keeps_nothing_says_so(browser: Browser, server: Server, fault: str) -> None:  # noqa: F811
+    page = browser.new_page()
+    full = """IDBObjectStore.prototype.put = () => { throw new DOMException('full', 'QuotaExceededError'); }"""
+    page.add_init_script(full if fault == "put" else fault)
+    chat = Chat(page, server)
+    chat.open()
+    chat.say("One")
+    page.click("#new-chat")
+    chat.say("Two")
+    page.wait_for_selector("#store-note:not([hidden])")
+    assert ("is full" if fault == "put" else "keeps no chats") in page.inner_text("#store-note")
+    page.get_by_role("button", name="One").first.click()
+    chat.shows("() => document.querySelector('#log .user .text').textContent === 'One'")
+    assert chat.texts() == ["One", "Good day."] and chat.complaints == []
+    page.context.close()
+
+
+def test_the_chat_of_an_earlier_version_becomes_the_first(browser: Browser, server: Server) -> None:  # noqa: F811
+    page = browser.new_page()
+    old = [{"role": "user", "content": "Old question"}, {"role": "assistant", "content": "Old answer", "state": "done"}]
+    store = f"localStorage.setItem('mlx_flash.conversation', {json.dumps(json.dumps(old))})"
+    page.add_init_script(f"if (!sessionStorage.seen) {{ {store}; sessionStorage.seen = 1; }}")
+    chat = Chat(page, server)
+    for _ in range(2):
+        chat.open()
+        assert chat.texts() == ["Old question", "Old answer"] and chat.titles() == ["Old question"]
+    assert page.evaluate("localStorage.getItem('mlx_flash.conversation')") is None
+    assert chat.say("More")["messages"][0] == {"role": "user", "content": "Old question"}
+    page.context.close()
+
+
+# Models.
+
+
+def library(state: str, loading: Any = None) -> dict[str, Any]:
+    """An answer of GET /library."""
+
+    def model(name: str, **fields: Any) -> dict[str, Any]:
+        return {
+            **{"name": name, "source": "cache", "size_bytes": GIB, "loaded": False, "runs": True, "reason": ""},
+            **{"smallest_bytes": 300_000_000, "everything_bytes": 2_000_000_000, "images": False},
+            **fields,
+        }
+
+    return {
+        "models": [
+            model("demo", source="demo", loaded=state == "ready"),
+            model("other/large", source="hub"),
+            model("strange", runs=False, reason="its type 'rwkv7' is not known."),
+        ],
+        **{"state": state, "loading": loading, "failure": "", "budget_bytes": 400_000_000, "idle_unload_s": None},
+        "budgets": [{"bytes": 400_000_000, "text": "half of the experts"}],
+    }
+
+
+class Switching:
+    """A server with several models, as a test has written it: the routes under /library, the events and /stats."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.model = chat.server.get("/stats").json()
+        self.library = library("ready")
+        self.refusal = ""
+        self.asked: list[Any] = []
+        chat.page.route("**/library", lambda route: route.fulfill(json=self.library))
+        chat.page.route("**/library/load", self._load)
+        chat.page.route("**/stats", self._stats)
+        chat.page.route("**/events", self._events)
+
+    def _load(self, route: Route) -> None:
+        asked = route.request.post_data_json
+        self.asked.append(asked)
+        if self.refusal:
+            route.fulfill(status=400, json={"error": {"message": self.refusal}})
+            return
+        loading = {"name": asked["name"], "stage": "reading weights", "done": 45, "total": 100}
+        self.library = library("loading", loading)
+        route.fulfill(status=202, json=self.library)
+
+    def _stats(self, route: Route) -> None:
+        state = self.library["state"]
+        about = {"loading": self.library["loading"], "loads": 1, "unloads": 0, "idle_unload_s": 900}
+        rest = self.model if state == "ready" else {"model": None, "now": None}
+        route.fulfill(json={**rest, "state": state, "library": about})
+
+    def _events(self, route: Route) -> None:
+        """The state as an event. The page asks again at once, since this stream ends."""
+        loading = self.library["loading"] or {}
+        data = json.dumps({"state": self.library["state"], "name": "", "stage": "", "done": 0, "total": 0, **loading})
+        idle = 'event: state\ndata: {"state": "idle"}\n\n'
+        route.fulfill(body=f"{idle}event: library\ndata: {data}\n\n", content_type="text/event-stream")
+
+
+def test_a_model_is_chosen_and_its_loading_shown(chat: Chat) -> None:
+    page = chat.page
+    assert page.is_disabled("#library-open")  # on a server with one fixed model
+    switch = Switching(chat)
+    chat.reload()
+    page.click("#library-open")
+    chat.reads("#library-state", r"^demo is loaded with 400 MB\.$")
+    assert page.locator("#library-list li").count() == 3
+    assert "rwkv7" in page.inner_text("#library-list li:nth-child(3)")
+    assert page.locator("#library-list li:nth-child(3) button").count() == 0
+
+    switch.refusal = "other/large needs at least 3.2 GB; the memory budget is 1 GB."
+    page.fill("#library-memory", "1")
+    page.get_by_role("button", name="Load other/large").click()
+    chat.reads("#library-wrong", re.escape(switch.refusal))
+    expect_refusals(chat)
+
+    switch.refusal = ""
+    page.fill("#library-memory", "")
+    page.get_by_role("button", name="Load other/large").click()
+    chat.reads("#library-state", r"^Loading other/large: reading weights, 45 %$")
+    assert switch.asked == [{"name": "other/large", "memory": "1GB"}, {"name": "other/large"}]
+    assert page.evaluate("document.getElementById('library-progress').value") == 0.45
+    assert page.is_disabled("#library-list button") and page.text_content("#library-wrong") == ""
+    page.click("#library-close")
+    chat.reads("#banner-text", "reading weights, 45 %")
+    assert page.is_visible("#banner-progress")
+
+    switch.model["model"]["id"] = "other/large"
+    switch.library = library("ready")
+    chat.reads("#model", "^other/large$")
+    assert page.is_hidden("#banner")
+
+
+def test_a_model_that_sleeps_is_woken_by_a_message(chat: Chat) -> None:
+    page = chat.page
+    switch = Switching(chat)
+    switch.library = library("unloaded")
+    chat.reload()
+    chat.reads("#banner-text", r"^The model is asleep\. Your next message wakes it\.$")
+    assert page.text_content("#state") == "Asleep" and page.text_content("#model") == "demo"
+    chat.say("Wake up")
+    assert chat.texts() == ["Wake up", "Good day."]
+
+
+# Narrow screens.
+
+
+def test_the_list_is_a_drawer_on_a_phone(chat: Chat) -> None:
+    page = chat.page
+    chat.say("One")
+    page.click("#new-chat")
+    page.set_viewport_size({"width": 400, "height": 800})
+    chat.shows("() => document.getElementById('chats').inert")
+    page.click("#chats-toggle")
+    assert page.evaluate("document.activeElement.id") == "chats-search"
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#chats") and page.evaluate("document.activeElement.id") == "chats-toggle"
+    page.keyboard.press("Enter")
+    page.locator(".chat-title").first.click()
+    chat.reads(f"{LAST} .text", "Good day.")
+    assert page.is_hidden("#chats")
+    page.evaluate("document.getElementById('settings').open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") == 400

@@ -15,7 +15,7 @@ from scripted import Scripted, scripted, server  # type: ignore[import-not-found
 from serving import Server  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, Page, Request, Route
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium"),
@@ -39,6 +39,10 @@ DROP = """(files) => {
 def browser() -> Iterator[Browser]:
     with chromium() as browser:
         yield browser
+
+
+def body_of(request: Request) -> Any:
+    return request.post_data_json
 
 
 class Chat:
@@ -71,7 +75,7 @@ class Chat:
         with self.page.expect_request("**/v1/chat/completions") as sent:
             act()
         self.page.wait_for_selector(f'{LAST}.assistant[data-state="{state}"]')
-        return sent.value.post_data_json
+        return body_of(sent.value)
 
     def shows(self, condition: str, argument: Any = None) -> None:
         self.page.wait_for_function(condition, arg=argument)
@@ -83,7 +87,7 @@ class Chat:
         )
 
     def titles(self) -> list[str]:
-        return self.page.locator(".chat-title span:first-child").all_text_contents()
+        return self.page.locator(".chat-title").all_text_contents()
 
     def texts(self) -> list[str]:
         """What the shown branch says, question and answer in turn."""
@@ -100,7 +104,7 @@ class Chat:
 
     def row(self, title: str, button: str) -> None:
         """Clicks a button of a chat in the list."""
-        self.page.locator("#chats-list li", has_text=title).hover()
+        self.page.locator("#chats-list [data-chat]", has_text=title).hover()
         self.page.get_by_role("button", name=f"{button} {title}").click()
 
 
@@ -143,11 +147,11 @@ def test_chats_are_kept_found_renamed_and_deleted(chat: Chat) -> None:
 
     for words, found in (("BEANS", ["Soup of beans"]), ("good day", ["Soup of beans", "Bread with rye"]), ("ice", [])):
         page.fill("#chats-search", words)
-        chat.shows("([count]) => document.querySelectorAll('#chats-list li').length === count", [len(found)])
+        chat.shows("([count]) => document.querySelectorAll('#chats-list [data-chat]').length === count", [len(found)])
         assert chat.titles() == found
     assert page.inner_text("#chats-none") == "No chat has these words."
     page.fill("#chats-search", "")
-    chat.shows("() => document.querySelectorAll('#chats-list li').length === 2")
+    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 2")
 
     chat.row("Bread with rye", "Rename")
     page.keyboard.type("Baking")
@@ -158,7 +162,7 @@ def test_chats_are_kept_found_renamed_and_deleted(chat: Chat) -> None:
     assert chat.titles() == ["Soup of beans", "Baking"]
     chat.row("Baking", "Delete")
     page.click("#delete-dialog button[value=delete]")
-    chat.shows("() => document.querySelectorAll('#chats-list li').length === 1")
+    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 1")
     assert chat.texts() == []
     page.click("#chats-undo")
     chat.reads(f"{LAST} .text", "Good day.")
@@ -342,7 +346,7 @@ def test_text_files_go_into_the_question(chat: Chat, tmp_path: Path) -> None:
     page.wait_for_selector("#files li")
     with page.expect_request("**/v1/chat/completions") as sent:
         page.click("#send")  # a file without a question
-    assert sent.value.post_data_json["messages"][0]["content"] == "f.md:\n`````md\n````\n````\n`````"
+    assert body_of(sent.value)["messages"][0]["content"] == "f.md:\n`````md\n````\n````\n`````"
     page.wait_for_selector(f'{LAST}.assistant[data-state="done"]')
     assert chat.titles()[0] == "f.md"
 
@@ -353,7 +357,7 @@ def test_two_tabs_add_to_the_same_chats(chat: Chat) -> None:
     other.open()
     assert other.titles() == ["One"] and other.texts() == []
     other.say("Two")
-    chat.shows("() => document.querySelectorAll('#chats-list li').length === 2")
+    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 2")
     other.page.get_by_role("button", name="One").first.click()
     other.reads(f"{LAST} .text", "Good day.")
     other.say("Three")
@@ -458,7 +462,7 @@ class Switching:
         chat.page.route("**/events", self._events)
 
     def _load(self, route: Route) -> None:
-        asked = route.request.post_data_json
+        asked = body_of(route.request)
         self.asked.append(asked)
         if self.refusal:
             route.fulfill(status=400, json={"error": {"message": self.refusal}})

@@ -240,7 +240,7 @@ function banner() {
   const told = state === "failed" ? sentence + detail : sentence;
   const ofLibrary = state === "ready" ? library.sentence : "";
   at("state").textContent = ofLibrary ? LIBRARY_WORDS[library.state] : word;
-  at("state").dataset.state = state;
+  at("state").dataset.state = ofLibrary && library.state !== "unloaded" ? library.state : state;
   at("banner-text").textContent = ofLibrary || told;
   at("banner").hidden = !(ofLibrary || told);
   at("banner").dataset.state = ofLibrary ? library.state : state;

@@ -113,7 +113,7 @@ export class Library extends EventTarget {
     if (runs && everything_bytes) about.push(`all in memory with ${bytes(everything_bytes)}`);
     const text = element("div", "", "");
     text.append(element("strong", "", name), element("p", "quiet figures", about.join(" · ")));
-    if (!runs && reason) text.append(element("p", "wrong", reason));
+    if (!runs && reason) text.append(element("p", "", reason.charAt(0).toUpperCase() + reason.slice(1)));
     item.append(text);
     if (loaded) item.setAttribute("aria-current", "true");
     if (runs) {

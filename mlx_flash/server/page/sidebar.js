@@ -19,16 +19,23 @@ function button(text, className, onClick, label) {
   return made;
 }
 
+function heading(text) {
+  const item = document.createElement("li");
+  item.className = "day";
+  item.textContent = text;
+  return item;
+}
+
 const ask = at("delete-dialog");
 const DAY_MS = 86_400_000;
 
-/** When a chat was last used, in a word or two. */
-function when(time) {
+/** The day of a time, or its month, as a heading. */
+function dayOf(time) {
   const midnight = new Date().setHours(0, 0, 0, 0);
-  const date = new Date(time);
-  if (time >= midnight) return date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  if (time >= midnight) return "Today";
   if (time >= midnight - DAY_MS) return "Yesterday";
-  return date.toLocaleDateString([], { day: "numeric", month: "short", year: "numeric" });
+  if (time >= midnight - 6 * DAY_MS) return "Last 7 days";
+  return new Date(time).toLocaleDateString([], { month: "long", year: "numeric" });
 }
 
 export class Sidebar {
@@ -113,24 +120,24 @@ export class Sidebar {
     at("chats-none").textContent = this.#found ? "No chat has these words." : "Chats appear here.";
     at("chats-export").disabled = list.length === 0;
     if (at("chats-list").querySelector("input")) return; // A title is being edited.
-    at("chats-list").replaceChildren(...shown.map((record) => this.#row(record, record.id === current.record.id)));
+    let day = "";
+    const rows = [];
+    for (const record of shown) {
+      if (day !== (day = dayOf(record.updated))) rows.push(heading(day));
+      rows.push(this.#row(record, record.id === current.record.id));
+    }
+    at("chats-list").replaceChildren(...rows);
   }
 
   #row(record, isOpen) {
     const title = record.title || "Without a title";
     const item = document.createElement("li");
     item.dataset.chat = record.id;
-    const choose = button("", "chat-title", () => {
+    const choose = button(title, "chat-title", () => {
       this.onOpen(record.id);
       if (NARROW.matches) this.toggle(false);
     });
-    const name = document.createElement("span");
-    name.textContent = title;
-    const time = document.createElement("span");
-    time.className = "quiet";
-    time.textContent = when(record.updated);
-    choose.append(name, time);
-    choose.title = title;
+    choose.title = `${title}\n${new Date(record.updated).toLocaleString()}`;
     if (isOpen) choose.setAttribute("aria-current", "true");
     const rename = button("Rename", "small", () => this.#rename(record, item), `Rename ${title}`);
     const remove = button("Delete", "small", () => this.#remove(record, title), `Delete ${title}`);

@@ -269,6 +269,21 @@ def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:
     assert chat.texts() == ["Hi", "Hello there."]
 
 
+def test_thoughts_that_were_cut_go_on(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
+    page = chat.page
+    rest = " greet.\n</think>\n\nHello."
+    scripted.script = lambda prompt: rest if prompt.endswith("They") else "<think>\nThey greet.\n</think>\n\nHello."
+    chat.set(max_tokens="7")
+    chat.say("Hi")
+    assert chat.texts() == ["Hi", ""]
+    chat.set(max_tokens="100")
+    body = chat.asked(lambda: page.click(f"{LAST} .continue"))
+    assert body["messages"][1] == {"role": "assistant", "content": "", "reasoning_content": "They"}
+    assert scripted.prompts[-1].endswith("<|im_start|>assistant\n<think>\nThey")
+    assert chat.texts() == ["Hi", "Hello."]
+    assert "They greet." in (page.text_content(f"{LAST} .thoughts") or "")
+
+
 def test_every_setting_reaches_the_request(chat: Chat) -> None:
     page = chat.page
     given = {

@@ -132,15 +132,24 @@ class AnswerFormat:
         prompt: its token ids. tools: those that may be called, in OpenAI's form. one_call: whether the answer ends
         after one call. stop: words that end the text. continues: whether the prompt ends inside the answer.
         """
-        return AnswerParts(self, self.first_state(prompt, continues), _complete(tools or []), one_call, stop)
+        state = self.first_state(prompt, continues)
+        within = continues and state == THOUGHT
+        return AnswerParts(self, state, _complete(tools or []), one_call, stop, within)
 
 
 class AnswerParts:
     """The parts of one answer. `feed` takes its text piece by piece, cut anywhere."""
 
     def __init__(
-        self, format: AnswerFormat, state: str, tools: list[dict[str, Any]], one_call: bool, stop: Sequence[str]
+        self,
+        format: AnswerFormat,
+        state: str,
+        tools: list[dict[str, Any]],
+        one_call: bool,
+        stop: Sequence[str],
+        within: bool = False,
     ) -> None:
+        """within: whether the answer begins within thoughts, so that white space at its beginning belongs to them."""
         from mlx_lm.generate import TextStateMachine
 
         self.format, self.tools, self.one_call = format, tools, one_call
@@ -154,7 +163,7 @@ class AnswerParts:
         self._call = ""
         self._kind = self._kind_of(state)
         self._text = _Trimmed(drops_first=False, holds_last=any(self._edges.values()))
-        self._thought = _Trimmed(drops_first=True, holds_last=True)
+        self._thought = _Trimmed(drops_first=not within, holds_last=True)
         self._stop = StopWords(stop)
         self._at = 0  # index in _said of the next character that becomes text
         self.calls = 0

@@ -73,10 +73,16 @@ def prompt_text(
         tools: JSON schemas in OpenAI's form.
         variables: further variables for the template, such as enable_thinking.
         generation_prompt: whether the prompt ends with the beginning of an answer.
-        continues: whether the last message is the beginning of the answer; then there is no generation prompt.
+        continues: whether the last message is the beginning of the answer; then there is no generation prompt. If it
+            has `reasoning_content` and no content, the model continues these thoughts.
 
     Raises ChatTemplateFailure for errors of the template, ChatTemplateError if it exceeds a limit.
     """
+
+    if continues and not messages[-1].get("content"):
+        thoughts = str(messages[-1].get("reasoning_content") or "")
+        before = prompt_text(process, tokenizer, messages[:-1], most=most, tools=tools, variables=variables)
+        return _with_thoughts(tokenizer, before, thoughts)
 
     def make(messages: Sequence[Message]) -> str | list[int]:
         options: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": generation_prompt and not continues}
@@ -95,6 +101,18 @@ def prompt_text(
             with contextlib.suppress(ChatTemplateFailure):
                 return make(_with_arguments(messages, _as_text))
         raise
+
+
+def _with_thoughts(tokenizer: Any, prompt: str | list[int], thoughts: str) -> str | list[int]:
+    """A prompt that ends within the thoughts before the answer. prompt: ends where the answer begins."""
+    if not tokenizer.has_thinking:
+        raise ChatTemplateError("this model's thoughts cannot be continued. Ask again with more tokens.")
+    opening = tokenizer.think_start
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    added = thoughts if text.rstrip().endswith(opening) else f"{opening}\n{thoughts}"
+    if isinstance(prompt, str):
+        return prompt + added
+    return [*prompt, *(int(token) for token in tokenizer.encode(added, add_special_tokens=False))]
 
 
 def tokens_of(tokenizer: Any, prompt: str | list[int], *, most: int) -> list[int]:

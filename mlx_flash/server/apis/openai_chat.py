@@ -64,6 +64,12 @@ class ChatRequest(OpenAiRequest):
         last = self.messages[-1]
         return last.role == "assistant" and bool(last.text) and not (last.model_extra or {}).get("tool_calls")
 
+    @property
+    def _ends_within_thoughts(self) -> bool:
+        last, more = self.messages[-1], self.messages[-1].model_extra or {}
+        thinks = bool(more.get("reasoning_content")) and not more.get("tool_calls")
+        return last.role == "assistant" and not last.text and thinks
+
     def question(self, sampling: Sampling) -> Question:
         """What the request asks. Raises ApiError."""
         choice, name = tool_choice_of(self.tool_choice, self.tools)
@@ -87,9 +93,10 @@ class ChatRequest(OpenAiRequest):
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         check_tools(self.tools)
         check_template_variables(self.chat_template_kwargs)
-        if self.continue_final_message and not self._ends_within_an_answer:
+        if self.continue_final_message and not (self._ends_within_an_answer or self._ends_within_thoughts):
             message = (
-                "continue_final_message needs a last message from the assistant, with text and without tool calls."
+                "continue_final_message needs a last message from the assistant, with text or reasoning_content and "
+                "without tool calls."
             )
             raise ApiError(400, message, param="continue_final_message")
         if self.continue_final_message and self.add_generation_prompt:

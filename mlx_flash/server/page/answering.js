@@ -39,7 +39,8 @@ export class Answering extends EventTarget {
    */
   async ask(conversation, { into, made, options }) {
     const turns = conversation.turns();
-    if (into?.content) {
+    if (into && (into.content || into.thoughts)) {
+      if (!into.content) turns.push({ role: "assistant", content: "" }); // It was cut in its thoughts.
       if (into.thoughts) turns.at(-1).reasoning_content = into.thoughts;
       options = { ...options, continue_final_message: true };
     }
@@ -105,9 +106,9 @@ export class Answering extends EventTarget {
   }
 }
 
-/** Whether a message can be continued: an answer with some text that did not come to its own end. */
-export function canContinue({ role, state, content, cut }) {
-  return role === "assistant" && content !== "" && (cut || state === "stopped" || state === "partial");
+/** Whether a message can be continued: an answer with something that did not come to its own end. */
+export function canContinue({ role, state, content, thoughts, cut }) {
+  return role === "assistant" && Boolean(content || thoughts) && (cut || state === "stopped" || state === "partial");
 }
 
 function explained({ message, code }) {

@@ -29,16 +29,15 @@ export class Library extends EventTarget {
     at("library-unload").addEventListener("click", () => this.#post("/library/unload"));
   }
 
-  /** Takes the server's state from /stats, which has no "library" on a server with one fixed model. */
+  /** Takes the server's state from /stats. */
   stats({ state, library }) {
-    at("library-open").disabled = library === undefined;
-    if (state === undefined) return;
-    this.#set(state, library?.loading ?? null);
+    this.#set(state ?? "ready", library?.loading ?? null);
   }
 
   /** Takes an `event: library` of /events. */
   event({ state, name, stage, done, total }) {
     this.#set(state, state === "loading" ? { name, stage, done, total } : null);
+    if (state !== "loading" && at("library").open) this.#read(); // The list may have changed as well.
   }
 
   /** What a user should know of the state, or "". */
@@ -54,7 +53,7 @@ export class Library extends EventTarget {
     this.state = state;
     this.loading = loading;
     if (!changed) return;
-    if (state === "failed" || (state !== "loading" && at("library").open)) this.#read();
+    if (state === "failed") this.#read();
     this.#showState();
     this.dispatchEvent(new Event("change"));
   }
@@ -89,10 +88,11 @@ export class Library extends EventTarget {
 
   #take(found) {
     const failed = found.failure !== this.#found?.failure;
+    const listed = JSON.stringify(found.models) !== JSON.stringify(this.#found?.models);
     this.#found = found;
     this.#set(found.state, found.loading);
     if (failed) this.dispatchEvent(new Event("change"));
-    at("library-memory").placeholder = `now ${gigabytes(found.budget_bytes)}`;
+    at("library-memory").placeholder = found.budget_bytes ? `now ${gigabytes(found.budget_bytes)}` : "auto";
     at("library-budgets").replaceChildren(
       ...found.budgets.map(({ bytes: size, text }) => {
         const choice = element("option", "", text);
@@ -100,7 +100,7 @@ export class Library extends EventTarget {
         return choice;
       }),
     );
-    at("library-list").replaceChildren(...found.models.map((model) => this.#row(model)));
+    if (listed) at("library-list").replaceChildren(...found.models.map((model) => this.#row(model)));
     this.#showState();
   }
 

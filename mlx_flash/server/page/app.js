@@ -256,7 +256,7 @@ async function stats() {
     const found = await get("/stats", AbortSignal.timeout(10000));
     library.stats(found);
     if (found.model) loaded(found);
-    else named(connection.model);
+    else named(model || connection.model);
     controls();
     clearTimeout(statsTimer);
     statsTimer = setTimeout(stats, found.now ? BUSY_STATS_MS : IDLE_STATS_MS);

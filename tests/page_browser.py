@@ -117,13 +117,11 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def forget_all(page: Page, url: str) -> None:
-    """Deletes what the page keeps in the browser, from a document of the server that keeps nothing itself."""
-    page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
-    page.goto(f"{url}/page/icon.svg")
+def forget_all(page: Page) -> None:
+    """Deletes what the open page keeps in the browser, and makes it keep nothing more. It closes its database then."""
     page.evaluate(
-        """() => { localStorage.clear(); sessionStorage.clear(); return new Promise((done, fail) => {
-            const request = indexedDB.deleteDatabase('mlx_flash');
-            [request.onsuccess, request.onerror] = [done, fail]; }); }"""
+        """() => { Storage.prototype.setItem = () => {}; localStorage.clear(); sessionStorage.clear();
+            return new Promise((done, fail) => {
+                const request = indexedDB.deleteDatabase('mlx_flash');
+                [request.onsuccess, request.onerror] = [done, fail]; }); }"""
     )
-    page.unroute("**/favicon.ico")

@@ -154,8 +154,8 @@ def empty_tab(common_page: Page, open_tab: Callable[..., Tab]) -> Iterator[Tab]:
     """The common page without its earlier contents, not yet opened."""
     tab = open_tab(page=common_page)
     yield tab
-    forget_all(common_page, tab.server.url)
     common_page.unroute_all()
+    forget_all(common_page)
     common_page.mouse.move(0, 0)
     common_page.goto("about:blank")
     common_page.set_viewport_size(VIEWPORT)

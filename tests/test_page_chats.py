@@ -120,7 +120,8 @@ def chat(common: Chat, scripted: Scripted) -> Iterator[Chat]:  # noqa: F811
     common.open()
     yield common
     common.page.unroute_all()
-    forget_all(common.page, common.server.url)
+    forget_all(common.page)
+    common.page.goto("about:blank")
     common.page.set_viewport_size({"width": 1280, "height": 720})
     complaints, common.complaints = common.complaints, []
     assert complaints == []

@@ -13,6 +13,7 @@ import pytest
 from page_browser import CHROMIUM, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
 from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
 from serving import Server  # type: ignore[import-not-found]
+from switching import Switching, library  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request, Route
@@ -25,7 +26,6 @@ pytestmark = [
 WAIT_MS = 15_000  # limit of every wait; no test needs it
 READY = '#state[data-state="ready"]'
 LAST = "#log article:last-child"
-GIB = 2**30
 # Hands files to the page as a drop does. argument: [[name, text], ...].
 DROP = """(files) => {
   const data = new DataTransfer();
@@ -443,67 +443,9 @@ def test_the_chat_of_an_earlier_version_becomes_the_first(browser: Browser, serv
 # Models.
 
 
-def library(state: str, loading: Any = None) -> dict[str, Any]:
-    """An answer of GET /library."""
-
-    def model(name: str, **fields: Any) -> dict[str, Any]:
-        return {
-            **{"name": name, "source": "cache", "size_bytes": GIB, "loaded": False, "runs": True, "reason": ""},
-            **{"smallest_bytes": 300_000_000, "everything_bytes": 2_000_000_000, "images": False},
-            **fields,
-        }
-
-    return {
-        "models": [
-            model("demo", source="demo", loaded=state == "ready"),
-            model("other/large", source="hub"),
-            model("strange", runs=False, reason="its type 'rwkv7' is not known."),
-        ],
-        **{"state": state, "loading": loading, "failure": "", "budget_bytes": 400_000_000, "idle_unload_s": None},
-        "budgets": [{"bytes": 400_000_000, "text": "half of the experts"}],
-    }
-
-
-class Switching:
-    """A server with several models, as a test has written it: the routes under /library, the events and /stats."""
-
-    def __init__(self, chat: Chat) -> None:
-        self.model = chat.server.get("/stats").json()
-        self.library = library("ready")
-        self.refusal = ""
-        self.asked: list[Any] = []
-        chat.page.route("**/library", lambda route: route.fulfill(json=self.library))
-        chat.page.route("**/library/load", self._load)
-        chat.page.route("**/stats", self._stats)
-        chat.page.route("**/events", self._events)
-
-    def _load(self, route: Route) -> None:
-        asked = body_of(route.request)
-        self.asked.append(asked)
-        if self.refusal:
-            route.fulfill(status=400, json={"error": {"message": self.refusal}})
-            return
-        loading = {"name": asked["name"], "stage": "reading weights", "done": 45, "total": 100}
-        self.library = library("loading", loading)
-        route.fulfill(status=202, json=self.library)
-
-    def _stats(self, route: Route) -> None:
-        state = self.library["state"]
-        about = {"loading": self.library["loading"], "loads": 1, "unloads": 0, "idle_unload_s": 900}
-        rest = self.model if state == "ready" else {"model": None, "now": None}
-        route.fulfill(json={**rest, "state": state, "library": about})
-
-    def _events(self, route: Route) -> None:
-        """The state as an event. The page asks again at once, since this stream ends."""
-        loading = self.library["loading"] or {}
-        data = json.dumps({"state": self.library["state"], "name": "", "stage": "", "done": 0, "total": 0, **loading})
-        idle = 'event: state\ndata: {"state": "idle"}\n\n'
-        route.fulfill(body=f"{idle}event: library\ndata: {data}\n\n", content_type="text/event-stream")
-
-
 def test_a_model_is_chosen_and_its_loading_shown(chat: Chat) -> None:
     page = chat.page
-    switch = Switching(chat)
+    switch = Switching(chat.page, chat.server.get("/stats").json())
     chat.reload()
     page.click("#library-open")
     chat.reads("#library-state", r"^demo is loaded with 400 MB\.$")
@@ -536,7 +478,7 @@ def test_a_model_is_chosen_and_its_loading_shown(chat: Chat) -> None:
 
 def test_a_model_that_sleeps_is_woken_by_a_message(chat: Chat) -> None:
     page = chat.page
-    switch = Switching(chat)
+    switch = Switching(chat.page, chat.server.get("/stats").json())
     switch.library = library("unloaded")
     chat.reload()
     chat.reads("#banner-text", r"^The model is asleep\. Your next message wakes it\.$")

@@ -128,7 +128,8 @@ function controls() {
   at("stop").hidden = !busy;
   at("send").disabled = !ready || busy || (prompt.value.trim() === "" && attachments.count === 0);
   at("log").classList.toggle("offline", !ready || busy);
-  const { tokens } = chats.current;
+  const { tokens, record } = chats.current;
+  document.title = record.title ? `${record.title} – mlx_flash` : "mlx_flash";
   at("context").textContent = context && tokens ? `Context ${tokens} of ${context}` : "";
 }
 
@@ -179,6 +180,7 @@ chats.addEventListener("open", () => {
   showSystem();
   controls();
 });
+chats.addEventListener("list", controls);
 chats.addEventListener("deleted", ({ detail }) => answering.stop(detail));
 store.addEventListener("leave", () => answering.keep());
 store.addEventListener("trouble", ({ detail }) => {
@@ -192,6 +194,7 @@ function showSystem() {
   const { system } = chats.current.record;
   at("system").value = system;
   at("system-default").disabled = system === chats.system;
+  at("system-note").textContent = "";
   at("system-default").textContent = system || !chats.system ? "Use it for new chats" : "Use none for new chats";
 }
 at("system").addEventListener("input", () => {
@@ -200,8 +203,8 @@ at("system").addEventListener("input", () => {
 });
 at("system-default").addEventListener("click", () => {
   chats.system = chats.current.record.system;
-  at("system-note").textContent = "New chats begin with it.";
   showSystem();
+  at("system-note").textContent = chats.system ? "New chats begin with it." : "New chats begin without one.";
 });
 
 // The state of the server.

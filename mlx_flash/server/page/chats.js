@@ -84,7 +84,7 @@ export class Chats extends EventTarget {
     for (const message of messages) {
       if (message.state !== "streaming") continue;
       message.state = message.content || message.thoughts ? "partial" : "error";
-      message.note = message.tab === this.#tab ? "Interrupted: the page was reloaded." : "Written in another tab.";
+      message.note = message.tab === this.#tab ? "Interrupted: the page was reloaded." : "Interrupted, unless another tab still writes it.";
     }
     return messages;
   }

@@ -51,12 +51,9 @@ export class Conversation {
 
   /** The messages of the branch that is shown, first to last. */
   get messages() {
-    const path = [];
-    for (let each = this.#byId.get(this.record.leaf); each; each = this.#byId.get(each.parent)) {
-      if (path.includes(each)) break; // a damaged record
-      path.unshift(each);
-    }
-    return path;
+    const path = new Set(); // in which a damaged record cannot make a circle
+    for (let each = this.last; each && !path.has(each); each = this.#byId.get(each.parent)) path.add(each);
+    return [...path].reverse();
   }
 
   get last() {

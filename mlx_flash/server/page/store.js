@@ -17,8 +17,11 @@ const within = (chat) => IDBKeyRange.bound([chat], [chat, []]); // all keys that
 const sameChat = (chat) => IDBKeyRange.only([chat]);
 
 /**
- * Events: "changed" (detail {chat, deleted}: another tab wrote or deleted this chat), "trouble" (detail: a sentence, or
- * "" once there is none), "leave" (the page is left: the last moment to put something). Records that cannot be written stay in memory, and reading finds them there.
+ * Events:
+ *   "changed" (detail {chat, deleted}): another tab wrote or deleted this chat
+ *   "trouble" (detail: a sentence, or "" once there is none)
+ *   "leave": the page is left; the last moment to put something
+ * Records that cannot be written stay in memory, and reading finds them there.
  */
 export class Store extends EventTarget {
   #database = null;

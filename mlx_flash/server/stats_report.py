@@ -55,7 +55,7 @@ def _of_model(engine: Engine, loaded: LoadedModel) -> dict[str, Any]:
             "parameters_bytes": parameters_bytes(flash),
             "sampling": flash.defaults.sampling,
             "images": flash.images is not None,
-            "thinks": engine.format.thinks,
+            "thinks": loaded.format.thinks,
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},
         "prompt_caches": asdict(loaded.turns.statistics()),

@@ -134,7 +134,7 @@ export class Library extends EventTarget {
 
   #showState() {
     const loaded = this.#found?.models.find((model) => model.loaded);
-    const idle = loaded ? `${loaded.name} is loaded with ${bytes(this.#found.budget_bytes)}.` : "";
+    const idle = loaded && this.#found.state === this.state ? `${loaded.name} is loaded with ${bytes(this.#found.budget_bytes)}.` : "";
     at("library-state").textContent = this.sentence || idle;
     at("library-unload").hidden = this.state !== "ready" || !loaded;
     for (const button of at("library-list").querySelectorAll("button")) button.disabled = this.state === "loading";

@@ -1,7 +1,8 @@
 """Takes pictures of the server's page for people to look at: python tests/page_screenshots.py FOLDER
 
 page.png is the README's picture (docs/page.png). The others show the dark theme, a window of 400 pixels, an empty
-conversation, the open settings, and the page without a server.
+conversation, the open settings, attached files, a question that is edited, the list of chats, the choice of a model
+with a refusal and the progress of loading, and the page without a server.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from page_browser import Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
+from switching import Switching, library  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -47,6 +49,58 @@ def speak(page: Page) -> None:
     page.wait_for_function("() => document.querySelector('#log article:last-child .text').textContent.length > 240")
 
 
+def shoot_chats(page: Page, server: Server, folder: Path, name: str) -> None:
+    """Takes pictures of what concerns several chats and models. The page has just answered a question."""
+    narrow = page.viewport_size == {"width": NARROW[0], "height": NARROW[1]}
+    page.evaluate("document.getElementById('settings').open = false")
+    page.click("#log article:last-child .retry")
+    page.wait_for_selector("#log article:last-child .versions")
+    page.click("#log .edit")
+    shoot(page, folder / f"{name}-edit.png")
+    page.keyboard.press("Escape")
+    page.click("#new-chat")
+    notes: Any = {
+        "name": "notes.md",
+        "mimeType": "text/markdown",
+        "buffer": b"# Bread\n\nRye keeps longer than wheat.\n",
+    }
+    page.set_input_files("#attach-file", files=[notes])
+    page.fill("#prompt", "Which bread keeps for a week without going stale?")
+    shoot(page, folder / f"{name}-attached.png")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector('article.assistant[data-state="done"]')
+    page.click("#log .file summary")
+    if narrow:
+        page.click("#chats-toggle")
+    page.evaluate("document.getElementById('chat-menu').open = true")
+    shoot(page, folder / f"{name}-chats.png")
+    page.locator("#chats-list [data-chat] button", has_text="Delete").first.click()
+    shoot(page, folder / f"{name}-delete.png")
+    page.keyboard.press("Escape")
+    if narrow:
+        page.click("#chats-close")
+
+    switch = Switching(page, server.get("/stats"))
+    page.click("#library-open")
+    page.wait_for_selector("#library-list li")
+    shoot(page, folder / f"{name}-models.png")
+    switch.refusal = "other/large cannot be loaded: it needs at least 3200MB, and the memory budget is 1000 MB."
+    page.fill("#library-memory", "1")
+    load = page.get_by_role("button", name="Load other/large")
+    load.click()
+    page.wait_for_function("() => document.getElementById('library-wrong').textContent")
+    shoot(page, folder / f"{name}-refused.png")
+    switch.refusal = ""
+    load.click()
+    page.wait_for_selector("#library-progress:not([hidden])")
+    shoot(page, folder / f"{name}-loading.png")
+    page.click("#library-close")
+    switch.library = library("unloaded")
+    page.wait_for_function("() => document.getElementById('state').textContent === 'Asleep'")
+    shoot(page, folder / f"{name}-asleep.png")
+    page.unroute_all()
+
+
 def shoot(page: Page, path: Path, **options: Any) -> None:
     page.evaluate(
         "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -72,6 +126,7 @@ def main() -> None:
             page.wait_for_selector('article.assistant[data-state="stopped"]')
             page.evaluate("document.getElementById('settings').open = true")
             shoot(page, folder / f"{name}-settings.png")
+            shoot_chats(page, server, folder, name)
             page.context.close()
         page = open_page(browser, server, SIZE)
         say(page, BEGINNING, 300)

@@ -15,6 +15,9 @@ from scripted import Scripted, scripted, server  # type: ignore[import-not-found
 from serving import Server  # type: ignore[import-not-found]
 from switching import Switching, library  # type: ignore[import-not-found]
 
+from mlx_flash.cli.saved_chat import read_chat, write_chat
+from mlx_flash.text.conversation import Turn
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request, Route
 
@@ -221,6 +224,22 @@ def test_a_file_of_chats_comes_back_as_it_was(chat: Chat, tmp_path: Path) -> Non
     assert told.startswith(
         "# Read this\n\n## System\n\nBe kind.\n\n## You\n\nnotes.md:\n```md\n# A\n```\n\nRead this\n"
     )
+
+
+def test_a_chat_of_the_terminal_can_be_imported(chat: Chat, tmp_path: Path) -> None:
+    turns = [Turn(f"Question {i}", f"Answer {i}", [], (), "Hm." if i else "") for i in range(9)]
+    write_chat(tmp_path / "saved.json", "Be kind.", turns, "a-model")
+    chat.page.set_input_files("#chats-file", tmp_path / "saved.json")
+    chat.reads("#chats-note", r"^1 chat is imported\.$")
+    chat.page.get_by_role("button", name="Question 0").first.click()
+    wanted = [text for i in range(9) for text in (f"Question {i}", f"Answer {i}")]
+    chat.reads(f"{LAST} .text", "Answer 8")
+    assert chat.texts() == wanted
+    with chat.page.expect_download() as got:
+        chat.page.evaluate("document.getElementById('chat-menu').open = true")
+        chat.page.click("#export-json")
+    saved = read_chat(got.value.path())
+    assert (saved.system, saved.turns) == ("Be kind.", turns)
 
 
 def test_a_changed_question_and_a_second_answer_are_branches(chat: Chat, scripted: Scripted) -> None:  # noqa: F811

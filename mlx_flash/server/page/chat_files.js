@@ -58,12 +58,13 @@ function checkedChat(chat, fail) {
   if (!isText(id) || id === "" || !isText(title) || !isText(system)) fail("lacks its id, title or system prompt.");
   if (!isTime(created) || !isTime(updated)) fail("lacks its times.");
   if (!Array.isArray(messages) || messages.length === 0) fail("has no messages.");
-  const seen = new Set();
+  const seen = new Map(); // id -> time
   const checked = messages.map((message, i) => {
     const own = checkedMessage(message, (why) => fail(`message ${i + 1} ${why}`));
     if (seen.has(own.id)) fail(`has two messages ${own.id}.`);
     if (own.parent !== null && !seen.has(own.parent)) fail(`message ${i + 1} follows none of those before it.`);
-    seen.add(own.id);
+    own.at = Math.max(own.at, (seen.get(own.parent) ?? -1) + 1); // A message is later than the one that it follows.
+    seen.set(own.id, own.at);
     return own;
   });
   if (!seen.has(leaf)) fail("does not say which message is the last.");

@@ -1,6 +1,7 @@
 // Connects the parts of the page: the connection, the conversation, the settings, the panel.
 
 import { answer, get, Gone, Refused, setKey } from "./api.js";
+import { addChunk } from "./chunks.js";
 import { Connection } from "./connection.js";
 import { Conversation } from "./conversation.js";
 import { bytes } from "./format.js";
@@ -68,11 +69,9 @@ async function ask() {
       ownId = chunk.id ?? ownId;
       finish = chunk.finish ?? finish;
       usage = chunk.usage ?? usage;
-      if (!chunk.text && !chunk.thoughts) continue;
+      if (!addChunk(message, chunk)) continue;
       latest = performance.now();
       first ||= latest;
-      message.content += chunk.text;
-      if (chunk.thoughts) message.thoughts = (message.thoughts ?? "") + chunk.thoughts;
       messages.update();
       conversation.keepSoon();
     }
@@ -93,7 +92,7 @@ async function ask() {
 
 /** Marks an answer that failed or was stopped; the text that has arrived is kept. */
 function ended(message, error) {
-  const some = message.content !== "" || Boolean(message.thoughts);
+  const some = message.content !== "" || Boolean(message.thoughts || message.calls);
   if (error.name === "AbortError") {
     message.state = "stopped";
     message.note = some ? "Stopped." : "Stopped before it began.";

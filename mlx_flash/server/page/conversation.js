@@ -14,9 +14,10 @@ const contentOf = ({ content, images }) =>
     : content;
 
 /**
- * A message: {role: "user" | "assistant", content, images, lost, thoughts, state, note, tokens}.
+ * A message: {role: "user" | "assistant", content, images, lost, thoughts, thoughtSeconds, calls, state, note, tokens}.
  * images: data URLs. They last as long as the page; lost: how many there were before a reload.
  * thoughts: what the model thought before an answer, if anything. They are never sent back.
+ * thoughtSeconds: how long it thought. calls: the tools that it called, [{name, arguments}].
  * tokens: size of the conversation up to and including this message.
  * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
  */
@@ -39,7 +40,7 @@ export class Conversation {
     }
     for (const message of this.messages) {
       if (message.state === "streaming") {
-        message.state = message.content || message.thoughts ? "partial" : "error";
+        message.state = message.content || message.thoughts || message.calls ? "partial" : "error";
         message.note = "Interrupted: the page was reloaded.";
       }
     }

@@ -1,0 +1,106 @@
+"""The server's own page and its guard, with answers that a test has written: no model, no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from mlx_flash.server.access import Access
+from mlx_flash.server.app import PAGE
+from mlx_flash.server.guard import Guard
+from mlx_flash.server.serving import HttpThread, bind, url_of
+
+POLL_S = 0.005
+STATS = {
+    "model": {"id": "scripted", "path": "", "sampling": {}, "images": False},
+    "plan": {"context": 8192},
+    "memory": {"budget_bytes": 8e9, "current_bytes": 2e9},
+    "resident": {},
+    "last": None,
+    "now": None,
+}
+
+
+def text(words: str, size: int = 1 << 20) -> list[dict[str, Any]]:
+    """The deltas of a text, of so many characters each."""
+    return [{"content": words[at : at + size]} for at in range(0, len(words), size)]
+
+
+def thought(words: str, size: int = 1 << 20) -> list[dict[str, Any]]:
+    return [{"reasoning_content": words[at : at + size]} for at in range(0, len(words), size)]
+
+
+def call(index: int, name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"tool_calls": [{"index": index, "id": f"call_{index}", "type": "function", "function": function}]}
+
+
+class ScriptedPage:
+    """url: where the page is. script: the deltas of the next answers. asked: the bodies of the requests for them.
+
+    `hold` stops answers after so many deltas; None: they do not stop. pause_s: the time between two deltas.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.script: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.hold: int | None = None
+        self.pause_s = 0.0
+        self.closed = False
+
+    async def answer(self, request: Request) -> StreamingResponse:
+        self.asked.append(await request.json())
+        return StreamingResponse(self._chunks(list(self.script)), media_type="text/event-stream")
+
+    async def _chunks(self, script: list[dict[str, Any]]) -> AsyncIterator[str]:
+        for number, delta in enumerate([*script, None]):
+            while self.hold is not None and number >= self.hold and not self.closed:
+                await asyncio.sleep(POLL_S)
+            choice = {"index": 0, "delta": delta or {}, "finish_reason": None if delta else "stop"}
+            chunk: dict[str, Any] = {"id": "chatcmpl-1", "choices": [choice]}
+            if delta is None:
+                chunk["usage"] = {"completion_tokens": len(script), "total_tokens": len(script) + 9}
+            yield f"data: {json.dumps(chunk)}\n\n"
+            if self.pause_s:
+                await asyncio.sleep(self.pause_s)
+        yield "data: [DONE]\n\n"
+
+    async def events(self, _: Request) -> StreamingResponse:
+        async def lines() -> AsyncIterator[str]:
+            yield 'event: state\ndata: {"state": "idle"}\n\n'
+            while not self.closed:
+                await asyncio.sleep(POLL_S)
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
+    def app(self) -> Guard:
+        routes = [
+            Route("/", lambda _: FileResponse(PAGE / "index.html")),
+            Route("/health", lambda _: JSONResponse({"status": "ok"})),
+            Route("/stats", lambda _: JSONResponse(STATS)),
+            Route("/events", self.events),
+            Route("/v1/chat/completions", self.answer, methods=["POST"]),
+            Mount("/page", StaticFiles(directory=PAGE)),
+        ]
+        return Guard(Starlette(routes=routes), Access())
+
+
+@contextmanager
+def scripted_page() -> Iterator[ScriptedPage]:
+    script, bound = ScriptedPage(), bind("127.0.0.1", 0)
+    script.url = url_of(bound)
+    with HttpThread(script.app(), bound):
+        try:
+            yield script
+        finally:
+            script.closed = True

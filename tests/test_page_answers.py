@@ -1,4 +1,4 @@
-"""Answers on the server's page: Markdown, code, tables, formulas, thoughts, tool calls. Everything in them is hostile."""
+"""Answers on the server's page: Markdown, code, tables, formulas, thoughts, tool calls. All of it is hostile."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ HOSTILE = [
     "`<img src=x onerror=window.pwned=1>`",
     "| <img src=x onerror=window.pwned=1> |\n|---|\n| <script>window.pwned=1</script> |",
     r"$\href{javascript:window.pwned=1}{x}$ $\url{javascript:window.pwned=1}$ $\includegraphics{https://example.org/x}$",
-    r"$\htmlStyle{color:red}{x}$ $\htmlClass{a}{x}$ $\htmlId{log}{x}$ $\htmlData{x=1}{x}$ $\pmb{x}$ $\fcolorbox{red}{blue}{x}$",
+    r"$\htmlStyle{color:red}{x}$ $\htmlClass{a}{x}$ $\htmlId{log}{x}$ $\htmlData{x=1}{x}$",
+    r"$\pmb{x}$ $\fcolorbox{red}{blue}{x}$",
     r"$\text{<img src=x onerror=window.pwned=1>}$ $\def\x{\x\x}\x$ $\rule{1em}{1em}$",
     r"$\color{red;background:url(https://example.org/x)}{x}$",
     "<!--><script>window.pwned=1</script>-->\n\n<![CDATA[<script>window.pwned=1</script>]]>\n\n<?x window.pwned=1 ?>",
@@ -173,8 +174,8 @@ def answered(page: Page) -> None:
     page.wait_for_selector(f'{ANSWER}[data-state="done"]')
     page.wait_for_function(
         f"""() => !document.querySelector('{BODY}.plain') &&
-            [...document.querySelectorAll('{ANSWER} .formula')].every(each => !each.querySelector(':scope > code') || each.title)
-            && [...document.querySelectorAll('{ANSWER} pre[aria-label^="Code: py"]')].every(each => each.querySelector('span'))"""
+            [...document.querySelectorAll('{BODY} .formula')].every(e => e.title || !e.querySelector(':scope > code')) &&
+            [...document.querySelectorAll('{BODY} pre[aria-label*=python]')].every(e => e.querySelector('span'))"""
     )
 
 
@@ -210,8 +211,8 @@ def test_formulas_become_mathml(page: Page, server: ScriptedPage) -> None:
     server.script = text(MARKDOWN, 3)
     ask(page)
     answered(page)
-    sources = page.locator(f"{BODY} math annotation").all_text_contents()
-    assert sources[:2] == [r"\pi r^2", r"2 \pi r"] and "aligned" in sources[2] and len(sources) == 3
+    assert page.locator(f"{BODY} p math").all_text_contents() == ["πr2", "2πr"]
+    assert "ℝ" in (page.text_content(f"{BODY} .display mtable") or "")
     assert page.locator(f"{BODY} .display mfrac").count() == 1
     refused = page.locator(f"{BODY} .formula-source")
     assert refused.all_text_contents() == [r"\[ \notacommand{x} \]"]  # shown as it was written
@@ -258,7 +259,7 @@ def test_nothing_that_a_model_writes_is_carried_out(page: Page, server: Scripted
     assert {kind for kind, _, _ in found} <= ALLOWED | {"math"}
     assert {name for _, name in kinds} <= ATTRIBUTES
     maths = {name for kind, names, _ in found for name in names if kind == "math"}
-    assert not {name for name in maths if name in ("style", "href", "src", "id") or name.startswith("on")}
+    assert not {name for name in maths if name in ("href", "src", "id") or name.startswith("on")}
     addresses = {href for _, _, href in found if href}
     assert addresses and all(href.startswith("https://example.org/") for href in addresses)
     for link in page.locator(f"{BODY} a:not([href])").all():  # dead ones
@@ -277,13 +278,14 @@ def test_no_file_of_the_page_reads_html() -> None:
 
 
 def test_the_policy_is_as_strict_as_before(page: Page, server: ScriptedPage) -> None:
-    for path in ("/", "/page/answer.css", "/page/vendor/katex.js"):
+    for path in ("/", "/page/answer.css", "/page/vendor/temml.js"):
         answer = page.request.get(server.url + path)
         assert answer.ok and answer.headers["content-security-policy"] == POLICY
 
 
 def test_libraries_are_loaded_when_they_are_needed(page: Page, server: ScriptedPage) -> None:
-    loaded = "performance.getEntriesByType('resource').map(e => e.name.split('/vendor/')[1]).filter(Boolean).sort()"
+    loaded = """performance.getEntriesByType('resource').map(entry => entry.name.split('/vendor/')[1])
+        .filter(name => name?.endsWith('.js')).sort()"""
     assert page.evaluate(loaded) == []
     server.script = text("plain")
     ask(page)
@@ -293,7 +295,7 @@ def test_libraries_are_loaded_when_they_are_needed(page: Page, server: ScriptedP
     ask(page)
     page.wait_for_selector("math")
     page.wait_for_selector(".hl-keyword")
-    assert page.evaluate(loaded) == ["highlight.js", "katex.js", "markdown-it.js"]
+    assert page.evaluate(loaded) == ["highlight.js", "markdown-it.js", "temml.js"]
 
 
 def test_thoughts_are_folded_and_not_sent_back(page: Page, server: ScriptedPage) -> None:
@@ -339,7 +341,7 @@ def test_tool_calls_are_shown(page: Page, server: ScriptedPage) -> None:
 
 
 def test_a_growing_answer_is_patched(page: Page, server: ScriptedPage) -> None:
-    """Half an answer is shown as well as can be; what is finished stays the same nodes; the end is as if it came whole."""
+    """Finished parts stay the same nodes, no mark stands bare, and the end is as if the answer had come whole."""
     result = page.evaluate(
         """async text => {
             const { Body } = await import('/page/body.js');
@@ -430,9 +432,9 @@ def test_colours_can_be_read(page: Page, server: ScriptedPage) -> None:
                     const colour = getComputedStyle(node).backgroundColor;
                     return /, 0\\)/.test(colour) && node.parentElement ? ground(node.parentElement) : colour;
                 };
-                return [...document.querySelectorAll('#log *')].map(node => {
-                    const [high, low] = [luminance(getComputedStyle(node).color), luminance(ground(node))].sort((a, b) => b - a);
-                    return [node.className, (high + 0.05) / (low + 0.05)];
+                return [...document.querySelectorAll('#log *')].filter(node => node.textContent).map(node => {
+                    const both = [luminance(getComputedStyle(node).color), luminance(ground(node))];
+                    return [node.className, (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)];
                 }).filter(([, contrast]) => contrast < 4.5);
             }"""
         )

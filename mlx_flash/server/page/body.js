@@ -1,7 +1,7 @@
 // The body of an answer: a text in Markdown that may still grow. Only what has changed is drawn again.
 
 import { Lazy } from "./lazy.js";
-import { element, extend, patch } from "./patch.js";
+import { extend } from "./patch.js";
 
 // A last line of nothing but marks may become anything, so it waits for its next character.
 const MARKS_ONLY = /(^|\n)[ \t]*(?:[-=*_#`~>|+:$\\[(]|\d+[.)]?)[-=*_#`~>|+:$. \t]*$/;
@@ -57,7 +57,9 @@ export class Body {
     const found = markdown.blocks(streaming ? rest.replace(MARKS_ONLY, "") : rest, this.#references, streaming);
     // A definition may stand behind the link that it defines.
     const linked = !streaming && Object.keys(this.#references).length > 0;
-    found.forEach((block, i) => this.#draw(this.#finished + i, block, markdown, linked));
+    found.forEach((block, i) => {
+      this.#draw(this.#finished + i, block, markdown, linked, streaming && i === found.length - 1);
+    });
     for (const { node } of this.#blocks.splice(this.#finished + found.length)) node.remove();
     if (found.length > 0 && streaming) {
       this.#finished += found.length - 1;
@@ -65,18 +67,12 @@ export class Body {
     }
   }
 
-  #draw(i, block, markdown, linked) {
+  #draw(i, block, markdown, linked, grows) {
     const old = this.#blocks[i];
-    if (old?.source === block.source && old.complete && !linked && block.tokens.every(({ info }) => info !== "coming")) {
-      return;
-    }
-    let { node, complete } = markdown.build(block);
-    node ??= element("p");
-    if (old && old.node.nodeName === node.nodeName && old.node.className === node.className) {
-      patch(old.node, node);
-      node = old.node;
-    } else if (old) old.node.replaceWith(node);
-    else this.node.append(node);
+    if (old?.source === block.source && old.complete && !linked) return;
+    const { node, complete } = markdown.draw(block, old?.node, grows);
+    if (!old) this.node.append(node);
+    else if (old.node !== node) old.node.replaceWith(node);
     this.#blocks[i] = { source: block.source, node, complete };
   }
 }

@@ -5,8 +5,9 @@ import { element } from "./patch.js";
 
 const MOST_CHARACTERS = 10_000; // of a formula
 const MOST_KEPT = 500;
+const MOST_SIZE = [30, 300]; // em and pt, of a length in a formula
 const MATHML = "http://www.w3.org/1998/Math/MathML";
-const SIDES = { left: "to-left", right: "to-right" };
+const UNWANTED = /^(style|href|xlink.*|src|id|on.*)$/i; // attributes
 const MARKS = [
   ["$$", "$$"],
   ["\\[", "\\]"],
@@ -14,7 +15,7 @@ const MARKS = [
   ["$", "$"],
 ];
 
-const library = new Lazy(() => import("./vendor/katex.js"));
+const library = new Lazy(() => import("./vendor/temml.js"));
 const kept = new Map(); // source -> element
 
 /** Adds formulas to a parser. While env.streaming is set, a formula that has not ended yet is one that comes. */
@@ -92,51 +93,40 @@ export function formula({ content, markup, info, block }) {
   const known = kept.get(key);
   if (known) return { node: known.cloneNode(true), complete: true };
   const node = element(block ? "div" : "span", `formula${display ? " display" : ""}`);
-  const katex = info || content.length > MOST_CHARACTERS ? null : library.get()?.katex;
+  const readable = !info && content.length <= MOST_CHARACTERS;
+  const temml = readable ? library.get()?.temml : null;
   try {
-    if (!katex) throw new Error("not yet");
-    const tree = katex.__renderToDomTree(content, {
-      displayMode: display,
-      output: "mathml",
-      strict: "ignore",
-      throwOnError: true,
-      trust: false, // no links, images, classes
-    });
-    appendTree(node, tree);
+    if (temml) {
+      const options = { displayMode: display, throwOnError: true, trust: false, maxSize: MOST_SIZE };
+      appendTree(node, temml.__renderToMathMLTree(content, options));
+    }
   } catch (error) {
-    node.replaceChildren(element("code", "formula-source", source));
-    if (katex) node.title = error.message;
+    node.replaceChildren(); // Half a formula may stand there.
+    node.title = error.message;
   }
-  if (katex) {
+  if (!node.hasChildNodes()) node.append(element("code", "formula-source", source));
+  if (temml) {
     if (kept.size >= MOST_KEPT) kept.delete(kept.keys().next().value);
     kept.set(key, node.cloneNode(true));
   }
-  return { node, complete: Boolean(katex || info || content.length > MOST_CHARACTERS) };
+  return { node, complete: Boolean(temml) || (!readable && !info) };
 }
 
-/** KaTeX's tree, without the styles, which the page's policy forbids. */
+/** Temml's tree. A style in its HTML would be against the page's policy, so styles are set one by one. */
 function appendTree(parent, node) {
   if (!node.type) {
-    if (node.children) for (const child of node.children) appendTree(parent, child);
-    else parent.append(node.toNode()); // a text or a space
+    if (node.children?.length) for (const child of node.children) appendTree(parent, child);
+    else parent.append(node.toText());
     return;
   }
   const made = document.createElementNS(MATHML, node.type);
   for (const [name, value] of Object.entries(node.attributes)) {
-    if (!/^(style|href|class|id|on.*|src)$/i.test(name)) made.setAttribute(name, value);
+    if (!UNWANTED.test(name)) made.setAttribute(name, value);
+  }
+  if (node.classes.length > 0) made.setAttribute("class", node.classes.filter(Boolean).join(" "));
+  for (const [name, value] of Object.entries(node.style)) {
+    if (!/url/i.test(value)) made.style[name] = value;
   }
   for (const child of node.children) appendTree(made, child);
-  if (node.type === "mtable") align(made, node.attributes.columnalign);
   parent.append(made);
-}
-
-/** Browsers know columnalign no more: MathML Core leaves it to styles. */
-function align(table, columns) {
-  const sides = String(columns ?? "").split(/\s+/);
-  for (const row of table.children) {
-    [...row.children].forEach((cell, i) => {
-      const side = SIDES[sides[Math.min(i, sides.length - 1)]];
-      if (side) cell.setAttribute("class", side);
-    });
-  }
 }

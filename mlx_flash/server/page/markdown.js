@@ -1,8 +1,8 @@
 // Markdown to nodes. Nothing here reads HTML: a model's tags are text, and every element is one of those made below.
 
-import { codeBlock } from "./code.js";
+import { codeBlock, grow, noteGrowth } from "./code.js";
 import { formula, withFormulas } from "./formulas.js";
-import { element } from "./patch.js";
+import { element, patch } from "./patch.js";
 import { MarkdownIt } from "./vendor/markdown-it.js";
 
 const SAFE = /^(https?:\/\/|mailto:)/i;
@@ -37,12 +37,31 @@ export function blocks(text, references, streaming) {
   return found;
 }
 
-/** The element of a block. Returns {node, complete}; complete is false if a library that it needs is on its way. */
-export function build({ tokens }) {
+/**
+ * Shows a block in `old`, the element of an earlier form of it, or in a new element.
+ * grows: whether more of it comes. Returns {node, complete}; complete is false if it must be drawn again at the end, or
+ * when a library has arrived that it needs.
+ */
+export function draw(block, old, grows) {
+  const [token] = block.tokens;
+  const growing = grows && token.type === "fence";
+  const code = block.source.endsWith("\n") ? token.content : token.content.replace(/\n$/, "");
+  if (growing && old?.className === "code" && grow(old, code)) return { node: old, complete: false };
+  const began = performance.now();
+  const { node: made = element("p"), complete } = growing ? codeBlock(code, token.info, true) : build(block);
+  const ms = performance.now() - began;
+  const same = old?.nodeName === made.nodeName && old.className === made.className;
+  if (same) patch(old, made);
+  const node = same ? old : made;
+  if (growing) noteGrowth(node, code, ms);
+  return { node, complete };
+}
+
+function build({ tokens }) {
   const root = document.createDocumentFragment();
   const state = { complete: true };
   append(root, tokens, state);
-  return { node: root.firstChild, complete: state.complete };
+  return { node: root.firstChild ?? undefined, complete: state.complete };
 }
 
 function append(root, tokens, state) {

@@ -12,7 +12,7 @@ const NEAR_PX = 48; // Within this distance from the end, the view follows new t
 const SLICE_MS = 8; // of a frame, for a long conversation that is opened
 
 export class Messages {
-  #shown = []; // {message, article, body, thoughts, calls, foot}; the last three are null for a user's message
+  #shown = []; // {message, article, foot}, and for an answer {body, thoughts, calls, complete}
   #waiting = []; // those whose Markdown is not drawn yet
   #frame = null;
   #along = true; // whether the end of the conversation is visible
@@ -34,7 +34,7 @@ export class Messages {
       if (button) copyWith(button, button.closest(".code").querySelector("code").textContent);
     });
     document.addEventListener("lazy", () => {
-      this.#waiting = this.#shown.filter(({ body, thoughts }) => body && !(body.complete && thoughts.complete));
+      this.#waiting = this.#shown.filter(({ body, complete }) => body && !complete);
       this.#drawSome();
     });
   }
@@ -76,7 +76,7 @@ export class Messages {
     if (message.lost) seen.append(element("p", "quiet", "An image was here. A reload does not keep images."));
     seen.hidden = !seen.hasChildNodes();
     const foot = element("p", "foot");
-    const shown = { message, article, body: null, thoughts: null, calls: null, foot };
+    const shown = { message, article, foot };
     if (message.role === "user") article.append(seen, element("div", "text plain", message.content), foot);
     else {
       const text = element("div", "text markdown");
@@ -84,7 +84,6 @@ export class Messages {
       shown.body.plain(message.content);
       shown.thoughts = new Thoughts(message);
       shown.calls = element("div", "calls");
-      showCalls(shown.calls, message.calls);
       article.append(seen, shown.thoughts.node, text, shown.calls, foot);
     }
     this.log.append(article);
@@ -102,11 +101,13 @@ export class Messages {
     if (along) this.toEnd();
   }
 
-  #draw({ message, body, thoughts, calls }) {
+  #draw(shown) {
+    const { message, body, thoughts, calls } = shown;
     if (!body) return;
     thoughts.show();
     body.show(message.content, message.state === "streaming");
-    showCalls(calls, message.calls);
+    const coloured = showCalls(calls, message.calls);
+    shown.complete = coloured && body.complete && thoughts.complete;
   }
 
   /** Draws the messages that wait for it, the last one first: some now, the others in the next frames. */

@@ -15,7 +15,10 @@ export function extend(node, wanted) {
   else node.data = wanted;
 }
 
-/** Makes `old` like `made`, with as few changes as the order of the children allows. Takes nodes out of `made`. */
+/**
+ * Makes `old` like `made`, with as few changes as the order of the children allows. Takes nodes out of `made`.
+ * What is not HTML (a formula) is replaced as a whole.
+ */
 export function patch(old, made) {
   for (const { name } of [...old.attributes]) if (!made.hasAttribute(name)) old.removeAttribute(name);
   for (const { name, value } of made.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
@@ -26,8 +29,8 @@ export function patch(old, made) {
     if (!before) old.append(wanted);
     else {
       if (before.nodeType === Node.TEXT_NODE && wanted.nodeType === Node.TEXT_NODE) extend(before, wanted.data);
-      else if (before.nodeType === Node.ELEMENT_NODE && alike(before, wanted)) patch(before, wanted);
-      else {
+      else if (before instanceof HTMLElement && before.nodeName === wanted.nodeName) patch(before, wanted);
+      else if (!before.isEqualNode(wanted)) {
         before.replaceWith(wanted);
         before = wanted;
       }
@@ -41,5 +44,3 @@ export function patch(old, made) {
     before = next;
   }
 }
-
-const alike = (one, other) => one.nodeName === other.nodeName && one.namespaceURI === other.namespaceURI;

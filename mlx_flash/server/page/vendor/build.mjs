@@ -15,7 +15,7 @@ const LANGUAGES = [
 ];
 const SOURCES = {
   "markdown-it": 'export { default as MarkdownIt } from "markdown-it";',
-  katex: 'export { default as katex } from "katex";',
+  temml: 'export { default as temml } from "temml";',
   highlight: [
     'import highlighter from "highlight.js/lib/core";',
     ...LANGUAGES.map((name) => `import ${name} from "highlight.js/lib/languages/${name}";`),
@@ -32,7 +32,7 @@ try {
   for (const name of ["package.json", "package-lock.json"]) cpSync(join(here, name), join(work, name));
   const installed = spawnSync("npm", ["ci", "--ignore-scripts", "--no-audit", "--no-fund"], { cwd: work, stdio: "inherit" });
   if (installed.status !== 0) throw new Error("npm ci failed");
-  const { build } = createRequire(join(work, "package.json"))("esbuild");
+  const { build, transform } = createRequire(join(work, "package.json"))("esbuild");
   const packages = new Set();
   for (const [name, source] of Object.entries(SOURCES)) {
     const { metafile } = await build({
@@ -52,6 +52,10 @@ try {
       if (found) packages.add(found[1]);
     }
   }
+  // The styles of formulas, without the font: MathML has the fonts of the system.
+  const styles = readFileSync(join(work, "node_modules/temml/dist/Temml-Local.css"), "utf8");
+  const { code } = await transform(styles.replace(/@font-face \{[^}]*\}/, ""), { loader: "css", minify: true });
+  writeFileSync(join(here, "temml.css"), code);
   writeFileSync(join(here, "LICENSES.txt"), [...packages].sort().map(licence).join("\n"));
 } finally {
   rmSync(work, { recursive: true });

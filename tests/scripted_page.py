@@ -24,10 +24,75 @@ STATS = {
     "model": {"id": "scripted", "path": "", "sampling": {}, "images": False},
     "plan": {"context": 8192},
     "memory": {"budget_bytes": 8e9, "current_bytes": 2e9},
-    "resident": {},
+    "resident": {"kind": "experts", "layers": []},
     "last": None,
     "now": None,
 }
+
+LONG_ANSWER = r"""# Sorting in three ways
+
+Sorting puts a list into order. **Three** ways are common, and they differ in *time* and in
+`memory`; see [the overview](https://en.wikipedia.org/wiki/Sorting_algorithm) or https://example.org/sorting.
+
+## The ways
+
+1. **Insertion sort** takes each element and puts it where it belongs.
+   - It is quick for short lists.
+   - It needs no more memory.
+2. **Merge sort** splits the list, sorts both halves, and merges them:
+
+   ```python
+   def merge_sort(values: list[int]) -> list[int]:
+       '''Returns the values in order.'''
+       if len(values) < 2:
+           return values
+       middle = len(values) // 2
+       left, right = merge_sort(values[:middle]), merge_sort(values[middle:])
+       return merge(left, right)  # linear in len(values), and a comment that is long enough to scroll sideways
+   ```
+3. **Quicksort** partitions.
+
+| algorithm | best | average | worst | memory | stable |
+|:--|--:|--:|--:|--:|:-:|
+| insertion sort | $n$ | $n^2$ | $n^2$ | 1 | yes |
+| merge sort | $n \log n$ | $n \log n$ | $n \log n$ | $n$ | yes |
+| quicksort | $n \log n$ | $n \log n$ | $n^2$ | $\log n$ | no |
+
+The recurrence $T(n) = 2\,T(n/2) + n$ gives, by the master theorem,
+
+$$
+T(n) = n \log_2 n + O(n), \qquad \sum_{k=0}^{\log_2 n} 2^k \cdot \frac{n}{2^k} = n\,(\log_2 n + 1)
+$$
+
+and for quicksort's average:
+
+\[
+\begin{aligned}
+C(n) &= n - 1 + \frac{2}{n} \sum_{i=0}^{n-1} C(i) \\
+     &\approx 2 n \ln n
+\end{aligned}
+\]
+
+> A stable sort keeps the order of equal elements.
+>
+> It matters when one sorts by two keys.
+
+It costs $5 and $10, not more. A shell command:
+
+```bash
+sort -n -k 2 numbers.txt | uniq -c > counts.txt   # and so on
+```
+
+---
+
+```json
+{"name": "merge", "stable": true, "seconds": [0.5, 1.25, null]}
+```
+
+### Which one?
+
+For lists of fewer than 32 elements, insertion sort; else merge sort, *unless* memory is short.
+"""
 
 
 def text(words: str, size: int = 1 << 20) -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def answered(page: Page) -> None:
     page.wait_for_selector(f'{ANSWER}[data-state="done"]')
     page.wait_for_function(
         f"""() => !document.querySelector('{BODY}.plain') &&
-            [...document.querySelectorAll('{BODY} .formula')].every(e => e.title || !e.querySelector(':scope > code')) &&
+            [...document.querySelectorAll('{BODY} .formula')].every(e => e.title || e.querySelector('math')) &&
             [...document.querySelectorAll('{BODY} pre[aria-label*=python]')].every(e => e.querySelector('span'))"""
     )
 

@@ -21,10 +21,13 @@ from mlx_flash.server.serving import HttpThread, bind, url_of
 
 POLL_S = 0.005
 STATS = {
-    "model": {"id": "scripted", "path": "", "sampling": {}, "images": False},
+    "model": {
+        **{"id": "scripted", "path": "", "sampling": {}, "images": False},
+        **{"kind": "experts", "layers": 4, "unit_size": 1, "units_per_layer": 64},
+    },
     "plan": {"context": 8192},
     "memory": {"budget_bytes": 8e9, "current_bytes": 2e9},
-    "resident": {"kind": "experts", "layers": []},
+    "resident": {"units": [40, 36, 44, 38], "share": 0.617},
     "last": None,
     "now": None,
 }

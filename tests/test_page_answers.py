@@ -397,12 +397,13 @@ def test_half_an_answer(page: Page, words: str, shown: str) -> None:
     found = page.evaluate(
         """async text => {
             const { Body } = await import('/page/body.js');
-            await import('/page/markdown.js');
             const node = document.createElement('div');
             document.body.append(node);
             const body = new Body(node);
-            body.show('x', true);
-            await new Promise(done => setTimeout(done, 50));
+            do {
+                body.show('x', true);
+                await new Promise(done => setTimeout(done, 5));
+            } while (node.classList.contains('plain'));
             body.show(text, true);
             const shown = node.innerText;
             node.remove();

@@ -2,7 +2,8 @@
 
 page.png is the README's picture (docs/page.png). The others show the dark theme, a window of 400 pixels, an empty
 conversation, the open settings, attached files, a question that is edited, the list of chats, the choice of a model
-with a refusal and the progress of loading, and the page without a server.
+with a refusal and the progress of loading, and the page without a server. Those called answer show a long answer with
+code, a table and formulas, thoughts, and tool calls; their texts are written in scripted_page.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from page_browser import Server, chromium, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
+from scripted_page import LONG_ANSWER, call, scripted_page, text, thought  # type: ignore[import-not-found]
 from switching import Switching, library  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ BEGINNING = "It was a dark night, and"
 NEXT = "The old man opened the door, and"
 
 
-def open_page(browser: Browser, server: Server, size: tuple[int, int], scheme: str = "light") -> Page:
+def open_page(browser: Browser, server: Any, size: tuple[int, int], scheme: str = "light") -> Page:
     width, height = size
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
     page = context.new_page()
@@ -108,6 +110,43 @@ def shoot(page: Page, path: Path, **options: Any) -> None:
     page.screenshot(path=path, **options)
 
 
+def shoot_answers(browser: Browser, folder: Path) -> None:
+    """Answers with everything that Markdown has, of a model that thinks and calls tools."""
+    with scripted_page() as server:
+        for name, size, scheme in (
+            ("answer", SIZE, "light"),
+            ("answer-dark", SIZE, "dark"),
+            ("answer-narrow", NARROW, "light"),
+            ("answer-narrow-dark", NARROW, "dark"),
+        ):
+            page = open_page(browser, server, size, scheme)
+            thoughts = thought("The question is about **sorting**.\n\n1. Name three ways.\n2. Compare them.")
+            server.script = [*thoughts, *text(LONG_ANSWER, 40)]
+            server.hold = 1
+            say(page, "How do I sort a list?\nAnd how fast is each way?", 4000)
+            page.wait_for_selector(".thinking")
+            page.click(".thoughts summary")
+            shoot(page, folder / f"{name}-thinking.png")
+            server.hold = 20
+            page.wait_for_selector(".hl-keyword")
+            shoot(page, folder / f"{name}-half.png")
+            page.click(".thoughts summary")
+            server.hold = None
+            page.wait_for_selector('article.assistant[data-state="done"]')
+            page.wait_for_selector(".formula math")
+            page.evaluate("document.querySelector('#log h4').scrollIntoView()")
+            shoot(page, folder / f"{name}.png")
+            page.evaluate("document.querySelector('#log .table').scrollIntoView()")
+            shoot(page, folder / f"{name}-table.png")
+            weather = call(0, "weather", '{"city": "Paris", "days": 3, "units": ["C", "mm"]}')
+            server.script = [*text("I look that up."), weather, call(1, "time", '{"city": "Paris"}')]
+            say(page, "How is the weather in Paris?", 4000)
+            page.wait_for_selector('article.assistant:last-child[data-state="done"]')
+            page.wait_for_selector(".call .hl-attr")
+            shoot(page, folder / f"{name}-tools.png")
+            page.context.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -134,6 +173,8 @@ def main() -> None:
         server.kill()
         page.wait_for_selector('#banner[data-state="gone"]')
         shoot(page, folder / "gone.png")
+    with chromium() as browser:
+        shoot_answers(browser, folder)
     log.unlink()
 
 

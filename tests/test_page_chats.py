@@ -301,7 +301,8 @@ def test_thoughts_that_were_cut_go_on(chat: Chat, scripted: Scripted) -> None:  
     assert body["messages"][1] == {"role": "assistant", "content": "", "reasoning_content": "They"}
     assert scripted.prompts[-1].endswith("<|im_start|>assistant\n<think>\nThey")
     assert chat.texts() == ["Hi", "Hello."]
-    assert "They greet." in (page.text_content(f"{LAST} .thoughts") or "")
+    page.click(f"{LAST} .thoughts summary")
+    chat.reads(f"{LAST} .thoughts", "They greet\\.")
 
 
 def test_every_setting_reaches_the_request(chat: Chat) -> None:

@@ -1,6 +1,7 @@
 // Asks the model, and puts what arrives into a chat. Chats that are not shown go on.
 
 import { answer, Gone, Refused } from "./api.js";
+import { addChunk } from "./chunks.js";
 import { summary } from "./messages.js";
 
 /** Events: "begin", "more" and "end" (detail: the Conversation). */
@@ -63,11 +64,9 @@ export class Answering extends EventTarget {
         if (chunk.id) named(chunk.id);
         finish = chunk.finish ?? finish;
         usage = chunk.usage ?? usage;
-        if (!chunk.text && !chunk.thoughts) continue;
+        if (!addChunk(message, chunk)) continue;
         latest = performance.now();
         first ||= latest;
-        message.content += chunk.text;
-        if (chunk.thoughts) message.thoughts = (message.thoughts ?? "") + chunk.thoughts;
         this.#tell("more", conversation);
         conversation.keep(message, true);
       }
@@ -88,7 +87,7 @@ export class Answering extends EventTarget {
 
   /** Marks an answer that failed or was stopped; the text that has arrived is kept. */
   #ended(message, error) {
-    const some = message.content !== "" || Boolean(message.thoughts);
+    const some = message.content !== "" || Boolean(message.thoughts || message.calls);
     if (error.name === "AbortError") {
       message.state = "stopped";
       message.note = some ? "Stopped." : "Stopped before it began.";

@@ -127,7 +127,8 @@ export async function* stream(path, { signal, body, alive = () => {} } = {}) {
 }
 
 /**
- * Yields the chunks of one answer as {id, text, thoughts, finish, usage}; all but `id` may be empty.
+ * Yields the chunks of one answer as {id, text, thoughts, calls, finish, usage}; all but `id` may be empty.
+ * calls: pieces of tool calls, in OpenAI's form.
  * Throws Refused if the server reports an error, Gone if the stream ends before "[DONE]".
  */
 export async function* answer(messages, sampling, signal) {
@@ -137,11 +138,12 @@ export async function* answer(messages, sampling, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Refused(500, chunk.error.message ?? String(chunk.error), chunk.error.code);
     const choice = chunk.choices?.[0];
-    const { content, reasoning_content: thoughts } = choice?.delta ?? {};
+    const { content, reasoning_content: thoughts, tool_calls: calls } = choice?.delta ?? {};
     yield {
       id: chunk.id,
       text: content ?? "",
       thoughts: thoughts ?? "",
+      calls: calls ?? [],
       finish: choice?.finish_reason,
       usage: chunk.usage,
     };

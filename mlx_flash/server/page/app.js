@@ -97,7 +97,8 @@ function actions(message, last) {
     },
     onRetry() {
       if (!mayAsk()) return;
-      const nothing = last && !message.content && !message.thoughts; // Another try is not another version.
+      // After an answer of which nothing arrived, another try is not another version.
+      const nothing = last && !message.content && !message.thoughts && !message.calls;
       if (!nothing) conversation.branch(message);
       prompt.focus();
       ask(nothing ? message : null);

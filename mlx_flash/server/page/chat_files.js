@@ -72,7 +72,8 @@ function checkedChat(chat, fail) {
 }
 
 function checkedMessage(message, fail) {
-  const { id, parent, at, role, content, images, files, thoughts, model, state, note, tokens, cut } = message ?? {};
+  const { id, parent, at, role, content, images, files, thoughts, thoughtSeconds, calls } = message ?? {};
+  const { model, state, note, tokens, cut } = message ?? {};
   if (!isText(id) || id === "" || !(parent === null || isText(parent)) || !isTime(at)) fail("lacks its id, parent or time.");
   if (!["user", "assistant"].includes(role) || !isText(content)) fail("is neither a question nor an answer.");
   if (!STATES.includes(state)) fail(`has the state ${state}.`);
@@ -82,7 +83,11 @@ function checkedMessage(message, fail) {
   if (images !== undefined && !(Array.isArray(images) && images.every(isImage))) fail("has an image that is none.");
   const isFile = (file) => isText(file?.name) && isText(file?.text);
   if (files !== undefined && !(Array.isArray(files) && files.every(isFile))) fail("has a file that is none.");
-  const known = { images, files, thoughts, model, state, note, tokens, cut: cut === undefined ? cut : Boolean(cut) };
+  if (thoughtSeconds !== undefined && !isTime(thoughtSeconds)) fail("has thoughts without a time.");
+  const isCall = (call) => isText(call?.name) && isText(call?.arguments);
+  if (calls !== undefined && !(Array.isArray(calls) && calls.every(isCall))) fail("has a tool call that is none.");
+  const wasCut = cut === undefined ? cut : Boolean(cut);
+  const known = { images, files, thoughts, thoughtSeconds, calls, model, state, note, tokens, cut: wasCut };
   const given = Object.fromEntries(Object.entries(known).filter(([, value]) => value !== undefined));
   return { id, parent, at, role, content, ...given };
 }

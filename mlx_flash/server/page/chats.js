@@ -83,7 +83,7 @@ export class Chats extends EventTarget {
     const messages = await this.#store.messages(id);
     for (const message of messages) {
       if (message.state !== "streaming") continue;
-      message.state = message.content || message.thoughts ? "partial" : "error";
+      message.state = message.content || message.thoughts || message.calls ? "partial" : "error";
       message.note = message.tab === this.#tab ? "Interrupted: the page was reloaded." : "Interrupted, unless another tab still writes it.";
     }
     return messages;

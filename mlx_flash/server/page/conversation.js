@@ -24,11 +24,13 @@ export function newChat(system = "") {
 }
 
 /**
- * A message: {id, parent, at, role: "user" | "assistant", content, images, files, thoughts, model, state, note, tokens, cut}.
+ * A message: {id, parent, at, role: "user" | "assistant", content, images, files, thoughts,
+ *   thoughtSeconds, calls, model, state, note, tokens, cut}.
  * parent: the id of the message that it follows; null for the first. Messages with the same parent are versions.
  * at: its time in ms; later ones of a chat have larger values.
  * images: data URLs. files: [{name, text}].
  * thoughts: what the model thought before an answer, if anything. They are not sent back with later questions.
+ * thoughtSeconds: how long it thought. calls: the tools that it called, [{name, arguments}].
  * tokens: size of the conversation up to and including this message.
  * state of an answer: "streaming", "done", "stopped" (by the user), "partial" (cut off), "error" (nothing arrived).
  * cut: whether the limit of the answer ended it. tab: where it streams.

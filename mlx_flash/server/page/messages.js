@@ -1,39 +1,20 @@
-// The conversation on the screen. Text from a model or a user is only ever put into text nodes.
+// The conversation on the screen. A user's text is shown as it is, a model's as Markdown. Neither is ever read as HTML.
 
 import { folded } from "./attachments.js";
+import { Body } from "./body.js";
+import { showCalls } from "./calls.js";
+import { copyWith } from "./copy.js";
 import { NONE } from "./format.js";
+import { element } from "./patch.js";
 import { picture } from "./pictures.js";
+import { Thoughts } from "./thoughts.js";
 
 const NEAR_PX = 48; // Within this distance from the end, the view follows new text.
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-/** A fold with the thoughts before an answer; hidden if there are none. */
-function foldedThoughts(message) {
-  const details = element("details", "thoughts");
-  const [title, text] = [document.createTextNode("Thoughts"), document.createTextNode(message.thoughts ?? "")];
-  const summary = element("summary");
-  summary.append(title);
-  const body = element("div", "thought-text");
-  body.append(text);
-  details.append(summary, body);
-  details.hidden = !message.thoughts;
-  return { details, title, text };
-}
-
-/** Changes a text node to `wanted`. Appending keeps the user's selection in the earlier text. */
-function extend(node, wanted) {
-  if (wanted.startsWith(node.data)) node.appendData(wanted.slice(node.data.length));
-  else node.data = wanted;
-}
+const SLICE_MS = 8; // of a frame, for a long conversation that is opened
 
 export class Messages {
-  #shown = []; // {message, article, text, thoughts, foot}
+  #shown = []; // {message, article, foot}, and for an answer {body, thoughts, calls, complete}
+  #waiting = []; // those whose Markdown is not drawn yet
   #frame = null;
   #along = true; // whether the end of the conversation is visible
   #model = "Model";
@@ -50,6 +31,14 @@ export class Messages {
     const resized = new ResizeObserver(() => this.#along && this.toEnd());
     resized.observe(scroll);
     resized.observe(composer);
+    log.addEventListener("click", ({ target }) => {
+      const button = target.closest(".copy-code");
+      if (button) copyWith(button, button.closest(".code").querySelector("code").textContent);
+    });
+    document.addEventListener("lazy", () => {
+      this.#waiting = this.#shown.filter(({ body, complete }) => body && !complete);
+      this.#drawSome();
+    });
   }
 
   set model(name) {
@@ -61,6 +50,8 @@ export class Messages {
     this.#shown = [];
     this.log.replaceChildren();
     for (const message of messages) this.#append(message);
+    this.#waiting = this.#shown.filter(({ body }) => body);
+    this.#drawSome();
     this.#finish();
     this.toEnd();
   }
@@ -83,19 +74,24 @@ export class Messages {
     const article = element("article", message.role);
     const who = message.role === "user" ? "You" : message.model;
     article.append(element("h3", who ? "who" : "who unknown", who ?? this.#model));
-    const text = document.createTextNode(message.content);
-    const body = element("div", "text");
     const seen = element("div", "pictures");
     seen.append(...(message.images ?? []).map((url, i) => picture(url, i + 1)));
     seen.append(...folded(message.files));
     seen.hidden = !seen.hasChildNodes();
-    body.append(text);
-    const thoughts = foldedThoughts(message);
     const foot = element("p", "foot");
-    article.append(seen, thoughts.details, body, foot);
+    const shown = { message, article, foot };
+    if (message.role === "user") article.append(seen, element("div", "text plain", message.content), foot);
+    else {
+      const text = element("div", "text markdown");
+      shown.body = new Body(text);
+      shown.body.plain(message.content);
+      shown.thoughts = new Thoughts(message);
+      shown.calls = element("div", "calls");
+      article.append(seen, shown.thoughts.node, text, shown.calls, foot);
+    }
     this.log.append(article);
-    this.#foot({ message, article, foot }, false);
-    this.#shown.push({ message, article, text, thoughts, foot });
+    this.#foot(shown, false);
+    this.#shown.push(shown);
   }
 
   #finish() {
@@ -103,27 +99,48 @@ export class Messages {
     const last = this.#shown.at(-1);
     if (!last) return;
     const along = this.#along;
-    const { message, text, thoughts } = last;
-    extend(text, message.content);
-    extend(thoughts.text, message.thoughts ?? "");
-    thoughts.details.hidden = !message.thoughts;
-    const thinking = message.state === "streaming" && message.content === "";
-    thoughts.title.data = thinking ? "Thinking\u2026" : "Thoughts";
+    this.#draw(last);
     for (const shown of this.#shown.slice(-3)) this.#foot(shown, shown === last);
     if (along) this.toEnd();
+  }
+
+  #draw(shown) {
+    const { message, body, thoughts, calls } = shown;
+    if (!body) return;
+    thoughts.show();
+    body.show(message.content, message.state === "streaming");
+    const coloured = showCalls(calls, message.calls);
+    shown.complete = coloured && body.complete && thoughts.complete;
+  }
+
+  /** Draws the messages that wait for it, the last one first: some now, the others in the next frames. */
+  #drawSome() {
+    const along = this.#along;
+    const end = performance.now() + SLICE_MS;
+    while (this.#waiting.length > 0 && performance.now() < end) this.#draw(this.#waiting.pop());
+    if (along) this.toEnd();
+    if (this.#waiting.length > 0) setTimeout(() => this.#drawSome());
   }
 
   #foot({ message, article, foot }, last) {
     const streaming = message.state === "streaming";
     article.dataset.state = message.state ?? "";
     article.setAttribute("aria-busy", String(streaming));
-    article.classList.toggle("waiting", streaming && message.content === "" && !message.thoughts);
+    article.classList.toggle("waiting", streaming && message.content === "" && !message.thoughts && !message.calls);
     const note = message.note ?? "";
-    const state = `${note}|${last}|${streaming}`;
+    const copied = message.role === "assistant" && !streaming && message.content !== "";
+    const state = `${note}|${copied}|${last}|${streaming}`;
     if (foot.dataset.shown === state) return;
     foot.dataset.shown = state;
     foot.replaceChildren();
     if (note) foot.append(element("span", "note", note));
+    if (copied) {
+      const button = element("button", "copy", "Copy");
+      button.type = "button";
+      button.title = "Copy this answer as Markdown";
+      button.addEventListener("click", () => copyWith(button, message.content));
+      foot.append(button);
+    }
     foot.append(...this.actions(message, last));
   }
 

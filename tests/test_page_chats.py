@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
 ]
 
-WAIT_MS = 15_000  # limit of every wait; no test needs it
+WAIT_MS = 600_000  # limit of every wait; no test needs it
 READY = '#state[data-state="ready"]'
 LAST = "#log article:last-child"
 # Hands files to the page as a drop does. argument: [[name, text], ...].

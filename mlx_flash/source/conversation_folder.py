@@ -355,16 +355,15 @@ def _read_about(folder: int) -> dict[str, Any]:
 
 
 def _read_record(root: int) -> tuple[int, int]:
-    """(day, bytes written on it). What is not such a record counts as a full day, so that the bound holds."""
+    """(day, bytes written on it). What is not such a record is made one of a full day, so that the bound holds."""
     try:
         with open(_opened(_WRITTEN, root), "rb") as file:
-            record = file.read(100)
+            if found := _RECORD.fullmatch(file.read(100)):
+                return int(found[1]), int(found[2])
     except FileNotFoundError:
         return 0, 0
-    except OSError:
-        return today(), MOST_BYTES_PER_DAY
-    found = _RECORD.fullmatch(record)
-    return (int(found[1]), int(found[2])) if found else (today(), MOST_BYTES_PER_DAY)
+    _write_record(root, today(), MOST_BYTES_PER_DAY)
+    return today(), MOST_BYTES_PER_DAY
 
 
 def _write_record(root: int, day: int, written: int) -> None:

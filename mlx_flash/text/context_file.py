@@ -74,7 +74,7 @@ class ContextToWrite:
 
     def __init__(self, context: CachedContext) -> None:
         self._tensors: list[_Tensor] = []
-        self._tokens = np.asarray(context.tokens, np.int32)
+        self._tokens = np.fromiter(context.tokens, np.int32)
         numbers = {name: getattr(context, name) for name in ("step", "stops", "ends", "as_read", "decoded")}
         about: dict[str, Any] = {**numbers, "trims": all(part.is_trimmable() for part in parts_of(context.cache))}
         about["parts"] = [

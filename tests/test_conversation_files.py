@@ -91,7 +91,7 @@ def names(root: Path) -> list[str]:
 def test_a_restart_gives_the_bits_of_a_conversation_in_memory(
     family: str, tmp_path: Path, endless: Any, notes: list[str]
 ) -> None:
-    options = {"kv_bits": 8} if family == "quantised" else {}
+    options: dict[str, Any] = {"kv_bits": 8} if family == "quantised" else {}
     sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 32} if family == "quantised" else {}
     folder = make_mixture(tmp_path / "model", "qwen3_moe" if family == "quantised" else family, **sizes)
     write_tokenizer(folder)
@@ -121,7 +121,8 @@ def test_any_sequence_of_conversations_and_restarts(
     endless: Any, tmp_path_factory: Any, seed: int, kind: str, planned: int
 ) -> None:
     choose = np.random.default_rng(seed)
-    root, notes = tmp_path_factory.mktemp("kept"), []
+    root = tmp_path_factory.mktemp("kept")
+    notes: list[str] = []
     model = fake(kind, planned)
     turns = kept(root, model, notes)
     histories = [[7] * 5 + [20 + number] for number in range(3)]
@@ -190,7 +191,8 @@ def test_every_class_of_cache_comes_back_bit_by_bit() -> None:
     ((place, snapshot),) = made.snapshots.items()
     assert place == 20 and snapshot.nbytes == context.snapshots[20].nbytes
     for part, own in zip(snapshot.parts, context.snapshots[20].parts, strict=True):
-        assert (part is None) == (own is None) and (own is None or same(vars(part), vars(own), None) is None)
+        assert (part is None) == (own is None)
+        same(None if part is None else vars(part), None if own is None else vars(own), None)
 
 
 def same(found: Any, expected: Any, rows: int | None) -> None:

@@ -48,6 +48,7 @@ class LoadedModel:
     def close(self) -> None:
         """Writes the conversations to the disk, stops the reader's threads and closes the model's files."""
         try:
-            self.turns.close()
+            if self.turns is not None:
+                self.turns.close()
         finally:
             self.model.flash.close()

@@ -148,7 +148,7 @@ def _loaded(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             model.flash.close()
 
 
-class _Turns:
+class _MeasuredTurns:
     """Conversations that may be kept on the disk."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path | None, planned_bytes: int | None = None) -> None:
@@ -183,27 +183,27 @@ def _measured(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Name
         return rng.integers(0, model.flash.vocabulary, count).tolist()  # type: ignore[no-any-return]
 
     first, question = words(arguments.tokens), words(QUESTION)
-    turns = _Turns(model, tokenizer, folder)
+    turns = _MeasuredTurns(model, tokenizer, folder)
     made = turns.ask(first)[1]
     began = time.perf_counter()
     turns.cache.close()
     write_s = time.perf_counter() - began
     (path,) = folder.glob("conversations/*/*.safetensors")
     after = [*first, *made, *question]
-    in_memory = _Turns(model, tokenizer, None)
+    in_memory = _MeasuredTurns(model, tokenizer, None)
     in_memory.ask(first)
     _, expected, bits = in_memory.ask(after)
     in_memory.cache.forget()
     rounds: list[dict[str, float]] = []
     same_bits = same_text = True
     for _ in range(arguments.rounds):
-        again = _Turns(model, tokenizer, None)
+        again = _MeasuredTurns(model, tokenizer, None)
         read_s, text, _ = again.ask(after)
         same_text = same_text and text == expected
         memory_s = again.ask([*after, *text, *question])[0]
         again.cache.forget()
         forget_cached(path)
-        restarted = _Turns(model, tokenizer, folder)
+        restarted = _MeasuredTurns(model, tokenizer, folder)
         disk_s, _, found = restarted.ask(after)
         if restarted.cache.reused != len(first) + ANSWER - 1:
             raise UsageError(f"only {restarted.cache.reused} tokens came from the disk; is --memory too small?")
@@ -233,13 +233,13 @@ def _day(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespace
     plan = model.flash.plan
     each = plan.demand.kv_cache / plan.context  # bytes per token
     planned = int(DAY_IN_MEMORY * 1.2 * each * sum(map(len, talks)) / len(talks))
-    turns, found, reused, fed = _Turns(model, tokenizer, folder, planned), 0, 0, 0
+    turns, found, reused, fed = _MeasuredTurns(model, tokenizer, folder, planned), 0, 0, 0
     last = 0
     for turn in range(DAY_TURNS):
         if turn in DAY_RESTARTS:
             turns.cache.close()
             found += turns.files.found  # type: ignore[union-attr]
-            turns = _Turns(model, tokenizer, folder, planned)
+            turns = _MeasuredTurns(model, tokenizer, folder, planned)
         # Two of three turns continue the conversation; the others go to another one.
         last = last if rng.random() < 0.67 else int(rng.integers(DAY_CONVERSATIONS))
         talk = talks[last]

@@ -445,7 +445,7 @@ def test_bytes_per_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_remains_of_a_killed_process_go_and_what_is_being_written_stays(tmp_path: Path) -> None:
     folder = ConversationFolder(tmp_path / "conversations", NAME, {}, 1000)
     write(folder, 1, 10)
-    remains = tmp_path / "conversations" / NAME / f".{9:032x}.77.partial"
+    remains = tmp_path / "conversations" / NAME / f".{9:032x}.77ab.partial"
     remains.write_bytes(bytes(600))
     name = f"{2:032x}.safetensors"
     descriptor, state = folder.begin(name, 500)

@@ -36,7 +36,7 @@ _ABOUT = "model.json"
 _WRITTEN = "written"
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{12}")
 _FILE = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
-_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.partial")
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]+\.partial")
 _RECORD = re.compile(rb"(\d{10}) (\d{20})\n")  # day since 1970, bytes written on it
 
 
@@ -98,6 +98,7 @@ class ConversationFolder:
             raise ValueError(f"{name} is not the name of a model's folder")
         self.root, self.name, self.most_bytes = root, name, most_bytes
         self._about = json.dumps(about).encode()
+        self._own = os.urandom(8).hex()  # Process ids may be equal in containers that share the folder.
 
     def files(self) -> list[FileInFolder]:
         """This model's files."""
@@ -126,6 +127,9 @@ class ConversationFolder:
             os.unlink(name, dir_fd=folder)
 
     def state(self) -> FolderState:
+        if not self.root.exists():
+            there = next(path for path in self.root.absolute().parents if path.exists())
+            return FolderState(0, self._most(os.statvfs(there), 0), 0, today())
         with _folder(self.root) as root, _locked(root):
             return self._state(root)
 
@@ -150,7 +154,7 @@ class ConversationFolder:
             with _folder(self.name, root, make=True) as folder:
                 self._write_about(folder)
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                beside = _beside(name)
+                beside = self._beside(name)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(beside, dir_fd=folder)
                 descriptor = os.open(beside, flags, 0o600, dir_fd=folder)
@@ -166,7 +170,7 @@ class ConversationFolder:
     def finish(self, name: str, descriptor: int, replaced: str = "") -> None:
         """Gives a synced file its name. replaced: the file of an earlier state of the conversation, which goes."""
         with _folder(self.root) as root, _folder(self.name, root) as folder:
-            os.rename(_beside(name), name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(self._beside(name), name, src_dir_fd=folder, dst_dir_fd=folder)
             if replaced and replaced != name:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(replaced, dir_fd=folder)
@@ -176,17 +180,22 @@ class ConversationFolder:
     def abandon(self, name: str, descriptor: int) -> None:
         """Removes a file that was begun."""
         with contextlib.suppress(OSError), _folder(self.root) as root, _folder(self.name, root) as folder:
-            os.unlink(_beside(name), dir_fd=folder)
+            os.unlink(self._beside(name), dir_fd=folder)
         os.close(descriptor)
 
     def _state(self, root: int) -> FolderState:
         used = sum(file.nbytes for _, file in _all_files(root))
-        most = self.most_bytes
-        if most is None:
-            disk = os.fstatvfs(root)
-            most = min(MOST_BYTES, (disk.f_bavail * disk.f_frsize + used) // LEAST_FREE)
         day, written = _read_record(root)
-        return FolderState(used, most, written if day >= today() else 0, today())
+        return FolderState(used, self._most(os.fstatvfs(root), used), written if day >= today() else 0, today())
+
+    def _most(self, disk: os.statvfs_result, used: int) -> int:
+        """The most bytes of all files, of which `used` bytes are there already."""
+        if self.most_bytes is not None:
+            return self.most_bytes
+        return min(MOST_BYTES, (disk.f_bavail * disk.f_frsize + used) // LEAST_FREE)
+
+    def _beside(self, name: str) -> str:
+        return f".{name.removesuffix(SUFFIX)}.{self._own}.partial"
 
     def _write_about(self, folder: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -341,10 +350,6 @@ def _remove_if_empty(model: str, root: int) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(_ABOUT, dir_fd=folder)
         os.rmdir(model, dir_fd=root)
-
-
-def _beside(name: str) -> str:
-    return f".{name.removesuffix(SUFFIX)}.{os.getpid()}.partial"
 
 
 def _read_about(folder: int) -> dict[str, Any]:

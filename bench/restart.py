@@ -40,6 +40,8 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
 }
+# A day asks many questions, and the tokens that it writes do not depend on the model's width.
+DAY_SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4}
 KINDS: dict[str, dict[str, Any]] = {  # of caches -> a small random model that has them
     "plain": {
         "model_type": "qwen3_moe",
@@ -138,7 +140,8 @@ def _loaded(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         if path is None:
             path = folder
             mx.random.seed(0)
-            write_random_mixture(Path(folder), {**SMALL, **KINDS[arguments.random]}, mx.float32, None)
+            sizes = {**SMALL, **KINDS[arguments.random], **(DAY_SIZES if arguments.day else {})}
+            write_random_mixture(Path(folder), sizes, mx.float32, None)
         context = None if arguments.day else arguments.tokens + 10 * (ANSWER + QUESTION)
         model, tokenizer = load(path, memory=arguments.memory, context=context, say=say)
         try:

@@ -254,7 +254,7 @@ class ConversationFiles:
 
     def _trouble(self, error: OSError) -> None:
         where: Path = self.folder.root
-        self._note(f"note: {where} cannot keep conversations: {reason_of(error)}", f"{error.errno}")
+        self._note(f"note: {where} cannot keep conversations: {reason_of(error)}", "trouble")
 
     def _note(self, text: str, kind: str) -> None:
         if kind not in self._said:

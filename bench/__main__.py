@@ -16,6 +16,7 @@ COMMANDS = {  # command -> its module
     "prompts": "prompt_times",
     "soak": "soak",
     "conversations": "conversations",
+    "restart": "restart",
     "reads": "reads",
     "expert-reads": "expert_reads",
     "blocks": "blocks",

@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Gives the suite its own cache folder, which later runs reuse, so that the demo model is converted only once."""
     cache = getattr(config, "cache", None)  # missing with `-p no:cacheprovider`
     os.environ["MLX_FLASH_CACHE"] = str(cache.mkdir("mlx_flash")) if cache else tempfile.mkdtemp()
+    # What a server of an earlier run read would be in a prompt cache now.
+    shutil.rmtree(Path(os.environ["MLX_FLASH_CACHE"]) / "conversations", ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import gated_server  # type: ignore[import-not-found]
 import httpx2 as httpx
 import pytest
+from conftest import write_tokenizer  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 
 COMMAND = [sys.executable, "-m", "mlx_flash.server"]
@@ -160,3 +162,17 @@ def test_help_imports_nothing_heavy() -> None:
     modules = imported(done.stderr)
     assert done.returncode == 0 and "--api-key" in done.stdout and "mlx_flash" in modules
     assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "starlette", "uvicorn", "pydantic"}
+
+
+def test_a_conversation_outlives_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
+    folder = make_mixture(tmp_path / "model", "mixtral")
+    write_tokenizer(folder)
+    body = {"prompt": list(range(5, 65)), "max_tokens": 3, "temperature": 0}
+    for cached in (0, 59):
+        with started("--model", str(folder)) as (process, url):
+            until(lambda url=url: ready(url))  # type: ignore[misc]
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S, verify=False).json()
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0

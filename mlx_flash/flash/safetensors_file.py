@@ -38,21 +38,38 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
     raises ValueError with the reason. A size that the file claims is checked before memory is allocated for it.
     """
     with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise ValueError(f"its header claims {length} bytes, the file has {file_bytes}")
-        text = file.read(length)
+        data = header_bytes(file)
+        return data, entries_of(data, os.fstat(file.fileno()).st_size)
+
+
+def header_bytes(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> bytes:
+    """The header of a safetensors file from its beginning, including its length field, not yet parsed.
+
+    Raises ValueError if the file claims a header of more than `most` bytes, or more than it has.
+    """
+    file_bytes = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(most, file_bytes - 8):
+        raise ValueError(f"its header claims {length} bytes, the file has {file_bytes}")
+    text = file.read(length)
+    if len(text) < length:
+        raise ValueError("its header is not a JSON object")
+    return prefix + text
+
+
+def entries_of(data: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    """The tensors of a header, with its length field, of a file of so many bytes; see `read_header`."""
+    text = data[8:]
     try:
         header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not valid JSON ({error})") from None
-    if len(text) < length or not isinstance(header, dict):
+    if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     if any("\ud800" <= character <= "\udfff" for character in "".join(header)):
         raise ValueError("its header names a tensor with half of a surrogate pair, which is not valid text")
-    start = 8 + length
+    start = len(data)
     entries = [(name, _entry(name, fields, start)) for name, fields in header.items() if name != "__metadata__"]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
     position = start
@@ -62,7 +79,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorEntry]]:
         position = entry.end
     if position != file_bytes:
         raise ValueError(f"its tensors end at byte {position}, the file at {file_bytes}")
-    return prefix + text, dict(entries)
+    return dict(entries)
 
 
 def _entry(name: str, fields: Any, start: int) -> TensorEntry:

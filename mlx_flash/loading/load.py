@@ -77,7 +77,7 @@ def load(
         model = planned.build(say)
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model)
-    model.flash.defaults = planned.defaults
+    model.flash.defaults, model.flash.folder = planned.defaults, planned.folder
     return model, planned.tokenizer
 
 
@@ -169,12 +169,13 @@ def _plan(
     if not is_store(source):
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
-            return _plan_as_it_is(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
+            planned = _plan_as_it_is(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
+            return planned._replace(folder=source)
         read_generation_config(source)
         require_tokenizer(source)
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
-    return plan_store(folder, options, copies, drafts)
+    return plan_store(folder, options, copies, drafts)._replace(folder=folder)
 
 
 def _require_vision(source: Path, small: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..text.generation_config import GenerationConfig
@@ -16,7 +17,7 @@ class Planned(NamedTuple):
 
     build: loads the weights and returns the model; it passes notes to the function that it is called with.
     foresee: makes the forecast of the model's speed; None where there is none. drafts: what will draft tokens; None for
-    nothing.
+    nothing. folder: of the store or the checkpoint that is read.
     """
 
     plan: Plan
@@ -25,3 +26,4 @@ class Planned(NamedTuple):
     build: Callable[[Callable[[str], None]], Any]
     foresee: Callable[[], Forecast | None] = lambda: None
     drafts: PlannedDrafts | None = None
+    folder: Path | None = None

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -116,6 +117,7 @@ class Runtime:
     images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images
     most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
     drafting: Drafting | None = None  # how drafts are made; None for none
+    folder: Path | None = None  # of the store or the checkpoint
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

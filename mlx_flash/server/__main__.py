@@ -88,6 +88,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="further name that clients may call the server by, such as host.docker.internal; may be given several "
         "times (default: only those of this machine)",
     )
+    http.add_argument(
+        "--disk-cache",
+        default="auto",
+        metavar="SIZE",
+        help="most bytes of the cache folder that keep contexts of conversations for when memory has no room for them "
+        "and for the next start, such as 5GB; 0 for none; auto for 2 GB, at most a tenth of the free disk (default: "
+        "%(default)s)",
+    )
     add_lifeline_argument(http)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
@@ -173,6 +181,11 @@ def main(arguments: argparse.Namespace) -> int:
     )
     access.check()
     options_of(arguments).check()  # Refuse an invalid value before a port is opened.
+    from ..loading.plan import parse_memory
+
+    on_disk = None if arguments.disk_cache == "auto" else 0
+    if arguments.disk_cache not in ("auto", "0"):
+        on_disk = parse_memory(arguments.disk_cache, "disk_cache")
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)
@@ -192,6 +205,7 @@ def main(arguments: argparse.Namespace) -> int:
         path = str(Path(path).resolve())
     engine = Engine(access.names[0] if access.names else model_name(arguments.model), path)
     engine.idle_unload_s = arguments.idle_unload
+    engine.switch.files_of = lambda model: _conversation_files(model, on_disk)
     engine.template_variables, engine.thinking_tokens = arguments.chat_template_args, arguments.thinking_budget
     if ALL in access.origins and key is None:
         say("note: with --allow-origin '*' and without a key, every web page that you open can use this server")
@@ -206,6 +220,12 @@ def main(arguments: argparse.Namespace) -> int:
                 raise
     say("stopped")
     return signals.code or 0
+
+
+def _conversation_files(model: Any, most_bytes: int | None) -> Any:
+    from ..loading.conversation_key import conversation_files
+
+    return conversation_files(model, most_bytes, say)
 
 
 if __name__ == "__main__":

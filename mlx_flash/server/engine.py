@@ -301,8 +301,7 @@ class Engine:
         if job.echo and job.top_logprobs is not None:
             echo = PromptEcho(self.tokenizer, job.ids, job.top_logprobs)
             step = chunk_for(self.model.flash.vocabulary, self.model.flash.prefill_tokens)
-            options = {"prompt_logits_callback": echo.read, "prefill_step_size": step}
-            turns.forget()  # All of the prompt must be read.
+            options = {"prompt_logits_callback": echo.read, "prefill_step_size": step}  # so all of it is read
         processors = make_processors(sampling, lambda: job.ids[: turns.reused])
         responses = turns.stream_generate(
             self.tokenizer,

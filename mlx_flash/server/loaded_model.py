@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .events import EventHub
 from .monitor import Monitor
+
+FilesOf = Callable[[Any], Any]  # a model -> where its conversations are kept on the disk, or None
 
 
 @dataclass
@@ -21,7 +24,9 @@ class LoadedModel:
     monitor: Monitor | None = None
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, hub: EventHub, totals: dict[str, float] | None) -> LoadedModel:
+    def of(
+        cls, model: Any, tokenizer: Any, hub: EventHub, totals: dict[str, float] | None, files_of: FilesOf
+    ) -> LoadedModel:
         """totals: those of the models before it."""
         from ..text.answer_parts import AnswerFormat
         from ..text.grammar import Grammars
@@ -33,7 +38,7 @@ class LoadedModel:
                 tokenizer,
                 AnswerFormat(tokenizer),
                 Grammars(tokenizer, model.flash.vocabulary),
-                ReusedPromptCache(model),
+                ReusedPromptCache(model, files_of(model)),
                 Monitor(model, hub, totals),
             )
         except BaseException:
@@ -41,5 +46,9 @@ class LoadedModel:
             raise
 
     def close(self) -> None:
-        """Stops the reader's threads and closes the model's files."""
-        self.model.flash.close()
+        """Writes the conversations to the disk, stops the reader's threads and closes the model's files."""
+        try:
+            if self.turns is not None:
+                self.turns.close()
+        finally:
+            self.model.flash.close()

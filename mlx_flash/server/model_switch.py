@@ -13,7 +13,7 @@ from ..errors import BudgetError, FlashError
 from ..source.failures import foreseen
 from .api_errors import ApiError
 from .events import EventHub
-from .loaded_model import LoadedModel
+from .loaded_model import FilesOf, LoadedModel
 
 LOADING = "loading"
 READY = "ready"
@@ -48,6 +48,7 @@ class ModelSwitch:
         self.state, self.failure = LOADING, ""
         self.loaded: LoadedModel | None = None
         self.progress: dict[str, Any] | None = {"name": current.name, "stage": "starting", "done": 0, "total": 0}
+        self.files_of: FilesOf = lambda model: None
         self.loads = self.unloads = 0
         self.budget_bytes: int | None = None  # of the last model's plan
         self.freed_bytes = 0  # size of the process after the last model was closed; 0 before
@@ -67,7 +68,7 @@ class ModelSwitch:
             self._free()
             self._tell("planning", 0, 0)
             model, tokenizer = target.load(self._tell)
-            self.loaded = LoadedModel.of(model, tokenizer, self.hub, self._totals)
+            self.loaded = LoadedModel.of(model, tokenizer, self.hub, self._totals, self.files_of)
         except Exception as error:
             self.progress, self.failure = None, foreseen(error) or str(error) or type(error).__name__
             self._set(FAILED, target.name)

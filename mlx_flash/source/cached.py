@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
+from .conversation_folder import CONVERSATIONS, KeptModel, kept_models, remove_model
 
 HISTORY = "chat-history"
 REPORT = "last-error.txt"  # the traceback of the latest unexpected error
@@ -38,10 +39,11 @@ class Entry:
     source: str | None  # folder of the checkpoint; None if it was not recorded
     used: float  # time of the last use, in seconds since 1970
     superseded: bool  # a store of the same source was used later
+    kept: KeptModel | None = None  # what is kept of a model's conversations
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name if self.kept is None else f"{CONVERSATIONS}/{self.path.name}"
 
 
 def remember(store: Path, source: Path) -> None:
@@ -63,13 +65,25 @@ def entries(folder: Path) -> list[Entry]:
                 note = _note_of(path.with_name(path.name.removesuffix(_PARTIAL)))
                 nbytes = sum(map(_size_of, _sums_in(path))) if kind == "block sums" else _size_of(path)
                 found.append(Entry(path, kind, nbytes, _source_in(note), _last_used(path, note), False))
+    for kept in kept_models(folder / CONVERSATIONS):
+        kind = "conversation" if kept.conversations == 1 else "conversations"
+        source = kept.about.get("model")
+        source = source if isinstance(source, str) else None
+        kind = f"{kept.conversations} {kind}"
+        found.append(Entry(kept.path, kind, kept.nbytes, source, kept.used, False, kept))
     latest: dict[str, float] = {}
     for entry in found:
         if entry.kind == "store" and entry.source is not None:
             latest[entry.source] = max(entry.used, latest.get(entry.source, 0.0))
     return [
         Entry(
-            e.path, e.kind, e.nbytes, e.source, e.used, e.kind == "store" and e.used < latest.get(e.source or "", 0.0)
+            e.path,
+            e.kind,
+            e.nbytes,
+            e.source,
+            e.used,
+            e.kind == "store" and e.used < latest.get(e.source or "", 0.0),
+            e.kept,
         )
         for e in found
     ]
@@ -84,7 +98,9 @@ def remove(entry: Entry) -> bool:
             _alone_with(entry.path)
         ):
             return False
-        if entry.kind == "block sums":
+        if entry.kept is not None:
+            remove_model(entry.kept)
+        elif entry.kind == "block sums":
             for path in _sums_in(entry.path):
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: it holds a file of another program

@@ -39,6 +39,8 @@ class CachedContext:
     decoded: whether the last token was fed alone.
     snapshots: by place.
     whole: whether every layer's cache holds exactly the tokens. Otherwise the context cannot be used.
+    written: the name of the file that holds exactly this context, or "".
+    replaces: the name of a file that is not needed once this context is written, or "".
     """
 
     cache: list[Any]
@@ -50,6 +52,8 @@ class CachedContext:
     decoded: bool = False
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     whole: bool = True
+    written: str = ""
+    replaces: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +65,7 @@ class CachedContext:
     def place_for(self, prompt: list[int], step: int, fresh: bool = False) -> int:
         """How many of the cached tokens a prompt can use. fresh: only those that were read as this prompt would be."""
         last = len(prompt) - 1  # The last token must go through the model, which gives the next one.
-        common = common_prefix(self.tokens, prompt[:last])
+        common = self.common(prompt[:last])
         whole = len(self.tokens)
         most = min(common, self.as_read) if fresh else common
         if step != self.step:
@@ -71,6 +75,10 @@ class CachedContext:
         if most == last and last in self.ends and self.can_cut(last):
             return last
         return next((place for place in reversed(self.stops) if place <= most and self.can_cut(place)), 0)
+
+    def common(self, prompt: list[int]) -> int:
+        """How many tokens the context and a prompt have in common."""
+        return common_prefix(self.tokens, prompt)
 
     def answered(self, prompt: list[int]) -> bool:
         """Whether tokens were decoded after this very prompt."""
@@ -82,7 +90,7 @@ class CachedContext:
 
     def read(self, prompt: list[int], place: int) -> None:
         """Notes that the cache holds the first `place` tokens of a prompt, after a chunk or before the first one."""
-        before = len(self.tokens)
+        before, self.written = len(self.tokens), ""
         if place == before and self.decoded:
             self._add_stop(place)  # an earlier turn ends here
         if before == self.as_read:
@@ -96,7 +104,7 @@ class CachedContext:
 
     def decode(self, tokens: list[int]) -> None:
         """Notes that the cache holds these tokens, the last of which was fed alone."""
-        self.tokens, self.decoded = tokens, True
+        self.tokens, self.decoded, self.written = tokens, True, ""
 
     def _add_stop(self, place: int) -> None:
         if place and place not in self.stops:
@@ -111,7 +119,7 @@ class CachedContext:
             snapshot = self.snapshots.get(place)
             self.cache = [_cut_layer(layer, surplus, restored) for layer, restored in _by_layer(self.cache, snapshot)]
             mx.eval([_arrays_of(part) for part in parts_of(self.cache)])
-        self._forget_after(place)
+        self.forget_after(place)
 
     def copy(self, place: int) -> CachedContext:
         """A context of the first `place` tokens with memory of its own, apart from snapshots."""
@@ -129,13 +137,15 @@ class CachedContext:
             self.decoded,
             dict(self.snapshots),
         )
-        made._forget_after(place)
+        made.forget_after(place)
         return made
 
-    def _forget_after(self, place: int) -> None:
+    def forget_after(self, place: int) -> None:
+        """Forgets the places after `place`, which the cache was cut back to."""
         if place < len(self.tokens):
             # Whatever ends at a place to cut back to may be continued.
             self.decoded = place in self.stops and place % self.step != 0
+            self.written = self.replaces = ""
         self.tokens = self.tokens[:place]
         self.stops = [stop for stop in self.stops if stop <= place]
         self.ends = [end for end in self.ends if end <= place]
@@ -163,7 +173,7 @@ class CachedContext:
         """Evaluates the cache, and frees the steps of it that hold no token."""
         size = round_up(len(self.tokens), KV_STEP_TOKENS)
         for part in parts_of(self.cache):
-            if _grows(part) and _allocated(part) > size:
+            if grows(part) and _allocated(part) > size:
                 _replace_arrays(part, partial(_first_tokens, size=size))
             mx.eval(_arrays_of(part))
 
@@ -197,11 +207,11 @@ def make_room(cache: list[Any], tokens: int) -> None:
         return mx.concatenate([array, more], axis=-2)
 
     for part in parts_of(cache):
-        if _grows(part) and _allocated(part) < size:
+        if grows(part) and _allocated(part) < size:
             _replace_arrays(part, grown)
 
 
-def _grows(part: Any) -> bool:
+def grows(part: Any) -> bool:
     """Whether a part keeps all tokens, on the axis before the last of its arrays, in steps (KVCache and quantised)."""
     return not forgets(part) and hasattr(part, "step") and getattr(part, "keys", None) is not None
 
@@ -254,7 +264,7 @@ def _copied_layer(layer: Any, place: int, surplus: int, restored: list[Any]) -> 
         if saved is not None:
             parts.append(copied_part(saved))
             continue
-        if _grows(part):
+        if grows(part):
             made, size = copy.copy(part), round_up(place, KV_STEP_TOKENS)
             _replace_arrays(made, partial(_first_tokens, size=size))
         else:

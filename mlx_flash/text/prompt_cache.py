@@ -20,6 +20,9 @@ contexts are used.
 
 A cut needs a cache that can be trimmed. Of parts that cannot (states of recurrent layers, windows that have moved on),
 copies are kept at the last whole chunk of the system prompt and of the newest turns' prompts, and rule 2 applies there.
+
+With `files`, a context that memory has no room for is written to the disk, and the same rules decide what is reused of
+it. A context that is read from the disk takes the place of the last conversation's.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..flash.system import large_memory_given_back
 from .cached_context import CachedContext
+from .conversation_files import ConversationFiles, DiskStatistics
 from .generation import FlashResponse, chunk_of, stream_generate
 from .image_prompts import ImagePrompt, see
+from .written_context import WrittenContext
 
 LEAST_REUSED = 16  # tokens; reusing fewer saves nothing, and would read the rest in other chunks
 MOST_SNAPSHOTS = 4  # of a context: the first one, which may be the system prompt's, and the newest ones
@@ -48,6 +53,7 @@ class PromptCacheStatistics:
     tokens: int
     used_bytes: int  # with the snapshots of the last conversation
     planned_bytes: int
+    on_disk: DiskStatistics | None = None  # None if nothing is kept there
 
 
 class ReusedPromptCache:
@@ -57,11 +63,13 @@ class ReusedPromptCache:
     end gets a copy of the common part if the original can be kept. If the same prompt comes again, its new answer takes
     the place of the old one.
 
+    files: where contexts go that memory has no room for, and all of them at `close`; None for nowhere.
+
     For one thread at a time. `statistics` may be called from any thread.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, files: ConversationFiles | None = None) -> None:
+        self.model, self._files = model, files
         self.reused = 0  # number of the last prompt's tokens that were in a cache already
         self.planned_bytes: int = model.flash.plan.demand.prompt_caches  # may be lowered at any time
         self._last = self._empty()  # the last conversation's
@@ -73,14 +81,25 @@ class ReusedPromptCache:
         return self._last.tokens
 
     def forget(self) -> None:
-        """Empties all caches and frees their memory."""
+        """Empties all caches and frees their memory. What is on the disk stays."""
         self._kept = ()
         self._forget_last()
+
+    def close(self) -> None:
+        """Writes all contexts to the disk, the last one first, as far as time allows, and frees their memory."""
+        if self._files is not None:
+            contexts = (self._last, *reversed(self._kept))
+            self._files.close(context for context in contexts if context.whole and context.tokens)
+        self.forget()
 
     def statistics(self) -> PromptCacheStatistics:
         last, kept = self._last, self._kept
         return PromptCacheStatistics(
-            len(kept), sum(len(context.tokens) for context in kept), _used(kept, last), self.planned_bytes
+            len(kept),
+            sum(len(context.tokens) for context in kept),
+            _used(kept, last),
+            self.planned_bytes,
+            None if self._files is None else self._files.statistics(),
         )
 
     def stream_generate(
@@ -101,13 +120,14 @@ class ReusedPromptCache:
         system_tokens: how many of the prompt's first tokens other conversations are likely to begin with, such as those
         of the system prompt. fresh: give the text of a prompt that is read from its beginning, whatever was decoded
         before. seen: the same prompt with its images. It is read from its beginning, and its context is not kept: equal
-        tokens may stand for other images.
+        tokens may stand for other images. With a `prompt_logits_callback`, all of the prompt is read.
 
         The iterator may be closed, and the callback may raise: the next call then uses what the cache holds by then.
         After any other error the cache of this conversation is empty; the others stay.
         """
         step = prefill_step_size or chunk_of(self.model)
         if seen is not None:
+            self._lose(self._last)
             self._forget_last()
             self.reused = 0
             progress_of: dict[str, Any] = {
@@ -118,7 +138,7 @@ class ReusedPromptCache:
             return stream_generate(
                 self.model, tokenizer, prompt, max_tokens, prompt_cache=cache, **progress_of, **options
             )  # type: ignore[return-value]
-        self.reused = self._begin(prompt, step, fresh)
+        self.reused = self._begin(prompt, step, fresh, options.get("prompt_logits_callback") is not None)
         context = self._last
         rest = prompt[self.reused :]
         snapshots = {min(size, len(prompt) - 1) // step * step for size in (system_tokens, len(prompt))} - {0}
@@ -164,19 +184,29 @@ class ReusedPromptCache:
                 raise
             finally:
                 if not context.whole and self._last is context:
+                    if self._files is not None:
+                        self._files.distrust(context)
                     self._forget_last()
 
         return stream()
 
     # -- which context a prompt continues ----------------------------------------------------------------------
 
-    def _begin(self, prompt: list[int], step: int, fresh: bool) -> int:
-        """Makes the context that the prompt continues the last one. Returns the number of tokens that it holds."""
+    def _begin(self, prompt: list[int], step: int, fresh: bool, anew: bool) -> int:
+        """Makes the context that the prompt continues the last one. Returns the number of tokens that it holds.
+
+        anew: continue none.
+        """
         if not self._last.whole:
             self._forget_last()
-        self._kept = self._fitting(self._kept, lambda kept: _used(kept, self._last))  # The plan may have been lowered.
-        source, place = self._longest(prompt, step, fresh)
+        self._keep_fitting(lambda kept: _used(kept, self._last))  # The plan may have been lowered.
+        source, place = (None, 0) if anew else self._longest(prompt, step, fresh)
         with large_memory_given_back():
+            while self._files is not None and not anew and (found := self._files.longest(prompt, step, fresh, place)):
+                if self._read(*found, prompt, step):
+                    source, place = self._last, len(self._last.tokens)
+                    break
+                source, place = self._longest(prompt, step, fresh)
             if source is not self._last or place < len(source.tokens):
                 self._switch(source, place, prompt, step)
             context, self._last = self._last, self._empty(step)
@@ -195,6 +225,18 @@ class ReusedPromptCache:
             if best is None or place > best_place or place == best_place == len(context.tokens) < len(best.tokens):
                 best, best_place = context, place
         return best, best_place
+
+    def _read(self, written: WrittenContext, place: int, prompt: list[int], step: int) -> bool:
+        """Keeps the last context, and reads the first `place` tokens of a file in its place. False if that fails."""
+        assert self._files is not None
+        if (file := self._files.opened(written)) is None:
+            return False
+        with file:  # It is open before others are written, because their room may be this one's.
+            self._switch(None, 0, prompt, step)
+            room = self.planned_bytes - _used(self._kept, None)
+            made = self._files.read(written, file, prompt, place, room)
+        self._last = made or self._last
+        return made is not None
 
     def _switch(self, source: CachedContext | None, place: int, prompt: list[int], step: int) -> None:
         """Keeps the last context, and puts the first `place` tokens of `source` (None: an empty one) in its place.
@@ -224,7 +266,21 @@ class ReusedPromptCache:
         """Keeps a context, unless it alone is too large. following: the context that will be the last one."""
         context.drop_room()
         if _used((context,), following) <= self.planned_bytes:
-            self._kept = (*self._fitting(self._kept, lambda kept: _used((*kept, context), following)), context)
+            self._keep_fitting(lambda kept: _used((*kept, context), following))
+            self._kept = (*self._kept, context)
+        else:
+            self._lose(context)
+
+    def _keep_fitting(self, used: Callable[[tuple[CachedContext, ...]], int]) -> None:
+        """Loses the least recently used of the kept contexts until the bytes that are `used` are within the plan."""
+        before, self._kept = self._kept, self._fitting(self._kept, used)
+        for context in before[: len(before) - len(self._kept)]:
+            self._lose(context)
+
+    def _lose(self, context: CachedContext) -> None:
+        """Writes a context that memory has no room for."""
+        if self._files is not None and context.whole and context.tokens:
+            self._files.write(context)
 
     def _fitting(
         self, kept: tuple[CachedContext, ...], used: Callable[[tuple[CachedContext, ...]], int]
@@ -241,9 +297,10 @@ class ReusedPromptCache:
             return
         while len(context.snapshots) >= MOST_SNAPSHOTS or _used((), context) + more > self.planned_bytes:
             del context.snapshots[sorted(context.snapshots)[:2][-1]]
-        fewer = self._fitting(self._kept, lambda kept: _used(kept, context) + more)
-        if fewer != self._kept:
-            self._kept = fewer
+        before = self._kept
+        self._keep_fitting(lambda kept: _used(kept, context) + more)
+        if self._kept != before:
+            del before
             mx.clear_cache()
         context.snapshot()
 

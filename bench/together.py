@@ -191,12 +191,11 @@ def _serve(model: Any, requests: list[tuple[list[int], list[int]]], rows: int) -
     from mlx_flash.text.batch_generation import DecodeBatch
     from mlx_flash.text.token_loop import Chooser, TokenLoop
 
-    counters = model.flash.streamer.counters
     waiting, batch = list(requests), DecodeBatch(model)
     left: list[int] = []  # tokens that each row still wants
     firsts: list[float] = []
     steps_s = 0.0
-    before, steps, tokens, bytes_read, wait_s, manage_s = counters.copy(), 0, 0, 0, 0.0, 0.0
+    steps = tokens = 0
     began = time.perf_counter()
     while waiting or left:
         while waiting and len(left) < rows:
@@ -206,12 +205,10 @@ def _serve(model: Any, requests: list[tuple[list[int], list[int]]], rows: int) -
             batch.join(cache, prompt[-1], Chooser(prompt, _saying(answer), []))
             left.append(len(answer))
             firsts.append(0.0)
-        before, step_began = counters.copy(), time.perf_counter()
-        made = batch.step()
-        now, used = time.perf_counter(), counters - before
+        step_began = time.perf_counter()
+        steps, tokens = steps + 1, tokens + len(batch.step())
+        now = time.perf_counter()
         steps_s += now - step_began
-        steps, tokens = steps + 1, tokens + len(made)
-        bytes_read, wait_s, manage_s = bytes_read + used.bytes, wait_s + used.wait_s, manage_s + used.manage_s
         firsts = [at or now - began for at in firsts]
         left = [count - 1 for count in left]
         for row in [row for row, count in enumerate(left) if count == 0][::-1]:
@@ -226,9 +223,9 @@ def _serve(model: Any, requests: list[tuple[list[int], list[int]]], rows: int) -
         "tokens_per_second": tokens / steps_s,
         "whole_per_second": tokens / whole_s,
         "step_s": steps_s / steps,
-        "wait_s": wait_s / steps,
-        "manage_s": manage_s / steps,
-        "bytes_per_token": bytes_read / tokens,
+        "wait_s": batch.counted.wait_s / steps,
+        "manage_s": batch.counted.manage_s / steps,
+        "bytes_per_token": batch.counted.bytes / tokens,
         "first_token_s": sum(firsts) / len(firsts),
         "all_s": whole_s,
         "peak": peak_memory_bytes(),

@@ -145,7 +145,8 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     with closing(model.flash):
         prompts = _prompts(tokenizer, task)
         _serve(model, prompts[-1:], 1)
-        pacing.hold(task["rate"])
+        if task["rate"]:
+            pacing.hold(task["rate"])
         result = _serve(model, prompts[:-1], rows)
         plan_of = model.flash.plan
         return {**result, "budget": budget, "in_memory": _share_in_memory(plan_of), "plan": plan_of.as_dict()}

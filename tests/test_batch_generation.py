@@ -23,7 +23,7 @@ from mlx_flash.errors import GrammarError, UsageError
 from mlx_flash.flash.stats import Counters
 from mlx_flash.loading import layer_weights
 from mlx_flash.text.batch_generation import DecodeBatch
-from mlx_flash.text.token_loop import Chooser
+from mlx_flash.text.token_loop import Chooser, Token
 
 PROMPTS = [[5, 17, 80, 3, 44, 9, 12], [61, 9, 30, 72, 1, 55, 2, 21, 40, 33, 12, 8, 90], [7], [4, 4, 18]]
 LAYERS = {"num_hidden_layers": 4, "intermediate_size": 128}
@@ -61,13 +61,20 @@ def join(batch: DecodeBatch, model: Any, prompt: list[int], **options: Any) -> N
     batch.join(read(model, prompt), prompt[-1], chooser, **options)
 
 
+def tokens_of(batch: DecodeBatch) -> list[Token]:
+    """A step without errors."""
+    made = batch.step()
+    assert all(isinstance(each, Token) for each in made), made
+    return made  # type: ignore[return-value]
+
+
 def everything(model: Any) -> list[np.ndarray]:
     """The log-probabilities of rows that join and leave, then of a row that left and continues alone."""
-    batch, found, left = DecodeBatch(model), list[np.ndarray](), []
+    batch, found = DecodeBatch(model), list[np.ndarray]()
 
     def steps(count: int) -> list[int]:
         for _ in range(count):
-            made = batch.step()
+            made = tokens_of(batch)
             found.extend(np.array(each.logprobs.astype(mx.float32)) for each in made)
         return [each.token for each in made]
 
@@ -76,12 +83,11 @@ def everything(model: Any) -> list[np.ndarray]:
     for prompt in PROMPTS[1:3]:
         join(batch, model, prompt)
     newest = steps(3)
-    left.append((newest[1], batch.leave(1)))
+    token, cache = newest[1], batch.leave(1)
     join(batch, model, PROMPTS[3])
     steps(5)  # a window of 8 has moved on
     while len(batch):
         batch.leave(0)
-    token, cache = left[0]
     batch.join(cache, token, Chooser([], greedy_sampler, []))
     steps(2)
     return found
@@ -141,7 +147,7 @@ def test_mlx_lm_batches_the_same(tmp_path: Path, stream: Callable[..., Any], fam
     batch = DecodeBatch(model)
     for prompt in prompts:
         join(batch, model, prompt)
-    steps = [[each.token for each in batch.step()] for _ in range(6)]
+    steps = [[each.token for each in tokens_of(batch)] for _ in range(6)]
     assert answers == [[list(row) for row in zip(*steps, strict=True)]] * 2
 
 
@@ -154,18 +160,19 @@ def test_random_numbers_belong_to_a_row(llama: Any) -> None:
     def sampler(logprobs: mx.array) -> mx.array:
         return mx.random.categorical(mx.zeros_like(logprobs))
 
-    def tokens_of(rows: list[tuple[list[int], int]]) -> list[list[int]]:
+    def answers(rows: list[tuple[list[int], int]]) -> list[list[int]]:
         batch = DecodeBatch(llama)
         for prompt, seed in rows:
             join(batch, llama, prompt, sampler=sampler, seed=seed)
-        return [list(row) for row in zip(*[[each.token for each in batch.step()] for _ in range(6)], strict=True)]
+        return [list(row) for row in zip(*[[each.token for each in tokens_of(batch)] for _ in range(6)], strict=True)]
 
     mx.random.seed(3)
-    state = np.array(mx.random.state[0])
-    ((alone),) = tokens_of([(PROMPTS[0], 7)])
-    other, among = tokens_of([(PROMPTS[1], 8), (PROMPTS[0], 7)])
+    state: Any = mx.random.state
+    before = np.array(state[0])
+    (alone,) = answers([(PROMPTS[0], 7)])
+    other, among = answers([(PROMPTS[1], 8), (PROMPTS[0], 7)])
     assert alone == among != other
-    assert np.array_equal(state, np.array(mx.random.state[0]))
+    assert np.array_equal(before, np.array(state[0]))
 
 
 def test_an_error_of_one_row_leaves_the_others(llama: Any) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {  # command -> its module
     "plan": "plan_shape",
     "eviction": "eviction",
     "drafts": "drafts_time",
+    "together": "together",
     "host": "host_time",
     "grammars": "grammars",
     "lookahead": "guesses",

@@ -240,6 +240,24 @@ def test_the_process_is_measured_after_a_first_operation(monkeypatch: pytest.Mon
     assert steps == ["operation", "measured"]
 
 
+def test_what_came_with_the_first_model_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    margin, least = streaming_needs.PROCESS_MARGIN_BYTES, streaming_needs.LEAST_MARGIN_BYTES
+    process, now = streaming_needs.ProcessMemory(), 200 * MB
+    monkeypatch.setattr(streaming_needs, "return_freed_memory", lambda: None)
+    monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: now)
+    assert process.planned_bytes() == now + margin
+    now += 500 * MB  # whatever else the program makes before its first model
+    assert process.planned_bytes() == now + margin
+    process.model_closed()
+    first = now + margin
+    now += 20 * MB
+    assert process.planned_bytes() == first
+    now += 20 * MB
+    assert process.planned_bytes() == now + least > first
+    now -= 100 * MB
+    assert process.planned_bytes() == now + margin
+
+
 def test_a_model_that_cannot_be_called_is_a_sentence(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_flash.errors import CorruptStoreError
 

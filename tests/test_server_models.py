@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from scripted import make_scripted  # type: ignore[import-not-found]  # found beside this file
 from serving import Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
 
+from mlx_flash.errors import BudgetError
+from mlx_flash.loading import load as loading
+from mlx_flash.loading import streaming_needs
 from mlx_flash.loading.load import load
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.server import model_switch
@@ -64,11 +68,7 @@ class Models:
                 for model in chosen:
                     self._keep(model, models.needs.get(model.name, NEEDS))
 
-        class Made(Library):
-            def _load(self, model: InstalledModel | None, *_: Any, **__: Any) -> tuple[Any, Any]:
-                return models.load(OWN if model is None else model.name)
-
-        self.library = Made(engine, (OWN,), str(self.folders[OWN]), LoadOptions(memory=self.memory))
+        self.library = Library(engine, (OWN,), str(self.folders[OWN]), LoadOptions(memory=self.memory))
         self.library.plans = Plans(self.library._options_to_plan)
         return self.library
 
@@ -84,7 +84,9 @@ class Models:
 def models(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Models:
     monkeypatch.setattr(installed, "hub_cache", lambda: folders[""])
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
-    return Models(folders)
+    made = Models(folders)
+    monkeypatch.setattr(loading, "load", lambda path, *_, **__: made.load(path if path in OTHERS else OWN))
+    return made
 
 
 @pytest.fixture
@@ -182,6 +184,37 @@ def test_a_load_that_fails(server: Server, models: Models) -> None:
     assert server.get("/health").json() == {"status": "ok", "model": OWN}
     assert ask(server, "gpt-5").json()["model"] == OWN  # the old model comes back
     assert models.loaded == [OWN, "owner/first", OWN] and server.get("/library").json()["state"] == "ready"
+
+
+def test_a_plan_counts_the_process_once_the_old_model_is_gone(
+    server: Server, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = weakref.ref(server.engine.model)
+    gone: list[bool] = []
+
+    def measure() -> int:
+        gone.append(old() is None)
+        return 700_000_000
+
+    monkeypatch.setattr(streaming_needs, "current_memory_bytes", measure)
+    assert ask(server, "owner/first").status_code == 200
+    assert gone == [True] and server.engine.model.flash.plan.demand.process > 700_000_000
+    assert models.library is not None and models.library.process_bytes > 700_000_000
+
+
+def test_a_model_that_does_not_fit_after_all(server: Server, models: Models) -> None:
+    """It gets the numbers, and does not close another model again soon."""
+    models.failing["owner/first"] = BudgetError("this model needs at least 3100MB.", 3_100_000_000)
+    refused = ask(server, "owner/first")
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "no_memory"
+    assert "needs at least 3100MB" in refused.text and "a restart may help" in refused.text
+    assert ask(server, OWN).status_code == 200
+    again = ask(server, "owner/first")
+    assert again.status_code == 400 and "needs at least 3100MB" in again.text and "restart" in again.text
+    assert models.loaded == [OWN, "owner/first", OWN]
+    models.failing.clear()
+    assert server.post("/library/load", {"name": "owner/first", "memory": "3200MB"}).status_code == 202
+    until(lambda: server.engine.name == "owner/first" and server.engine.ready)
 
 
 # -- the order ----------------------------------------------------------------------------------------------------

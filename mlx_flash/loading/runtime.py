@@ -23,6 +23,7 @@ from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
+from .streaming_needs import PROCESS
 
 if TYPE_CHECKING:
     from ..text.drafts import Drafting
@@ -148,6 +149,7 @@ class Runtime:
         if not self._closed:
             self._closed = True
             BUFFER_CACHE.release()
+            PROCESS.model_closed()
 
 
 def evaluate_constants(model: Any) -> None:

@@ -10,11 +10,41 @@ import mlx.core as mx
 from ..flash.files import ITEM_BYTES, NeuronLayout
 from ..flash.in_place import TensorParts
 from ..flash.reader import BOUNCE_BYTES_PER_THREAD
-from ..flash.system import current_memory_bytes
+from ..flash.system import current_memory_bytes, return_freed_memory
 from ..layers.expert_products import WIDENED_AT_ONCE, is_widened
 from .memory_needs import Call, StreamedNeed
 
 PROCESS_MARGIN_BYTES = 48 << 20  # later growth of the process: threads, and freed memory that malloc keeps
+LEAST_MARGIN_BYTES = 16 << 20  # the part of it that recurs with every model
+
+
+class ProcessMemory:
+    """Measures this process for plans.
+
+    The growth that the first plan makes room for comes once: the threads, libraries and buffers of the first model
+    stay when it is closed. Each later plan counts what has come of that, and makes room for the rest only. Otherwise a
+    model would not fit again into the budget that it had before.
+    """
+
+    def __init__(self) -> None:
+        self._first_bytes = 0  # as measured for the last plan before any model was closed
+        self._closed = False  # whether a model was closed
+
+    def model_closed(self) -> None:
+        self._closed = True
+
+    def planned_bytes(self) -> int:
+        """The bytes of this process now, and room to grow."""
+        if not self._closed:
+            self._first_bytes = current_memory_bytes()
+            return self._first_bytes + PROCESS_MARGIN_BYTES
+        return_freed_memory()  # The loading of a tokenizer leaves tens of megabytes, which the first plan counts.
+        now = current_memory_bytes()
+        grown = max(0, now - self._first_bytes)
+        return now + max(PROCESS_MARGIN_BYTES - grown, LEAST_MARGIN_BYTES)
+
+
+PROCESS = ProcessMemory()
 
 
 def process_bytes() -> int:
@@ -22,7 +52,7 @@ def process_bytes() -> int:
     import_module("mlx_lm.generate")
     # A device's queues, libraries and threads come with the first operation.
     mx.eval(mx.softmax(mx.ones((8, 8)) @ mx.ones((8, 8))))
-    return current_memory_bytes() + PROCESS_MARGIN_BYTES
+    return PROCESS.planned_bytes()
 
 
 def loading_excess_bytes(sizes: Iterable[int]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..errors import FlashError, UsageError
+from ..errors import BudgetError, FlashError, UsageError
 from ..source.installed import InstalledModel, folder_model, installed_models, may_be_installed, with_own_names
 from .access import DEFAULT_MODEL
 from .api_errors import ApiError
 from .engine import Engine
 from .model_plans import ModelPlans
-from .model_switch import Target, Tell
+from .model_switch import RESTART, Target, Tell
 
 if TYPE_CHECKING:
     from ..loading.options import LoadOptions
@@ -52,6 +53,7 @@ class Library:
         self._changed = False  # whether the budget was changed by a request
         self._begun = False  # whether the first model has been loaded once
         self._own_needs: dict[str, Any] | None = None  # of the first model: bytes without the process
+        self._refused: dict[str, tuple[float, int]] = {}  # what did not fit after all: when, and its smallest budget
         self._surveying = threading.Lock()
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -98,17 +100,20 @@ class Library:
         needs = self._own_needs if model is None else self.plans.plan_of(model, ASKED_S)
         problem, code = "" if needs is None else needs["reason"], "not_loaded"
         if needs is not None and not problem:
-            problem, code = self._problem(needs, memory), "no_memory"
+            problem, code = self._problem(needs, model, memory), "no_memory"
         if problem:
             raise ApiError(400, f"{target.name:.200} cannot be loaded: {problem}", param="model", code=code)
         return target
 
-    def _problem(self, needs: dict[str, Any], memory: str | int | None = None) -> str:
+    def _problem(self, needs: dict[str, Any], model: InstalledModel | None, memory: str | int | None = None) -> str:
         """Why a model does not fit, with the numbers; empty if it fits."""
         from ..flash.system import available_memory_bytes, current_memory_bytes
         from ..loading.plan import parse_memory
 
         process = self.process_bytes
+        when, refused = self._refused.get(_identity(model), (0.0, 0))
+        if refused > needs["smallest"] + process and time.monotonic() - when < ASKED_S:
+            process = refused - needs["smallest"]
         smallest = -(-(needs["smallest"] + process) // 10**6)
         budget = memory if memory is not None else self.memory
         if budget is None:
@@ -120,6 +125,7 @@ class Library:
         return (
             f"it needs at least {smallest}MB ({process / 1e6:.0f} MB of them for this server's process), and "
             f"{what.format(most // 10**6)}. Choose a smaller model, or give more (--memory {smallest}MB)."
+            + (RESTART if self.engine.switch.unloads else "")
         )
 
     @property
@@ -204,8 +210,12 @@ class Library:
         from ..loading.load_progress import watching
 
         path = self.model if model is None else model.model
-        with watching(tell):
-            loaded, tokenizer = load(path, options, say=self.say, fetch=fetch)
+        try:
+            with watching(tell):
+                loaded, tokenizer = load(path, options, say=self.say, fetch=fetch)
+        except BudgetError as error:
+            self._refused[_identity(model)] = time.monotonic(), error.smallest_bytes
+            raise
         plan = loaded.flash.plan
         process = plan.demand.process
         if model is None:
@@ -239,7 +249,7 @@ class Library:
         elif plan is None:
             reason = "it is being looked at; ask again."
         else:
-            reason = plan["reason"] or self._problem(plan)
+            reason = plan["reason"] or self._problem(plan, model)
         needs = plan if plan is not None and plan["smallest"] is not None else None
         process = self.process_bytes
         return {

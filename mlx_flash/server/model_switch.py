@@ -20,6 +20,7 @@ READY = "ready"
 UNLOADED = "unloaded"
 FAILED = "failed"
 STOPPED = "stopped"
+RESTART = " A server that had other models before needs a little more than a new one, so a restart may help."
 EVENT_GAP_S = 0.1  # least time between two events about the progress of a load
 
 Tell = Callable[[str, int, int], None]  # (stage, done, total), in bytes
@@ -144,5 +145,5 @@ def why_not_loaded(name: str, error: Exception) -> ApiError:
         log.exception("loading %s failed", name)
         said = f"{type(error).__name__}: {error}; the server's log has its traceback."
     if isinstance(error, BudgetError):
-        return ApiError(400, f"{name:.200} does not fit: {said}", param="model", code="no_memory")
+        return ApiError(400, f"{name:.200} does not fit: {said}{RESTART}", param="model", code="no_memory")
     return ApiError(500, f"{name:.200} could not be loaded: {said}", param="model", code="load_failed")

@@ -1,103 +1,36 @@
 """Several models on one server: which one a request names, what is loaded when, and what lists say."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import json
-import shutil
-import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import make_scripted  # type: ignore[import-not-found]  # found beside this file
 from serving import Gate, Server, gate, serving, until  # type: ignore[import-not-found]  # noqa: F401
+from several_models import (  # type: ignore[import-not-found]  # noqa: F401
+    NEEDS,
+    OTHERS,
+    OWN,
+    Models,
+    ask,
+    folders,
+    models,
+    quick,
+    server,
+)
 
 from mlx_flash.errors import BudgetError
-from mlx_flash.loading import load as loading
 from mlx_flash.loading import streaming_needs
-from mlx_flash.loading.load import load
-from mlx_flash.loading.options import LoadOptions
-from mlx_flash.server import model_switch
 from mlx_flash.server.access import Access
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.library import Library
-from mlx_flash.server.model_plans import ModelPlans
 from mlx_flash.source import installed
 from mlx_flash.source.installed import HUB, InstalledModel, installed_models, with_own_names
-
-NEEDS = {"smallest": 50_000_000, "everything": 60_000_000, "images": False, "reason": ""}
-OWN, OTHERS = "own", ("owner/first", "owner/second")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The Hub's cache with two models, and a folder with the server's own."""
-    hub = tmp_path_factory.mktemp("hub")
-    own = make_scripted(tmp_path_factory.mktemp("own"))
-    made = {OWN: own, "": hub}
-    for name in OTHERS:
-        repository = hub / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("c0ffee")
-        made[name] = Path(shutil.copytree(own, repository / "snapshots" / "c0ffee"))
-    return made
-
-
-class Models:
-    """The library of a server in this process. Its models load from `folders`; nothing starts a process."""
-
-    def __init__(self, folders: dict[str, Path]) -> None:
-        self.folders = folders
-        self.loaded: list[str] = []  # names, in the order of loading
-        self.needs: dict[str, dict[str, Any]] = {}
-        self.failing: dict[str, Exception] = {}
-        self.memory = "3GB"
-        self.may_load = threading.Event()
-        self.may_load.set()
-        self.library: Library | None = None
-
-    def of(self, engine: Engine) -> Library:
-        models = self
-
-        class Plans(ModelPlans):
-            def make(self, chosen: Any) -> None:
-                for model in chosen:
-                    self._keep(model, models.needs.get(model.name, NEEDS))
-
-        self.library = Library(engine, (OWN,), str(self.folders[OWN]), LoadOptions(memory=self.memory))
-        self.library.plans = Plans(self.library._options_to_plan)
-        return self.library
-
-    def load(self, name: str = OWN) -> tuple[Any, Any]:
-        assert self.may_load.wait(60)
-        self.loaded.append(name)
-        if name in self.failing:
-            raise self.failing[name]
-        return load(self.folders[name], memory="3GB", context=256, prompt_cache=0)
-
-
-@pytest.fixture
-def models(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Models:
-    monkeypatch.setattr(installed, "hub_cache", lambda: folders[""])
-    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
-    made = Models(folders)
-    monkeypatch.setattr(loading, "load", lambda path, *_, **__: made.load(path if path in OTHERS else OWN))
-    return made
-
-
-@pytest.fixture
-def server(models: Models) -> Iterator[Server]:
-    with serving(models.load, OWN, library=models.of) as running:
-        yield running
-
-
-def ask(server: Server, model: str | None = None, **more: Any) -> Any:
-    return server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "model": model, **more})
-
 
 # -- naming -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +153,7 @@ def test_a_model_that_does_not_fit_after_all(server: Server, models: Models) -> 
 # -- the order ----------------------------------------------------------------------------------------------------
 
 
-def test_requests_behind_a_load_wait_in_order(server: Server, models: Models, gate: Gate) -> None:  # noqa: F811
+def test_requests_behind_a_load_wait_in_order(server: Server, models: Models, gate: Gate) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(ask, server)]
         gate.go_on_to("prompt", 0)
@@ -241,7 +174,7 @@ def test_requests_behind_a_load_wait_in_order(server: Server, models: Models, ga
 def test_several_answers_of_one_request_come_from_one_model(
     server: Server,
     models: Models,
-    gate: Gate,  # noqa: F811
+    gate: Gate,
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
         several = pool.submit(ask, server, n=3, temperature=1)
@@ -269,17 +202,10 @@ def test_a_client_that_leaves_while_its_model_is_to_be_loaded(server: Server, mo
     assert models.loaded == [OWN, "owner/first"]
 
 
-def test_two_hundred_requests_over_three_models(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_requests_over_three_models(quick: Models) -> None:
     """Each answer comes from the model that its request named, and none is lost."""
-    monkeypatch.setattr(model_switch, "gc", SimpleNamespace(collect=lambda: 0))  # takes a tenth of a second here
     names = [OWN, *OTHERS]
-    kept: dict[str, tuple[Any, Any]] = {name: models.load(name) for name in names}
-    closes = {name: kept[name][0].flash.close for name in names}
-    for name, (model, _) in kept.items():  # loading is as quick as it can be
-        model.flash.close = lambda: None
-        model.named = name
-    models.load = lambda name=OWN: kept[name]  # type: ignore[method-assign]
-    with serving(models.load, OWN, library=models.of) as server:
+    with serving(quick.load, OWN, library=quick.of) as server:
         served: list[str] = []
         serve = server.engine._serve
 
@@ -304,8 +230,6 @@ def test_two_hundred_requests_over_three_models(models: Models, monkeypatch: pyt
                 answers = list(pool.map(one, range(200)))
     assert len(answers) == 200 and all(asked == answered for asked, answered in answers)
     assert sorted(served) == sorted(asked for asked, _ in answers)
-    for close in closes.values():
-        close()
 
 
 # -- /library -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ HELD_S = 2.0  # After this time an unfinished body may be dropped to make room f
 
 
 class _Body:
-    """A body that is being received, then parsed."""
+    """A body that is being received, then parsed. What was parsed stays in memory while its model is loaded."""
 
     def __init__(self, began: float) -> None:
         self.began, self.bytes = began, 0
@@ -86,7 +86,8 @@ class Bodies:
                 with contextlib.suppress(RuntimeError):  # Its timeout has expired already.
                     body.limit.reschedule(now)
                 return
-        raise ApiError(429, "too many bytes are being received at once; try again later.", retry_after_s=5)
+        message = "too many bytes of requests are arriving, or wait for a model to be loaded; try again later."
+        raise ApiError(429, message, code="queue_full", retry_after_s=5)
 
     def _let_go(self, body: _Body) -> None:
         if body in self._held:

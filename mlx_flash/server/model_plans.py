@@ -116,9 +116,10 @@ class ModelPlans:
                     line = child.stdout.readline()
                 finally:
                     limit.cancel()
-                if not line.endswith(b"\n"):
+                needs = _answer(line)
+                if needs is None:
                     break
-                self._keep(model, json.loads(line))
+                self._keep(model, needs)
                 done += 1
         finally:
             child.kill()
@@ -176,6 +177,15 @@ def _file() -> Path:
 
 def _nothing() -> Needs:
     return {"smallest": None, "everything": None, "images": None, "reason": ""}
+
+
+def _answer(line: bytes) -> Needs | None:
+    """What a process said of a model; None if it has ended, or did not say that."""
+    with contextlib.suppress(ValueError):
+        needs = json.loads(line)
+        if isinstance(needs, dict) and needs.keys() == _nothing().keys():
+            return needs
+    return None
 
 
 def _is_plan(needs: Any) -> bool:

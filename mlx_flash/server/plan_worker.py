@@ -16,6 +16,8 @@ NICENESS = 10  # The server's own work comes first.
 
 def main() -> None:
     os.nice(NICENESS)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Whatever a library prints must not stand between the answers.
     line = sys.stdin.buffer.readline()
     from ..cli.stopping import end_with_stdin
 
@@ -23,8 +25,8 @@ def main() -> None:
     request = json.loads(line)
     for model in request["models"]:
         answer = planned(model, request["options"])
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 def planned(model: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ COMMANDS = {  # command -> its module
     "soak": "soak",
     "conversations": "conversations",
     "restart": "restart",
+    "switching": "switching",
     "reads": "reads",
     "expert-reads": "expert_reads",
     "blocks": "blocks",

@@ -25,6 +25,7 @@ import pytest
 from children_setup import ON_CPU, prepare_children  # type: ignore[import-not-found]  # beside this file, first of all
 from golden_models import GOLDEN, load  # type: ignore[import-not-found]  # found beside this file
 from hypothesis import settings
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_tasks import set_right  # type: ignore[import-not-found]
 from tiny import make_checkpoint, make_gated_checkpoint  # type: ignore[import-not-found]  # found beside this file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -293,6 +294,14 @@ def own_store(store: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(store: Path) -> Any:
     return load_tokenizer(store)
+
+
+@pytest.fixture(scope="session")
+def endless(tokenizer: Any) -> Any:
+    """The tokenizer without a token that ends the text."""
+    wrapper = TokenizerWrapper(tokenizer._tokenizer, type(tokenizer.detokenizer))
+    wrapper._eos_token_ids = {-1}
+    return wrapper
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,12 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from interrupts import InterruptAt  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from test_prompt_caches import SIZE, FakeModel, check_bytes  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
 from mlx_flash.text.cached_context import CachedContext
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.prompt_cache import ReusedPromptCache
-from mlx_flash.text.tokenizer import load_tokenizer
 
 STEP = 8  # tokens per chunk
 MANY = 1 << 30  # bytes
@@ -29,14 +27,6 @@ SYSTEM = [int(token) for token in np.random.default_rng(0).integers(1, 96, 19)]
 FAMILIES = ("mixtral", "deepseek_v3", "qwen3_next", "nemotron_h", "gpt_oss")
 
 Logits = list[np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def endless(store: Path) -> Any:
-    tokenizer = load_tokenizer(store)
-    wrapper = TokenizerWrapper(tokenizer._tokenizer, type(tokenizer.detokenizer))
-    wrapper._eos_token_ids = {-1}
-    return wrapper
 
 
 @pytest.fixture(scope="module", params=["exact", "lowrank", *FAMILIES])

@@ -6,17 +6,14 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flash.flash.stats import Counters
 from mlx_flash.layers.cache_parts import parts_of
@@ -69,16 +66,6 @@ class FakeModel:
         state = mx.zeros((1, 1)) if part[0] is None else part[0]
         part[0] = (state * 31 + mx.sum(fed * read) + fed.size) % 8191
         return (part[0],)
-
-
-@pytest.fixture(scope="module")
-def endless(store: Path) -> Any:
-    from mlx_flash.text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(store)
-    wrapper = TokenizerWrapper(tokenizer._tokenizer, type(tokenizer.detokenizer))
-    wrapper._eos_token_ids = {-1}
-    return wrapper
 
 
 def check_bytes(turns: ReusedPromptCache) -> None:

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
+from slow_cases import slow  # type: ignore[import-not-found]
 
 from mlx_flash.bench import steps, traces
 from mlx_flash.bench.__main__ import make_parser
@@ -64,7 +65,7 @@ def logits_of(model: Any) -> np.ndarray:
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("name", ["synthetic", "float16", "bfloat16", "opt-350m-like", "opt-nobias"])
+@pytest.mark.parametrize("name", ["synthetic", "bfloat16", "opt-350m-like", slow("float16"), slow("opt-nobias")])
 def test_baselines_give_the_engine_s_logits(
     name: str,
     tiny_synthetic: Path,

@@ -14,6 +14,7 @@ from drafting import Telling  # type: ignore[import-not-found]  # found beside t
 from interrupts import InterruptAt  # type: ignore[import-not-found]
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from slow_cases import slow  # type: ignore[import-not-found]
 
 from mlx_flash.flash.stats import Counters
 from mlx_flash.text.drafts import MODEL, NGRAM, Drafting, DraftModel
@@ -69,9 +70,10 @@ def endless(store: Path) -> Any:
     return wrapper
 
 
+@pytest.mark.parametrize("step", [29, slow(5)])
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("drafts", [NGRAM, MODEL])
-def test_an_interrupt_at_any_line_spoils_no_later_answer(endless: Any, recurrent: bool, drafts: str) -> None:
+def test_an_interrupt_at_any_line_spoils_no_later_answer(endless: Any, recurrent: bool, drafts: str, step: int) -> None:
     model = Checksum(recurrent)
 
     def alone(ids: list[int]) -> list[int]:
@@ -99,7 +101,7 @@ def test_an_interrupt_at_any_line_spoils_no_later_answer(endless: Any, recurrent
         with InterruptAt(0, watched) as whole:
             scenario(ReusedPromptCache(model), stop)
         assert whole.count > 100
-        for line in range(1, whole.count + 1, 11):
+        for line in range(1, whole.count + 1, step):
             turns, model.flash.drafting = ReusedPromptCache(model), drafting()
             with InterruptAt(line, watched), suppress(KeyboardInterrupt):
                 scenario(turns, stop)

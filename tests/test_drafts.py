@@ -23,6 +23,7 @@ from mixtures import make_mixture, open_streamed  # type: ignore[import-not-foun
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from slow_cases import others, slow  # type: ignore[import-not-found]
 from test_streamed_layers import DENSE, WIDE  # type: ignore[import-not-found]
 
 import mlx_flash
@@ -54,7 +55,9 @@ def endless(store: Path) -> Any:
     return wrapper
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=others([*MODELS], ["exact", "quantised cache", "gpt_oss", "qwen3_next", "nemotron_h"])
+)
 def model(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder, options = store, {"predictor": request.param}
     if request.param not in MODELS[:3]:
@@ -91,7 +94,7 @@ def told(model: Any, text: list[int], wrong: int = 10**9) -> None:
 # -- the same text -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [1, 2, 3, 5, 10**9])
+@pytest.mark.parametrize("wrong", [1, 3, 10**9, slow(2), slow(5)])
 def test_the_text_and_the_cache_are_those_without_drafts(model: Any, endless: Any, wrong: int) -> None:
     model.flash.drafting = None
     caches = [make_prompt_cache(model) for _ in range(2)]
@@ -119,7 +122,7 @@ def test_the_text_and_the_cache_are_those_without_drafts(model: Any, endless: An
     assert turns[0] == turns[1]
 
 
-@pytest.mark.parametrize("stop", range(1, 9))
+@pytest.mark.parametrize("stop", others([*range(1, 9)], [1, 2, 4, 7]))
 def test_a_text_that_is_left_anywhere_leaves_a_whole_cache(model: Any, endless: Any, stop: int) -> None:
     """Whether a client leaves, or the token that ends the text is inside a run of accepted drafts."""
     model.flash.drafting = None
@@ -145,7 +148,7 @@ def test_a_text_that_is_left_anywhere_leaves_a_whole_cache(model: Any, endless: 
         assert after == expected
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 6, TOKENS])
+@pytest.mark.parametrize("stop", [1, 3, TOKENS, slow(2), slow(6)])
 def test_the_next_turn_reuses_what_a_drafted_answer_left(model: Any, endless: Any, stop: int) -> None:
     model.flash.drafting = None
     text = [*PROMPT, *tokens_of(stream_generate(model, endless, PROMPT, TOKENS))]
@@ -571,7 +574,7 @@ def test_after_an_error_of_the_draft_model(
 # -- errors, and what may not be asked for -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails_at", range(1, 6))
+@pytest.mark.parametrize("fails_at", [1, 2, 5, slow(3), slow(4)])
 def test_an_error_in_the_middle_empties_the_cache(
     model: Any, endless: Any, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:

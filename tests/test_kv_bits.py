@@ -17,6 +17,7 @@ from golden_models import VARIANTS, arguments, config_of  # type: ignore[import-
 from mixtures import FAMILIES, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from slow_cases import slow  # type: ignore[import-not-found]
 from test_memory_needs import mixture_model  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
@@ -133,8 +134,10 @@ def test_a_model_is_freed_with_its_last_reference() -> None:
 # -- memory ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [("mixtral", 8), ("mixtral", 4), ("glm4_moe", 4), ("qwen3_next", 8), slow("glm4_moe", 8), slow("qwen3_next", 4)],
+)
 def test_no_more_is_taken_than_is_computed(family: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As test_no_family_takes_more_than_is_computed, and the cache takes exactly what is computed."""
     chunk, context, step = 64, 320, 32

@@ -21,6 +21,7 @@ from mixtures import assert_same, make_mixture  # type: ignore[import-not-found]
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from slow_cases import others, slow  # type: ignore[import-not-found]
 from table_models import MODELS, VOCABULARY, make_model  # type: ignore[import-not-found]
 
 from mlx_flash.errors import BudgetError, ReadError
@@ -109,8 +110,13 @@ def streamed(model: Any) -> dict[str, StreamedTable]:
 # -- bits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantisation", ["plain", "4 bits", "mxfp4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "quantisation"),
+    others(
+        [(name, quantisation) for name in MODELS for quantisation in ("plain", "4 bits", "mxfp4")],
+        [*((name, "4 bits") for name in MODELS), ("llama", "plain"), ("llama", "mxfp4")],
+    ),
+)
 def test_every_model_has_the_bits_of_mlx_lm(
     model_of: Callable[..., Path], stream: Callable[..., Any], name: str, quantisation: str
 ) -> None:
@@ -365,7 +371,8 @@ def test_a_truncated_file_is_named(stream: Callable[..., Any], tmp_path: Path) -
     assert_same(everything(model), expected, "afterwards")
 
 
-def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("step", [11, slow(1)])
+def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..., Any], step: int) -> None:
     folder = model_of("longcat_flash_ngram")
     model, streamer = stream(folder, 20_000)
     expected = reference(folder)[0]
@@ -379,7 +386,7 @@ def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..
     with InterruptAt(0, watched) as whole:
         prompt()
     assert whole.count > 100
-    for line in range(1, whole.count + 1, 3):
+    for line in range(1, whole.count + 1, step):
         with contextlib.suppress(KeyboardInterrupt), InterruptAt(line, watched):
             prompt()
         assert not streamer.reader.outstanding

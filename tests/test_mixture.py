@@ -32,6 +32,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
+from slow_cases import others, slow  # type: ignore[import-not-found]
 
 from mlx_flash.errors import CheckpointError, ReadError, UsageError
 from mlx_flash.flash.in_place import InPlaceFiles
@@ -91,8 +92,13 @@ def reference(folder: Path) -> list[np.ndarray]:
     return everything(load_model(folder)[0])
 
 
-@pytest.mark.parametrize("quantisation", ["plain", "4 bits"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "quantisation"),
+    others(
+        [(family, quantisation) for family in FAMILIES for quantisation in ("plain", "4 bits")],
+        [*((family, "4 bits") for family in FAMILIES), ("qwen3_moe", "plain"), ("mixtral", "plain")],
+    ),
+)
 def test_every_family_has_the_bits_of_mlx_lm(
     mixture_of: Callable[..., Path], stream: Callable[..., Any], family: str, quantisation: str
 ) -> None:
@@ -341,7 +347,7 @@ def test_a_guess_is_made_only_where_it_pays(mixture_of: Callable[..., Path], str
     assert streamer.counters.prefetched_used > 0
 
 
-@pytest.mark.parametrize("slots", [1, 4, 7])
+@pytest.mark.parametrize("slots", [1, slow(4), slow(7)])
 def test_functions_of_mlx_lm(mixture_of: Callable[..., Path], stream: Callable[..., Any], slots: int) -> None:
     """These begin a token before the last one is known, leave graphs unevaluated, and drop guessed tokens."""
     folder = mixture_of("qwen3_moe", "4 bits")

@@ -22,6 +22,7 @@ from conftest import (  # type: ignore[import-not-found]
     change_manifest,
 )
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from slow_cases import others  # type: ignore[import-not-found]
 
 from mlx_flash.errors import ReadError
 from mlx_flash.layers.lookahead import GUESS_AGAIN, LookAhead
@@ -40,8 +41,12 @@ BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 
 # one of the two in CASES and the other in CASES_OF_A_FEW. "none" computes like a prompt. It is compared with the dense
 # model for every family, also with a few slots and with a few tokens at once.
 CASES = [
-    *((name, predictor) for name in (*DTYPES, *QUANTISED) for predictor in PREDICTORS),
+    *((name, predictor) for name in ("float32", "4 bits") for predictor in PREDICTORS),
+    *(("gated 8 bits", "exact"), ("gated 8 bits", "shadow"), ("float16", "lowrank"), ("bfloat16", "exact")),
     *((name, "exact") for name in GOLDEN_VARIANTS),
+]
+SLOW_CASES = [
+    *((name, predictor) for name in (*DTYPES, *QUANTISED) for predictor in PREDICTORS),
     *zip(GOLDEN_VARIANTS, itertools.cycle(("lowrank", "shadow")), strict=False),
 ]
 CASES_OF_A_FEW = [
@@ -130,7 +135,7 @@ def resident_of(
     return make
 
 
-@pytest.mark.parametrize(("name", "predictor"), CASES)
+@pytest.mark.parametrize(("name", "predictor"), others([*CASES, *SLOW_CASES], CASES))
 def test_bit_identical_however_it_is_cached_and_read(
     tiny_of: Callable[[str], Tiny], open_model: Callable[..., Any], resident_of: Any, name: str, predictor: str
 ) -> None:

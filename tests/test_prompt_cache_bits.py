@@ -14,6 +14,7 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from interrupts import InterruptAt  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+from slow_cases import others, slow  # type: ignore[import-not-found]
 from test_prompt_caches import SIZE, FakeModel, check_bytes  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
@@ -29,7 +30,9 @@ FAMILIES = ("mixtral", "deepseek_v3", "qwen3_next", "nemotron_h", "gpt_oss")
 Logits = list[np.ndarray]
 
 
-@pytest.fixture(scope="module", params=["exact", "lowrank", *FAMILIES])
+@pytest.fixture(
+    scope="module", params=others(["exact", *FAMILIES], ["lowrank", "deepseek_v3", "qwen3_next", "gpt_oss"])
+)
 def model(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder, options = store, {"predictor": request.param}
     if request.param in FAMILIES:
@@ -232,8 +235,9 @@ def test_a_copied_window_is_its_own() -> None:
     assert np.array_equal(np.array(branch.cache[0].keys).ravel(), np.arange(7.0)) and branch.cache[0].offset == 7
 
 
+@pytest.mark.parametrize("step", [23, slow(3)])
 @pytest.mark.parametrize("kind", ["trims", "recurrent"])
-def test_an_interrupt_at_any_line_loses_one_context_at_most(kind: str, endless: Any) -> None:
+def test_an_interrupt_at_any_line_loses_one_context_at_most(kind: str, step: int, endless: Any) -> None:
     model = FakeModel(kind, 2 * SIZE + 200)
     first, second = SYSTEM + prompt(1, 5), prompt(2, 12)
     branch = [*first[:20], *prompt(4, 3)]
@@ -249,7 +253,7 @@ def test_an_interrupt_at_any_line_loses_one_context_at_most(kind: str, endless: 
     expected = [alone(model, endless, ids) for ids in (first, second, branch)]
     with InterruptAt(0, watched) as whole:
         scenario(ReusedPromptCache(model))
-    for line in range(1, whole.count + 1, 7):
+    for line in range(1, whole.count + 1, step):
         turns = ReusedPromptCache(model)
         with InterruptAt(line, watched), suppress(KeyboardInterrupt):
             scenario(turns)

@@ -100,7 +100,7 @@ def fed_alone(context: Any) -> set[int]:
     return alone
 
 
-@settings(max_examples=120, phases=[Phase.generate])
+@settings(max_examples=40, phases=[Phase.generate])
 @given(st.integers(0, 2**32), st.sampled_from(sorted(KINDS)), st.sampled_from([0, SIZE + 300, 3 * SIZE, 20 * SIZE]))
 def test_any_sequence_of_conversations(endless: Any, seed: int, kind: str, planned: int) -> None:
     """The steps come from a seed, because Hypothesis prefers small numbers, with which little is reused."""

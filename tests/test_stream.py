@@ -19,6 +19,7 @@ from conftest import QUANTISED  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interrupts import InterruptAt  # type: ignore[import-not-found]
+from slow_cases import slow  # type: ignore[import-not-found]
 
 from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash import neurons as stream_module
@@ -347,9 +348,10 @@ def test_guesses_and_needs_add_up_to_what_is_read(bench_of: Callable[..., Bench]
     assert counted == did.bytes // bench.layout.block_bytes + on_their_way
 
 
+@pytest.mark.parametrize("step", [3, slow(1)])
 @pytest.mark.parametrize(("slots", "window"), [(5, None), (12, 2)])
 def test_an_interrupt_at_any_line_leaves_the_cache_right(
-    bench_of: Callable[..., Bench], slots: int, window: int | None
+    bench_of: Callable[..., Bench], slots: int, window: int | None, step: int
 ) -> None:
     """Each call after it has the stored rows, and each unit one slot."""
     bench = bench_of(3)
@@ -364,7 +366,7 @@ def test_an_interrupt_at_any_line_leaves_the_cache_right(
     def in_book_keeping(path: str) -> bool:
         return Path(path).stem in ("slot_cache", "units")
 
-    for line in itertools.count(1):
+    for line in itertools.count(1, step):
         stream = bench.stream(slots, window=window)
         gathered(stream, calls[0])
         with contextlib.suppress(KeyboardInterrupt), InterruptAt(line, in_book_keeping) as lines:

@@ -15,6 +15,7 @@ from interrupts import InterruptAt  # type: ignore[import-not-found]
 from mixtures import FAMILIES, assert_same, make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from slow_cases import others, slow  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.bench.synthetic.dense_checkpoint import write_dense
@@ -110,8 +111,13 @@ def reference(folder: Path) -> list[np.ndarray]:
     return everything(load_model(folder)[0])
 
 
-@pytest.mark.parametrize("quantisation", ["plain", "4 bits"])
-@pytest.mark.parametrize("family", [*DENSE, *FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "quantisation"),
+    others(
+        [(family, quantisation) for family in (*DENSE, *FAMILIES) for quantisation in ("plain", "4 bits")],
+        [*((family, "4 bits") for family in (*DENSE, *FAMILIES)), ("llama", "plain"), ("mixtral", "plain")],
+    ),
+)
 def test_every_form_has_the_bits_of_mlx_lm(
     model_of: Callable[..., Path], stream: Callable[..., Any], family: str, quantisation: str
 ) -> None:
@@ -248,7 +254,8 @@ def test_a_read_that_fails(
     assert_same(everything(model), reference(folder), "afterwards")
 
 
-def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("step", [11, slow(1)])
+def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..., Any], step: int) -> None:
     folder = model_of("llama")
     model, _ = stream(folder, 2)
     expected = reference(folder)[0]
@@ -259,7 +266,7 @@ def test_ctrl_c_at_every_line(model_of: Callable[..., Path], stream: Callable[..
     with InterruptAt(0, watched) as whole:
         np.array(model(mx.array([PROMPT])))
     assert whole.count > 200
-    for line in range(1, whole.count + 1, 3):
+    for line in range(1, whole.count + 1, step):
         try:
             with InterruptAt(line, watched):
                 np.array(model(mx.array([PROMPT])))

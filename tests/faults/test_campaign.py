@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
+from slow_cases import slow  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash.convert.conversion import Settings, convert
@@ -35,11 +36,21 @@ def model(work: Path) -> Path:
     return work / "small"
 
 
-@pytest.mark.parametrize(("job", "runs"), [("decode", 9), ("load", 9), ("convert-partial", 6)])
+@pytest.mark.parametrize(
+    ("job", "runs"),
+    [
+        ("decode", 4),
+        ("load", 4),
+        ("convert-partial", 3),
+        slow("decode", 40),
+        slow("load", 40),
+        slow("convert-partial", 20),
+    ],
+)
 def test_a_fault_ends_in_the_right_text_or_in_an_error_that_names_a_file(
-    job: str, runs: int, work: Path, model: Path
+    job: str, runs: int, tmp_path: Path, model: Path
 ) -> None:
-    counts, bad = run(job, runs, 0, work, model)
+    counts, bad = run(job, runs, 0, tmp_path, model)
     assert not bad
     assert counts["right"] + counts["clear"] > 0
     assert not any(counts[name] for name in BAD)

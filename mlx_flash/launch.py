@@ -30,6 +30,7 @@ from .source.children import child_environment
 NO_KEY = "none"  # for programs that refuse to start without one
 TIME_LIMIT_MS = 3_600_000  # for an answer; a model on an SSD may read a long prompt for minutes
 AGENT_TOKENS = 16_384  # An agent's first prompt has 6,000 to 20,000 tokens.
+ANSWER_S = 10.0  # time for a server to say how it is, and for the name of its model
 KEPT_LINES = 40  # lines of the server's standard error that are kept
 
 
@@ -248,7 +249,7 @@ def _status(url: str) -> int | None:
     """The HTTP status of /health; None if nothing answers, 0 if it is not a server of this package."""
     try:
         try:
-            response: Any = _opener().open(f"{url}/health", timeout=10)
+            response: Any = _opener().open(f"{url}/health", timeout=ANSWER_S)
         except urllib.error.HTTPError as error:
             response = error
         with response:
@@ -264,7 +265,7 @@ def _model_of(url: str, key: str) -> tuple[str, int]:
     """(name of the model, its context in tokens or 0). Raises FlashError."""
     request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     try:
-        with _opener().open(request, timeout=10) as response:
+        with _opener().open(request, timeout=ANSWER_S) as response:
             found: Any = json.loads(response.read())["data"][0]
             return str(found["id"]), int(found.get("context_length") or 0)
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:

@@ -31,6 +31,15 @@ sys.exit(7)
 """
 
 
+# With less patience than for users: python -c IMPATIENT arguments
+IMPATIENT = """
+from mlx_flash import launch
+from mlx_flash.cli.run import run_command
+launch.ANSWER_S = 1.0
+run_command(launch.make_parser(), launch.main)
+"""
+
+
 @pytest.fixture(scope="module")
 def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
     with serving(load_speaker) as running:
@@ -38,7 +47,7 @@ def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
 
 
 def launch(
-    folder: Path, port: int, *arguments: str, **environment: str
+    folder: Path, port: int, *arguments: str, run_as: tuple[str, str] = ("-m", "mlx_flash.launch"), **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     """The finished command, and what the agent wrote down."""
     programs = folder / "programs"
@@ -49,7 +58,7 @@ def launch(
         program.write_text(AGENT.format(python=sys.executable, port=port, out=str(out)))
         program.chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_flash.launch", *arguments],
+        [sys.executable, *run_as, *arguments],
         env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
@@ -129,7 +138,8 @@ def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
     assert done.returncode == 1 and said is None and "the server ended with code" in done.stderr
     with socket.create_server(("127.0.0.1", port)) as other:
         other.settimeout(1)
-        done, said = launch(tmp_path, 1, "claude", "--port", str(port), "--model", str(tmp_path / "none"))
+        model = ("--model", str(tmp_path / "none"))
+        done, said = launch(tmp_path, 1, "claude", "--port", str(port), *model, run_as=("-c", IMPATIENT))
     assert done.returncode == 1 and said is None and "Choose another --port" in done.stderr
 
 

@@ -36,10 +36,10 @@ GREEDY_TOKENS = 12
 GOLDEN_GREEDY_TOKENS = 4  # the families differ in the computation of a call, not in how tokens follow each other
 BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 71, 16, 38, 59]]
 
-# Every predictor with every dtype and every packing, on which products and reads depend. A family is an activation, a
-# bias and a number of parts. To those the low-rank and the shadow predictor are the same: a mask. So each family meets
-# one of the two in CASES and the other in CASES_OF_A_FEW. "none" computes like a prompt. It is compared with the dense
-# model for every family, also with a few slots and with a few tokens at once.
+# Every predictor with every packing, and both 16-bit dtypes, on which products and reads depend. A family is an
+# activation, a bias and a number of parts. To those the low-rank and the shadow predictor are the same: a mask. So each
+# family meets "exact" in CASES, and one of the two in CASES_OF_A_FEW. "none" computes like a prompt. It is compared with
+# the dense model for every family, also with a few slots and with a few tokens at once.
 CASES = [
     *((name, predictor) for name in ("float32", "4 bits") for predictor in PREDICTORS),
     *(("gated 8 bits", "exact"), ("gated 8 bits", "shadow"), ("float16", "lowrank"), ("bfloat16", "exact")),

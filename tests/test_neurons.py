@@ -38,8 +38,8 @@ BATCH = [[7, 50, 21, 64, 2, 11, 90, 33, 76, 18, 29], [40, 8, 62, 13, 95, 27, 4, 
 
 # Every predictor with every packing, and both 16-bit dtypes, on which products and reads depend. A family is an
 # activation, a bias and a number of parts. To those the low-rank and the shadow predictor are the same: a mask. So each
-# family meets "exact" in CASES, and one of the two in CASES_OF_A_FEW. "none" computes like a prompt. It is compared with
-# the dense model for every family, also with a few slots and with a few tokens at once.
+# family meets "exact" in CASES, and one of the two in CASES_OF_A_FEW. "none" computes like a prompt. It is compared
+# with the dense model for every family, also with a few slots and with a few tokens at once.
 CASES = [
     *((name, predictor) for name in ("float32", "4 bits") for predictor in PREDICTORS),
     *(("gated 8 bits", "exact"), ("gated 8 bits", "shadow"), ("float16", "lowrank"), ("bfloat16", "exact")),

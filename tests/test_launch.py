@@ -47,7 +47,7 @@ def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
 
 
 def launch(
-    folder: Path, port: int, *arguments: str, run_as: tuple[str, str] = ("-m", "mlx_flash.launch"), **environment: str
+    folder: Path, port: int, *arguments: str, run_as: Any = ("-m", "mlx_flash.launch"), **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     """The finished command, and what the agent wrote down."""
     programs = folder / "programs"

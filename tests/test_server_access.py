@@ -221,6 +221,8 @@ def test_what_is_described_is_there(server: Server) -> None:
     described = server.get("/openapi.json", headers=KEY).json()
     assert described["openapi"].startswith("3.") and len(described["paths"]) > 12
     for path, methods in described["paths"].items():
+        if path.startswith("/library"):  # This server has no other models; test_server_models.py asks for these.
+            continue
         for method in methods:
             if method == "get":
                 name = path.replace("{name}", "default")

@@ -65,7 +65,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert 0 < stats["resident"]["share"] <= 1 and max(stats["resident"]["units"]) <= model["units_per_layer"]
     assert stats["plan"]["context"] == 512 and stats["plan"]["budget"] == stats["memory"]["budget_bytes"]
     assert 0 < stats["memory"]["current_bytes"] <= stats["memory"]["peak_bytes"]
-    assert stats["prompt_caches"].keys() == {"contexts", "tokens", "used_bytes", "planned_bytes"}
+    assert stats["prompt_caches"].keys() == {"contexts", "tokens", "used_bytes", "planned_bytes", "on_disk"}
     assert stats["now"] is None and stats["queue"] == {"waiting": 0, "limit": 64}
     assert stats["last"]["generated_tokens"] == 9 and stats["last"]["prompt_tokens"] == stats["last"]["prompt_tokens"]
     assert set(stats["last"]) == {

@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.remove:
         known = {entry.name: entry for entry in found}
         if lacking := [name for name in arguments.remove if name not in known]:
-            raise UsageError(f"{folder} has no entry {lacking[0]}. `{program('cache')}` lists the entries.")
+            raise UsageError(f"{folder} has no entry {lacking[0]!r}. `{program('cache')}` lists the entries.")
         chosen = [known[name] for name in dict.fromkeys(arguments.remove)]
     elif arguments.superseded or arguments.all:
         chosen = [entry for entry in found if arguments.all or entry.superseded]

@@ -25,7 +25,8 @@ def library(state: str, loading: Any = None) -> dict[str, Any]:
         "models": [
             model("demo", source="demo", loaded=state == "ready"),
             model("other/large", source="hub"),
-            model("strange", runs=False, reason="its type 'rwkv7' is not known."),
+            model("strange", runs=False, reason="its type 'rwkv7' is not known.", smallest_bytes=None),
+            model("other/huge", runs=False, reason="it needs at least 900MB.", smallest_bytes=900_000_000),
         ],
         **{"state": state, "loading": loading, "failure": "", "budget_bytes": 400_000_000, "idle_unload_s": None},
         "budgets": [{"bytes": 400_000_000, "text": "half of the experts"}],

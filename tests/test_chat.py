@@ -106,6 +106,7 @@ def test_answers_go_on_from_each_other_until_they_are_forgotten(
     assert "of 2.000 GB" in now and "1 turn, 0 of 512 tokens" in now
     refused = ask(terminal, "/memory 1MB")
     assert "this model needs at least" in refused and "of 2.000 GB" in refused
+    assert re.search(r"Give more \(/memory \d+MB\)", refused)
     assert "Traceback" not in refused
     assert len(ask(terminal, QUESTIONS[1])) > 20
     held = re.search(r"2 turns, (\d+) of 512 tokens", ask(terminal, "/memory"))

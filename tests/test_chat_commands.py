@@ -23,7 +23,7 @@ from mlx_flash import chat
 from mlx_flash.cli import completion, text_file
 from mlx_flash.cli.answer_view import DIM, UNDIM
 from mlx_flash.cli.chat_settings import ABOUT, ChatSettings
-from mlx_flash.cli.command_list import COMMANDS, nearest
+from mlx_flash.cli.command_list import COMMANDS, HELP, nearest
 from mlx_flash.cli.run import run_command
 from mlx_flash.cli.saved_chat import SavedChat, read_chat, write_chat
 from mlx_flash.cli.terminal import keys_unseen
@@ -384,6 +384,7 @@ def test_settings_and_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> N
     settings = ChatSettings(arguments, GenerationConfig(sampling={"temperature": 0.6, "top_p": 0.5}), template=False)
     rows = dict(line.split(maxsplit=1) for line in settings.table().splitlines())
     assert rows["temperature"].startswith("0.6     the model ") and rows["top-p"].startswith("0.9     --top-p ")
+    assert rows["repetition-penalty"].startswith("1 ")
     assert rows["markdown"].startswith("off     the model has no chat template")
     assert {*rows} == {*ABOUT, "setting"}
     values = {"temperature": "0", "top-p": "1", "top-k": "5", "min-p": "0.1", "repetition-penalty": "1.1"}
@@ -414,3 +415,8 @@ def test_settings_and_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_nearest_command() -> None:
     assert nearest("/rety") == "/retry" and nearest("/bye") == "/quit" and nearest("/xyz") is None
     assert {found for name in ("/clear", "/temp", "/?") if (found := nearest(name))} <= {*COMMANDS}
+
+
+def test_the_help_keeps_commands_apart_from_what_they_do() -> None:
+    for name, command in COMMANDS.items():
+        assert f"{name} {command.argument}".rstrip() + " " in HELP

@@ -285,6 +285,7 @@ def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:
     ]
     assert body["continue_final_message"] is True
     assert chat.texts() == ["Hi", "Hello there."] and page.locator(f"{LAST} .continue").count() == 0
+    assert re.match(r"^\d+ more tokens\b", page.text_content(f"{LAST} .note") or "")
     chat.reload()
     assert chat.texts() == ["Hi", "Hello there."]
 
@@ -306,6 +307,8 @@ def test_thoughts_that_were_cut_go_on(chat: Chat, scripted: Scripted) -> None:  
 
 
 def test_every_setting_reaches_the_request(chat: Chat) -> None:
+    from playwright.sync_api import expect
+
     page = chat.page
     given = {
         **{"temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "repetition_penalty": "1.1"},
@@ -328,7 +331,9 @@ def test_every_setting_reaches_the_request(chat: Chat) -> None:
 
     chat.set(form="json")
     assert chat.say("As JSON")["response_format"] == {"type": "json_object"}
-    chat.set(form="schema", schema='{"type": "object", ')
+    chat.set(form="schema")
+    expect(page.locator("[name=schema]")).to_be_in_viewport()
+    chat.set(schema='{"type": "object", ')
     page.fill("#prompt", "As a schema")
     page.press("#prompt", "Enter")
     assert (page.text_content("#schema-wrong") or "").startswith("This is not JSON: ")
@@ -469,9 +474,11 @@ def test_a_model_is_chosen_and_its_loading_shown(chat: Chat) -> None:
     chat.reload()
     page.click("#library-open")
     chat.reads("#library-state", r"^demo is loaded with 400 MB\.$")
-    assert page.locator("#library-list li").count() == 3
+    assert page.locator("#library-list li").count() == 4
     assert "rwkv7" in page.inner_text("#library-list li:nth-child(3)")
     assert page.locator("#library-list li:nth-child(3) button").count() == 0
+    assert "It needs at least 900MB." in page.inner_text("#library-list li:nth-child(4)")
+    assert page.get_by_role("button", name="Load other/huge").is_enabled()  # with the budget of the field
 
     switch.refusal = "other/large needs at least 3.2 GB; the memory budget is 1 GB."
     page.fill("#library-memory", "1")

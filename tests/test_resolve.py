@@ -136,6 +136,10 @@ def test_what_is_neither_a_folder_nor_an_id(name: str, tmp_path: Path, monkeypat
 def test_folders_and_files_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds neither a store .* nor a checkpoint"):
         find_store(str(tmp_path))
+    (tmp_path / "tiny.Q4_K_M.gguf").write_text("")
+    for found in (tmp_path, tmp_path / "tiny.Q4_K_M.gguf"):
+        with pytest.raises(UsageError, match=r"GGUF files cannot be read"):
+            find_store(str(found))
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file; expected the folder"):
         find_store(str(tmp_path / "file"))

@@ -325,7 +325,8 @@ class Chat:
         try:
             self._load()
         except BudgetError as refused:
-            say(f"{refused} Loading it with the old budget.")
+            advice = str(refused).replace("--memory ", "/memory ")  # as it is typed here
+            say(f"{advice} Loading it with the old budget.")
             self.arguments.memory = before
             try:
                 self._load()

@@ -18,7 +18,7 @@ ABOUT = {  # name -> what it does
     "top-p": "nucleus sampling, 1 is off",
     "top-k": "sample among the k likeliest, 0 is off",
     "min-p": "drop tokens below this share of the likeliest, 0 is off",
-    "repetition-penalty": "0 or 1 is off",
+    "repetition-penalty": "1 is off",
     "presence-penalty": "per token that occurred, 0 is off",
     "frequency-penalty": "per time that it occurred, 0 is off",
     "seed": "of every answer, or random",

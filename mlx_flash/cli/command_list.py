@@ -40,7 +40,7 @@ ELSEWHERE = {
     **dict.fromkeys(("/?", "/commands"), "/help"),
 }
 HELP = (
-    "\n".join(f"{f'{name} {command.argument}':<19}{command.about}" for name, command in COMMANDS.items())
+    "\n".join(f"{f'{name} {command.argument}':<20}{command.about}" for name, command in COMMANDS.items())
     + '''
 A message of several lines stands between """ and """. A \\ at the end of a line
 continues it, and so does Alt-Return. Tab completes commands and paths.

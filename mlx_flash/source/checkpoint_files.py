@@ -97,8 +97,14 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: obje
             return WeightFiles(None, shards, {})
     raise CheckpointError(
         f"{where} has no weights: expected {' or '.join(WEIGHT_PATTERNS[:2])}, or *.safetensors under other names. "
-        "Download the checkpoint again."
+        f"{about_gguf(names) or 'Download the checkpoint again.'}"
     )
+
+
+def about_gguf(names: Collection[str]) -> str:
+    """What to do if a repository or folder has its weights as GGUF files; empty if it has none."""
+    found = any(name.lower().endswith(".gguf") for name in names)
+    return "GGUF files cannot be read. Choose a repository of the model with *.safetensors." if found else ""
 
 
 def files_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConversionError, NoSpaceError, UsageError
 from ..flash.files import MANIFEST, Manifest
-from .checkpoint_files import MAX_SMALL_BYTES, further_templates, matching, small_files, weight_files
+from .checkpoint_files import MAX_SMALL_BYTES, about_gguf, further_templates, matching, small_files, weight_files
 
 SPARE_BYTES = 64 << 20
 ASK_SECONDS = 20  # After this time the Hub counts as unreachable.
@@ -87,7 +87,8 @@ def wanted_files(names: Collection[str], read: Callable[[str], str], where: obje
         return sorted({*small_files(names), *matching(names, parts)})
     if "config.json" not in names:
         raise CheckpointError(
-            f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json)."
+            f"{where} holds neither a store ({MANIFEST}, {Manifest.neurons_file}) nor a checkpoint (config.json). "
+            f"{about_gguf(names)}".rstrip()
         )
     weights = weight_files(names, read, where)
     index = [weights.index] if weights.index else []

@@ -16,7 +16,7 @@ from ..flash.files import VERSION, is_store
 from ..flash.plain_files import reason_of
 from ..flash.safetensors_file import sha256_of
 from .cached import entries, remember
-from .checkpoint_files import SMALL_FILES, files_in, matching, weights_in
+from .checkpoint_files import SMALL_FILES, about_gguf, files_in, matching, weights_in
 from .children import run_child
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def find_checkpoint(
             raise UsageError(f"{model} is a folder; only a Hugging Face repository has a revision. Leave it out.")
         return folder
     if exists:
-        raise UsageError(f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id.")
+        found = f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id."
+        raise UsageError(f"{found} {about_gguf([model])}".rstrip())
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UsageError(f"{model} is neither a folder nor a Hugging Face repository id (owner/name).")
     from .hub import download
@@ -86,7 +87,8 @@ def resolve_source(model: str | None, revision: str | None, say: Callable[[str],
         raise UsageError("a revision was given without a repository. Name one with --model, or leave the revision out.")
     source = demo_folder() if model is None else find_checkpoint(model, revision, say, fetch)
     if not is_store(source) and "config.json" not in files_in(source):
-        raise UsageError(f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json).")
+        found = f"{source} holds neither a store (manifest.json) nor a checkpoint (config.json)."
+        raise UsageError(f"{found} {about_gguf([path.name for path in source.iterdir()])}".rstrip())
     return source
 
 

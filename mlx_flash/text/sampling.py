@@ -22,7 +22,10 @@ Processor = Callable[["mx.array", "mx.array"], "mx.array"]  # (tokens so far (n,
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings for choosing a token, with OpenAI's defaults. 0 means off; for the temperature, greedy."""
+    """The settings for choosing a token, with OpenAI's defaults. 0 means off; for the temperature, greedy.
+
+    For the repetition penalty, 1 means off as well.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -31,7 +34,7 @@ class Sampling:
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    repetition_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
 
     def with_defaults(self, model: GenerationConfig) -> Sampling:

@@ -40,7 +40,8 @@ export class Answering extends EventTarget {
    */
   async ask(conversation, { into, made, options }) {
     const turns = conversation.turns();
-    if (into && (into.content || into.thoughts)) {
+    const continued = Boolean(into && (into.content || into.thoughts));
+    if (continued) {
       if (!into.content) turns.push({ role: "assistant", content: "" }); // It was cut in its thoughts.
       if (into.thoughts) turns.at(-1).reasoning_content = into.thoughts;
       options = { ...options, continue_final_message: true };
@@ -73,7 +74,7 @@ export class Answering extends EventTarget {
       message.state = "done";
       message.tokens = usage?.total_tokens;
       message.cut = finish === "length";
-      message.note = summary({ tokens: usage?.completion_tokens, seconds: (latest - first) / 1000, finish });
+      message.note = summary({ tokens: usage?.completion_tokens, seconds: (latest - first) / 1000, finish, continued });
     } catch (error) {
       this.#ended(message, error);
     } finally {

@@ -177,6 +177,7 @@ at("new-chat").addEventListener("click", () => {
   prompt.focus();
 });
 chats.addEventListener("open", () => {
+  at("attach-note").textContent = "";
   messages.show(chats.current.messages);
   showSystem();
   controls();

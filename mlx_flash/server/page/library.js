@@ -44,7 +44,7 @@ export class Library extends EventTarget {
   get sentence() {
     if (this.state === "loading") return `Loading ${this.loading?.name ?? "the model"}${progressOf(this.loading)}`;
     if (this.state === "unloaded") return "The model is asleep. Your next message wakes it.";
-    if (this.state === "failed") return `The model could not be loaded. ${this.#found?.failure ?? ""}`.trim();
+    if (this.state === "failed") return `The model could not be loaded. ${capital(this.#found?.failure ?? "")}`.trim();
     return "";
   }
 
@@ -113,10 +113,11 @@ export class Library extends EventTarget {
     if (runs && everything_bytes) about.push(`all in memory with ${bytes(everything_bytes)}`);
     const text = element("div", "", "");
     text.append(element("strong", "", name), element("p", "quiet figures", about.join(" · ")));
-    if (!runs && reason) text.append(element("p", "", reason.charAt(0).toUpperCase() + reason.slice(1)));
+    if (!runs && reason) text.append(element("p", "", capital(reason)));
     item.append(text);
     if (loaded) item.setAttribute("aria-current", "true");
-    if (runs) {
+    if (runs || smallest_bytes) {
+      // A model that only needs more memory can be loaded with the budget in the field.
       const load = element("button", "", loaded ? "Reload" : "Load");
       load.type = "button";
       load.setAttribute("aria-label", `${load.textContent} ${name}`);
@@ -151,6 +152,8 @@ function progressOf(loading) {
   const { stage, done, total } = loading;
   return `${stage ? `: ${stage}` : ""}${total ? `, ${Math.floor((100 * done) / total)} %` : ""}`;
 }
+
+const capital = (sentence) => sentence.charAt(0).toUpperCase() + sentence.slice(1);
 
 /** Bytes as the number of GB for a field. */
 const gigabytes = (size) => String(Math.round(size / 1e7) / 100);

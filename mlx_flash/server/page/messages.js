@@ -162,9 +162,9 @@ export class Messages {
   }
 }
 
-/** The note under a complete answer. */
-export function summary({ tokens, seconds, finish }) {
-  const parts = [`${tokens ?? NONE} tokens`];
+/** The note under a complete answer. continued: whether the figures are those of its last part alone. */
+export function summary({ tokens, seconds, finish, continued }) {
+  const parts = [`${tokens ?? NONE} ${continued ? "more tokens" : "tokens"}`];
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} per second`);
   if (finish === "length") parts.push("cut there");
   return parts.join(" · ");

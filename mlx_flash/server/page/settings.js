@@ -37,6 +37,10 @@ export class Settings {
     }
     this.#fill();
     for (const field of this.fields) field.addEventListener("input", () => this.#take());
+    const { form: kind, schema } = form.elements;
+    kind.addEventListener("change", () => {
+      if (kind.value === "schema") schema.closest("label").scrollIntoView({ block: "nearest" });
+    });
     reset.addEventListener("click", () => {
       this.#values = {};
       this.#fill();

@@ -239,7 +239,7 @@ def test_one_format_of_the_weights(present: list[str], index: list[str] | None, 
     [
         ({"README.md": b"", "model.safetensors": b"x"}, r"holds neither a store .* nor a checkpoint .*json\)\.$"),
         ({"tiny.gguf": b"x"}, "GGUF files cannot be read"),
-        ({"config.json": b"{}", "tiny.gguf": b"x", "consolidated.00.pth": b"x"}, "has no weights: expected model.* GGUF"),
+        ({"config.json": b"{}", "tiny.gguf": b"x", "model.pth": b"x"}, "has no weights: expected model.*GGUF"),
         ({"config.json": b"{}", "model.safetensors.index.json": index_of(*SHARDS).encode(), SHARDS[0]: b"x"},
          f"lacks 1 of 2 shards, the first is {SHARDS[1]}"),
         ({"config.json": b"{}", "model.safetensors.index.json": b"[]"}, "is not an index of shards"),

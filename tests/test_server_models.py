@@ -72,9 +72,15 @@ def test_a_stream_begins_while_its_model_is_loaded(server: Server, models: Model
     with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert answer.status_code == 200 and next(lines) == ": waiting"
-        until(lambda: server.get("/stats").json()["state"] == "loading")
+        until(
+            lambda: (server.get("/library").json()["loading"] or {}).get("stage") == "planning"
+        )  # the old one is closed
         stats = server.get("/stats").json()
-        assert stats["model"] is None and stats["library"]["loading"]["name"] == "owner/first"
+        assert (
+            stats["state"] == "loading"
+            and stats["model"] is None
+            and stats["library"]["loading"]["name"] == "owner/first"
+        )
         report = server.get("/library").json()
         assert report["state"] == "loading" and report["loading"]["stage"] == "planning"
         assert server.get("/health").json()["status"] == "ok" and server.get("/metrics").status_code == 200
@@ -294,6 +300,24 @@ def test_a_budget_that_was_ordered_stays(server: Server, models: Models) -> None
     until(lambda: len(models.loaded) == 2 and server.engine.ready)
     assert models.library is not None and models.library.memory == "2GB"
     assert ask(server, OWN).status_code == 200 and models.loaded == [OWN, OWN]
+
+
+def test_a_budget_that_was_refused_does_not_stay(server: Server, models: Models) -> None:
+    models.failing["owner/first"] = BudgetError("this model needs at least 3100MB.", 3_100_000_000)
+    assert models.library is not None
+    before = models.library.memory
+    assert server.post("/library/load", {"name": "owner/first", "memory": "2GB"}).status_code == 202
+    until(lambda: models.loaded[-1] == "owner/first" and server.engine.switch.failure != "")
+    assert models.library.memory == before
+
+
+def test_a_sleeping_server_counts_its_process_as_the_last_plan_did(server: Server, models: Models) -> None:
+    assert models.library is not None
+    awake = models.library.process_bytes
+    assert server.post("/library/unload", {}).status_code == 202
+    until(lambda: server.engine.switch.loaded is None)
+    server.engine.switch.freed_bytes = 0  # as if nothing at all were left
+    assert models.library.process_bytes >= awake > 0
 
 
 def test_events_tell_of_loading(server: Server) -> None:

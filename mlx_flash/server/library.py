@@ -130,11 +130,12 @@ class Library:
 
     @property
     def process_bytes(self) -> int:
-        """The size of the process without a model: as the last plan counted it, or as the last model left it."""
+        """The size of the process without a model: as the last plan counted it, or as the last model left it.
+
+        A plan counts what loading needs beside the model, too, which is free again while nothing is loaded.
+        """
         switch = self.engine.switch
-        loaded = switch.loaded
-        planned = 0 if loaded is None else loaded.model.flash.plan.demand.process
-        return max(planned, switch.freed_bytes)
+        return max(switch.planned_process_bytes, switch.freed_bytes)
 
     # -- loading --------------------------------------------------------------------------------------------
 
@@ -150,11 +151,7 @@ class Library:
             raise self.unknown(name, status=400)
         if memory is not None:
             self._check_budget(memory)
-        target = self.checked(model, memory)
-        if memory is not None:
-            self.memory, self._changed = memory, True
-            target = self._target(model)
-        return target
+        return self.checked(model, memory)
 
     def _check_budget(self, memory: str) -> None:
         """Raises ApiError if it is not a size, or more than the machine has."""
@@ -181,7 +178,7 @@ class Library:
         chosen = str(budget) if memory is not None or self._changed else None
         name = self.own_names[0] if model is None else model.name
         path = self.engine.own_path if model is None else str(model.folder)
-        load = self.load_own if model is None and chosen is None else self._loader(model, budget)
+        load = self.load_own if model is None and chosen is None else self._loader(model, budget, memory is not None)
         return Target(name, path, load, (_identity(model), chosen))
 
     def load_own(self, tell: Tell) -> tuple[Any, Any]:
@@ -190,9 +187,19 @@ class Library:
         self._begun = True
         return loaded
 
-    def _loader(self, model: InstalledModel | None, memory: str | int | None) -> Callable[[Tell], tuple[Any, Any]]:
+    def _loader(
+        self, model: InstalledModel | None, memory: str | int | None, ordered: bool
+    ) -> Callable[[Tell], tuple[Any, Any]]:
+        """ordered: whether `memory` is the budget from then on, once the model is loaded."""
         options = self.options if model is None else self._options_for(model)
-        return lambda tell: self._load(model, replace(options, memory=memory), tell, fetch=False)
+
+        def load(tell: Tell) -> tuple[Any, Any]:
+            loaded = self._load(model, replace(options, memory=memory), tell, fetch=False)
+            if ordered:
+                self.memory, self._changed = memory, True
+            return loaded
+
+        return load
 
     def _options_for(self, model: InstalledModel) -> LoadOptions:
         plan = self.plans.known(model)

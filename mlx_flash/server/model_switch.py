@@ -52,6 +52,7 @@ class ModelSwitch:
         self.files_of: FilesOf = lambda model: None
         self.loads = self.unloads = 0
         self.budget_bytes: int | None = None  # of the last model's plan
+        self.planned_process_bytes = 0  # the process in the last model's plan
         self.freed_bytes = 0  # size of the process after the last model was closed; 0 before
         self._totals: dict[str, float] | None = None
         self._told_at = 0.0
@@ -78,7 +79,8 @@ class ModelSwitch:
             self.progress, self.state = None, STOPPED
             raise
         self.progress, self.current, self.failure = None, target, ""
-        self.budget_bytes = model.flash.plan.budget
+        plan = model.flash.plan
+        self.budget_bytes, self.planned_process_bytes = plan.budget, plan.demand.process
         self.loads += 1
         self._set(READY, target.name)
 

@@ -33,7 +33,7 @@ function inlineFormula(state, silent) {
   const from = pos + open.length;
   const money = open === "$";
   if (money && (/[\w$]/.test(src[pos - 1] ?? "") || /\s/.test(src[from] ?? " "))) return false;
-  const end = endOf(src, close, from, posMax);
+  const end = inlineEnd(state, close, from);
   if (end === -1 && (money || !state.env.streaming)) return false;
   if (money && (/\s/.test(src[end - 1]) || /\d/.test(src[end + 1] ?? ""))) return false;
   const content = src.slice(from, end === -1 ? posMax : end);
@@ -46,6 +46,17 @@ function inlineFormula(state, silent) {
   }
   state.pos = end === -1 ? posMax : end + close.length;
   return true;
+}
+
+/** Where an unescaped `close` stands in a paragraph, or -1. Many marks without an end are searched through only once. */
+function inlineEnd(state, close, from) {
+  const { src, posMax } = state;
+  const without = (state.withoutEnd ??= {}); // close -> [from, most]: it is not between these
+  const [first, most] = without[close] ?? [];
+  if (from >= first && posMax <= most) return -1;
+  const end = endOf(src, close, from, posMax);
+  if (end === -1) without[close] = [from, posMax];
+  return end;
 }
 
 /** Where an unescaped `close` stands, or -1. */
@@ -64,16 +75,25 @@ function blockFormula(state, startLine, endLine, silent) {
   const first = state.src.slice(state.bMarks[startLine] + state.tShift[startLine], state.eMarks[startLine]);
   const [open, close] = MARKS.slice(0, 2).find(([mark]) => first.startsWith(mark)) ?? [];
   if (!open) return false;
+  // Later lines of a formula that failed fail like it. Each of many such lines would search through all the others.
+  const where = [state.level, state.blkIndent, endLine].join();
+  const failed = (state.failedFormulas ??= {})[open];
+  if (failed?.where === where && failed.from < startLine && startLine < failed.line) return false;
   let line = startLine;
   let content = first.slice(open.length);
   let end = endOf(content, close, 0, content.length);
   while (end === -1 && ++line < endLine && !state.isEmpty(line) && state.sCount[line] >= state.blkIndent) {
-    content += `\n${state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line])}`;
-    end = endOf(content, close, 0, content.length);
+    const more = state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
+    const at = endOf(more, close, 0, more.length);
+    if (at !== -1) end = content.length + 1 + at;
+    content += `\n${more}`;
   }
   const after = end === -1 ? "" : content.slice(end + close.length).trim();
-  if (end === -1 && !(state.env.streaming && line === endLine)) return false;
-  if (/[^.,;:]/.test(after) || (end !== -1 && !content.slice(0, end).trim())) return false;
+  const endless = end === -1 && !(state.env.streaming && line === endLine);
+  if (endless || /[^.,;:]/.test(after) || (end !== -1 && !content.slice(0, end).trim())) {
+    state.failedFormulas[open] = { where, from: startLine, line };
+    return false;
+  }
   if (silent) return true;
   state.line = Math.min(line + 1, endLine);
   const token = state.push("formula", "", 0);

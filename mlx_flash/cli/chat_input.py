@@ -17,6 +17,7 @@ from ..source.cached import HISTORY
 from ..source.resolve import cache_folder
 from .completion import complete_with
 from .history import History
+from .printable import printable
 from .terminal import Interrupts, say
 
 PROMPT, MORE = ">>> ", "... "
@@ -78,7 +79,7 @@ class TypedLines:
 
     def agrees(self, question: str) -> bool:
         try:
-            return self._line(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+            return self._line(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
         except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
             print()
             return False

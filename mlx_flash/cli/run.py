@@ -14,6 +14,7 @@ from types import FrameType
 from ..errors import FlashError
 from . import stopping
 from .beginning import HUNG_UP, Terminated, hand_over, tell_again
+from .printable import for_stream
 
 REVISION_HELP = "branch, tag or commit of the Hugging Face repository (default: its main branch)"
 
@@ -111,7 +112,7 @@ def _ignore(*numbers: signal.Signals) -> None:
 def _say_why(name: str, error: Exception | KeyboardInterrupt) -> int:
     """Prints the error that ended the command `name` as a line on standard error. Returns the exit code."""
     if isinstance(error, FlashError):
-        print(f"{name}: {error}", file=sys.stderr)
+        print(for_stream(f"{name}: {error}", sys.stderr), file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{name}: interrupted", file=sys.stderr)
@@ -120,11 +121,11 @@ def _say_why(name: str, error: Exception | KeyboardInterrupt) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif isinstance(error, OSError):  # such as a full disk behind standard output, or an unreadable folder
         with contextlib.suppress(OSError):
-            print(f"{name}: {error}", file=sys.stderr)
+            print(for_stream(f"{name}: {error}", sys.stderr), file=sys.stderr)
         with contextlib.suppress(OSError):  # Buffered output would fail again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:  # an error of MLX, or a bug of ours
         from ..source.failures import sentence
 
-        print(f"{name}: {sentence(error)}", file=sys.stderr)
+        print(for_stream(f"{name}: {sentence(error)}", sys.stderr), file=sys.stderr)
     return 1

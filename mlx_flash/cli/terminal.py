@@ -14,14 +14,15 @@ from typing import Any
 
 from . import stopping
 from .beginning import Interrupted, interrupt
-from .printable import size_of
+from .printable import for_stream, size_of
 
 WITHOUT_TEMPLATE = "Use --ignore-chat-template to run without it."  # follows an error of a chat template
 
 
 def say(text: str) -> None:
+    """Prints a note. It may have names and texts from files, which a terminal must not obey."""
     with contextlib.suppress(OSError):  # A note that cannot be shown must not stop the command.
-        print(text, file=sys.stderr, flush=True)
+        print(for_stream(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 class Interrupts:

@@ -3,7 +3,7 @@
 import { Lazy } from "./lazy.js";
 import { element, extend } from "./patch.js";
 
-const MOST_CHARACTERS = 100_000; // of a code with colours
+const MOST_CHARACTERS = 20_000; // of a code with colours: some languages take time with the square of the length
 const SHARE = 20; // The colours of a code that grows take at most the 20th part of the time.
 
 const library = new Lazy(() => import("./vendor/highlight.js"));

@@ -251,6 +251,7 @@ def test_the_unchanged_file_is_read(small_file: bytes) -> None:
         lambda data: signed(data, b'\\"step\\": 4', b'\\"step\\": 0'),
         lambda data: signed(data, b'\\"as_read\\": 9', b'\\"as_read\\":[]'),
         lambda data: signed(data, b'\\"stops\\": [4, 8]', b'\\"stops\\": [4,99]'),
+        lambda data: signed(data, b'\\"stops\\": [4, 8]', b'\\"stops\\": 123456'),
         lambda data: signed(data, b'\\"array\\": 0', b'\\"array\\": 7'),
         lambda data: signed(data, b'\\"offset\\": {\\"value\\": 9}', b'\\"offset\\": {\\"value\\": 8}'),
         lambda data: signed(data, b'\\"keys\\"', b'\\"kezs\\"'),

@@ -78,14 +78,15 @@ def conversation_key(model: Any) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Small files that describe the model by their SHA-256, weights by size and time: hashing takes minutes."""
+    """Small files that describe the model by their SHA-256, weights by size and times: hashing takes minutes."""
     found: list[list[Any]] = []
     for path in sorted(folder.iterdir()):
         if path.name in DESCRIPTIONS or path.name.endswith(".index.json"):
             found.append([path.name, sha256_of(path)])
         elif path.name.endswith(WEIGHTS):
             status = path.stat()
-            found.append([path.name, status.st_size, status.st_mtime_ns])
+            # A tool that replaces a file may give it the time of another one, but not the time of that change.
+            found.append([path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return found
 
 

@@ -42,6 +42,7 @@ class ModelPlans:
         self._plans: dict[str, Needs] | None = None  # None until the file was read
         self._failed: dict[str, tuple[float, Needs]] = {}  # when, and why
         self._lock = threading.Lock()
+        self._asked = threading.Lock()  # Requests for models have one process together, which takes memory.
         self._children: set[subprocess.Popen[bytes]] = set()
         self._closed = False
 
@@ -62,7 +63,10 @@ class ModelPlans:
         """The plan of a model. Takes seconds if it is not known. Raises FlashError if the server stops."""
         if (known := self.known(model, failed_s)) is not None:
             return known
-        self.make([model])
+        with self._asked:
+            if (known := self.known(model, failed_s)) is not None:  # Another request has waited for it.
+                return known
+            self.make([model])
         made = self.known(model)
         assert made is not None
         return made

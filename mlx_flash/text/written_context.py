@@ -58,10 +58,10 @@ class WrittenContext(CachedContext):
             self.snapshots = dict.fromkeys(self._snapshots)  # type: ignore[assignment]  # their places are enough here
             tokens = np.zeros(self._entries[TOKENS].shape, np.int32)
             self._read(file, TOKENS, [tokens])
+            places = [self.step, self.as_read, *self.stops, *self.ends, *self.snapshots]
         except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{MALFORMED} ({type(error).__name__})") from None
         self.tokens: Any = tokens
-        places = [self.step, self.as_read, *self.stops, *self.ends, *self.snapshots]
         sound = all(type(place) is int and 0 <= place <= len(tokens) for place in places[1:])
         if not sound or type(self.step) is not int or self.step < 1 or tokens.ndim != 1 or not len(tokens):
             raise ValueError(MALFORMED)
@@ -93,8 +93,8 @@ class WrittenContext(CachedContext):
         """
         whole, parts = len(self.tokens), parts_of(cache)
         at = self.needed_snapshot(place)
-        saved = [None] * len(self._parts) if at is None else self._snapshots[at]
         try:
+            saved = [None] * len(self._parts) if at is None else self._snapshots[at]
             if not len(self._parts) == len(saved) == len(parts):
                 raise ValueError("it has another number of parts")
             for part, spec, restored in zip(parts, self._parts, saved, strict=True):

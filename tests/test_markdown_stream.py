@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import sys
 import termios
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ from mlx_flash.cli import live_region
 from mlx_flash.cli.live_region import LiveRegion, StyledLine
 from mlx_flash.cli.markdown_stream import MarkdownStream
 from mlx_flash.cli.printable import for_stream, lacks_styles, printable, size_of
+from mlx_flash.cli.run import _say_why
+from mlx_flash.cli.terminal import say
+from mlx_flash.errors import UsageError
 
 WIDTH, HEIGHT = 60, 8
 LONG = "a line of code that is wider than the terminal, so that it can be copied as one: " + "x" * 40
@@ -155,6 +159,15 @@ def test_a_file_gets_the_text_as_it_is_and_a_terminal_what_is_printable(monkeypa
     for name, value, reason in (("TERM", "dumb", "TERM"), ("TERM", "xterm", None), ("NO_COLOR", "1", "NO_COLOR")):
         monkeypatch.setenv(name, value)
         assert (lacks_styles(stream) or "").partition(" ")[0] == (reason or "")
+
+
+def test_notes_and_errors_with_names_from_files_are_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    say("saved in a\x1b]52;c;eA==\x07.json")
+    assert _say_why("mlxflash", UsageError("tensor \x1b]0;x\x07 is not in it")) == UsageError.exit_code
+    assert terminal.getvalue() == "saved in a␛]52;c;eA==␇.json\nmlxflash: tensor ␛]0;x␇ is not in it\n"
 
 
 def test_a_terminal_without_a_size_has_a_usual_one() -> None:

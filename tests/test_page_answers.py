@@ -269,6 +269,16 @@ def test_nothing_that_a_model_writes_is_carried_out(page: Page, server: Scripted
     page.wait_for_selector(f"{BODY} math")
 
 
+@pytest.mark.parametrize(
+    "marks", ["\\[a\n" * 15_000, "$$a b\n$x\n" * 5_000, "\\(" * 50_000], ids=["lines", "dollars", "inline"]
+)
+def test_many_formulas_without_an_end_do_not_stop_the_page(page: Page, server: ScriptedPage, marks: str) -> None:
+    server.script = text(f"{marks}\n\nAfter **them**.", len(marks) + 100)
+    ask(page)
+    page.wait_for_selector(f"{BODY} strong")
+    assert page.locator(f"{BODY} math").count() == 0
+
+
 def test_no_file_of_the_page_reads_html() -> None:
     from mlx_flash.server.app import PAGE
 

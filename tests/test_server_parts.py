@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 
 from mlx_flash.flash.slot_cache import EventLog, SlotCache
 from mlx_flash.loading.load import load
+from mlx_flash.loading.options import LoadOptions
 from mlx_flash.server import jobs
 from mlx_flash.server.answering import Waiting
 from mlx_flash.server.api_errors import ApiError
@@ -31,8 +36,10 @@ from mlx_flash.server.cache_watch import MOST_BINS, CacheWatch, binned
 from mlx_flash.server.engine import Engine
 from mlx_flash.server.jobs import End, Job
 from mlx_flash.server.loaded_model import LoadedModel
+from mlx_flash.server.model_plans import ModelPlans
 from mlx_flash.server.places import QueuePlace
 from mlx_flash.server.prompts import encode_dialogue
+from mlx_flash.source.installed import InstalledModel
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.images import MOST_WAITING
 from mlx_flash.text.sampling import PENALTY_TOKENS, Sampling, make_processors
@@ -279,3 +286,50 @@ def test_few_prompts_with_images_wait_at_a_time() -> None:
     for each in waiting:
         engine.places.leave(each)
     submit(job(seen="pixels"))
+
+
+# -- planning other models -----------------------------------------------------------------------------------------
+
+
+def test_what_a_model_s_class_prints_is_not_taken_for_its_plan() -> None:
+    program = (
+        "import os, mlx_flash.server.plan_worker as worker\n"
+        "worker.planned = lambda model, _: print('[WARNING]') or os.write(1, b'{}') and {'reason': model}\n"
+        "worker.main()"
+    )
+    asked = json.dumps({"options": {}, "models": ["a", "b"]})
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        worker.stdin.write(f"{asked}\n")
+        worker.stdin.flush()
+        assert [json.loads(worker.stdout.readline()) for _ in range(2)] == [{"reason": "a"}, {"reason": "b"}]
+        worker.kill()
+
+
+def test_requests_for_a_model_wait_for_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
+    made: list[str] = []
+    plan = {"smallest": 1, "everything": 2, "images": False, "reason": ""}
+
+    class Plans(ModelPlans):
+        def make(self, models: Any) -> None:
+            made.extend(model.name for model in models)
+            for model in models:
+                asked.wait(60)
+                self._keep(model, plan)
+
+    plans, asked = Plans(LoadOptions), threading.Event()
+    model = InstalledModel("a", "hub", "a", tmp_path, 1, "stamp")
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(plans.plan_of, model, 1.0) for _ in range(8)]
+        while not made:
+            pass
+        asked.set()
+        assert [answer.result() for answer in answers] == [plan] * 8
+    assert made == ["a"]

@@ -125,7 +125,11 @@ def _branch(path: Path, chat: dict[str, Any]) -> list[dict[str, Any]]:
     for message in messages if isinstance(messages, list) else [None]:
         fields: dict[str, Any] = message if isinstance(message, dict) else {}
         name, parent = fields.get("id"), fields.get("parent")
-        if not isinstance(name, str) or name in before or not (parent is None or (isinstance(parent, str) and parent in before)):
+        if (
+            not isinstance(name, str)
+            or name in before
+            or not (parent is None or (isinstance(parent, str) and parent in before))
+        ):
             raise UsageError(f"{path} is damaged: expected a list of messages, each after the one that it follows.")
         before[name] = fields
     found: list[dict[str, Any]] = []

@@ -55,6 +55,7 @@ class Library:
         self._own_needs: dict[str, Any] | None = None  # of the first model: bytes without the process
         self._refused: dict[str, tuple[float, int]] = {}  # what did not fit after all: when, and its smallest budget
         self._surveying = threading.Lock()
+        self._planning = asyncio.Lock()  # Requests that wait for a plan must not keep all threads from the others.
 
     # -- names ----------------------------------------------------------------------------------------------
 
@@ -68,7 +69,12 @@ class Library:
         if len(name) > MOST_NAME or not await asyncio.to_thread(may_be_installed, name):
             return None
         found = await asyncio.to_thread(self.find, name)
-        return None if found is None else await asyncio.to_thread(self.checked, found, None)
+        if found is None:
+            return None
+        if await asyncio.to_thread(self.plans.known, found, ASKED_S) is None:
+            async with self._planning:
+                await asyncio.to_thread(self.plans.plan_of, found, ASKED_S)
+        return await asyncio.to_thread(self.checked, found, None)
 
     def find(self, name: str) -> InstalledModel | None:
         return next((model for model in self.others() if model.name == name), None)

@@ -31,6 +31,8 @@ from ..text.conversation_files import ConversationFiles
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy")
 DESCRIPTIONS = ("config.json", MANIFEST)
 WEIGHTS = (".safetensors", ".bin")
+# Variables that choose kernels, another BLAS, or the number of its threads, which may change the order of sums.
+ARITHMETIC = re.compile(r"MLX_(?!FLASH_)|LD_PRELOAD$|DYLD_INSERT_LIBRARIES$|OPENBLAS_|OMP_NUM_THREADS$|VECLIB_")
 
 
 def conversation_files(model: Any, most_bytes: int | None, note: Callable[[str], None]) -> ConversationFiles | None:
@@ -65,7 +67,7 @@ def conversation_key(model: Any) -> dict[str, Any]:
         "device": [str(mx.default_device()), *(str(device.get(name)) for name in ("architecture", "device_name"))],
         "system": [platform.system(), platform.machine(), platform.mac_ver()[0]],
         "compiler": shutil.which("g++") is not None,  # without it, MLX's CPU backend does not fuse
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if re.match(r"MLX_(?!FLASH_)", name)},
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if ARITHMETIC.match(name)},
         "folder": str(folder),
         "files": _files(folder),
         "model": f"{type(model).__module__}.{type(model).__qualname__}",

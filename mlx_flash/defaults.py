@@ -8,6 +8,7 @@ PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
 DRAFTS = ("none", "ngram", "mtp")  # ways of drafting without a draft model
 
+MOST_PARALLEL = 8  # answers that are decoded at once
 KV_BITS = (8, 4)  # bits per number of a quantised KV cache
 CONTEXT = 2048  # tokens; the least that is chosen, if a model has so many positions
 MOST_CONTEXT = 32768  # tokens; the most that are chosen

@@ -156,4 +156,5 @@ def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tup
 def options_of(arguments: argparse.Namespace) -> LoadOptions:
     from ..loading.options import LoadOptions
 
-    return LoadOptions(**{field.name: getattr(arguments, field.name) for field in fields(LoadOptions)})
+    given = vars(arguments)  # `parallel` is the server's alone
+    return LoadOptions(**{field.name: given[field.name] for field in fields(LoadOptions) if field.name in given})

@@ -20,6 +20,7 @@ from ..layers.shared_reading import SharedReading, bytes_to_share
 from ..layers.streamed_layers import evaluate_prompts
 from ..source.model_kind import error_line
 from ..source.zoos import MLX_LM, zoo_of
+from ..text.batch_generation import require_batches
 from ..text.draft_depth import MOST_DEPTH
 from ..text.image_prompts import ImageProcessor
 from ..text.images import HELD_BYTES, MOST_WAITING
@@ -86,10 +87,13 @@ def plan_in_place(
     def needs_at(context: int) -> Needs:
         evaluated = [layer.module for layer in mixture.layers] if dense else []
         try:
-            return needs_of(mixture.model, streamed, context, evaluated=evaluated, chunk=options.prefill_chunk)
+            needs = needs_of(mixture.model, streamed, context, evaluated=evaluated, chunk=options.prefill_chunk)
         except Exception as error:  # mlx-lm's model and MLX raise plain exceptions
             raise _cannot_run(folder, mixture.config, error) from None
+        return needs.of_rows(options.parallel)
 
+    if options.parallel > 1:
+        require_batches(mixture.model)
     try:
         largest = None if images is None else images.largest()
         seen = NO_IMAGES
@@ -122,9 +126,10 @@ def plan_in_place(
             predictors=0,
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
-            grammars=grammar_bytes(needs.vocabulary),
+            grammars=grammar_bytes(needs.vocabulary, options.parallel),
             drafts=0 if drafts is None else drafts.bytes_at(context, needs, at_once(needs)),
             table_rows=weights.rows_kept,
+            parallel=options.parallel,
         )
 
     def demand_at(context: int) -> Demand:

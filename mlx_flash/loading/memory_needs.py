@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,20 @@ class Needs:
     vocabulary: int  # number of tokens that the model has logits for
     choices: int  # most units that a token names in a layer; 1 if the layers find them
     state_bytes: int = 0  # of the parts of the cache that do not grow: states of recurrences, windows
+    decoding: int = 0  # of the work space, what a step of one token takes
+    layer_kv_cache: int = 0  # of the KV cache, the largest layer's share at most
+
+    def of_rows(self, rows: int) -> Needs:
+        """The needs of so many answers that are decoded at once.
+
+        A step of all takes at most `rows` times that of one. A row that joins or leaves makes all rows of one layer
+        exist twice, with its own beside them. Prompts are read one at a time.
+        """
+        if rows == 1:
+            return self
+        moving = (rows + 1) * self.layer_kv_cache
+        work = max(self.workspace, rows * self.decoding, moving)
+        return replace(self, kv_cache=rows * self.kv_cache, workspace=work, state_bytes=rows * self.state_bytes)
 
 
 def needs_of(
@@ -100,8 +114,16 @@ def needs_of(
             model.load_weights(weights, strict=False)
     # Memory grows with the tokens at most in proportion.
     work = -(-(prompt.peak_bytes(drops_late, logits=False) - prompt.kv_bytes) * tokens // prompt.tokens)
-    work = max(work, token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes)
-    return Needs(prompt.kv_bytes + prompt.unused_kv_bytes, work, prompt.vocabulary, prompt.choices, prompt.state_bytes)
+    decoding = token.peak_bytes(drops_late, logits=True) - prompt.kv_bytes
+    return Needs(
+        prompt.kv_bytes + prompt.unused_kv_bytes,
+        max(work, decoding),
+        prompt.vocabulary,
+        prompt.choices,
+        prompt.state_bytes,
+        decoding,
+        prompt.layer_kv_bytes,
+    )
 
 
 @dataclass
@@ -244,6 +266,9 @@ class _Step:
         *self.after, self.logits = outputs
         growing = {id(array) for part in parts_of(cache) if _grows(part) for array, _ in _arrays_of(part)}
         self.grows = [id(array) in growing for array, _ in _cache_arrays(cache)]
+        places = iter(range(len(self.after)))
+        # Indices into `after`, by layer.
+        self.layers = [[next(places) for _ in _cache_arrays([layer])] for layer in cache]
 
     @property
     def kv_bytes(self) -> int:
@@ -254,6 +279,13 @@ class _Step:
         """Bytes of the last step of a growing cache, beyond the end of the context, which were not in this call."""
         grown = (array for array, grows in zip(self.after, self.grows, strict=True) if grows)
         return sum(array.nbytes // array.shape[2] * (-array.shape[2] % KV_STEP_TOKENS) for array in grown)
+
+    @property
+    def layer_kv_bytes(self) -> int:
+        """Bytes of the layer whose cache is the largest, to the end of its last step."""
+        sizes = [round_up(a.shape[2], KV_STEP_TOKENS) * a.nbytes // a.shape[2] if grows else a.nbytes
+                 for a, grows in zip(self.after, self.grows, strict=True)]  # fmt: skip
+        return max((sum(sizes[at] for at in layer) for layer in self.layers), default=0)
 
     @property
     def state_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_PREFILL_TOKENS, PREDICTORS, PREFILL_TOKENS, THREADS
+from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_PARALLEL, MOST_PREFILL_TOKENS, PREDICTORS, PREFILL_TOKENS, THREADS
 from ..errors import UsageError
 from .plan import parse_memory
 
@@ -35,6 +35,7 @@ class LoadOptions:
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
     images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
+    parallel: number of answers that are decoded at once, 1 to 8. The plan has a KV cache for each. The server uses it.
     """
 
     revision: str | None = None
@@ -52,6 +53,7 @@ class LoadOptions:
     draft_model: str | os.PathLike[str] | None = None
     verify: bool = False
     images: bool = False
+    parallel: int = 1
 
     @property
     def budget(self) -> int | None:
@@ -104,4 +106,21 @@ class LoadOptions:
             raise UsageError(f"draft_model is {self.draft_model!r:.80}, expected a folder or a repository id.")
         if self.draft_model is not None and self.draft != "none":
             raise UsageError(f"draft is {self.draft!r} and a draft model is given as well. Leave one of them out.")
+        if type(self.parallel) is not int or not 1 <= self.parallel <= MOST_PARALLEL:
+            raise UsageError(f"parallel is {self.parallel!r:.80}, expected a whole number from 1 to {MOST_PARALLEL}.")
+        if self.parallel > 1:
+            self._check_alone()
         _ = self.budget, self.prompt_cache_bytes
+
+    def _check_alone(self) -> None:
+        """Raises UsageError for an option that works for one answer at a time."""
+        alone = {
+            "images": self.images,
+            "drafts": self.draft != "none" or self.draft_model is not None,
+            "a quantised KV cache (kv_bits)": self.kv_bits is not None,
+        }
+        if named := [name for name, given in alone.items() if given]:
+            raise UsageError(
+                f"parallel is {self.parallel}, but {' and '.join(named)} work for one answer at a time. "
+                "Leave one of them out."
+            )

@@ -55,16 +55,22 @@ class Demand:
     grammars: int = 0  # of structured answers, which take it from the prompt caches, so it is not in the total
     drafts: int = 0  # what drafts tokens, and what a pass with them takes beyond that of one token
     table_rows: int = 0  # rows that are kept of lookup tables whose rows are read
+    parallel: int = 1  # number of contexts that the KV cache has room for
 
     @property
     def total(self) -> int:
         weights = self.resident + self.predictors + self.table_rows
         return self.process + weights + self.kv_cache + self.prompt_caches + self.drafts + self.workspace
 
+    @property
+    def context_bytes(self) -> int:
+        """The KV cache of one context."""
+        return self.kv_cache // self.parallel
 
-def grammar_bytes(vocabulary: int) -> int:
-    """The memory that structured answers of a model take, one at a time. vocabulary: number of tokens."""
-    return GRAMMAR_BYTES_PER_TOKEN * vocabulary + GRAMMAR_BYTES
+
+def grammar_bytes(vocabulary: int, parallel: int = 1) -> int:
+    """The memory that structured answers of a model take. vocabulary: number of tokens. parallel: answers at once."""
+    return GRAMMAR_BYTES_PER_TOKEN * vocabulary + parallel * GRAMMAR_BYTES
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class Plan:
             ("resident weights", self.demand.resident, self.notes.resident),
             ("predictors", self.demand.predictors, self.notes.predictors),
             ("slots", self.slots_bytes, slots),
-            ("KV cache", self.demand.kv_cache, f"{self.context} tokens{self.notes.kv_cache}"),
+            ("KV cache", self.demand.kv_cache, f"{self._tokens}{self.notes.kv_cache}"),
             ("prompt caches", self.demand.prompt_caches, self._caches_note()),
             *([("drafts", self.demand.drafts, self.notes.drafts)] if self.demand.drafts else []),
             ("work space", self.demand.workspace, "pieces on their way, activations"),
@@ -174,13 +180,18 @@ class Plan:
             )
         return "\n".join(["memory plan", *lines])
 
+    @property
+    def _tokens(self) -> str:
+        each = f"{self.context} tokens"
+        return each if self.demand.parallel == 1 else f"{each} for each of {self.demand.parallel} answers"
+
     def _caches_note(self) -> str:
         demand = self.demand
         if not demand.prompt_caches:
             return "none: only the last conversation is kept"
         if not demand.kv_cache:
             return "earlier conversations"
-        return f"about {demand.prompt_caches * self.context // demand.kv_cache} tokens of earlier conversations"
+        return f"about {demand.prompt_caches * self.context // demand.context_bytes} tokens of earlier conversations"
 
 
 def _with_caches(smallest: int, wanted: int, most: int, grammars: int) -> int:
@@ -274,7 +285,7 @@ def plan_for_budget(
     MOST_CONTEXTS further contexts take, or structured answers.
     Raises BudgetError, which names the smallest budget that suffices.
     """
-    most_caches = max(MOST_CONTEXTS * demand.kv_cache, demand.grammars) if prompt_caches is None else 0
+    most_caches = max(MOST_CONTEXTS * demand.context_bytes, demand.grammars) if prompt_caches is None else 0
     demand = replace(demand, prompt_caches=prompt_caches or 0)
     smallest = demand.total + units.layers * units.least * slot_bytes
     all_units = demand.total + units.layers * units.per_layer * slot_bytes
@@ -295,6 +306,8 @@ def plan_for_budget(
             found += ", or lower --prompt-cache"
         if smallest - demand.kv_cache <= most:
             found += ", or lower --context"
+        if demand.parallel > 1:
+            found += f", or lower --parallel, which is {demand.parallel}"
         raise BudgetError(
             f"this model needs at least {smallest_mb}MB "
             f"({demand.process / 1e6:.0f} MB process, {demand.resident / 1e6:.0f} MB resident weights, "

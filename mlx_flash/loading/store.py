@@ -22,6 +22,7 @@ from ..source.checkpoint_files import MAX_SMALL_BYTES, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.config_counts import count_problem
 from ..source.model_kind import first_line
+from ..text.batch_generation import require_batches
 from ..text.generation_config import read_generation_config
 from ..text.tokenizer import load_tokenizer
 from . import dense
@@ -160,10 +161,13 @@ def _plan(
     @cache
     def needs_at(context: int) -> Needs:
         try:
-            return needs_of(model, streamed, context, dtype, chunk=options.prefill_chunk)
+            needs = needs_of(model, streamed, context, dtype, chunk=options.prefill_chunk)
         except CONFIG_ERRORS as error:
             raise _cannot_call(folder, error) from None
+        return needs.of_rows(options.parallel)
 
+    if options.parallel > 1:
+        require_batches(model)
     at_load = 0
     if kind == "exact":
         matrix = layout.neurons * layout.width * dtype.size
@@ -181,7 +185,9 @@ def _plan(
 
     def demand_at(context: int) -> Demand:
         needs = needs_at(context)
-        demand = demand_of(layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load)
+        demand = demand_of(
+            layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load, options.parallel
+        )
         drafting = 0 if drafts is None else drafts.bytes_at(context, needs, manifest.decode_tokens)
         return replace(demand, drafts=drafting)
 
@@ -220,11 +226,13 @@ def demand_of(
     threads: int,
     process: int,
     at_load: int = 0,
+    parallel: int = 1,
 ) -> Demand:
     """The memory that a store's model needs apart from its slots.
 
     parts: kept in slots. resident: bytes of each resident tensor, as it is in memory. predictors: bytes of all of them.
     threads: of the reader. process: bytes of the process. at_load: bytes that loading needs at most beside what stays.
+    parallel: number of answers at once, which `needs` are for.
     """
     offset, slot_bytes = layout.part_range(parts)
     computing = needs.workspace + reading_bytes(threads, aligned=(offset | slot_bytes) % READ_ALIGNMENT == 0)
@@ -237,7 +245,8 @@ def demand_of(
         predictors=predictors,
         kv_cache=needs.kv_cache,
         workspace=scratch_bytes(layout) + sums + MLX_CACHE_BYTES + max(computing, loading),
-        grammars=grammar_bytes(needs.vocabulary),
+        grammars=grammar_bytes(needs.vocabulary, parallel),
+        parallel=parallel,
     )
 
 

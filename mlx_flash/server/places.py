@@ -131,7 +131,7 @@ class Places:
             for place in self._same():
                 if place.errand:  # its model is loaded
                     self._remove(place)
-                elif place.job is not None:
+                elif place.job is not None and place.serving is None:
                     place.serving, place.job = place.job, None
                     return place
             if not self._places or self._same():

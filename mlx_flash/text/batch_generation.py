@@ -16,17 +16,29 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..defaults import KV_STEP_TOKENS
 from ..errors import UsageError
 from ..flash.host_arrays import to_numpy
 from ..flash.random_state import kept_random_state
 from ..flash.stats import Counters
 from ..layers.cache_parts import parts_of
+from .cached_context import grows, make_room
 from .token_loop import Chooser, Token
+
+NO_BATCHES = "mlx-lm has no batches for the KV cache of this model. Serve one request at a time."
 
 
 def can_batch(cache: list[Any]) -> bool:
     """Whether mlx-lm has batches for every part of a prompt cache. It has none for quantised and chunked ones."""
     return all(hasattr(part, "merge") for part in parts_of(cache))
+
+
+def require_batches(model: Any) -> None:
+    """Raises UsageError if mlx-lm cannot batch the prompt caches of a model."""
+    if not can_batch(make_prompt_cache(model)):
+        raise UsageError(NO_BATCHES)
 
 
 @dataclass
@@ -48,6 +60,7 @@ class DecodeBatch:
         self._model = model
         self._cache: list[Any] = []  # mlx-lm's batch cache of every layer
         self._rows: list[_Row] = []
+        self._feeds = 0  # number of tokens that the caches have room for; 0 if it is not known
         self.counted = Counters()
 
     def __len__(self) -> int:
@@ -56,18 +69,21 @@ class DecodeBatch:
     def join(self, cache: list[Any], token: int, choose: Chooser, seed: int = 0) -> None:
         """Adds a row at the end.
 
-        cache: holds all tokens of the row but the last, which is `token`. It must not be used any more. seed: of the
-        random numbers for the row's sampler, which are its own. Raises UsageError if mlx-lm cannot batch such a cache.
+        cache: holds all tokens of the row but the last, which is `token`. The list is emptied, so that only one
+        layer's cache exists twice. seed: of the random numbers for the row's sampler, which are its own. Raises
+        UsageError if mlx-lm cannot batch such a cache.
         """
         if not can_batch(cache):
-            raise UsageError("mlx-lm has no batches for the KV cache of this model. Serve one request at a time.")
-        for number, layer in enumerate(cache):
-            joined = layer.merge([layer])
+            raise UsageError(NO_BATCHES)
+        layers, self._feeds = cache[::-1], 0
+        cache.clear()
+        for number in range(len(layers)):
+            joined = layers[-1].merge([layers.pop()])
             if self._rows:
                 self._cache[number].extend(joined)
             else:
                 self._cache.append(joined)
-            mx.eval(self._cache[number].state)  # layer by layer, so that only one layer's cache exists twice
+            mx.eval(self._cache[number].state)
         self._rows.append(_Row(token, choose, seed))
 
     def step(self) -> list[Token | Exception]:
@@ -77,6 +93,7 @@ class DecodeBatch:
         leave before the next step. If this raises, for instance ReadError, no row can be used any more.
         """
         fed = mx.array([row.fed for row in self._rows])
+        self._make_room()
         flash = self._model.flash
         with flash.lock:
             before = flash.streamer.counters.copy()
@@ -94,9 +111,19 @@ class DecodeBatch:
         flash.verify_unchanged()  # The files must not have changed while these tokens were computed.
         return [_took(row, pair) for row, pair in zip(self._rows, found, strict=True)]
 
+    def _make_room(self) -> None:
+        """Grows the caches by whole steps, as the plan counts them. mlx-lm would begin a new step at any place."""
+        if not self._feeds:
+            longest = max((part._idx for part in parts_of(self._cache) if grows(part)), default=-1)
+            if longest >= 0:
+                make_room(self._cache, longest + 1)
+                self._feeds = KV_STEP_TOKENS - longest % KV_STEP_TOKENS
+        self._feeds -= 1
+
     def leave(self, row: int) -> list[Any]:
         """Takes out row number `row`; the later ones move up. Returns its prompt cache, which holds what was fed."""
         found = []
+        self._feeds = 0
         keep = [other for other in range(len(self)) if other != row]
         for layer in self._cache:
             found.append(layer.extract(row))

@@ -94,7 +94,7 @@ class ConversationFiles:
         plan = self.model.flash.plan
         best, best_place = None, beyond + LEAST_GAINED - 1
         for context in self._known.values():
-            fits = len(context.tokens) <= plan.context and context.part_bytes <= plan.demand.kv_cache
+            fits = len(context.tokens) <= plan.context and context.part_bytes <= plan.demand.context_bytes
             if fits and (place := context.place_for(prompt, step, fresh)) > best_place:
                 best, best_place = context, place
         return None if best is None else (best, best_place)

@@ -50,7 +50,7 @@ class Server:
 
     def idle(self) -> None:
         """Waits until the server is idle."""
-        until(lambda: self.engine.job is None and not self.engine.waiting)
+        until(lambda: not self.engine.running and not self.engine.waiting)
 
     @property
     def totals(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ def stream(request: pytest.FixtureRequest) -> bool:
 
 
 def wait_for_leaving(server: Server) -> None:
-    job = server.engine.job
+    job = server.engine.running[0]
     assert job is not None
     until(lambda: job.left)
 

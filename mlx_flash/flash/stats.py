@@ -37,6 +37,10 @@ class Counters:
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
+    def __truediv__(self, count: int) -> Counters:
+        """An equal share of each sum, so the counts may be fractions."""
+        return Counters(*(getattr(self, f.name) / count for f in fields(self)))
+
     def copy(self) -> Counters:
         return Counters(**asdict(self))
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..defaults import DRAFTS, IO_MODES, KV_BITS, MAX_CONTEXT, MOST_PARALLEL, MOST_PREFILL_TOKENS, PREDICTORS, PREFILL_TOKENS, THREADS
+from ..defaults import (
+    DRAFTS,
+    IO_MODES,
+    KV_BITS,
+    MAX_CONTEXT,
+    MOST_PARALLEL,
+    MOST_PREFILL_TOKENS,
+    PREDICTORS,
+    PREFILL_TOKENS,
+    THREADS,
+)
 from ..errors import UsageError
 from .plan import parse_memory
 

@@ -17,7 +17,7 @@ from ..cli.beginning import TERMINATED, Interrupted, Terminated
 from ..cli.model_arguments import add_model_arguments, options_of
 from ..cli.run import add_lifeline_argument, obey_lifeline, program, run_command, whole_number
 from ..cli.terminal import say
-from ..defaults import KEY_VARIABLE
+from ..defaults import KEY_VARIABLE, MOST_PARALLEL
 from ..errors import UsageError
 from ..text.chat_template import RESERVED_VARIABLES
 from .access import ALL, Access, model_name
@@ -30,9 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server"),
         description="Serves a model with the APIs of OpenAI, Anthropic and Ollama, and a page to chat in. Requests "
-        "wait in a queue; one is answered at a time. The address goes to standard output, everything else to standard "
-        "error. If a request does not set temperature, top_p, top_k, min_p or repetition_penalty, the value comes from "
-        "the model's generation_config.json, else from OpenAI's defaults (temperature 1).",
+        "wait in a queue; one is answered at a time, or several with --parallel. The address goes to standard output, "
+        "everything else to standard error. If a request does not set temperature, top_p, top_k, min_p or "
+        "repetition_penalty, the value comes from the model's generation_config.json, else from OpenAI's defaults "
+        "(temperature 1).",
     )
     add_model_arguments(parser)
     http = parser.add_argument_group("server")
@@ -71,6 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="close the model after this time without requests, such as 90s, 15m or 2h, and give its memory back; the "
         "next request loads it again (default: keep it loaded)",
+    )
+    http.add_argument(
+        "--parallel",
+        type=whole_number(1, MOST_PARALLEL),
+        default=1,
+        metavar="N",
+        help=f"requests that are answered at once, at most {MOST_PARALLEL}: they share the reads of layers and "
+        "experts, and the plan has a KV cache of --context tokens for each; with more than 1, an answer may depend on "
+        "what else is served (default: %(default)s)",
     )
     http.add_argument(
         "--allow-origin",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from ..errors import FlashError, GrammarError, ImageError
+from ..source.failures import foreseen
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -38,3 +44,20 @@ class PromptTooLong(ApiError):
     def __init__(self, message: str, param: str, tokens: int, most: int) -> None:
         super().__init__(400, message, param=param, code="context_length_exceeded")
         self.tokens, self.most = tokens, most
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping.", code="stopping")
+
+
+def why_failed(error: Exception, job: str) -> ApiError:
+    """The answer to a request whose generation raised an error. job: its id, for the log."""
+    if isinstance(error, GrammarError):  # The grammar became too complex in the middle of the answer.
+        return ApiError(400, str(error), code="invalid_grammar")
+    if isinstance(error, ImageError):
+        return ApiError(400, str(error), code="invalid_image")
+    if isinstance(error, FlashError):
+        return ApiError(500, str(error), code="read_failed")
+    log.error("request %s failed", job, exc_info=error)
+    what = foreseen(error) or f"{type(error).__name__}: {error}; the server's log has its traceback."
+    return ApiError(500, f"this request failed: {what}", code="failed")

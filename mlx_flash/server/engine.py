@@ -1,40 +1,31 @@
-"""Runs models in one thread, one generation at a time. MLX's arrays belong to the thread that makes them.
+"""Runs models in one thread. MLX's arrays belong to the thread that makes them.
 
-There are no batches: each row of a batch needs its own KV cache, and the plan has room for one context. A step would
-also read the union of the units that its rows need. That is less per token, but each request waits longer.
+One answer is generated at a time, unless the plan has KV caches for several: parallel_answers.py then runs them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import queue
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import FlashError, GrammarError, ImageError
-from ..source.failures import foreseen
-from ..text.sampling import make_processors, make_sampler
 from ..text.template_process import TemplateProcess
-from .answer_progress import AnswerInProgress
-from .api_errors import ApiError
+from .api_errors import ApiError, stopping, why_failed
 from .events import EventHub
-from .jobs import End, Job, Piece, Progress
+from .jobs import End, Ended, Job, Progress
 from .loaded_model import LoadedModel
 from .model_switch import FAILED, LOADING, READY, STOPPED, ModelSwitch, Target, Tell, why_not_loaded
 from .places import Load, Places, QueuePlace, Unload
 
+if TYPE_CHECKING:
+    from .monitor import RequestWatch
+    from .parallel_answers import ParallelAnswers
+
 QUEUE_LIMIT = 64
-
-log = logging.getLogger(__name__)
-
-
-class _Ended(Exception):
-    """The rest of the answer is not wanted: the client has left, or the server stops."""
 
 
 class Engine:
@@ -55,7 +46,8 @@ class Engine:
         self.thinking_tokens: int | None = None  # most tokens of an answer's thoughts; None: no limit
         self.idle_unload_s: float | None = None  # time without requests after which the model is closed
         self.templates = TemplateProcess()
-        self.job: Job | None = None  # the job that is running
+        self.running: list[Job] = []
+        self._parallel = 1
         self.started = time.monotonic()
         # A SimpleQueue, because a signal handler may put into it while this thread is inside another of its methods.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -121,6 +113,13 @@ class Engine:
         return loaded
 
     @property
+    def parallel(self) -> int:
+        """The number of answers at once of the loaded model, or of the last one."""
+        if (loaded := self.switch.loaded) is not None:
+            self._parallel = loaded.model.flash.plan.demand.parallel
+        return self._parallel
+
+    @property
     def bounds(self) -> tuple[int, bool]:
         """(tokens of the context, whether images are read) of the loaded model, or of the last one."""
         if (loaded := self.switch.loaded) is not None:
@@ -135,7 +134,7 @@ class Engine:
         if self.state == FAILED and not self.opened:
             raise ApiError(500, f"the model could not be loaded: {self.failure}", code="load_failed")
         if self.state == STOPPED or self._stopping:
-            raise _stopping()
+            raise stopping()
 
     def make_room_for_grammars(self) -> None:
         """Takes the memory of structured answers out of that of the prompt caches. Raises ApiError if that is small."""
@@ -191,20 +190,27 @@ class Engine:
             while not self._stopping:
                 if not self._step():
                     self._wait()
+            if self._answers is not None:
+                self._answers.step()  # Now all of them end.
         finally:
+            if self._answers is not None:
+                self._answers.end(stopping())
             self._clear_up()
 
     def _clear_up(self) -> None:
         self.switch.state = STOPPED
-        self.places.close(_stopping())
+        self.places.close(stopping())
         self.hub.close()
         self.templates.close()
         self.switch.close()
 
     def _step(self) -> bool:
         """Does what the queue asks for next. Returns whether there was something to do."""
-        step = self.places.next()
-        if isinstance(step, QueuePlace):
+        answers = self._answers
+        step = None if answers is not None and answers.full else self.places.next()
+        if isinstance(step, QueuePlace) and answers is not None:
+            answers.begin(step)
+        elif isinstance(step, QueuePlace):
             try:
                 assert step.serving is not None
                 if not step.serving.left:
@@ -215,12 +221,26 @@ class Engine:
             self._load(step.target)
         elif isinstance(step, Unload):
             self.switch.unload()
+        elif answers is not None and answers.rows:
+            answers.step()
+            return True
         return step is not None
+
+    @property
+    def _answers(self) -> ParallelAnswers | None:
+        """Those of the loaded model; None if it gives one answer at a time."""
+        if (loaded := self.switch.loaded) is None or loaded.model.flash.plan.demand.parallel == 1:
+            return None
+        if loaded.answers is None:
+            from .parallel_answers import ParallelAnswers
+
+            loaded.answers = ParallelAnswers(loaded, self.running, self.places, lambda: self._stopping)
+        return loaded.answers
 
     def _load(self, target: Target) -> None:
         try:
             self.switch.load(target, self._check_stopping)
-        except _Ended:
+        except Ended:
             return
         except Exception as error:
             self.places.fail(target, why_not_loaded(target.name, error))
@@ -228,7 +248,7 @@ class Engine:
 
     def _check_stopping(self) -> None:
         if self._stopping:
-            raise _Ended
+            raise Ended
 
     def _wait(self) -> None:
         """Waits for a request, or until the model was idle for so long that it is closed."""
@@ -245,108 +265,67 @@ class Engine:
     def _serve(self, job: Job) -> None:
         monitor = self._loaded.monitor
         assert monitor is not None
-        self.job = job
-        monitor.begin(job)
+        self.running.append(job)
+        watch = monitor.begin(job)
         failed = True
         try:
-            job.tell(self._generate(job))
+            job.tell(self._generate(job, watch))
             failed = False
-        except _Ended:
+        except Ended:
             failed = not job.left
-            job.tell(_stopping())
-        except GrammarError as error:  # The grammar became too complex in the middle of the answer.
-            job.tell(ApiError(400, str(error), code="invalid_grammar"))
-        except ImageError as error:
-            job.tell(ApiError(400, str(error), code="invalid_image"))
-        except FlashError as error:
-            job.tell(ApiError(500, str(error), code="read_failed"))
+            job.tell(stopping())
         except Exception as error:
-            log.exception("request %s failed", job.id)
-            what = foreseen(error) or f"{type(error).__name__}: {error}; the server's log has its traceback."
-            job.tell(ApiError(500, f"this request failed: {what}", code="failed"))
+            job.tell(why_failed(error, job.id))
         except BaseException:
-            job.tell(_stopping())
+            job.tell(stopping())
             raise
         finally:
-            monitor.end(failed)
-            self.job = None
+            watch.end(failed)
+            self.running.remove(job)
 
-    def _generate(self, job: Job) -> End:
+    def _generate(self, job: Job, watch: RequestWatch) -> End:
         import mlx.core as mx
 
-        from ..text.detokenizer import Detokenizer
-        from .prompt_echo import PromptEcho, chunk_for, text_of
+        from .running_answer import RunningAnswer
 
-        monitor, turns = self._loaded.monitor, self._loaded.turns
-        assert monitor is not None
+        turns = self._loaded.turns
 
         def check() -> None:
             if job.left or self._stopping:
-                raise _Ended
+                raise Ended
 
         def progress(done: int, total: int) -> None:
             if done < total:
-                monitor.prompt(done)
+                watch.prompt(done)
                 if 0 < done < total - 1:  # The last token is read with the first of the answer.
                     job.tell(Progress(turns.reused + done, turns.reused + total))
                 check()
 
         check()
-        sampling = job.sampling
-        # The seed of one request must not affect the text of the next.
-        mx.random.seed(sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(8), "little"))
-        answer = AnswerInProgress(job, self.tokenizer, self.format)
-        echo: PromptEcho | None = None
-        options: dict[str, Any] = {}
-        if job.echo and job.top_logprobs is not None:
-            echo = PromptEcho(self.tokenizer, job.ids, job.top_logprobs)
-            step = chunk_for(self.model.flash.vocabulary, self.model.flash.prefill_tokens)
-            options = {"prompt_logits_callback": echo.read, "prefill_step_size": step}  # so all of it is read
-        processors = make_processors(sampling, lambda: job.ids[: turns.reused])
+        answer = RunningAnswer(job, self._loaded)
+        mx.random.seed(answer.seed)
         responses = turns.stream_generate(
             self.tokenizer,
             job.ids,
             max(1, job.max_tokens),
             system_tokens=job.system_tokens,
             seen=job.seen,
-            fresh=sampling.seed is not None,
-            sampler=make_sampler(sampling, self.model.flash.vocabulary),
-            logits_processors=[*processors, *answer.processors],
+            fresh=job.sampling.seed is not None,
+            sampler=answer.sampler,
+            logits_processors=answer.processors,
             prompt_progress_callback=progress,
-            detokenizer=Detokenizer(self.tokenizer, answer.continues),
-            **options,
+            detokenizer=answer.detokenizer,
+            **answer.reading,
         )
-        monitor.cached = turns.reused
-        start, first = time.monotonic(), 0.0
+        watch.cached = answer.reused = turns.reused
+        answer.start()
         with closing(responses):
             for response in responses:
-                first = first or time.monotonic()
-                monitor.token(response)
-                if job.echo and response.generation_tokens == 1:
-                    text = text_of(self.tokenizer, job.ids)
-                    job.tell(Piece(text) if echo is None else echo.piece(text))
-                    answer.begin_with(text)
-                if job.max_tokens == 0:
-                    return End("length", len(job.ids), turns.reused, 0, 0, None, first - start, 0.0)
-                for item in answer.take(response):
-                    job.tell(item)
-                if answer.finish_reason is not None:
-                    return End(
-                        answer.finish_reason,
-                        len(job.ids),
-                        turns.reused,
-                        response.generation_tokens,
-                        answer.thought_tokens,
-                        answer.stop_word,
-                        first - start,
-                        time.monotonic() - first,
-                    )
+                watch.token(response)
+                if (end := answer.take(response)) is not None:
+                    return end
                 check()
         raise AssertionError("a generation ends with a reason")
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is stopping.", code="stopping")
 
 
 def _no_load(_tell: Tell) -> tuple[Any, Any]:

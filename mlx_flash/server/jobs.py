@@ -72,6 +72,10 @@ class End:
 Item = Thought | Piece | ToolCall | Progress | End | Exception
 
 
+class Ended(Exception):
+    """The rest of the answer is not wanted: the client has left, or the server stops."""
+
+
 @dataclass(frozen=True)
 class Steering:
     """How a chat's answer is divided and steered.

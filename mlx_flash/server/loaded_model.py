@@ -14,7 +14,7 @@ FilesOf = Callable[[Any], Any]  # a model -> where its conversations are kept on
 
 @dataclass
 class LoadedModel:
-    """format: the tokenizer's AnswerFormat. turns: the ReusedPromptCache."""
+    """format: the tokenizer's AnswerFormat. turns: the ReusedPromptCache. answers: the ParallelAnswers, once used."""
 
     model: Any
     tokenizer: Any
@@ -22,6 +22,7 @@ class LoadedModel:
     grammars: Any = None
     turns: Any = None
     monitor: Monitor | None = None
+    answers: Any = None
 
     @classmethod
     def of(

@@ -50,7 +50,8 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("mlx_flash_unloads", "Models that were closed.", value=library["unloads"])
         for name, text, value in (
             ("model_loaded", "Whether a model is loaded.", int(stats["model"] is not None)),
-            ("requests_running", "Requests that are running.", int(stats["now"] is not None)),
+            ("requests_running", "Requests that are running.", stats["queue"]["running"]),
+            ("requests_parallel", "Requests that may run at once.", stats["queue"]["parallel"]),
             ("requests_waiting", "Requests in the queue.", stats["queue"]["waiting"]),
             ("memory_bytes", "Memory of this process.", stats["memory"]["current_bytes"]),
             ("memory_peak_bytes", "Peak memory of this process.", stats["memory"]["peak_bytes"]),

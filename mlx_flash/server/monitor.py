@@ -24,7 +24,10 @@ NO_TOTALS: dict[str, float] = {
 
 
 class Monitor:
-    """Records what the engine does. The engine's thread writes; any thread may read, as values are replaced whole."""
+    """Records what the engine does. The engine's thread writes; any thread may read, as values are replaced whole.
+
+    last: the last request that ended. now: the one that made the newest token, or whose prompt is read.
+    """
 
     def __init__(self, model: Any, hub: EventHub, totals: dict[str, float] | None = None) -> None:
         """totals: those of the models before this one."""
@@ -33,31 +36,51 @@ class Monitor:
         self.totals = totals or NO_TOTALS
         self.last: dict[str, Any] | None = None
         self.now: dict[str, Any] | None = None
+        self.running = 0
         self._counters: Counters = model.flash.streamer.counters
-        self._times: deque[float] = deque()
+        self._bytes_counted = 0  # how many of the counters' bytes are in the totals
 
-    def begin(self, job: Job) -> None:
-        self._job = job
-        self.cached = 0  # tokens of the prompt that are in the cache already
+    def begin(self, job: Job) -> RequestWatch:
+        if not self.running:
+            self._bytes_counted = self._counters.bytes
+        self.running += 1
+        return RequestWatch(self, job)
+
+    def end(self, failed: bool, seconds: float) -> dict[str, float]:
+        """Notes the end of a request. Returns the new totals, without its tokens."""
+        totals = dict(self.totals)
+        totals["requests"] += 1
+        totals["failed"] += failed
+        totals["seconds_generating"] += seconds
+        totals["bytes_read"] += self._counters.bytes - self._bytes_counted
+        self._bytes_counted = self._counters.bytes
+        self.running -= 1
+        return totals
+
+
+class RequestWatch:
+    """Records one request for the monitor. cached: tokens of its prompt that are in the cache already."""
+
+    def __init__(self, monitor: Monitor, job: Job) -> None:
+        self._monitor, self._job, self.cached = monitor, job, 0
         self._began = time.perf_counter()
-        self._bytes_before = self._counters.bytes
         self._response: FlashResponse | None = None
         self._shown = Counters()  # counts of the decoded tokens that events have reported
         self._shown_tokens = 0
         self._event_at = 0.0
-        self._times.clear()
+        self._times: deque[float] = deque()
 
     def prompt(self, done: int) -> None:
         """Records the progress of a prompt. done: tokens read, without the cached ones."""
-        self.live.watch(self.hub.listening)
-        self.live.forget()
+        self._monitor.live.watch(self._monitor.hub.listening)
+        self._monitor.live.forget()
         job, done = self._job, self.cached + done
-        self.now = {
+        self._monitor.now = {
             **{"id": job.id, "tokens_per_second": 0.0, "generated_tokens": 0},
             **{"prompt_tokens": len(job.ids), "prompt_done": done},
             **_means(None),
         }
-        self.hub.publish("state", {"state": "prompt", "id": job.id, "done": done, "total": len(job.ids)})
+        self._monitor.hub.publish("state", {"state": "prompt", "id": job.id, "done": done, "total": len(job.ids)})
 
     def token(self, response: FlashResponse) -> None:
         assert response.statistics is not None
@@ -66,20 +89,20 @@ class Monitor:
         job, count = self._job, response.generation_tokens
         total = len(job.ids)
         if first:
-            self.hub.publish("state", {"state": "generating", "id": job.id, "done": total, "total": total})
+            self._monitor.hub.publish("state", {"state": "generating", "id": job.id, "done": total, "total": total})
         at = time.perf_counter()
         self._times.append(at)
         while at - self._times[0] > SPEED_OVER_S and len(self._times) > 2:
             self._times.popleft()
         gaps = len(self._times) - 1
         speed = gaps / (at - self._times[0]) if gaps else 0.0
-        self.now = {
+        self._monitor.now = {
             **{"id": job.id, "tokens_per_second": speed, "generated_tokens": count},
             **{"prompt_tokens": total, "prompt_done": total},
             **_means(response.statistics),
         }
-        if not self.hub.listening:
-            self.live.watch(False)
+        if not self._monitor.hub.listening:
+            self._monitor.live.watch(False)
         elif at - self._event_at >= SHORTEST_EVENT_GAP_S or response.finish_reason is not None:
             self._event_at = at
             self._publish_tokens(response.statistics, count, speed)
@@ -90,18 +113,15 @@ class Monitor:
         self._shown, self._shown_tokens = statistics.decode, count
         means = _means(between)
         means["bytes"] = means.pop("bytes_per_token")
-        layers = self.live.layers() if self.live.watching else []
-        self.live.watch(True)  # A new listener gets units from the next event on.
-        self.hub.publish(
+        layers = self._monitor.live.layers() if self._monitor.live.watching else []
+        self._monitor.live.watch(True)  # A new listener gets units from the next event on.
+        self._monitor.hub.publish(
             "token", {"id": self._job.id, "n": count, "tokens_per_second": speed, **means, "layers": layers}
         )
 
     def end(self, failed: bool) -> None:
-        totals, response = dict(self.totals), self._response
-        totals["requests"] += 1
-        totals["failed"] += failed
-        totals["seconds_generating"] += time.perf_counter() - self._began
-        totals["bytes_read"] += self._counters.bytes - self._bytes_before
+        response = self._response
+        totals = self._monitor.end(failed, time.perf_counter() - self._began)
         if response is not None:
             assert response.statistics is not None
             totals["prompt_tokens"] += len(self._job.ids)
@@ -110,7 +130,7 @@ class Monitor:
             drafted, accepted = (drafts.drafted, drafts.accepted) if drafts is not None else (0, 0)
             totals["drafted_tokens"] += drafted
             totals["accepted_tokens"] += accepted
-            self.last = {
+            self._monitor.last = {
                 "tokens_per_second": response.generation_tps,
                 "prompt_tokens": len(self._job.ids),
                 "generated_tokens": response.generation_tokens,
@@ -119,9 +139,11 @@ class Monitor:
                 "accepted_tokens": accepted,
                 **_means(response.statistics),
             }
-        self.totals = totals
-        self.now = None
-        self.hub.publish("state", {"state": "idle", "id": self._job.id, "done": 0, "total": 0})
+        self._monitor.totals = totals
+        if self._monitor.running:
+            return
+        self._monitor.now = None
+        self._monitor.hub.publish("state", {"state": "idle", "id": self._job.id, "done": 0, "total": 0})
 
 
 def _means(statistics: Statistics | None) -> dict[str, Any]:

@@ -27,7 +27,12 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "budget_bytes": switch.budget_bytes,
         },
         "totals": switch.totals or NO_TOTALS,
-        "queue": {"waiting": engine.waiting, "limit": engine.places.limit},
+        "queue": {
+            "waiting": engine.waiting,
+            "limit": engine.places.limit,
+            "running": len(engine.running),
+            "parallel": engine.parallel,
+        },
         "uptime_s": time.monotonic() - engine.started,
         "state": switch.state,
         "library": {

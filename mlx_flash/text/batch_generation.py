@@ -11,11 +11,11 @@ reads anyway, and a grammar must see a token before it restricts the next one.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..defaults import KV_STEP_TOKENS
@@ -53,7 +53,7 @@ class _Row:
 class DecodeBatch:
     """The rows that are decoded now. For one thread at a time.
 
-    counted: sums over all steps, and over all rows of a step.
+    counted: sums over all steps, and over all rows of a step. last: those of the last step.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,7 +61,7 @@ class DecodeBatch:
         self._cache: list[Any] = []  # mlx-lm's batch cache of every layer
         self._rows: list[_Row] = []
         self._feeds = 0  # number of tokens that the caches have room for; 0 if it is not known
-        self.counted = Counters()
+        self.counted, self.last = Counters(), Counters()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,7 +96,7 @@ class DecodeBatch:
         self._make_room()
         flash = self._model.flash
         with flash.lock:
-            before = flash.streamer.counters.copy()
+            before, began = flash.streamer.counters.copy(), time.perf_counter()
             try:
                 logits = self._model(fed[:, None], cache=self._cache)[:, -1, :]  # (B, V)
                 with kept_random_state():
@@ -107,13 +107,15 @@ class DecodeBatch:
                 with contextlib.suppress(Exception):
                     flash.evaluate_guarded()
                 raise
-            self.counted += flash.streamer.counters - before
+            flash.streamer.counters.total_s += time.perf_counter() - began
+            self.last = flash.streamer.counters - before
+            self.counted += self.last
         flash.verify_unchanged()  # The files must not have changed while these tokens were computed.
         return [_took(row, pair) for row, pair in zip(self._rows, found, strict=True)]
 
     def _make_room(self) -> None:
         """Grows the caches by whole steps, as the plan counts them. mlx-lm would begin a new step at any place."""
-        if not self._feeds:
+        if self._feeds <= 0:
             longest = max((part._idx for part in parts_of(self._cache) if grows(part)), default=-1)
             if longest >= 0:
                 make_room(self._cache, longest + 1)

@@ -25,7 +25,7 @@ from ..flash.system import peak_memory_bytes
 from .detokenizer import Detokenizer
 from .drafts import MODEL, Drafting, DraftModel
 from .encoding import encode, too_long
-from .token_loop import Chooser, TokenLoop, cached_tokens
+from .token_loop import Chooser, Token, TokenLoop, cached_tokens
 
 
 @dataclass
@@ -80,21 +80,8 @@ def stream_generate(
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer, Detokenizer)
     ids = encode_prompt(tokenizer, prompt)
-    context = model.flash.plan.context
     cache = prompt_cache if prompt_cache is not None else make_prompt_cache(model)
-    taken = cached_tokens(cache) + len(ids)
-    if not ids:
-        raise UsageError("the prompt is empty: expected at least one token.")
-    known = model.flash.vocabulary
-    if not 0 <= min(ids) <= max(ids) < known:
-        raise UsageError(
-            f"the prompt has token ids from {min(ids)} to {max(ids)}, but the model knows only 0 to {known - 1}. "
-            "Does the tokenizer belong to this model?"
-        )
-    if taken > context:
-        raise UsageError(too_long(model.flash, f"{taken} tokens", "load with a larger context (--context)"))
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
+    limit = limit_of(model, ids, cached_tokens(cache), max_tokens)
     most = chunk_of(model)
     step = most if prefill_step_size is None else prefill_step_size
     if not 1 <= step <= most:
@@ -109,8 +96,6 @@ def stream_generate(
             raise UsageError(
                 f"num_draft_tokens is {num_draft_tokens}, expected 0 to {drafting.most_positions - 1} for this model."
             )
-    room = context - taken + 1  # The last token is never fed back.
-    limit = room if max_tokens == -1 else min(max_tokens, room)
     return _stream(
         model,
         tokenizer,
@@ -127,6 +112,28 @@ def stream_generate(
         num_draft_tokens,
         [*cached, *ids],
     )
+
+
+def limit_of(model: Any, ids: list[int], cached: int, max_tokens: int) -> int:
+    """The most tokens of an answer. ids: the prompt without the `cached` tokens. max_tokens: see `stream_generate`.
+
+    Raises UsageError for a prompt that the model cannot be given.
+    """
+    context, taken = model.flash.plan.context, cached + len(ids)
+    if not ids:
+        raise UsageError("the prompt is empty: expected at least one token.")
+    known = model.flash.vocabulary
+    if not 0 <= min(ids) <= max(ids) < known:
+        raise UsageError(
+            f"the prompt has token ids from {min(ids)} to {max(ids)}, but the model knows only 0 to {known - 1}. "
+            "Does the tokenizer belong to this model?"
+        )
+    if taken > context:
+        raise UsageError(too_long(model.flash, f"{taken} tokens", "load with a larger context (--context)"))
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError(f"max_tokens is {max_tokens}, expected a positive number, or -1 for as many as fit.")
+    room = context - taken + 1  # The last token is never fed back.
+    return room if max_tokens == -1 else min(max_tokens, room)
 
 
 def generate(
@@ -199,35 +206,66 @@ def _stream(
     else:
         depth = drafting.choose_depth() if depth is None else depth
         tokens = steps.drafted(ids[-1], choose, limit, text, drafting, depth, sampler)
-    prompt_s = generation_s = 0.0
-    count, last = 0, False
+    answer = AnswerTokens(tokenizer, detokenizer, len(ids), limit)
     with closing(tokens):
+        last = False
         while not last:
             began = time.perf_counter()
-            token, logprobs, from_draft = next(tokens)
-            count += 1
-            if count == 1:
+            made = next(tokens)
+            took_s = time.perf_counter() - began
+            if not answer.count:
                 progress(len(ids), len(ids))
-                prompt_s = steps.first_token_s
-            else:
-                generation_s += time.perf_counter() - began
-            stop = token in tokenizer.eos_token_ids
-            if not stop:
-                detokenizer.add_token(token)
-            last = stop or count == limit
+                took_s = steps.first_token_s
+            last = answer.take(made, took_s)
             if last:
-                detokenizer.finalize()
                 tokens.close()  # now the cache holds what it should
-            yield FlashResponse(
-                text=detokenizer.last_segment,
-                token=token,
-                logprobs=logprobs,
-                from_draft=from_draft,
-                prompt_tokens=len(ids),
-                prompt_tps=len(ids) / prompt_s,
-                generation_tokens=count,
-                generation_tps=(count - 1) / generation_s if generation_s else 0.0,
-                peak_memory=peak_memory_bytes() / 1e9,
-                finish_reason=("stop" if stop else "length") if last else None,
-                statistics=steps.statistics(),
-            )
+            yield answer.response(made, steps.statistics())
+
+
+class AnswerTokens:
+    """Turns the tokens of one answer into responses.
+
+    prompt_tokens: number of those that were read for it. limit: most tokens of the answer. count: of those so far.
+    """
+
+    def __init__(self, tokenizer: Any, detokenizer: Detokenizer, prompt_tokens: int, limit: int) -> None:
+        self.count = 0
+        self._reason: str | None = None
+        self._tokenizer, self._detokenizer = tokenizer, detokenizer
+        self._prompt_tokens, self._limit = prompt_tokens, limit
+        self._prompt_s = self._generation_s = 0.0
+
+    def take(self, made: Token, seconds: float) -> bool:
+        """Adds a token, and returns whether it is the last.
+
+        seconds: since the one before; for the first one, since the beginning.
+        """
+        self.count += 1
+        if self.count == 1:
+            self._prompt_s = seconds
+        else:
+            self._generation_s += seconds
+        stop = made.token in self._tokenizer.eos_token_ids
+        if not stop:
+            self._detokenizer.add_token(made.token)
+        if stop or self.count == self._limit:
+            self._reason = "stop" if stop else "length"
+            self._detokenizer.finalize()
+        return self._reason is not None
+
+    def response(self, made: Token, statistics: Statistics) -> FlashResponse:
+        """The response for the token that was taken last."""
+        count, generation_s = self.count, self._generation_s
+        return FlashResponse(
+            text=self._detokenizer.last_segment,
+            token=made.token,
+            logprobs=made.logprobs,
+            from_draft=made.from_draft,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tps=self._prompt_tokens / self._prompt_s,
+            generation_tokens=count,
+            generation_tps=(count - 1) / generation_s if generation_s else 0.0,
+            peak_memory=peak_memory_bytes() / 1e9,
+            finish_reason=self._reason,
+            statistics=statistics,
+        )

@@ -21,6 +21,10 @@ contexts are used.
 A cut needs a cache that can be trimmed. Of parts that cannot (states of recurrent layers, windows that have moved on),
 copies are kept at the last whole chunk of the system prompt and of the newest turns' prompts, and rule 2 applies there.
 
+Tokens that were decoded beside other answers have the bits of that batch, so no prompt may continue them. A context
+that `read` lends for this comes back cut to the prompt that was read, or to a snapshot before its end. So the next turn
+reads the answer again, in the chunks of a prompt.
+
 With `files`, a context that memory has no room for is written to the disk, and the same rules decide what is reused of
 it. A context that is read from the disk takes the place of the last conversation's.
 """
@@ -39,6 +43,7 @@ from .cached_context import CachedContext
 from .conversation_files import ConversationFiles, DiskStatistics
 from .generation import FlashResponse, chunk_of, stream_generate
 from .image_prompts import ImagePrompt, see
+from .token_loop import TokenLoop
 from .written_context import WrittenContext
 
 LEAST_REUSED = 16  # tokens; reusing fewer saves nothing, and would read the rest in other chunks
@@ -74,6 +79,8 @@ class ReusedPromptCache:
         self.planned_bytes: int = model.flash.plan.demand.prompt_caches  # may be lowered at any time
         self._last = self._empty()  # the last conversation's
         self._kept: tuple[CachedContext, ...] = ()  # earlier ones, the least recently used one first
+        self._lent: tuple[CachedContext, ...] = ()  # those that are decoded elsewhere
+        self._reading = False  # whether `read` uses the last one
 
     @property
     def tokens(self) -> list[int]:
@@ -82,7 +89,7 @@ class ReusedPromptCache:
 
     def forget(self) -> None:
         """Empties all caches and frees their memory. What is on the disk stays."""
-        self._kept = ()
+        self._kept = self._lent = ()
         self._forget_last()
 
     def close(self) -> None:
@@ -97,7 +104,7 @@ class ReusedPromptCache:
         return PromptCacheStatistics(
             len(kept),
             sum(len(context.tokens) for context in kept),
-            _used(kept, last),
+            self._used(kept, last),
             self.planned_bytes,
             None if self._files is None else self._files.statistics(),
         )
@@ -141,20 +148,7 @@ class ReusedPromptCache:
         self.reused = self._begin(prompt, step, fresh, options.get("prompt_logits_callback") is not None)
         context = self._last
         rest = prompt[self.reused :]
-        snapshots = {min(size, len(prompt) - 1) // step * step for size in (system_tokens, len(prompt))} - {0}
-
-        def progress(done: int, total: int) -> None:
-            if done < total:
-                context.read(prompt, len(prompt) - total + done)
-                if len(context.tokens) in snapshots:
-                    self._take_snapshot(context)
-            else:
-                context.decode(prompt)
-            if prompt_progress_callback is not None:
-                context.whole = True
-                prompt_progress_callback(done, total)
-            context.whole = False
-
+        progress = self._noting(context, prompt, system_tokens, prompt_progress_callback)
         responses = stream_generate(
             self.model,
             tokenizer,
@@ -183,12 +177,95 @@ class ReusedPromptCache:
                 context.whole = True
                 raise
             finally:
-                if not context.whole and self._last is context:
-                    if self._files is not None:
-                        self._files.distrust(context)
-                    self._forget_last()
+                if not context.whole:
+                    self._spoil(context)
 
         return stream()
+
+    def read(
+        self,
+        prompt: list[int],
+        *,
+        system_tokens: int = 0,
+        fresh: bool = False,
+        prefill_step_size: int | None = None,
+        prompt_progress_callback: Callable[[int, int], None] | None = None,
+        prompt_logits_callback: Callable[[mx.array], None] | None = None,
+    ) -> tuple[CachedContext, TokenLoop]:
+        """Reads all of a prompt but its last token, to be decoded beside others. Arguments and errors: as above.
+
+        Returns the context and the loop that read it. They are lent until `give_back`, which the callback may call for
+        other contexts.
+        """
+        step = prefill_step_size or chunk_of(self.model)
+        self.reused = self._begin(prompt, step, fresh, prompt_logits_callback is not None)
+        context, rest = self._last, prompt[self.reused :]
+        loop = TokenLoop(self.model, context.cache)
+        progress = self._noting(context, prompt, system_tokens, prompt_progress_callback)
+        self._reading = True
+        try:
+            loop.prefill(rest, step, progress, prompt_logits_callback)
+            context.whole = True
+        finally:
+            self._reading = False
+            if not context.whole:
+                self._spoil(context)
+        self._lent, self._last = (*self._lent, context), self._empty(step)
+        return context, loop
+
+    def give_back(self, context: CachedContext, cache: list[Any] | None, tokens: list[int]) -> None:
+        """Takes back a context that `read` lent, as it was when it had been read.
+
+        cache: holds exactly `tokens`, of which those after the context's were decoded; None if it is lost.
+        """
+        self._lent = tuple(each for each in self._lent if each is not context)
+        if cache is None:
+            return
+        read, context.cache = len(context.tokens), cache
+        context.decode(tokens)
+        place = read if context.can_cut(read) else max(context.snapshots, default=0)
+        if not place:
+            return
+        context.cut(place)
+        self._kept = tuple(each for each in self._kept if each.tokens != context.tokens)
+        if self._reading:
+            self._keep(context, self._last)
+            return
+        last, self._last = self._last, context
+        if last.tokens and last.whole and last.tokens != context.tokens:
+            self._keep(last, context)
+
+    def _noting(
+        self,
+        context: CachedContext,
+        prompt: list[int],
+        system_tokens: int,
+        callback: Callable[[int, int], None] | None,
+    ) -> Callable[[int, int], None]:
+        """A callback for the progress of a prompt that notes it in the context, and takes snapshots."""
+        step = context.step
+        snapshots = {min(size, len(prompt) - 1) // step * step for size in (system_tokens, len(prompt))} - {0}
+
+        def progress(done: int, total: int) -> None:
+            if done < total:
+                context.read(prompt, len(prompt) - total + done)
+                if len(context.tokens) in snapshots:
+                    self._take_snapshot(context)
+            else:
+                context.decode(prompt)
+            if callback is not None:
+                context.whole = True
+                callback(done, total)
+            context.whole = False
+
+        return progress
+
+    def _spoil(self, context: CachedContext) -> None:
+        """Forgets the last context, after an error that may have left it half changed."""
+        if self._last is context:
+            if self._files is not None:
+                self._files.distrust(context)
+            self._forget_last()
 
     # -- which context a prompt continues ----------------------------------------------------------------------
 
@@ -199,7 +276,7 @@ class ReusedPromptCache:
         """
         if not self._last.whole:
             self._forget_last()
-        self._keep_fitting(lambda kept: _used(kept, self._last))  # The plan may have been lowered.
+        self._keep_fitting(lambda kept: self._used(kept, self._last))  # The plan may have been lowered.
         source, place = (None, 0) if anew else self._longest(prompt, step, fresh)
         with large_memory_given_back():
             while self._files is not None and not anew and (found := self._files.longest(prompt, step, fresh, place)):
@@ -233,7 +310,7 @@ class ReusedPromptCache:
             return False
         with file:  # It is open before others are written, because their room may be this one's.
             self._switch(None, 0, prompt, step)
-            room = self.planned_bytes - _used(self._kept, None)
+            room = self.planned_bytes - self._used(self._kept, None)
             made = self._files.read(written, file, prompt, place, room)
         self._last = made or self._last
         return made is not None
@@ -265,8 +342,8 @@ class ReusedPromptCache:
     def _keep(self, context: CachedContext, following: CachedContext | None) -> None:
         """Keeps a context, unless it alone is too large. following: the context that will be the last one."""
         context.drop_room()
-        if _used((context,), following) <= self.planned_bytes:
-            self._keep_fitting(lambda kept: _used((*kept, context), following))
+        if self._used((context,), following) <= self.planned_bytes:
+            self._keep_fitting(lambda kept: self._used((*kept, context), following))
             self._kept = (*self._kept, context)
         else:
             self._lose(context)
@@ -295,10 +372,10 @@ class ReusedPromptCache:
         more = context.snapshot_bytes()
         if not more or len(context.tokens) in context.snapshots or more > self.planned_bytes:
             return
-        while len(context.snapshots) >= MOST_SNAPSHOTS or _used((), context) + more > self.planned_bytes:
+        while len(context.snapshots) >= MOST_SNAPSHOTS or self._used((), context) + more > self.planned_bytes:
             del context.snapshots[sorted(context.snapshots)[:2][-1]]
         before = self._kept
-        self._keep_fitting(lambda kept: _used(kept, context) + more)
+        self._keep_fitting(lambda kept: self._used(kept, context) + more)
         if self._kept != before:
             del before
             mx.clear_cache()
@@ -311,9 +388,8 @@ class ReusedPromptCache:
         self._last = self._empty()
         mx.clear_cache()
 
-
-def _used(kept: tuple[CachedContext, ...], last: CachedContext | None) -> int:
-    """Bytes of contexts with their snapshots, some of which they share, and of the snapshots of the last context."""
-    every = kept if last is None else (*kept, last)
-    snapshots = {snapshot for context in every for snapshot in list(context.snapshots.values())}
-    return sum(context.nbytes for context in kept) + sum(snapshot.nbytes for snapshot in snapshots)
+    def _used(self, kept: tuple[CachedContext, ...], last: CachedContext | None) -> int:
+        """Bytes of contexts with their snapshots, some of which they share, and of the snapshots of those in use."""
+        every = (*kept, *self._lent) if last is None else (*kept, *self._lent, last)
+        snapshots = {snapshot for context in every for snapshot in list(context.snapshots.values())}
+        return sum(context.nbytes for context in kept) + sum(snapshot.nbytes for snapshot in snapshots)

@@ -54,7 +54,7 @@ def alone(folder: Path) -> Iterator[Server]:
 
 
 class Steps:
-    """Lets no answer take its first step before `rows` have begun. read: answers that take one while a prompt is read."""
+    """Lets no answer step before `rows` have begun. read: answers that take a step while a prompt is read."""
 
     def __init__(self) -> None:
         self.rows, self.read = 0, 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class _Row:
+class _ParallelAnswer:
     """An answer that has been begun. tokens: the prompt, and those that were made. newest_at: when the newest came.
 
     decode: its equal share of every step.
@@ -59,7 +59,7 @@ class ParallelAnswers:
     def __init__(self, loaded: LoadedModel, running: list[Job], places: Places, stops: Callable[[], bool]) -> None:
         self._loaded, self._running, self._places, self._stops = loaded, running, places, stops
         self._batch = DecodeBatch(loaded.model)
-        self.rows: list[_Row] = []
+        self.rows: list[_ParallelAnswer] = []
 
     @property
     def full(self) -> bool:
@@ -84,7 +84,7 @@ class ParallelAnswers:
             self._finish(place, job, watch, Ended())
             raise
 
-    def _read(self, place: QueuePlace, job: Job, watch: RequestWatch) -> _Row:
+    def _read(self, place: QueuePlace, job: Job, watch: RequestWatch) -> _ParallelAnswer:
         model, turns = self._loaded.model, self._loaded.turns
         answer = RunningAnswer(job, self._loaded)
         limit = limit_of(model, job.ids, 0, max(1, job.max_tokens))
@@ -108,9 +108,9 @@ class ParallelAnswers:
         )
         answer.reused = turns.reused
         said = AnswerTokens(self._loaded.tokenizer, answer.detokenizer, len(job.ids) - turns.reused, limit)
-        return _Row(place, watch, answer, said, context, loop, list(job.ids), loop.began)
+        return _ParallelAnswer(place, watch, answer, said, context, loop, list(job.ids), loop.began)
 
-    def _join(self, row: _Row) -> None:
+    def _join(self, row: _ParallelAnswer) -> None:
         job, answer = row.job, row.answer
         chooser = Chooser(job.ids[answer.reused :], answer.sampler, answer.processors)
         cache, row.context.cache = row.context.cache, []
@@ -158,7 +158,7 @@ class ParallelAnswers:
             self._loaded.turns.give_back(row.context, None, [])
             self._finish(row.place, row.job, row.watch, error)
 
-    def _told(self, row: _Row, token: Token) -> End | None:
+    def _told(self, row: _ParallelAnswer, token: Token) -> End | None:
         """Tells a client what a token adds. Returns the end of the answer if this is the last one."""
         now = time.perf_counter()
         row.first_token_s = row.first_token_s or now - row.newest_at
@@ -169,7 +169,7 @@ class ParallelAnswers:
         row.watch.token(response)
         return row.answer.take(response)
 
-    def _leave(self, row: _Row, item: End | Exception, unfed: int = 1) -> None:
+    def _leave(self, row: _ParallelAnswer, item: End | Exception, unfed: int = 1) -> None:
         """Takes an answer out of the batch. unfed: number of its newest tokens that the batch was not fed."""
         at = self.rows.index(row)
         del self.rows[at]

@@ -106,7 +106,7 @@ def test_a_full_queue(load_speaker: Callable[[], Any], gate: Gate) -> None:
         response = server.post("/v1/completions", PROMPT)
         assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
         assert int(response.headers["retry-after"]) > 0
-        assert server.get("/stats").json()["queue"] == {"waiting": 2, "limit": 2}
+        assert server.get("/stats").json()["queue"] == {"waiting": 2, "limit": 2, "running": 1, "parallel": 1}
         callers[1].leave()
         until(lambda: server.engine.waiting == 1)
         callers.append(Caller(server, True))  # there is room again

@@ -66,7 +66,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert stats["plan"]["context"] == 512 and stats["plan"]["budget"] == stats["memory"]["budget_bytes"]
     assert 0 < stats["memory"]["current_bytes"] <= stats["memory"]["peak_bytes"]
     assert stats["prompt_caches"].keys() == {"contexts", "tokens", "used_bytes", "planned_bytes", "on_disk"}
-    assert stats["now"] is None and stats["queue"] == {"waiting": 0, "limit": 64}
+    assert stats["now"] is None and stats["queue"] == {"waiting": 0, "limit": 64, "running": 0, "parallel": 1}
     assert stats["last"]["generated_tokens"] == 9 and stats["last"]["prompt_tokens"] == stats["last"]["prompt_tokens"]
     assert set(stats["last"]) == {
         *("tokens_per_second", "prompt_tokens", "generated_tokens", "first_token_s", "hit_rate", "bytes_per_token"),

@@ -268,20 +268,18 @@ class Engine:
         self.running.append(job)
         watch = monitor.begin(job)
         failed = True
+        last: End | ApiError = stopping()
         try:
-            job.tell(self._generate(job, watch))
+            last = self._generate(job, watch)
             failed = False
         except Ended:
             failed = not job.left
-            job.tell(stopping())
         except Exception as error:
-            job.tell(why_failed(error, job.id))
-        except BaseException:
-            job.tell(stopping())
-            raise
+            last = why_failed(error, job.id)
         finally:
-            watch.end(failed)
+            watch.end(failed)  # first, so that a client that has its answer finds it in the totals
             self.running.remove(job)
+            job.tell(last)
 
     def _generate(self, job: Job, watch: RequestWatch) -> End:
         import mlx.core as mx

@@ -186,9 +186,9 @@ class ParallelAnswers:
             failed, item = not job.left, stopping()
         elif isinstance(item, Exception) and not isinstance(item, ApiError):
             item = why_failed(item, job.id)
-        job.tell(item)
-        watch.end(failed)
+        watch.end(failed)  # first, so that a client that has its answer finds it in the totals
         self._running.remove(job)
+        job.tell(item)
         self._places.served(place)
 
     def _check(self, job: Job) -> None:

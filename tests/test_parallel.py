@@ -251,12 +251,11 @@ def test_a_conversation_gives_the_bits_of_a_prompt_that_is_read_from_its_beginni
 def test_the_plan_has_a_cache_for_each_answer(folder: Path) -> None:
     one, three = (mlx_flash.plan(folder, parallel=count, context=512) for count in (1, 3))
     assert three.demand.kv_cache == 3 * one.demand.kv_cache == 3 * three.demand.context_bytes
-    assert three.smallest > one.smallest and "512 tokens for each of 3 answers" in three.describe()
-    with pytest.raises(
-        BudgetError, match=f"needs at least {three.smallest // 10**6}.*--parallel, which is 3"
-    ) as raised:
+    assert "512 tokens for each of 3 answers" in three.describe()
+    with pytest.raises(BudgetError) as raised:
         mlx_flash.plan(folder, parallel=3, context=512, memory="10MB")
-    assert raised.value.smallest_bytes == pytest.approx(three.smallest, abs=8e6)
+    assert f"at least {raised.value.smallest_bytes // 10**6}MB" in str(raised.value)
+    assert "or lower --parallel, which is 3" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from mlx_flash.cli.run import whole_number
+from mlx_flash.defaults import MOST_PARALLEL
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.source.children import child_environment
 
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=6, help="clients at the same time (default: %(default)s)")
     parser.add_argument("--model", help="model of the server (default: the packaged demo model)")
     parser.add_argument("--memory", metavar="SIZE", help="budget of the server (default: the server's default)")
+    parser.add_argument(
+        "--parallel", type=whole_number(1, MOST_PARALLEL), help="answers at once (default: the server's default)"
+    )
     add_output_argument(parser)
 
 
@@ -48,9 +53,9 @@ def main(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.clients <= 64:
         raise UsageError(f"--clients is {arguments.clients}, expected 1 to 64, the length of the server's queue.")
     command = [sys.executable, "-m", "mlx_flash.server", "--port", "0", "--exit-with-stdin"]
-    for name in ("model", "memory"):
+    for name in ("model", "memory", "parallel"):
         if (value := getattr(arguments, name)) is not None:
-            command += [f"--{name}", value]
+            command += [f"--{name}", str(value)]
     with contextlib.ExitStack() as stack:
         pipe = subprocess.PIPE
         server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=child_environment())

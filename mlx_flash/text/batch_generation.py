@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..defaults import KV_STEP_TOKENS
 from ..errors import UsageError
@@ -37,6 +36,8 @@ def can_batch(cache: list[Any]) -> bool:
 
 def require_batches(model: Any) -> None:
     """Raises UsageError if mlx-lm cannot batch the prompt caches of a model."""
+    from mlx_lm.models.cache import make_prompt_cache
+
     if not can_batch(make_prompt_cache(model)):
         raise UsageError(NO_BATCHES)
 

@@ -19,7 +19,7 @@ STEP = test_prompt_caches.STEP
 
 def fake(kind: str, planned: int = 0) -> Any:
     model = test_prompt_caches.FakeModel(kind, planned)
-    model.flash.plan.demand.kv_cache = MANY
+    model.flash.plan.demand.context_bytes = MANY
     return model
 
 

@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     def is_held(made: int) -> bool:
         after = held_after()
         (own,) = engines
-        return after is not None and made >= after and not own._stopping and not own.job.left
+        return after is not None and made >= after and not own._stopping and not own.running[0].left
 
     def stream_generate(*arguments: Any, **options: Any) -> Generator[Any]:
         for response in real_generate(*arguments, **options):

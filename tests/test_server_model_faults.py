@@ -80,7 +80,7 @@ def test_clients_that_leave_at_random_moments(quick: Models, held: Bodies) -> No
         with ThreadPoolExecutor(16) as pool:
             statuses = set(pool.map(one, range(60)))
         assert statuses <= {0, 200, 202}
-        until(lambda: server.engine.places.empty and not held.held_bytes and server.engine.job is None)
+        until(lambda: server.engine.places.empty and not held.held_bytes and not server.engine.running)
         for name in names:
             assert ask(server, name).json()["model"] == name
 

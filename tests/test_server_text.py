@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serving import Server, serving  # type: ignore[import-not-found]
 
 from mlx_flash.loading.load import load
-from mlx_flash.server import engine
+from mlx_flash.server import running_answer
 from mlx_flash.server.apis.openai_common import by_text
 from mlx_flash.server.jobs import TokenLogprob
 from mlx_flash.server.logprobs import LogprobReader
@@ -52,7 +52,7 @@ def speak(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         tokenizer = TokenizerWrapper(kinds.made(kind), Detokenizer)
         end = tokenizer.eos_token_id
         script = iter([*tokens, end])
-        monkeypatch.setattr(engine, "make_sampler", lambda *_: lambda logprobs: mx.array([next(script)]))
+        monkeypatch.setattr(running_answer, "make_sampler", lambda *_: lambda logprobs: mx.array([next(script)]))
         monkeypatch.setattr(server.engine.switch.loaded, "tokenizer", tokenizer)
         body = {"max_tokens": len(tokens) + 1, **options}
         body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}

@@ -25,6 +25,23 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PATIENCE_S = 600  # the first start converts the demo model
 
 
+class PageWaits:
+    """Waits for what the page shows. `page`: the page."""
+
+    page: Page
+
+    def shows(self, condition: str, argument: Any = None) -> None:
+        """Waits for a condition that comes true and stays true."""
+        self.page.wait_for_function(condition, arg=argument)
+
+    def reads(self, selector: str, pattern: str) -> None:
+        """Waits until an element's text matches, which must then keep matching."""
+        self.shows(
+            "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
+            [selector, pattern],
+        )
+
+
 class Server:
     """A server that can be started and killed repeatedly on one port. `hold` stops every generation at a token."""
 

@@ -83,7 +83,7 @@ def test_every_child_python_is_given_that_environment() -> None:
         "bench/tools/report.py": 2,
         "bench/tools/read_methods.py": 1,
         "apps/menubar/native.py": 1,
-        "bench/tools/pacing.py": 1,
+        "bench/tools/preload.py": 1,
     }  # git, fio, pbcopy, a C compiler
     found: dict[str, int] = {}
     top = ROOT.parent

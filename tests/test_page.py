@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
-from page_browser import CHROMIUM, Server, chromium, forget_all, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
+from page_browser import CHROMIUM, PageWaits, Server, chromium, forget_all, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, ViewportSize
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-class Tab:
+class Tab(PageWaits):
     """A page in its own browser profile, and the errors in it."""
 
     def __init__(self, page: Page, server: Server) -> None:
@@ -98,17 +98,6 @@ class Tab:
     def wait_for_text(self) -> None:
         self.shows(
             f"""() => document.querySelector('{ANSWER}[data-state="streaming"] .text')?.textContent.length > 3"""
-        )
-
-    def shows(self, condition: str, argument: Any = None) -> None:
-        """Waits for a condition that comes true and stays true."""
-        self.page.wait_for_function(condition, arg=argument)
-
-    def reads(self, selector: str, pattern: str) -> None:
-        """Waits until an element's text matches, which must then keep matching."""
-        self.shows(
-            "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
-            [selector, pattern],
         )
 
     def asked(self) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from page_browser import CHROMIUM, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
+from page_browser import CHROMIUM, PageWaits, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
 from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
 from serving import Server  # type: ignore[import-not-found]
 from switching import Switching, library  # type: ignore[import-not-found]
@@ -48,7 +48,7 @@ def body_of(request: Request) -> Any:
     return request.post_data_json
 
 
-class Chat:
+class Chat(PageWaits):
     """The page, for tests that read like what a user does."""
 
     def __init__(self, page: Page, server: Server) -> None:  # noqa: F811
@@ -79,15 +79,6 @@ class Chat:
             act()
         self.page.wait_for_selector(f'{LAST}.assistant[data-state="{state}"]')
         return body_of(sent.value)
-
-    def shows(self, condition: str, argument: Any = None) -> None:
-        self.page.wait_for_function(condition, arg=argument)
-
-    def reads(self, selector: str, pattern: str) -> None:
-        self.shows(
-            "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
-            [selector, pattern],
-        )
 
     def titles(self) -> list[str]:
         return self.page.locator(".chat-title").all_text_contents()

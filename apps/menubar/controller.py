@@ -19,6 +19,7 @@ from .budgets import Budget, fixed_budgets, planned_budgets, served_budgets
 from .client import Client, ServerAnswer, ServerError
 from .downloads import Downloads
 from .model_choices import loaded_name, name_of, with_values
+from .observed import Observed
 from .server_process import EngineProcess, server_command, why_it_ended
 from .settings import AppSettings, read_settings, write_settings
 
@@ -67,7 +68,7 @@ class State:
         return float(rate) if rate else None
 
 
-class Controller:
+class Controller(Observed[State]):
     def __init__(
         self,
         settings_file: Path,
@@ -80,11 +81,9 @@ class Controller:
             on_change: called after every change of `state`, from any thread.
             command: makes the command that runs the engine, from a model and a budget in bytes.
         """
+        super().__init__(State(read_settings(settings_file), budgets=fixed_budgets()), on_change)
         self._file = settings_file
-        self._on_change = on_change
         self._command = command
-        self._lock = threading.RLock()
-        self._state = State(read_settings(settings_file), budgets=fixed_budgets())
         self._engine: EngineProcess | None = None
         self._answer: ServerAnswer | None = None
         self._turn = 0  # number of the current question
@@ -97,10 +96,6 @@ class Controller:
             on_change, self._note_unfinished, self._note_downloaded, self._state.settings.unfinished
         )
         self._ask_for_budgets()
-
-    @property
-    def state(self) -> State:
-        return self._state
 
     # -- actions of the user ---------------------------------------------------------------------------------
 
@@ -375,13 +370,6 @@ class Controller:
                 self._change(answering=False, answer_trouble=trouble)
 
     # -- state -----------------------------------------------------------------------------------------------
-
-    def _change(self, **changes: Any) -> None:
-        with self._lock:
-            before, self._state = self._state, replace(self._state, **changes)
-            changed = before != self._state
-        if changed:
-            self._on_change()
 
     def _change_if(self, engine: EngineProcess, **changes: Any) -> None:
         """Changes the state if `engine` is still the current one."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from .json_process import JsonProcess, ProcessFailed
+from .observed import Observed
 
 SEARCH = "mlx_flash.apps.menubar.hub_search"
 VERDICT = "mlx_flash.apps.menubar.hub_verdict"
@@ -80,7 +81,7 @@ class HubState:
     unfinished: tuple[str, ...] = ()  # models whose downloads were begun and not finished
 
 
-class Downloads:
+class Downloads(Observed[HubState]):
     def __init__(
         self,
         on_change: Callable[[], None] = lambda: None,
@@ -97,17 +98,12 @@ class Downloads:
             unfinished: downloads that earlier runs of the app began.
             start: starts a process, from a module and arguments.
         """
-        self._on_change, self._on_unfinished, self._on_downloaded = on_change, on_unfinished, on_downloaded
+        super().__init__(HubState(unfinished=unfinished, found=tuple(Found(name) for name in unfinished)), on_change)
+        self._on_unfinished, self._on_downloaded = on_unfinished, on_downloaded
         self._start = start
-        self._lock = threading.RLock()
-        self._state = HubState(unfinished=unfinished, found=tuple(Found(name) for name in unfinished))
         self._running: dict[str, JsonProcess] = {}  # module -> its process
         self._turns = dict.fromkeys((SEARCH, VERDICT, DOWNLOAD), 0)  # module -> number of the last process
         self._closed = False
-
-    @property
-    def state(self) -> HubState:
-        return self._state
 
     # -- actions of the user ---------------------------------------------------------------------------------
 
@@ -263,13 +259,6 @@ class Downloads:
 
     def _change_download(self, **changes: Any) -> None:
         self._change(download=replace(self._state.download, **changes))
-
-    def _change(self, **changes: Any) -> None:
-        with self._lock:
-            before, self._state = self._state, replace(self._state, **changes)
-            changed = before != self._state
-        if changed:
-            self._on_change()
 
 
 def is_id(text: str) -> bool:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .preload import library_of, preload_with
+
 SOURCE = Path(__file__).with_name("paced.c")
 
 
-@functools.cache
 def library() -> Path:
-    """The compiled library, built once per version of its source."""
-    source = SOURCE.read_bytes()
-    target = Path(tempfile.gettempdir()) / f"paced-{os.getuid()}-{hashlib.sha256(source).hexdigest()[:12]}.so"
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(SOURCE), "-ldl", "-lpthread"], check=True)
-        made.replace(target)
-    return target
+    return library_of(SOURCE)
 
 
 @contextmanager
 def preloaded() -> Iterator[None]:
     """Inside this context, child processes are started with the library. Their reads are not paced yet."""
     before = os.environ.get("LD_PRELOAD", "")
-    os.environ["LD_PRELOAD"] = f"{library()}:{before}" if before else str(library())
+    os.environ["LD_PRELOAD"] = preload_with(library())
     try:
         yield
     finally:

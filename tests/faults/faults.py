@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import os
-import subprocess
-import tempfile
 from pathlib import Path
+
+from mlx_flash.bench.tools.preload import library_of, preload_with
 
 SOURCE = Path(__file__).with_name("shim.c")
 VISIBLE = ("eio", "eof", "eintr", "short", "odd", "late")  # the caller can see these, or they change nothing
@@ -16,23 +14,14 @@ SILENT = ("flip", "zero", "misdirect")  # only a checksum sees these
 WRITES = ("eio", "enospc", "short")
 
 
-@functools.cache
 def library() -> Path:
-    """The compiled shim, built once per version of its source. Needs a C compiler and Linux."""
-    source = SOURCE.read_bytes()
-    target = Path(tempfile.gettempdir()) / f"faults-{os.getuid()}-{hashlib.sha256(source).hexdigest()[:12]}.so"
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(SOURCE), "-ldl", "-lpthread"], check=True)
-        made.replace(target)
-    return target
+    """The compiled shim. Needs a C compiler and Linux."""
+    return library_of(SOURCE)
 
 
 def environment(rule: str = "", **changes: str) -> dict[str, str]:
     """The environment of a child under the shim. rule: "kind:calls:skip:count:parameter:path", armed from the start."""
-    before = os.environ.get("LD_PRELOAD", "")
-    preload = f"{library()}:{before}" if before else str(library())
-    return {**os.environ, "LD_PRELOAD": preload, **({"FAULTS": rule} if rule else {}), **changes}
+    return {**os.environ, "LD_PRELOAD": preload_with(library()), **({"FAULTS": rule} if rule else {}), **changes}
 
 
 class Shim:

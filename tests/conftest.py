@@ -33,11 +33,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import mlx_flash
 from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.flash import system
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
 from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.layers.quantised import companions
 from mlx_flash.loading import load as loading
 from mlx_flash.loading import store as store_module
+from mlx_flash.loading import streaming_needs
 from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.source.resolve import demo_folder
 from mlx_flash.text.tokenizer import load_tokenizer
@@ -61,6 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logfinish() -> None:
     set_right()
+
+
+@pytest.fixture(autouse=True)
+def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets all plans of a test count the same process: malloc may return at any time what earlier tests left behind."""
+    monkeypatch.setattr(streaming_needs, "current_memory_bytes", functools.cache(system.current_memory_bytes))
 
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that. Tests of Ctrl-C need the default.

@@ -18,7 +18,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_flash.defaults import CONTEXT, KV_STEP_TOKENS, MOST_CONTEXT
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.files import round_up
-from mlx_flash.loading import in_place_loading, streaming_needs
+from mlx_flash.loading import in_place_loading
 from mlx_flash.loading.context import MOST_TRIALS, plan_context
 from mlx_flash.loading.in_place_plan import InPlacePlan
 from mlx_flash.loading.load import load, plan
@@ -157,12 +157,6 @@ def long_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def fixed_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 200 * MB)
-
-
-@pytest.mark.usefixtures("fixed_process")
 def test_a_mixture_by_its_budget(long_mixture: Path) -> None:
     ample = plan(long_mixture, memory=ENDLESS)
     assert (
@@ -180,7 +174,6 @@ def test_a_mixture_by_its_budget(long_mixture: Path) -> None:
     assert plan(long_mixture, memory=ENDLESS, context=5000).context == 5000
 
 
-@pytest.mark.usefixtures("fixed_process")
 def test_what_a_longer_context_takes_is_said(long_mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With units of a megabyte, so that the slots are worth giving up."""
     real = in_place_loading.plan_for_budget
@@ -202,7 +195,6 @@ def test_what_a_longer_context_takes_is_said(long_mixture: Path, monkeypatch: py
     assert longer.demand.total - short.demand.total > 7 * MB
 
 
-@pytest.mark.usefixtures("fixed_process")
 def test_a_longer_context_makes_a_token_read_a_tenth_more_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

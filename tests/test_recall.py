@@ -155,11 +155,8 @@ def test_it_catches_what_it_says(tiny: Tiny, open_model: Callable[..., Any]) -> 
         assert both / active == pytest.approx(recall, abs=0.02)
 
 
-def test_the_plan_follows(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_follows(own_store: Path) -> None:
     """A layer gets slots by the number of neurons that it chooses at the requested recall."""
-    monkeypatch.setattr(
-        "mlx_flash.loading.streaming_needs.current_memory_bytes", lambda: 10**8
-    )  # two loads in one process
     kinds = read_manifest(own_store).predictors
     table = kinds["shadow"]["table"]
     table["predicted"] = [[0.01] + [0.4] * (len(table["recall"]) - 1), [0.2] + [0.4] * (len(table["recall"]) - 1)]

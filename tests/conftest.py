@@ -47,12 +47,29 @@ from mlx_flash.text.tokenizer import load_tokenizer
 prepare_children()
 
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # gw0, gw1, ... with `pytest -n`
+WORKER_TMP = pytest.StashKey[str]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the suite its own cache folder, which later runs reuse, so that the demo model is converted only once."""
+    """Gives the suite its own cache folder, which later runs reuse, so that the demo model is converted only once.
+
+    Workers share nothing, not even the temporary folder: MLX keeps there what g++ compiled for it, and a process may
+    load a library that another is still writing.
+    """
     cache = getattr(config, "cache", None)  # missing with `-p no:cacheprovider`
-    os.environ["MLX_FLASH_CACHE"] = str(cache.mkdir("mlx_flash")) if cache else tempfile.mkdtemp()
+    os.environ["MLX_FLASH_CACHE"] = str(cache.mkdir(f"mlx_flash{WORKER}")) if cache else tempfile.mkdtemp()
     # What a server of an earlier run read would be in a prompt cache now.
     shutil.rmtree(Path(os.environ["MLX_FLASH_CACHE"]) / "conversations", ignore_errors=True)
+    if WORKER:
+        config.stash[WORKER_TMP] = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(
+            prefix=f"mlx_flash-{WORKER}-"
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if folder := config.stash.get(WORKER_TMP, None):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

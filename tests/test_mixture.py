@@ -386,7 +386,7 @@ def test_no_more_than_one_layers_output_is_kept(mixture_of: Callable[..., Path],
     model, streamer = stream(mixture_of("qwen3_moe"), 11)
     for call in (PROMPT, *([token] for token in PROMPT)):
         mx.eval(model(mx.array([call])))
-        assert len(streamer.guarded) <= 1
+        assert len(streamer.guarded) <= (1 if call is PROMPT else 2)  # a token's: the experts in slots, and the others
 
 
 def test_a_file_cut_short_while_it_is_in_use(stream: Callable[..., Any], tmp_path: Path) -> None:

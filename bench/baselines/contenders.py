@@ -23,7 +23,7 @@ from mlx_flash.loading.config import holds_mixture
 
 from ..synthetic.neuron_store import is_synthetic, shape_label
 from ..tools import subprocess_json
-from .engine_switches import keep_nothing_between_calls, read_before_products
+from .engine_switches import keep_nothing_between_calls
 
 PART = "mlx_flash.bench.baselines.contenders"
 SPARE_BYTES = 64 << 20  # room for the growth of the process after its plan has been made
@@ -190,7 +190,7 @@ def _load_flash(contender: Contender, task: Task) -> Loaded:
     if not contender.keep:
         keep_nothing_between_calls(model, contender.options.get("window"))
     if not contender.overlap:
-        read_before_products(model)
+        model.flash.streamer.overlap = False
     if contender.look_ahead != "tried":
         model.flash.fix_look_ahead(contender.look_ahead == "always")
     plan = model.flash.plan

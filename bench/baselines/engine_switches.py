@@ -1,4 +1,4 @@
-"""The only changes that contenders make to the engine's internals: what slots keep, and when products start."""
+"""The only changes that contenders make to the engine's internals: what slots keep between calls."""
 
 from __future__ import annotations
 
@@ -29,16 +29,3 @@ class EmptiedCache(SlotCache):
         self.slot_of[:] = self.unit_of[:] = -1
         self.resident = 0
         return super().mark_used(units)
-
-
-def read_before_products(model: Any) -> None:
-    """Makes every layer of experts read all missing experts before it multiplies, if its slots can hold them."""
-    for layer in model.flash.layers:
-        _read_all_first(layer.units)
-
-
-def _read_all_first(slots: ExpertSlots) -> None:
-    groups = slots.groups
-    slots.groups = (  # type: ignore[method-assign]
-        lambda experts, at_once: [experts] if len(experts) <= slots.cache.slots else groups(experts, at_once)
-    )

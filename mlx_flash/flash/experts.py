@@ -66,7 +66,8 @@ class ExpertSlots(Units):
         (`slot_of`) until the next one is asked for.
 
         While the caller works on a group, the next one is read if the slots hold both. meanwhile: see `Units.use`.
-        at_once: most missing experts in a group; None for no limit.
+        at_once: for a prompt, most missing experts in a group; None for a few tokens. Without a limit and without
+        `InFlightReads.overlap`, all experts are one group, if they fit.
         """
         clock, slots = self.shared.clock, self.cache.slots
         # Usually these are evaluated by now. If they were kept, the outputs of all layers would add up in memory.
@@ -89,7 +90,9 @@ class ExpertSlots(Units):
             if meanwhile is not None and overlaps and turn + 2 == len(groups):
                 meanwhile()
             yield group
-            if len(groups) > 1:
+            if at_once is None and len(following):
+                self.shared.begin_guarded()
+            elif at_once is not None and len(groups) > 1:  # Otherwise several outputs of a prompt are in memory.
                 self.shared.evaluate_guarded()
             if len(following) and not overlaps:
                 clock.start()
@@ -99,6 +102,8 @@ class ExpertSlots(Units):
     def groups(self, experts: np.ndarray, at_once: int | None) -> list[np.ndarray]:
         """Splits `experts` into the groups of `use`; those in slots come first. If there are several groups, each fits
         into the slots together with the next one."""
+        if at_once is None and not self.shared.overlap and len(experts) <= self.cache.slots:
+            return [experts]
         here = self.cache.slot_of[experts] >= 0
         present, missing = experts[here], experts[~here]
         half = max(1, self.cache.slots // 2)

@@ -21,7 +21,9 @@ class HasReads(Protocol):
 class InFlightReads:
     """The state that the layers of one model share for their reads.
 
-    guarded: outputs of graphs that read slots of any layer. loading: layers with reads on their way.
+    guarded: outputs of graphs that read slots of any layer. loading: layers with reads on their way. overlap: whether a
+    layer of experts multiplies those in slots while it reads the others. Otherwise it waits for all and multiplies in
+    one pass, which the device begins and ends once. Each call of a layer looks at it; the text does not depend on it.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -30,12 +32,17 @@ class InFlightReads:
         self.clock = Clock(self.counters)
         self.guarded: list[mx.array] = []
         self.loading: list[HasReads] = []
+        self.overlap = True
 
     def evaluate_guarded(self) -> None:
         """Evaluates the guarded outputs and drops them, because a layer's output may be large."""
         guarded, self.guarded = self.guarded, []  # First: an output that cannot be evaluated is not tried again.
         if guarded:
             mx.eval(guarded)
+
+    def begin_guarded(self) -> None:
+        """Lets the device begin with the guarded outputs and returns at once. They stay guarded."""
+        mx.async_eval(self.guarded)
 
     def wait(self, ticket: Ticket) -> None:
         """Waits until the ticket's bytes are in place, and counts them. Raises ReadError."""

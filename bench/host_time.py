@@ -1,4 +1,8 @@
-"""Where does the host's time go? Times each step of the decode loop in the main thread, in ms per token."""
+"""Where does the host's time go? Times each step of the decode loop in the main thread, in ms per token.
+
+`--tiny` makes models of many layers that compute next to nothing, a mixture of experts and one of neurons, and compares
+each with a twin that has everything in memory.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,9 @@ from mlx_flash.layers import neurons
 from mlx_flash.loading.load import load
 from mlx_flash.source.resolve import find_store
 
+from . import host_share
+
+TIMED, TINY_TIMED = 32, 80  # tokens
 # The functions that are timed: (class, function, printed text).
 STEPS: tuple[tuple[Any, str, str], ...] = (
     (NeuronSlots, "prefetch", "request the missing neurons of the guess"),
@@ -40,14 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="store, checkpoint or repository id (default: the packaged demo model)")
     parser.add_argument("--memory", help="memory budget, as for `generate` (default: a share of the free memory)")
     parser.add_argument(
+        "--tiny", action="store_true", help="compare tiny models with twins that have everything in memory"
+    )
+    parser.add_argument(
         "--tokens",
         type=whole_number(1),
-        default=32,
-        help="tokens to time, after 32 untimed ones (default: %(default)s)",
+        help=f"tokens to time (default: {TIMED} after 32 untimed ones; with --tiny {TINY_TIMED} in each condition)",
     )
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.tiny:
+        if arguments.model or arguments.memory:
+            raise UsageError("--tiny makes its own models. Leave --model and --memory out.")
+        host_share.show(host_share.measure(arguments.tokens or TINY_TIMED))
+        return
+    arguments.tokens = arguments.tokens or TIMED
     from mlx_lm.models.cache import make_prompt_cache
 
     seconds: dict[str, float] = defaultdict(float)

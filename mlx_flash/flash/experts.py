@@ -59,6 +59,13 @@ class ExpertSlots(Units):
         self._lengths = np.array([[t.nbytes] for t, _ in streamed], np.int64)  # (P, 1)
         check_expert_pools(self._memory, self.pools)
 
+    @property
+    def unit_bytes(self) -> int:
+        return int(self._lengths.sum())
+
+    def places(self, units: np.ndarray) -> np.ndarray:
+        return np.stack((self._file_of[0, units], self._offsets[0, units]), axis=1)
+
     def use(
         self, experts: np.ndarray, *, meanwhile: Callable[[], None] | None = None, at_once: int | None = None
     ) -> Iterator[np.ndarray]:

@@ -107,6 +107,14 @@ class NeuronSlots(Units):
         if self.pool is not None and self.rows is not None:
             check_neuron_pool(self.pool, self.rows)
 
+    @property
+    def unit_bytes(self) -> int:
+        return self.slot_bytes
+
+    def places(self, units: np.ndarray) -> np.ndarray:
+        offsets = self.layer * self.layout.layer_bytes + units.astype(np.int64) * self.layout.block_bytes
+        return np.stack((np.zeros(len(units), np.int64), offsets + self.part_offset), axis=1)
+
     def _verify_file(self) -> None:
         """Checks once per call of the model that the file was not changed."""
         if self.layer == 0:

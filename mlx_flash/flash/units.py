@@ -73,6 +73,15 @@ class Units(ABC):
         """The slot of every unit, int32 (units,); -1 for a unit without a slot."""
         return self.cache.slot_of
 
+    @property
+    @abstractmethod
+    def unit_bytes(self) -> int:
+        """Bytes that are read of a unit."""
+
+    @abstractmethod
+    def places(self, units: np.ndarray) -> np.ndarray:
+        """Where the first bytes of units lie: int64 (n, 2) of the number of the file, and the offset in it."""
+
     @abstractmethod
     def use(self, units: np.ndarray, *, meanwhile: Callable[[], None] | None = None) -> Iterator[Any]:
         """Yields `units`, which a call of the model needs, in groups. The kind of unit defines what a group is.
@@ -97,6 +106,25 @@ class Units(ABC):
         self._finish()  # An earlier guess that no call has asked for is still on its way.
         self._start(units, guess=True)
         self.shared.clock.managed()
+
+    def start_filling(self, units: np.ndarray, slots: np.ndarray) -> PendingReads:
+        """Starts to read `units`, none of which is in a slot, into `slots`, which are empty: both (n,).
+
+        Only `filling.fill` calls it. `finish_filling` follows before any other method.
+        """
+        self.shared.clock.start()
+        self._finish()
+        self._before_writing()
+        reads = PendingReads([], units, slots, guess=True)
+        self._submit(units, slots, reads.tickets)
+        return reads
+
+    def finish_filling(self, reads: PendingReads) -> None:
+        """Waits until the units are in their slots. Raises ReadError."""
+        for ticket in reads.tickets:
+            self.shared.wait(ticket)
+        self._arrived(reads.units, reads.slots)
+        self.cache.commit(reads.units, reads.slots)
 
     def _need(self, units: np.ndarray) -> None:
         """Records that a call of the model needs `units`: they are evicted last, and a pending guess is scored."""

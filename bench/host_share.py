@@ -198,7 +198,7 @@ def recorded(layers: Sequence[Any]) -> Iterator[list[np.ndarray]]:
 
     def noting(use: Callable[..., Any], units: Any, place: int) -> Callable[..., Any]:
         def noted(wanted: np.ndarray, **options: Any) -> Any:
-            used[place] = units._blocks_of(wanted) if hasattr(units, "_blocks_of") else wanted
+            used[place] = units.blocks_of(wanted) if hasattr(units, "blocks_of") else wanted
             return use(wanted, **options)
 
         return noted

@@ -137,7 +137,7 @@ class NeuronSlots(Units):
         # The previous layer's output is evaluated by now, unless no call asked for it.
         self.shared.evaluate_guarded()
         clock.start()
-        blocks = self._blocks_of(ids)
+        blocks = self.blocks_of(ids)
         self._need(blocks)
         at_once = len(blocks) <= self.cache.slots
         if at_once:
@@ -154,7 +154,7 @@ class NeuronSlots(Units):
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Like `Units.prefetch`, for neurons `ids` (ascending)."""
-        super().prefetch(self._blocks_of(ids))
+        super().prefetch(self.blocks_of(ids))
 
     def _piece_rows(self, ids: np.ndarray, at_once: bool, packed: bool) -> StoredRows:
         """Rows of neurons of a piece. at_once: whether their blocks were all asked for."""
@@ -174,7 +174,7 @@ class NeuronSlots(Units):
 
     def _take_in_rounds(self, ids: np.ndarray) -> StoredRows:
         """Rows of neurons that may have more blocks than there are slots. Each round reads as many blocks as fit."""
-        blocks, slots = self._blocks_of(ids), self.cache.slots
+        blocks, slots = self.blocks_of(ids), self.cache.slots
         of_id = ids // self.layout.neurons_per_block
         rounds = []
         for begin in range(0, len(blocks), slots):
@@ -189,7 +189,7 @@ class NeuronSlots(Units):
             return rounds[0]
         return tuple(_joined(pieces) for pieces in zip(*rounds, strict=True))
 
-    def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
+    def blocks_of(self, ids: np.ndarray) -> np.ndarray:
         """The blocks of neurons `ids` (ascending), each once, ascending."""
         if self.layout.neurons_per_block == 1:
             return ids

@@ -15,6 +15,7 @@ MODULES = {  # the commands that have flags of their own
     "generate": "mlx_flash.generate",
     "chat": "mlx_flash.chat",
     "server": "mlx_flash.server.__main__",
+    "service": "mlx_flash.service.__main__",
     "launch": "mlx_flash.launch",
     "plan": "mlx_flash.cli.show_plan",
     "download": "mlx_flash.download",

@@ -27,6 +27,7 @@ FLOORS = (
     ("loading",),
     ("cli",),
     ("server", "generate", "chat", "launch", "check", "cache", "download"),
+    ("service",),
     ("convert",),
     ("bench", "apps", "demo"),
 )

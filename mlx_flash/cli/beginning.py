@@ -8,7 +8,7 @@ import sys
 import threading
 from types import FrameType
 
-TERMINATED = {"server": 0}  # exit codes after SIGTERM; every other command exits with 143
+TERMINATED = {"server": 0, "service.start": 0}  # exit codes after SIGTERM; every other command exits with 143
 AGAIN_S = 0.01
 HUNG_UP = 129  # exit code after SIGHUP (the terminal was closed)
 OWN_HANDLERS = ("app", "apps.menubar")

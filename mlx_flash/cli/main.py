@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("mlx_flash.generate", "continues a prompt"),
     "chat": ("mlx_flash.chat", "holds a conversation in the terminal"),
     "server": ("mlx_flash.server", "serves the APIs of OpenAI, Anthropic and Ollama, and a page to chat in"),
+    "service": ("mlx_flash.service", "installs the server as a service of this user, which starts at login"),
     "launch": ("mlx_flash.launch", "starts a coding agent (claude, codex, opencode) with a model of this machine"),
     "plan": ("mlx_flash.cli.show_plan", "prints how much memory a model needs, and sensible budgets"),
     "download": ("mlx_flash.download", "downloads a model from the Hugging Face Hub, or continues to"),

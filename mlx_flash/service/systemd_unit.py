@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import FlashError
+from ..errors import FlashError, UsageError
 from .definition import Definition
 from .system_manager import ServiceState, SystemManager, ran, why
 
@@ -38,6 +38,8 @@ class Systemd(SystemManager):
 
     def text(self, definition: Definition) -> bytes:
         python, *words = definition.command()
+        if found := set(python) & set("\"'\\"):
+            raise UsageError(f"{python} has the character {min(found)}, and systemd starts no such program. Move it.")
         command = " ".join([quoted(python, "$"), *map(quoted, words)])
         environment = "\n".join(
             f"Environment={quoted(f'{name}={value}', '$')}" for name, value in definition.environment.items()
@@ -77,7 +79,12 @@ WantedBy=default.target
         self._do("daemon-reload")
         self._do("enable", UNIT)
         ran("systemctl", "--user", "reset-failed", UNIT)  # earlier crashes do not count
-        self._do("restart", UNIT)
+        try:
+            self._do("restart", UNIT)
+        except FlashError as error:
+            if ended := self.state().ended:  # the message itself only says where to look
+                raise FlashError(f"systemd does not start the service: {ended}.") from None
+            raise error
 
     def stop(self) -> None:
         if self._properties().get("LoadState") == "loaded":
@@ -92,8 +99,8 @@ WantedBy=default.target
         pid = int(found.get("MainPID") or 0)
         if pid or found.get("ActiveState") == "inactive":
             return ServiceState(pid or None, "")
-        code = found.get("ExecMainStatus", "")
-        return ServiceState(None, f"{found.get('Result', '')}, code {code}, restarted {found.get('NRestarts')} times")
+        result, code = found.get("Result", "unknown"), found.get("ExecMainStatus", "unknown")
+        return ServiceState(None, f"result {result}, code {code}, restarts {found.get('NRestarts', 'unknown')}")
 
     def _properties(self) -> dict[str, str]:
         """What systemd says about the unit; an unknown unit has a LoadState as well."""

@@ -10,12 +10,12 @@ from ..cli.run import program, run_command
 from ..cli.terminal import say
 from ..server.arguments import add_server_arguments
 from .definition import places
-from .system_manager import manager_here
+from .system_manager import SystemManager
 
 ACTIONS = ("install", "status", "remove")
 
 
-class _Parser(argparse.ArgumentParser):
+class _ServiceParser(argparse.ArgumentParser):
     """Leaves what follows `install` to the server's parser."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -38,7 +38,7 @@ def make_server_parser() -> argparse.ArgumentParser:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _ServiceParser(
         prog=program("service"),
         usage="%(prog)s [-h] {install [--print] [FLAGS OF mlxflash server],status,remove}",
         description="Runs `mlxflash server` in the background, from every login on: as an agent of launchd on macOS, "
@@ -49,6 +49,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("--print", action="store_true", help="with install: print the definition, and do nothing")
     return parser
+
+
+def manager_here() -> SystemManager:
+    if sys.platform == "darwin":
+        from .launchd_agent import Launchd
+
+        return Launchd()
+    from .systemd_unit import Systemd
+
+    return Systemd()
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import FlashError, UsageError
 
@@ -23,14 +21,14 @@ HOMEBREW = re.compile(r"(?P<brew>.+)/Cellar/(?P<formula>[^/]+)/[^/]+/(?P<rest>.+
 
 
 @dataclass(frozen=True)
-class Places:
+class ServiceFiles:
     """log: the service's output. key: the API key, in a file that only this user reads."""
 
     log: Path
     key: Path
 
 
-def places() -> Places:
+def places() -> ServiceFiles:
     """Raises FlashError if this user has no home folder."""
     try:
         home = Path.home()
@@ -38,10 +36,12 @@ def places() -> Places:
         raise FlashError("this user has no home folder, so there is no place for a service.") from None
     if sys.platform == "darwin":
         library = home / "Library"
-        return Places(library / "Logs/mlx_flash/server.log", library / "Application Support/mlx_flash/service-key")
+        return ServiceFiles(
+            library / "Logs/mlx_flash/server.log", library / "Application Support/mlx_flash/service-key"
+        )
     state = Path(os.environ.get("XDG_STATE_HOME") or home / ".local/state")
     config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    return Places(state / "mlx_flash/server.log", config / "mlx_flash/service-key")
+    return ServiceFiles(state / "mlx_flash/server.log", config / "mlx_flash/service-key")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Definition:
     python: str
     flags: tuple[str, ...]
     environment: Mapping[str, str]
-    places: Places
+    places: ServiceFiles
     key: bool = False
 
     def command(self) -> list[str]:
@@ -73,27 +73,6 @@ def flags_in(command: Sequence[str]) -> list[str]:
     if STARTER not in command:
         raise ValueError(f"it does not start {STARTER}")
     return list(command[command.index("--") + 1 :])
-
-
-def flags_of(words: Sequence[str], make_parser: Callable[[], argparse.ArgumentParser]) -> tuple[str, ...]:
-    """The words of a valid command line as `--flag=value`, for a process that starts in another folder.
-
-    The values stay as they were typed, apart from folders, whose paths become absolute. An API key is left out.
-    """
-    parser = make_parser()
-    for action in parser._actions:
-        action.type = action.choices = None  # the texts, not what is made of them
-    given = parser.parse_args(words)
-    flags = []
-    for action in parser._actions:
-        value: Any = getattr(given, action.dest, action.default)
-        if action.dest == "api_key" or value == action.default:
-            continue
-        for text in value if isinstance(value, list) else [value]:
-            if "DIR" in str(action.metavar) and (folder := Path(text).expanduser()).is_dir():
-                text = os.path.abspath(folder)
-            flags.append(action.option_strings[0] if action.nargs == 0 else f"{action.option_strings[0]}={text}")
-    return tuple(flags)
 
 
 def environment_of(shell: Mapping[str, str]) -> dict[str, str]:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..cli.flag_words import flags_of
 from ..cli.model_arguments import options_of
 from ..errors import FlashError, UsageError
 from ..server.arguments import checked, given_key, require_key
-from .definition import STARTER, Definition, Places, environment_of, flags_of, lasting_python
+from .definition import STARTER, Definition, ServiceFiles, environment_of, lasting_python
 from .service_status import address_of, answer_of, last_lines
 from .system_manager import SystemManager
 
@@ -24,7 +25,10 @@ GONE_LOOKS = 8  # so many looks in a row without a process: launchd may need a m
 
 
 def defined(
-    server: argparse.Namespace, words: Sequence[str], make_parser: Callable[[], argparse.ArgumentParser], where: Places
+    server: argparse.Namespace,
+    words: Sequence[str],
+    make_parser: Callable[[], argparse.ArgumentParser],
+    where: ServiceFiles,
 ) -> Definition:
     """The definition for the server's arguments. Raises UsageError for values that no service can have.
 
@@ -79,7 +83,7 @@ def install(
         raise
 
 
-def remove(manager: SystemManager, where: Places) -> bool:
+def remove(manager: SystemManager, where: ServiceFiles) -> bool:
     """Ends the service and removes its files. Returns whether there was anything. Raises FlashError."""
     manager.stop()
     files = [manager.file, where.key, where.log, where.log.with_name(f"{where.log.name}.1")]

@@ -7,6 +7,7 @@ import plistlib
 import re
 import time
 from pathlib import Path
+from xml.parsers.expat import ExpatError
 
 from ..errors import FlashError
 from .definition import Definition
@@ -51,7 +52,7 @@ class Launchd(SystemManager):
     def command_in(self, text: bytes) -> list[str]:
         try:
             return [str(word) for word in plistlib.loads(text)["ProgramArguments"]]
-        except (ValueError, LookupError, TypeError, plistlib.InvalidFileException) as error:
+        except (ValueError, LookupError, TypeError, ExpatError) as error:
             raise ValueError(str(error)) from None
 
     def start(self) -> None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .definition import Places, flags_in
+from .definition import ServiceFiles, flags_in
 from .system_manager import SystemManager
 
 LINES = 5  # of the log
@@ -16,7 +16,7 @@ ANSWER_S = 3.0
 STATES = {200: "its model is loaded", 503: "it is loading its model"}
 
 
-def show(manager: SystemManager, where: Places) -> int:
+def show(manager: SystemManager, where: ServiceFiles) -> int:
     """Prints how the service is. Returns the exit code: 0 if it runs. Raises FlashError."""
     if not manager.file.exists():
         print("there is no service. `mlxflash service install` makes one.")

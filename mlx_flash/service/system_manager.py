@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +71,3 @@ def why(done: subprocess.CompletedProcess[str]) -> str:
     """The last line that a failed command said, or its exit code."""
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return lines[-1].strip().rstrip(".") if lines else f"exit code {done.returncode}"
-
-
-def manager_here() -> SystemManager:
-    if sys.platform == "darwin":
-        from .launchd_agent import Launchd
-
-        return Launchd()
-    from .systemd_unit import Systemd
-
-    return Systemd()

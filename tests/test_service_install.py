@@ -117,9 +117,10 @@ def test_systemd_starts_and_stops_a_unit(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_systemd_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = "ActiveState=failed\nMainPID=0\nResult=exit-code\nExecMainStatus=203\nNRestarts=0\n"
     manager, _ = systemd(monkeypatch, restart=[(1, "See logs.")], show=[(0, failed)])
-    with pytest.raises(FlashError, match="does not start the service: result exit-code, code 203, restarts 0"):
+    with pytest.raises(FlashError, match=r"does not start the service: exit code 203 \(exit-code\), restarted 0 times"):
         manager.start()
-    assert manager.state().ended == "result exit-code, code 203, restarts 0"
+    manager, _ = systemd(monkeypatch, show=[(0, "ActiveState=failed\nResult=signal\nExecMainStatus=6\nNRestarts=5\n")])
+    assert manager.state() == ServiceState(None, "signal 6 (signal), restarted 5 times before")
     manager, _ = systemd(monkeypatch, show=[(1, "Failed to connect to bus: No medium found")])
     for ask in (manager.state, manager.stop):
         with pytest.raises(FlashError, match=r"Failed to connect to bus: No medium found\. A service needs a systemd"):

@@ -100,7 +100,8 @@ WantedBy=default.target
         if pid or found.get("ActiveState") == "inactive":
             return ServiceState(pid or None, "")
         result, code = found.get("Result", "unknown"), found.get("ExecMainStatus", "unknown")
-        return ServiceState(None, f"result {result}, code {code}, restarts {found.get('NRestarts', 'unknown')}")
+        kind = "signal" if result in ("signal", "core-dump", "oom-kill") else "exit code"
+        return ServiceState(None, f"{kind} {code} ({result}), restarted {found.get('NRestarts', '?')} times before")
 
     def _properties(self) -> dict[str, str]:
         """What systemd says about the unit; an unknown unit has a LoadState as well."""

@@ -72,7 +72,7 @@ def test_launchd_starts_an_agent_after_the_old_one_has_gone(monkeypatch: pytest.
 
 def test_launchd_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     manager, _ = launchd(monkeypatch, print=[GONE], bootstrap=[(125, "Domain does not support specified action")])
-    with pytest.raises(FlashError, match=r"Domain does not support specified action. It needs a login"):
+    with pytest.raises(FlashError, match=r"Domain does not support specified action. It has a place"):
         manager.start()
     manager, _ = launchd(monkeypatch, print=[(0, "")], bootout=[(1, "not permitted")])
     with pytest.raises(FlashError, match="does not stop the service: not permitted"):
@@ -105,7 +105,7 @@ def test_systemd_starts_and_stops_a_unit(monkeypatch: pytest.MonkeyPatch) -> Non
     manager.stop()
     manager.forget()
     shown = "show --property=LoadState,ActiveState,MainPID,Result,ExecMainStatus,NRestarts"
-    expected = ["daemon-reload", "enable", "reset-failed", "restart", shown, "disable --now", "daemon-reload"]
+    expected = ["daemon-reload", "enable", "reset-failed", "restart", shown, "stop", "disable", "daemon-reload"]
     named = [word if word == "daemon-reload" else f"{word} {UNIT}" for word in [*expected, "reset-failed"]]
     assert commands.calls == [f"systemctl --user {words}" for words in named]
     assert manager.state() == ServiceState(7, "")
@@ -257,6 +257,21 @@ def test_a_service_that_ends_at_once_is_removed(tmp_path: Path, fitting: Any) ->
     with pytest.raises(FlashError, match=r"code 1\)\. It said: mlxflash server: the disk is gone"):
         try_to_install(manager, where)
     assert everything(tmp_path) == {} and not manager.running
+
+
+def test_a_system_that_refuses_everything_leaves_nothing(tmp_path: Path, fitting: Any) -> None:
+    class Refusing(ScriptedManager):
+        def start(self) -> None:
+            raise FlashError("no bus at the start")
+
+        def stop(self) -> None:
+            raise FlashError("no bus at the stop")
+
+        forget = stop
+
+    with pytest.raises(FlashError, match="at the start"):
+        try_to_install(Refusing(tmp_path / "x.service"), ServiceFiles(tmp_path / "log", tmp_path / "key"), key="secret")
+    assert everything(tmp_path) == {}
 
 
 def test_a_service_that_takes_its_time_stays(tmp_path: Path, fitting: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,25 +72,34 @@ def install(
         manager.start()
         _wait_for_answer(definition, manager, say)
     except BaseException:
+        with contextlib.suppress(FlashError):  # The first error is the one to tell.
+            manager.stop()
         if before[manager.file] is None:
-            remove(manager, definition.places)
-        else:
+            _delete(manager, definition.places)
             with contextlib.suppress(FlashError):
-                manager.stop()
+                manager.forget()
+        else:
             _write(before)
             if ran_before:
-                manager.start()
+                with contextlib.suppress(FlashError):
+                    manager.start()
         raise
 
 
 def remove(manager: SystemManager, where: ServiceFiles) -> bool:
     """Ends the service and removes its files. Returns whether there was anything. Raises FlashError."""
     manager.stop()
+    there = _delete(manager, where)
+    manager.forget()
+    return there
+
+
+def _delete(manager: SystemManager, where: ServiceFiles) -> bool:
+    """Removes the service's files, and folders that are empty then. Returns whether there were any."""
     files = [manager.file, where.key, where.log, where.log.with_name(f"{where.log.name}.1")]
     there = [file for file in files if file.exists()]
     for file in there:
         file.unlink()
-    manager.forget()
     for folder in (where.key.parent, where.log.parent):
         with contextlib.suppress(OSError):  # others' files are in it
             folder.rmdir()

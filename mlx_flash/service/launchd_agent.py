@@ -61,8 +61,8 @@ class Launchd(SystemManager):
         done = ran("launchctl", "bootstrap", self._domain, str(self.file))
         if done.returncode:
             raise FlashError(
-                f"launchd does not start the service: {why(done)}. It needs a login at the Mac's screen; over ssh "
-                "alone there is none."
+                f"launchd does not start the service: {why(done)}. It has a place for one only while this user is "
+                "logged in at the Mac's screen."
             )
 
     def stop(self) -> None:

@@ -42,10 +42,10 @@ class SystemManager(abc.ABC):
 
     @abc.abstractmethod
     def stop(self) -> None:
-        """Ends the service and waits for its end; it is not started any more. Raises FlashError."""
+        """Ends the service and waits for its end. Raises FlashError."""
 
     def forget(self) -> None:  # noqa: B027  # launchd remembers nothing of a file that is gone
-        """Called when `file` was removed. Raises FlashError."""
+        """Called after `file` was removed: it is not started at a login any more. Raises FlashError."""
 
     @abc.abstractmethod
     def state(self) -> ServiceState:

@@ -88,9 +88,10 @@ WantedBy=default.target
 
     def stop(self) -> None:
         if self._properties().get("LoadState") == "loaded":
-            self._do("disable", "--now", UNIT)
+            self._do("stop", UNIT)
 
     def forget(self) -> None:
+        ran("systemctl", "--user", "disable", UNIT)  # fails if nothing is left to be removed
         self._do("daemon-reload")
         ran("systemctl", "--user", "reset-failed", UNIT)
 

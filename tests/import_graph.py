@@ -23,7 +23,7 @@ FLOORS = (
     ("errors", "defaults"),
     ("flash",),
     ("source", "layers"),
-    ("models", "text"),
+    ("models", "text", "machine"),
     ("loading",),
     ("cli",),
     ("server", "generate", "chat", "launch", "check", "cache", "download"),

@@ -22,6 +22,7 @@ DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to 
 PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
+PROBE = "disk-probe-"  # prefix of what the disk and the reader are tried with
 MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder beside a store
 _STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_path gives
 _PARTIAL, _REMOVED = ".partial", ".removed"
@@ -180,6 +181,8 @@ def _kind_of(path: Path) -> str | None:
             return "speed of disks"
         if path.name == PLANS and path.is_file():
             return "plans of models"
+        if path.name.startswith(PROBE):
+            return "remains of a disk probe"
         if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
         if path.name.startswith(MATRICES) and path.is_dir():

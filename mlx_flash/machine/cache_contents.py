@@ -1,0 +1,46 @@
+"""What lies in the cache folder: how much, and what could be removed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ..source.cached import Entry, entries
+from ..source.conversation_folder import CONVERSATIONS, MOST_BYTES_PER_DAY, ConversationFolder, FolderState
+from ..source.resolve import cache_folder
+from .told import Facts, told
+
+STALE_DAYS = 7  # An unfinished conversion of this age is not being made.
+STALE_KINDS = ("partial conversion", "remains", "benchmark's matrices", "remains of a disk probe")
+
+
+def cache_contents() -> Facts:
+    """folder: its path. total_bytes. entries: [{"name", "kind", "bytes", "days"}], the largest first; days since the
+    last use. superseded_bytes: of stores that newer ones replace. stale_bytes: of remains that nothing uses.
+    conversations: their number. conversation_bytes. conversation_bytes_written_today, conversation_bytes_per_day: what
+    was written, and the most that may be. Raises UsageError if there is no place for the folder."""
+    folder = cache_folder()
+    found = entries(folder)
+    talks = [entry for entry in found if entry.kept is not None]
+    return {
+        "folder": str(folder),
+        "total_bytes": sum(entry.nbytes for entry in found),
+        "entries": [
+            {"name": e.name, "kind": e.kind, "bytes": e.nbytes, "days": round(_days(e), 1)}
+            for e in sorted(found, key=lambda e: -e.nbytes)
+        ],
+        "superseded_bytes": sum(entry.nbytes for entry in found if entry.superseded),
+        "stale_bytes": sum(e.nbytes for e in found if e.kind in STALE_KINDS and _days(e) >= STALE_DAYS),
+        "conversations": sum(entry.kept.conversations for entry in talks if entry.kept is not None),
+        "conversation_bytes": sum(entry.nbytes for entry in talks),
+        "conversation_bytes_per_day": MOST_BYTES_PER_DAY,
+        **told({"conversation_bytes_written_today": lambda: _state(folder).written_today_bytes}),
+    }
+
+
+def _state(folder: Path) -> FolderState:
+    return ConversationFolder(folder / CONVERSATIONS, "none-000000000000", {}).state()
+
+
+def _days(entry: Entry) -> float:
+    return max(0.0, time.time() - entry.used) / 86400

@@ -22,6 +22,7 @@ MODULES = {  # the commands that have flags of their own
     "convert": "mlx_flash.convert.__main__",
     "check": "mlx_flash.check",
     "cache": "mlx_flash.cache",
+    "doctor": "mlx_flash.doctor",
 }
 
 

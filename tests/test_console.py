@@ -49,6 +49,7 @@ def test_help_lists_every_command() -> None:
                     "convert",
                     "check",
                     "cache",
+                    "doctor",
                     "bench",
                     "app",
                 )
@@ -68,7 +69,7 @@ def test_an_unknown_command_ends_with_2_and_a_sentence(arguments: tuple[str, ...
     assert all(part in done.stderr for part in [*COMMANDS, *arguments, "mlxflash --help"])
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "cache", "bench"])
+@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "cache", "doctor", "bench"])
 def test_a_command_is_called_as_it_was_started(name: str) -> None:
     by_script = mlxflash(name, "--help")
     by_module = subprocess.run(
@@ -91,7 +92,14 @@ def test_exit_codes_are_the_commands_own(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_before_a_command_is_found() -> None:
-    for arguments in (["--help"], ["--version"], ["nonsense"], ["generate", "--help"], ["chat", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["nonsense"],
+        ["generate", "--help"],
+        ["doctor", "--help"],
+        ["plan", "--help"],
+    ):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "mlx_flash.cli.main", *arguments],
             capture_output=True,

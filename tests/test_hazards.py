@@ -56,6 +56,7 @@ SHOWN: list[tuple[str, str, dict[str, dict[str, Any]]]] = [
     ("not_direct", NOTE, {"disk": {"direct": False}}),
     ("full_disk", NOTE, {"volume": {"free_bytes": 9e9}}),
     ("full_disk", PROBLEM, {"volume": {"free_bytes": 5e8}}),
+    ("cache_not_writable", PROBLEM, {"cache": {"writable": False, "folder": "/proc/x"}}),
     ("stale_entries", NOTE, {"cache": {"superseded_bytes": 10**9}}),
 ]
 UNSHOWN: list[dict[str, dict[str, Any]]] = [

@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
     "cache": ("mlx_flash.cache", "lists and removes the entries of the cache folder"),
+    "doctor": ("mlx_flash.doctor", "examines this machine: what is wrong, and what to do"),
     "bench": ("mlx_flash.bench", "runs the benchmarks"),
     "app": ("mlx_flash.apps.menubar", "starts the menu bar app: runs the server, answers quick questions"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -15,15 +16,19 @@ STALE_KINDS = ("partial conversion", "remains", "benchmark's matrices", "remains
 
 
 def cache_contents() -> Facts:
-    """folder: its path. total_bytes. entries: [{"name", "kind", "bytes", "days"}], the largest first; days since the
-    last use. superseded_bytes: of stores that newer ones replace. stale_bytes: of remains that nothing uses.
-    conversations: their number. conversation_bytes. conversation_bytes_written_today, conversation_bytes_per_day: what
-    was written, and the most that may be. Raises UsageError if there is no place for the folder."""
+    """folder: its path. writable: whether it can be written to. total_bytes. entries: [{"name", "kind", "bytes",
+    "days"}], the largest first; days since the last use. superseded_bytes: of stores that newer ones replace.
+    stale_bytes: of remains that nothing uses. conversations: their number. conversation_bytes.
+    conversation_bytes_written_today, conversation_bytes_per_day: what was written, and the most that may be.
+
+    Raises UsageError if there is no place for the folder.
+    """
     folder = cache_folder()
     found = entries(folder)
     talks = [entry for entry in found if entry.kept is not None]
     return {
         "folder": str(folder),
+        "writable": writable(folder),
         "total_bytes": sum(entry.nbytes for entry in found),
         "entries": [
             {"name": e.name, "kind": e.kind, "bytes": e.nbytes, "days": round(_days(e), 1)}
@@ -36,6 +41,15 @@ def cache_contents() -> Facts:
         "conversation_bytes_per_day": MOST_BYTES_PER_DAY,
         **told({"conversation_bytes_written_today": lambda: _state(folder).written_today_bytes}),
     }
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be written to a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def _state(folder: Path) -> FolderState:

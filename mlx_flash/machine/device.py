@@ -75,9 +75,9 @@ def _test_reader() -> bool:
     from ..flash.unit_file import UnitFile
     from ..source.cached import PROBE
     from ..source.resolve import cache_folder
+    from .cache_contents import writable
 
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() if writable(cache_folder()) else None  # None for the system's own temporary folder
     contents = np.random.default_rng(0).integers(0, 256, 64 * READ_ALIGNMENT, np.uint8)
     with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as name, Reader(4) as reader:
         path = Path(name) / "test"

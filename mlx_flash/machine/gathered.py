@@ -10,7 +10,7 @@ from ..source.installed import hub_cache, installed_models
 from ..source.resolve import cache_folder
 from .cache_contents import cache_contents
 from .device import device, self_tests
-from .disk_probe import probe
+from .disk_probe import OWN_BYTES, probe
 from .environment import environment
 from .hardware import hardware, versions
 from .hazards import findings
@@ -19,7 +19,7 @@ from .power import power
 from .told import Facts, part
 from .volumes import volume
 
-LEAST_BYTES = 1 << 30  # of a model's file that the disk is measured with
+LEAST_BYTES = OWN_BYTES  # of a model's file that the disk is measured with
 
 
 def gathered(model: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Facts:

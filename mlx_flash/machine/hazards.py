@@ -266,7 +266,7 @@ def spinning_disk(facts: _Facts) -> _Told:
         return None
     slow = _rate(facts, 1 << 20)
     if slow is not None and slow >= SLOW_BYTES_PER_SECOND:
-        return None  # A virtual disk that says so.
+        return None  # no spinning disk reads so fast
     return NOTE, "the models are on a spinning disk, far too slow to stream from", "Move them to an SSD."
 
 
@@ -303,6 +303,16 @@ def full_disk(facts: _Facts) -> _Told:
     )
 
 
+def cache_not_writable(facts: _Facts) -> _Told:
+    if facts("cache", "writable") is not False:
+        return None
+    return (
+        PROBLEM,
+        f"the cache folder {facts('cache', 'folder')} cannot be written to",
+        "Set MLX_FLASH_CACHE to a folder that can.",
+    )
+
+
 def stale_entries(facts: _Facts) -> _Told:
     stale, superseded = facts("cache", "stale_bytes") or 0, facts("cache", "superseded_bytes") or 0
     if not stale + superseded:
@@ -325,5 +335,6 @@ HAZARDS: tuple[Callable[[_Facts], _Told], ...] = (
     memory_pressure, swap_in_use, limited_memory, few_open_files,
     preloaded_libraries, slow_products, no_compiler, temporary_folder, mlx_variables,
     low_power, low_battery, too_hot,
-    network_volume, cloud_files, external_disk, spinning_disk, slow_disk, not_direct, full_disk, stale_entries,
+    network_volume, cloud_files, external_disk, spinning_disk, slow_disk, not_direct, full_disk,
+    cache_not_writable, stale_entries,
 )  # fmt: skip

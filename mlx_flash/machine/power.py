@@ -15,6 +15,7 @@ import psutil
 from .told import Facts, from_child, part, told
 
 HEAT = ("nominal", "fair", "serious", "critical")  # NSProcessInfoThermalState
+PROFILE = Path("/sys/firmware/acpi/platform_profile")  # of Linux
 _OBJC = "/usr/lib/libobjc.A.dylib"
 _FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Foundation"
 
@@ -44,7 +45,9 @@ def _battery() -> Any:
 def _low_power() -> bool:
     if sys.platform == "darwin":
         return bool(_of_process_info("isLowPowerModeEnabled", ctypes.c_bool))
-    return Path("/sys/firmware/acpi/platform_profile").read_text().strip() == "low-power"
+    if not PROFILE.exists():
+        raise OSError("this system has no power profiles")
+    return PROFILE.read_text().strip() == "low-power"
 
 
 def _of_process_info(name: str, kind: type[ctypes.c_bool] | type[ctypes.c_long]) -> int:

@@ -4,12 +4,14 @@ ends in a traceback."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import FlashError
 from ..flash.plain_files import reason_of
 from ..source.children import child_environment
 
@@ -70,9 +72,11 @@ def from_child(module: str, *arguments: str, seconds: float = CHILD_S) -> Facts:
 
 
 def _why(error: Exception) -> str:
-    """The kind of an error and its first words, in one line."""
-    text = reason_of(error)
-    return text if text == type(error).__name__ else f"{text[:200]} ({type(error).__name__})"
+    """An error's first words, in one line, with its kind if that is not one of the system's or of this package."""
+    text = reason_of(error)[:200]
+    if isinstance(error, OSError):
+        return text if error.filename is None else f"{text}: {os.fsdecode(error.filename)}"
+    return text if isinstance(error, FlashError) or text == type(error).__name__ else f"{text} ({type(error).__name__})"
 
 
 def _how(code: int) -> str:

@@ -27,6 +27,7 @@ NETWORK = (
     "ceph",
     "lustre",
 )
+VIRTUAL = ("vd", "xvd", "nbd")  # names of disks of virtual machines: what they say of themselves is made up
 SF_DATALESS = 0x40000000  # sys/stat.h of macOS: the contents are elsewhere, such as in iCloud
 ASK_S = 20.0  # seconds for diskutil
 
@@ -92,8 +93,10 @@ def _diskutil(folder: Path) -> dict[str, object]:
 def _of_block_device(folder: Path, name: str) -> str:
     """What Linux tells of the disk below a folder. A partition has it from its disk. Raises OSError."""
     number = os.stat(folder).st_dev
-    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    for place in (device.resolve(), device.resolve().parent):
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if device.name.startswith(VIRTUAL):
+        raise OSError("a virtual disk does not tell")
+    for place in (device, device.parent):
         if (place / name).is_file():
             return (place / name).read_text().strip()
     raise OSError(f"the system names no disk behind its {_mount_of(folder)[1]} file system")

@@ -25,6 +25,7 @@ from mlx_flash import plan
 from mlx_flash.download import RATE_SECONDS, Meter
 from mlx_flash.flash.files import Manifest
 from mlx_flash.flash.safetensors_file import MAX_HEADER_BYTES
+from mlx_flash.machine import disk_probe
 
 REPOSITORY, WEIGHTS = "owner/model", "model.safetensors"
 
@@ -46,6 +47,13 @@ run_command(make_parser(), main)
 def close_connections() -> Iterator[None]:
     yield
     close_session()
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast measures the disk with a small file, and not for long."""
+    monkeypatch.setattr(disk_probe, "OWN_BYTES", 32 << 20)
+    monkeypatch.setattr(disk_probe, "SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -107,7 +115,7 @@ def test_the_plan_is_that_of_the_downloaded_model(hub: Hub, home: Path, mixture:
 
     done = planned(hub, home, "--context", "64")
     assert done.returncode == 0 and "of which" in done.stderr and "must be downloaded" in done.stderr
-    assert "smallest that is enough" in done.stdout
+    assert "budgets, each with" in done.stdout and "tokens/s" in done.stdout
     done = planned(hub, home, "--memory", "1MB")
     assert done.returncode == 2 and "this model needs at least" in done.stderr
 
@@ -115,6 +123,40 @@ def test_the_plan_is_that_of_the_downloaded_model(hub: Hub, home: Path, mixture:
     hub.requests.clear()
     (told,) = lines_of(planned(hub, home, "--json", "--context", "64"))
     assert "download" not in told and hub.requests == []
+
+
+def test_the_forecast_of_a_model_that_is_not_here(
+    hub: Hub, home: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes from headers and from the disk's speed, which is measured once."""
+    hub.add(REPOSITORY, mixture)
+    (told,) = lines_of(planned(hub, home, "--json", "--context", "64"))
+    asked = hub.fetched()
+    header = int.from_bytes((mixture / WEIGHTS).read_bytes()[:8], "little") + 8
+    spans = [span.removeprefix("bytes=").split("-") for span in asked[WEIGHTS] if span is not None]
+    assert len(spans) == len(asked[WEIGHTS]) and sum(int(end) + 1 - int(begin) for begin, end in spans) <= 100_000
+    assert header < 100_000, "the header is in the first bytes, and no others were asked for"
+    smallest = told["choices"][0]
+    assert smallest["name"] == "smallest" and smallest["budget"] == told["budgets"]["smallest"]
+    for choice in told["choices"]:
+        made = choice["forecast"]
+        assert made["tokens_per_second"] > 0 and made["first_token_s"] > 0 and made["prompt_tokens"] == 64
+        assert (made["bytes_per_token"] > 0) == (choice["in_memory"] != "everything")
+    assert told["forecast"] == next(c["forecast"] for c in told["choices"] if c["name"] == "chosen")
+    assert told["download"]["fits"] is True
+
+    monkeypatch.setattr(disk_probe, "AT_ONCE", ())  # Nothing can be measured any more.
+    done = planned(hub, home, "--context", "64", "--memory", "1GB")
+    assert done.returncode == 0 and "measuring how fast the disk" not in done.stderr, done.stderr
+    assert "forecast: " in done.stdout and "first token: after a prompt of 64 tokens" in done.stdout
+
+
+def test_a_disk_that_cannot_be_measured(hub: Hub, home: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_probe, "SPARE_BYTES", 1 << 60)
+    hub.add(REPOSITORY, mixture)
+    done = planned(hub, home, "--context", "64")
+    assert done.returncode == 0 and "there is no forecast, because the disk cannot be measured" in done.stderr
+    assert "forecast: " not in done.stdout and "tokens/s" not in done.stdout and "budgets, each" in done.stdout
 
 
 def test_a_long_header_is_read_in_two_requests(hub: Hub, home: Path, mixture: Path, monkeypatch: Any) -> None:

@@ -17,14 +17,14 @@ from mlx_flash.flash.disk_rate import ReadTrial
 from mlx_flash.flash.reader import Reader
 from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.loading import forecast as module
-from mlx_flash.loading import kept_rates as kept_module
-from mlx_flash.loading.forecast import Forecast, forecast
+from mlx_flash.loading.forecast import Forecast, Foresight
 from mlx_flash.loading.in_place_loading import plan_in_place
 from mlx_flash.loading.in_place_model import open_in_place
-from mlx_flash.loading.kept_rates import LIFE_S, Rate, keep_rate, kept_rates
 from mlx_flash.loading.layer_trial import TokenSeconds
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.loading.plan import ENDLESS
+from mlx_flash.machine import kept_rates as kept_module
+from mlx_flash.machine.kept_rates import LIFE_S, Rate, keep_rates, kept_rates
 from mlx_flash.source.cached import DISK_RATES, entries
 
 
@@ -129,8 +129,8 @@ def test_how_much_does_not_overlap(
 
 def test_a_measured_rate_is_kept_for_a_day(cache: Path) -> None:
     assert kept_rates() == {}
-    keep_rate("one", Rate(1e9, 0.25))
-    keep_rate("other", Rate(2e9, 1.0))
+    keep_rates({"one": Rate(1e9, 0.25)})
+    keep_rates({"other": Rate(2e9, 1.0)})
     assert kept_rates() == {"one": Rate(1e9, 0.25), "other": Rate(2e9, 1.0)}
     assert [entry.kind for entry in entries(cache)] == ["speed of disks"]
     kept = json.loads((cache / DISK_RATES).read_text())
@@ -144,7 +144,7 @@ def test_a_broken_file_of_rates(cache: Path, contents: str) -> None:
     cache.mkdir()
     (cache / DISK_RATES).write_text(contents)
     assert kept_rates() == {}
-    keep_rate("one", Rate(1e9, 0.25))
+    keep_rates({"one": Rate(1e9, 0.25)})
     assert kept_rates() == {"one": Rate(1e9, 0.25)}
 
 
@@ -152,7 +152,7 @@ def test_a_broken_file_of_rates(cache: Path, contents: str) -> None:
     "figures", ["[1" + 400 * "0" + ", 0", "[Infinity, 0", "[NaN, 0", "[1e-300, 0", "[-1, 0", "[1e9, NaN"]
 )
 def test_a_rate_that_is_none(cache: Path, figures: str) -> None:
-    keep_rate("good", Rate(1e9, 0.25))
+    keep_rates({"good": Rate(1e9, 0.25)})
     kept = (cache / DISK_RATES).read_text()
     (cache / DISK_RATES).write_text(f'{{"bad": {figures}, {int(time.time())}], {kept[1:]}')
     assert kept_rates() == {"good": Rate(1e9, 0.25)}
@@ -162,13 +162,13 @@ def test_a_pipe_in_place_of_the_rates(cache: Path) -> None:
     cache.mkdir()
     os.mkfifo(cache / DISK_RATES)
     assert kept_rates() == {}
-    keep_rate("one", Rate(1e9, 0.25))
+    keep_rates({"one": Rate(1e9, 0.25)})
     assert kept_rates() == {"one": Rate(1e9, 0.25)}
 
 
 def test_a_folder_that_cannot_be_written_to(cache: Path) -> None:
     cache.write_text("a file where the folder would be")
-    keep_rate("one", Rate(1e9, 0.25))
+    keep_rates({"one": Rate(1e9, 0.25)})
     assert kept_rates() == {}
 
 
@@ -212,16 +212,18 @@ def test_the_forecast_of_a_model(
     )
     mixture = open_in_place(folder)
     options = LoadOptions(memory=ENDLESS, context=64)
-    plan, _, foresee = plan_in_place(folder, mixture, options)
-    assert foresee() is None, "all of it is in memory"
+    plan, _, _, foresight = plan_in_place(folder, mixture, options)
+    assert not foresight.reads(plan), "all of it is in memory"
+    whole = foresight.of_token(plan)
+    assert whole is not None and (whole.bytes_per_token, whole.read_s) == (0, 0.0) and whole.token_s == whole.compute_s
     of_layer = [sum(tensor.nbytes for tensor in layer.tensors) for layer in mixture.layers]
     change: dict[str, Any] = {"layer_bytes_per_token": sum(of_layer) - of_layer[2], "pinned": 1}
     if family == "qwen3_moe":
         change["expert_slots"] = (3, 6, 12, 12)  # of 12, of which a token names 4
     for name, value in change.items():
         object.__setattr__(plan, name, value)
-    made = forecast(mixture, plan, 4, options)
-    assert made is not None
+    made = Foresight(mixture, lambda: 4, options).of_token(plan)
+    assert made is not None and made.first_token_s is None
     missing = round(4 * (9 / 12 + 6 / 12) * mixture.expert_bytes) if family == "qwen3_moe" else 0
     assert made.bytes_per_token == change["layer_bytes_per_token"] + missing
     assert made.even is (family == "qwen3_moe") and made.disk_rate == pytest.approx(1e9)
@@ -229,3 +231,48 @@ def test_the_forecast_of_a_model(
     assert {name.split(" of ")[0].split()[-1] for name in kept_module.kept_rates()} == {"layers", "experts"} - (
         set() if missing else {"experts"}
     )
+
+
+def test_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt reads each layer once for the chunks that share it, and the experts that its tokens choose."""
+    monkeypatch.setattr(ReadTrial, "rate", lambda *_: 1e6)
+    monkeypatch.setattr(ReadTrial, "exposed_share", lambda *_: 1.0)
+    monkeypatch.setattr(module, "prompt_seconds", lambda mixture, slots, tokens: 0.5 * tokens)
+    folder = make_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
+    mixture = open_in_place(folder)
+    options = LoadOptions(memory=ENDLESS, context=600, prefill_chunk=200)
+    plan, _, _, foresight = plan_in_place(folder, mixture, options)
+    whole = foresight.of(plan)
+    assert whole is not None and whole.first_token_s is not None and whole.prompt_tokens == module.PROMPT_TOKENS
+    assert whole.first_token_s == pytest.approx(whole.token_s + 0.5 * 512), "nothing is read"
+    object.__setattr__(plan, "expert_slots", (6, 12))  # of 12: one layer reads, and keeps half of them
+    half = foresight.of(plan)
+    assert half is not None and half.first_token_s is not None
+    nbytes = 12 * (1 + 2 * 0.5) * mixture.expert_bytes  # in the first of three chunks all, then those without a slot
+    assert half.first_token_s - half.token_s - 0.5 * 512 == pytest.approx(nbytes / 1e6, rel=0.01)
+    assert "; the first one comes 2" in half.describe() and "after a prompt of 512 tokens" in half.describe()
+    assert "a token reads nothing: about" in whole.describe()
+
+
+def test_a_model_whose_prompts_cannot_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> float:
+        raise ValueError
+
+    monkeypatch.setattr(module, "prompt_seconds", fails)
+    folder = make_mixture(tmp_path / "model", "llama", num_hidden_layers=2)
+    plan, _, _, foresight = plan_in_place(folder, open_in_place(folder), LoadOptions(memory=ENDLESS, context=64))
+    made = foresight.of(plan)
+    assert made is not None and made.first_token_s is None and made.tokens_per_second > 0
+    monkeypatch.setattr(module, "token_seconds", fails)
+    plan, _, _, foresight = plan_in_place(folder, open_in_place(folder), LoadOptions(memory=ENDLESS, context=64))
+    assert foresight.of(plan) is None
+
+
+def test_a_model_that_is_not_here_opens_none_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_mixture(tmp_path / "model", "llama", num_hidden_layers=4)
+    plan, _, _, foresight = plan_in_place(folder, open_in_place(folder), LoadOptions(memory=ENDLESS, context=64))
+    object.__setattr__(plan, "pinned", 1)
+    object.__setattr__(plan, "layer_bytes_per_token", 10**6)
+    monkeypatch.setattr(module, "RatesOfFiles", lambda *_: pytest.fail("its files were opened"))
+    made = foresight.of_disk({(1 << 20, 1): 1e6, (1 << 20, 16): 2e6}).of(plan)
+    assert made is not None and made.disk_rate > 0 and made.token_s == pytest.approx(made.compute_s + made.read_s)

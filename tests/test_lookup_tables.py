@@ -269,7 +269,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
     def open_one(folder: Path, memory: int, **options: Any) -> Any:
         given = LoadOptions(threads=4, context=64, memory=memory, prompt_cache=0, **options)
-        _, build, _ = plan_in_place(folder, open_in_place(folder), given)
+        _, build, *_ = plan_in_place(folder, open_in_place(folder), given)
         opened.append(build(lambda _: None))
         return opened[-1]
 

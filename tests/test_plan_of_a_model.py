@@ -128,10 +128,15 @@ def test_the_command(store: Path) -> None:
     command = [sys.executable, "-c", "from mlx_flash.cli.main import main; main()", "plan", "--model", str(store)]
     done = subprocess.run([*command, "--context", "64"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("memory plan\n"), done.stderr
-    assert "smallest that is enough" in done.stdout and "25% of the blocks in memory" in done.stdout
+    table = done.stdout.partition("budgets, each with 4 MiB to spare\n")[2].splitlines()
+    assert table[0].split() == ["--memory", "in", "memory", "context"], "a store has no forecast"
+    assert table[1].endswith("the smallest") and table[-1].endswith("this plan")
+    assert "everything" in table[-1]
     done = subprocess.run([*command, "--json", "--memory", "2GB"], capture_output=True, text=True)
     printed = json.loads(done.stdout)
     assert list(printed["budgets"]) == ["smallest", "25%", "50%", "100%"] and printed["budget"] <= 2 * 10**9
+    assert [choice["budget"] for choice in printed["choices"]] == sorted(c["budget"] for c in printed["choices"])
+    assert printed["choices"][0]["name"] == "smallest" and printed["choices"][0]["forecast"] is None
     done = subprocess.run([*command, "--memory", "1MB"], capture_output=True, text=True)
     assert done.returncode == 2 and "needs at least" in done.stderr and "Traceback" not in done.stderr
 

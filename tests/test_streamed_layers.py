@@ -351,7 +351,7 @@ def test_what_is_read_is_compared_with_sums(
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
     folder = model_of(family)
     mixture = open_in_place(folder)
-    plan, build, _ = plan_in_place(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
+    plan, build, *_ = plan_in_place(folder, mixture, LoadOptions(memory=ENDLESS, context=64, verify=True))
     object.__setattr__(plan, "pinned", 0)
     model = build(lambda _: None)
     try:

@@ -1,40 +1,44 @@
 """Forecasts how fast a model will speak within its plan, before its weights are loaded.
 
 Three things are measured: how fast the disk gives what tokens read, how long the zoo's code computes without reading,
-and how well both run side by side. The rest follows from the order in which a token does them.
+and how well both run side by side. The rest follows from the order in which a token does them. A checkpoint that is not
+here yet has no files to measure with; then the rates of the disk itself serve.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..errors import FlashError
-from ..flash.disk_rate import ReadTrial
 from ..flash.layer_ring import BUFFERS
-from ..flash.reader import Reader
+from ..layers.experts import EXPERTS_AT_ONCE
+from ..machine.disk_table import DiskTable
+from ..machine.kept_rates import Rate
 from .in_place_model import InPlaceModel
 from .in_place_plan import InPlacePlan
-from .kept_rates import Rate, keep_rate, kept_rates
-from .layer_trial import TokenSeconds, token_seconds
+from .layer_trial import TokenSeconds, prompt_seconds, token_seconds
 from .layer_weights import LayerWeights, spread
 from .options import LoadOptions
-from .resident_weights import open_files
+from .unit_rates import RatesOfDisk, RatesOfFiles, UnitRates
 
 BATCHES = 64  # of experts, drawn to measure the disk with
+PROMPT_TOKENS = 512  # of the prompt whose first token is foretold, if the context has so many
+MOST_TRIED = 64  # tokens of a prompt that layers compute for the forecast, fewer if a layer is slow
+TRIAL_S = 0.3  # a layer computes about so long
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The expected time of a decoded token.
+    """The expected time of a decoded token, and of the first one.
 
     bytes_per_token: bytes that a token reads. read_s, compute_s: seconds of its reads and of its computation, each
     alone. token_s: seconds of the token, in which they overlap. even: whether the bytes assume that a router chooses
-    all experts equally often.
+    all experts equally often. first_token_s: seconds from a prompt of `prompt_tokens` tokens to its first token, with
+    nothing read before; None if that was not worked out.
     """
 
     bytes_per_token: int
@@ -42,11 +46,13 @@ class Forecast:
     compute_s: float
     token_s: float
     even: bool
+    first_token_s: float | None = None
+    prompt_tokens: int = 0
 
     @property
     def disk_rate(self) -> float:
-        """Bytes per second."""
-        return self.bytes_per_token / self.read_s
+        """Bytes per second; 0 if nothing is read."""
+        return self.bytes_per_token / self.read_s if self.read_s else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,48 +62,159 @@ class Forecast:
         """One sentence for the user."""
         rate = self.tokens_per_second
         about = f"about {rate:.2g} tokens per second" if rate >= 0.1 else f"about {1 / rate:.0f} seconds per token"
+        first = ""
+        if self.first_token_s is not None:
+            first = (
+                f"; the first one comes {_seconds(self.first_token_s)} after a prompt of {self.prompt_tokens} tokens"
+            )
+        if not self.bytes_per_token:
+            return f"forecast: a token reads nothing: {about}{first}"
         words = f"every token reads {self.bytes_per_token / 1e9:.3g} GB"
         if self.even:
             words = f"a token reads {self.bytes_per_token / 1e9:.3g} GB if all experts are chosen equally often"
         bound = ", bound by computing" if self.compute_s > self.read_s else ""
-        return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}"
+        return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}{first}"
 
 
-def forecast(mixture: InPlaceModel, plan: InPlacePlan, choices: int, options: LoadOptions) -> Forecast | None:
-    """The forecast for a plan; None if nothing is read, or if the model cannot be tried without its weights.
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
-    choices: number of experts that a token names in a layer. It takes a second or two, and no more memory than the
-    plan. Raises ReadError.
+
+class Foresight:
+    """Forecasts the speed of one model for any of its plans. What was measured for one plan serves the others.
+
+    choices: returns the number of experts that a token names in a layer. table: the rates of the disk that the
+    checkpoint will be on; None if its files are here.
     """
-    missing = [choices * (1 - min(1.0, count / mixture.experts)) for count in plan.expert_slots]
-    of_experts = round(sum(missing) * mixture.expert_bytes)
-    layers = [layer for _, layer in spread(mixture.layers, plan.pinned)] if plan.layer_bytes_per_token else []
-    if not of_experts and not layers:
-        return None
-    batches = [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
-    rates: list[Rate] = []
 
-    def beside(compute: Callable[[], object]) -> None:
-        if batches:
-            rates.append(disk.rate("layers", batches, BUFFERS, compute))
+    def __init__(
+        self,
+        mixture: InPlaceModel,
+        choices: Callable[[], int],
+        options: LoadOptions,
+        table: DiskTable | None = None,
+    ) -> None:
+        self._mixture, self._choices, self._options, self._table = mixture, choices, options, table
+        self._of_tokens: dict[tuple[int, bool], tuple[TokenSeconds, Rate | None]] = {}
+        self._of_prompts: dict[int, float] = {}
 
-    with contextlib.closing(_Disk(mixture, options)) as disk:
+    def of_disk(self, table: DiskTable) -> Foresight:
+        """The same for a checkpoint that is not on its disk yet."""
+        return Foresight(self._mixture, self._choices, self._options, table)
+
+    def reads(self, plan: InPlacePlan) -> bool:
+        """Whether a token reads anything."""
+        return plan.layer_bytes_per_token > 0 or any(self._missing(plan))
+
+    def of_token(self, plan: InPlacePlan) -> Forecast | None:
+        """The forecast of a decoded token; None if the model cannot be tried without its weights.
+
+        It takes a second or two, and no more memory than the plan. Raises ReadError.
+        """
+        with contextlib.closing(self._disk()) as disk:
+            return self._token(plan, disk)
+
+    def of(self, plan: InPlacePlan) -> Forecast | None:
+        """`of_token` with the time to the first token, which takes a few seconds more."""
+        with contextlib.closing(self._disk()) as disk:
+            if (made := self._token(plan, disk)) is None:
+                return None
+            try:
+                return replace(
+                    made,
+                    prompt_tokens=min(PROMPT_TOKENS, plan.context),
+                    first_token_s=made.token_s + self._prompt_s(plan, disk),
+                )
+            except FlashError:
+                raise
+            except Exception:  # The layers of some models compute one token only.
+                return made
+
+    def _disk(self) -> UnitRates:
+        if self._table is not None:
+            return RatesOfDisk(self._table, self._options)
+        return RatesOfFiles(self._mixture, self._options)
+
+    def _token(self, plan: InPlacePlan, disk: UnitRates) -> Forecast | None:
+        missing = self._missing(plan)
+        of_experts = round(sum(missing) * self._mixture.expert_bytes)
+        layers, batches = self._read_layers(plan)
         try:
-            computing = token_seconds(mixture, min([choices, *plan.expert_slots]), beside)
+            computing, rate = self._computing(plan, disk)
         except FlashError:
             raise
         except Exception:  # whatever a model raises that is called in another way than it expects
             return None
-        reads = [int(batch[:, 2].sum()) / rates[0].bytes_per_second for batch in batches]
-        exposed = rates[0].exposed if rates else 1.0
+        reads, exposed = [], 1.0
+        if rate is not None:
+            reads, exposed = [int(batch[:, 2].sum()) / rate.bytes_per_second for batch in batches], rate.exposed
         token_s = _overlapped_s(_computed_between(layers, computing), reads, exposed)
         if of_experts:
             at_once = max(min(each, count) for each, count in zip(missing, plan.expert_slots, strict=True))
-            rate = disk.rate(f"{round(at_once)} experts", _batches_of_experts(mixture, at_once), 1)
-            reads.append(of_experts / rate.bytes_per_second)
+            reads.append(of_experts / self._rate_of_experts(at_once, disk))
             token_s += reads[-1]  # A layer's experts are known when it needs them, so nothing computes meanwhile.
-    nbytes = plan.layer_bytes_per_token + of_experts
-    return Forecast(nbytes, sum(reads), computing.total, token_s, even=of_experts > 0)
+        nbytes = plan.layer_bytes_per_token + of_experts
+        return Forecast(nbytes, sum(reads), computing.total, token_s, even=of_experts > 0)
+
+    def _prompt_s(self, plan: InPlacePlan, disk: UnitRates) -> float:
+        """The seconds of a prompt, if no expert is in memory before."""
+        tokens, chunk = min(PROMPT_TOKENS, plan.context), self._options.prefill_chunk
+        chunks = -(-tokens // chunk)
+        computing, rate = self._computing(plan, disk)
+        compute_s = self._layers_s(plan, computing) * tokens
+        read_s = hidden_s = 0.0
+        if rate is not None:
+            passes = -(-chunks // plan.chunks_at_once)
+            read_s = passes * plan.layer_bytes_per_token / rate.bytes_per_second
+            hidden_s = (1 - rate.exposed) * min(compute_s, read_s)
+        if plan.expert_slots:
+            count = self._mixture.experts
+            # Tokens choose independently of each other, so few experts of a layer are left out by all of a chunk.
+            chosen = count * (1 - (1 - self._choices() / count) ** min(tokens, chunk))
+            missing = [1 - min(1.0, slots / count) for slots in plan.expert_slots]
+            # The first chunk finds empty slots. Where each expert has one, loading has filled them.
+            nbytes = sum(chosen * (1 + (chunks - 1) * share) for share in missing if share) * self._mixture.expert_bytes
+            at_once = min(EXPERTS_AT_ONCE, chosen, *plan.expert_slots)
+            read_s += nbytes / self._rate_of_experts(at_once, disk)
+        return compute_s + read_s - hidden_s
+
+    def _missing(self, plan: InPlacePlan) -> list[float]:
+        """The experts that a token reads in each layer, on average."""
+        return [self._choices() * (1 - min(1.0, count / self._mixture.experts)) for count in plan.expert_slots]
+
+    def _read_layers(self, plan: InPlacePlan) -> tuple[list[LayerWeights], list[np.ndarray]]:
+        """The layers that a token reads, and their segments."""
+        if not plan.layer_bytes_per_token:
+            return [], []
+        layers = [layer for _, layer in spread(self._mixture.layers, plan.pinned)]
+        return layers, [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
+
+    def _computing(self, plan: InPlacePlan, disk: UnitRates) -> tuple[TokenSeconds, Rate | None]:
+        """The seconds of a token that reads nothing, and the rate at which layers are read; None if none is read."""
+        slots, batches = min([self._choices(), *plan.expert_slots]), self._read_layers(plan)[1]
+        if (key := (slots, bool(batches))) not in self._of_tokens:
+            rates: list[Rate] = []
+
+            def beside(compute: Callable[[], object]) -> None:
+                if batches:
+                    rates.append(disk.rate("layers", batches, BUFFERS, compute))
+
+            self._of_tokens[key] = token_seconds(self._mixture, slots, beside), next(iter(rates), None)
+        return self._of_tokens[key]
+
+    def _layers_s(self, plan: InPlacePlan, computing: TokenSeconds) -> float:
+        """The seconds in which all layers compute a token of a prompt."""
+        slots = min([EXPERTS_AT_ONCE, *plan.expert_slots])
+        if slots not in self._of_prompts:
+            slowest = max(seconds for _, seconds in computing.layers)
+            tried = max(2, min(MOST_TRIED, int(TRIAL_S / slowest)))
+            self._of_prompts[slots] = prompt_seconds(self._mixture, slots, tried) / tried
+        return self._of_prompts[slots]
+
+    def _rate_of_experts(self, at_once: float, disk: UnitRates) -> float:
+        """Bytes per second of so many experts that are read together."""
+        batches = _batches_of_experts(self._mixture, at_once)
+        return disk.rate(f"{round(at_once)} experts", batches, 1).bytes_per_second
 
 
 def _overlapped_s(computed: Sequence[float], reads: Sequence[float], exposed: float) -> float:
@@ -140,35 +257,3 @@ def _batches_of_experts(mixture: InPlaceModel, at_once: float) -> list[np.ndarra
         parts = [(t.file_of[chosen], t.offsets[chosen], np.full(len(chosen), t.nbytes)) for t in tensors]
         batches.append(np.concatenate([np.stack(part, axis=1) for part in parts]).astype(np.int64))
     return batches
-
-
-class _Disk:
-    """Measures how fast a checkpoint's units are read, or remembers what was measured within the last day."""
-
-    def __init__(self, mixture: InPlaceModel, options: LoadOptions) -> None:
-        self._files = open_files(mixture.files, options.io == "direct")
-        self._reader = Reader(options.threads)
-        state, way = os.stat(mixture.files[0]), "direct" if self._files[0].direct else "buffered"
-        self._name = f"{state.st_dev}-{state.st_ino}-{state.st_size}, {way}, {options.threads} threads"
-
-    def rate(
-        self,
-        kind: str,
-        batches: Sequence[np.ndarray],
-        in_flight: int,
-        compute: Callable[[], object] | None = None,
-    ) -> Rate:
-        """kind: of the units. batches, in_flight: see `ReadTrial`. compute: what runs beside the reads; None for
-        nothing. Raises ReadError."""
-        name = f"{kind} of {self._name}"
-        if (rate := kept_rates().get(name)) is None:
-            trial = ReadTrial(self._files, self._reader, batches)
-            measured = trial.rate(in_flight)
-            rate = Rate(measured, 1.0 if compute is None else trial.exposed_share(measured, compute))
-            keep_rate(name, rate)
-        return rate
-
-    def close(self) -> None:
-        self._reader.close()
-        for file in self._files:
-            file.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from ..source.hub_listing import Listing
 from ..source.resolve import find_checkpoint
 from ..source.skeleton import skeleton_of
 from .config import holds_mixture, read_config
-from .load import plan
+from .load import foreseen
 from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
+from .planned import Planned
 
 
 def is_downloaded(model: str, revision: str | None) -> bool:
@@ -36,8 +38,21 @@ def plan_before_download(
 ) -> Plan | None:
     """The plan that `load` would follow once a repository is downloaded; None if that depends on a conversion.
 
-    Only headers and small files are read, and nothing is kept of them. There is no forecast, because that measures how
-    fast the model's files are read. listed: called with the repository's files before the plan is made.
+    The arguments and errors are those of `foreseen_before_download`.
+    """
+    with foreseen_before_download(repository, options, listed) as planned:
+        return None if planned is None else planned.plan
+
+
+@contextlib.contextmanager
+def foreseen_before_download(
+    repository: str, options: LoadOptions, listed: Callable[[Listing], None] = lambda _: None
+) -> Iterator[Planned | None]:
+    """A repository's model as `load` would load it once it is downloaded; None if that depends on a conversion.
+
+    Only headers and small files are read, and nothing is kept of them. The model's `foresight` measures with files that
+    are not here; `Foresight.of_disk` gives one that does not. listed: called with the repository's files before the
+    plan is made.
 
     Raises the errors of `plan` and those of `skeleton_of`.
     """
@@ -47,8 +62,10 @@ def plan_before_download(
         listing = skeleton_of(repository, options.revision, folder, listed)
         try:
             if not is_store(folder) and _needs_conversion(folder, listing):
-                return None
-            return plan(folder, replace(options, revision=None))
+                yield None
+                return
+            with foreseen(folder, replace(options, revision=None)) as planned:
+                yield planned
         except FlashError as error:
             said = str(error).replace(f"{folder.resolve()}", repository).replace(name, repository)
             error.args = (said, *error.args[1:])

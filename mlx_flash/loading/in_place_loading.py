@@ -28,7 +28,7 @@ from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
 from .fill_slots import fill_whole_layers
-from .forecast import Forecast, forecast
+from .forecast import Foresight
 from .image_needs import NO_IMAGES, image_needs, prompt_bytes
 from .in_place_model import InPlaceModel, parent_of
 from .in_place_plan import (
@@ -60,8 +60,9 @@ def plan_in_place(
     options: LoadOptions,
     drafts: PlannedDrafts | None = None,
     images: ImageProcessor | None = None,
-) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[], Forecast | None]]:
-    """The plan for the checkpoint in `folder`, a function that loads its model, and one that makes the forecast.
+) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[int | None], InPlacePlan], Foresight]:
+    """The plan for the checkpoint in `folder`, a function that loads its model, one that makes the plan of another
+    budget, and what forecasts the speed of either.
 
     The model's `flash` is the Runtime.
 
@@ -138,7 +139,7 @@ def plan_in_place(
 
     free = usable_memory_bytes()
 
-    def divide(demand: Demand, context: int, note: str) -> InPlacePlan:
+    def divide(total: int | None, demand: Demand, context: int, note: str) -> InPlacePlan:
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
             resident += "" if images is None else ", the vision part"
@@ -148,15 +149,18 @@ def plan_in_place(
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
 
         choices = needs_at(context).choices
-        return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, options.budget)
+        return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, total)
 
-    plan = plan_context(options.context, positions, demand_at, divide, options.budget, free)
-    plan = replace(plan, parameters_bytes=whole_weights.everything)
-    # In a shared reading, the model returns no hidden states.
-    if plan.layer_bytes_per_token and not (drafts is not None and drafts.of_own_head):
-        each = bytes_of_a_shared_token(mixture, streamed)
-        plan = with_spare_for_chunks(plan, each, options.prefill_chunk)
-    plan = with_spare_for_rows(plan, tables)
+    def plan_for(total: int | None) -> InPlacePlan:
+        made = plan_context(options.context, positions, demand_at, partial(divide, total), total, free)
+        made = replace(made, parameters_bytes=whole_weights.everything)
+        # In a shared reading, the model returns no hidden states.
+        if made.layer_bytes_per_token and not (drafts is not None and drafts.of_own_head):
+            each = bytes_of_a_shared_token(mixture, streamed)
+            made = with_spare_for_chunks(made, each, options.prefill_chunk)
+        return with_spare_for_rows(made, tables)
+
+    plan = plan_for(options.budget)
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io == "direct")
@@ -198,10 +202,8 @@ def plan_in_place(
             model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)
         return model
 
-    def foresee() -> Forecast | None:
-        return forecast(mixture, plan, needs_at(plan.context).choices, options)
-
-    return plan, build, foresee
+    foresight = Foresight(mixture, lambda: needs_at(plan.context).choices, options)
+    return plan, build, plan_for, foresight
 
 
 def bytes_of_a_shared_token(mixture: InPlaceModel, streamed: list[tuple[Any, Any, StreamedNeed | OneRow]]) -> int:

@@ -55,6 +55,40 @@ def token_seconds(mixture: InPlaceModel, slots: int, beside: Callable[[Callable[
     The model is as before when this returns. Raises whatever a model raises that is called in another way than it
     expects.
     """
+    with _layers_timed(mixture, slots, beside) as (cache, called):
+
+        def token() -> None:
+            called.clear()
+            logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)[:, -1, :]
+            logprobs = logits - mx.logsumexp(logits, keepdims=True)
+            mx.eval(mx.argmax(logprobs, axis=-1), logprobs)
+
+        token()  # which times each kind of layer; from now on a layer returns what is known
+        return TokenSeconds(list(called), _seconds(token))
+
+
+def prompt_seconds(mixture: InPlaceModel, slots: int, tokens: int) -> float:
+    """The seconds in which all layers compute `tokens` tokens of a prompt, whose tokens choose experts at random.
+
+    slots: number of experts that a layer computes at once. Raises as `token_seconds` does.
+    """
+    with _layers_timed(mixture, slots, lambda _: None, StreamedAtRandom) as (cache, called):
+        mixture.model(mx.zeros((1, tokens), mx.int32), cache=cache)  # a prompt's logits are not computed
+        return sum(seconds for _, seconds in called)
+
+
+@contextmanager
+def _layers_timed(
+    mixture: InPlaceModel,
+    slots: int,
+    beside: Callable[[Callable[[], object]], None],
+    streamed: type[StreamedExperts] = StreamedExperts,
+) -> Iterator[tuple[Any, list[tuple[nn.Module, float]]]]:
+    """Inside this context, each layer that the model calls is timed, once for each kind.
+
+    Yields a cache for the model, and the list to which every call of a layer adds the layer and its seconds. streamed:
+    the class in the places of switch layers.
+    """
     found: list[nn.Module] = [layer for layer in getattr(mixture.model, "layers", ()) if isinstance(layer, nn.Module)]
     known: dict[Any, tuple[Any, float]] = {}  # kind, and number of a layer -> its result, and its seconds
     called: list[tuple[nn.Module, float]] = []
@@ -73,8 +107,10 @@ def token_seconds(mixture: InPlaceModel, slots: int, beside: Callable[[Callable[
             mx.eval(list(arrays_in((arguments, named))))
 
             def compute() -> Any:
-                result = without_hooks(layer, arguments, named)
-                mx.eval(list(arrays_in((result, arguments, named))))
+                # Each turn begins with the same context. Otherwise a mask would not fit from the second one on.
+                given = tuple(map(own, arguments)), {name: own(value) for name, value in named.items()}
+                result = without_hooks(layer, *given)
+                mx.eval(list(arrays_in((result, given))))
                 return result
 
             known[kind] = compute(), _seconds(compute)
@@ -86,20 +122,16 @@ def token_seconds(mixture: InPlaceModel, slots: int, beside: Callable[[Callable[
     tables = [stand_in for table in mixture.lookup_tables for stand_in in table.stand_ins]
     with (
         stand_ins(tables),
-        _few_experts(mixture, slots) as of_experts,
+        _few_experts(mixture, slots, streamed) as of_experts,
         _without_weights(mixture.model),
         instead(found, timed),
     ):
         cache = plain_cache(mixture.model)
 
-        def token() -> None:
-            called.clear()
-            logits = mixture.model(mx.zeros((1, 1), mx.int32), cache=cache)[:, -1, :]
-            logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            mx.eval(mx.argmax(logprobs, axis=-1), logprobs)
+        def own(value: Any) -> Any:
+            return copy.deepcopy(value) if any(value is each for each in cache) else value
 
-        token()  # which times each kind of layer; from now on a layer returns what is known
-        return TokenSeconds(list(called), _seconds(token))
+        yield cache, called
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -152,7 +184,7 @@ def _without_weights(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _few_experts(mixture: InPlaceModel, slots: int) -> Iterator[dict[int, list[Any]]]:
+def _few_experts(mixture: InPlaceModel, slots: int, streamed: type[StreamedExperts]) -> Iterator[dict[int, list[Any]]]:
     """Inside this context, every switch layer is a streamed one that has `slots` slots and reads nothing.
 
     Yields the modules that have the experts' arrays, by the `id` of the streamed layer.
@@ -166,13 +198,23 @@ def _few_experts(mixture: InPlaceModel, slots: int) -> Iterator[dict[int, list[A
             units: Any = _FewExperts(len(next(iter(tensors.values())).offsets), slots, shapes)
             copied = _copied(held[path])
             inner = [copied, *(child for child in copied.children().values() if isinstance(child, nn.Module))]
-            parent[name] = StreamedExperts(copied, units)
+            parent[name] = streamed(copied, units)
             holders[id(parent[name])] = inner
         yield holders
     finally:
         for path, module in held.items():
             parent, name = parent_of(mixture.model, path)
             parent[name] = module
+
+
+class StreamedAtRandom(StreamedExperts):
+    """Streamed experts that a prompt's tokens choose at random: without weights a router names the same ones always."""
+
+    def __call__(self, x: mx.array, indices: mx.array, *rest: mx.array) -> mx.array:
+        choices = indices.shape[-1]
+        chances = np.random.default_rng(0).random((indices.size // choices, self.experts), np.float32)
+        chosen = np.argpartition(chances, choices - 1, axis=1)[:, :choices].astype(np.uint32)
+        return super().__call__(x, mx.array(chosen).reshape(indices.shape), *rest)
 
 
 class _FewExperts:

@@ -72,7 +72,7 @@ def load(
     """
     with _planned(path, _options(options, fields), say, fetch=fetch) as planned:
         say(planned.plan.describe())
-        if (forecast := planned.foresee()) is not None:
+        if (forecast := _forecast(planned)) is not None:
             say(forecast.describe())
         model = planned.build(say)
         if planned.drafts is not None:
@@ -96,27 +96,39 @@ def plan(
 
     Raises the errors of `load`, and UsageError for a checkpoint that was not converted yet.
     """
-    return _foreseen(path, _options(options, fields), say, measure=False)[0]
+    with foreseen(path, _options(options, fields), say) as planned:
+        return planned.plan
 
 
 def plan_with_forecast(
     path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Plan, Forecast | None]:
-    """The plan as `plan` makes it, and how fast the model will speak, if that can be told.
+    """The plan as `plan` makes it, and how fast a token will be that reads; None if it reads nothing.
 
     It measures for up to a second how fast the disk reads. Raises the errors of `plan`.
     """
-    return _foreseen(path, options, say, measure=True)
+    with foreseen(path, options, say) as planned:
+        return planned.plan, _forecast(planned)
 
 
-def _foreseen(
-    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None], measure: bool
-) -> tuple[Plan, Forecast | None]:
+@contextlib.contextmanager
+def foreseen(
+    path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Planned]:
+    """The model at `path` as it would be loaded inside this context. Raises the errors of `plan`."""
     given = replace(options, verify=False)  # verify would make checksums
     given.check()
     with _planned(path, given, say, prepare=False, fetch=False) as planned:
         BUFFER_CACHE.release()  # no model is loaded whose `close` would do this
-        return planned.plan, planned.foresee() if measure else None
+        yield planned
+
+
+def _forecast(planned: Planned) -> Forecast | None:
+    """The forecast of a token; None if it reads nothing, or if it cannot be told."""
+    plan: Any = planned.plan
+    if planned.foresight is None or not planned.foresight.reads(plan):
+        return None
+    return planned.foresight.of_token(plan)
 
 
 def _options(options: LoadOptions | None, fields: dict[str, Any]) -> LoadOptions:
@@ -222,8 +234,8 @@ def _plan_as_it_is(
     zoo = MLX_VLM if drafts is not None and drafts.of_own_head else None
     mixture = open_in_place(source, small, zoo, images=options.images)
     copies.close()  # before the first load reads and compares all weights
-    plan, build, foresee = plan_in_place(source, mixture, options, drafts, images)
-    return Planned(plan, tokenizer, defaults, build, foresee, drafts)
+    plan, build, plan_for, foresight = plan_in_place(source, mixture, options, drafts, images)
+    return Planned(plan, tokenizer, defaults, build, plan_for, foresight, drafts)
 
 
 def _unencodable(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..text.generation_config import GenerationConfig
 from .draft_model import PlannedDrafts
-from .forecast import Forecast
+from .forecast import Foresight
 from .plan import Plan
 
 
@@ -16,14 +16,15 @@ class Planned(NamedTuple):
     """A model that is ready to be loaded.
 
     build: loads the weights and returns the model; it passes notes to the function that it is called with.
-    foresee: makes the forecast of the model's speed; None where there is none. drafts: what will draft tokens; None for
-    nothing. folder: of the store or the checkpoint that is read.
+    plan_for: makes the plan of another budget, in bytes. foresight: forecasts the model's speed; None where that cannot
+    be. drafts: what will draft tokens; None for nothing. folder: of the store or the checkpoint that is read.
     """
 
     plan: Plan
     tokenizer: Any
     defaults: GenerationConfig
     build: Callable[[Callable[[str], None]], Any]
-    foresee: Callable[[], Forecast | None] = lambda: None
+    plan_for: Callable[[int], Any]
+    foresight: Foresight | None = None
     drafts: PlannedDrafts | None = None
     folder: Path | None = None

@@ -82,7 +82,10 @@ def plan_store(
             say(setting.describe())
         return dense.build(model, manifest, plan, kind, setting, folder, options, say)
 
-    return Planned(plan, tokenizer, read_generation_config(small), build, drafts=drafts)
+    def plan_for(budget: int) -> Plan:
+        return _plan(model, manifest, kind, setting, folder, replace(options, memory=budget), drafts)
+
+    return Planned(plan, tokenizer, read_generation_config(small), build, plan_for, drafts=drafts)
 
 
 def _small_files_of(folder: Path, manifest: Manifest) -> contextlib.AbstractContextManager[Path]:

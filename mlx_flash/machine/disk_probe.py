@@ -36,15 +36,16 @@ LEAST_PIECES = 16  # not in the page cache; with fewer, all pieces count
 _LEAST_S, _MOST_BYTES = 0.01, 16 << 20  # a batch of reads takes so long, or has so many bytes
 
 
-def probe(file: Path | None, folder: Path, seconds: float = SECONDS) -> Facts:
+def probe(file: Path | None, folder: Path, seconds: float | None = None) -> Facts:
     """Measures the disk with an existing file, or with one that is written to `folder` for it and then removed.
 
     Returns rates: a list of {"piece_bytes", "at_once", "bytes_per_second", "reads"}; direct: whether the reads went
     past the page cache; cached_share: the share of the file that the page cache held; written_bytes: what was written
     for it; file_bytes. Pieces of more than 1 MiB are read in several requests, as models' are.
 
-    Raises FlashError or OSError.
+    seconds: for each rate; None for SECONDS. Raises FlashError or OSError.
     """
+    seconds = SECONDS if seconds is None else seconds
     with contextlib.ExitStack() as stack:
         own = file is None
         path = stack.enter_context(_own_file(folder)) if file is None else file

@@ -54,14 +54,18 @@ class Listing:
         """Bytes in all and still to download, and the room for them, as `--json` prints them."""
         folder, free = free_space(self.repository)
         missing = max(0, self.nbytes - self.here())
-        return {"bytes": self.nbytes, "missing_bytes": missing, "free_bytes": free, "folder": str(folder)}
+        fits = missing + SPARE_BYTES <= free
+        return {
+            **{"bytes": self.nbytes, "missing_bytes": missing, "free_bytes": free, "fits": fits},
+            "folder": str(folder),
+        }
 
     def describe(self) -> str:
         """One sentence for the user."""
         told = self.as_dict()
         missing, free = told["missing_bytes"], told["free_bytes"]
         room = f"{told['folder']} has {free / 1e9:.2f} GB free"
-        if missing + SPARE_BYTES > free:
+        if not told["fits"]:
             room += ", which is too little"
         return (
             f"{self.repository}: {self.nbytes / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB must be downloaded; {room}"

@@ -216,7 +216,7 @@ def open_mixture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(in_place_loading, "plan_for_budget", share)
         options = LoadOptions(threads=4, context=64, verify=verify)
-        _, build, _ = in_place_loading.plan_in_place(folder, open_in_place(folder), options)
+        _, build, *_ = in_place_loading.plan_in_place(folder, open_in_place(folder), options)
         opened.append(build(say))
         monkeypatch.setattr(in_place_loading, "plan_for_budget", real)
         return opened[-1]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
@@ -31,12 +32,12 @@ def kept_rates() -> dict[str, Rate]:
     return {name: rate for name, (rate, _) in _kept().items()}
 
 
-def keep_rate(name: str, rate: Rate) -> None:
+def keep_rates(rates: Mapping[str, Rate]) -> None:
     with contextlib.suppress(OSError, UsageError):  # no folder to write to: the next forecast measures again
         path = cache_folder() / DISK_RATES
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        all_kept = {**_kept(), name: (rate, time.time())}
+        all_kept = {**_kept(), **{name: (rate, time.time()) for name, rate in rates.items()}}
         partial.write_text(json.dumps({each: [*kept, measured] for each, (kept, measured) in all_kept.items()}))
         partial.replace(path)
 

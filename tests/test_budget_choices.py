@@ -45,7 +45,7 @@ def test_the_budgets_and_their_table() -> None:
         "    1465MB  1% of the experts      2048     1.98 GB      0.96         23 s  the smallest",
     ]
     assert lines[4].endswith("this plan, more than is free now") and "9000MB  48% of the experts" in lines[4]
-    assert "  17305MB  everything            2048     0.00 GB        20        3.0 s" in lines[6]
+    assert lines[6].split()[:7] == ["17305MB", "everything", "2048", "0.00", "GB", "20", "3.0"]
     assert lines[7:] == [
         "first token: after a prompt of 512 tokens, the first one after the start",
         "All experts count as equally likely; texts that use some more often read less.",

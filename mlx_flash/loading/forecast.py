@@ -28,7 +28,7 @@ from .unit_rates import RatesOfDisk, RatesOfFiles, UnitRates
 BATCHES = 64  # of experts, drawn to measure the disk with
 PROMPT_TOKENS = 512  # of the prompt whose first token is foretold, if the context has so many
 MOST_TRIED = 64  # tokens of a prompt that layers compute for the forecast, fewer if a layer is slow
-TRIAL_S = 0.3  # a layer computes about so long
+TRIAL_S = 1.0  # a layer computes at most about so long
 
 
 @dataclass(frozen=True)

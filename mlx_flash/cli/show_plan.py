@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from ..loading.hub_plan import foreseen_before_download, is_downloaded
-    from ..loading.load import foreseen
+    from ..loading.hub_plan import is_downloaded, planned_before_download
+    from ..loading.load import planned_model
 
     options, download = options_of(arguments), {}
 
@@ -42,10 +42,10 @@ def main(arguments: argparse.Namespace) -> None:
         say(listing.describe())
 
     if arguments.model is None or is_downloaded(arguments.model, arguments.revision):
-        with foreseen(arguments.model, options, say) as planned:
+        with planned_model(arguments.model, options, say) as planned:
             _show(planned, planned.foresight, arguments, None)
         return
-    with foreseen_before_download(arguments.model, options, listed) as before:
+    with planned_before_download(arguments.model, options, listed) as before:
         if before is None:
             raise UsageError(
                 f"{arguments.model} is a ReLU model: it runs after a conversion, and its plan depends on that. "

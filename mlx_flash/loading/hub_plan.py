@@ -14,7 +14,7 @@ from ..source.hub_listing import Listing
 from ..source.resolve import find_checkpoint
 from ..source.skeleton import skeleton_of
 from .config import holds_mixture, read_config
-from .load import foreseen
+from .load import planned_model
 from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
@@ -38,14 +38,14 @@ def plan_before_download(
 ) -> Plan | None:
     """The plan that `load` would follow once a repository is downloaded; None if that depends on a conversion.
 
-    The arguments and errors are those of `foreseen_before_download`.
+    The arguments and errors are those of `planned_before_download`.
     """
-    with foreseen_before_download(repository, options, listed) as planned:
+    with planned_before_download(repository, options, listed) as planned:
         return None if planned is None else planned.plan
 
 
 @contextlib.contextmanager
-def foreseen_before_download(
+def planned_before_download(
     repository: str, options: LoadOptions, listed: Callable[[Listing], None] = lambda _: None
 ) -> Iterator[Planned | None]:
     """A repository's model as `load` would load it once it is downloaded; None if that depends on a conversion.
@@ -64,7 +64,7 @@ def foreseen_before_download(
             if not is_store(folder) and _needs_conversion(folder, listing):
                 yield None
                 return
-            with foreseen(folder, replace(options, revision=None)) as planned:
+            with planned_model(folder, replace(options, revision=None)) as planned:
                 yield planned
         except FlashError as error:
             said = str(error).replace(f"{folder.resolve()}", repository).replace(name, repository)

@@ -96,7 +96,7 @@ def plan(
 
     Raises the errors of `load`, and UsageError for a checkpoint that was not converted yet.
     """
-    with foreseen(path, _options(options, fields), say) as planned:
+    with planned_model(path, _options(options, fields), say) as planned:
         return planned.plan
 
 
@@ -107,12 +107,12 @@ def plan_with_forecast(
 
     It measures for up to a second how fast the disk reads. Raises the errors of `plan`.
     """
-    with foreseen(path, options, say) as planned:
+    with planned_model(path, options, say) as planned:
         return planned.plan, _forecast(planned)
 
 
 @contextlib.contextmanager
-def foreseen(
+def planned_model(
     path: str | os.PathLike[str] | None, options: LoadOptions, say: Callable[[str], None] = lambda _: None
 ) -> Iterator[Planned]:
     """The model at `path` as it would be loaded inside this context. Raises the errors of `plan`."""

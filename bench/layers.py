@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'model':<16}{'runtime':<12}{'share':>6}{'MB':>7}{'peak':>7}{'pinned':>8}{'MB/token':>10}{'ms/token':>10}"
-          f"{'tokens/s':>10}{'forecast':>10}{'error':>8}  text")  # fmt: skip
+          f"{'tokens/s':>10}{'forecast':>10}{'error':>8}{'first s':>9}{'forecast':>9}  text")  # fmt: skip
     for model in arguments.model:
         asked = [str(model), arguments.context]
         sizes = subprocess_json.ask("mlx_flash.bench.layers", ["sizes", *asked], "the plan")
@@ -137,13 +137,16 @@ def _add(rows: list[dict[str, Any]], row: dict[str, Any], expected: list[int] | 
 
     forecast = f"{row['forecast']['tokens_per_second']:.2f}" if row.get("forecast") else "-"
     error = f"{row['error']:+.0%}" if row.get("error") is not None else "-"
+    made = row.get("forecast") or {}
+    first = f"{made['first_token_s']:.2f}" if made.get("first_token_s") is not None else "-"
     text = {True: "same", False: "other", None: ""}[row.get("same_text")]
     ended = "killed" if row.get("killed") else "failed" if row.get("failed") else text
     share = "-" if row["share"] is None else f"{row['share']:.0%}"
     print(
         f"{row['model']:<16.15}{row['runtime']:<12}{share:>6}{cell('budget', 1e-6):>7}{cell('peak', 1e-6):>7}"
         f"{row.get('pinned', '-'):>8}{cell('bytes', 1e-6, 1):>10}{cell('token_s', 1e3, 1):>10}"
-        f"{cell('tokens_per_second', 1, 2):>10}{forecast:>10}{error:>8}  {ended}",
+        f"{cell('tokens_per_second', 1, 2):>10}{forecast:>10}{error:>8}"
+        f"{cell('first_token_s', 1, 2):>9}{first:>9}  {ended}",
         flush=True,
     )
 
@@ -174,14 +177,18 @@ def sizes_of(folder: str, context: int) -> dict[str, Any]:
 
 
 def forecast(folder: str, context: int, budget: int) -> dict[str, Any]:
-    """The forecast as `mlxflash plan` makes it, from a new measurement of the disk; {} if nothing is read."""
+    """The forecast as `mlxflash plan` makes it, from a new measurement of the disk; {} if there is none."""
     from mlx_flash.flash.system import peak_memory_bytes
-    from mlx_flash.loading.load import plan_with_forecast
+    from mlx_flash.loading.load import planned_model
     from mlx_flash.loading.options import LoadOptions
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["MLX_FLASH_CACHE"] = cache
-        plan, made = plan_with_forecast(folder, LoadOptions(memory=budget, context=context))
+        with planned_model(folder, LoadOptions(memory=budget, context=context)) as planned:
+            plan: Any = planned.plan
+            prompt = _prompt(planned.tokenizer)
+            tokens = len(planned.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+            made = None if planned.foresight is None else planned.foresight.of(plan, tokens)
     if made is None:
         return {}
     told = {"peak": peak_memory_bytes(), "plan": plan.total, "tokens_per_second": made.tokens_per_second}
@@ -195,6 +202,7 @@ def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> di
     options: dict[str, Any] = {} if draft == "none" else {"draft": draft}
     model, tokenizer = mlx_flash.load(folder, memory=budget, context=context, **options)
     found, times, last = [], [], None
+    began = time.perf_counter()
     for last in mlx_flash.stream_generate(model, tokenizer, _prompt(tokenizer), max_tokens=tokens):
         found.append(int(last.token))
         times.append(time.perf_counter())
@@ -203,6 +211,7 @@ def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> di
     result = {
         "tokens": found,
         "token_s": _seconds_per_token(times),
+        "first_token_s": times[0] - began,
         "bytes": last.statistics.per_token()["bytes_per_token"],
         "peak": peak_memory_bytes(),
         "plan": model.flash.plan.total,

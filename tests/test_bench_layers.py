@@ -42,6 +42,7 @@ def test_the_forecast_of_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture
     (row,) = json.loads(last)["rows"]
     forecast = row["forecast"]
     assert forecast["even"] is True and 0 < forecast["compute_s"] < forecast["token_s"]
+    assert row["first_token_s"] > 0 and forecast["first_token_s"] > forecast["token_s"]
     assert row["error"] == forecast["tokens_per_second"] / row["tokens_per_second"] - 1
     assert summary.startswith("forecast: 1 runs, errors up to ")
 

@@ -26,7 +26,7 @@ from .options import LoadOptions
 from .unit_rates import RatesOfDisk, RatesOfFiles, UnitRates
 
 BATCHES = 64  # of experts, drawn to measure the disk with
-PROMPT_TOKENS = 512  # of the prompt whose first token is foretold, if the context has so many
+PROMPT_TOKENS = 512  # of the prompt before the first token
 MOST_TRIED = 64  # tokens of a prompt that layers compute for the forecast, fewer if a layer is slow
 TRIAL_S = 1.0  # a layer computes at most about so long
 
@@ -114,16 +114,20 @@ class Foresight:
         with contextlib.closing(self._disk()) as disk:
             return self._token(plan, disk)
 
-    def of(self, plan: InPlacePlan) -> Forecast | None:
-        """`of_token` with the time to the first token, which takes a few seconds more."""
+    def of(self, plan: InPlacePlan, prompt_tokens: int = PROMPT_TOKENS) -> Forecast | None:
+        """`of_token` with the time to the first token, which takes a few seconds more.
+
+        prompt_tokens: of the prompt before it; fewer if the plan's context has no room for them.
+        """
+        prompt_tokens = min(prompt_tokens, plan.context)
         with contextlib.closing(self._disk()) as disk:
             if (made := self._token(plan, disk)) is None:
                 return None
             try:
                 return replace(
                     made,
-                    prompt_tokens=min(PROMPT_TOKENS, plan.context),
-                    first_token_s=made.token_s + self._prompt_s(plan, disk),
+                    prompt_tokens=prompt_tokens,
+                    first_token_s=made.token_s + self._prompt_s(plan, disk, prompt_tokens),
                 )
             except FlashError:
                 raise
@@ -156,9 +160,9 @@ class Foresight:
         nbytes = plan.layer_bytes_per_token + of_experts
         return Forecast(nbytes, sum(reads), computing.total, token_s, even=of_experts > 0)
 
-    def _prompt_s(self, plan: InPlacePlan, disk: UnitRates) -> float:
+    def _prompt_s(self, plan: InPlacePlan, disk: UnitRates, tokens: int) -> float:
         """The seconds of a prompt, if no expert is in memory before."""
-        tokens, chunk = min(PROMPT_TOKENS, plan.context), self._options.prefill_chunk
+        chunk = self._options.prefill_chunk
         chunks = -(-tokens // chunk)
         computing, rate = self._computing(plan, disk)
         compute_s = self._layers_s(plan, computing) * tokens

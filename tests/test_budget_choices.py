@@ -11,15 +11,15 @@ from mlx_flash.cli.budget_table import budget_table
 from mlx_flash.errors import BudgetError
 from mlx_flash.loading.budget_choices import BudgetChoice, budget_choices
 from mlx_flash.loading.forecast import Forecast
-from mlx_flash.loading.plan import RUN_TO_RUN_BYTES, Demand, Plan, UnitCounts, plan_for_budget
+from mlx_flash.loading.plan import ENDLESS, RUN_TO_RUN_BYTES, Demand, Plan, UnitCounts, plan_for_budget
 
 GB = 10**9
 DEMAND = Demand(process=GB // 10, resident=GB, predictors=0, kv_cache=GB // 10, workspace=GB // 10)
 UNITS = UnitCounts(layers=40, per_layer=100, least=1, name="experts of each layer")
 
 
-def planned(budget: int | None, free: int = 3 * GB, units: UnitCounts = UNITS) -> Plan:
-    return plan_for_budget(DEMAND, units, 4 * 10**6, budget, free, 2048, prompt_caches=0)
+def planned(budget: int | None, context: int = 2048, free: int = 3 * GB, units: UnitCounts = UNITS) -> Plan:
+    return plan_for_budget(DEMAND, units, 4 * 10**6, budget, free, context, prompt_caches=0)
 
 
 class Scripted:
@@ -52,18 +52,28 @@ def test_the_budgets_and_their_table() -> None:
     ]
 
 
+def test_the_context_of_the_budgets() -> None:
+    """Units get what a budget has beyond the least context, unless the user gave one."""
+    chosen = planned(9 * GB, 8192)
+    assert {choice.plan.context for choice in budget_choices(chosen, planned, None)} == {2048, 8192}
+    assert {choice.plan.context for choice in budget_choices(chosen, planned, None, 8192)} == {8192}
+    assert {choice.plan.context for choice in budget_choices(planned(9 * GB, 64), planned, None)} == {64}
+
+
 def test_budgets_that_keep_the_same_are_one() -> None:
     all_needed = replace(UNITS, least=100)
     chosen = planned(30 * GB, units=all_needed)
-    choices = budget_choices(chosen, lambda size: planned(size, units=all_needed), None)
+    choices = budget_choices(chosen, lambda size, context: planned(size, context, units=all_needed), None)
     assert [choice.name for choice in choices] == ["smallest", "chosen"]
 
 
 def test_a_process_that_has_grown_since() -> None:
     grown = replace(DEMAND, process=DEMAND.process + 3 * RUN_TO_RUN_BYTES)
 
-    def plan_for(size: int) -> Plan:
-        return plan_for_budget(grown, UNITS, 4 * 10**6, size, 9 * GB, 2048, prompt_caches=0)
+    def plan_for(total: int, context: int = 2048) -> Plan:
+        if total == ENDLESS:
+            return planned(total, context)
+        return plan_for_budget(grown, UNITS, 4 * 10**6, total, 9 * GB, context, prompt_caches=0)
 
     smallest = budget_choices(planned(9 * GB), plan_for, None)[0]
     assert smallest.name == "smallest" and smallest.plan.budget > planned(9 * GB).smallest

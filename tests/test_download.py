@@ -137,7 +137,7 @@ def test_the_forecast_of_a_model_that_is_not_here(
     assert len(spans) == len(asked[WEIGHTS]) and sum(int(end) + 1 - int(begin) for begin, end in spans) <= 100_000
     assert header < 100_000, "the header is in the first bytes, and no others were asked for"
     smallest = told["choices"][0]
-    assert smallest["name"] == "smallest" and smallest["budget"] == told["budgets"]["smallest"]
+    assert smallest["name"] == "smallest" and abs(smallest["budget"] - told["budgets"]["smallest"]) < 50 * 10**6
     for choice in told["choices"]:
         made = choice["forecast"]
         assert made["tokens_per_second"] > 0 and made["first_token_s"] > 0 and made["prompt_tokens"] == 64

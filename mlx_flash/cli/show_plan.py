@@ -76,7 +76,8 @@ def _show(
     from .budget_table import budget_table
 
     made = planned.plan
-    choices = budget_choices(made, planned.plan_for, foresight)
+    given = None if arguments.context is None else made.context
+    choices = budget_choices(made, planned.plan_for, foresight, given)
     forecast = next(choice.forecast for choice in choices if choice.name == CHOSEN)
     if arguments.json:
         told = {**made.as_dict(), "context": made.context, "slot_share": made.slot_share, "budgets": made.budgets()}

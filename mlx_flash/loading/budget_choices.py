@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..defaults import CONTEXT
 from ..errors import BudgetError
 from .forecast import Forecast, Foresight
 from .in_place_plan import LAYERS
-from .plan import Plan
+from .plan import ENDLESS, Plan
 
 CHOSEN = "chosen"  # the name of the budget that the user gave, or that follows from the free memory
 
@@ -50,17 +51,20 @@ def told_of(forecast: Forecast) -> dict[str, Any]:
     return {**asdict(forecast), "tokens_per_second": forecast.tokens_per_second}
 
 
-def budget_choices(chosen: Plan, plan_for: Callable[[int], Plan], foresight: Foresight | None) -> list[BudgetChoice]:
-    """The budgets that `Plan.budgets` names, and the chosen one, in ascending order. Those that keep the same in memory
-    as a smaller one are left out.
+def budget_choices(
+    chosen: Plan, plan_for: Callable[[int, int], Plan], foresight: Foresight | None, context: int | None = None
+) -> list[BudgetChoice]:
+    """The smallest budget, those that keep shares of the units in memory, and the chosen one, in ascending order.
 
-    plan_for: makes the plan of a budget. foresight: forecasts the speed; None if that cannot be. The first forecast
-    takes a few seconds, the others take less.
+    Budgets that keep the same in memory as a smaller one are left out. plan_for: makes the plan of a budget. foresight:
+    forecasts the speed; None if that cannot be. The first forecast takes a few seconds, the others take less. context:
+    in tokens; None for the least that a plan chooses, so that the units get the rest.
     """
+    context = min(CONTEXT, chosen.context) if context is None else min(context, chosen.context)
     named = {CHOSEN: chosen}
-    for name, size in chosen.budgets().items():
+    for name, size in plan_for(ENDLESS, context).budgets().items():
         if abs(size - chosen.budget) > size // 100:  # Two rows for almost the same budget say nothing.
-            named[name] = _plan_for(size, plan_for)
+            named[name] = _plan_for(size, context, plan_for)
     found: list[BudgetChoice] = []
     for name, plan in sorted(named.items(), key=lambda item: item[1].budget):
         choice = BudgetChoice(name, plan, None)
@@ -71,9 +75,10 @@ def budget_choices(chosen: Plan, plan_for: Callable[[int], Plan], foresight: For
     return found
 
 
-def _plan_for(size: int, plan_for: Callable[[int], Plan]) -> Plan:
+def _plan_for(size: int, context: int, plan_for: Callable[[int, int], Plan]) -> Plan:
     """The plan of a budget. The process may have grown since the smallest one was worked out."""
     try:
-        return plan_for(size)
+        made: Plan = plan_for(size, context)
     except BudgetError as error:
-        return plan_for(error.smallest_bytes)
+        made = plan_for(error.smallest_bytes, context)
+    return made

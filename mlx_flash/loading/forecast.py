@@ -62,22 +62,13 @@ class Forecast:
         """One sentence for the user."""
         rate = self.tokens_per_second
         about = f"about {rate:.2g} tokens per second" if rate >= 0.1 else f"about {1 / rate:.0f} seconds per token"
-        first = ""
-        if self.first_token_s is not None:
-            first = (
-                f"; the first one comes {_seconds(self.first_token_s)} after a prompt of {self.prompt_tokens} tokens"
-            )
         if not self.bytes_per_token:
-            return f"forecast: a token reads nothing: {about}{first}"
+            return f"forecast: a token reads nothing: {about}"
         words = f"every token reads {self.bytes_per_token / 1e9:.3g} GB"
         if self.even:
             words = f"a token reads {self.bytes_per_token / 1e9:.3g} GB if all experts are chosen equally often"
         bound = ", bound by computing" if self.compute_s > self.read_s else ""
-        return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}{first}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+        return f"forecast: {words}; this disk reads {self.disk_rate / 1e9:.2g} GB/s: {about}{bound}"
 
 
 class Foresight:

@@ -60,9 +60,9 @@ def plan_in_place(
     options: LoadOptions,
     drafts: PlannedDrafts | None = None,
     images: ImageProcessor | None = None,
-) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[int | None], InPlacePlan], Foresight]:
+) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[int, int], InPlacePlan], Foresight]:
     """The plan for the checkpoint in `folder`, a function that loads its model, one that makes the plan of another
-    budget, and what forecasts the speed of either.
+    budget or context, and what forecasts the speed of either.
 
     The model's `flash` is the Runtime.
 
@@ -151,8 +151,8 @@ def plan_in_place(
         choices = needs_at(context).choices
         return divide_with_tables(divided, whole_weights, tables, partial(demand_of, context), choices, total)
 
-    def plan_for(total: int | None) -> InPlacePlan:
-        made = plan_context(options.context, positions, demand_at, partial(divide, total), total, free)
+    def plan_for(total: int | None, context: int | str | None = options.context) -> InPlacePlan:
+        made = plan_context(context, positions, demand_at, partial(divide, total), total, free)
         made = replace(made, parameters_bytes=whole_weights.everything)
         # In a shared reading, the model returns no hidden states.
         if made.layer_bytes_per_token and not (drafts is not None and drafts.of_own_head):

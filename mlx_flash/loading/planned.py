@@ -16,15 +16,16 @@ class Planned(NamedTuple):
     """A model that is ready to be loaded.
 
     build: loads the weights and returns the model; it passes notes to the function that it is called with.
-    plan_for: makes the plan of another budget, in bytes. foresight: forecasts the model's speed; None where that cannot
-    be. drafts: what will draft tokens; None for nothing. folder: of the store or the checkpoint that is read.
+    plan_for: makes the plan of another budget and context, in bytes and tokens; it raises BudgetError. foresight:
+    forecasts the model's speed; None where that cannot be. drafts: what will draft tokens; None for nothing. folder: of
+    the store or the checkpoint that is read.
     """
 
     plan: Plan
     tokenizer: Any
     defaults: GenerationConfig
     build: Callable[[Callable[[str], None]], Any]
-    plan_for: Callable[[int], Any]
+    plan_for: Callable[[int, int], Any]
     foresight: Foresight | None = None
     drafts: PlannedDrafts | None = None
     folder: Path | None = None

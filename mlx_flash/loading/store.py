@@ -82,8 +82,9 @@ def plan_store(
             say(setting.describe())
         return dense.build(model, manifest, plan, kind, setting, folder, options, say)
 
-    def plan_for(budget: int) -> Plan:
-        return _plan(model, manifest, kind, setting, folder, replace(options, memory=budget), drafts)
+    def plan_for(total: int, context: int | str | None = options.context) -> Plan:
+        asked = replace(options, memory=total, context=context)
+        return _plan(model, manifest, kind, setting, folder, asked, drafts)
 
     return Planned(plan, tokenizer, read_generation_config(small), build, plan_for, drafts=drafts)
 

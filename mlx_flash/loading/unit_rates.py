@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..defaults import THREADS
 from ..flash.disk_rate import ReadTrial
 from ..flash.reader import Reader
 from ..flash.requests import MERGE_BYTES
@@ -39,10 +40,10 @@ class RatesOfFiles:
     """Measures how fast a checkpoint's units are read, or remembers what was measured within the last day."""
 
     def __init__(self, mixture: InPlaceModel, options: LoadOptions) -> None:
-        self._files = open_files(mixture.files, options.io == "direct")
-        self._reader = Reader(options.threads)
+        self._files = open_files(mixture.files, options.io != "buffered")
+        self._reader = Reader(options.threads or THREADS)
         state, way = os.stat(mixture.files[0]), "direct" if self._files[0].direct else "buffered"
-        self._name = f"{state.st_dev}-{state.st_ino}-{state.st_size}, {way}, {options.threads} threads"
+        self._name = f"{state.st_dev}-{state.st_ino}-{state.st_size}, {way}, {self._reader.threads} threads"
 
     def rate(
         self,
@@ -72,7 +73,7 @@ class RatesOfDisk:
     """
 
     def __init__(self, table: DiskTable, options: LoadOptions) -> None:
-        self._table, self._threads = table, options.threads
+        self._table, self._threads = table, options.threads or THREADS
 
     def rate(
         self,

@@ -34,7 +34,7 @@ LIBRARIES = [
         extra_link_args=["-pthread"],
     )
     for name, sources in (
-        ("mlx_flash.flash._reader", [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32")]),
+        ("mlx_flash.flash._reader", [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32", "look_up")]),
         ("mlx_flash.cli._stop", ["mlx_flash/cli/stop.c"]),
     )
 ]

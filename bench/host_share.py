@@ -168,16 +168,15 @@ class _Run:
     def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of `count` tokens, of the model and of its twin, who take turns in going first: by the clock, and of
         all processors."""
-        ours: list[tuple[float, float]] = []
-        theirs: list[tuple[float, float]] = []
+        ours, theirs = np.empty((count, 2)), np.empty((count, 2))
         for turn in range(count):
             token = self.tokens[turn % TOKENS]
             for first in (turn % 2 == 0, turn % 2 == 1):
                 if first:
-                    ours.append(self.decode(self.twins.model, token, self.prepare))
+                    ours[turn] = self.decode(self.twins.model, token, self.prepare)
                 else:
-                    theirs.append(self.decode(self.twins.twin, token))
-        return np.array(ours), np.array(theirs)  # (count, 2) each
+                    theirs[turn] = self.decode(self.twins.twin, token)
+        return ours, theirs
 
     def steps(self, count: int) -> dict[str, float]:
         """Seconds of each step in a token, means of `count` tokens. The timers themselves take some of them."""

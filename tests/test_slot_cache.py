@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_flash.flash.slot_cache import HALF_LIFE, SlotCache
+from mlx_flash.flash.slot_cache import HALF_LIFE, EventLog, SlotCache
 
 
 def ids(*units: int) -> np.ndarray:
@@ -150,6 +150,44 @@ def test_scores_do_not_overflow() -> None:
         cache.mark_used(ids(1))
     assert np.isfinite(cache.score).all() and cache.score[1] > cache.score[0] >= 0
     assert put(cache, 3) == ([3], [0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), units=st.integers(1, 12), window=st.none() | st.integers(1, 3))
+def test_looking_up_is_marking_use_and_finding_slots(data: st.DataObject, units: int, window: int | None) -> None:
+    slots = data.draw(st.integers(0, units))
+    plain, quick = SlotCache(units, slots, window), SlotCache(units, slots, window)
+    plain.use_weight = quick.use_weight = data.draw(st.sampled_from([1.0, 9.9e29]))
+    for cache in (plain, quick):
+        cache.event_log = EventLog()
+    for _ in range(data.draw(st.integers(1, 12))):
+        call = np.array(data.draw(st.lists(st.integers(0, units - 1), min_size=1, max_size=6)), np.uint32)
+        needed = np.unique(call)[:slots]
+        call = call[np.isin(call, needed)].reshape(1, -1)
+        for cache in (plain, quick):
+            before = cache.slot_of.copy()
+            found = cache.look_up(call) if cache is quick else None
+            if found is not None:
+                assert window is None
+                assert found[0].tolist() == before[call].tolist() and found[1] == len(needed)
+            else:
+                cache.mark_used(needed)
+                cache.commit(*cache.reserve(needed))
+        for name in ("slot_of", "unit_of", "score", "last_used"):
+            assert np.array_equal(getattr(plain, name), getattr(quick, name)), name
+        assert (plain.use_weight, plain.clock, plain.resident) == (quick.use_weight, quick.clock, quick.resident)
+    logs = [[each.tolist() for each in cache.event_log.used] for cache in (plain, quick) if cache.event_log]
+    assert logs[0] == logs[1]
+
+
+def test_ids_that_no_layer_has_are_not_looked_up() -> None:
+    cache = SlotCache(3, 3)
+    put(cache, 0, 1, 2)
+    scores = cache.score.copy()
+    for wrong in (ids(0, 3), ids(-1, 1), ids(2**32 - 1)):
+        assert cache.look_up(wrong) is None
+    assert cache.clock == 1 and np.array_equal(cache.score, scores)
+    assert cache.look_up(ids(2, 0, 2)) is not None and cache.clock == 2
 
 
 def test_a_window_keeps_its_last_tokens_and_takes_the_others_in_slot_order() -> None:

@@ -66,6 +66,22 @@ class ExpertSlots(Units):
     def places(self, units: np.ndarray) -> np.ndarray:
         return np.stack((self._file_of[0, units], self._offsets[0, units]), axis=1)
 
+    def look_up(self, needed: np.ndarray) -> np.ndarray | None:
+        """The slots of the experts that a call of a few tokens needs, uint32, if all are in slots; else None.
+
+        needed: ids of any shape, which the slots have as well. They stay in their slots until the next look-up or use.
+        """
+        clock, shared = self.shared.clock, self.shared
+        if self.pending is not None:
+            return None
+        shared.evaluate_guarded()  # as in `use`
+        clock.start()
+        found = self.cache.look_up(needed)
+        if found is not None:
+            shared.counters.hits += found[1]
+        clock.managed()
+        return None if found is None else found[0]
+
     def use(
         self, experts: np.ndarray, *, meanwhile: Callable[[], None] | None = None, at_once: int | None = None
     ) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@
 #endif
 
 /* Increase this whenever a signature or a table changes, so that reader.py refuses a library of another version. */
-#define MF_ABI 2
+#define MF_ABI 3
 
 #define MF_MOST_TAKEN 64 /* most requests that a thread takes at once */
 #define MF_MOST_THREADS 4096

@@ -12,6 +12,7 @@ import errno
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,7 @@ BOUNCE_BYTES_PER_THREAD = 2 << 20
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
 
-_ABI = 2  # MF_ABI of reader.c
+_ABI = 3  # MF_ABI of reader.c
 _SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # codes of batch.h
 
 
@@ -75,7 +76,15 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     submit = keeping_gil.mf_submit
     submit.argtypes, submit.restype = [pointer, int64, ctypes.c_int, int64, *tables], int64
     library.mf_crc32_each.argtypes, library.mf_crc32_each.restype = [pointer, int64, int64, int64, pointer], None
+    look_up = keeping_gil.mf_look_up
+    look_up.argtypes = [pointer, int64, pointer, pointer, int64, ctypes.c_float, pointer]
+    look_up.restype = int64
     return library, keeping_gil
+
+
+def look_up_function() -> Callable[..., int]:
+    """mf_look_up of look_up.c, which keeps the GIL."""
+    return _library()[1].mf_look_up  # type: ignore[no-any-return]
 
 
 def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDArray[np.uint32]:

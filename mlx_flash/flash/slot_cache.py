@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .reader import look_up_function
+
 HALF_LIFE = 32  # calls; 16 to 64 work equally well, much less or more works worse (bench/results/activations.md)
 LARGEST_USE_WEIGHT = 1e30  # scores are scaled down before a float32 could overflow
 NO_SLOTS = np.empty(0, np.int32)
@@ -52,6 +54,7 @@ class SlotCache:
         self.clock = 0
         self.resident = 0  # number of occupied slots
         self.event_log: EventLog | None = None  # None: events are not recorded
+        self._look_up = look_up_function()
         self._changing = False  # still True after an interrupt within `reserve` or `commit`
 
     @property
@@ -70,6 +73,30 @@ class SlotCache:
             self.slot_of[self.unit_of[occupied]] = occupied
             self.resident = len(occupied)
             self._changing = False
+
+    def look_up(self, units: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """The slots of `units`, if all of them are in slots, and how many different units they are; else None.
+
+        units: ids of any shape, of a few tokens; the slots are uint32 and have that shape. If they are found, a call
+        that needs them has started and their use is marked, as by `mark_used`; else nothing has changed.
+        """
+        self.recover()
+        weight = self.use_weight * self.use_weight_growth
+        if self.window is not None or weight > LARGEST_USE_WEIGHT:
+            return None
+        wanted = np.ascontiguousarray(units, np.uint32)  # an id below 0 becomes one that no layer has
+        slots = np.empty_like(wanted)
+        found = self._look_up(
+            wanted.ctypes.data, wanted.size, self.slot_of.ctypes.data, self.score.ctypes.data, len(self.slot_of),
+            weight, slots.ctypes.data,
+        )  # fmt: skip
+        if not found:
+            return None
+        self.use_weight = weight
+        self.clock += 1
+        if self.event_log is not None:
+            self.event_log.used.append(np.unique(units))
+        return slots, found
 
     def mark_used(self, units: np.ndarray) -> int:
         """Starts a call that needs `units` (unique ids) and marks their use. Returns how many of them are in slots."""

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.slot_cache import NO_SLOTS, EventLog
 
 from .synthetic.tiny_models import LAYERS, Twins, tiny_mixture, tiny_neurons
 from .tools.evaluations import counted
@@ -149,11 +150,16 @@ class _Run:
     def warm_up(self) -> None:
         for model in (self.twins.model, self.twins.twin):
             mx.eval(model(mx.array([self.tokens]), cache=self.caches[id(model)]))
-        with recorded(self.twins.layers) as used:
-            for token in self.tokens * WARM_UP:
-                self.decode(self.twins.model, token)
-                self.decode(self.twins.twin, token)
-                self.needed[token] = list(used)
+        books = [layer.units.cache for layer in self.twins.layers]
+        for token in self.tokens * WARM_UP:
+            for book in books:
+                book.event_log = EventLog()
+            self.decode(self.twins.model, token)
+            self.decode(self.twins.twin, token)
+            logs = [book.event_log.used for book in books]
+            self.needed[token] = [used[-1] if used else NO_SLOTS for used in logs]  # none if nothing is looked up
+        for book in books:
+            book.event_log = None
 
     def prepare(self, token: int) -> None:
         """Empties the slots of some of the units that a token needs."""
@@ -191,25 +197,6 @@ class _Run:
 
 
 @contextmanager
-def recorded(layers: Sequence[Any]) -> Iterator[list[np.ndarray]]:
-    """Yields the units that the last call of each layer needed; none of a layer that looks nothing up."""
-    used = [np.empty(0, np.int64) for _ in layers]
-
-    def noting(use: Callable[..., Any], units: Any, place: int) -> Callable[..., Any]:
-        def noted(wanted: np.ndarray, **options: Any) -> Any:
-            used[place] = units.blocks_of(wanted) if hasattr(units, "blocks_of") else wanted
-            return use(wanted, **options)
-
-        return noted
-
-    with ExitStack() as patches:
-        for place, layer in enumerate(layers):
-            units = layer.units
-            patches.enter_context(patch.object(units, "use", noting(units.use, units, place)))
-        yield used
-
-
-@contextmanager
 def timed(twins: Twins, times: SelfTimes) -> Iterator[None]:
     """Charges the steps of the streamed layers to `times`."""
     from mlx_flash.layers import experts, neurons
@@ -227,6 +214,8 @@ def timed(twins: Twins, times: SelfTimes) -> Iterator[None]:
         ):
             patches.enter_context(patch.object(owner, name, times.function(getattr(owner, name), step)))
         patches.enter_context(patch.object(units, "use", times.generator(units.use, BOOK)))
+        if hasattr(units, "look_up"):
+            patches.enter_context(patch.object(units, "look_up", times.function(units.look_up, BOOK)))
         yield
 
 

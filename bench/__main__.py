@@ -37,6 +37,7 @@ COMMANDS = {  # command -> its module
     "lookahead": "guesses",
     "ordering": "ordering",
     "relu-experts": "relu_experts",
+    "resident-layers": "resident_layers",
     "density": "density",
     "table-rows": "row_reads",
     "topk-neurons": "topk_neurons",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mixtures import assert_same, make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_flash.bench.tools.evaluations import EvaluationCounts, counted, has_work
+from mlx_flash.loading.in_place_plan import KEPT, with_whole_layers
 
 TOKENS = (4, 9, 4, 9, 77, 6, 12)
 
@@ -118,3 +122,20 @@ def test_work_is_recognised() -> None:
     assert has_work([done, (lazy,)])
     mx.eval(lazy)
     assert not has_work(lazy)
+
+
+@given(layers=st.integers(1, 12), experts=st.integers(1, 32), data=st.data())
+def test_slots_beyond_two_thirds_go_to_whole_layers(layers: int, experts: int, data: st.DataObject) -> None:
+    total = data.draw(st.integers(layers, layers * experts))
+    even = tuple(total // layers + (layer < total % layers) for layer in range(layers))
+    slots = with_whole_layers(even, experts)
+    assert sum(slots) == total and len(slots) == layers and max(slots) <= experts
+    least = ceil(KEPT * experts)
+    whole = sum(count == experts for count in slots)
+    assert sorted(slots[:whole]) == [experts] * whole, "whole layers come first"
+    if total <= least * layers:
+        assert slots == even
+    else:
+        assert all(least <= count for count in slots)
+        one_more = (whole + 1) * experts + (layers - whole - 1) * least
+        assert whole == layers or one_more > total, "one more would leave the others too few"

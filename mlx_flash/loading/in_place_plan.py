@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from ..errors import BudgetError
 from ..flash.layer_ring import BUFFERS
@@ -18,6 +19,7 @@ from .lookup_tables import Table, kept_bytes
 from .plan import ENDLESS, Demand, Plan, UnitCounts
 
 LAYERS = "layers"
+KEPT = 2 / 3  # of a layer's experts; slots beyond are better spent on whole layers (bench/results/host.md)
 SPARE_READS = 10  # a longer context may add one to so many layers that a token reads
 
 
@@ -210,10 +212,11 @@ def divide_in_place(
         everything = error.full_bytes
     else:
         everything, least = plan.everything, min(plan.smallest, smallest) if smallest else plan.smallest
+        slots = with_whole_layers(plan.slots, weights.experts)
         return _in_place(
-            plan,
+            replace(plan, slots=slots),
             smallest=least,
-            expert_slots=plan.slots,
+            expert_slots=slots,
             pinned=len(weights.layers),
             proposed_bytes=weights.all_experts,
         )
@@ -226,6 +229,22 @@ def divide_in_place(
             full = max(everything, error.smallest_bytes)
             raise BudgetError(str(error), error.smallest_bytes, full, error.units_bytes) from None
     return replace(found, smallest=smallest, everything=max(everything, smallest))
+
+
+def with_whole_layers(slots: Sequence[int], experts: int) -> tuple[int, ...]:
+    """As many slots in all, spread so that the first layers hold all their experts and the others a share KEPT.
+
+    A layer with all its experts reads nothing and looks nothing up, so no token waits for the device there. Below that
+    share, what the other layers read more takes longer than the waits. slots: of each layer. experts: of each layer.
+    """
+    kept = ceil(KEPT * experts)
+    if kept == experts or sum(slots) <= kept * len(slots):
+        return tuple(slots)
+    whole = (sum(slots) - kept * len(slots)) // (experts - kept)
+    if whole == len(slots):
+        return tuple(slots)
+    each, more = divmod(sum(slots) - whole * experts, len(slots) - whole)
+    return (experts,) * whole + (each + 1,) * more + (each,) * (len(slots) - whole - more)
 
 
 def _of_layers(divided: Divided, weights: WeightBytes, demand: Demand, slots: int, budget: int | None) -> InPlacePlan:

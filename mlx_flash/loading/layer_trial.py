@@ -227,6 +227,9 @@ class _FewExperts:
         self.pools = {name: _filled(*kind) for name, kind in shapes.items()}
         self.slots, self.slot_of = slots, np.arange(count) % slots
 
+    def look_up(self, needed: np.ndarray) -> None:
+        """Leaves it to `use`."""
+
     def use(self, experts: np.ndarray, **_: Any) -> Iterator[np.ndarray]:
         self._rounds = len(experts) > self.slots
         for first in range(0, len(experts), self.slots):

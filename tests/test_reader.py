@@ -674,7 +674,13 @@ def shorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctyp
     flags = [os.environ.get("CC", "cc"), "-std=gnu11", "-O1", "-fPIC", "-pthread"]
     batch, library = str(folder / "batch.o"), folder / "_reader.so"
     subprocess.run([*flags, "-Dpreadv=shorter_preadv", "-c", str(source / "batch.c"), "-o", batch], check=True)
-    others = [str(here / "shorter.c"), str(source / "reader.c"), str(source / "crc32.c"), batch]
+    others = [
+        str(here / "shorter.c"),
+        str(source / "reader.c"),
+        str(source / "crc32.c"),
+        str(source / "look_up.c"),
+        batch,
+    ]
     subprocess.run([*flags, "-shared", "-o", str(library), *others], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader_module, "__file__", str(folder / "reader.py"))

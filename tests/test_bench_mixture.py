@@ -174,9 +174,8 @@ def test_memory(command: Command, one_process: None) -> None:
     for way in ("direct", "buffered"):
         rows = [row for row in result["points"] if row["way"] == way]
         assert [row["io"] for row in rows] == [way] * 3
-        budgets, shares = ([row[key] for row in rows] for key in ("budget_bytes", "slot_share"))
-        # With everything in memory nothing is looked up, so there is no rate.
-        hits = [1.0 if row["hit_rate"] is None else row["hit_rate"] for row in rows]
+        budgets, hits, shares = ([row[key] for row in rows] for key in ("budget_bytes", "hit_rate", "slot_share"))
+        assert hits.pop() is None  # with a slot for each, no expert is looked up
         assert budgets == sorted(set(budgets)) and hits == sorted(hits) and hits[-1] > hits[0]
         assert shares == sorted(set(shares)) and shares[-1] == 1
         assert all(row["likeliest"] == result["all_in_memory"]["likeliest"] for row in rows)

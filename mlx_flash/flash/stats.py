@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, fields
 
+from .swap import SwapCounters
+
 
 @dataclass
 class Counters:
@@ -103,7 +105,8 @@ class DraftCounts:
 class Statistics:
     """Statistics of one generation, with separate counters for the prompt and the decoded tokens.
 
-    drafts: None if it was not set up for any.
+    drafts: None if it was not set up for any. swap: what the system swapped and compressed meanwhile, for whatever
+    program; None before the end of the generation.
     """
 
     prompt: Counters
@@ -111,6 +114,7 @@ class Statistics:
     decoded_tokens: int
     first_token_s: float
     drafts: DraftCounts | None = None
+    swap: SwapCounters | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both generations together; `first_token_s` is the sum."""
@@ -120,6 +124,7 @@ class Statistics:
             decoded_tokens=self.decoded_tokens + other.decoded_tokens,
             first_token_s=self.first_token_s + other.first_token_s,
             drafts=self.drafts + other.drafts if self.drafts and other.drafts else self.drafts or other.drafts,
+            swap=self.swap + other.swap if self.swap and other.swap else self.swap or other.swap,
         )
 
     @property
@@ -147,7 +152,8 @@ class Statistics:
         }
 
     def lines(self, predictor: str) -> list[str]:
-        """Lines for the user: the reads, where the time went, and the drafts, if it was set up for them."""
+        """Lines for the user: the reads, where the time went, the drafts, if it was set up for them, and swapping."""
+        swapped = None if self.swap is None else self.swap.line()
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
         rate = self.bytes_per_second
@@ -158,4 +164,5 @@ class Statistics:
             f"Time per token: {1e3 * each['wait_s']:.2f} ms waiting for reads, {1e3 * each['manage_s']:.2f} ms cache "
             f"management, {1e3 * each['compute_s']:.2f} ms compute",
             *([self.drafts.line(self.decoded_tokens)] if self.drafts is not None else []),
+            *([] if swapped is None else [swapped]),
         ]

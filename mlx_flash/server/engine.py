@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..flash.swap import swap_counters
 from ..text.template_process import TemplateProcess
 from .api_errors import ApiError, stopping, why_failed
 from .events import EventHub
@@ -49,6 +50,7 @@ class Engine:
         self.running: list[Job] = []
         self._parallel = 1
         self.started = time.monotonic()
+        self.swap_at_start = swap_counters()
         # A SimpleQueue, because a signal handler may put into it while this thread is inside another of its methods.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False

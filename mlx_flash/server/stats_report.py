@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from ..flash.swap import swap_counters
 from ..flash.system import current_memory_bytes, peak_memory_bytes
 from .engine import Engine
 from .loaded_model import LoadedModel
@@ -25,6 +26,7 @@ def statistics(engine: Engine) -> dict[str, Any]:
             "current_bytes": current_memory_bytes(),
             "peak_bytes": peak_memory_bytes(),
             "budget_bytes": switch.budget_bytes,
+            "swap": asdict(swap_counters() - engine.swap_at_start),
         },
         "totals": switch.totals or NO_TOTALS,
         "queue": {

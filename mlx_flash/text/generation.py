@@ -219,7 +219,7 @@ def _stream(
             last = answer.take(made, took_s)
             if last:
                 tokens.close()  # now the cache holds what it should
-            yield answer.response(made, steps.statistics())
+            yield answer.response(made, steps.statistics(last))
 
 
 class AnswerTokens:

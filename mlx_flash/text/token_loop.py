@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..flash.host_arrays import to_numpy
 from ..flash.stats import Counters, DraftCounts, Statistics
+from ..flash.swap import swap_counters
 from ..flash.system import large_memory_given_back
 from ..layers.cache_parts import parts_of
 from .cached_context import make_room
@@ -67,6 +68,7 @@ class TokenLoop:
         self.model, self.cache = model, cache
         self.counted = {"prompt": Counters(), "decode": Counters()}
         self.began = time.perf_counter()
+        self.swap = swap_counters()
         self.first_token_s = 0.0
         self.decoded = 0
         self.drafts: DraftCounts | None = None
@@ -239,13 +241,15 @@ class TokenLoop:
                 raise
             self.counted[kind] += counters - before
 
-    def statistics(self) -> Statistics:
+    def statistics(self, last: bool = False) -> Statistics:
+        """The statistics so far. last: whether the generation has ended, and the system is asked what it swapped."""
         return Statistics(
             prompt=self.counted["prompt"],
             decode=self.counted["decode"],
             decoded_tokens=self.decoded,
             first_token_s=self.first_token_s,
             drafts=None if self.drafts is None else replace(self.drafts),
+            swap=swap_counters() - self.swap if last else None,
         )
 
 

@@ -40,6 +40,7 @@ COMMANDS = {  # command -> its module
     "resident-layers": "resident_layers",
     "density": "density",
     "table-rows": "row_reads",
+    "warm-start": "first_tokens",
     "topk-neurons": "topk_neurons",
     "topk-hits": "topk_hits",
     "peak-memory": "peak_memory",

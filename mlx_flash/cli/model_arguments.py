@@ -119,6 +119,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         "(reads of a store are always compared)",
     )
     model.add_argument(
+        "--no-warm-start",
+        dest="warm_start",
+        action="store_false",
+        help="do not fill the slots with the units that earlier runs used most, and do not keep in the cache folder "
+        "how often this run uses each unit",
+    )
+    model.add_argument(
         "--images",
         action="store_true",
         help="let the model read images: mlx-vlm builds it, with its vision part in memory (needs the extra vlm)",

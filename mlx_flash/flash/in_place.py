@@ -76,6 +76,10 @@ class InPlaceFiles(InFlightReads):
         for number, file in enumerate(files):
             file.name_of = functools.partial(name_units, self.layers, self.tensors, self.tables, number)
 
+    @property
+    def unit_files(self) -> Sequence[UnitFile]:
+        return self.files
+
     def verify_unchanged(self) -> None:
         """Raises ReadError if one of the files was changed."""
         for file in self.files:

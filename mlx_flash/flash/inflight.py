@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .reader import Reader, Ticket
 from .stats import Clock, Counters
+from .unit_file import UnitFile
 
 
 class HasReads(Protocol):
@@ -33,6 +34,11 @@ class InFlightReads:
         self.guarded: list[mx.array] = []
         self.loading: list[HasReads] = []
         self.overlap = True
+
+    @property
+    def unit_files(self) -> Sequence[UnitFile]:
+        """The files that units are read from."""
+        raise NotImplementedError
 
     def evaluate_guarded(self) -> None:
         """Evaluates the guarded outputs and drops them, because a layer's output may be large."""

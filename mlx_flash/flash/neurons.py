@@ -6,7 +6,7 @@ The rule of units.py also holds for scratch memory: every graph that reads it is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -41,6 +41,10 @@ class NeuronFile(InFlightReads):
             check_neuron_pool(pool, rows)
         if layout.quantised and self.side is None:
             check_packed_products(layout)
+
+    @property
+    def unit_files(self) -> Sequence[UnitFile]:
+        return [self.file]
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if the bundle file was changed."""

@@ -116,6 +116,15 @@ class SlotCache:
         self.score[units] += self.use_weight
         return len(here)
 
+    def uses(self) -> np.ndarray:
+        """How often each unit was used lately: the scores, float32 (units,). A unit that every call uses has 47."""
+        return self.score / np.float32(self.use_weight)
+
+    def begin_with(self, uses: np.ndarray) -> None:
+        """Starts with the scores of an earlier run, (units,), as if this run continued it."""
+        self.score[:] = uses
+        self.use_weight = 1.0
+
     def reserve(self, units: np.ndarray, taken: np.ndarray = NO_SLOTS) -> tuple[np.ndarray, np.ndarray]:
         """Makes room for `units` (unique ids, at most `slots` of them), but not in the slots `taken`, which look empty.
 

@@ -26,7 +26,6 @@ from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
 from ..layers.recall import PredictorSetting
-from .fill_slots import fill_whole_layers
 from .load_progress import tell_progress
 from .options import LoadOptions
 from .plan import Plan
@@ -79,7 +78,6 @@ def build(
             layer.mlp.look_ahead(following.mlp, norm, following_norm, trial, leads)
             leads = leads and layer.mlp.ahead is None
     evaluate_constants(model)
-    fill_whole_layers([layer.mlp.units for layer in model.layers], streamer, "neuron")
     model.flash = Runtime(
         plan,
         streamer,

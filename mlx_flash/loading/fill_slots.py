@@ -1,41 +1,64 @@
-"""Reads every unit of the layers that have a slot for each, while a model is loaded.
+"""Fills the slots of a model while it is loaded, before a call needs the units.
 
-Such a layer never needs to know which units a token uses, so it reads nothing back from the device.
+A layer with a slot for every unit gets them all. It never needs to know then which units a token uses, so a layer of
+experts reads nothing back from the device. Other layers get the units that earlier runs used most, if that is asked
+for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 from ..flash.filling import bytes_to_fill, fill, whole_layers
 from ..flash.units import Units
+from ..source.kept_uses import KeptUses
 from .load_progress import tell_progress
-from .runtime import AnyStreamer
+from .runtime import Runtime
+from .warm_start import WarmStart
 
 SHOWN_FROM = 500e6  # bytes; shorter reads show no progress in the terminal
 
 
-def fill_whole_layers(layers: Sequence[Units], streamer: AnyStreamer, unit: str) -> None:
-    """Fills the slots of the layers that have one for every unit, in the order of the files.
+def fill_slots(flash: Runtime, folder: Path, warm: bool) -> None:
+    """Fills the slots of a model that was just built. After an error or an interrupt, its files are closed.
 
-    streamer: of these layers; it is closed after an error or an interrupt. unit: the name of a unit, for the progress.
+    folder: the model's. warm: whether uses of units are kept for later starts, and slots filled by them.
     Raises ReadError.
     """
-    from tqdm import tqdm
+    layers = [layer.units for layer in flash.layers if isinstance(layer.units, Units)]
+    if not layers:
+        return
+    unit = "expert" if flash.predictor == "router" else "neuron"
+    try:
+        whole = whole_layers(layers)
+        with _Shown(f"reading {unit}s", bytes_to_fill(whole)) as shown:
+            fill(whole, shown.add)
+        if warm:
+            files = [file.path for file in layers[0].shared.unit_files]
+            flash.warm_start = WarmStart(layers, KeptUses(folder, files, unit, [units.count for units in layers]))
+            with _Shown(f"reading {unit}s that were used before", bytes_to_fill(flash.warm_start.hottest())) as shown:
+                flash.warm_start.fill(shown.add)
+    except BaseException:
+        flash.streamer.close()
+        raise
 
-    wanted = whole_layers(layers)
-    total, done = bytes_to_fill(wanted), 0
-    hidden = total < SHOWN_FROM
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"reading {unit}s", disable=hidden, leave=False) as bar:
 
-        def progress(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            bar.update(nbytes)
-            tell_progress(f"reading {unit}s", done, total)
+class _Shown:
+    """A progress bar, which the watchers of the load see as well. total: in bytes."""
 
-        try:
-            fill(wanted, progress)
-        except BaseException:
-            streamer.close()
-            raise
+    def __init__(self, stage: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._stage, self._total, self._done = stage, total, 0
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=stage, disable=total < SHOWN_FROM, leave=False)
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._bar.update(nbytes)
+        tell_progress(self._stage, self._done, self._total)

@@ -27,7 +27,6 @@ from ..text.images import HELD_BYTES, MOST_WAITING
 from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
-from .fill_slots import fill_whole_layers
 from .forecast import Foresight
 from .image_needs import NO_IMAGES, image_needs, prompt_bytes
 from .in_place_model import InPlaceModel, parent_of
@@ -189,7 +188,6 @@ def plan_in_place(
                 if layer not in layers:
                     evaluate_prompts(layer.module)
         evaluate_constants(mixture.model)
-        fill_whole_layers([layer.units for layer in mixture.streamed_experts()], streamer, "expert")
         model, needs = mixture.model, needs_at(plan.context)
         watched, chooser = ([WholeLayers(held)], "every layer") if dense else (mixture.streamed_experts(), "router")
         attended, most = positions or plan.context, at_once(needs)

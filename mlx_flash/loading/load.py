@@ -26,6 +26,7 @@ from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
 from .config import holds_mixture, read_config
 from .draft_model import PlannedDrafts, plan_drafts
+from .fill_slots import fill_slots
 from .forecast import Forecast
 from .in_place_loading import plan_in_place
 from .in_place_model import open_in_place
@@ -70,11 +71,14 @@ def load(
     Raises:
         BudgetError, UsageError, StoreError and its subclasses, CheckpointError, ConversionError, ReadError.
     """
-    with _planned(path, _options(options, fields), say, fetch=fetch) as planned:
+    options = _options(options, fields)
+    with _planned(path, options, say, fetch=fetch) as planned:
         say(planned.plan.describe())
         if (forecast := _forecast(planned)) is not None:
             say(forecast.describe())
         model = planned.build(say)
+        assert planned.folder is not None
+        fill_slots(model.flash, planned.folder, options.warm_start)
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model)
     model.flash.defaults, model.flash.folder = planned.defaults, planned.folder

@@ -46,6 +46,8 @@ class LoadOptions:
         first such load reads the whole checkpoint to make the checksums.
     images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
     parallel: number of answers that are decoded at once, 1 to 8. The plan has a KV cache for each. The server uses it.
+    warm_start: fill the slots with the units that earlier runs used most, and keep in the cache folder how often this
+        run uses each unit. The commands that generate do so.
     """
 
     revision: str | None = None
@@ -64,6 +66,7 @@ class LoadOptions:
     verify: bool = False
     images: bool = False
     parallel: int = 1
+    warm_start: bool = False
 
     @property
     def budget(self) -> int | None:
@@ -91,7 +94,7 @@ class LoadOptions:
             )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
-        for name, flag in (("verify", self.verify), ("images", self.images)):
+        for name, flag in (("verify", self.verify), ("images", self.images), ("warm_start", self.warm_start)):
             if type(flag) is not bool:
                 raise UsageError(f"{name} is {flag!r:.80}, expected True or False.")
         if self.predictor not in PREDICTORS:

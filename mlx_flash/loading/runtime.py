@@ -24,6 +24,7 @@ from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
 from .streaming_needs import PROCESS
+from .warm_start import WarmStart
 
 if TYPE_CHECKING:
     from ..text.drafts import Drafting
@@ -119,6 +120,7 @@ class Runtime:
     most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
     drafting: Drafting | None = None  # how drafts are made; None for none
     folder: Path | None = None  # of the store or the checkpoint
+    warm_start: WarmStart | None = None  # keeps the uses of units for the next start
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 
@@ -136,6 +138,11 @@ class Runtime:
             if layer.ahead is not None:
                 layer.ahead.trial.fix(guessing)
 
+    def answered(self) -> None:
+        """Called at the end of an answer."""
+        if self.warm_start is not None:
+            self.warm_start.answered()
+
     def verify_unchanged(self) -> None:
         """Raises ReadError if a file that units are read from was changed."""
         self.streamer.verify_unchanged()
@@ -145,6 +152,8 @@ class Runtime:
 
         When the last model is closed, MLX again keeps as many freed buffers as before the first one was loaded.
         """
+        if self.warm_start is not None:
+            self.warm_start.close()
         self.streamer.close()
         if not self._closed:
             self._closed = True

@@ -177,6 +177,7 @@ class ParallelAnswers:
             with large_memory_given_back():
                 fed = row.tokens[: len(row.tokens) - unfed]
                 self._loaded.turns.give_back(row.context, self._batch.leave(at), fed)
+            self._loaded.model.flash.answered()
         finally:
             self._finish(row.place, row.job, row.watch, item)
 

@@ -19,6 +19,7 @@ HISTORY = "chat-history"
 REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
 DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to a forecast
+USES = "uses"  # the folder for the uses of units, see kept_uses.py
 PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
@@ -27,6 +28,7 @@ MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder bes
 _STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_path gives
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
+_ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+)?")
 _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
 
 
@@ -183,6 +185,8 @@ def _kind_of(path: Path) -> str | None:
             return "plans of models"
         if path.name.startswith(PROBE):
             return "remains of a disk probe"
+        if path.name == USES and path.is_dir() and all(map(_is_uses, path.iterdir())):
+            return "uses of units"
         if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
         if path.name.startswith(MATRICES) and path.is_dir():
@@ -206,6 +210,11 @@ def _sums_in(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if _ONE_OF_THE_SUMS.fullmatch(path.name) and path.is_file() and not path.is_symlink()
     ]
+
+
+def _is_uses(path: Path) -> bool:
+    """Whether a file in the folder of uses has a name that this package gives."""
+    return _ONE_OF_THE_USES.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def _note_of(store: Path) -> Path:

@@ -219,6 +219,7 @@ def _stream(
             last = answer.take(made, took_s)
             if last:
                 tokens.close()  # now the cache holds what it should
+                model.flash.answered()
             yield answer.response(made, steps.statistics(last))
 
 

@@ -9,6 +9,7 @@ eviction continue; `behind`, where the most used units are read after the prompt
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import tempfile
@@ -24,7 +25,7 @@ import numpy as np
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.units import Units
-from mlx_flash.loading import warm_start
+from mlx_flash.loading import streaming_needs, warm_start
 
 from .quality import say
 from .tools.report import describe, environment, forget_cached
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text)
+    # All plans count the same process, and so have the same slots.
+    streaming_needs.current_memory_bytes = functools.cache(streaming_needs.current_memory_bytes)
     with _opened(arguments, "cold") as (model, tokenizer):
         folder = model.flash.folder
         ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))

@@ -6,6 +6,7 @@ MLX_BITS = (16, 8, 6, 5, 4, 3, 2)  # bits per weight in MLX's own form
 STORED_PREDICTORS = ("lowrank", "shadow", "imported")
 PREDICTORS = ("auto", "none", "exact", *STORED_PREDICTORS)
 IO_MODES = ("direct", "buffered")
+WIRE_MODES = ("auto", "on", "off")
 DRAFTS = ("none", "ngram", "mtp")  # ways of drafting without a draft model
 
 MOST_PARALLEL = 8  # answers that are decoded at once

@@ -17,6 +17,7 @@ from ..defaults import (
     PREDICTORS,
     PREFILL_TOKENS,
     THREADS,
+    WIRE_MODES,
 )
 from .run import REVISION_HELP
 
@@ -117,6 +118,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         help="compare what is read of a checkpoint with checksums, units at every read; the first run "
         "reads the whole checkpoint to make them, and compares it with the Hub's checksums where those are known "
         "(reads of a store are always compared)",
+    )
+    model.add_argument(
+        "--wire",
+        choices=WIRE_MODES,
+        default=WIRE_MODES[0],
+        help="keep weights and slots in memory, on macOS 15 and later: auto does so if the system swapped while an "
+        "earlier run of this model generated (default: %(default)s)",
     )
     model.add_argument(
         "--no-warm-start",

@@ -16,8 +16,10 @@ import mlx.core as mx
 from ..errors import FlashError, UsageError
 from ..flash.files import is_store
 from ..flash.random_state import kept_random_state
+from ..flash.wiring import Wiring
 from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
+from ..source.kept_swaps import swapped_lately
 from ..source.model_kind import refuse_own_code
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
 from ..source.zoos import INSTALL_MLX_VLM, MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module
@@ -81,8 +83,23 @@ def load(
         fill_slots(model.flash, planned.folder, options.warm_start)
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model)
+        _wire(model, planned.folder, options.wire, say)
     model.flash.defaults, model.flash.folder = planned.defaults, planned.folder
     return model, planned.tokenizer
+
+
+def _wire(model: Any, folder: Path, wire: str, say: Callable[[str], None]) -> None:
+    """Keeps what was loaded in memory, if it is asked for, or `auto` and the system swapped it before."""
+    from mlx.utils import tree_flatten
+
+    parameters: Any = tree_flatten(model.parameters())
+    model.flash.wiring = Wiring(len(parameters))
+    if wire == "on" or (wire == "auto" and swapped_lately(folder)):
+        reason = model.flash.wiring.wire(careful=wire == "auto")
+        if reason is None:
+            say(f"{model.flash.wiring.nbytes / 1e9:.3f} GB of memory are wired, so that the system does not swap them")
+        elif wire == "on":
+            say(f"note: nothing is wired: {reason}")
 
 
 def plan(

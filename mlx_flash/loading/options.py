@@ -15,6 +15,7 @@ from ..defaults import (
     PREDICTORS,
     PREFILL_TOKENS,
     THREADS,
+    WIRE_MODES,
 )
 from ..errors import UsageError
 from .plan import parse_memory
@@ -48,6 +49,8 @@ class LoadOptions:
     parallel: number of answers that are decoded at once, 1 to 8. The plan has a KV cache for each. The server uses it.
     warm_start: fill the slots with the units that earlier runs used most, and keep in the cache folder how often this
         run uses each unit. The commands that generate do so.
+    wire: keep weights and slots in memory on macOS 15 and later: "on", "off", or "auto", if the system swapped while an
+        earlier run of this model generated.
     """
 
     revision: str | None = None
@@ -67,6 +70,7 @@ class LoadOptions:
     images: bool = False
     parallel: int = 1
     warm_start: bool = False
+    wire: str = "auto"
 
     @property
     def budget(self) -> int | None:
@@ -113,6 +117,8 @@ class LoadOptions:
             raise UsageError(f"kv_bits is {self.kv_bits!r:.80}, expected {' or '.join(map(str, KV_BITS))}, or None.")
         if self.io not in IO_MODES:
             raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
+        if self.wire not in WIRE_MODES:
+            raise UsageError(f"wire is {self.wire!r:.80}, expected one of {', '.join(WIRE_MODES)}.")
         if self.draft not in DRAFTS:
             raise UsageError(f"draft is {self.draft!r:.80}, expected one of {', '.join(DRAFTS)}.")
         if self.draft_model is not None and not isinstance(self.draft_model, (str, os.PathLike)):

@@ -16,9 +16,12 @@ from ..defaults import PREFILL_TOKENS
 from ..flash.files import Manifest
 from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
+from ..flash.swap import SwapCounters
+from ..flash.wiring import Wiring
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
 from ..layers.shared_reading import SharedReading
+from ..source.kept_swaps import remember_swapping
 from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
@@ -121,6 +124,7 @@ class Runtime:
     drafting: Drafting | None = None  # how drafts are made; None for none
     folder: Path | None = None  # of the store or the checkpoint
     warm_start: WarmStart | None = None  # keeps the uses of units for the next start
+    wiring: Wiring | None = None  # of the weights and slots; None: not measured
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 
@@ -138,8 +142,10 @@ class Runtime:
             if layer.ahead is not None:
                 layer.ahead.trial.fix(guessing)
 
-    def answered(self) -> None:
-        """Called at the end of an answer."""
+    def answered(self, swap: SwapCounters | None = None) -> None:
+        """Called at the end of an answer. swap: what the system swapped meanwhile, if it is known."""
+        if swap is not None and self.wiring is not None and self.folder is not None and self.wiring.suffers(swap):
+            remember_swapping(self.folder)  # The next load of this model wires its memory, if it may.
         if self.warm_start is not None:
             self.warm_start.answered()
 
@@ -157,6 +163,8 @@ class Runtime:
         self.streamer.close()
         if not self._closed:
             self._closed = True
+            if self.wiring is not None:
+                self.wiring.close()
             BUFFER_CACHE.release()
             PROCESS.model_closed()
 

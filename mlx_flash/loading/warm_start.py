@@ -16,6 +16,7 @@ from ..source.kept_uses import KeptUses, Uses
 
 LONGEST_S = 5.0  # no further part is read after that time
 PARTS = 16  # the most used units of all layers come first
+REMEMBERED = 0.03  # weight of the kept uses beside new ones (bench/results/warm-start.md)
 NEWEST = 0.25  # weight of the uses at the end of an answer, beside those that were kept before
 BETWEEN_WRITES_S = 600.0
 
@@ -51,7 +52,7 @@ class WarmStart:
         """
         began, wanted = self._clock(), self.hottest()
         for units, uses in zip(self._layers, self._uses, strict=True):
-            units.cache.begin_with(uses)
+            units.cache.begin_with(REMEMBERED * uses.astype(np.float32))
         for part in range(PARTS):
             if self._clock() - began >= LONGEST_S:
                 return

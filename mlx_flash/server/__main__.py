@@ -63,6 +63,8 @@ class Signals:
 def main(arguments: argparse.Namespace) -> int:
     obey_lifeline(arguments)
     access, on_disk = checked(arguments)  # Refuse an invalid value before a port is opened.
+    if on_disk == 0:
+        arguments.warm_start = False  # Then nothing of what the model was asked is kept.
     from .serving import HttpThread, bind, is_loopback, url_of
 
     bound = bind(arguments.host, arguments.port)

@@ -20,6 +20,7 @@ REPORT = "last-error.txt"  # the traceback of the latest unexpected error
 REPORT_BEGINS = "mlx-flash-runtime "
 DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to a forecast
 USES = "uses"  # the folder for the uses of units, see kept_uses.py
+SWAPS = "swapped.json"  # the models that ran while the system swapped
 PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
@@ -185,6 +186,8 @@ def _kind_of(path: Path) -> str | None:
             return "plans of models"
         if path.name.startswith(PROBE):
             return "remains of a disk probe"
+        if path.name == SWAPS and path.is_file():
+            return "models that were swapped"
         if path.name == USES and path.is_dir() and all(map(_is_uses, path.iterdir())):
             return "uses of units"
         if path.name == SUMS and path.is_dir() and _sums_in(path):

@@ -219,8 +219,10 @@ def _stream(
             last = answer.take(made, took_s)
             if last:
                 tokens.close()  # now the cache holds what it should
-                model.flash.answered()
-            yield answer.response(made, steps.statistics(last))
+            statistics = steps.statistics(last)
+            if last:
+                model.flash.answered(statistics.swap)
+            yield answer.response(made, statistics)
 
 
 class AnswerTokens:

@@ -1,0 +1,47 @@
+"""Which models ran while the system swapped their memory, kept in the cache folder for a month."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+from ..errors import UsageError
+from .cached import SWAPS
+from .resolve import cache_folder
+
+LIFE_S = 30 * 24 * 3600
+MOST_MODELS = 64
+MOST_BYTES = 64 << 10  # of the file
+
+
+def swapped_lately(folder: Path) -> bool:
+    """Whether the system swapped while the model in `folder` ran, within the last month."""
+    return str(folder.resolve()) in _kept()
+
+
+def remember_swapping(folder: Path) -> None:
+    """Notes that the system swapped while the model in `folder` ran. Does nothing if nothing can be written."""
+    with contextlib.suppress(OSError, UsageError, UnicodeError):
+        path = cache_folder() / SWAPS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {**_kept(), str(folder.resolve()): time.time()}
+        newest = sorted(kept.items(), key=lambda item: item[1])[-MOST_MODELS:]
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(dict(newest)))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _kept() -> dict[str, float]:
+    """The models, and when it was noted: seconds since the epoch."""
+    with contextlib.suppress(OSError, UsageError, ValueError, TypeError, AttributeError, RecursionError):
+        path = cache_folder() / SWAPS
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:
+            found = {name: float(noted) for name, noted in json.loads(path.read_text()).items()}
+            return {name: noted for name, noted in found.items() if 0 <= time.time() - noted < LIFE_S}
+    return {}

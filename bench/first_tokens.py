@@ -3,7 +3,9 @@
 Every way loads the model anew and answers the same prompt, greedily, in turns. An earlier run has answered another part
 of the text, and the uses of its units were kept. The ways: `cold`, with empty slots; `scores`, where only the scores of
 eviction continue; `behind`, where the most used units are read after the prompt, beside the first decoded tokens; and
-`warm`, where they are read while the model is loaded. The times begin when the weights that stay are in memory.
+`warm`, where they are read while the model is loaded. If every unit has a slot, the ways are `unfilled`, where units
+are read when a token needs them, and `filled`, where all are read while the model is loaded. The times begin when the
+weights that stay are in memory.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import numpy as np
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.flash.units import Units
-from mlx_flash.loading import streaming_needs, warm_start
+from mlx_flash.loading import fill_slots, streaming_needs, warm_start
 
 from .quality import say
 from .tools.report import describe, environment, forget_cached
 from .tools.texts import read_text
 
 WAYS = ("cold", "scores", "behind", "warm")
+WAYS_OF_WHOLE_LAYERS = ("unfilled", "filled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,17 +60,19 @@ def main(arguments: argparse.Namespace) -> None:
     with _opened(arguments, "cold") as (model, tokenizer):
         folder = model.flash.folder
         ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        whole = all(layer.units.all_resident for layer in model.flash.layers if isinstance(layer.units, Units))
+    ways = WAYS_OF_WHOLE_LAYERS if whole else WAYS
     length = arguments.prompt
     if len(ids) < 4 * length:
         raise UsageError(f"--text has {len(ids)} tokens, expected {4 * length} (four times --prompt).")
     earlier, prompt = ids[:length], ids[len(ids) // 2 :][:length]
     arguments.model = str(folder)
-    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with _uses_apart():
         with _opened(arguments, "warm") as (model, tokenizer):
             _answer(model, tokenizer, earlier, arguments.earlier)
         for turn in range(arguments.rounds):
-            for way in WAYS if turn % 2 == 0 else WAYS[::-1]:
+            for way in ways if turn % 2 == 0 else ways[::-1]:
                 rows[way].append(_measure(arguments, way, prompt))
     texts = {tuple(row.pop("ids")) for each in rows.values() for row in each}
     if len(texts) != 1:
@@ -103,12 +108,16 @@ def _opened(arguments: argparse.Namespace, way: str) -> Iterator[tuple[Any, Any]
     memory = arguments.memory
     if arguments.share is not None:
         memory = plan(arguments.model, context=arguments.context).bytes_for(arguments.share)
-    longest = warm_start.LONGEST_S
+    longest, whole = warm_start.LONGEST_S, fill_slots.whole_layers
     warm_start.LONGEST_S = longest if way == "warm" else 0.0
+    if way == "unfilled":
+        setattr(fill_slots, "whole_layers", lambda _: [])  # noqa: B010
+    warm = way in ("scores", "behind", "warm")
     try:
-        model, tokenizer = load(arguments.model, memory=memory, context=arguments.context, warm_start=way != "cold")
+        model, tokenizer = load(arguments.model, memory=memory, context=arguments.context, warm_start=warm)
     finally:
         warm_start.LONGEST_S = longest
+        setattr(fill_slots, "whole_layers", whole)  # noqa: B010
     try:
         tokenizer.eos_token_ids = [-1]  # All answers have one length.
         yield model, tokenizer
@@ -150,6 +159,7 @@ def _measure(arguments: argparse.Namespace, way: str, prompt: list[int]) -> dict
             "first_token_s": counted.first_token_s,
             "misses": counted.decode.misses,
             "hit_rate": counted.hit_rate,
+            "wait_s": counted.prompt.wait_s + counted.decode.wait_s,
             "MB": (counted.prompt.bytes + counted.decode.bytes) / 1e6,
             "decode_s": ended - began - counted.first_token_s,
             "total_s": filled.read_s + ended - began,
@@ -157,7 +167,7 @@ def _measure(arguments: argparse.Namespace, way: str, prompt: list[int]) -> dict
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
-    names = ("fill_MB", "fill_s", "prompt_misses", "first_token_s", "misses", "hit_rate", "MB", "decode_s", "total_s")
+    names = ("fill_MB", "fill_s", "prompt_misses", "first_token_s", "misses", "hit_rate", "MB", "wait_s", "decode_s")
     say("  ".join(["way     ", *(f"{name:>13}" for name in names)]))
     for way, row in rows.items():
         figures = (f"{row[name] if row[name] is not None else float('nan'):13.3f}" for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_flash.loading import store as store_module
 from mlx_flash.loading import warm_start as module
-from mlx_flash.loading.load import load, plan
+from mlx_flash.loading.load import load
 from mlx_flash.loading.warm_start import WarmStart
 from mlx_flash.source import kept_uses
 from mlx_flash.source.cached import entries, remove
@@ -198,13 +200,16 @@ def test_a_folder_that_cannot_be_written_is_no_trouble(mixture: Path, folder_of_
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_load_keeps_uses_only_if_it_is_asked_to(warm: bool, store: Path, folder_of_its_own: Path) -> None:
-    memory = plan(store, context=64).bytes_for(0.3)
+def test_load_keeps_uses_only_if_it_is_asked_to(
+    warm: bool, store: Path, folder_of_its_own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = store_module.make_plan
+    monkeypatch.setattr(store_module, "make_plan", lambda *rest: replace(real(*rest), slots=(20, 20)))
     texts = []
     for turn in range(2):
-        model, tokenizer = load(store, memory=memory, context=64, warm_start=warm)
-        partial = [layer.units for layer in model.flash.layers if layer.units.cache.slots < layer.units.count]
-        assert any(units.cache.resident for units in partial) == (warm and turn == 1 and bool(partial))
+        model, tokenizer = load(store, context=64, warm_start=warm)
+        resident = [layer.units.cache.resident for layer in model.flash.layers]
+        assert all(resident) if warm and turn == 1 else not any(resident)
         texts.append(generate(model, tokenizer, PROMPT, max_tokens=8))
         model.flash.close()
     assert texts[0] == texts[1] and (folder_of_its_own / "uses").exists() == warm

@@ -21,6 +21,7 @@ MODULES = {  # the commands that have flags of their own
     "download": "mlx_flash.download",
     "convert": "mlx_flash.convert.__main__",
     "check": "mlx_flash.check",
+    "report": "mlx_flash.report.__main__",
     "cache": "mlx_flash.cache",
     "doctor": "mlx_flash.doctor",
 }

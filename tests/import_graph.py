@@ -26,7 +26,7 @@ FLOORS = (
     ("models", "text", "machine"),
     ("loading",),
     ("cli",),
-    ("server", "generate", "chat", "launch", "check", "cache", "download", "doctor"),
+    ("report", "server", "generate", "chat", "launch", "check", "cache", "download", "doctor"),
     ("service",),
     ("convert",),
     ("bench", "apps", "demo"),

@@ -19,6 +19,7 @@ COMMANDS = {
     "download": ("mlx_flash.download", "downloads a model from the Hugging Face Hub, or continues to"),
     "convert": ("mlx_flash.convert", "converts a checkpoint into a store that can be streamed"),
     "check": ("mlx_flash.check", "verifies every byte of a store"),
+    "report": ("mlx_flash.report", "measures a model on this machine, for others to see, in ten minutes"),
     "cache": ("mlx_flash.cache", "lists and removes the entries of the cache folder"),
     "doctor": ("mlx_flash.doctor", "examines this machine: what is wrong, and what to do"),
     "bench": ("mlx_flash.bench", "runs the benchmarks"),

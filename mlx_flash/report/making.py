@@ -1,0 +1,109 @@
+"""Makes a report, step by step: the model, the machine, the runs. What is there can be taken at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import __version__
+from .form import MachineReport, Reason, in_words
+from .machine_facts import machine_of
+from .runs_apart import Course, Lines, Measured, Told, lines_of
+from .same_tokens import compared
+
+
+class Extent(NamedTuple):
+    """How much is measured. prompts, tokens: numbers of tokens of the prompts, and of each answer. limit_s: seconds in
+    all, after a download or a conversion."""
+
+    prompts: tuple[int, ...]
+    tokens: int
+    limit_s: float
+
+
+FULL, QUICK = Extent((32, 512), 128, 600.0), Extent((32,), 32, 120.0)
+END_S = 10.0  # of the time limit, for ending a run and writing the files
+
+
+class Making:
+    """A report in the making. gather: gives the doctor's facts of the machine, for the folder of the model."""
+
+    def __init__(
+        self,
+        model: str | None,
+        quick: bool,
+        say: Callable[[str], None],
+        gather: Callable[[Path, Callable[[str], None]], dict[str, Any]],
+        lines: Lines = lines_of,
+        swapped: Callable[[], tuple[int | None, int | None]] = lambda: (None, None),
+    ) -> None:
+        self._model, self._quick, self._say, self._gather = model, quick, say, gather
+        self._lines, self._swapped = lines, swapped
+        self._extent = QUICK if quick else FULL
+        self._began = time.monotonic()
+        self._told: Told = {}
+        self._facts: dict[str, Any] | None = None
+        self._course: Course | None = None
+        self._measured = Measured()
+
+    def make(self) -> None:
+        """Raises the errors of `load` if the model cannot be run here at all."""
+        folder = self._examine()
+        self._say("looking at the machine and its disk")
+        self._facts = self._gather(folder, lambda part: self._say(f"  {part}"))
+        assert self._course is not None
+        self._course.run(self._measured, self._say)
+
+    def _examine(self) -> Path:
+        """Fills in the model and its budgets. Returns its folder."""
+        extent = self._extent
+        self._say("preparing the model (a download or a conversion does not count as time of the report)")
+        asked = {"work": "examine", "model": self._model, "context": max(extent.prompts) + extent.tokens}
+        with contextlib.closing(self._lines(asked, None)) as lines:
+            folder = Path(next(lines)["folder"])
+            self._began = time.monotonic()
+            self._say("planning the budgets, and forecasting the speed within them")
+            self._told = next(lines)
+        context = self._told["model"]["context"]
+        prompts = sorted({min(prompt, context - extent.tokens) for prompt in extent.prompts})
+        self._course = Course(
+            self._model,
+            context,
+            tuple(prompt for prompt in prompts if prompt > 0),
+            extent.tokens,
+            {budget["name"]: budget["bytes"] for budget in self._told["budgets"]},
+            extent.limit_s,
+            self._began + extent.limit_s - END_S,
+            self._swapped,
+            self._lines,
+        )
+        return folder
+
+    def leave_out_rest(self, reason: Reason) -> None:
+        """Notes why the runs that are missing are missing."""
+        if self._course is not None:
+            self._course.leave_out_rest(self._measured, reason)
+
+    def report(self) -> MachineReport | None:
+        """What there is; None if not even the model is known yet."""
+        if self._course is None:
+            return None
+        return MachineReport(
+            made=date.today().isoformat(),
+            seconds=time.monotonic() - self._began,
+            quick=self._quick,
+            version=in_words(__version__) or "unknown",
+            machine=None if self._facts is None else machine_of(self._facts),
+            model=self._told["model"],
+            budgets=self._told["budgets"],
+            prompts=list(self._course.prompts),
+            tokens=self._course.tokens,
+            energy=self._measured.energy,
+            runs=self._measured.runs,
+            left_out=self._measured.left_out,
+            same_text=compared(self._measured.ids),
+        )

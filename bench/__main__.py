@@ -51,6 +51,7 @@ COMMANDS = {  # command -> its module
     "synthetic-dense": "synthetic.dense_checkpoint",
     "synthetic-tables": "synthetic.table_checkpoint",
     "memory-models": "memory_models",
+    "machines": "machines",
 }
 
 

@@ -121,7 +121,7 @@ class ReportedAnswer(FormPart):
     generated_tokens: Count
     first_token_s: Amount
     prompt_bytes: Count
-    tokens_per_second: Amount
+    tokens_per_second: Amount | None
     token_median_s: Amount
     token_p90_s: Amount
     hit_rate: Share | None
@@ -138,7 +138,8 @@ class ReportedAnswer(FormPart):
 class ReportedRun(FormPart):
     """A process of its own, within a budget, that answers one prompt cold and warm.
 
-    slot_share: of the units that have a slot. swapped_*: of the whole system, while the process ran.
+    slot_share: of the units that have a slot. swapped_*, compressed_*, decompressed_*: of the memory of all programs,
+    while the process ran; 0 where the system does not count it.
     """
 
     budget: BudgetName
@@ -146,9 +147,11 @@ class ReportedRun(FormPart):
     load_s: Amount
     planned_bytes: Count
     slot_share: Share
-    swapped_in_bytes: Count | None
-    swapped_out_bytes: Count | None
-    answers: Annotated[list[ReportedAnswer], Field(max_length=2)]
+    swapped_in_bytes: Count
+    swapped_out_bytes: Count
+    compressed_bytes: Count
+    decompressed_bytes: Count
+    answers: Annotated[list[ReportedAnswer], Field(min_length=1, max_length=2)]
 
 
 class LeftOut(FormPart):
@@ -193,7 +196,9 @@ class MachineReport(FormPart):
     @model_validator(mode="after")
     def _budgets_are_listed(self) -> MachineReport:
         names = [budget.name for budget in self.budgets]
-        if len({*names}) < len(names) or not {each.budget for each in [*self.runs, *self.left_out]} <= {*names}:
+        if len({*names}) < len(names) or not {run.budget for run in self.runs} | {
+            left.budget for left in self.left_out
+        } <= {*names}:
             raise ValueError("expected each budget once, and runs within these budgets")
         return self
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
+from ..errors import UsageError
 from .form import MachineReport, Reason, in_words
 from .machine_facts import machine_of
 from .runs_apart import Course, Lines, Measured, Told, lines_of
 from .same_tokens import compared
 
 
-class Extent(NamedTuple):
+class Scope(NamedTuple):
     """How much is measured. prompts, tokens: numbers of tokens of the prompts, and of each answer. limit_s: seconds in
     all, after a download or a conversion."""
 
@@ -25,7 +26,7 @@ class Extent(NamedTuple):
     limit_s: float
 
 
-FULL, QUICK = Extent((32, 512), 128, 600.0), Extent((32,), 32, 120.0)
+FULL, QUICK = Scope((32, 512), 128, 600.0), Scope((32,), 32, 120.0)
 END_S = 10.0  # of the time limit, for ending a run and writing the files
 
 
@@ -39,11 +40,10 @@ class Making:
         say: Callable[[str], None],
         gather: Callable[[Path, Callable[[str], None]], dict[str, Any]],
         lines: Lines = lines_of,
-        swapped: Callable[[], tuple[int | None, int | None]] = lambda: (None, None),
     ) -> None:
         self._model, self._quick, self._say, self._gather = model, quick, say, gather
-        self._lines, self._swapped = lines, swapped
-        self._extent = QUICK if quick else FULL
+        self._lines = lines
+        self._scope = QUICK if quick else FULL
         self._began = time.monotonic()
         self._told: Told = {}
         self._facts: dict[str, Any] | None = None
@@ -60,25 +60,26 @@ class Making:
 
     def _examine(self) -> Path:
         """Fills in the model and its budgets. Returns its folder."""
-        extent = self._extent
+        scope = self._scope
         self._say("preparing the model (a download or a conversion does not count as time of the report)")
-        asked = {"work": "examine", "model": self._model, "context": max(extent.prompts) + extent.tokens}
+        asked = {"work": "examine", "model": self._model, "context": max(scope.prompts) + scope.tokens}
         with contextlib.closing(self._lines(asked, None)) as lines:
             folder = Path(next(lines)["folder"])
             self._began = time.monotonic()
             self._say("planning the budgets, and forecasting the speed within them")
             self._told = next(lines)
         context = self._told["model"]["context"]
-        prompts = sorted({min(prompt, context - extent.tokens) for prompt in extent.prompts})
+        if context <= scope.tokens:
+            raise UsageError(f"this model has room for {context} tokens, expected more than {scope.tokens}.")
+        prompts = sorted({min(prompt, context - scope.tokens) for prompt in scope.prompts})
         self._course = Course(
             self._model,
             context,
-            tuple(prompt for prompt in prompts if prompt > 0),
-            extent.tokens,
+            tuple(prompts),
+            scope.tokens,
             {budget["name"]: budget["bytes"] for budget in self._told["budgets"]},
-            extent.limit_s,
-            self._began + extent.limit_s - END_S,
-            self._swapped,
+            scope.limit_s,
+            self._began + scope.limit_s - END_S,
             self._lines,
         )
         return folder

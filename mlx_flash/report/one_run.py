@@ -57,8 +57,8 @@ def examine(request: Told) -> Iterator[Told]:
 
 
 def run(request: Told) -> Iterator[Told]:
-    """request: "model", "memory" (bytes), "context", "prompt_tokens", "tokens", "answer_s" (most seconds of an answer),
-    "left_s" (of the whole run).
+    """request: "model", "memory" (bytes), "context", "prompt_tokens", "tokens", "answer_s" (most seconds of an answer
+    after its first token), "left_s" (of the whole run).
 
     Yields {"load_s", "planned_bytes", "slot_share"}, then for each answer the fields of `ReportedAnswer` and "ids".
     """
@@ -79,14 +79,17 @@ def run(request: Told) -> Iterator[Told]:
         now = time.monotonic()
         if end - now < took_s / 2:
             break
-        answer = _answer(model, tokenizer, prompt, request["tokens"], min(end, now + request["answer_s"]))
+        answer = _answer(model, tokenizer, prompt, request["tokens"], end, request["answer_s"])
         took_s = time.monotonic() - now
         yield {"state": state, **answer}
     model.flash.close()
 
 
-def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: float) -> Told:
-    """The figures of an answer that ends after `tokens` tokens, or at `end`, a time of time.monotonic()."""
+def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: float, most_s: float) -> Told:
+    """The figures of an answer. It ends after `tokens` tokens, or `most_s` seconds after the first, or at `end`.
+
+    end: a time of time.monotonic().
+    """
     from ..flash.system import peak_memory_bytes
     from ..text.generation import stream_generate
     from .energy import EnergyMeter
@@ -97,6 +100,7 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: flo
         for response in responses:
             ids.append(response.token)
             times.append(time.perf_counter())
+            end = min(end, time.monotonic() + most_s) if len(ids) == 1 else end
             if time.monotonic() > end:
                 break
     source, joules = meter.read()
@@ -109,7 +113,7 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: flo
         "generated_tokens": len(ids),
         "first_token_s": counted.first_token_s,
         "prompt_bytes": counted.prompt.bytes,
-        "tokens_per_second": response.generation_tps,
+        "tokens_per_second": response.generation_tps if len(ids) > 1 else None,
         "token_median_s": statistics.median(each),
         "token_p90_s": sorted(each)[int(0.9 * (len(each) - 1))],
         "hit_rate": counted.hit_rate,

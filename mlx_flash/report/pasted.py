@@ -102,7 +102,7 @@ def _rows(report: MachineReport, run: ReportedRun) -> Iterator[dict[str, str]]:
             "budget": f"{budget.name}, {budget.bytes / 1e9:.2f} GB",
             "in slots": share(run.slot_share),
             "prompt": f"{run.prompt_tokens}",
-            "": answer.state,
+            "answer": answer.state,
             "first token s": f"{answer.first_token_s:.2f}",
             "tokens/s": speed(answer, report.tokens),
             "forecast": figure(budget.forecast_tokens_per_second),
@@ -156,11 +156,10 @@ def _findings(report: MachineReport) -> Iterator[str]:
 
 
 def swapped(report: MachineReport) -> str:
-    known = [run for run in report.runs if run.swapped_in_bytes is not None and run.swapped_out_bytes is not None]
-    if not known:
-        return "not known"
-    came, went = (sum(getattr(run, name) for run in known) for name in ("swapped_in_bytes", "swapped_out_bytes"))
-    return f"{came / 1e6:.1f} MB in, {went / 1e6:.1f} MB out"
+    """How much the system moved between memory, swap and the compressor while the runs ran."""
+    kinds = (("swapped_in", "in"), ("swapped_out", "out"), ("compressed", "compressed"))
+    sums = [(sum(getattr(run, f"{name}_bytes") for run in report.runs), word) for name, word in kinds]
+    return ", ".join(f"{nbytes / 1e6:.1f} MB {word}" for nbytes, word in sums if nbytes or word != "compressed")
 
 
 def table(rows: Sequence[dict[str, str]]) -> list[str]:

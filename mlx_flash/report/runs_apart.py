@@ -10,17 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BudgetError, FlashError
+from ..flash.swap import SwapCounters, swap_counters
 from ..source.children import TERMINATED_S, child_environment
 from .form import BudgetName, Energy, LeftOut, Reason, ReportedAnswer, ReportedRun, State
+from .pasted import figure
 
 Told = dict[str, Any]
 STATES: tuple[State, ...] = ("cold", "warm")
 Lines = Callable[[Told, float | None], Generator[Told]]
-ANSWER_SHARE = 1 / 8  # of the whole time limit, for one answer at most
+ANSWER_SHARE = 1 / 16  # of the whole time limit, for the tokens of one answer after the first
 LEAST_S = 3.0  # of answering, without which a run is not begun
 GRACE_S = 3.0  # after the limit, for a run that is about to end
 
@@ -93,7 +95,7 @@ class Course:
     """Which runs there are, in this order: each prompt within each budget.
 
     prompts, tokens: numbers of tokens. limit_s: seconds of the whole report. end: when they are over, by
-    time.monotonic(). swapped: gives (bytes swapped in, out) of the system since its start, None for what is not known.
+    time.monotonic().
     """
 
     model: str | None
@@ -103,14 +105,14 @@ class Course:
     budgets: dict[BudgetName, int]
     limit_s: float
     end: float
-    swapped: Callable[[], tuple[int | None, int | None]]
     lines: Lines = lines_of
 
     @property
     def steps(self) -> list[tuple[int, BudgetName]]:
-        """(prompt tokens, budget): the middle budget first, which says most if no other run follows."""
+        """(prompt tokens, budget): first what says most if nothing follows, the short prompt and the middle budget."""
         names = sorted(self.budgets, key=lambda name: name != "middle")
-        return [(prompt, name) for prompt in self.prompts for name in names]
+        ranked = [(p + b, p, b) for p in range(len(self.prompts)) for b in range(len(names))]
+        return [(self.prompts[p], names[b]) for _, p, b in sorted(ranked)]
 
     def run(self, measured: Measured, say: Callable[[str], None]) -> None:
         """Runs all, and adds to `measured` as it goes, so that an interruption leaves what there is."""
@@ -128,7 +130,7 @@ class Course:
                 continue
             say(f"{about} ({left_s:.0f} s left)")
             reason: Reason = "interrupted"
-            before = self.swapped()
+            before = swap_counters()
             try:
                 reason = self._ask(prompt, budget, left_s, told, say)
             finally:
@@ -151,7 +153,7 @@ class Course:
                     if "state" in line:
                         say(
                             f"  {line['state']}: first token after {line['first_token_s']:.2f} s, "
-                            f"{line['tokens_per_second']:.2f} tokens per second"
+                            f"{figure(line['tokens_per_second'])} tokens per second"
                         )
         except BudgetError as error:
             say(f"  left out: {error}")
@@ -163,19 +165,10 @@ class Course:
             say("  ended, because the time is over")
         return "time"
 
-    def _add(
-        self,
-        measured: Measured,
-        prompt: int,
-        budget: BudgetName,
-        told: list[Told],
-        before: tuple[int | None, int | None],
-    ) -> None:
+    def _add(self, measured: Measured, prompt: int, budget: BudgetName, told: list[Told], before: SwapCounters) -> None:
         if len(told) < 2:
             return
-        swapped = [
-            None if b is None or a is None else max(0, a - b) for b, a in zip(before, self.swapped(), strict=True)
-        ]
+        moved = asdict(swap_counters() - before)
         answers = []
         for line in told[1:]:
             answer = dict(line)
@@ -183,12 +176,8 @@ class Course:
             if (source := answer.pop("energy")) != "not available":
                 measured.energy = source
             answers.append(ReportedAnswer(**answer))
-        measured.runs.append(
-            ReportedRun(
-                budget=budget, prompt_tokens=prompt, answers=answers, swapped_in_bytes=swapped[0],
-                swapped_out_bytes=swapped[1], **told[0],
-            )
-        )  # fmt: skip
+        counted = {f"{name}_bytes": max(0, count) for name, count in moved.items()}
+        measured.runs.append(ReportedRun(budget=budget, prompt_tokens=prompt, answers=answers, **told[0], **counted))
 
     def _leave_out(self, measured: Measured, prompt: int, budget: BudgetName, done: int, reason: Reason) -> None:
         for state in STATES[done:]:

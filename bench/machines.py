@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_flash.errors import UsageError
-from mlx_flash.report.form import MachineReport, ReportedAnswer, read_report, write_beside
+from mlx_flash.report.form import MachineReport, ReportedAnswer, ReportedMachine, read_report, write_beside
 from mlx_flash.report.pasted import (
     escaped,
     figure,
@@ -33,10 +33,9 @@ HEAD = """\
 
     mlxflash bench machines bench/results/machines
 
-`mlxflash report` wrote the files on the machines themselves ([how](../../docs/report.md)). Nobody else measured them
-again. cold: the first answer of a process, with empty slots; warm: to the same prompt again. Columns without a length
-are of the shortest prompt. Machines and versions differ, so compare rows of one machine.
-"""
+`mlxflash report` wrote the files on the machines themselves ([how](../../docs/report.md)). The figures are their
+makers'; nobody measured them again. cold: the first answer of a process, with empty slots; warm: to the same prompt again. Columns without a length
+are of the shortest prompt. Machines and versions differ, so compare rows of one machine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +75,7 @@ def macs(reports: dict[str, MachineReport]) -> int:
 
 def page(reports: dict[str, MachineReport], folder: str) -> str:
     """The whole page. folder: name of the files' folder, for links."""
-    count = f"**{len(reports)} reports, {macs(reports) or 'none'} of them from Macs.** A command makes this page:"
+    count = f"Reports: **{len(reports)}**, from Macs: **{macs(reports) or 'none yet'}**. A command makes this page:"
     parts = [HEAD.format(count=count)]
     for name, report in reports.items():
         machine = "unknown machine" if report.machine is None else machine_line(report.machine)
@@ -86,9 +85,23 @@ def page(reports: dict[str, MachineReport], folder: str) -> str:
             f"energy: {report.energy}",
             f"[{name}]({folder}/{name}), {report.made}, mlx_flash {escaped(report.version)}",
         ]
-        parts += ["", f"{machine}. Model: {model_line(report.model)}.", "", *table(list(_rows(report)))]
+        parts += [
+            "",
+            f"## {heading(report)}",
+            "",
+            f"{machine}. Model: {model_line(report.model)}.",
+            "",
+            *table(list(_rows(report))),
+        ]
         parts += ["", f"{'; '.join(facts)}."]
     return "\n".join([*parts, ""])
+
+
+def heading(report: MachineReport) -> str:
+    """The system, what MLX computed on, and the chip."""
+    machine = report.machine or ReportedMachine()
+    kinds = " / ".join(escaped(kind) for kind in (machine.system, (machine.device or "").upper()) if kind)
+    return f"{kinds or 'Unknown system'}: {escaped(machine.chip or 'unknown chip')}"
 
 
 def _rows(report: MachineReport) -> Iterator[dict[str, str]]:
@@ -108,7 +121,7 @@ def _rows(report: MachineReport) -> Iterator[dict[str, str]]:
             row[f"first token s, {prompt} tokens"] = "-" if answer is None else f"{answer.first_token_s:.2f}"
         peak = max(answer.peak_bytes / max(1, run.planned_bytes) for run in runs for answer in run.answers)
         row |= {
-            "MB/token": f"{last.bytes_per_token / 1e6:.1f}",
+            "MB/token": figure(last.bytes_per_token / 1e6),
             "hits": share(last.hit_rate),
             "peak/plan": f"{peak:.2f}",
         }

@@ -101,7 +101,7 @@ def test_every_prompt_within_every_budget() -> None:
     assert report.machine is not None and report.machine.hazards == ["swap_in_use"]
     text = markdown(report)
     assert "**Apple M2**, 8 cores (4 + 4), 8 GPU cores, 8 GiB, macOS 26.1, MLX 0.32.4 on the GPU" in text
-    row = "| middle, 9.00 GB | 50% | 32 | cold | 1.25 | 12.3 | 7.50 | 200.0 | 90% | 25.0 | 0.89 | 12.5 |"
+    row = "| middle, 9.00 GB | 50% | 32 | cold | 1.25 | 12.3 | 7.50 | 200 | 90% | 25.0 | 0.89 | 12.5 |"
     assert text.count(row) == 1 and text.count("\n| ") == 2 + 12
     assert "Same text within every budget, cold and warm: **yes** (6 answers to 32 tokens, 3 tokens;" in text
 

@@ -211,8 +211,12 @@ def test_the_page(sound: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureF
     (folder / "other.json").write_text(without)
     machines.main(argparse.Namespace(folder=folder))
     text = (tmp_path / "machines.md").read_text()
-    assert "**2 reports, 1 of them from Macs.**" in text and "[mac-m2.json](machines/mac-m2.json)" in text
-    assert "| 9.00 GB | 50% | 12.3 | 12.3 | 7.50 | 1.25 | 1.25 | 200.0 | 90% | 0.89 |" in text
+    assert (
+        "Reports: **2**, from Macs: **1**." in text
+        and "## macOS / GPU: Apple M2\n" in text
+        and "[mac-m2.json](machines/mac-m2.json)" in text
+    )
+    assert "| 9.00 GB | 50% | 12.3 | 12.3 | 7.50 | 1.25 | 1.25 | 200 | 90% | 0.89 |" in text
     assert "not compared" in text and text.count("| 9.00 GB") == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["macs"] == 1
     (folder / "Odd name.json").write_text(json.dumps(sound))

@@ -19,7 +19,6 @@ from .form import DEMO, LOCAL
 PACKAGE = Path(__file__).parents[1]
 CALIBRATION = PACKAGE / "convert" / "calibration.txt"
 CLOSE = 0.01  # Budgets that differ by less are one.
-SPARE = 1.01  # The size of a process varies a little.
 NUMBERS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size",
@@ -52,7 +51,7 @@ def examined(model: str | None, folder: Path, wanted: int) -> dict[str, Any]:
     largest = made.everything if usual.slot_share == 1 else usual.budget
     forecasts = [
         {"name": name, "bytes": size} | _forecast(model, size, context)
-        for name, size in budgets(int(SPARE * made.smallest), largest).items()
+        for name, size in budgets(made.smallest, largest).items()
     ]
     config = read_config(folder)
     return {

@@ -106,7 +106,7 @@ def _rows(report: MachineReport, run: ReportedRun) -> Iterator[dict[str, str]]:
             "first token s": f"{answer.first_token_s:.2f}",
             "tokens/s": speed(answer, report.tokens),
             "forecast": figure(budget.forecast_tokens_per_second),
-            "MB/token": f"{answer.bytes_per_token / 1e6:.1f}",
+            "MB/token": figure(answer.bytes_per_token / 1e6),
             "hits": share(answer.hit_rate),
             "wait ms": f"{1e3 * answer.wait_s:.1f}",
             "peak/plan": f"{answer.peak_bytes / run.planned_bytes:.2f}" if run.planned_bytes else "-",

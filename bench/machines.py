@@ -34,8 +34,8 @@ HEAD = """\
     mlxflash bench machines bench/results/machines
 
 `mlxflash report` wrote the files on the machines themselves ([how](../../docs/report.md)). The figures are their
-makers'; nobody measured them again. cold: the first answer of a process, with empty slots; warm: to the same prompt
-again. Columns without a length are of the shortest prompt. Compare rows of one machine only."""
+makers'; nobody measured them again. cold: the first answer of a process; warm: the one to the same prompt again.
+Columns without a length are of the shortest prompt. Compare rows of one machine only."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

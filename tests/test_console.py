@@ -70,7 +70,7 @@ def test_an_unknown_command_ends_with_2_and_a_sentence(arguments: tuple[str, ...
     assert all(part in done.stderr for part in [*COMMANDS, *arguments, "mlxflash --help"])
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "cache", "doctor", "bench"])
+@pytest.mark.parametrize("name", ["generate", "chat", "convert", "check", "cache", "doctor", "report", "bench"])
 def test_a_command_is_called_as_it_was_started(name: str) -> None:
     by_script = mlxflash(name, "--help")
     by_module = subprocess.run(
@@ -99,6 +99,7 @@ def test_nothing_heavy_is_imported_before_a_command_is_found() -> None:
         ["nonsense"],
         ["generate", "--help"],
         ["doctor", "--help"],
+        ["report", "--help"],
         ["plan", "--help"],
     ):
         done = subprocess.run(

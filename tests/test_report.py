@@ -26,9 +26,9 @@ from mlx_flash.machine.memory_state import memory_state
 from mlx_flash.machine.volumes import volume
 from mlx_flash.report import __main__ as command
 from mlx_flash.report import making, one_run, runs_apart
-from mlx_flash.report.form import LOCAL, MachineReport, read_report
+from mlx_flash.report.form import LOCAL, MachineReport, in_name, read_report
 from mlx_flash.report.making import Making, Scope
-from mlx_flash.report.measured_model import budgets, numbers_of, prompt_of, public_name
+from mlx_flash.report.measured_model import budgets, numbers_of, prompt_of, public_name, within
 from mlx_flash.report.pasted import markdown
 from mlx_flash.report.runs_apart import lines_of
 from mlx_flash.report.same_tokens import compared
@@ -293,7 +293,12 @@ def test_names_of_models(tmp_path: Path) -> None:
         "quantization": {"bits": 4, "mode": "x"},
         "author": 1,
     }
-    assert numbers_of({**config, "num_experts": "many"}) == {"hidden_size": 64, "vocab_size": 9, "bits": 4}
+    assert in_name("Qwen3_MoE<b>") == "qwen3_moeb" and in_name("__") is None and in_name(3) is None
+    assert numbers_of({**config, "num_experts": "many", "ffn_dim": 2**70}) == {
+        "hidden_size": 64,
+        "vocab_size": 9,
+        "bits": 4,
+    }
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------
@@ -302,6 +307,17 @@ def test_names_of_models(tmp_path: Path) -> None:
 def test_budgets() -> None:
     assert budgets(100, 300) == {"smallest": 100, "middle": 200, "largest": 300}
     assert budgets(1000, 1005) == {"smallest": 1000}
+
+
+def test_a_process_that_is_a_little_larger_takes_a_little_more() -> None:
+    def use(memory: int) -> int:
+        if memory < 102:
+            raise BudgetError("too small", 102)
+        return memory
+
+    assert within(100, use) == within(102, use) == 102
+    with pytest.raises(BudgetError):
+        within(50, use)
 
 
 def test_the_prompt_has_as_many_tokens_as_asked() -> None:

@@ -21,6 +21,7 @@ FORMAT = "mlx_flash machine report"
 MOST_FILE_BYTES = 256 << 10
 LOCAL, DEMO = "a local folder", "the packaged demo model"
 LONGEST_WORDS = 80
+MOST = 2**53  # of whole numbers: all programs read them alike
 
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_WORDS, pattern=r"^[A-Za-z0-9 .,:()+_-]+$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
@@ -28,7 +29,7 @@ Repository = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 ]
 Day = Annotated[str, StringConstraints(pattern=r"^20[0-9]{2}-[01][0-9]-[0-3][0-9]$")]
-Count = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BudgetName = Literal["smallest", "middle", "largest"]
@@ -209,6 +210,13 @@ def in_words(text: object) -> str | None:
         return None
     kept = re.sub(r"[^A-Za-z0-9 .,:()+_-]", "", text.replace("/", " ").replace("@", "at"))
     return " ".join(kept.split())[:LONGEST_WORDS].strip() or None
+
+
+def in_name(text: object) -> str | None:
+    """A text as `Name`: what that does not allow is left out."""
+    if not isinstance(text, str):
+        return None
+    return re.sub(r"[^a-z0-9_.-]", "", text.lower()).lstrip("_.-")[:40] or None
 
 
 def write_report(report: MachineReport, path: Path) -> None:

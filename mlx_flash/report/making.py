@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import UsageError
-from .form import MachineReport, Reason, in_words
+from .form import MachineReport, Reason, ReportedBudget, ReportedModel, in_words
 from .machine_facts import machine_of
-from .runs_apart import Course, Lines, Measured, Told, lines_of
+from .runs_apart import Course, Lines, Measured, lines_of
 from .same_tokens import compared
 
 
@@ -45,7 +45,8 @@ class Making:
         self._lines = lines
         self._scope = QUICK if quick else FULL
         self._began = time.monotonic()
-        self._told: Told = {}
+        self._model_facts: ReportedModel | None = None
+        self._budgets: list[ReportedBudget] = []
         self._facts: dict[str, Any] | None = None
         self._course: Course | None = None
         self._measured = Measured()
@@ -67,8 +68,10 @@ class Making:
             folder = Path(next(lines)["folder"])
             self._began = time.monotonic()
             self._say("planning the budgets, and forecasting the speed within them")
-            self._told = next(lines)
-        context = self._told["model"]["context"]
+            told = next(lines)
+        self._model_facts = ReportedModel(**told["model"])
+        self._budgets = [ReportedBudget(**budget) for budget in told["budgets"]]
+        context = self._model_facts.context
         if context <= scope.tokens:
             raise UsageError(f"this model has room for {context} tokens, expected more than {scope.tokens}.")
         prompts = sorted({min(prompt, context - scope.tokens) for prompt in scope.prompts})
@@ -77,7 +80,7 @@ class Making:
             context,
             tuple(prompts),
             scope.tokens,
-            {budget["name"]: budget["bytes"] for budget in self._told["budgets"]},
+            {budget.name: budget.bytes for budget in self._budgets},
             scope.limit_s,
             self._began + scope.limit_s - END_S,
             self._lines,
@@ -91,7 +94,7 @@ class Making:
 
     def report(self) -> MachineReport | None:
         """What there is; None if not even the model is known yet."""
-        if self._course is None:
+        if self._course is None or self._model_facts is None:
             return None
         return MachineReport(
             made=date.today().isoformat(),
@@ -99,8 +102,8 @@ class Making:
             quick=self._quick,
             version=in_words(__version__) or "unknown",
             machine=None if self._facts is None else machine_of(self._facts),
-            model=self._told["model"],
-            budgets=self._told["budgets"],
+            model=self._model_facts,
+            budgets=self._budgets,
             prompts=list(self._course.prompts),
             tokens=self._course.tokens,
             energy=self._measured.energy,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import CheckpointError, FlashError
+from ..errors import BudgetError, CheckpointError, FlashError
 from ..flash.files import is_store
 from ..loading.config import holds_mixture, read_config
 from ..loading.load import plan, plan_with_forecast
@@ -14,11 +14,14 @@ from ..loading.model_types import runs_as_it_is
 from ..loading.options import LoadOptions
 from ..loading.plan import ENDLESS, Plan
 from ..source.resolve import ensure_store, resolve_source
-from .form import DEMO, LOCAL
+from .form import DEMO, LOCAL, MOST, in_name
+
+Result = TypeVar("Result")
 
 PACKAGE = Path(__file__).parents[1]
 CALIBRATION = PACKAGE / "convert" / "calibration.txt"
 CLOSE = 0.01  # Budgets that differ by less are one.
+MORE = 1.03  # times a budget, at most
 NUMBERS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size",
@@ -57,7 +60,7 @@ def examined(model: str | None, folder: Path, wanted: int) -> dict[str, Any]:
     return {
         "model": {
             "name": public_name(model),
-            "model_type": str(config.get("model_type", "")).lower() or None,
+            "model_type": in_name(config.get("model_type")),
             "numbers": numbers_of(config),
             "units": _units_of(made),
             "layers": made.units.layers,
@@ -79,13 +82,28 @@ def budgets(smallest: int, largest: int) -> dict[str, int]:
 
 def _forecast(model: str | None, size: int, context: int) -> dict[str, Any]:
     try:
-        _, forecast = plan_with_forecast(model, LoadOptions(memory=size, context=context))
-    except FlashError:  # This process has grown since the budget was found.
+        _, forecast = within(
+            size, lambda memory: plan_with_forecast(model, LoadOptions(memory=memory, context=context))
+        )
+    except FlashError:
         forecast = None
     return {
         "forecast_tokens_per_second": None if forecast is None else forecast.tokens_per_second,
         "forecast_bytes_per_token": None if forecast is None else forecast.bytes_per_token,
     }
+
+
+def within(size: int, use: Callable[[int], Result]) -> Result:
+    """What `use` returns for a budget, or for a little more: this process may be larger than the one that planned it.
+
+    Raises the errors of `use`.
+    """
+    try:
+        return use(size)
+    except BudgetError as error:
+        if error.smallest_bytes > MORE * size:
+            raise
+        return use(error.smallest_bytes)
 
 
 def public_name(model: str | None) -> str:
@@ -105,7 +123,7 @@ def numbers_of(config: dict[str, Any]) -> dict[str, int]:
     packed = config.get("quantization", config.get("quantization_config"))
     found = {name: both.get(name) for name in NUMBERS}
     found |= {name: packed.get(name) for name in QUANTISATION} if isinstance(packed, dict) else {}
-    return {name: value for name, value in found.items() if type(value) is int and value >= 0}
+    return {name: value for name, value in found.items() if type(value) is int and 0 <= value <= MOST}
 
 
 def _units_of(made: Plan) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 Told = dict[str, Any]
-MORE = 1.03  # times the budget
 
 
 def main() -> None:
@@ -64,9 +63,13 @@ def run(request: Told) -> Iterator[Told]:
     Yields {"load_s", "planned_bytes", "slot_share"}, then for each answer the fields of `ReportedAnswer` and "ids".
     """
     began = time.monotonic()
-    from .measured_model import prompt_of
+    from ..loading.load import load
+    from .measured_model import prompt_of, within
 
-    model, tokenizer = _load(request)
+    model, tokenizer = within(
+        request["memory"],
+        lambda memory: load(request["model"], memory=memory, context=request["context"], fetch=False),
+    )
     plan = model.flash.plan
     tokenizer.eos_token_ids = []  # Every answer is to have the same number of tokens.
     yield {"load_s": time.monotonic() - began, "planned_bytes": plan.total, "slot_share": plan.slot_share}
@@ -81,20 +84,6 @@ def run(request: Told) -> Iterator[Told]:
         took_s = time.monotonic() - now
         yield {"state": state, **answer}
     model.flash.close()
-
-
-def _load(request: Told) -> tuple[Any, Any]:
-    """The model within the budget, or a little more: this process may be larger than the one that planned it."""
-    from ..errors import BudgetError
-    from ..loading.load import load
-
-    options = {"context": request["context"], "fetch": False}
-    try:
-        return load(request["model"], memory=request["memory"], **options)
-    except BudgetError as error:
-        if error.smallest_bytes > MORE * request["memory"]:
-            raise
-        return load(request["model"], memory=error.smallest_bytes, **options)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: float, most_s: float) -> Told:

@@ -144,7 +144,7 @@ def _findings(report: MachineReport) -> Iterator[str]:
         + ("" if found.first_difference is None else f": different from token {found.first_difference} on")
         for found in report.same_text
     ]
-    yield "cold: the first answer of a process, with empty slots; warm: to the same prompt again"
+    yield "cold: the first answer of a process; warm: the one to the same prompt again"
     compared = f" ({'; '.join(each)})" if each else ""
     yield f"Same text within every budget, cold and warm: **{same_text(report)}**{compared}"
     yield f"Swapped while a model ran: {swapped(report)}"

@@ -80,7 +80,7 @@ def page(reports: dict[str, MachineReport], folder: str) -> str:
     for name, report in reports.items():
         machine = "unknown machine" if report.machine is None else machine_line(report.machine)
         facts = [
-            f"Same text within every budget: **{same_text(report)}**",
+            f"Same text, whatever the budget: **{same_text(report)}**",
             f"swapped: {swapped(report)}",
             f"energy: {report.energy}",
             f"[{name}]({folder}/{name}), {report.made}, mlx_flash {escaped(report.version)}",

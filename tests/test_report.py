@@ -103,7 +103,10 @@ def test_every_prompt_within_every_budget() -> None:
     assert "**Apple M2**, 8 cores (4 + 4), 8 GPU cores, 8 GiB, macOS 26.1, MLX 0.32.4 on the GPU" in text
     row = "| middle, 9.00 GB | 50% | 32 | cold | 1.25 | 12.3 | 7.50 | 200 | 90% | 25.0 | 0.89 | 12.5 |"
     assert text.count(row) == 1 and text.count("\n| ") == 2 + 12
-    assert "Same text within every budget, cold and warm: **yes** (6 answers to 32 tokens, 3 tokens;" in text
+    assert (
+        "Same text, whatever the budget, cold and warm: **yes** (3 tokens of 6 answers to 32 tokens, budgets: 3;"
+        in text
+    )
 
 
 def test_quick_has_one_short_prompt() -> None:
@@ -134,8 +137,8 @@ def test_another_text_is_told() -> None:
 
 
 def test_answers_that_were_cut_short_are_compared_as_far_as_they_go() -> None:
-    found = compared([(32, [1, 2, 3]), (512, [4]), (32, [1, 2])])
-    assert [(each.prompt_tokens, each.answers, each.tokens, each.same) for each in found] == [(32, 2, 2, True)]
+    found = compared([(32, "smallest", [1, 2, 3]), (512, "smallest", [4]), (32, "largest", [1, 2])])
+    assert [(each.prompt_tokens, each.budgets, each.answers, each.tokens) for each in found] == [(32, 2, 2, 2)]
 
 
 def test_when_the_time_is_over_the_later_runs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

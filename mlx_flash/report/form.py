@@ -169,6 +169,7 @@ class SameText(FormPart):
     """
 
     prompt_tokens: Count
+    budgets: Count
     answers: Count
     tokens: Count
     same: bool

@@ -48,13 +48,18 @@ def examined(model: str | None, folder: Path, wanted: int) -> dict[str, Any]:
 
     It is called in a process like those that will run the model. Raises the errors of `plan`.
     """
-    context = min(wanted, plan(model, memory=ENDLESS, context="max").context)
+    first = plan(model, memory=ENDLESS, context="max")
+    context = min(wanted, first.context)
     made = plan(model, memory=ENDLESS, context=context)
     usual = plan(model, context=context)
-    largest = made.everything if usual.slot_share == 1 else usual.budget
+    whole = usual.slot_share == 1
+    largest = made.everything if whole else usual.budget
+    # Planning makes this process larger than one that only runs the model.
+    smallest = made.smallest - (made.demand.process - first.demand.process)
+    largest -= (made if whole else usual).demand.process - first.demand.process
     forecasts = [
         {"name": name, "bytes": size} | _forecast(model, size, context)
-        for name, size in budgets(made.smallest, largest).items()
+        for name, size in budgets(smallest, largest).items()
     ]
     config = read_config(folder)
     return {

@@ -140,13 +140,13 @@ def same_text(report: MachineReport) -> str:
 
 def _findings(report: MachineReport) -> Iterator[str]:
     each = [
-        f"{found.answers} answers to {found.prompt_tokens} tokens, {found.tokens} tokens"
+        f"{found.tokens} tokens of {found.answers} answers to {found.prompt_tokens} tokens, budgets: {found.budgets}"
         + ("" if found.first_difference is None else f": different from token {found.first_difference} on")
         for found in report.same_text
     ]
     yield "cold: the first answer of a process; warm: the one to the same prompt again"
     compared = f" ({'; '.join(each)})" if each else ""
-    yield f"Same text within every budget, cold and warm: **{same_text(report)}**{compared}"
+    yield f"Same text, whatever the budget, cold and warm: **{same_text(report)}**{compared}"
     yield f"Swapped while a model ran: {swapped(report)}"
     yield f"Energy: {report.energy}"
     reasons = dict.fromkeys(f"{left.prompt_tokens} tokens, {left.budget}, {left.reason}" for left in report.left_out)

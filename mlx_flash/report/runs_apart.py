@@ -82,11 +82,11 @@ def _next(lines: queue.SimpleQueue[str], end: float | None) -> str:
 
 @dataclass
 class Measured:
-    """What the runs have told so far. ids: (prompt tokens, token ids of an answer)."""
+    """What the runs have told so far. ids: (prompt tokens, budget, token ids of an answer)."""
 
     runs: list[ReportedRun] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    ids: list[tuple[int, list[int]]] = field(default_factory=list)
+    ids: list[tuple[int, BudgetName, list[int]]] = field(default_factory=list)
     energy: Energy = "not available"
 
 
@@ -172,7 +172,7 @@ class Course:
         answers = []
         for line in told[1:]:
             answer = dict(line)
-            measured.ids.append((prompt, answer.pop("ids")))
+            measured.ids.append((prompt, budget, answer.pop("ids")))
             if (source := answer.pop("energy")) != "not available":
                 measured.energy = source
             answers.append(ReportedAnswer(**answer))

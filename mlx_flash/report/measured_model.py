@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ..errors import BudgetError, CheckpointError, FlashError
 from ..flash.files import is_store
 from ..loading.config import holds_mixture, read_config
+from ..loading.forecast import Forecast
 from ..loading.load import plan, plan_with_forecast
 from ..loading.model_types import runs_as_it_is
 from ..loading.options import LoadOptions
@@ -22,6 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 CALIBRATION = PACKAGE / "convert" / "calibration.txt"
 CLOSE = 0.01  # Budgets that differ by less are one.
 MORE = 1.03  # times a budget, at most
+MORE_FOR_FORECAST = 1.25  # likewise: forecasts make the process larger than one that only runs the model
 NUMBERS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size",
@@ -86,10 +88,11 @@ def budgets(smallest: int, largest: int) -> dict[str, int]:
 
 
 def _forecast(model: str | None, size: int, context: int) -> dict[str, Any]:
+    def of(memory: int) -> Forecast | None:
+        return plan_with_forecast(model, LoadOptions(memory=memory, context=context))[1]
+
     try:
-        _, forecast = within(
-            size, lambda memory: plan_with_forecast(model, LoadOptions(memory=memory, context=context))
-        )
+        forecast = within(size, of, MORE_FOR_FORECAST)
     except FlashError:
         forecast = None
     return {
@@ -98,15 +101,15 @@ def _forecast(model: str | None, size: int, context: int) -> dict[str, Any]:
     }
 
 
-def within(size: int, use: Callable[[int], Result]) -> Result:
+def within(size: int, use: Callable[[int], Result], most: float = MORE) -> Result:
     """What `use` returns for a budget, or for a little more: this process may be larger than the one that planned it.
 
-    Raises the errors of `use`.
+    most: times the budget. Raises the errors of `use`.
     """
     try:
         return use(size)
     except BudgetError as error:
-        if error.smallest_bytes > MORE * size:
+        if error.smallest_bytes > most * size:
             raise
         return use(error.smallest_bytes)
 

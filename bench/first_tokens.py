@@ -135,7 +135,7 @@ def _measure(arguments: argparse.Namespace, way: str, prompt: list[int]) -> dict
     """One load and one answer."""
     with _opened(arguments, way) as (model, tokenizer):
         flash = model.flash
-        for file in flash.layers[0].units.shared.unit_files:
+        for file in flash.layers[0].units.shared.files:
             forget_cached(file.path)
         filled = flash.streamer.counters.copy()
         layers = [layer.units for layer in flash.layers if isinstance(layer.units, Units)]

@@ -19,9 +19,6 @@ from .self_test import check_expert_pools
 from .system import READ_ALIGNMENT
 from .units import Units
 
-# Bytes. A layer's few missing experts are read in pieces no shorter than this (bench/results/expert-reads.md).
-SHORTEST_REQUEST = 128 << 10
-
 
 class ExpertSlots(Units):
     """One layer's experts behind a cache of `slots` experts.
@@ -146,7 +143,7 @@ class ExpertSlots(Units):
         addresses = (self._addresses + self._lengths * slots).ravel()
         offsets, file_of = self._offsets[:, units].ravel(), self._file_of[:, units].ravel()
         share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
-        request_bytes = min(MERGE_BYTES, max(SHORTEST_REQUEST, share))
+        request_bytes = min(MERGE_BYTES, max(self.shared.shortest_request, share))
         for number in np.unique(file_of):
             here = np.flatnonzero(file_of == number)
             here = here[np.argsort(offsets[here], kind="stable")]

@@ -68,17 +68,12 @@ class InPlaceFiles(InFlightReads):
     """The state that the layers of one model share: the checkpoint's files, the reader's threads, counters."""
 
     def __init__(self, files: Sequence[UnitFile], reader: Reader) -> None:
-        super().__init__(reader)
-        self.files = files
+        super().__init__(reader, files)
         self.layers: dict[str, dict[str, TensorParts]] = {}  # name of a layer of experts -> its tensors
         self.tensors: dict[str, TensorParts] = {}  # tensors of streamed layers, by name
         self.tables: dict[str, dict[str, TableTensor]] = {}  # name of a lookup table -> its tensors
         for number, file in enumerate(files):
             file.name_of = functools.partial(name_units, self.layers, self.tensors, self.tables, number)
-
-    @property
-    def unit_files(self) -> Sequence[UnitFile]:
-        return self.files
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if one of the files was changed."""

@@ -12,6 +12,8 @@ from .reader import Reader, Ticket
 from .stats import Clock, Counters
 from .unit_file import UnitFile
 
+SHORTEST_REQUEST = 128 << 10  # bytes (bench/results/expert-reads.md)
+
 
 class HasReads(Protocol):
     """A layer's units. pending: the reads on their way into its slots, None if there are none."""
@@ -22,23 +24,36 @@ class HasReads(Protocol):
 class InFlightReads:
     """The state that the layers of one model share for their reads.
 
-    guarded: outputs of graphs that read slots of any layer. loading: layers with reads on their way. overlap: whether a
-    layer of experts multiplies those in slots while it reads the others. Otherwise it waits for all and multiplies in
-    one pass, which the device begins and ends once. Each call of a layer looks at it; the text does not depend on it.
+    files: the files that units are read from. guarded: outputs of graphs that read slots of any layer. loading: layers
+    with reads on their way.
+
+    What follows may change between two calls of the model. The text does not depend on it, and each call of a layer
+    looks at it.
+    overlap: whether a layer of experts multiplies those in slots while it reads the others. Otherwise it waits for all
+    and multiplies in one pass, which the device begins and ends once.
+    look_ahead: whether layers guess what the next one needs, and read it.
+    shortest_request: bytes; a layer's few missing experts are read in pieces no shorter than this.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, files: Sequence[UnitFile]) -> None:
+        self.files = files
         self.reader = reader
         self.counters = Counters()
         self.clock = Clock(self.counters)
         self.guarded: list[mx.array] = []
         self.loading: list[HasReads] = []
         self.overlap = True
+        self.look_ahead = False
+        self.shortest_request = SHORTEST_REQUEST
 
-    @property
-    def unit_files(self) -> Sequence[UnitFile]:
-        """The files that units are read from."""
-        raise NotImplementedError
+    def read_past_cache(self, direct: bool) -> bool:
+        """`UnitFile.read_past_cache` of all files, or of none. Returns whether all reads go that way now."""
+        changed = [file for file in self.files if file.direct != direct]
+        if all(file.read_past_cache(direct) for file in changed):
+            return True
+        for file in changed:
+            file.read_past_cache(not direct)
+        return False
 
     def evaluate_guarded(self) -> None:
         """Evaluates the guarded outputs and drops them, because a layer's output may be large."""

@@ -30,7 +30,7 @@ class NeuronFile(InFlightReads):
     """
 
     def __init__(self, file: UnitFile, reader: Reader, layout: NeuronLayout) -> None:
-        super().__init__(reader)
+        super().__init__(reader, [file])
         self.file = file
         file.name_of = layout.name_bytes
         self.layout = layout
@@ -41,10 +41,6 @@ class NeuronFile(InFlightReads):
             check_neuron_pool(pool, rows)
         if layout.quantised and self.side is None:
             check_packed_products(layout)
-
-    @property
-    def unit_files(self) -> Sequence[UnitFile]:
-        return [self.file]
 
     def verify_unchanged(self) -> None:
         """Raises ReadError if the bundle file was changed."""

@@ -21,7 +21,7 @@
 #endif
 
 /* Increase this whenever a signature or a table changes, so that reader.py refuses a library of another version. */
-#define MF_ABI 3
+#define MF_ABI 4
 
 #define MF_MOST_TAKEN 64 /* most requests that a thread takes at once */
 #define MF_MOST_THREADS 4096
@@ -29,6 +29,7 @@
 typedef struct {
     pthread_mutex_t lock; /* protects this struct and each batch's links, taken, unfinished, done, waiting and result */
     pthread_cond_t work;
+    pthread_cond_t parked; /* for the threads beyond the first nworking, so that none of them takes a signal of `work` */
     pthread_cond_t done;
     mf_batch *batches; /* batches that were not waited for */
     int64_t unfinished; /* number of those batches that are not done */
@@ -36,6 +37,8 @@ typedef struct {
     mf_batch *tail;
     int64_t last_done_ns;
     int nthreads;
+    int nworking; /* the threads with a lower number read */
+    int nnumbered; /* threads that have taken their number */
     int idle;
     bool stopping;
     pthread_t threads[];
@@ -79,18 +82,27 @@ static void *work(void *argument)
     pthread_set_qos_class_self_np(QOS_CLASS_USER_INITIATED, 0);
 #endif
     pthread_mutex_lock(&pool->lock);
+    int number = pool->nnumbered++;
     for (;;) {
-        while (pool->head == NULL && !pool->stopping) {
+        if (number >= pool->nworking && !pool->stopping) {
+            free(bounce.memory);
+            bounce.memory = NULL;
+            bounce.size = 0;
+            pthread_cond_wait(&pool->parked, &pool->lock);
+            continue;
+        }
+        if (pool->head == NULL && !pool->stopping) {
             pool->idle++;
             pthread_cond_wait(&pool->work, &pool->lock);
             pool->idle--;
+            continue;
         }
         mf_batch *batch = pool->head;
         if (batch == NULL)
             break;
         /* Guided self-scheduling. At first a thread takes many requests, so that it does not take the lock for every
          * read. Near the end it takes one at a time, so that no thread is left with a queue of its own. */
-        int64_t count = (batch->nrequests - batch->taken) / (2 * pool->nthreads);
+        int64_t count = (batch->nrequests - batch->taken) / (2 * pool->nworking);
         count = count < 1 ? 1 : count > MF_MOST_TAKEN ? MF_MOST_TAKEN : count;
         int64_t first = batch->taken;
         batch->taken += count;
@@ -239,6 +251,18 @@ int64_t mf_outstanding(mf_pool *pool)
 
 /* -- the pool --------------------------------------------------------------------------------------------------- */
 
+/* Lets the first `threads` threads read from now on, at least one and at most all. The others end the requests that they
+ * have taken, and then wait without a bounce buffer. */
+void mf_use_threads(mf_pool *pool, int64_t threads)
+{
+    pthread_mutex_lock(&pool->lock);
+    pool->nworking = threads < 1 ? 1 : threads > pool->nthreads ? pool->nthreads : (int)threads;
+    /* All wake up, because the one that a signal has woken may be one that must not read any more. */
+    pthread_cond_broadcast(&pool->work);
+    pthread_cond_broadcast(&pool->parked);
+    pthread_mutex_unlock(&pool->lock);
+}
+
 /* Finishes all submitted reads and ends the threads; mf_submit then returns MF_STOPPED. May be called again. */
 void mf_pool_stop(mf_pool *pool)
 {
@@ -246,6 +270,7 @@ void mf_pool_stop(mf_pool *pool)
     bool stopped = pool->stopping;
     pool->stopping = true;
     pthread_cond_broadcast(&pool->work);
+    pthread_cond_broadcast(&pool->parked);
     pthread_mutex_unlock(&pool->lock);
     if (stopped)
         return;
@@ -260,6 +285,7 @@ void mf_pool_free(mf_pool *pool)
     mf_pool_stop(pool);
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->work);
+    pthread_cond_destroy(&pool->parked);
     pthread_mutex_destroy(&pool->lock);
     free(pool);
 }
@@ -274,13 +300,14 @@ mf_pool *mf_pool_new(int64_t threads)
         return NULL;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->parked, NULL);
     pthread_cond_init(&pool->done, NULL);
     /* The threads inherit this mask, so that the host program's own threads receive its signals. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int started = 0;
-    /* No request arrives before this returns, so no thread reads nthreads before it is set. */
+    pool->nworking = (int)threads;
     while (started < threads && pthread_create(&pool->threads[started], NULL, work, pool) == 0)
         started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);

@@ -31,7 +31,7 @@ BOUNCE_BYTES_PER_THREAD = 2 << 20
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
 
-_ABI = 3  # MF_ABI of reader.c
+_ABI = 4  # MF_ABI of reader.c
 _SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # codes of batch.h
 
 
@@ -70,6 +70,7 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     library.mf_pool_new.argtypes, library.mf_pool_new.restype = [int64], pointer
     for function in (library.mf_pool_stop, library.mf_pool_free, library.mf_drain):
         function.argtypes, function.restype = [pointer], None
+    library.mf_use_threads.argtypes, library.mf_use_threads.restype = [pointer, int64], None
     library.mf_outstanding.argtypes, library.mf_outstanding.restype = [pointer], int64
     library.mf_wait.argtypes, library.mf_wait.restype = [pointer, int64, ctypes.POINTER(_Result)], int64
     tables: list[Any] = [pointer, int64] * 3
@@ -145,17 +146,31 @@ class _Pool:
 
 
 class Reader:
-    """A pool of `threads` reader threads. Raises UsageError if `threads` is below 1, FlashError if they cannot start.
+    """A pool of reader threads, of which `threads` read. Raises UsageError if `threads` is below 1, FlashError if the
+    threads cannot start.
 
     The memory at the addresses must stay alive until the ticket was waited for, and no other thread may read it.
     """
 
-    def __init__(self, threads: int = 16) -> None:
+    def __init__(self, threads: int = 16, most: int | None = None) -> None:
+        """most: the most threads that `use_threads` may ask for; None for `threads`."""
         if threads < 1:
             raise UsageError(f"threads is {threads}, expected at least 1.")
-        self._pool: _Pool | None = _Pool(threads)
+        self.most = max(threads, most or threads)
+        self._pool: _Pool | None = _Pool(self.most)
         self._outstanding: set[Ticket] = set()  # keeps files and destinations alive; reader.c counts the reads
-        self.threads = threads
+        self.threads = self.most
+        self.use_threads(threads)
+
+    def use_threads(self, threads: int) -> None:
+        """Lets so many threads read from now on, from 1 to `most`. Reads may be in flight. Raises ReadError if the
+        reader is closed, or in a forked child; ValueError."""
+        if not 1 <= threads <= self.most:
+            raise ValueError(f"threads is {threads}, expected 1 to {self.most}")
+        pool = self._usable()
+        if threads != self.threads:
+            pool.library.mf_use_threads(pool.pointer, threads)
+            self.threads = threads
 
     @property
     def outstanding(self) -> int:

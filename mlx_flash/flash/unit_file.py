@@ -48,7 +48,7 @@ class UnitFile:
     """A file that units are read from, open for positional reads.
 
     path: the path as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system
-    may refuse. alignment: bytes that reads are aligned to; 1 if they need not be. name_of: (offset, bytes) -> the units
+    may refuse; `read_past_cache` changes it. alignment: bytes that reads are aligned to; 1 if they need not be. name_of: (offset, bytes) -> the units
     there, for messages ("layer 3, neurons 24-31"); "" if unknown. sums: checksums that verify every read; None to
     verify nothing.
     Raises ReadError if `path` is not a readable regular file.
@@ -67,8 +67,32 @@ class UnitFile:
         if not stat.S_ISREG(status.st_mode):
             raise ReadError(f"{self.path} is not a regular file; the file of a store or a checkpoint was expected.")
         self.size = status.st_size
-        self.alignment = READ_ALIGNMENT if self.direct else 1
         self._opened = status
+        self._other: Descriptor | None = None  # the one for the other way of reading, once it was asked for
+
+    @property
+    def alignment(self) -> int:
+        return READ_ALIGNMENT if self.direct else 1
+
+    def read_past_cache(self, direct: bool) -> bool:
+        """Makes the reads that are submitted from now on go past the page cache, or through it.
+
+        Returns whether they do. They do not if the file system refuses, or if there is another file at the path now. A
+        read that is in flight ends on the descriptor that it began with.
+        """
+        if direct == self.direct or self._descriptor is None:
+            return direct == self.direct
+        if self._other is None:
+            try:
+                fd, obtained = open_for_reading(self.path, direct)
+            except OSError:
+                return False
+            other = Descriptor(fd)
+            if obtained != direct or identity_of(os.fstat(fd)) != identity_of(self._opened):
+                return False
+            self._other = other
+        self._descriptor, self._other, self.direct = self._other, self._descriptor, direct
+        return True
 
     @property
     def fd(self) -> int:
@@ -115,7 +139,7 @@ class UnitFile:
 
     def close(self) -> None:
         """Closes the file, at once or when the last outstanding read has been waited for. May be called again."""
-        self._descriptor = None
+        self._descriptor = self._other = None
 
     def __enter__(self) -> UnitFile:
         return self

@@ -34,7 +34,7 @@ def fill_slots(flash: Runtime, folder: Path, warm: bool) -> None:
         with _Shown(f"reading {unit}s", bytes_to_fill(whole)) as shown:
             fill(whole, shown.add)
         if warm:
-            files = [file.path for file in layers[0].shared.unit_files]
+            files = [file.path for file in layers[0].shared.files]
             flash.warm_start = WarmStart(layers, KeptUses(folder, files, unit, [units.count for units in layers]))
             with _Shown(f"reading {unit}s that were used before", bytes_to_fill(flash.warm_start.hottest())) as shown:
                 flash.warm_start.fill(shown.add)

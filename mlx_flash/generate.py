@@ -162,6 +162,7 @@ def as_json(response: Any, model: Any, text: str, tokens: list[int]) -> dict[str
         **statistics.per_token(),
         "drafts": None if statistics.drafts is None else asdict(statistics.drafts),
         "swap": None if statistics.swap is None else asdict(statistics.swap),
+        "choices": model.flash.trials.choices(),
         "predictor": model.flash.predictor,
         "predictor_measured": model.flash.setting and model.flash.setting.measured,
         "plan": model.flash.plan.as_dict(),

@@ -225,8 +225,7 @@ def open_streamed(
     if layers:
         ring = LayerRing(streamer, [layer.tensors for layer in layers], numbers, len(mixture.layers))
         stream_layers(layers, ring)
-    for ahead in [layer.ahead for layer in mixture.streamed_experts() if layer.ahead is not None]:
-        ahead.trial.guessing = True  # as if a trial had found that guessing pays
+    streamer.look_ahead = True  # as if a trial had found that guessing pays
     return mixture.model, streamer
 
 

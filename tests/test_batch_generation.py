@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model
 
 from mlx_flash.errors import GrammarError, UsageError
 from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.trials import Trials
 from mlx_flash.loading import layer_weights
 from mlx_flash.text.batch_generation import DecodeBatch
 from mlx_flash.text.token_loop import Chooser, Token
@@ -42,7 +43,11 @@ def with_flash(model: Any, streamer: Any = None) -> Any:
     nothing = lambda: None  # noqa: E731
     guarded = getattr(streamer, "evaluate_guarded", nothing)
     model.flash = SimpleNamespace(
-        lock=threading.Lock(), streamer=streamer, verify_unchanged=nothing, evaluate_guarded=guarded
+        lock=threading.Lock(),
+        streamer=streamer,
+        verify_unchanged=nothing,
+        evaluate_guarded=guarded,
+        trials=Trials(),
     )
     return model
 

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from slow_cases import slow  # type: ignore[import-not-found]
 
 from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.trials import Trials
 from mlx_flash.text.drafts import MODEL, NGRAM, Drafting, DraftModel
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.prompt_cache import ReusedPromptCache
@@ -38,6 +39,7 @@ class Checksum:
             lock=nullcontext(),  # A tracer may interrupt between a body and the release of its lock; signals do not.
             streamer=SimpleNamespace(counters=Counters()),
             evaluate_guarded=lambda: None,
+            trials=Trials(),
             verify_unchanged=lambda: None,
             drafting=None,
             shared_reading=None,

@@ -29,6 +29,7 @@ from test_streamed_layers import DENSE, WIDE  # type: ignore[import-not-found]
 import mlx_flash
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.trials import Trials
 from mlx_flash.loading import layer_weights
 from mlx_flash.loading.load import load, plan
 from mlx_flash.text import ngrams
@@ -222,6 +223,7 @@ def test_a_pass_over_streamed_layers_reads_the_same_bytes(
         lock=threading.Lock(),
         streamer=streamer,
         evaluate_guarded=streamer.evaluate_guarded,
+        trials=Trials(),
         verify_unchanged=streamer.verify_unchanged,
         shared_reading=None,
         prefill_tokens=512,
@@ -342,6 +344,7 @@ def test_the_distribution_is_the_models_own(drafts: str) -> None:
         streamer=SimpleNamespace(counters=Counters()),
         vocabulary=STATES,
         evaluate_guarded=lambda: None,
+        trials=Trials(),
         verify_unchanged=lambda: None,
     )
     sampler = make_sampler(0.8, top_p=0.95)

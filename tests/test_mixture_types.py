@@ -75,7 +75,6 @@ def test_guesses(tmp_path: Path, stream: Callable[..., Any], family: str) -> Non
     layers = [module for _, module in model.named_modules() if isinstance(module, StreamedExperts)]
     ahead = [layer.ahead for layer in layers if layer.ahead is not None]
     assert len(ahead) == len(layers) - 1 > 0
-    assert sum(one.leads for one in ahead) == 1 and len({id(one.trial) for one in ahead}) == 1
     guessed = prompt_and_tokens(model)
     made = streamer.counters.prefetched_used + streamer.counters.prefetched_unused
     assert (made > 0) == (family not in UNGUESSED)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from mlx_flash.flash.stats import Counters
+from mlx_flash.flash.trials import Trials
 from mlx_flash.layers.cache_parts import parts_of
 from mlx_flash.text.generation import stream_generate
 from mlx_flash.text.prompt_cache import ReusedPromptCache
@@ -46,6 +47,7 @@ class FakeModel:
             lock=threading.Lock(),
             streamer=SimpleNamespace(counters=Counters()),
             evaluate_guarded=lambda: None,
+            trials=Trials(),
             verify_unchanged=lambda: None,
             drafting=None,
             shared_reading=None,

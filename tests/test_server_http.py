@@ -51,7 +51,19 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert server.get("/health").json() == {"status": "ok", "model": "demo"}
     stats = server.get("/stats").json()
     assert set(stats) == {
-        *("model", "plan", "memory", "resident", "totals", "last", "now", "queue", "uptime_s", "prompt_caches"),
+        *(
+            "model",
+            "plan",
+            "memory",
+            "resident",
+            "totals",
+            "last",
+            "now",
+            "queue",
+            "uptime_s",
+            "prompt_caches",
+            "choices",
+        ),
         *("state", "library"),
     }
     model = stats["model"]

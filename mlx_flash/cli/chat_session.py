@@ -290,6 +290,8 @@ class Chat:
         say(self._memory_now())
         slots = f"slots for {self.plan.slot_share:.0%} of the {self.plan.units.name}"
         say(f"plan: {self.plan.total / 1e9:.3f} GB, {slots} (/memory shows all of it)")
+        if self.model.flash.trials:
+            say(self.model.flash.trials.line())
 
     def _say_of(self, what: str, statistics: Statistics) -> None:
         seconds = statistics.decode.total_s

@@ -91,13 +91,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         help="evict by a sliding window of K tokens (default: evict the least used)",
     )
     model.add_argument(
-        "--threads", type=int, default=THREADS, metavar="N", help="reader threads (default: %(default)s)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"reader threads (default: {THREADS}, and tried while tokens are generated)",
     )
     model.add_argument(
         "--io",
         choices=IO_MODES,
-        default=IO_MODES[0],
-        help="read past the page cache (direct) or through it (buffered) (default: %(default)s)",
+        help=f"read past the page cache (direct) or through it (buffered) (default: {IO_MODES[0]}, and tried while "
+        "tokens are generated)",
     )
     model.add_argument(
         "--draft",

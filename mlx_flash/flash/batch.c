@@ -6,7 +6,6 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -17,7 +16,7 @@
 #define IOV_MAX 1024
 #endif
 
-#define MF_HUGE_PAGE (2 << 20) /* bytes; bounce buffers use huge pages, since reads into small ones are half as fast */
+#define MF_MOST_ALIGNMENT (2 << 20) /* bytes */
 #define MF_MOST ((int64_t)1 << 60) /* upper bound of offsets, lengths and counts: a sum of a few cannot overflow */
 #define MF_MOST_FRUITLESS 8        /* consecutive reads without a usable byte, after which the request fails */
 
@@ -68,26 +67,16 @@ static int64_t read_range(int fd, struct iovec *iovecs, int64_t niovecs, int64_t
     return 0;
 }
 
-/* Reads the aligned range around the request into the thread's own buffer and copies the wanted bytes out. */
-static int64_t read_bounced(int fd, const mf_request *request, int64_t alignment, mf_bounce *bounce, int64_t *got)
+/* Reads the aligned range around the request into the thread's part of the bounce memory and copies the wanted bytes
+ * out. */
+static int64_t read_bounced(int fd, const mf_request *request, int64_t alignment, const mf_bounce *bounce,
+                            int64_t *got)
 {
     int64_t head = request->offset % alignment;
     size_t size = (size_t)((head + request->bytes + alignment - 1) / alignment * alignment);
     *got = 0;
-    if (bounce->size < size) {
-        void *memory;
-        size_t room = (size + MF_HUGE_PAGE - 1) / MF_HUGE_PAGE * MF_HUGE_PAGE;
-        free(bounce->memory);
-        bounce->memory = NULL;
-        bounce->size = 0;
-        if (posix_memalign(&memory, MF_HUGE_PAGE, room) != 0)
-            return ENOMEM;
-#ifdef MADV_HUGEPAGE
-        madvise(memory, room, MADV_HUGEPAGE); /* only advice: if the kernel ignores it, reads are slower */
-#endif
-        bounce->memory = memory;
-        bounce->size = room;
-    }
+    if (bounce->size < size)
+        return ENOBUFS; /* reader.py sends no such request */
     struct iovec whole = {bounce->memory, size};
     int64_t code = read_range(fd, &whole, 1, request->offset - head, head + request->bytes, alignment, got);
     *got = *got > head ? *got - head : 0;
@@ -123,7 +112,7 @@ static mf_result compare(mf_batch *batch, const mf_request *request)
     return failure;
 }
 
-mf_result mf_batch_serve(mf_batch *batch, int64_t first, int64_t count, mf_bounce *bounce)
+mf_result mf_batch_serve(mf_batch *batch, int64_t first, int64_t count, const mf_bounce *bounce)
 {
     mf_result failure = {0};
     for (int64_t i = first; i < first + count && failure.code == 0; i++) {
@@ -255,7 +244,7 @@ int64_t mf_batch_new(int fd, int64_t alignment, const int64_t *requests, int64_t
                      int64_t niovecs, const int64_t *checks, int64_t nchecks, mf_batch **made)
 {
     const int64_t most = MF_MOST / (int64_t)sizeof(mf_check); /* entries in a table */
-    if (!within(alignment, 0, MF_HUGE_PAGE) || !within(nrequests, 0, most) || !within(niovecs, 0, most) ||
+    if (!within(alignment, 0, MF_MOST_ALIGNMENT) || !within(nrequests, 0, most) || !within(niovecs, 0, most) ||
         !within(nchecks, 0, most))
         return MF_BAD_TABLE;
     mf_batch *batch = calloc(1, sizeof *batch);

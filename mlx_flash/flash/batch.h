@@ -68,7 +68,7 @@ typedef struct mf_batch {
     mf_check *checks;
 } mf_batch;
 
-typedef struct {
+typedef struct { /* where a thread reads what cannot be read straight to its destination */
     char *memory;
     size_t size;
 } mf_bounce;
@@ -82,6 +82,6 @@ void mf_batch_free(mf_batch *batch);
 
 /* Reads and verifies requests first .. first + count - 1. Returns the first failure, or code 0. After a failure in any
  * thread, the remaining requests are skipped. */
-mf_result mf_batch_serve(mf_batch *batch, int64_t first, int64_t count, mf_bounce *bounce);
+mf_result mf_batch_serve(mf_batch *batch, int64_t first, int64_t count, const mf_bounce *bounce);
 
 #endif

@@ -6,7 +6,7 @@ The rule of units.py also holds for scratch memory: every graph that reads it is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx

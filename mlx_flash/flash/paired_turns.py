@@ -39,6 +39,7 @@ class PairedTurns:
         """
         self.pairs = list(pairs)
         self._settle = settle
+        self._kind: Hashable = None  # of the tokens of this pair
         self.trying = settle > 0
         self._begin_pair()
 
@@ -72,7 +73,7 @@ class PairedTurns:
 
     def _begin_pair(self) -> None:
         self._medians: list[float] = []
-        self._kind: Hashable = None
+        self._kind = None
         self._begin_turn()
 
     def _begin_turn(self) -> None:

@@ -8,10 +8,12 @@
  * served first in, first out, and several may be outstanding. The submitter chooses a batch's number, so that it knows
  * the number before any read starts. A batch stays in the pool until it is waited for or drained.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "batch.h"
@@ -25,6 +27,8 @@
 
 #define MF_MOST_TAKEN 64 /* most requests that a thread takes at once */
 #define MF_MOST_THREADS 4096
+#define MF_PAGE 16384      /* bytes; at least a page of memory and a block of a disk */
+#define MF_BOUNCE (2 << 20) /* bytes for each thread: a huge page, since reads into small pages are half as fast */
 
 typedef struct {
     pthread_mutex_t lock; /* protects this struct and each batch's links, taken, unfinished, done, waiting and result */
@@ -39,6 +43,8 @@ typedef struct {
     int nthreads;
     int nworking; /* the threads with a lower number read */
     int nnumbered; /* threads that have taken their number */
+    char *bounce;  /* the bounce memory, which the working threads share out evenly; untouched until it is needed */
+    size_t bounce_size;
     int idle;
     bool stopping;
     pthread_t threads[];
@@ -77,7 +83,6 @@ static void finish_batch(mf_pool *pool, mf_batch *batch)
 static void *work(void *argument)
 {
     mf_pool *pool = argument;
-    mf_bounce bounce = {NULL, 0};
 #ifdef __APPLE__
     pthread_set_qos_class_self_np(QOS_CLASS_USER_INITIATED, 0);
 #endif
@@ -85,9 +90,6 @@ static void *work(void *argument)
     int number = pool->nnumbered++;
     for (;;) {
         if (number >= pool->nworking && !pool->stopping) {
-            free(bounce.memory);
-            bounce.memory = NULL;
-            bounce.size = 0;
             pthread_cond_wait(&pool->parked, &pool->lock);
             continue;
         }
@@ -98,7 +100,7 @@ static void *work(void *argument)
             continue;
         }
         mf_batch *batch = pool->head;
-        if (batch == NULL)
+        if (batch == NULL || number >= pool->nworking)
             break;
         /* Guided self-scheduling. At first a thread takes many requests, so that it does not take the lock for every
          * read. Near the end it takes one at a time, so that no thread is left with a queue of its own. */
@@ -112,6 +114,8 @@ static void *work(void *argument)
                 pool->tail = NULL;
         }
         int sleeping = pool->head == NULL ? 0 : pool->idle;
+        size_t share = pool->bounce_size / (size_t)pool->nworking / MF_PAGE * MF_PAGE;
+        mf_bounce bounce = {pool->bounce + share * (size_t)number, share};
         pthread_mutex_unlock(&pool->lock);
         wake(pool, sleeping);
 
@@ -127,7 +131,6 @@ static void *work(void *argument)
             finish_batch(pool, batch);
     }
     pthread_mutex_unlock(&pool->lock);
-    free(bounce.memory);
     return NULL;
 }
 
@@ -251,11 +254,13 @@ int64_t mf_outstanding(mf_pool *pool)
 
 /* -- the pool --------------------------------------------------------------------------------------------------- */
 
-/* Lets the first `threads` threads read from now on, at least one and at most all. The others end the requests that they
- * have taken, and then wait without a bounce buffer. */
+/* Waits until no read is in flight, and lets the first `threads` threads read from then on: at least one, at most all.
+ * They share out the bounce memory anew, so a request may need at most that part of it. */
 void mf_use_threads(mf_pool *pool, int64_t threads)
 {
     pthread_mutex_lock(&pool->lock);
+    while (pool->unfinished > 0)
+        pthread_cond_wait(&pool->done, &pool->lock);
     pool->nworking = threads < 1 ? 1 : threads > pool->nthreads ? pool->nthreads : (int)threads;
     /* All wake up, because the one that a signal has woken may be one that must not read any more. */
     pthread_cond_broadcast(&pool->work);
@@ -287,17 +292,29 @@ void mf_pool_free(mf_pool *pool)
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->parked);
     pthread_mutex_destroy(&pool->lock);
+    free(pool->bounce);
     free(pool);
 }
 
-/* Returns NULL if `threads` is out of range, or if memory or threads are lacking. */
-mf_pool *mf_pool_new(int64_t threads)
+/* Starts `threads` threads, of which the first `working` read, with bounce memory for so many. Returns NULL if a number
+ * is out of range, or if memory or threads are lacking. */
+mf_pool *mf_pool_new(int64_t threads, int64_t working)
 {
-    if (threads < 1 || threads > MF_MOST_THREADS)
+    if (threads < 1 || threads > MF_MOST_THREADS || working < 1 || working > threads)
         return NULL;
     mf_pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->threads[0]);
     if (pool == NULL)
         return NULL;
+    void *bounce;
+    pool->bounce_size = (size_t)working * MF_BOUNCE;
+    if (posix_memalign(&bounce, MF_BOUNCE, pool->bounce_size) != 0) {
+        free(pool);
+        return NULL;
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(bounce, pool->bounce_size, MADV_HUGEPAGE); /* only advice: if the kernel ignores it, reads are slower */
+#endif
+    pool->bounce = bounce;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->parked, NULL);
@@ -307,7 +324,7 @@ mf_pool *mf_pool_new(int64_t threads)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int started = 0;
-    pool->nworking = (int)threads;
+    pool->nworking = (int)working;
     while (started < threads && pthread_create(&pool->threads[started], NULL, work, pool) == 0)
         started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);

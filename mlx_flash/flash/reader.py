@@ -23,10 +23,12 @@ import numpy.typing as npt
 
 from ..errors import FlashError, ReadError, UsageError
 from .requests import MERGE_BYTES, plan_requests
+from .system import READ_ALIGNMENT
 from .unit_file import Descriptor, Int64Array, UnitFile
 
 BOUNCE_BYTES_PER_THREAD = 2 << 20
-"""Bytes that a thread allocates for unaligned reads (one huge page), for the memory plan; 0 if all are aligned."""
+"""Bytes of memory for the unaligned reads of a thread (MF_BOUNCE of reader.c), for the memory plan; 0 if all are
+aligned."""
 
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
@@ -67,7 +69,7 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
             "Reinstall mlx-flash-runtime."
         )
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    library.mf_pool_new.argtypes, library.mf_pool_new.restype = [int64], pointer
+    library.mf_pool_new.argtypes, library.mf_pool_new.restype = [int64, int64], pointer
     for function in (library.mf_pool_stop, library.mf_pool_free, library.mf_drain):
         function.argtypes, function.restype = [pointer], None
     library.mf_use_threads.argtypes, library.mf_use_threads.restype = [pointer, int64], None
@@ -128,10 +130,10 @@ _numbers = itertools.count(1)  # ticket numbers, unique across readers
 class _Pool:
     """The pool of reader.c. Its memory is freed with the last reference to it, so never during a thread's call."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, working: int) -> None:
         self.library, self.keeping_gil = _library()
         self._pid = os.getpid()
-        self.pointer: int | None = self.library.mf_pool_new(threads)
+        self.pointer: int | None = self.library.mf_pool_new(threads, working)
         if self.pointer is None:
             raise FlashError(f"The system refused to start {threads} reader threads. Use fewer threads.")
 
@@ -157,20 +159,29 @@ class Reader:
         if threads < 1:
             raise UsageError(f"threads is {threads}, expected at least 1.")
         self.most = max(threads, most or threads)
-        self._pool: _Pool | None = _Pool(self.most)
+        self._pool: _Pool | None = _Pool(self.most, threads)
         self._outstanding: set[Ticket] = set()  # keeps files and destinations alive; reader.c counts the reads
-        self.threads = self.most
-        self.use_threads(threads)
+        self._buffers = threads  # as many as bounce memory was made for
+        self.threads = threads
 
     def use_threads(self, threads: int) -> None:
-        """Lets so many threads read from now on, from 1 to `most`. Reads may be in flight. Raises ReadError if the
-        reader is closed, or in a forked child; ValueError."""
+        """Waits for the reads in flight, and lets so many threads read from then on, from 1 to `most`.
+
+        They share the memory that was made for the first number of threads, so requests get shorter if there are more.
+        Raises ReadError if the reader is closed, or in a forked child; ValueError.
+        """
         if not 1 <= threads <= self.most:
             raise ValueError(f"threads is {threads}, expected 1 to {self.most}")
         pool = self._usable()
         if threads != self.threads:
             pool.library.mf_use_threads(pool.pointer, threads)
             self.threads = threads
+
+    @property
+    def longest_request(self) -> int:
+        """The most bytes of a request's target size, so that its bounce buffer has room."""
+        share = MERGE_BYTES * self._buffers // max(self.threads, self._buffers)
+        return max(READ_ALIGNMENT, share // READ_ALIGNMENT * READ_ALIGNMENT)
 
     @property
     def outstanding(self) -> int:
@@ -194,8 +205,8 @@ class Reader:
             file: the file to read.
             offsets, addresses, lengths: (n,) int64, in bytes. Offsets ascend, so that neighbours are found. A single
                 number for `lengths` is the length of every segment, and faster.
-            request_bytes: target size of a request, at most MERGE_BYTES. Smaller requests keep more threads busy with a
-                few long segments.
+            request_bytes: target size of a request, at most MERGE_BYTES; `longest_request` bounds it further. Smaller
+                requests keep more threads busy with a few long segments.
             destination: owner of the memory that is read into, kept alive until the read has ended.
 
         Raises ReadError if a segment lies outside the file, if the reader or the file is closed, or in a forked child;
@@ -204,7 +215,7 @@ class Reader:
         pool, descriptor = self._usable(), file._descriptor
         if descriptor is None:
             raise ReadError(f"{file.path} is closed.")
-        requests, iovecs = plan_requests(file, offsets, addresses, lengths, request_bytes)
+        requests, iovecs = plan_requests(file, offsets, addresses, lengths, min(request_bytes, self.longest_request))
         checks = NO_CHECKS if file.sums is None else file.sums.checks(offsets, lengths)
         ticket = Ticket(file, descriptor, len(requests), destination)
         try:

@@ -27,7 +27,7 @@ def plan_requests(
     if not READ_ALIGNMENT <= request_bytes <= MERGE_BYTES or request_bytes % READ_ALIGNMENT:
         raise ValueError(f"request_bytes is {request_bytes}, expected a multiple of {READ_ALIGNMENT} to {MERGE_BYTES}")
     if isinstance(lengths, int):
-        tables = _plan_rows(file, offsets, addresses, lengths)
+        tables = _plan_rows(file, offsets, addresses, lengths, request_bytes)
         if tables is not None:
             return tables
         lengths = np.full(len(offsets), lengths, np.int64)
@@ -64,7 +64,11 @@ def plan_requests(
 
 
 def _plan_rows(
-    file: UnitFile, offsets: npt.NDArray[np.integer], addresses: npt.NDArray[np.integer], length: int
+    file: UnitFile,
+    offsets: npt.NDArray[np.integer],
+    addresses: npt.NDArray[np.integer],
+    length: int,
+    request_bytes: int,
 ) -> tuple[Int64Array, Int64Array] | None:
     """`plan_requests` for the blocks of a token, which have one length and are all aligned or all bounced; None for any
     other input.
@@ -72,7 +76,7 @@ def _plan_rows(
     It runs for every layer of every token, and needs only a third of the array operations.
     """
     n = len(offsets)
-    if not (n and offsets.dtype == addresses.dtype == np.int64 and 0 < length < MERGE_BYTES // 2):
+    if not (n and offsets.dtype == addresses.dtype == np.int64 and 0 < length < request_bytes // 2):
         return None
     if not offsets.shape == addresses.shape == (n,):
         return None
@@ -93,7 +97,7 @@ def _plan_rows(
     requests[:, 1] = first
     requests[:-1, 2] = first[1:] - first[:-1]
     requests[-1, 2] = n - first[-1]
-    if requests[:, 2].max() * length > MERGE_BYTES:
+    if requests[:, 2].max() * length > request_bytes:
         return None
     iovecs = np.empty((n, 2), np.int64)
     iovecs[:, 0] = addresses

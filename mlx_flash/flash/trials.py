@@ -16,7 +16,6 @@ WARM_UP = 24  # tokens before the first trial, because a cold cache is not repre
 PAUSE = 8  # tokens between two trials
 TERM = 4000  # tokens until all options are tried again
 LIFE_S = 30 * 24 * 3600.0  # results that are older are tried again at once
-PLAIN = (bool, int, str)  # types of choices
 
 Choice = bool | int | str
 
@@ -86,6 +85,7 @@ class Trials(Mapping[str, Trial]):
         self._trials = {trial.name: trial for trial in trials}
         self._keep, self._now = keep, now
         self._unfinished: dict[str, Any] = {}
+        self._earlier: dict[str, Any] = {}  # results for options that the user has fixed
         self._changed = False
         if isinstance(kept, dict):
             self._remember(kept)
@@ -143,7 +143,7 @@ class Trials(Mapping[str, Trial]):
         if (trial := self._trials.get(name)) is None:
             return
         if self._now_trying is trial:
-            self._turns, self._now_trying, self._left = None, None, PAUSE
+            self._turns, self._now_trying, self._candidates, self._left = None, None, [], PAUSE
         trial.fixed = True
         trial.keep(choice)
         self._idle = not any(each.open for each in self._trials.values())
@@ -158,10 +158,10 @@ class Trials(Mapping[str, Trial]):
             self._keep(self.results())
 
     def results(self) -> dict[str, Any]:
-        """What `keep` is given: plain JSON. A choice that the user fixed is not a result."""
-        found: dict[str, Any] = {}
+        """What `keep` is given: plain JSON. A choice that the user fixed is not a result, and leaves an earlier one."""
+        found: dict[str, Any] = {**self._earlier}
         for trial in self._trials.values():
-            if trial.tried_at is not None:
+            if trial.tried_at is not None and not trial.fixed:
                 result = {"choice": trial.present, "ratios": trial.ratios, "tried_at": trial.tried_at}
                 found[trial.name] = {**result, "choices": list(trial.choices)}
         return {"trials": found, "unfinished": self._unfinished}
@@ -180,6 +180,15 @@ class Trials(Mapping[str, Trial]):
             for trial in self._trials.values()
         }
 
+    def line(self) -> str:
+        """One line for the user, such as "Choices: look-ahead off (tried), reads direct (yours)"."""
+        by = {"you": "yours", "trial": "tried", "default": "default"}
+        found = [
+            f"{_named(name, told['choice'])} ({'being tried' if told['trying'] else by[told['by']]})"
+            for name, told in self.choices().items()
+        ]
+        return f"Choices: {', '.join(found)}"
+
     # -- one comparison after the other ----------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -192,10 +201,10 @@ class Trials(Mapping[str, Trial]):
             if not self._queue:
                 self._queue, self._left = [each for each in self._trials.values() if each.open], TERM
                 return
-            trial = self._queue.pop(0)
-            if trial.open:
-                self._now_trying = trial
-                self._candidates = [choice for choice in trial.choices if choice != trial.present]
+            following = self._queue.pop(0)
+            if following.open:
+                self._now_trying = following
+                self._candidates = [choice for choice in following.choices if choice != following.present]
         trial, candidate = self._now_trying, self._candidates[0]
         assert trial is not None
         if not trial.use(candidate):
@@ -257,6 +266,8 @@ class Trials(Mapping[str, Trial]):
         for name, result in _dict(kept.get("trials")).items():
             trial, result = self._trials.get(name), _dict(result)
             choice, at = result.get("choice"), result.get("tried_at")
+            if trial is not None and trial.fixed:
+                self._earlier[name] = result
             if trial is None or not trial.open or result.get("choices") != list(trial.choices):
                 continue
             if not _is_among(choice, trial.choices) or type(at) not in (int, float):
@@ -268,6 +279,16 @@ class Trials(Mapping[str, Trial]):
             pairs = _dict(found).get("pairs")
             if name in self._trials and isinstance(pairs, list) and all(map(_is_number, pairs)):
                 self._unfinished[name] = found
+
+
+def _named(name: str, choice: Choice) -> str:
+    """A choice in words."""
+    if name == "threads":
+        return f"{choice} threads"
+    if name == "pieces":
+        return f"pieces from {int(choice) >> 10} KiB"
+    words = {"lookahead": "look-ahead", "io": "reads"}
+    return f"{words.get(name, name)} {choice if isinstance(choice, str) else 'on' if choice else 'off'}"
 
 
 def _dict(value: Any) -> dict[str, Any]:

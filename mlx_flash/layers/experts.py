@@ -13,7 +13,6 @@ from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
 from .expert_products import SORTED_FROM, Projection, Widened, by_expert, by_pair, is_widened, kernels_vary
 from .lookahead import LookAhead
-from .lookahead_trial import LookAheadTrial
 from .routers import Router
 
 EXPERTS_AT_ONCE = 16  # experts of a prompt that are multiplied while as many are read
@@ -60,22 +59,16 @@ class StreamedExperts(nn.Module):
             if name not in classes:  # The model may use it, as its switch layer's.
                 self[name] = child
 
-    def look_ahead(self, following: StreamedExperts, router: Router, trial: LookAheadTrial, leads: bool) -> None:
+    def look_ahead(self, following: StreamedExperts, router: Router) -> None:
         """Makes this layer guess which experts `following`, the next layer, needs, and read them where that pays.
 
         The guess applies the next layer's router to this layer's input. This layer's experts and the next attention add
         little to the residual in between, and the two norms are treated as equal.
 
-        router: the next layer's. trial: the model's. leads: whether this layer tells the trial when a token begins.
+        router: the next layer's.
         """
         units = following.units
-        self.ahead = LookAhead(
-            units,
-            router,
-            lambda scores, needed: likeliest(scores, units, needed.shape[-1]),
-            trial,
-            leads,
-        )
+        self.ahead = LookAhead(units, router, lambda scores, needed: likeliest(scores, units, needed.shape[-1]))
 
     @property
     def experts(self) -> int:
@@ -86,8 +79,6 @@ class StreamedExperts(nn.Module):
         many = indices.size >= SORTED_FROM
         units, ahead = self.units, None if many else self.ahead
         expert_by_expert = many and kernels_vary()
-        if ahead is not None:
-            ahead.token_begins()
         if units.all_resident and not expert_by_expert:  # Then experts no longer move, and no id is read back.
             if self._slot_of is None:
                 self._slot_of = mx.array(units.slot_of.astype(np.uint32))

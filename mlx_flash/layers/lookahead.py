@@ -9,7 +9,6 @@ import numpy as np
 
 from ..flash.host_arrays import to_numpy
 from ..flash.units import Units
-from .lookahead_trial import LookAheadTrial
 
 GUESS_AGAIN = 32  # calls after which a layer whose guesses are mostly wrong tries again
 
@@ -19,8 +18,7 @@ class LookAhead:
 
     units: the units of the layer that the guesses are for. score: this layer's input (..., D) -> an array that rates
     the units, None if it cannot. choose: (that array, the units that this layer itself needs), both on the host -> the
-    units to read. trial: the model's trial, which decides whether to guess. leads: whether this layer tells the trial
-    when a token begins.
+    units to read. `InFlightReads.look_ahead` decides whether to guess.
     """
 
     def __init__(
@@ -28,17 +26,10 @@ class LookAhead:
         units: Units,
         score: Callable[[mx.array], mx.array | None],
         choose: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        trial: LookAheadTrial,
-        leads: bool,
     ) -> None:
-        self.units, self.trial, self.leads = units, trial, leads
+        self.units = units
         self._score, self._choose = score, choose
         self._skipped = 0  # calls since the last guess
-
-    def token_begins(self) -> None:
-        """Called when a call of this layer begins. Tells the trial, if this layer leads."""
-        if self.leads:
-            self.trial.token_started()
 
     def guess(self, x: mx.array) -> mx.array | None:
         """The guess for `prefetch`, to be evaluated with the call's own read-back; None if a guess would not help.
@@ -46,7 +37,7 @@ class LookAhead:
         x: (..., D), this layer's input. A layer whose guesses are mostly wrong still makes one now and then, because
         its first guesses may mislead.
         """
-        if self.units.all_resident or not self.trial.guessing:
+        if self.units.all_resident or not self.units.shared.look_ahead:
             return None
         self._skipped += 1
         if self.units.prefetched.mostly_unused and self._skipped < GUESS_AGAIN:

@@ -13,7 +13,6 @@ from ..flash.neurons import NeuronSlots
 from ..flash.rows import PackedRows, StoredRows
 from .activations import Activation
 from .lookahead import LookAhead
-from .lookahead_trial import LookAheadTrial
 from .predictors import ExactPredictor, Predictor
 
 # Up to this many tokens, products with quantised rows are faster than dequantising them (bench/results/bits.md).
@@ -41,13 +40,10 @@ class StreamedNeurons(nn.Module):
         self.predictor: Predictor | None = None
         self.ahead: LookAhead | None = None
 
-    def look_ahead(
-        self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module, trial: LookAheadTrial, leads: bool
-    ) -> None:
+    def look_ahead(self, following: StreamedNeurons, norm: nn.Module, following_norm: nn.Module) -> None:
         """Makes this layer guess which neurons `following`, the next layer, needs, and read them where that pays.
 
-        norm, following_norm: the norms whose outputs the two layers take. trial: the model's. leads: whether this layer
-        tells the trial when a token begins.
+        norm, following_norm: the norms whose outputs the two layers take.
         """
         predictor = following.predictor
         if self.predictor is None or predictor is None or (change := norm_change(norm, following_norm)) is None:
@@ -57,7 +53,7 @@ class StreamedNeurons(nn.Module):
         def score(x: mx.array) -> mx.array:
             return predictor(x * scale + shift)[0]  # bool (N, F)
 
-        self.ahead = LookAhead(following.units, score, lambda mask, _: _union(mask), trial, leads)
+        self.ahead = LookAhead(following.units, score, lambda mask, _: _union(mask))
 
     def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
         """A predictor that computes which neurons can be active. Reads the first projection, which it keeps."""
@@ -102,8 +98,6 @@ class StreamedNeurons(nn.Module):
 
     def _selected(self, x: mx.array, predictor: Predictor) -> mx.array:
         ahead = self.ahead
-        if ahead is not None:
-            ahead.token_begins()
         mask, activations = predictor(x)
         guess = ahead.guess(x) if ahead is not None else None
         if guess is not None:

@@ -15,13 +15,11 @@ from ..errors import CorruptStoreError, MissingTensorError
 from ..flash.files import Manifest
 from ..flash.host_arrays import to_numpy
 from ..flash.neurons import NeuronFile, NeuronSlots
-from ..flash.reader import Reader
 from ..flash.stored_tensors import StoredTensors
 from ..flash.system import mark_in_use
 from ..flash.unit_file import UnitFile
 from ..flash.unit_sums import read_block_sums
 from ..layers.activations import Activation
-from ..layers.lookahead_trial import LookAheadTrial
 from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
@@ -29,6 +27,7 @@ from ..layers.recall import PredictorSetting
 from .load_progress import tell_progress
 from .options import LoadOptions
 from .plan import Plan
+from .reading_trials import reader_for, reading_trials
 from .runtime import Runtime, evaluate_constants
 
 # Predictors that are cheap enough to run twice. Only time depends on a guess.
@@ -54,15 +53,15 @@ def build(
     """
     layout = manifest.layout
     dtype = compute_dtype(manifest.resident_dtype)
-    file = UnitFile(folder / Manifest.neurons_file, direct=options.io == "direct")
+    file = UnitFile(folder / Manifest.neurons_file, direct=options.io != "buffered")
     mark_in_use(file.fd)
-    if options.io == "direct" and not file.direct:
+    if options.io != "buffered" and not file.direct:
         say(
             f"note: the file system of {folder} does not read past the page cache; the budget does not count that cache"
         )
     activation = Activation(**manifest.activation)
     file.sums = read_block_sums(folder, manifest)
-    streamer = NeuronFile(file, Reader(options.threads), layout)
+    streamer = NeuronFile(file, reader_for(options), layout)
     bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
     for index, layer in enumerate(model.layers):
         stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), options.window)
@@ -72,16 +71,16 @@ def build(
     for index, layer in enumerate(model.layers):
         if kind == "exact" or (kind in STORED_PREDICTORS and index not in manifest.all_neurons_layers):
             layer.mlp.predictor = _make_predictor(kind, index, manifest, setting, tensors, layer.mlp, dtype)
-    trial, leads = LookAheadTrial(), True
     if kind in LOOK_AHEAD_PREDICTORS and (norms := model.ffn_norms) is not None and "weight" in norms[0]:
         for (layer, norm), (following, following_norm) in pairwise(zip(model.layers, norms, strict=True)):
-            layer.mlp.look_ahead(following.mlp, norm, following_norm, trial, leads)
-            leads = leads and layer.mlp.ahead is None
+            layer.mlp.look_ahead(following.mlp, norm, following_norm)
+    streamer.look_ahead = True
     evaluate_constants(model)
+    layers = [layer.mlp for layer in model.layers]
     model.flash = Runtime(
         plan,
         streamer,
-        [layer.mlp for layer in model.layers],
+        layers,
         kind,
         model.args.vocab_size,
         model.args.max_position_embeddings,
@@ -89,6 +88,7 @@ def build(
         setting,
         most_positions=manifest.decode_tokens,
         prefill_tokens=options.prefill_chunk,
+        trials=reading_trials(streamer, layers, options, folder, plan.slot_share, "neurons"),
     )
     return model
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..defaults import THREADS
 from ..errors import CheckpointError, UsageError
 from ..flash.in_place import InPlaceFiles
 from ..flash.layer_ring import LayerMap, LayerRing
-from ..flash.reader import Reader
 from ..flash.system import usable_memory_bytes
 from ..layers.experts import most_positions
 from ..layers.shared_reading import SharedReading, bytes_to_share
@@ -43,6 +43,7 @@ from .memory_needs import Needs, OneRow, StreamedNeed, needs_of, stand_ins
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
 from .quantised_cache import plain_cache, quantise_cache
+from .reading_trials import reader_for, reading_trials
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
 from .runtime import Runtime, WholeLayers, evaluate_constants
 from .streaming_needs import experts_need, loading_excess_bytes, process_bytes, reading_bytes
@@ -119,7 +120,7 @@ def plan_in_place(
         # Units lie anywhere in their files. Slots come after loading.
         seeing, held = seen.at(context)
         computing = max(needs.workspace + held, seeing) + decoding
-        computing += reading_bytes(options.threads, aligned=False) + weights.rows_work
+        computing += reading_bytes(options.threads or THREADS, aligned=False) + weights.rows_work
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -162,10 +163,10 @@ def plan_in_place(
     plan = plan_for(options.budget)
 
     def build(say: Callable[[str], None]) -> Any:
-        files = open_files(mixture.files, direct=options.io == "direct")
-        if options.io == "direct" and not all(file.direct for file in files):
+        files = open_files(mixture.files, direct=options.io != "buffered")
+        if options.io != "buffered" and not all(file.direct for file in files):
             say(f"note: the file system of {folder} does not read past the page cache; the budget does not count that")
-        reader = Reader(options.threads)
+        reader = reader_for(options)
         if options.verify:
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
@@ -195,6 +196,11 @@ def plan_in_place(
             plan, streamer, watched, chooser, needs.vocabulary, attended, images=images, most_positions=most
         )
         model.flash.prefill_tokens = options.prefill_chunk
+        share = plan.slot_share
+        if plan.layer_bytes_per_token:
+            share = 1 - plan.layer_bytes_per_token / plan.parameters_bytes
+        kind = "layers" if dense else "experts"
+        model.flash.trials = reading_trials(streamer, watched, options, folder, share, kind)
         if plan.chunks_at_once > 1:
             modules = [layer.module for layer in mixture.layers]
             model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)

@@ -18,7 +18,6 @@ from ..flash.experts import ExpertSlots
 from ..flash.in_place import InPlaceFiles, TensorParts
 from ..flash.safetensors_file import TensorEntry
 from ..layers.experts import StreamedExperts
-from ..layers.lookahead_trial import LookAheadTrial
 from ..layers.routers import LIKELY_NAMES, Router
 from ..source.model_kind import is_projection, switch_layers
 from .layer_weights import LayerWeights, find_layers, spread
@@ -94,12 +93,10 @@ class InPlaceModel:
             parent[name] = StreamedExperts(parent[name], ExpertSlots(shared, tensors, count, window, path))
         if any(self.streamed & layer.names() for layer in self.layers):
             return  # The next layer's router is not in memory yet, so nothing can be guessed by it.
-        trial, leads = LookAheadTrial(guessing=False), True  # short texts must not pay for useless guesses
         for path, following in pairwise(self.switches):
             switch, holder = module_at(self.model, following), following.rpartition(".")[0]
             router = router_of(switch, [module_at(self.model, at) for at in (holder, holder.rpartition(".")[0])])
-            module_at(self.model, path).look_ahead(switch, router, trial, leads)
-            leads = False
+            module_at(self.model, path).look_ahead(switch, router)
 
     def layers_to_stream(self, pinned: int) -> tuple[list[int], list[LayerWeights]]:
         """(numbers, layers) to stream if `pinned` layers are in memory. Their weights are resident no longer."""

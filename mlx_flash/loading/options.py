@@ -14,7 +14,6 @@ from ..defaults import (
     MOST_PREFILL_TOKENS,
     PREDICTORS,
     PREFILL_TOKENS,
-    THREADS,
     WIRE_MODES,
 )
 from ..errors import UsageError
@@ -30,7 +29,7 @@ class LoadOptions:
     predictor: "auto" (the store's default), "none", "exact", "lowrank", "shadow" or "imported".
     recall: share of the active neurons that a stored predictor should find; None for the store's own target.
     window: evict by a sliding window of this many tokens; None to evict the least used.
-    threads: number of reader threads.
+    threads: number of reader threads; None to try 8, 16 and 32 while tokens are generated.
     context: number of tokens that the plan makes room for (at most the model's positions); "max" for all positions;
         None for as many as suit the budget, see `plan_context`.
     prompt_cache: memory for the KV caches of earlier conversations, "2GB" or bytes; 0 for none. "auto" for a tenth of
@@ -38,7 +37,8 @@ class LoadOptions:
         server and the chat.
     kv_bits: bits per number of the KV cache, 8 or 4; None for the model's own precision. This may change the text.
     prefill_chunk: tokens of a prompt that are read in one pass. This may change the text.
-    io: "direct" to read past the page cache, or "buffered".
+    io: "direct" to read past the page cache, or "buffered"; None to begin with "direct" and to try both while tokens
+        are generated.
     draft: "ngram" to draft tokens by repeating what followed the same words before, "mtp" to draft with the
         checkpoint's own head, wholly in memory, where mlx-vlm runs it, or "none". This may change the text by rounding.
     draft_model: a folder or a Hugging Face repository with a small model of the same vocabulary, which drafts tokens.
@@ -51,6 +51,8 @@ class LoadOptions:
         run uses each unit. The commands that generate do so.
     wire: keep weights and slots in memory on macOS 15 and later: "on", "off", or "auto", if the system swapped while an
         earlier run of this model generated.
+    trials: whether options that do not change the text are tried while tokens are generated, and the results kept in
+        the cache folder. Otherwise they are at their defaults.
     """
 
     revision: str | None = None
@@ -58,12 +60,12 @@ class LoadOptions:
     predictor: str = "auto"
     recall: float | None = None
     window: int | None = None
-    threads: int = THREADS
+    threads: int | None = None
     context: int | str | None = None
     prompt_cache: str | int = 0
     kv_bits: int | None = None
     prefill_chunk: int = PREFILL_TOKENS
-    io: str = "direct"
+    io: str | None = None
     draft: str = "none"
     draft_model: str | os.PathLike[str] | None = None
     verify: bool = False
@@ -71,6 +73,7 @@ class LoadOptions:
     parallel: int = 1
     warm_start: bool = False
     wire: str = "auto"
+    trials: bool = True
 
     @property
     def budget(self) -> int | None:
@@ -88,7 +91,7 @@ class LoadOptions:
         """Raises UsageError for a value that no model can be loaded with."""
         numbers = (("window", self.window), ("threads", self.threads), ("prefill_chunk", self.prefill_chunk))
         for name, value in numbers:
-            if type(value) is not int and not (name == "window" and value is None):
+            if type(value) is not int and not (name != "prefill_chunk" and value is None):
                 raise UsageError(f"{name} is {value!r:.80}, expected a whole number.")
         if self.memory is not None and type(self.memory) not in (int, str):
             raise UsageError(f"memory is {self.memory!r:.80}, expected a size such as '6GB', or bytes.")
@@ -98,14 +101,15 @@ class LoadOptions:
             )
         if self.recall is not None and type(self.recall) not in (int, float):
             raise UsageError(f"recall is {self.recall!r:.80}, expected a number.")
-        for name, flag in (("verify", self.verify), ("images", self.images), ("warm_start", self.warm_start)):
+        for name in ("verify", "images", "warm_start", "trials"):
+            flag = getattr(self, name)
             if type(flag) is not bool:
                 raise UsageError(f"{name} is {flag!r:.80}, expected True or False.")
         if self.predictor not in PREDICTORS:
             raise UsageError(f"predictor is {self.predictor!r}, expected one of {', '.join(PREDICTORS)}.")
         if self.window is not None and not 1 <= self.window <= 10**6:
             raise UsageError(f"window is {self.window}, expected 1 to 1000000 tokens.")
-        if not 1 <= self.threads <= 256:
+        if self.threads is not None and not 1 <= self.threads <= 256:
             raise UsageError(f"threads is {self.threads}, expected 1 to 256.")
         if not 1 <= self.prefill_chunk <= MOST_PREFILL_TOKENS:
             raise UsageError(f"prefill_chunk is {self.prefill_chunk}, expected 1 to {MOST_PREFILL_TOKENS} tokens.")
@@ -115,10 +119,10 @@ class LoadOptions:
             raise UsageError(f"context is {self.context}, expected at least 1 token.")
         if self.kv_bits is not None and (type(self.kv_bits) is not int or self.kv_bits not in KV_BITS):
             raise UsageError(f"kv_bits is {self.kv_bits!r:.80}, expected {' or '.join(map(str, KV_BITS))}, or None.")
-        if self.io not in IO_MODES:
-            raise UsageError(f"io is {self.io!r}, expected 'direct' or 'buffered'.")
         if self.wire not in WIRE_MODES:
             raise UsageError(f"wire is {self.wire!r:.80}, expected one of {', '.join(WIRE_MODES)}.")
+        if self.io is not None and self.io not in IO_MODES:
+            raise UsageError(f"io is {self.io!r}, expected 'direct', 'buffered', or None.")
         if self.draft not in DRAFTS:
             raise UsageError(f"draft is {self.draft!r:.80}, expected one of {', '.join(DRAFTS)}.")
         if self.draft_model is not None and not isinstance(self.draft_model, (str, os.PathLike)):

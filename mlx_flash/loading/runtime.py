@@ -17,6 +17,7 @@ from ..flash.files import Manifest
 from ..flash.layer_ring import LayerMap
 from ..flash.stats import Counters
 from ..flash.swap import SwapCounters
+from ..flash.trials import Trials
 from ..flash.wiring import Wiring
 from ..layers.lookahead import LookAhead
 from ..layers.recall import PredictorSetting
@@ -121,6 +122,7 @@ class Runtime:
     defaults: GenerationConfig = field(default_factory=GenerationConfig)  # the sampling that the model's authors chose
     images: ImageProcessor | None = None  # the checkpoint's, if the model was loaded to read images
     most_positions: int = MOST_DEPTH + 1  # most tokens of a call that takes a decoded token's path
+    trials: Trials = field(default_factory=Trials)  # of options that do not change the text
     drafting: Drafting | None = None  # how drafts are made; None for none
     folder: Path | None = None  # of the store or the checkpoint
     warm_start: WarmStart | None = None  # keeps the uses of units for the next start
@@ -136,11 +138,9 @@ class Runtime:
     def fix_look_ahead(self, guessing: bool) -> None:
         """Makes every layer guess the next layer's units, or none, and ends the trials that decide about it.
 
-        The text does not depend on it.
+        The text does not depend on it. It is the same as `trials.fix("lookahead", guessing)`.
         """
-        for layer in self.layers:
-            if layer.ahead is not None:
-                layer.ahead.trial.fix(guessing)
+        self.trials.fix("lookahead", guessing)
 
     def answered(self, swap: SwapCounters | None = None) -> None:
         """Called at the end of an answer. swap: what the system swapped meanwhile, if it is known."""
@@ -154,12 +154,14 @@ class Runtime:
         self.streamer.verify_unchanged()
 
     def close(self) -> None:
-        """Stops the reader's threads and closes the files. The model cannot be used afterwards.
+        """Stops the reader's threads, closes the files and keeps the results of trials. The model cannot be used
+        afterwards.
 
         When the last model is closed, MLX again keeps as many freed buffers as before the first one was loaded.
         """
         if self.warm_start is not None:
             self.warm_start.close()
+        self.trials.close()
         self.streamer.close()
         if not self._closed:
             self._closed = True

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..defaults import STORED_PREDICTORS
+from ..defaults import STORED_PREDICTORS, THREADS
 from ..errors import CorruptStoreError, UsageError
 from ..flash.files import AGAIN, CHECKSUM_BYTES, Manifest, NeuronLayout, read_manifest
 from ..flash.plain_files import reading
@@ -189,9 +189,8 @@ def _plan(
 
     def demand_at(context: int) -> Demand:
         needs = needs_at(context)
-        demand = demand_of(
-            layout, parts, sizes, predictor_bytes, needs, options.threads, process(), at_load, options.parallel
-        )
+        threads = options.threads or THREADS
+        demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, process(), at_load, options.parallel)
         drafting = 0 if drafts is None else drafts.bytes_at(context, needs, manifest.decode_tokens)
         return replace(demand, drafts=drafting)
 

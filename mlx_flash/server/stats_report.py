@@ -13,7 +13,7 @@ from .loaded_model import LoadedModel
 from .monitor import NO_TOTALS
 
 KINDS = {"router": "experts", "every layer": "layers"}  # by the runtime's predictor
-NO_MODEL = dict.fromkeys(("model", "plan", "prompt_caches", "resident", "last", "now"))
+NO_MODEL = dict.fromkeys(("model", "plan", "choices", "prompt_caches", "resident", "last", "now"))
 
 
 def statistics(engine: Engine) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def _of_model(engine: Engine, loaded: LoadedModel) -> dict[str, Any]:
             "thinks": loaded.format.thinks,
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},
+        "choices": flash.trials.choices(),
         "prompt_caches": asdict(loaded.turns.statistics()),
         "resident": {
             "slots": monitor.live.slots,

@@ -21,6 +21,7 @@ REPORT_BEGINS = "mlx-flash-runtime "
 DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to a forecast
 USES = "uses"  # the folder for the uses of units, see kept_uses.py
 SWAPS = "swapped.json"  # the models that ran while the system swapped
+TRIALS = "trials"  # the folder for the results of trials, see kept_trials.py
 PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
@@ -30,6 +31,7 @@ _STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_p
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
 _ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+)?")
+_RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json(?:\.[0-9]+)?")
 _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
 
 
@@ -188,8 +190,10 @@ def _kind_of(path: Path) -> str | None:
             return "remains of a disk probe"
         if path.name == SWAPS and path.is_file():
             return "models that were swapped"
-        if path.name == USES and path.is_dir() and all(map(_is_uses, path.iterdir())):
+        if path.name == USES and _all_named(path, _ONE_OF_THE_USES):
             return "uses of units"
+        if path.name == TRIALS and _all_named(path, _RESULT):
+            return "results of trials"
         if path.name == SUMS and path.is_dir() and _sums_in(path):
             return "block sums"
         if path.name.startswith(MATRICES) and path.is_dir():
@@ -215,9 +219,11 @@ def _sums_in(folder: Path) -> list[Path]:
     ]
 
 
-def _is_uses(path: Path) -> bool:
-    """Whether a file in the folder of uses has a name that this package gives."""
-    return _ONE_OF_THE_USES.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+def _all_named(folder: Path, names: re.Pattern[str]) -> bool:
+    """Whether a folder holds only files with names that this package gives."""
+    return folder.is_dir() and all(
+        names.fullmatch(path.name) and path.is_file() and not path.is_symlink() for path in folder.iterdir()
+    )
 
 
 def _note_of(store: Path) -> Path:

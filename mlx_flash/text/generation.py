@@ -167,6 +167,7 @@ def summary(response: FlashResponse, model: Any) -> list[str]:
         f"Peak memory: {response.peak_memory:.3f} GB of {model.flash.plan.budget / 1e9:.3f} GB",
         f"First token: {statistics.first_token_s:.3f} s",
         *statistics.lines(model.flash.predictor),
+        *([model.flash.trials.line()] if model.flash.trials else []),
     ]
 
 

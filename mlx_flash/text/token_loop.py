@@ -190,7 +190,7 @@ class TokenLoop:
 
     def feed(self, tokens: list[int]) -> None:
         """Feeds tokens without choosing one."""
-        with self._timed():
+        with self._timed(len(tokens)):
             mx.eval(self.model(mx.array(tokens)[None], cache=self.cache)[:, -1])
             mx.eval([layer.state for layer in self.cache])
 
@@ -204,7 +204,7 @@ class TokenLoop:
         return drafts, seconds
 
     def _decode(self, fed: list[int], drafts: int, choose: Chooser) -> tuple[int, mx.array, mx.array]:
-        with self._counting("prompt") if self._unread and not self.decoded else self._timed():
+        with self._counting("prompt") if self._unread and not self.decoded else self._timed(len(fed)):
             logits = self.model(mx.array(fed)[None], cache=self.cache)[:, -1 - drafts :, :]
             chosen, logprobs = choose(logits[:, 0, :])
             mx.eval(chosen, logprobs, logits if drafts else ())
@@ -220,11 +220,14 @@ class TokenLoop:
         return token
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, positions: int) -> Iterator[None]:
+        """Wraps a pass over the weights with so many tokens."""
         with self._counting("decode") as counters:
-            began = time.perf_counter()
+            misses, began = counters.misses, time.perf_counter()
             yield
-            counters.total_s += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            counters.total_s += seconds
+            self.model.flash.trials.took(1, positions, seconds, counters.misses - misses)
 
     @contextlib.contextmanager
     def _counting(self, kind: str) -> Iterator[Counters]:
@@ -232,6 +235,8 @@ class TokenLoop:
         counters: Counters = self.model.flash.streamer.counters
         with self.model.flash.lock:
             before = counters.copy()
+            if kind == "prompt":
+                self.model.flash.trials.interrupted()
             try:
                 yield counters
             except BaseException:

@@ -3,7 +3,8 @@
  *
  * For pools of 1 to 24 threads, several submitters at once send batches of every form (merged, cut, bounced, direct,
  * empty), with right or wrong checks. The file's reads are cut short at odd places. Some batches are waited for, some
- * twice or by two threads, and some are drained instead. Hostile tables must be refused.
+ * twice or by two threads, and some are drained instead. The number of threads that read changes meanwhile. Hostile
+ * tables must be refused.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -19,7 +20,8 @@
 #include "../../mlx_flash/flash/crc32.h"
 
 typedef struct mf_pool mf_pool;
-mf_pool *mf_pool_new(int64_t threads);
+mf_pool *mf_pool_new(int64_t threads, int64_t working);
+void mf_use_threads(mf_pool *pool, int64_t threads);
 void mf_pool_free(mf_pool *pool);
 void mf_pool_stop(mf_pool *pool);
 void mf_drain(mf_pool *pool);
@@ -230,7 +232,7 @@ int main(int count, char **arguments)
     int pools = 0;
     for (; time(NULL) < end; pools++) {
         int threads = 1 + 7 * pools % 24; /* 1, 8, 15, 22, 5, ... */
-        mf_pool *pool = mf_pool_new(threads);
+        mf_pool *pool = mf_pool_new(threads, (threads + 1) / 2);
         if (pool == NULL)
             fail("no pool");
         pthread_t submitters[SUBMITTERS];
@@ -239,6 +241,10 @@ int main(int count, char **arguments)
             tasks[i] = (task){pool, seed + (unsigned)(31 * pools + i), time(NULL) + 1};
             if (pthread_create(&submitters[i], NULL, submit_random, &tasks[i]) != 0)
                 fail("no thread");
+        }
+        for (int change = 0; change < 50; change++) {
+            mf_use_threads(pool, 1 + below(&seed, (unsigned)threads));
+            usleep(10000);
         }
         for (int i = 0; i < SUBMITTERS; i++)
             pthread_join(submitters[i], NULL);

@@ -423,6 +423,48 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
             UnitFile(tmp_path, direct)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_threads_and_the_way_of_reading_change_while_reads_are_in_flight(
+    path: Path, contents: np.ndarray, direct: bool
+) -> None:
+    """Reads that are aligned and reads through bounce memory, of all lengths up to the longest."""
+    random = np.random.default_rng(5)
+    with Reader(2, most=6) as reader, UnitFile(path, direct) as file:
+        in_flight = []
+        for turn in range(40):
+            starts = np.sort(random.integers(0, SIZE - MERGE_BYTES, 7))
+            lengths = random.integers(1, MERGE_BYTES, 7)
+            memory = np.full(int(lengths.sum()), GUARD, np.uint8)
+            addresses = memory.ctypes.data + np.cumsum(lengths) - lengths
+            ticket = reader.submit(file, starts, addresses, lengths, destination=memory)
+            in_flight.append((ticket, starts, lengths, memory))
+            if turn % 2:
+                reader.use_threads(1 + turn % 6)
+                assert file.read_past_cache(not file.direct) or not direct
+        for ticket, starts, lengths, memory in in_flight:
+            reader.wait(ticket)
+            expected = [contents[at : at + n] for at, n in zip(starts, lengths, strict=True)]
+            assert np.array_equal(memory, np.concatenate(expected))
+        for wrong in (0, 7):
+            with pytest.raises(ValueError, match="expected 1 to 6"):
+                reader.use_threads(wrong)
+        reader.use_threads(6)
+        assert reader.longest_request == MERGE_BYTES // 3 // PAGE * PAGE
+        reader.use_threads(1)
+        assert reader.longest_request == MERGE_BYTES
+    with pytest.raises(ReadError, match="closed"):
+        reader.use_threads(1)
+
+
+def test_the_way_of_reading_stays_where_the_file_was_replaced(own_path: Path) -> None:
+    with UnitFile(own_path, direct=False) as file:
+        own_path.rename(own_path.with_name("other"))
+        assert file.read_past_cache(False) and not file.read_past_cache(True)
+        own_path.write_bytes(bytes(64 * PAGE))
+        assert not file.read_past_cache(True) and not file.direct and file.alignment == 1
+    assert not file.read_past_cache(True)
+
+
 def test_threads_are_bounded_below() -> None:
     with pytest.raises(UsageError, match="at least 1"):
         Reader(0)

@@ -51,20 +51,8 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert server.get("/health").json() == {"status": "ok", "model": "demo"}
     stats = server.get("/stats").json()
     assert set(stats) == {
-        *(
-            "model",
-            "plan",
-            "memory",
-            "resident",
-            "totals",
-            "last",
-            "now",
-            "queue",
-            "uptime_s",
-            "prompt_caches",
-            "choices",
-        ),
-        *("state", "library"),
+        *("model", "plan", "memory", "resident", "totals", "last", "now", "queue", "uptime_s", "prompt_caches"),
+        *("state", "library", "choices"),
     }
     model = stats["model"]
     assert (
@@ -78,6 +66,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert stats["plan"]["context"] == 512 and stats["plan"]["budget"] == stats["memory"]["budget_bytes"]
     assert 0 < stats["memory"]["current_bytes"] <= stats["memory"]["peak_bytes"]
     assert stats["prompt_caches"].keys() == {"contexts", "tokens", "used_bytes", "planned_bytes", "on_disk"}
+    assert stats["choices"]["io"] == {"choice": "direct", "by": "default", "trying": False}
     assert stats["now"] is None and stats["queue"] == {"waiting": 0, "limit": 64, "running": 0, "parallel": 1}
     assert stats["last"]["generated_tokens"] == 9 and stats["last"]["prompt_tokens"] == stats["last"]["prompt_tokens"]
     assert set(stats["last"]) == {

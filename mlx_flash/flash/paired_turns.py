@@ -1,8 +1,8 @@
-"""Compares two ways of doing the same by turns, and decides whether one of them is faster by more than the noise.
+"""Compares two ways of doing the same by turns, and decides whether one is faster by more than the noise.
 
-Seconds per token drift: the context grows, the cache fills, the machine warms up or does something else. So the two ways
-take turns of a few tokens each, two turns make a pair, and each pair gives one number: the logarithm of the ratio of the
-two medians. The order within a pair alternates, so that a steady drift cancels out.
+Seconds per token drift: the context grows, the cache fills, the machine warms up or does something else. So the two
+ways take turns of a few tokens each. Two turns make a pair, and each pair gives one number: the logarithm of the ratio
+of the two medians. The order within a pair alternates, so that a steady drift cancels out.
 
 The candidate wins if it is faster in a one-sided Wilcoxon signed-rank test of these numbers, at LEVEL, and by at least
 LEAST_GAIN in the median. The test is exact and assumes nothing about the times except that, if both ways are equally

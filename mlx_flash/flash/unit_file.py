@@ -49,8 +49,8 @@ class UnitFile:
 
     path: the path as given. size: bytes when opened. direct: whether reads go past the page cache, which a file system
     may refuse; `read_past_cache` changes it. alignment: bytes that reads are aligned to; 1 if they need not be.
-    name_of: (offset, bytes) -> the units there, for messages ("layer 3, neurons 24-31"); "" if unknown. sums: checksums that verify every read; None to
-    verify nothing.
+    name_of: (offset, bytes) -> the units there, for messages ("layer 3, neurons 24-31"); "" if unknown. sums: checksums
+    that verify every read; None to verify nothing.
     Raises ReadError if `path` is not a readable regular file.
     """
 

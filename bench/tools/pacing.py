@@ -28,6 +28,10 @@ def preloaded() -> Iterator[None]:
         os.environ["LD_PRELOAD"] = before
 
 
-def hold(bytes_per_second: int) -> None:
-    """Holds the reads of this process, which was started with the library, at a rate. 0 ends that."""
-    ctypes.CDLL(str(library())).paced_set(ctypes.c_int64(bytes_per_second))
+def hold(bytes_per_second: int, latency_s: float = 0.0, only_direct: bool = False) -> None:
+    """Holds the reads of this process, which was started with the library, at a rate. 0 ends that.
+
+    latency_s: seconds that every read takes at least. only_direct: let reads through the page cache pass.
+    """
+    rate, latency_ns = ctypes.c_int64(bytes_per_second), ctypes.c_int64(round(latency_s * 1e9))
+    ctypes.CDLL(str(library())).paced_set(rate, latency_ns, ctypes.c_int(only_direct))

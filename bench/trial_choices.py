@@ -14,34 +14,45 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.cli.run import whole_number
+from mlx_flash.flash.in_place import InPlaceFiles
+from mlx_flash.flash.trials import WARM_UP
+from mlx_flash.loading.in_place_model import open_in_place
+from mlx_flash.loading.options import LoadOptions
+from mlx_flash.loading.reading_trials import reader_for, reading_trials
+from mlx_flash.loading.resident_weights import open_files
+from mlx_flash.loading.runtime import evaluate_constants
 
 from .quality import say
 from .synthetic.mixture_checkpoint import Shape, write_mixture
 from .tools import figures, pacing, subprocess_json
 from .tools.report import environment
 
-SHAPE = Shape("qwen3_moe", 8, 512, 256, 32, 4, 8, 2, 64, {"group_size": 64, "bits": 4}, True)
-SHARE = 0.25  # of the experts that have a slot
-CONTEXT = 256  # tokens, after which a new text begins
+FOUR_BITS = {"group_size": 64, "bits": 4}
+WIDE = Shape("qwen3_moe", 4, 1024, 512, 32, 4, 8, 2, 64, FOUR_BITS, True)  # The processor multiplies most of the time.
+SMALL = Shape("qwen3_moe", 8, 64, 64, 32, 4, 4, 2, 32, FOUR_BITS, True)  # The host's own work takes most of the time.
+TEXT = 256  # tokens, after which a new text begins
 NEAR = 0.02  # Choices whose medians differ by less than this share are called equal.
 MOST_TOKENS = 6000  # of the trials
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A disk. rate: bytes per second, 0 as it is. latency_s: of each read. cached: whether the whole file is in the
-    page cache, so that buffered reads are not paced. io: a choice that the user has made."""
+    """A model and a disk. slots: of a layer's 32 experts. rate: bytes per second, 0 as it is. latency_s: of each read.
+    cached: whether the whole file is in the page cache, so that buffered reads are not paced. io: the user's choice."""
 
     about: str
+    shape: Shape
+    slots: int = 8
     rate: int = 0
     latency_s: float = 0.0
     cached: bool = False
@@ -49,10 +60,10 @@ class Setting:
 
 
 SETTINGS = {
-    "slow": Setting("a slow disk, and no memory to spare for the page cache", 60 * 10**6),
-    "warm": Setting("the same disk, with the whole file in the page cache", 60 * 10**6, cached=True),
-    "fast": Setting("a disk as fast as memory: buffered reads of a cached file, fixed by the user", io="buffered"),
-    "distant": Setting("a disk of high latency, such as one on a network", 10**9, latency_s=0.004),
+    "slow": Setting("wide experts on a slow disk, no memory to spare for the page cache", WIDE, rate=100 * 10**6),
+    "warm": Setting("the same, with the whole file in the page cache", WIDE, rate=100 * 10**6, cached=True),
+    "fast": Setting("small experts on a disk as fast as memory (buffered reads, by the user)", SMALL, io="buffered"),
+    "distant": Setting("small experts on a disk of high latency, few slots", SMALL, 4, rate=10**9, latency_s=0.003),
 }
 
 
@@ -68,22 +79,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     results = []
-    with tempfile.TemporaryDirectory(prefix="mlx_flash-trials-") as folder, pacing.preloaded():
-        model = Path(folder) / "model"
-        write_mixture(model, SHAPE, SHAPE.layers, mx.float32, 0)
+    with pacing.preloaded():
         for name in arguments.setting or SETTINGS:
             say(f"{name}: {SETTINGS[name].about}")
-            question = [str(model), asdict(SETTINGS[name]), arguments.tokens, arguments.rounds]
+            question = [name, arguments.tokens, arguments.rounds]
             found = subprocess_json.ask("mlx_flash.bench.trial_choices", question, name)
-            results.append({"setting": name, **found})
+            results.append({"setting": name, "about": SETTINGS[name].about, **found})
             show(results[-1])
-        result = {"command": "trials", "environment": environment(model), "share": SHARE, "settings": results}
+    result = {"command": "trials", "environment": environment(Path(tempfile.gettempdir())), "settings": results}
     print(json.dumps(result))
 
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"\n{result['setting']}: {SETTINGS[result['setting']].about}. {result['bytes_per_token'] / 1e6:.2f} MB per "
+        f"\n{result['setting']}: {result['about']}. {result['bytes_per_token'] / 1e6:.2f} MB per "
         f"token; {result['trial_tokens']} tokens of trials, {result['trial_ms']:.1f} ms each; then "
         f"{result['after_ms']:.1f} ms"
     )
@@ -102,28 +111,55 @@ def show(result: dict[str, Any]) -> None:
 # -- in the child process --------------------------------------------------------------------------------------------
 
 
-def work(folder: str, setting: dict[str, Any], tokens: int, rounds: int) -> dict[str, Any]:
-    from mlx_flash.loading.load import load, plan
-    from mlx_flash.loading.plan import ENDLESS
-
-    disk, path = Setting(**setting), Path(folder)
-    with tempfile.TemporaryDirectory(prefix="mlx_flash-trials-") as cache:
-        os.environ["MLX_FLASH_CACHE"] = cache  # earlier results do not count
-        budget = plan(path, memory=ENDLESS, context=CONTEXT).bytes_for(SHARE)
-        options: dict[str, Any] = {"memory": budget, "context": CONTEXT, "io": disk.io}
+def work(name: str, tokens: int, rounds: int) -> dict[str, Any]:
+    setting = SETTINGS[name]
+    with tempfile.TemporaryDirectory(prefix="mlx_flash-trials-") as folder:
+        os.environ["MLX_FLASH_CACHE"] = folder  # earlier results do not count
+        path = Path(folder) / "model"
+        write_mixture(path, setting.shape, setting.shape.layers, mx.float32, 0)
         for file in path.glob("*.safetensors"):
-            file.read_bytes()  # into the page cache, which only settings with buffered reads see
-        model, _ = load(path, **options)  # whose trials are told nothing
-        with closing(model.flash):
-            pacing.hold(disk.rate, disk.latency_s, disk.cached)
-            apart, bytes_per_token = measure(model, tokens, rounds)
-            pacing.hold(0)
-        model, _ = load(path, **options)
-        with closing(model.flash):
-            pacing.hold(disk.rate, disk.latency_s, disk.cached)
-            tried = try_all(model, 4 * tokens)
-    rows = {option: rows_of(model.flash.trials[option], choices) for option, choices in apart.items()}
+            file.read_bytes()  # into the page cache, which buffered reads see
+        with closing(Decoder(path, setting)) as decoder:
+            apart, bytes_per_token = measure(decoder, tokens, rounds)
+        with closing(Decoder(path, setting)) as decoder:
+            tried = try_all(decoder, 4 * tokens)
+            trials = decoder.trials
+    rows = {option: rows_of(trials[option], choices) for option, choices in apart.items()}
     return {"options": rows, "bytes_per_token": bytes_per_token, **tried}
+
+
+class Decoder:
+    """A mixture with so many slots per layer, on the disk of a setting, and its trials."""
+
+    def __init__(self, folder: Path, setting: Setting) -> None:
+        options = LoadOptions(io=setting.io)
+        mixture = open_in_place(folder)
+        self.streamer = InPlaceFiles(open_files(mixture.files, setting.io != "buffered"), reader_for(options))
+        mixture.stream_experts(self.streamer, [setting.slots] * len(mixture.switches), None)
+        self.model, layers = mixture.model, mixture.streamed_experts()
+        share = setting.slots / mixture.experts
+        self.trials = reading_trials(self.streamer, layers, options, folder, share, "experts")
+        self._vocabulary = mixture.config["vocab_size"]
+        evaluate_constants(self.model)
+        pacing.hold(setting.rate, setting.latency_s, setting.cached)
+
+    def tokens(self, told: bool) -> Iterator[float]:
+        """Decodes tokens drawn at random, and yields the seconds of each. told: whether the trials are told of them."""
+        random, counters = np.random.default_rng(0), self.streamer.counters
+        while True:
+            cache = make_prompt_cache(self.model)
+            self.trials.interrupted()
+            for token in random.integers(0, self._vocabulary, TEXT):
+                misses, began = counters.misses, time.perf_counter()
+                mx.eval(self.model(mx.array([[int(token)]]), cache=cache))
+                seconds = time.perf_counter() - began
+                if told:
+                    self.trials.took(1, 1, seconds, counters.misses - misses)
+                yield seconds
+
+    def close(self) -> None:
+        pacing.hold(0)
+        self.streamer.close()
 
 
 def rows_of(trial: Any, choices: dict[Any, list[float]]) -> list[dict[str, Any]]:
@@ -141,55 +177,37 @@ def rows_of(trial: Any, choices: dict[Any, list[float]]) -> list[dict[str, Any]]
     return rows
 
 
-def measure(model: Any, tokens: int, rounds: int) -> tuple[dict[str, dict[Any, list[float]]], float]:
+def measure(decoder: Decoder, tokens: int, rounds: int) -> tuple[dict[str, dict[Any, list[float]]], float]:
     """The milliseconds per token of every choice in every round, and the bytes per token of the defaults."""
-    trials, text = model.flash.trials, endless(model)
-    choices = {name: trial.choices for name, trial in trials.items()}
+    text, counters = decoder.tokens(told=False), decoder.streamer.counters
+    choices = {name: trial.choices for name, trial in decoder.trials.items()}
     found: dict[str, dict[Any, list[float]]] = {name: {each: [] for each in ways} for name, ways in choices.items()}
-    for _ in range(48):  # until the caches are as they stay
+    for _ in range(WARM_UP):
         next(text)
-    nbytes = model.flash.streamer.counters.bytes
-    for _ in range(tokens):
+    before = counters.bytes
+    for _ in range(WARM_UP):
         next(text)
-    nbytes = model.flash.streamer.counters.bytes - nbytes
+    nbytes = counters.bytes - before
     for turn in range(rounds):
         for name, ways in choices.items():
             for choice in ways if turn % 2 else ways[::-1]:
-                trials.fix(name, choice)
+                decoder.trials.fix(name, choice)
                 next(text)
                 found[name][choice].append(1e3 * median(next(text) for _ in range(tokens)))
-            trials.fix(name, ways[0])
-    return found, nbytes / tokens
+            decoder.trials.fix(name, ways[0])
+    return found, nbytes / WARM_UP
 
 
-def try_all(model: Any, after: int) -> dict[str, Any]:
+def try_all(decoder: Decoder, after: int) -> dict[str, Any]:
     """Decodes until every option was tried, and `after` tokens more."""
-    trials, text, times = model.flash.trials, endless(model, told=True), []
+    trials, text = decoder.trials, decoder.tokens(told=True)
+    times: list[float] = []
     open_ones = [trial for trial in trials.values() if trial.open]
-    while any(trial.tried_at is None for trial in open_ones) or trials.trying is not None:
+    while len(times) < MOST_TOKENS and (trials.trying or any(trial.tried_at is None for trial in open_ones)):
         times.append(next(text))
-        if len(times) == MOST_TOKENS:
-            break
     afterwards = [next(text) for _ in range(after)]
     told = {"trial_tokens": len(times), "trial_ms": 1e3 * sum(times) / len(times)}
     return {**told, "after_ms": 1e3 * median(afterwards)}
-
-
-def endless(model: Any, told: bool = False) -> Iterator[float]:
-    """Decodes tokens drawn at random, and yields the seconds of each. told: whether the trials are told of them."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    random, flash = np.random.default_rng(0), model.flash
-    while True:
-        cache = make_prompt_cache(model)
-        flash.trials.interrupted()
-        for token in random.integers(0, flash.vocabulary, CONTEXT):
-            misses, began = flash.streamer.counters.misses, time.perf_counter()
-            mx.eval(model(mx.array([[int(token)]]), cache=cache))
-            seconds = time.perf_counter() - began
-            if told:
-                flash.trials.took(1, 1, seconds, flash.streamer.counters.misses - misses)
-            yield seconds
 
 
 if __name__ == "__main__":

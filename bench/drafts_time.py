@@ -57,7 +57,9 @@ def main(arguments: argparse.Namespace) -> None:
     from mlx_flash.loading.load import load
 
     drafts = {"draft": "ngram"} if arguments.draft_model is None else {"draft_model": arguments.draft_model}
-    model, tokenizer = load(arguments.model, memory=arguments.memory, context=arguments.context, say=say, **drafts)
+    model, tokenizer = load(
+        arguments.model, memory=arguments.memory, context=arguments.context, say=say, trials=False, **drafts
+    )
     with closing(model.flash):
         most = model.flash.most_positions - 1
         if not all(1 <= depth <= most for depth in depths):

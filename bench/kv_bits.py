@@ -37,7 +37,9 @@ def main(arguments: argparse.Namespace) -> None:
     from mlx_flash.loading.quantised_cache import QuantisedCaches
 
     first, *others = KV_BITS
-    model, tokenizer = load(arguments.model, memory=arguments.memory, context=arguments.context, kv_bits=first, say=say)
+    model, tokenizer = load(
+        arguments.model, memory=arguments.memory, context=arguments.context, kv_bits=first, say=say, trials=False
+    )
     try:
         caches = {
             first: model.make_cache,

@@ -200,7 +200,7 @@ def flash(folder: str, context: int, budget: int, tokens: int, draft: str) -> di
     from mlx_flash.flash.system import peak_memory_bytes
 
     options: dict[str, Any] = {} if draft == "none" else {"draft": draft}
-    model, tokenizer = mlx_flash.load(folder, memory=budget, context=context, **options)
+    model, tokenizer = mlx_flash.load(folder, memory=budget, context=context, trials=False, **options)
     found, times, last = [], [], None
     began = time.perf_counter()
     for last in mlx_flash.stream_generate(model, tokenizer, _prompt(tokenizer), max_tokens=tokens):

@@ -143,7 +143,7 @@ def _loaded(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             sizes = {**SMALL, **KINDS[arguments.random], **(DAY_SIZES if arguments.day else {})}
             write_random_mixture(Path(folder), sizes, mx.float32, None)
         context = None if arguments.day else arguments.tokens + 10 * (ANSWER + QUESTION)
-        model, tokenizer = load(path, memory=arguments.memory, context=context, say=say)
+        model, tokenizer = load(path, memory=arguments.memory, context=context, say=say, trials=False)
         try:
             tokenizer._eos_token_ids = {-1}
             yield model, tokenizer

@@ -139,7 +139,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     vocabulary = _vocabulary(whole)
     beside = (rows - 1) * (whole.demand.kv_cache + LOGITS_COPIES * 4 * vocabulary)
     try:
-        model, tokenizer = load(task["model"], memory=budget - beside, context=context, io=task["io"])
+        model, tokenizer = load(task["model"], memory=budget - beside, context=context, io=task["io"], trials=False)
     except BudgetError as error:
         return {"smallest": error.smallest_bytes + beside}
     with closing(model.flash):

@@ -56,9 +56,9 @@ def test_the_candidate_settles_first() -> None:
 def test_a_prompt_drops_the_pair_under_way() -> None:
     turns = PairedTurns()
     run(turns, {True: 1.0, False: 1.0}, PAIR - 1)
-    assert turns.trying
+    before = turns.trying
     turns.interrupted()
-    assert not turns.trying and not turns.pairs
+    assert (before, turns.trying, turns.pairs) == (True, False, [])
     run(turns, {True: 0.5, False: 1.0}, PAIR)
     assert turns.pairs == [pytest.approx(math.log(0.5))]
 

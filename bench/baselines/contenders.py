@@ -19,6 +19,7 @@ from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.host_arrays import to_numpy
 from mlx_flash.flash.stats import Counters
 from mlx_flash.flash.system import peak_memory_bytes
+from mlx_flash.flash.trials import Trials
 from mlx_flash.loading.config import holds_mixture
 
 from ..synthetic.neuron_store import is_synthetic, shape_label
@@ -73,12 +74,13 @@ class Task:
 
 @dataclass
 class Loaded:
-    """A model that is ready to run. told: fields that loading adds to the result."""
+    """A model that is ready to run. told: fields that loading adds to the result. trials: told of decoded tokens."""
 
     model: Any
     counters: Counters = field(default_factory=Counters)
     close: Callable[[], None] = lambda: None
     told: dict[str, Any] = field(default_factory=dict)
+    trials: Trials = field(default_factory=Trials)
 
 
 def run(contender: Contender, task: Task, group: Any = None) -> dict[str, Any]:
@@ -186,17 +188,21 @@ def load_contender(contender: Contender, task: Task, experts: bool) -> Loaded:
 def _load_flash(contender: Contender, task: Task) -> Loaded:
     from mlx_flash.loading.load import load
 
-    model, _ = load(task.folder, memory=contender.memory, context=len(task.ids), **contender.options)
+    model, _ = load(task.folder, memory=contender.memory, context=len(task.ids), trials=False, **contender.options)
     if not contender.keep:
         keep_nothing_between_calls(model, contender.options.get("window"))
     if not contender.overlap:
         model.flash.streamer.overlap = False
+    trial = model.flash.trials.get("lookahead")
     if contender.look_ahead != "tried":
         model.flash.fix_look_ahead(contender.look_ahead == "always")
+    elif trial is not None:
+        trial.fixed = False
+        model.flash.trials = Trials([trial])
     plan = model.flash.plan
     told = {"plan": plan.as_dict(), "slots": list(plan.slots), "slot_share": plan.slot_share}
     told["weights_bytes"] = plan.demand.resident + plan.demand.predictors + plan.slots_bytes
-    return Loaded(model, model.flash.streamer.counters, model.flash.close, told)
+    return Loaded(model, model.flash.streamer.counters, model.flash.close, told, model.flash.trials)
 
 
 def _load_least(folder: str, context: int, options: dict[str, Any]) -> Any:
@@ -289,7 +295,10 @@ def decode(loaded: Loaded, task: Task, answers_prompt: bool) -> dict[str, Any]:
         else:
             mx.eval([c.state for c in cache])
             loaded.model.flash.evaluate_guarded()
-        samples.append(as_printed(loaded.counters - before) | {"total_s": time.perf_counter() - began})
+        used, seconds = loaded.counters - before, time.perf_counter() - began
+        samples.append(as_printed(used) | {"total_s": seconds})
+        if turn:
+            loaded.trials.took(1, 1, seconds, used.misses)
     return {"prompt": samples[0], "samples": samples[1:], "likeliest": likeliest, "first_token_s": first_token_s}
 
 

@@ -25,6 +25,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.flash.in_place import InPlaceFiles
+from mlx_flash.flash.paired_turns import chance
 from mlx_flash.flash.trials import WARM_UP
 from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.options import LoadOptions
@@ -41,7 +42,8 @@ FOUR_BITS = {"group_size": 64, "bits": 4}
 WIDE = Shape("qwen3_moe", 4, 1024, 512, 32, 4, 8, 2, 64, FOUR_BITS, True)  # The processor multiplies most of the time.
 SMALL = Shape("qwen3_moe", 8, 64, 64, 32, 4, 4, 2, 32, FOUR_BITS, True)  # The host's own work takes most of the time.
 TEXT = 256  # tokens, after which a new text begins
-NEAR = 0.02  # Choices whose medians differ by less than this share are called equal.
+NEAR = 0.02  # Choices whose medians differ by less than this share are called equal,
+UNSURE = 0.05  # and so are those that a test does not tell apart at this level.
 MOST_TOKENS = 6000  # of the trials
 
 
@@ -63,7 +65,7 @@ SETTINGS = {
     "slow": Setting("wide experts on a slow disk, no memory to spare for the page cache", WIDE, rate=100 * 10**6),
     "warm": Setting("the same, with the whole file in the page cache", WIDE, rate=100 * 10**6, cached=True),
     "fast": Setting("small experts on a disk as fast as memory (buffered reads, by the user)", SMALL, io="buffered"),
-    "distant": Setting("small experts on a disk of high latency, few slots", SMALL, 4, rate=10**9, latency_s=0.003),
+    "distant": Setting("small experts on a disk of high latency, few slots", SMALL, 4, rate=10**9, latency_s=0.002),
 }
 
 
@@ -99,13 +101,11 @@ def show(result: dict[str, Any]) -> None:
     cells = []
     for option, rows in result["options"].items():
         for row in rows:
-            mark = "fastest" if row["ms"] == min(each["ms"] for each in rows) else ""
-            if row["chosen"]:
-                mark += (", " if mark else "") + f"chosen by {row['by']}: {row['right']}"
             ratio = f"{row['paired_ratio']:.3f}" if row["paired_ratio"] else "-"
-            spread = f"{row['low_ms']:.1f} to {row['high_ms']:.1f}"
-            cells.append([option, str(row["choice"]), f"{row['ms']:.1f}", spread, f"{row['ratio']:.3f}", ratio, mark])
-    figures.table(["option", "choice", "ms/token", "quartiles", "x default", "in trial", ""], cells)
+            spread = f"{row['low']:.3f} to {row['high']:.3f}"
+            name = f"{option} {row['choice']}"
+            cells.append([name, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", spread, ratio, row["verdict"]])
+    figures.table(["", "ms/token", "x default", "quartiles", "in trial", "apart, and chosen"], cells)
 
 
 # -- in the child process --------------------------------------------------------------------------------------------
@@ -163,17 +163,33 @@ class Decoder:
 
 
 def rows_of(trial: Any, choices: dict[Any, list[float]]) -> list[dict[str, Any]]:
-    """A row for each choice of an option. choices: the milliseconds per token of each round."""
-    default = median(next(iter(choices.values())))
-    best = min(map(median, choices.values()))
-    rows = []
+    """A row for each choice of an option. choices: the milliseconds per token of each round.
+
+    Ratios are medians over the rounds, because the choices of a round follow each other. "verdict" of the chosen one:
+    "right" if no other is shown to be faster, by the test of the trials at UNSURE and by NEAR.
+    """
+
+    def against(choice: Any, other: Any) -> list[float]:
+        """The logarithms of the ratios, round by round."""
+        return list(np.log(np.divide(choices[choice], choices[other])))
+
+    def is_faster(choice: Any, other: Any) -> bool:
+        pairs = against(choice, other)
+        return chance(pairs) <= UNSURE and median(pairs) < -NEAR
+
+    default, rows = next(iter(choices)), []
     for choice, times in choices.items():
-        ms = median(times)
-        low, high = np.percentile(times, [25, 75])
-        right = "right" if ms == best else "equal" if ms <= best * (1 + NEAR) else "not the fastest"
-        row = {"choice": choice, "ms": ms, "low_ms": low, "high_ms": high, "ratio": ms / default}
-        row |= {"paired_ratio": trial.ratios.get(str(choice)), "chosen": choice == trial.present, "right": right}
-        rows.append({**row, "by": "the user" if trial.fixed else "trial"})
+        low, middle, high = np.exp(np.percentile(against(choice, default), [25, 50, 75]))
+        row = {"choice": choice, "ms": median(times), "ratio": middle, "low": low, "high": high}
+        row |= {"paired_ratio": trial.ratios.get(str(choice)), "chosen": choice == trial.present, "verdict": ""}
+        if choice != default:
+            row["verdict"] = (
+                "faster" if is_faster(choice, default) else "slower" if is_faster(default, choice) else "not shown"
+            )
+        if row["chosen"] and not trial.fixed:
+            better = [other for other in choices if is_faster(other, choice)]
+            row["verdict"] += f"{', ' if row['verdict'] else ''}chosen: {'wrong' if better else 'right'}"
+        rows.append(row)
     return rows
 
 

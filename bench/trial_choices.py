@@ -39,7 +39,7 @@ from .tools import figures, pacing, subprocess_json
 from .tools.report import environment
 
 FOUR_BITS = {"group_size": 64, "bits": 4}
-WIDE = Shape("qwen3_moe", 4, 1024, 512, 32, 4, 8, 2, 64, FOUR_BITS, True)  # The processor multiplies most of the time.
+WIDE = Shape("qwen3_moe", 3, 1024, 512, 32, 4, 8, 2, 64, FOUR_BITS, True)  # The processor multiplies most of the time.
 SMALL = Shape("qwen3_moe", 8, 64, 64, 32, 4, 4, 2, 32, FOUR_BITS, True)  # The host's own work takes most of the time.
 TEXT = 256  # tokens, after which a new text begins
 NEAR = 0.02  # Choices whose medians differ by less than this share are called equal,
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=whole_number(1), default=8, help="of each choice in a round (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=whole_number(1), default=12, help="of measuring each choice (default: %(default)s)"
+        "--rounds", type=whole_number(1), default=8, help="of measuring each choice (default: %(default)s)"
     )
 
 

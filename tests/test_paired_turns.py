@@ -22,7 +22,7 @@ def run(turns: PairedTurns, seconds: dict[bool, float], tokens: int = 10_000, gr
 
 
 @pytest.mark.parametrize(
-    ("candidate", "won", "pairs"), [(0.9, True, 6), (0.995, False, 24), (1.0, False, 6), (1.1, False, 3)]
+    ("candidate", "won", "pairs"), [(0.9, True, 6), (0.995, False, 24), (1.0, False, 6), (1.1, False, 4)]
 )
 def test_a_clear_winner_is_found_soon(candidate: float, won: bool, pairs: int) -> None:
     turns = PairedTurns()

@@ -20,7 +20,7 @@ from statistics import median
 TURN = 4  # measured tokens per turn
 UNMEASURED = 1  # tokens before them, in which the change takes effect
 LOOKS = (6, 12, 24)  # pairs after which the test is made; after the last one, the candidate has not won
-FIRST_PAIRS = 3  # a candidate that is slower in all of them has lost
+FIRST_PAIRS = 4  # a candidate that is slower in all of them has lost
 LEVEL = 1 / 64
 LEAST_GAIN = 0.01  # share of the time of a token
 OTHER_TOKENS = 16  # tokens of another kind during a turn, after which the pair begins again with theirs

@@ -119,16 +119,16 @@ def work(name: str, tokens: int, rounds: int) -> dict[str, Any]:
         write_mixture(path, setting.shape, setting.shape.layers, mx.float32, 0)
         for file in path.glob("*.safetensors"):
             file.read_bytes()  # into the page cache, which buffered reads see
-        with closing(Decoder(path, setting)) as decoder:
-            apart, bytes_per_token = measure(decoder, tokens, rounds)
-        with closing(Decoder(path, setting)) as decoder:
-            tried = try_all(decoder, 4 * tokens)
-            trials = decoder.trials
+        with closing(TriedModel(path, setting)) as model:
+            apart, bytes_per_token = measure(model, tokens, rounds)
+        with closing(TriedModel(path, setting)) as model:
+            tried = try_all(model, 4 * tokens)
+            trials = model.trials
     rows = {option: rows_of(trials[option], choices) for option, choices in apart.items()}
     return {"options": rows, "bytes_per_token": bytes_per_token, **tried}
 
 
-class Decoder:
+class TriedModel:
     """A mixture with so many slots per layer, on the disk of a setting, and its trials."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
@@ -193,10 +193,10 @@ def rows_of(trial: Any, choices: dict[Any, list[float]]) -> list[dict[str, Any]]
     return rows
 
 
-def measure(decoder: Decoder, tokens: int, rounds: int) -> tuple[dict[str, dict[Any, list[float]]], float]:
+def measure(model: TriedModel, tokens: int, rounds: int) -> tuple[dict[str, dict[Any, list[float]]], float]:
     """The milliseconds per token of every choice in every round, and the bytes per token of the defaults."""
-    text, counters = decoder.tokens(told=False), decoder.streamer.counters
-    choices = {name: trial.choices for name, trial in decoder.trials.items()}
+    text, counters = model.tokens(told=False), model.streamer.counters
+    choices = {name: trial.choices for name, trial in model.trials.items()}
     found: dict[str, dict[Any, list[float]]] = {name: {each: [] for each in ways} for name, ways in choices.items()}
     for _ in range(WARM_UP):
         next(text)
@@ -207,16 +207,16 @@ def measure(decoder: Decoder, tokens: int, rounds: int) -> tuple[dict[str, dict[
     for turn in range(rounds):
         for name, ways in choices.items():
             for choice in ways if turn % 2 else ways[::-1]:
-                decoder.trials.fix(name, choice)
+                model.trials.fix(name, choice)
                 next(text)
                 found[name][choice].append(1e3 * median(next(text) for _ in range(tokens)))
-            decoder.trials.fix(name, ways[0])
+            model.trials.fix(name, ways[0])
     return found, nbytes / WARM_UP
 
 
-def try_all(decoder: Decoder, after: int) -> dict[str, Any]:
+def try_all(model: TriedModel, after: int) -> dict[str, Any]:
     """Decodes until every option was tried, and `after` tokens more."""
-    trials, text = decoder.trials, decoder.tokens(told=True)
+    trials, text = model.trials, model.tokens(told=True)
     times: list[float] = []
     open_ones = [trial for trial in trials.values() if trial.open]
     while len(times) < MOST_TOKENS and (trials.trying or any(trial.tried_at is None for trial in open_ones)):

@@ -266,8 +266,13 @@ def test_listing_them_is_quick() -> None:
     assert json.loads(done.stdout.replace("'", '"')) == []
 
 
-def test_trials_begin_after_the_warm_up(mixture: Path) -> None:
+def test_trials_begin_after_the_warm_up_where_units_are_read(mixture: Path) -> None:
     model, tokenizer = load(mixture, context=256)
+    counters = model.flash.streamer.counters
+    list(stream_generate(model, tokenizer, PROMPT, WARM_UP + 4))
+    assert (counters.misses, model.flash.trials.choices()["lookahead"]["trying"]) == (0, False)  # all was read at load
+    took = model.flash.trials.took
+    model.flash.trials.took = lambda *pass_: took(*pass_[:3], 1)
     list(stream_generate(model, tokenizer, PROMPT, WARM_UP + 4))
     assert model.flash.trials.trying == "lookahead"
     model.flash.close()

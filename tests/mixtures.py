@@ -212,13 +212,18 @@ def to_bfloat16(folder: Path, only: str = "") -> None:
 
 
 def open_streamed(
-    folder: Path, slots: int, window: int | None = None, pinned: int | None = None, zoo: str | None = None
+    folder: Path,
+    slots: int,
+    window: int | None = None,
+    pinned: int | None = None,
+    zoo: str | None = None,
+    adapter: Any = None,
 ) -> tuple[Any, InPlaceFiles]:
     """(model, streamer) of a checkpoint with so many slots per layer. The caller closes the streamer.
 
-    pinned: number of layers whose weights are in memory; None for all.
+    pinned: number of layers whose weights are in memory; None for all. adapter: from `open_adapter`.
     """
-    mixture: InPlaceModel = open_in_place(folder, zoo=zoo)
+    mixture: InPlaceModel = open_in_place(folder, zoo=zoo, adapter=adapter)
     streamer = InPlaceFiles(open_files(mixture.files, direct=True), Reader(4))
     numbers, layers = ([], []) if pinned is None else mixture.layers_to_stream(pinned)
     mixture.stream_experts(streamer, [slots] * len(mixture.switches), window)

@@ -33,8 +33,8 @@ KEYS = {
     *("compute_s", "predictor", "predictor_measured", "drafts", "swap", "choices", "plan"),
 }
 PLAN_KINDS = {
-    *("process", "resident_weights", "predictors", "slots", "table_rows", "kv_cache", "prompt_caches", "drafts"),
-    "workspace",
+    *("process", "resident_weights", "adapter", "predictors", "slots", "table_rows", "kv_cache", "prompt_caches"),
+    *("drafts", "workspace"),
 }
 PLAN_KEYS = {"budget", "total", *PLAN_KINDS}
 HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers", "psutil", "torch")

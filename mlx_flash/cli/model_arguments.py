@@ -116,6 +116,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "au
         help="draft by a small model of the same vocabulary instead, which is wholly in memory (default: none)",
     )
     model.add_argument(
+        "--adapter",
+        metavar="DIR_OR_ID",
+        help="folder, or a Hugging Face id, of a LoRA or DoRA adapter that mlx-lm trained for the model; what it adds "
+        "stays in memory (default: none)",
+    )
+    model.add_argument(
         "--verify",
         action="store_true",
         help="compare what is read of a checkpoint with checksums, units at every read; the first run "

@@ -24,13 +24,14 @@ from ..errors import FlashError
 from ..flash.files import MANIFEST
 from ..flash.safetensors_file import sha256_of
 from ..layers.cache_parts import parts_of
+from ..source.adapter_files import CONFIG, WEIGHTS
 from ..source.conversation_folder import CONVERSATIONS, ConversationFolder
 from ..source.resolve import cache_folder
 from ..text.conversation_files import ConversationFiles
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy")
 DESCRIPTIONS = ("config.json", MANIFEST)
-WEIGHTS = (".safetensors", ".bin")
+WEIGHT_ENDINGS = (".safetensors", ".bin")
 # Variables that choose kernels, another BLAS, or the number of its threads, which may change the order of sums.
 ARITHMETIC = re.compile(r"MLX_(?!FLASH_)|LD_PRELOAD$|DYLD_INSERT_LIBRARIES$|OPENBLAS_|OMP_NUM_THREADS$|VECLIB_")
 
@@ -70,6 +71,7 @@ def conversation_key(model: Any) -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in sorted(os.environ) if ARITHMETIC.match(name)},
         "folder": str(folder),
         "files": _files(folder),
+        "adapter": None if flash.adapter is None else [sha256_of(flash.adapter / name) for name in (CONFIG, WEIGHTS)],
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "images": flash.images is not None,
         "predictor": [flash.predictor, None if setting is None else [setting.target, *setting.shifts]],
@@ -85,7 +87,7 @@ def _files(folder: Path) -> list[list[Any]]:
     for path in sorted(folder.iterdir()):
         if path.name in DESCRIPTIONS or path.name.endswith(".index.json"):
             found.append([path.name, sha256_of(path)])
-        elif path.name.endswith(WEIGHTS):
+        elif path.name.endswith(WEIGHT_ENDINGS):
             status = path.stat()
             # A tool that replaces a file may give it the time of another one, but not the time of that change.
             found.append([path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])

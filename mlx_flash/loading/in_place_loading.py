@@ -115,6 +115,9 @@ def plan_in_place(
     whole_weights, tables = WeightBytes.of(mixture), mixture.lookup_tables
     process = cache(process_bytes)  # measured once, so that plans for several contexts can be compared
 
+    adapter = mixture.adapter
+    added = 0 if adapter is None else adapter.nbytes
+
     def demand_of(context: int, weights: WeightBytes) -> Demand:
         needs = needs_at(context)
         # Units lie anywhere in their files. Slots come after loading.
@@ -124,7 +127,7 @@ def plan_in_place(
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
-            resident=sum(weights.resident) + weights.tables,
+            resident=sum(weights.resident) + weights.tables - added,
             predictors=0,
             kv_cache=needs.kv_cache,
             workspace=MLX_CACHE_BYTES + max(computing, loading),
@@ -132,6 +135,7 @@ def plan_in_place(
             drafts=0 if drafts is None else drafts.bytes_at(context, needs, at_once(needs)),
             table_rows=weights.rows_kept,
             parallel=options.parallel,
+            adapter=added,
         )
 
     def demand_at(context: int) -> Demand:
@@ -144,7 +148,8 @@ def plan_in_place(
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
             resident += "" if images is None else ", the vision part"
             drafting = "" if drafts is None else drafts.note
-            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting)
+            added_note = "" if adapter is None else adapter.note
+            notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting, adapter=added_note)
             caches = options.prompt_cache_bytes
             return plan_for_budget(demand, units, slot_bytes, budget, free, context, notes=notes, prompt_caches=caches)
 
@@ -173,6 +178,8 @@ def plan_in_place(
         numbers, layers = mixture.layers_to_stream(plan.pinned)
         if plan.reads_rows:
             mixture.streamed |= mixture.of_tables()
+        if adapter is not None:
+            adapter.read()
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
         if mixture.switches:
@@ -201,6 +208,7 @@ def plan_in_place(
             share = 1 - plan.layer_bytes_per_token / plan.parameters_bytes
         kind = "layers" if dense else "experts"
         model.flash.trials = reading_trials(streamer, watched, options, folder, share, kind)
+        model.flash.adapter = None if adapter is None else adapter.folder
         if plan.chunks_at_once > 1:
             modules = [layer.module for layer in mixture.layers]
             model.flash.shared_reading = SharedReading(modules, plan.chunks_at_once)

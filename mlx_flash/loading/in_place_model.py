@@ -20,6 +20,7 @@ from ..flash.safetensors_file import TensorEntry
 from ..layers.experts import StreamedExperts
 from ..layers.routers import LIKELY_NAMES, Router
 from ..source.model_kind import is_projection, switch_layers
+from .adapter import Adapter
 from .layer_weights import LayerWeights, find_layers, spread
 from .lazy_model import open_lazily
 from .lookup_tables import Table, find_tables
@@ -44,6 +45,7 @@ class InPlaceModel:
     layers: list[LayerWeights]  # those that can be streamed, in the order in which a token needs them
     lookup_tables: list[Table]  # those whose rows can be read
     streamed: set[str]  # paths of the parameters that do not stay in memory
+    adapter: Adapter | None = None  # what was put into the model
 
     @property
     def experts(self) -> int:
@@ -111,9 +113,16 @@ class InPlaceModel:
 
 @nothing_scheduled()
 def open_in_place(
-    folder: Path, small: Path | None = None, zoo: str | None = None, images: bool = False
+    folder: Path,
+    small: Path | None = None,
+    zoo: str | None = None,
+    images: bool = False,
+    adapter: Adapter | None = None,
 ) -> InPlaceModel:
-    """Builds the model without reading a weight. The arguments and errors are those of `open_lazily`."""
+    """Builds the model without reading a weight. The other arguments and the errors are those of `open_lazily`.
+
+    adapter: is put into the model. It may raise UnsupportedModelError or CheckpointError as well.
+    """
     lazy = open_lazily(folder, small, zoo, images)
     switches = {}
     for path, module in switch_layers(lazy.model):
@@ -123,6 +132,9 @@ def open_in_place(
         switches[path] = parts
     streamed = {f"{path}.{name}" for path, parts in switches.items() for name in parts}
     tables = find_tables(lazy)
+    if adapter is not None:
+        paths = {path for table in tables for path in table.paths}
+        adapter.put_into(lazy.model, lazy.provenance, switches.keys(), paths)
     apart: list[Any] = [(*parent_of(lazy.model, path), lambda call: 0) for path in switches]
     apart += [stand_in for table in tables for stand_in in table.stand_ins]
     layers = find_layers(lazy, apart, streamed.union(*(table.names() for table in tables)))
@@ -140,6 +152,7 @@ def open_in_place(
         layers,
         tables,
         streamed,
+        adapter,
     )
 
 

@@ -17,15 +17,17 @@ from ..errors import FlashError, UsageError
 from ..flash.files import is_store
 from ..flash.random_state import kept_random_state
 from ..flash.wiring import Wiring
+from ..source.adapter_files import FUSE, find_adapter
 from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
 from ..source.kept_swaps import swapped_lately
 from ..source.model_kind import refuse_own_code
 from ..source.resolve import cached_store_path, ensure_store, resolve_source
-from ..source.zoos import INSTALL_MLX_VLM, MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module
+from ..source.zoos import INSTALL_MLX_VLM, MLX_VLM, has_vision, mlx_vlm_is_installed, mlx_vlm_module, zoo_of
 from ..text.generation_config import read_generation_config
 from ..text.image_prompts import ImageProcessor
 from ..text.tokenizer import load_tokenizer, require_tokenizer
+from .adapter import Adapter, open_adapter
 from .config import holds_mixture, read_config
 from .draft_model import PlannedDrafts, plan_drafts
 from .fill_slots import fill_slots
@@ -175,7 +177,8 @@ def _planned(
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         drafts = plan_drafts(options, source, say, fetch=fetch)
-        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts)
+        adapter = None if options.adapter is None else open_adapter(find_adapter(options.adapter, say, fetch))
+        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts, adapter)
         if drafts is not None and drafts.model is not None:
             drafts.model.check(planned.tokenizer)
         yield planned
@@ -189,6 +192,7 @@ def _plan(
     prepare: bool,
     copies: contextlib.ExitStack,
     drafts: PlannedDrafts | None,
+    adapter: Adapter | None,
 ) -> Planned:
     """name: the user's name for the folder `source`. copies: keeps copies of small files until all is loaded."""
     if problem := _unencodable(source):
@@ -202,10 +206,16 @@ def _plan(
     if not is_store(source):
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
-            planned = _plan_as_it_is(source, small, options, say, copies, drafts, "expert" if mixture else "layer")
+            unit = "expert" if mixture else "layer"
+            planned = _plan_as_it_is(source, small, options, say, copies, drafts, adapter, unit)
             return planned._replace(folder=source)
         read_generation_config(source)
         require_tokenizer(source)
+    if adapter is not None:
+        raise UsageError(
+            f"{source} is streamed neuron by neuron, and its predictors were fitted to it without an adapter. Write "
+            f"the changed model once, {FUSE}, and run FUSED."
+        )
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
     _check_compiler(say)
     return plan_store(folder, options, copies, drafts)._replace(folder=folder)
@@ -238,6 +248,7 @@ def _plan_as_it_is(
     say: Callable[[str], None],
     copies: contextlib.ExitStack,
     drafts: PlannedDrafts | None,
+    adapter: Adapter | None,
     unit: str,
 ) -> Planned:
     """small: the folder that the configuration, the tokenizer and the index are read from. unit: what is streamed."""
@@ -253,7 +264,11 @@ def _plan_as_it_is(
     name_themselves(tokenizer, small, source)
     images = ImageProcessor(small) if options.images else None
     zoo = MLX_VLM if drafts is not None and drafts.of_own_head else None
-    mixture = open_in_place(source, small, zoo, images=options.images)
+    if adapter is not None and (options.images or zoo == MLX_VLM or zoo_of(config) == MLX_VLM):
+        raise UsageError(
+            f"mlx-vlm builds the model of {source}, and an adapter is put into models of mlx-lm. Leave it out."
+        )
+    mixture = open_in_place(source, small, zoo, images=options.images, adapter=adapter)
     copies.close()  # before the first load reads and compares all weights
     plan, build, plan_for, foresight = plan_in_place(source, mixture, options, drafts, images)
     return Planned(plan, tokenizer, defaults, build, plan_for, foresight, drafts)

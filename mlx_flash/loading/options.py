@@ -43,6 +43,8 @@ class LoadOptions:
         checkpoint's own head, wholly in memory, where mlx-vlm runs it, or "none". This may change the text by rounding.
     draft_model: a folder or a Hugging Face repository with a small model of the same vocabulary, which drafts tokens.
         It is wholly in memory. This may change the text by rounding.
+    adapter: a folder or a Hugging Face repository with an adapter that mlx-lm trained for the model (LoRA or DoRA).
+        What it adds is in memory.
     verify: compare everything that is read of a mixture's checkpoint with checksums, every expert at every read. The
         first such load reads the whole checkpoint to make the checksums.
     images: whether the model is to read images. mlx-vlm builds it then, with its vision part in memory.
@@ -68,6 +70,7 @@ class LoadOptions:
     io: str | None = None
     draft: str = "none"
     draft_model: str | os.PathLike[str] | None = None
+    adapter: str | os.PathLike[str] | None = None
     verify: bool = False
     images: bool = False
     parallel: int = 1
@@ -125,8 +128,9 @@ class LoadOptions:
             raise UsageError(f"io is {self.io!r}, expected 'direct', 'buffered', or None.")
         if self.draft not in DRAFTS:
             raise UsageError(f"draft is {self.draft!r:.80}, expected one of {', '.join(DRAFTS)}.")
-        if self.draft_model is not None and not isinstance(self.draft_model, (str, os.PathLike)):
-            raise UsageError(f"draft_model is {self.draft_model!r:.80}, expected a folder or a repository id.")
+        for name, given in (("draft_model", self.draft_model), ("adapter", self.adapter)):
+            if given is not None and not isinstance(given, (str, os.PathLike)):
+                raise UsageError(f"{name} is {given!r:.80}, expected a folder or a repository id.")
         if self.draft_model is not None and self.draft != "none":
             raise UsageError(f"draft is {self.draft!r} and a draft model is given as well. Leave one of them out.")
         if type(self.parallel) is not int or not 1 <= self.parallel <= MOST_PARALLEL:

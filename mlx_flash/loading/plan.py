@@ -56,10 +56,11 @@ class Demand:
     drafts: int = 0  # what drafts tokens, and what a pass with them takes beyond that of one token
     table_rows: int = 0  # rows that are kept of lookup tables whose rows are read
     parallel: int = 1  # number of contexts that the KV cache has room for
+    adapter: int = 0  # the weights that an adapter adds
 
     @property
     def total(self) -> int:
-        weights = self.resident + self.predictors + self.table_rows
+        weights = self.resident + self.adapter + self.predictors + self.table_rows
         return self.process + weights + self.kv_cache + self.prompt_caches + self.drafts + self.workspace
 
     @property
@@ -83,6 +84,7 @@ class PlanNotes:
     kv_cache: str = ""  # likewise
     drafts: str = ""
     table_rows: str = ""  # empty if no rows of tables are read
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Plan:
             "total": self.total,
             "process": self.demand.process,
             "resident_weights": self.demand.resident,
+            "adapter": self.demand.adapter,
             "predictors": self.demand.predictors,
             "slots": self.slots_bytes,
             "table_rows": self.demand.table_rows,
@@ -161,6 +164,7 @@ class Plan:
         rows = [
             ("process", self.demand.process, "interpreter and libraries, measured"),
             ("resident weights", self.demand.resident, self.notes.resident),
+            *([("adapter", self.demand.adapter, self.notes.adapter)] if self.demand.adapter else []),
             ("predictors", self.demand.predictors, self.notes.predictors),
             ("slots", self.slots_bytes, slots),
             ("KV cache", self.demand.kv_cache, f"{self._tokens}{self.notes.kv_cache}"),

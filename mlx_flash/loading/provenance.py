@@ -57,6 +57,13 @@ class Provenance:
         }
         return result
 
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Follows parameters whose modules were moved. new_name: from a parameter's path to its path now."""
+        self.followed = {new_name(name): found for name, found in self.followed.items()}
+        self.sources = {new_name(name): found for name, found in self.sources.items()}
+        self.arrays = {new_name(name): found for name, found in self.arrays.items()}
+        self.stacks = {new_name(name): found for name, found in self.stacks.items()}
+
 
 def locate(
     folder: Path,

@@ -127,6 +127,7 @@ class Runtime:
     folder: Path | None = None  # of the store or the checkpoint
     warm_start: WarmStart | None = None  # keeps the uses of units for the next start
     wiring: Wiring | None = None  # of the weights and slots; None: not measured
+    adapter: Path | None = None  # the folder of the adapter that was put into the model
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

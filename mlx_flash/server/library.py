@@ -216,7 +216,7 @@ class Library:
         """The options that other models share with the first one."""
         own = self.options
         draft = own.draft if own.draft == "ngram" else "none"
-        return replace(own, revision=None, predictor="auto", recall=None, draft=draft, draft_model=None)
+        return replace(own, revision=None, predictor="auto", recall=None, draft=draft, draft_model=None, adapter=None)
 
     def _load(self, model: InstalledModel | None, options: LoadOptions, tell: Tell, fetch: bool) -> tuple[Any, Any]:
         from ..loading.load import load

@@ -62,6 +62,7 @@ def _of_model(engine: Engine, loaded: LoadedModel) -> dict[str, Any]:
             "parameters_bytes": parameters_bytes(flash),
             "sampling": flash.defaults.sampling,
             "images": flash.images is not None,
+            "adapter": None if flash.adapter is None else str(flash.adapter),
             "thinks": loaded.format.thinks,
         },
         "plan": {**flash.plan.as_dict(), "context": flash.plan.context},

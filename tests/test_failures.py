@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -154,11 +155,14 @@ def test_a_conversation_whose_cache_could_not_grow_begins_anew(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (FileNotFoundError(2, "No such file or directory"), "Check the name, or put the file back."),
+        (FileNotFoundError(2, "No such file or directory"), "If it is on another volume, connect that."),
         (NotADirectoryError(20, "Not a directory"), "Check the name."),
         (IsADirectoryError(21, "Is a directory"), "Name a file."),
         (PermissionError(13, "Permission denied"), "Give this user the right to read it."),
         (OSError(5, "Input/output error"), "copy the file from a sound disk."),
+        (OSError(errno.ENXIO, "Device not configured"), "A server loads the model again by itself."),
+        (OSError(errno.ESTALE, "Stale file handle"), "A server loads the model again by itself."),
+        (OSError(errno.ETIMEDOUT, "Operation timed out"), "A server loads the model again by itself."),
         (EOFError("it ends at byte 3"), "Copy it again."),
     ],
 )

@@ -80,6 +80,10 @@ class InPlaceFiles(InFlightReads):
         for file in self.files:
             file.verify_unchanged()
 
+    def is_lost(self) -> bool:
+        """Whether one of the files went away, see `UnitFile.is_lost`."""
+        return any(file.is_lost() for file in self.files)
+
     def close(self) -> None:
         self.reader.close()
         for file in self.files:

@@ -46,6 +46,10 @@ class NeuronFile(InFlightReads):
         """Raises ReadError if the bundle file was changed."""
         self.file.verify_unchanged()
 
+    def is_lost(self) -> bool:
+        """Whether the bundle file went away, see `UnitFile.is_lost`."""
+        return self.file.is_lost()
+
     def close(self) -> None:
         self.reader.close()
         self.file.close()

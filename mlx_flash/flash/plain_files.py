@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,19 @@ if TYPE_CHECKING:  # `--help` must not wait for this import
     import numpy as np
 
 DISK = "The disk or the connection to it reports this. Try again; if it persists, copy the file from a sound disk."
+AWAY = (
+    "The volume that it is on went away: connect it again, then start again. A server loads the model again by itself."
+)
+# What the system says of files on a volume that was disconnected, or on a server that does not answer.
+OF_A_LOST_VOLUME = frozenset(
+    {
+        *(errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
+        *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    }
+)
 CUT = "The file was cut short or is still being copied. Copy it again."
 REMEDIES: dict[type[Exception], str] = {
-    FileNotFoundError: "Check the name, or put the file back.",
+    FileNotFoundError: "Check the name, or put the file back. If it is on another volume, connect that.",
     NotADirectoryError: "Check the name.",
     IsADirectoryError: "Name a file.",
     PermissionError: "Give this user the right to read it.",
@@ -26,6 +37,8 @@ REMEDIES: dict[type[Exception], str] = {
 def unreadable(path: Path, error: Exception, what: str = "") -> ReadError:
     """The ReadError for a system error or an EOFError. what: the part of the file, such as "tensor x"."""
     remedy = CUT if isinstance(error, EOFError) else REMEDIES.get(type(error), DISK)
+    if isinstance(error, OSError) and error.errno in OF_A_LOST_VOLUME:
+        remedy = AWAY
     return ReadError(f"{path}{what and f': {what}'} cannot be read: {reason_of(error)}. {remedy}")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FlashError, ReadError, UsageError
+from .plain_files import AWAY, OF_A_LOST_VOLUME
 from .requests import MERGE_BYTES, plan_requests
 from .system import READ_ALIGNMENT
 from .unit_file import Descriptor, Int64Array, UnitFile
@@ -340,5 +341,6 @@ def _failure(file: UnitFile, result: _Result) -> ReadError:
             "the disk and the memory of this machine"
         )
     else:
-        problem = f"{what} failed: {os.strerror(result.code)} (error {result.code}). Check the disk and the file"
+        remedy = AWAY if result.code in OF_A_LOST_VOLUME else "Check the disk and the file."
+        return ReadError(f"{where}{what} failed: {os.strerror(result.code)} (error {result.code}). {remedy}")
     return ReadError(f"{where}{problem}.")

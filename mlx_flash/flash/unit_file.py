@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ReadError
+from .plain_files import unreadable
 from .system import READ_ALIGNMENT, open_for_reading
 
 Int64Array = npt.NDArray[np.int64]
@@ -119,7 +121,7 @@ class UnitFile:
         try:
             now = os.fstat(descriptor.number)
         except OSError as error:
-            raise ReadError(f"{self.path} cannot be examined: {error.strerror}.") from error
+            raise unreadable(self.path, error) from error
         then = self._opened
         if identity_of(now) == identity_of(then):
             return
@@ -136,6 +138,19 @@ class UnitFile:
             f"{self.path} was changed while it was in use ({how}). "
             "Do not change the files of a store or a checkpoint while a model runs. Start again."
         )
+
+    def is_lost(self) -> bool:
+        """Whether its path does not lead to it any more, or its descriptor reads nothing: its volume went away, or
+        another file took its place. Once the path leads to a file again, that can be opened."""
+        if (descriptor := self._descriptor) is None:
+            return False
+        try:
+            there = os.stat(self.path)
+            with mmap.mmap(-1, READ_ALIGNMENT) as page:
+                os.preadv(descriptor.number, [page], 0)
+        except OSError:
+            return True
+        return (there.st_dev, *identity_of(there)) != (self._opened.st_dev, *identity_of(self._opened))
 
     def close(self) -> None:
         """Closes the file, at once or when the last outstanding read has been waited for. May be called again."""

@@ -72,6 +72,8 @@ class AnyStreamer(Protocol):
 
     def verify_unchanged(self) -> None: ...
 
+    def is_lost(self) -> bool: ...
+
     def close(self) -> None: ...
 
 
@@ -153,6 +155,10 @@ class Runtime:
     def verify_unchanged(self) -> None:
         """Raises ReadError if a file that units are read from was changed."""
         self.streamer.verify_unchanged()
+
+    def is_lost(self) -> bool:
+        """Whether a file that units are read from went away, so that only loading the model again may help."""
+        return self.streamer.is_lost()
 
     def close(self) -> None:
         """Stops the reader's threads, closes the files and keeps the results of trials. The model cannot be used

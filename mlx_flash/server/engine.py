@@ -278,6 +278,8 @@ class Engine:
             failed = not job.left
         except Exception as error:
             last = why_failed(error, job.id)
+            if self._loaded.is_lost_by(error):
+                self.places.give_up_model()
         finally:
             watch.end(failed)  # first, so that a client that has its answer finds it in the totals
             self.running.remove(job)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ReadError
 from .events import EventHub
 from .monitor import Monitor
 
@@ -45,6 +46,10 @@ class LoadedModel:
         except BaseException:
             model.flash.close()
             raise
+
+    def is_lost_by(self, error: Exception) -> bool:
+        """Whether an answer ended with `error` because the model's files went away."""
+        return isinstance(error, ReadError) and bool(self.model.flash.is_lost())
 
     def close(self) -> None:
         """Writes the conversations to the disk, stops the reader's threads and closes the model's files."""

@@ -186,7 +186,9 @@ class ParallelAnswers:
         if isinstance(item, Ended):
             failed, item = not job.left, stopping()
         elif isinstance(item, Exception) and not isinstance(item, ApiError):
-            item = why_failed(item, job.id)
+            lost, item = self._loaded.is_lost_by(item), why_failed(item, job.id)
+            if lost:
+                self._places.give_up_model()
         watch.end(failed)  # first, so that a client that has its answer finds it in the totals
         self._running.remove(job)
         job.tell(item)

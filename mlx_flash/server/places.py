@@ -151,6 +151,15 @@ class Places:
             self.loaded = False
             return True
 
+    def give_up_model(self) -> None:
+        """Orders that the model is closed behind the places that were called, unless another order waits already.
+
+        The next request then loads it again.
+        """
+        with self._lock:
+            if self._closed is None and not any(place.errand for place in self._places):
+                self._places.insert(len(self._same()), QueuePlace(None, errand=True, unload=True))
+
     def set_model(self, current: Target, loaded: bool) -> None:
         """Says which model is loaded, or is to be loaded next, and calls the places that waited for it."""
         with self._lock:

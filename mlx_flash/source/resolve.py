@@ -52,7 +52,9 @@ def find_checkpoint(
     if exists:
         found = f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id."
         raise UsageError(f"{found} {about_gguf([model])}".rstrip())
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if model.startswith(("/", "~")):
+        raise UsageError(f"there is no folder {model}. Check the name. If it is on another volume, connect that.")
+    if model.count("/") != 1 or model.startswith("."):
         raise UsageError(f"{model} is neither a folder nor a Hugging Face repository id (owner/name).")
     from .hub import download
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..defaults import BITS
 from ..errors import CorruptStoreError, NewerFormatError, NotAStoreError, OlderFormatError, TruncatedStoreError
+from .dataless import refuse_dataless, refuse_placeholders
 from .plain_files import reading
 from .safetensors_file import sha256_of
 
@@ -274,15 +275,19 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads and checks a store's manifest, and checks that the files it names have their full size.
 
     Raises NotAStoreError, NewerFormatError, OlderFormatError, CorruptStoreError, TruncatedStoreError, or
-    ReadError if the system cannot read a file.
+    ReadError if the system cannot read a file, or if it is in iCloud.
     """
     manifest = parse_manifest(folder)
+    with reading(folder, "the list of its files"):
+        refuse_placeholders(folder, [path.name for path in folder.iterdir()], manifest.files.__contains__)
     for name, entry in manifest.files.items():
         file = folder / name
         expected = entry["bytes"]
         if not file.is_file():
             raise TruncatedStoreError(f"{folder} lacks {name} ({expected} bytes). {AGAIN}")
-        if (found := file.stat().st_size) != expected:
+        status = file.stat()
+        refuse_dataless(file, status)
+        if (found := status.st_size) != expected:
             raise TruncatedStoreError(f"{file} has {found} bytes, expected {expected}. {AGAIN}")
         if "sha256" in entry:  # The configuration and the tokenizer are small, and everything depends on them.
             with reading(file):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..flash.dataless import refuse_dataless, refuse_placeholders
 from ..flash.plain_files import reading
 
 # Configuration, tokenizer, chat template and generation settings.
@@ -112,7 +113,7 @@ def files_in(folder: Path) -> list[str]:
 
     Raises CheckpointError for a link that leaves the folder (unless it leads to the blobs of the same repository in
     the Hub's cache), for an entry that is not a file, and for a small file that is larger than any real one. Raises
-    ReadError if something cannot be read.
+    ReadError if something cannot be read, or is in iCloud.
     """
     home = folder.resolve()
     with reading(folder, "the list of its files"):
@@ -122,12 +123,15 @@ def files_in(folder: Path) -> list[str]:
     for path in entries:
         if path.is_symlink() and not path.name.startswith("."):
             _check_link(path, home)
-    names = matching([path.name for path in entries if path.parent == folder], (*SMALL_FILES, *WEIGHT_PATTERNS))
+    here, patterns = [path.name for path in entries if path.parent == folder], (*SMALL_FILES, *WEIGHT_PATTERNS)
+    refuse_placeholders(folder, here, lambda name: matching([name], patterns))
+    names = matching(here, patterns)
     further = further_templates([str(path.relative_to(folder)) for path in entries])
     small = {*matching(names, SMALL_FILES), *further}
     for name in [*names, *further]:
         with reading(folder / name):
             status = (folder / name).stat()
+        refuse_dataless(folder / name, status)
         if not stat.S_ISREG(status.st_mode):
             what = KINDS_OF_ENTRIES.get(stat.S_IFMT(status.st_mode), "not a file")
             raise CheckpointError(f"{folder / name} is {what}; expected a file. Remove it, or download it again.")

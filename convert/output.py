@@ -20,6 +20,7 @@ from mlx_flash.flash.files import FORMAT, MANIFEST, RECORD, Manifest, is_store
 from mlx_flash.flash.plain_files import reading
 from mlx_flash.flash.safetensors_file import tensor_checksums
 from mlx_flash.flash.system import sync_to_disk
+from mlx_flash.source.ssd_writes import CONVERSIONS, count_written
 
 from .sums import WrittenSums
 
@@ -153,7 +154,9 @@ class PartialFolder:
 
         is_work_file: whether a file, by its name, does not belong to the output.
         """
-        for path in self.path.iterdir():
+        files = list(self.path.iterdir())
+        count_written(CONVERSIONS, sum(path.stat().st_size for path in files))
+        for path in files:
             if is_work_file(path.name) and path.name != RECORD:
                 path.unlink()
         replaced = replaced_path(self.output)

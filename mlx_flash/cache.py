@@ -35,8 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     from .flash.plain_files import reason_of
-    from .source.cached import entries, remove
-    from .source.resolve import cache_folder
+    from .source.cached import cache_folder, entries, remove
 
     folder = cache_folder()
     if folder.exists() and not folder.is_dir():

@@ -158,6 +158,7 @@ def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Pat
     (folder / "sums" / f"{kept.name}.123.partial").write_bytes(b"of a run that was killed")
     (folder / "sums" / "notes.txt").write_text("not ours")
     found = {entry.name: (entry.kind, entry.nbytes > 0) for entry in entries(folder)}
+    assert found.pop("ssd-writes.json") == ("bytes written per day", True)
     assert found == {"sums": ("block sums", True), "last-error.txt": ("error report", True)}
     _, out, _ = cli()
     assert "block sums" in out and "error report" in out

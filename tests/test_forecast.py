@@ -132,7 +132,7 @@ def test_a_measured_rate_is_kept_for_a_day(cache: Path) -> None:
     keep_rates({"one": Rate(1e9, 0.25)})
     keep_rates({"other": Rate(2e9, 1.0)})
     assert kept_rates() == {"one": Rate(1e9, 0.25), "other": Rate(2e9, 1.0)}
-    assert [entry.kind for entry in entries(cache)] == ["speed of disks"]
+    assert [entry.kind for entry in entries(cache)] == ["speed of disks", "bytes written per day"]
     kept = json.loads((cache / DISK_RATES).read_text())
     kept["one"][-1] = time.time() - LIFE_S - 1
     (cache / DISK_RATES).write_text(json.dumps(kept))

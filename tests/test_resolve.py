@@ -13,7 +13,7 @@ from conftest import Tiny  # type: ignore[import-not-found]
 
 from mlx_flash.errors import ConversionError, UsageError
 from mlx_flash.flash.files import is_store
-from mlx_flash.source import resolve
+from mlx_flash.source import cached, resolve
 from mlx_flash.source.resolve import find_checkpoint, find_store
 
 
@@ -113,13 +113,13 @@ def test_a_cache_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path, monkeypa
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLX_FLASH_CACHE", "~/x")
-    assert resolve.cache_folder() == Path.home() / "x"
+    assert cached.cache_folder() == Path.home() / "x"
     monkeypatch.delenv("MLX_FLASH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert resolve.cache_folder() == tmp_path / "mlx_flash"
+    assert cached.cache_folder() == tmp_path / "mlx_flash"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert resolve.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
+    assert cached.cache_folder() == Path.home() / "Library" / "Caches" / "mlx_flash"
 
 
 @pytest.mark.parametrize(

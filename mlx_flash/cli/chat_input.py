@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UsageError
-from ..source.cached import HISTORY
-from ..source.resolve import cache_folder
+from ..source.cached import HISTORY, cache_folder
 from .completion import complete_with
 from .history import History
 from .printable import printable

@@ -25,8 +25,8 @@ from ..flash.files import MANIFEST
 from ..flash.safetensors_file import sha256_of
 from ..layers.cache_parts import parts_of
 from ..source.adapter_files import CONFIG, WEIGHTS
+from ..source.cached import cache_folder
 from ..source.conversation_folder import CONVERSATIONS, ConversationFolder
-from ..source.resolve import cache_folder
 from ..text.conversation_files import ConversationFiles
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy")

@@ -19,8 +19,8 @@ from ..errors import CheckpointError, ReadError
 from ..flash.reader import Reader
 from ..flash.unit_file import UnitFile, identity_of
 from ..flash.unit_sums import Ranges, RangeSums, make_sums
-from ..source.cached import SUMS, SUMS_SUFFIX
-from ..source.resolve import cache_folder
+from ..source.cached import SUMS, SUMS_SUFFIX, cache_folder
+from ..source.ssd_writes import CHECKSUMS, count_written
 
 Identity = tuple[int, int, int, int]  # the result of `identity_of`
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -183,8 +183,9 @@ def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f"{place.name}.{os.getpid()}{threading.get_native_id()}.partial")
     try:
-        beside.write_bytes(sums.to_bytes(_named(path, identity), sha256))
+        written = beside.write_bytes(sums.to_bytes(_named(path, identity), sha256))
         beside.replace(place)
+        count_written(CHECKSUMS, written)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from ..source.cached import DISK_RATES
-from ..source.resolve import cache_folder
+from ..source.cached import DISK_RATES, cache_folder
+from ..source.ssd_writes import write_small
 
 LIFE_S = 24 * 3600  # a measurement is used for so long
 
@@ -34,12 +33,9 @@ def kept_rates() -> dict[str, Rate]:
 
 def keep_rates(rates: Mapping[str, Rate]) -> None:
     with contextlib.suppress(OSError, UsageError):  # no folder to write to: the next forecast measures again
-        path = cache_folder() / DISK_RATES
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         all_kept = {**_kept(), **{name: (rate, time.time()) for name, rate in rates.items()}}
-        partial.write_text(json.dumps({each: [*kept, measured] for each, (kept, measured) in all_kept.items()}))
-        partial.replace(path)
+        text = json.dumps({each: [*kept, measured] for each, (kept, measured) in all_kept.items()})
+        write_small(cache_folder() / DISK_RATES, text)
 
 
 def _kept() -> dict[str, tuple[Rate, float]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FlashError, UsageError
-from ..source.cached import PLANS
+from ..source.cached import PLANS, cache_folder
 from ..source.children import child_environment
 from ..source.installed import InstalledModel
-from ..source.resolve import cache_folder
+from ..source.ssd_writes import write_small
 
 if TYPE_CHECKING:
     from ..loading.options import LoadOptions
@@ -168,11 +167,7 @@ class ModelPlans:
             for key in list(plans)[: max(0, len(plans) - MOST_KEPT)]:
                 del plans[key]
             with contextlib.suppress(OSError, UsageError):
-                path = _file()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-                beside.write_text(json.dumps(plans), encoding="utf-8")
-                beside.replace(path)
+                write_small(_file(), json.dumps(plans))
 
 
 def _file() -> Path:

@@ -1,4 +1,4 @@
-"""The entries of the cache folder, and their removal. Entries in use and files of other programs are never removed."""
+"""The cache folder, its entries, and their removal. Entries in use and files of other programs are never removed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UsageError
 from ..flash.files import FORMAT, MANIFEST, RECORD, Manifest
 from .conversation_folder import CONVERSATIONS, KeptModel, kept_models, remove_model
 
@@ -22,6 +24,7 @@ DISK_RATES = "disk-rates.json"  # the speed of disks, as measured on the way to 
 USES = "uses"  # the folder for the uses of units, see kept_uses.py
 SWAPS = "swapped.json"  # the models that ran while the system swapped
 TRIALS = "trials"  # the folder for the results of trials, see kept_trials.py
+SSD_WRITES = "ssd-writes.json"  # how many bytes were written per day
 PLANS = "plans.json"  # what models on this machine need, as a server planned it
 SUMS = "sums"  # the folder for the block sums that `--verify` makes of a checkpoint's files
 SUMS_SUFFIX = ".sums"
@@ -33,6 +36,25 @@ _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:remo
 _ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+)?")
 _RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json(?:\.[0-9]+)?")
 _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
+
+
+def cache_folder() -> Path:
+    """The folder for stores made without an explicit output: $MLX_FLASH_CACHE, or the system's cache folder.
+
+    Raises UsageError if the folder depends on a home folder that the system does not know.
+    """
+    chosen = os.environ.get("MLX_FLASH_CACHE")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mlx_flash"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
+    except RuntimeError:  # a user without a home folder, or "~name" of a user who does not exist
+        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, but" if chosen else "there is no place for the cache folder:"
+        raise UsageError(
+            f"{where} this system knows no such home folder. Set MLX_FLASH_CACHE to the full path of a folder."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,8 @@ def _kind_of(path: Path) -> str | None:
                 return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
         if path.name == DISK_RATES and path.is_file():
             return "speed of disks"
+        if path.name == SSD_WRITES and path.is_file():
+            return "bytes written per day"
         if path.name == PLANS and path.is_file():
             return "plans of models"
         if path.name.startswith(PROBE):

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, FlashError
 from ..flash.plain_files import reading, reason_of
 from .checkpoint_files import MAX_SMALL_BYTES
+from .ssd_writes import COPIES, count_written
 
 Compare = Callable[[Path, os.stat_result, bytes], None]
 
@@ -31,6 +32,7 @@ def compared_copies(folder: Path, names: Sequence[str], compare: Compare) -> Ite
     FlashError if there is no room for the copies.
     """
     with temporary_folder() as copy:
+        copied = 0  # bytes
         for name in names:
             with reading(folder / name), (folder / name).open("rb") as file:
                 status, content = os.fstat(file.fileno()), file.read(MAX_SMALL_BYTES + 1)
@@ -42,9 +44,10 @@ def compared_copies(folder: Path, names: Sequence[str], compare: Compare) -> Ite
             compare(folder / name, status, content)
             try:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                (copy / name).write_bytes(content)
+                copied += (copy / name).write_bytes(content)
             except OSError as error:
                 raise no_room(error) from None
+        count_written(COPIES, copied)
         try:
             yield copy
         except FlashError as error:

@@ -203,6 +203,13 @@ class ConversationFolder:
             file.write(self._about)
 
 
+def written_on(root: Path) -> tuple[int, int]:
+    """(day since 1970, bytes written on it): the last day on which a conversation was written. Raises OSError."""
+    with _folder(root) as descriptor, open(_opened(_WRITTEN, descriptor), "rb") as file:
+        found = _RECORD.fullmatch(file.read(100))
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def kept_models(root: Path) -> list[KeptModel]:
     """What is kept for each model, sorted by path. A folder that cannot be used counts as empty."""
     found = []

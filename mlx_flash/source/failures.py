@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import UsageError
-from .cached import REPORT
+from .cached import REPORT, cache_folder
 from .model_kind import error_line
-from .resolve import cache_folder
 
 OUT_OF_MEMORY = ("insufficient memory", "outofmemory", "bad_alloc", "[malloc", "unable to allocate", "[metal::malloc]")
 PACKAGES = ("mlx-flash-runtime", "mlx", "mlx-lm", "numpy", "transformers")

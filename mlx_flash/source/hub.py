@@ -30,6 +30,7 @@ from .hub_listing import (
     wanted_files,
     why_unreachable,
 )
+from .ssd_writes import DOWNLOADS, count_written
 
 LARGE_BYTES = 10_000_000  # Files of at least this size are resumed.
 SHA256_DIGITS = 64  # The ETag of a file in large file storage is its checksum, with this many digits.
@@ -86,6 +87,8 @@ def _download(
     # Pass the name of the revision, so that the cache can resolve it later without a network.
     wanted = [glob.escape(name) for name in listing.sizes]
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    if small := sum(size for size in missing.values() if size < LARGE_BYTES):
+        count_written(DOWNLOADS, small)
     if folder.name != info.sha:
         raise ConversionError(f"{repository} changed during the download. Run the same command again.")
     return folder
@@ -176,15 +179,18 @@ def _fetch(repository: str, name: str, commit: str, say: Callable[[str], None]) 
             begin = file.tell()
             if begin:
                 say(f"{name}: resuming after {begin / 1e6:.0f} of {found.size / 1e6:.0f} MB")
-            http_get(
-                url,
-                file,  # type: ignore[arg-type]
-                resume_size=begin,
-                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-                expected_size=found.size,
-                displayed_filename=name,
-            )
-            sync_to_disk(file.fileno())
+            try:
+                http_get(
+                    url,
+                    file,  # type: ignore[arg-type]
+                    resume_size=begin,
+                    headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                    expected_size=found.size,
+                    displayed_filename=name,
+                )
+                sync_to_disk(file.fileno())
+            finally:
+                count_written(DOWNLOADS, file.tell() - begin)
         # After a power cut, the earlier part may have its full length but not its content.
         if begin and len(found.etag) == SHA256_DIGITS and sha256_of(partial) != found.etag:
             partial.unlink()

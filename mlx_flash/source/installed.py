@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..flash.files import MANIFEST
-from .cached import entries
-from .resolve import cache_folder, demo_folder
+from .cached import cache_folder, entries
+from .resolve import demo_folder
 
 HUB, CACHE, DEMO, FOLDER = "hub", "cache", "demo", "folder"  # where a model comes from
 DEMO_NAME = "demo"

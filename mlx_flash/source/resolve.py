@@ -15,7 +15,7 @@ from ..errors import ConversionError, UsageError
 from ..flash.files import VERSION, is_store
 from ..flash.plain_files import reason_of
 from ..flash.safetensors_file import sha256_of
-from .cached import entries, remember
+from .cached import cache_folder, entries, remember
 from .checkpoint_files import SMALL_FILES, about_gguf, files_in, matching, weights_in
 from .children import run_child
 
@@ -59,25 +59,6 @@ def find_checkpoint(
     from .hub import download
 
     return download(model, revision, say, fetch=fetch)
-
-
-def cache_folder() -> Path:
-    """The folder for stores made without an explicit output: $MLX_FLASH_CACHE, or the system's cache folder.
-
-    Raises UsageError if the folder depends on a home folder that the system does not know.
-    """
-    chosen = os.environ.get("MLX_FLASH_CACHE")
-    try:
-        if chosen:
-            return Path(chosen).expanduser()
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "mlx_flash"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_flash"
-    except RuntimeError:  # a user without a home folder, or "~name" of a user who does not exist
-        where = f"MLX_FLASH_CACHE is {chosen!r:.200}, but" if chosen else "there is no place for the cache folder:"
-        raise UsageError(
-            f"{where} this system knows no such home folder. Set MLX_FLASH_CACHE to the full path of a folder."
-        ) from None
 
 
 def resolve_source(model: str | None, revision: str | None, say: Callable[[str], None], fetch: bool = True) -> Path:

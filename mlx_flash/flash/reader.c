@@ -50,10 +50,16 @@ typedef struct {
     pthread_t threads[];
 } mf_pool;
 
+#ifdef __APPLE__
+#define AWAKE_CLOCK CLOCK_UPTIME_RAW /* stops while the machine sleeps, as Python's clocks do */
+#else
+#define AWAKE_CLOCK CLOCK_MONOTONIC
+#endif
+
 static int64_t now_ns(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(AWAKE_CLOCK, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -239,3 +240,10 @@ def large_memory_given_back() -> Iterator[None]:
     finally:
         change(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         return_freed_memory()
+
+
+def asleep_s() -> float:
+    """Seconds that the machine has slept since it was started: one clock goes on while it sleeps, another stops."""
+    if sys.platform == "darwin":
+        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -12,6 +12,7 @@ from ..defaults import THREADS
 from ..flash.disk_rate import ReadTrial
 from ..flash.reader import Reader
 from ..flash.requests import MERGE_BYTES
+from ..flash.undisturbed import Undisturbed
 from ..machine.disk_table import DiskTable, rate_in
 from ..machine.kept_rates import Rate, keep_rates, kept_rates
 from .in_place_model import InPlaceModel
@@ -55,9 +56,11 @@ class RatesOfFiles:
         name = f"{kind} of {self._name}"
         if (rate := kept_rates().get(name)) is None:
             trial = ReadTrial(self._files, self._reader, batches)
-            measured = trial.rate(in_flight)
-            rate = Rate(measured, 1.0 if compute is None else trial.exposed_share(measured, compute))
-            keep_rates({name: rate})
+            with Undisturbed() as time:
+                measured = trial.rate(in_flight)
+                rate = Rate(measured, 1.0 if compute is None else trial.exposed_share(measured, compute))
+            if time.held:
+                keep_rates({name: rate})
         return rate
 
     def close(self) -> None:

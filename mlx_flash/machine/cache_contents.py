@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..source.cached import Entry, entries
 from ..source.conversation_folder import CONVERSATIONS, MOST_BYTES_PER_DAY, ConversationFolder, FolderState
-from ..source.resolve import cache_folder
+from ..source.cached import cache_folder
 from .told import Facts, told
 
 STALE_DAYS = 7  # An unfinished conversion of this age is not being made.

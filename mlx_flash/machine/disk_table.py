@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source.resolve import cache_folder
+from ..source.cached import cache_folder
+from ..flash.undisturbed import Undisturbed
 from .disk_probe import AT_ONCE, SIZES, probe
 from .kept_rates import Rate, keep_rates, kept_rates
 
@@ -33,9 +34,11 @@ def disk_table(folder: Path, say: Callable[[str], None] = lambda _: None) -> Dis
     say(f"measuring how fast the disk of {here} reads, with a file that is removed again")
     cache = cache_folder()
     same = cache.exists() and os.stat(cache).st_dev == device
-    measured = probe(None, cache if same else here)["rates"]
+    with Undisturbed() as time:
+        measured = probe(None, cache if same else here)["rates"]
     table = {(rate["piece_bytes"], rate["at_once"]): float(rate["bytes_per_second"]) for rate in measured}
-    keep_rates({names[key]: Rate(rate, 1.0) for key, rate in table.items()})
+    if time.held:
+        keep_rates({names[key]: Rate(rate, 1.0) for key, rate in table.items()})
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..source.installed import hub_cache, installed_models
-from ..source.resolve import cache_folder
+from ..source.cached import cache_folder
 from .cache_contents import cache_contents
 from .device import device, self_tests
 from .disk_probe import OWN_BYTES, probe

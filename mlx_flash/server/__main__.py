@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import signal
+import sys
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
@@ -90,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys((engine.name, *access.names)))
     library = Library(engine, names, arguments.model, options_of(arguments), say)
     with closing(library), HttpThread(make_app(engine, access, library), bound), Signals(engine) as signals:
-        print(f"Serving {engine.name} at {url_of(bound)}", flush=True)
+        _tell_address(f"Serving {engine.name} at {url_of(bound)}")
         try:
             engine.run(library.load_own)
         except (KeyboardInterrupt, SystemExit):
@@ -98,6 +101,16 @@ def main(arguments: argparse.Namespace) -> int:
                 raise
     say("stopped")
     return signals.code or 0
+
+
+def _tell_address(text: str) -> None:
+    """Prints a line. A full disk behind standard output, as a service's log may be on, must not end the server."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is buffered would fail again at exit.
 
 
 def _conversation_files(model: Any, most_bytes: int | None) -> Any:

@@ -3,7 +3,7 @@
 A file is written in the model's thread, because MLX's arrays belong to it: when memory has no room for the context any
 more, between two chunks of prompts, and when the server stops. That copies the bytes to the system; a thread of its
 own then waits for the disk and gives the file its name. Both are bounded in time. A context that takes longer is
-dropped, and so are all whose size promises the same, until a faster write is seen.
+dropped, and so are all whose size promises the same, for some minutes or until a faster write is seen.
 
 Nothing here fails a request. What cannot be read or written is dropped, and said once.
 """
@@ -36,6 +36,7 @@ from .written_context import WrittenContext
 
 WRITE_S = 2.0  # the longest that an answer waits while one context is written, or until the one before is synced
 CLOSE_S = 5.0  # the longest that all contexts of a server that stops may take
+RATED_S = 600.0  # A rate counts for so long: the disk may have been waking up, or the process was stopped.
 LEAST_GAINED = 16  # tokens; a file that saves fewer than memory does is not read
 MOST_TOKENS = 1 << 20  # of all files that are known, which take four bytes each
 
@@ -67,7 +68,7 @@ class ConversationFiles:
         self._known: dict[str, WrittenContext] = {}
         self._seen_change = -1
         self._distrusted = set[str]()
-        self._bytes_per_second = float("inf")
+        self._bytes_per_second, self._rated_at = float("inf"), 0.0
         self._finishing: threading.Thread | None = None
         self._state: FolderState | None = None
         self._look()
@@ -140,6 +141,8 @@ class ConversationFiles:
         try:
             if self._is_there(context.written):
                 return
+            if time.monotonic() - self._rated_at > RATED_S:
+                self._bytes_per_second = float("inf")
             to_write = ContextToWrite(context)
             name = to_write.name + SUFFIX
             if self._is_there(name):
@@ -177,7 +180,7 @@ class ConversationFiles:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def _write(self, to_write: ContextToWrite, name: str, descriptor: int, replaces: str, deadline: float) -> None:
-        began = time.monotonic()
+        self._rated_at = began = time.monotonic()
         try:
             with open(descriptor, "wb", buffering=0, closefd=False) as file:
                 to_write.write(file, deadline - began)

@@ -7,6 +7,7 @@ and the depth with the most tokens per second is chosen, 0 if drafts lose.
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ MOST_DEPTH = 15
 LEAST_PASSES = 8  # of a kind, before their mean counts
 REMEMBERED_PASSES = 512  # older ones count less and less
 LEAST_GAIN = 1.03  # tokens per second with drafts, relative to none
+STOPPED = 50  # A pass of so many times the usual seconds was not computing: the process was stopped meanwhile.
 TRY_AGAIN = 16  # requests without drafts after which another one tries, because texts differ
 
 
@@ -110,8 +112,11 @@ class DraftDepth:
     def record(self, depth: int, passes: Sequence[Pass]) -> None:
         """Adds the passes of a request with this depth, apart from its first one, which finds the slots as the prompt
         left them."""
+        most_s = STOPPED * statistics.median([each.seconds for each in passes] or [0.0])
         with self._lock:
             for each in passes[1:]:
+                if each.seconds > most_s:
+                    continue
                 self._count[each.offered] += 1
                 self._seconds[each.offered] += each.seconds
                 self._drafting[0] += each.offered

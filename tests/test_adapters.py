@@ -19,12 +19,15 @@ from hub_server import serve  # type: ignore[import-not-found]
 from huggingface_hub import close_session, constants
 from mixtures import assert_same, make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
+from serving import serving  # type: ignore[import-not-found]
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import CheckpointError, FlashError, ReadError, UnsupportedModelError, UsageError
 from mlx_flash.loading.adapter import open_adapter
 from mlx_flash.loading.conversation_key import conversation_key
+from mlx_flash.loading.options import LoadOptions
+from mlx_flash.server.library import Library
 from mlx_flash.source.adapter_files import find_adapter, wanted
 
 PROMPT = list(range(3, 23))
@@ -141,6 +144,14 @@ def test_generate_and_plan_take_an_adapter(base: Path, adapter: Path, run_genera
     assert code == adapted == 0 and "  adapter  " in err
     found, without = (json.loads(text.splitlines()[-1]) for text in (out, plain))
     assert found["tokens"] != without["tokens"] and found["plan"]["adapter"] > 0 == without["plan"]["adapter"]
+
+
+def test_a_server_puts_the_adapter_into_its_own_model(base: Path, adapter: Path) -> None:
+    with serving(lambda: mlx_flash.load(base, context=64, adapter=adapter)) as server:
+        assert server.get("/stats").json()["model"]["adapter"] == str(adapter)
+        assert server.get("/stats").json()["plan"]["adapter"] > 0
+        library = Library(server.engine, ("own",), str(base), LoadOptions(adapter=adapter))
+        assert library._options_to_plan().adapter is None
 
 
 def test_an_adapter_comes_from_the_hub(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

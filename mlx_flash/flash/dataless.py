@@ -1,4 +1,4 @@
-"""Files whose contents are in iCloud and not on this disk.
+"""Files whose contents are in iCloud, or with another cloud service, and not on this disk.
 
 macOS fetches such a file when it is first read, and the read waits for that: hours for a large model, or for ever
 without a network. A status can be read without that.
@@ -40,6 +40,6 @@ def _flags_of(status: os.stat_result) -> int:
 
 def _in_icloud(path: Path) -> ReadError:
     return ReadError(
-        f"{path} is in iCloud and not on this disk. Download it first (in the Finder: Download Now, then Keep "
-        "Downloaded), or move the model to a folder that iCloud does not sync."
+        f"{path} is in iCloud, or with another cloud service, and not on this disk. Download it first (in the Finder: "
+        "Download Now, then Keep Downloaded), or move the model to a folder that is not synced."
     )

@@ -52,10 +52,9 @@ def find_checkpoint(
     if exists:
         found = f"{model} is a file; expected the folder of a checkpoint or a store, or a repository id."
         raise UsageError(f"{found} {about_gguf([model])}".rstrip())
-    if model.startswith(("/", "~")):
-        raise UsageError(f"there is no folder {model}. Check the name. If it is on another volume, connect that.")
-    if model.count("/") != 1 or model.startswith("."):
-        raise UsageError(f"{model} is neither a folder nor a Hugging Face repository id (owner/name).")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        away = " If it is on another volume, connect that." if model.startswith(("/", "~")) else ""
+        raise UsageError(f"{model} is neither a folder nor a Hugging Face repository id (owner/name).{away}")
     from .hub import download
 
     return download(model, revision, say, fetch=fetch)

@@ -27,6 +27,7 @@ from mlx_flash.flash.undisturbed import GAP_S, Undisturbed
 from mlx_flash.loading import unit_rates
 from mlx_flash.loading.in_place_model import open_in_place
 from mlx_flash.loading.options import LoadOptions
+from mlx_flash.machine.kept_rates import kept_rates
 from mlx_flash.text import conversation_files
 from mlx_flash.text.draft_depth import LEAST_PASSES, DraftDepth, Pass
 
@@ -139,7 +140,7 @@ def test_a_rate_is_kept_only_if_it_was_not_disturbed(
     disk = unit_rates.RatesOfFiles(mixture, LoadOptions())
     assert disk.rate("experts", [np.array([[0, 4096, 4096]])], 1).bytes_per_second > 0
     disk.close()
-    assert bool(kept_rates.kept_rates()) is held
+    assert bool(kept_rates()) is held
 
 
 def test_a_pass_over_which_the_process_was_stopped_does_not_count() -> None:

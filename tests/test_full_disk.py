@@ -20,8 +20,8 @@ import mlx_flash
 from mlx_flash.cli.history import History
 from mlx_flash.cli.saved_chat import write_chat
 from mlx_flash.errors import FlashError
-from mlx_flash.loading.kept_rates import Rate, keep_rate, kept_rates
 from mlx_flash.loading.options import LoadOptions
+from mlx_flash.machine.kept_rates import Rate, keep_rates, kept_rates
 from mlx_flash.server.model_plans import ModelPlans
 from mlx_flash.source import failures
 from mlx_flash.source.ssd_writes import DOWNLOADS, count_written, written_bytes
@@ -53,7 +53,7 @@ def files(disk: Path) -> list[str]:
 
 
 def test_what_can_be_made_again_is_not_kept(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keep_rate("one", Rate(1e9, 0.25))
+    keep_rates({"one": Rate(1e9, 0.25)})
     assert kept_rates() == {}
     ModelPlans(LoadOptions)._write()
     count_written(DOWNLOADS, 5)

@@ -6,9 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from ..source.cached import Entry, entries
+from ..source.cached import Entry, cache_folder, entries
 from ..source.conversation_folder import CONVERSATIONS, MOST_BYTES_PER_DAY, ConversationFolder, FolderState
-from ..source.cached import cache_folder
 from .told import Facts, told
 
 STALE_DAYS = 7  # An unfinished conversion of this age is not being made.

@@ -73,8 +73,7 @@ def _test_reader() -> bool:
     from ..flash.reader import Reader
     from ..flash.system import READ_ALIGNMENT
     from ..flash.unit_file import UnitFile
-    from ..source.cached import PROBE
-    from ..source.cached import cache_folder
+    from ..source.cached import PROBE, cache_folder
     from .cache_contents import writable
 
     folder = cache_folder() if writable(cache_folder()) else None  # None for the system's own temporary folder

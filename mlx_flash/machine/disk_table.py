@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source.cached import cache_folder
 from ..flash.undisturbed import Undisturbed
+from ..source.cached import cache_folder
 from .disk_probe import AT_ONCE, SIZES, probe
 from .kept_rates import Rate, keep_rates, kept_rates
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..source.installed import hub_cache, installed_models
 from ..source.cached import cache_folder
+from ..source.installed import hub_cache, installed_models
 from .cache_contents import cache_contents
 from .device import device, self_tests
 from .disk_probe import OWN_BYTES, probe

@@ -35,9 +35,6 @@ def stream(folder: Path) -> Iterator[Callable[..., Any]]:
     def open_one(slots: int, overlap: bool) -> Any:
         model, streamer = open_streamed(folder, slots)
         streamer.overlap = overlap
-        for layer in streamed(model):
-            if layer.ahead is not None:
-                layer.ahead.trial.guessing = False
         streamers.append(streamer)
         return model
 

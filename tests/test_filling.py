@@ -197,8 +197,7 @@ def test_a_load_that_ends_while_it_fills_closes_everything(
     kind: str, error: BaseException, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = request.getfixturevalue(kind)
-    module = "in_place_loading" if kind == "stacked" else "dense"
-    monkeypatch.setattr(f"mlx_flash.loading.{module}.Reader", Failing)
+    monkeypatch.setattr("mlx_flash.loading.reading_trials.Reader", Failing)
     monkeypatch.setattr(Failing, "closed", [])
     real = fill_slots.fill
     streamers = []

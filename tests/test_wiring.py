@@ -14,8 +14,8 @@ from mlx_flash.flash.wiring import HEAP_BYTES, PAGE_BYTES, Wiring
 from mlx_flash.loading.load import load
 from mlx_flash.loading.options import LoadOptions
 from mlx_flash.source import kept_swaps
+from mlx_flash.source.cached import cache_folder
 from mlx_flash.source.kept_swaps import remember_swapping, swapped_lately
-from mlx_flash.source.resolve import cache_folder
 
 GB = 10**9
 

@@ -33,8 +33,8 @@ MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder bes
 _STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_path gives
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
-_ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+)?")
-_RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json(?:\.[0-9]+)?")
+_ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+\.partial)?")
+_RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json(?:\.[0-9]+\.partial)?")
 _ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
 from ..errors import UsageError
-from .cached import SWAPS
-from .resolve import cache_folder
+from .cached import SWAPS, cache_folder
+from .ssd_writes import write_small
 
 LIFE_S = 30 * 24 * 3600
 MOST_MODELS = 64
@@ -26,15 +25,9 @@ def remember_swapping(folder: Path) -> None:
     """Notes that the system swapped while the model in `folder` ran. Does nothing if nothing can be written."""
     with contextlib.suppress(OSError, UsageError, UnicodeError):
         path = cache_folder() / SWAPS
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = {**_kept(), str(folder.resolve()): time.time()}
         newest = sorted(kept.items(), key=lambda item: item[1])[-MOST_MODELS:]
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(dict(newest)))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_small(path, json.dumps(dict(newest)))
 
 
 def _kept() -> dict[str, float]:

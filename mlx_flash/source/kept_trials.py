@@ -8,11 +8,9 @@ the file.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from typing import Any
 import psutil
 
 from ..errors import UsageError
-from .cached import TRIALS
-from .resolve import cache_folder
+from .cached import TRIALS, cache_folder
+from .model_notes import note_path, state_of
+from .ssd_writes import write_small
 
 SUFFIX = ".json"
 LARGEST_FILE = 64 << 10  # bytes
@@ -52,27 +51,19 @@ class KeptTrials:
             path = self._path()
             others = _contents(path).get("budgets") if self._holds() else None
             budgets = {**(others if isinstance(others, dict) else {}), self._class: results}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            try:
-                partial.write_text(json.dumps({"about": self._about(), "budgets": budgets}))
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_small(path, json.dumps({"about": self._about(), "budgets": budgets}))
 
     def _holds(self) -> bool:
         return bool(_contents(self._path()).get("about") == self._about())
 
     def _path(self) -> Path:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._folder.name).strip("-._")[:60] or "model"
-        return _folder() / f"{name}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]}{SUFFIX}"
+        return note_path(TRIALS, self._folder, SUFFIX)
 
     def _about(self) -> dict[str, Any]:
         """The conditions. Raises OSError."""
-        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self._files)]
         return {
             "model": str(self._folder),
-            "files": hashlib.sha256(json.dumps(states).encode()).hexdigest(),
+            "files": state_of(self._files),
             "disk": _disk_of(self._files[0]),
             "device": self._device,
             **_machine(),
@@ -88,17 +79,13 @@ def kept_trials() -> list[dict[str, Any]]:
     """
     found = []
     with contextlib.suppress(OSError, UsageError):
-        for path in sorted(_folder().glob(f"*{SUFFIX}")):
+        for path in sorted((cache_folder() / TRIALS).glob(f"*{SUFFIX}")):
             contents = _contents(path)
             about, budgets = contents.get("about"), contents.get("budgets")
             if isinstance(about, dict) and isinstance(budgets, dict):
                 same = {key: about.get(key) for key in _machine()} == _machine()
                 found.append({"about": about, "same_machine": same, "budgets": budgets})
     return found
-
-
-def _folder() -> Path:
-    return cache_folder() / TRIALS
 
 
 def _contents(path: Path) -> dict[str, Any]:

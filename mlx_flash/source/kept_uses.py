@@ -7,10 +7,7 @@ no texts and no tokens, nor the order in which units were used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +18,8 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from .cached import USES
-from .resolve import cache_folder
+from .model_notes import note_path, state_of
+from .ssd_writes import write_small
 
 SUFFIX = ".uses"
 MOST_UNITS = 4 << 20  # of a model whose uses are kept; two bytes each
@@ -64,29 +62,20 @@ class KeptUses:
             return
         with contextlib.suppress(OSError, UsageError, ValueError):
             path, body = self._path(), b"".join(each.tobytes() for each in uses)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            try:
-                head = json.dumps({**self._about(), "crc32": zlib.crc32(body)})
-                partial.write_bytes(head.encode() + b"\n" + body)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            head = json.dumps({**self._about(), "crc32": zlib.crc32(body)})
+            write_small(path, head.encode() + b"\n" + body)
             kept = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda each: each.stat().st_mtime)
             for old in kept[:-MOST_FILES]:
                 old.unlink(missing_ok=True)
 
     def _path(self) -> Path:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._folder.name).strip("-._")[:60] or "model"
-        digest = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
-        return cache_folder() / USES / f"{name}-{digest}{SUFFIX}"
+        return note_path(USES, self._folder, SUFFIX)
 
     def _about(self) -> dict[str, Any]:
         """What the uses belong to. Raises OSError."""
-        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self._files)]
         return {
             "model": str(self._folder),
-            "files": hashlib.sha256(json.dumps(states).encode()).hexdigest(),
+            "files": state_of(self._files),
             "unit": self._unit,
             "counts": self._counts,
         }

@@ -38,12 +38,12 @@ def count_written(kind: str, nbytes: int) -> None:
         day[kind] = day.get(kind, 0) + nbytes
 
 
-def write_small(path: Path, content: str) -> bool:
+def write_small(path: Path, content: str | bytes) -> bool:
     """Writes a file that can be made again, beside its name first, and counts it. Nothing of a failed write stays.
 
     Returns False, and writes nothing, once MOST_SMALL_PER_DAY were written today. Raises OSError.
     """
-    data = content.encode()
+    data = content.encode() if isinstance(content, str) else content
     if _days().get(today(), {}).get(SMALL, 0) + len(data) > MOST_SMALL_PER_DAY:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ COMMANDS = {  # command -> its module
     "topk-neurons": "topk_neurons",
     "topk-hits": "topk_hits",
     "peak-memory": "peak_memory",
+    "pressure": "under_pressure",
     "convert-memory": "convert_memory",
     "synthetic": "synthetic.neuron_store",
     "random-checkpoint": "synthetic.opt_checkpoint",

@@ -5,25 +5,36 @@ units.py explains how reads get into slots and why that is safe.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from .in_place import InPlaceFiles, TensorParts
-from .pool import AlignedPool
+from .pool import AlignedPool, copy_rows
 from .reader import Ticket
 from .requests import MERGE_BYTES
 from .self_test import check_expert_pools
+from .slot_cache import NO_SLOTS
 from .system import READ_ALIGNMENT
 from .units import Units
+
+
+@dataclass(frozen=True)
+class SlotMemory:
+    """The slots of a layer, by the tensors' names. pools: arrays (slots, *shape) over `memory`. addresses: where the
+    pools of the streamed tensors begin, int64 (P, 1)."""
+
+    memory: dict[str, AlignedPool]
+    pools: dict[str, mx.array]
+    addresses: np.ndarray
 
 
 class ExpertSlots(Units):
     """One layer's experts behind a cache of `slots` experts.
 
-    pools: for each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s.
+    held: the memory of the slots, another object after `resize`.
     Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
@@ -41,20 +52,21 @@ class ExpertSlots(Units):
         super().__init__(shared, len(next(iter(tensors.values())).offsets), slots, window)
         shared.layers[name] = tensors
         self.tensors = tensors
-        self._memory = {
-            name: AlignedPool(self.cache.slots * t.nbytes, row_bytes=t.nbytes) for name, t in tensors.items()
-        }
-        self.pools = {name: self._typed(name) for name in tensors}
-        mx.eval(list(self.pools.values()))
+        self.slot_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._tables = {name: self._read_table(t) for name, t in tensors.items() if t.is_table}
         # Laid out for `_submit`, which runs for every token: P streamed tensors, in the order of the files.
-        streamed = [(t, self._memory[name].address) for name, t in tensors.items() if not t.is_table]
-        streamed.sort(key=lambda item: (item[0].file_of[0], item[0].offsets[0]))
-        self._file_of = np.array([t.file_of for t, _ in streamed])  # (P, E)
-        self._offsets = np.array([t.offsets for t, _ in streamed])  # (P, E)
-        self._addresses = np.array([[address] for _, address in streamed], np.int64)  # (P, 1)
-        self._lengths = np.array([[t.nbytes] for t, _ in streamed], np.int64)  # (P, 1)
-        check_expert_pools(self._memory, self.pools)
+        streamed = [(name, t) for name, t in tensors.items() if not t.is_table]
+        streamed.sort(key=lambda item: (item[1].file_of[0], item[1].offsets[0]))
+        self._streamed = [name for name, _ in streamed]
+        self._file_of = np.array([t.file_of for _, t in streamed])  # (P, E)
+        self._offsets = np.array([t.offsets for _, t in streamed])  # (P, E)
+        self._lengths = np.array([[t.nbytes] for _, t in streamed], np.int64)  # (P, 1)
+        self.held = self._slots_with(self.cache.slots)
+
+    @property
+    def pools(self) -> dict[str, mx.array]:
+        """For each tensor, by name, an array (slots, *shape) whose row s is the part of the expert in slot s."""
+        return self.held.pools
 
     @property
     def unit_bytes(self) -> int:
@@ -136,11 +148,11 @@ class ExpertSlots(Units):
 
     def _arrived(self, units: np.ndarray, slots: np.ndarray) -> None:
         for name, table in self._tables.items():
-            self._rows_of(name)[slots] = table[units]
+            self.held.memory[name].host_rows(self.tensors[name].nbytes)[slots] = table[units]
 
     def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
         lengths = np.repeat(self._lengths, len(units))  # (P * n,), like the arrays below
-        addresses = (self._addresses + self._lengths * slots).ravel()
+        addresses = (self.held.addresses + self._lengths * slots).ravel()
         offsets, file_of = self._offsets[:, units].ravel(), self._file_of[:, units].ravel()
         share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
         request_bytes = min(MERGE_BYTES, max(self.shared.shortest_request, share))
@@ -155,19 +167,27 @@ class ExpertSlots(Units):
                     addresses[here],
                     lengths[here],
                     request_bytes=request_bytes,
-                    destination=self._memory,
+                    destination=self.held.memory,
                 )
             )
 
-    def _typed(self, name: str) -> mx.array:
-        tensor = self.tensors[name]
-        return self._memory[name].array.view(tensor.dtype).reshape(self.cache.slots, *tensor.shape)
+    def _slots_with(self, slots: int, kept: np.ndarray = NO_SLOTS, hurry: bool = False) -> SlotMemory:
+        memory = {
+            name: AlignedPool(slots * t.nbytes, row_bytes=t.nbytes, hurry=hurry) for name, t in self.tensors.items()
+        }
+        pools = {
+            name: pool.array.view(self.tensors[name].dtype).reshape(slots, *self.tensors[name].shape)
+            for name, pool in memory.items()
+        }
+        mx.eval(list(pools.values()))
+        check_expert_pools(memory, pools)
+        for name, pool in memory.items() if len(kept) else ():
+            copy_rows(self.held.memory[name], pool, self.tensors[name].nbytes, kept)
+        addresses = np.array([[memory[name].address] for name in self._streamed], np.int64)  # (P, 1)
+        return SlotMemory(memory, pools, addresses)
 
-    def _rows_of(self, name: str) -> np.ndarray:
-        """The slots as a host array that can be written to: uint8 (slots, nbytes)."""
-        memory = self._memory[name]
-        raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
-        return np.ctypeslib.as_array(raw).reshape(self.cache.slots, -1)
+    def _take_slots(self, memory: SlotMemory) -> None:
+        self.held = memory
 
     def _read_table(self, tensor: TensorParts) -> np.ndarray:
         """Reads all experts' parts: uint8 (E, nbytes)."""

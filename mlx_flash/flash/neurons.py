@@ -14,10 +14,11 @@ import numpy as np
 
 from .files import NeuronLayout
 from .inflight import InFlightReads
-from .pool import AlignedPool
+from .pool import AlignedPool, copy_rows
 from .reader import Reader, Ticket, crc32_of_each
 from .rows import BlockRows, PackedRows, StoredRows
 from .self_test import check_neuron_pool, check_packed_products
+from .slot_cache import NO_SLOTS
 from .unit_file import UnitFile
 from .unit_sums import BlockSums
 from .units import Units
@@ -104,12 +105,23 @@ class NeuronSlots(Units):
         self.layer = layer
         self.parts = parts
         self.part_offset, self.slot_bytes = layout.part_range(parts)
-        self.pool = (
-            AlignedPool(self.cache.slots * self.slot_bytes, row_bytes=self.slot_bytes) if self.cache.slots else None
-        )
-        self.rows = BlockRows(self.pool, layout, parts, shared.side) if self.pool else None
-        if self.pool is not None and self.rows is not None:
-            check_neuron_pool(self.pool, self.rows)
+        self.rows = self._slots_with(self.cache.slots) if self.cache.slots else None
+
+    @property
+    def pool(self) -> AlignedPool | None:
+        """The memory of the slots; None without any."""
+        return None if self.rows is None else self.rows.pool
+
+    def _slots_with(self, slots: int, kept: np.ndarray = NO_SLOTS, hurry: bool = False) -> BlockRows:
+        pool = AlignedPool(slots * self.slot_bytes, row_bytes=self.slot_bytes, hurry=hurry)
+        rows = BlockRows(pool, self.layout, self.parts, self.shared.side)
+        check_neuron_pool(pool, rows)
+        if len(kept) and self.pool is not None:
+            copy_rows(self.pool, pool, self.slot_bytes, kept)
+        return rows
+
+    def _take_slots(self, memory: BlockRows) -> None:
+        self.rows = memory
 
     @property
     def unit_bytes(self) -> int:

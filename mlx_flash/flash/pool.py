@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import mlx.core as mx
 import numpy as np
 
@@ -22,7 +24,10 @@ class AlignedPool:
     Raises UsageError for impossible sizes, FlashError if this version of MLX allocates or copies in another way.
     """
 
-    def __init__(self, nbytes: int, alignment: int = POOL_ALIGNMENT, row_bytes: int | None = None) -> None:
+    def __init__(
+        self, nbytes: int, alignment: int = POOL_ALIGNMENT, row_bytes: int | None = None, hurry: bool = False
+    ) -> None:
+        """hurry: whether huge pages may come later, in the kernel's own time."""
         shape = (nbytes,) if row_bytes is None else _rows(nbytes, row_bytes)
         if nbytes < 1 or alignment < _WORD or alignment & (alignment - 1):
             raise UsageError(
@@ -56,7 +61,13 @@ class AlignedPool:
         mx.eval(array)
         self.array = array
         self.must_hold(array, 0)
-        use_huge_pages(self.address, nbytes)
+        use_huge_pages(self.address, nbytes, now=not hurry)
+
+    def host_rows(self, row_bytes: int) -> np.ndarray:
+        """The pool as a host array that may be written to: uint8 (nbytes / row_bytes, row_bytes). It does not keep the
+        pool."""
+        raw = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        return np.ctypeslib.as_array(raw).reshape(-1, row_bytes)
 
     def must_hold(self, view: mx.array, begin: int) -> None:
         """Raises FlashError unless an evaluated array shares the pool's memory, from byte `begin` on."""
@@ -64,6 +75,12 @@ class AlignedPool:
         mx.eval(seen)
         if _address(memoryview(seen)) != self.address + begin:  # type: ignore[arg-type]
             raise FlashError("MLX copied the pool where a view was expected. This version of MLX is unsupported.")
+
+
+def copy_rows(source: AlignedPool, target: AlignedPool, row_bytes: int, rows: np.ndarray) -> None:
+    """Copies `rows` of a pool to the beginning of another one, in this order. No running graph may use them."""
+    into = target.host_rows(row_bytes)[: len(rows)]
+    source.host_rows(row_bytes).take(rows, axis=0, out=into, mode="clip")  # the default mode makes another copy
 
 
 def _rows(nbytes: int, row_bytes: int) -> tuple[int, int]:

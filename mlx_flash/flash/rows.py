@@ -65,6 +65,7 @@ class BlockRows:
         self, pool: AlignedPool, layout: NeuronLayout, parts: tuple[str, ...], side: mx.ThreadLocalStream | None
     ) -> None:
         self.side = side
+        self.pool = pool
         self.layout = layout
         self.parts = parts
         self.block_bytes = layout.part_range(parts)[1]

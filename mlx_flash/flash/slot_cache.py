@@ -44,9 +44,8 @@ class SlotCache:
         if not slots >= 0:
             raise ValueError(f"expected slots >= 0, got {slots}")
         self.window = window
-        self.slots = min(slots, units)
         self.slot_of = np.full(units, -1, np.int32)
-        self.unit_of = np.full(self.slots, -1, np.int32)
+        self.unit_of = np.full(min(slots, units), -1, np.int32)
         self.score = np.zeros(units, np.float32)  # scores times `use_weight`
         self.use_weight = 1.0  # added to the score by a use now
         self.use_weight_growth = 2 ** (1 / HALF_LIFE)
@@ -56,6 +55,10 @@ class SlotCache:
         self.event_log: EventLog | None = None  # None: events are not recorded
         self._look_up = look_up_function()
         self._changing = False  # still True after an interrupt within `reserve` or `commit`
+
+    @property
+    def slots(self) -> int:
+        return len(self.unit_of)
 
     @property
     def free(self) -> int:
@@ -72,6 +75,8 @@ class SlotCache:
             self.slot_of[:] = -1
             self.slot_of[self.unit_of[occupied]] = occupied
             self.resident = len(occupied)
+            if len(self.last_used) != self.slots:  # The change was one of their number.
+                self.last_used = np.full(self.slots, -1, np.int64)
             self._changing = False
 
     def look_up(self, units: np.ndarray) -> tuple[np.ndarray, int] | None:
@@ -158,6 +163,32 @@ class SlotCache:
         self._changing = False
         if self.event_log is not None:
             self.event_log.read.append(units)
+
+    def last_evicted(self, most: int) -> np.ndarray:
+        """The occupied slots, ascending: all of them, or the `most` that would be evicted last."""
+        self.recover()
+        occupied = np.flatnonzero(self.unit_of >= 0)
+        if len(occupied) <= most:
+            return occupied
+        by_score = np.argsort(-self.eviction_scores()[occupied], kind="stable")
+        return np.sort(occupied[by_score[:most]])
+
+    def restart(self, slots: int, units: np.ndarray = NO_SLOTS, last_used: np.ndarray = NO_SLOTS) -> None:
+        """Changes the number of slots, at most one for each unit. `units` are in the first ones, the others are empty.
+
+        last_used: of each of `units`, as the attribute has them. No reads may be on their way.
+        """
+        unit_of, used = np.full(slots, -1, np.int32), np.full(slots, -1, np.int64)
+        unit_of[: len(units)], used[: len(units)] = units, last_used
+        self.recover()
+        self._changing = True
+        self.resident = 0
+        self.last_used = used
+        self.unit_of = unit_of
+        self.slot_of[:] = -1
+        self.slot_of[units] = np.arange(len(units))
+        self.resident = len(units)
+        self._changing = False
 
     def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
         """The slots to fill next, ascending: empty slots, then those with the lowest scores, but none of `keep`."""

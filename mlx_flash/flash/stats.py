@@ -22,6 +22,8 @@ class Counters:
     wait_s: float = 0.0  # time when the model submitted reads or waited for their end
     manage_s: float = 0.0  # time spent on ids, maps and slots
     total_s: float = 0.0  # time of whole calls of the model
+    given_back: int = 0  # bytes of slots that the system got while it was short of memory
+    taken_again: int = 0  # bytes of slots that came back later
 
     @property
     def early(self) -> int:
@@ -151,8 +153,18 @@ class Statistics:
             "compute_s": max(0.0, d.total_s - d.wait_s - d.manage_s) / n,
         }
 
+    def _slots_line(self) -> list[str]:
+        both = self.prompt + self.decode
+        if not both.given_back and not both.taken_again:
+            return []
+        return [
+            f"Memory: {both.given_back / 1e6:.0f} MB of slots given back while the system was short of memory, "
+            f"{both.taken_again / 1e6:.0f} MB taken again"
+        ]
+
     def lines(self, predictor: str) -> list[str]:
-        """Lines for the user: the reads, where the time went, the drafts, if it was set up for them, and swapping."""
+        """Lines for the user: the reads, where the time went, the drafts, if it was set up for them, the slots that came
+        and went if any did, and swapping."""
         swapped = None if self.swap is None else self.swap.line()
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
@@ -164,5 +176,6 @@ class Statistics:
             f"Time per token: {1e3 * each['wait_s']:.2f} ms waiting for reads, {1e3 * each['manage_s']:.2f} ms cache "
             f"management, {1e3 * each['compute_s']:.2f} ms compute",
             *([self.drafts.line(self.decoded_tokens)] if self.drafts is not None else []),
+            *self._slots_line(),
             *([] if swapped is None else [swapped]),
         ]

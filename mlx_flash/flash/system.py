@@ -111,12 +111,13 @@ def _macos_footprint() -> tuple[int, int]:
     return words[2 + 7], words[2 + 28]  # ri_phys_footprint, ri_lifetime_max_phys_footprint
 
 
-def use_huge_pages(address: int, nbytes: int) -> bool:
+def use_huge_pages(address: int, nbytes: int, now: bool = True) -> bool:
     """Moves aligned 2 MiB ranges of memory into huge pages on Linux, without changing contents or addresses. Returns
     whether all of them were moved.
 
     A read into scattered 4 KiB pages is a long list for the kernel, the disk and a hypervisor; a huge page is one
-    entry. Only speed depends on this. macOS has 16 KiB pages and no such call.
+    entry. Only speed depends on this. macOS has 16 KiB pages and no such call. now: whether to wait for it, which takes
+    longer than the memory's allocation.
     """
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
@@ -125,7 +126,7 @@ def use_huge_pages(address: int, nbytes: int) -> bool:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # The first call lets the kernel do it in its own time; the second (Linux 6.1 and later) asks for it now.
-    return madvise(start, length, _MADV_HUGEPAGE) == 0 and madvise(start, length, _MADV_COLLAPSE) == 0
+    return madvise(start, length, _MADV_HUGEPAGE) == 0 and now and madvise(start, length, _MADV_COLLAPSE) == 0
 
 
 def mark_in_use(fd: int) -> None:

@@ -54,8 +54,11 @@ class Units(ABC):
     """One layer's units behind a cache of slots.
 
     shared: the files, the reader and the counters of the model's layers. count: the number of units of the layer.
-    cache: which unit is in which slot. Every array of units here is int (n,), with distinct ids from 0 to count - 1.
+    slot_bytes: bytes of a slot. cache: which unit is in which slot. Every array of units here is int (n,), with
+    distinct ids from 0 to count - 1.
     """
+
+    slot_bytes: int
 
     def __init__(self, shared: InFlightReads, units: int, slots: int, window: int | None) -> None:
         self.shared, self.count = shared, units
@@ -125,6 +128,28 @@ class Units(ABC):
             self.shared.wait(ticket)
         self._arrived(reads.units, reads.slots)
         self.cache.commit(reads.units, reads.slots)
+
+    def resize(self, slots: int) -> None:
+        """Changes the number of slots between two calls of the layer. The units that would be evicted last stay.
+
+        Old and new slots are in memory together for a moment. The old ones are freed when no array needs them any more,
+        such as those of a graph that was not evaluated yet. slots: at least 1; at most one for each unit is made.
+        Raises ReadError if a read that is on its way fails, and FlashError as the constructor does. The slots then stay
+        as they are, as they do if memory cannot be allocated.
+        """
+        slots = min(slots, self.count)
+        if slots == self.cache.slots:
+            return
+        self.shared.evaluate_guarded()
+        self.shared.clock.start()
+        self._finish()
+        kept = self.cache.last_evicted(slots)
+        units, last_used = self.cache.unit_of[kept], self.cache.last_used[kept]
+        memory = self._slots_with(slots, kept, hurry=True)
+        # The map never names more slots than there are, and none of them while their contents change.
+        self.cache.restart(min(slots, self.cache.slots))
+        self._take_slots(memory)
+        self.cache.restart(slots, units, last_used)
 
     def _need(self, units: np.ndarray) -> None:
         """Records that a call of the model needs `units`: they are evicted last, and a pending guess is scored."""
@@ -204,6 +229,17 @@ class Units(ABC):
         found = np.zeros(self.count, np.bool_)
         found[others] = True
         return found[units]
+
+    @abstractmethod
+    def _slots_with(self, slots: int, kept: np.ndarray, hurry: bool) -> Any:
+        """New memory for `slots` slots, for `_take_slots`. The first ones have the contents of the slots `kept`.
+
+        hurry: see AlignedPool.
+        """
+
+    @abstractmethod
+    def _take_slots(self, memory: Any) -> None:
+        """Puts memory that `_slots_with` made in the place of the old one, in one step."""
 
     @abstractmethod
     def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:

@@ -44,6 +44,7 @@ class StreamedExperts(nn.Module):
         self._inner = inner
         self.units = units
         self._slot_of: mx.array | None = None  # (E,), once all experts are resident
+        self._followed = units.held  # the slots whose arrays `inner` has
         self.ahead: LookAhead | None = None
         classes: dict[str, type[Projection]] = {}
         for name, pool in units.pools.items():
@@ -70,6 +71,17 @@ class StreamedExperts(nn.Module):
         units = following.units
         self.ahead = LookAhead(units, router, lambda scores, needed: likeliest(scores, units, needed.shape[-1]))
 
+    def follow_slots(self) -> None:
+        """Takes the arrays of the slots, which are new after `Units.resize`. Experts are then looked up again."""
+        if self._followed is self.units.held:
+            return
+        self._slot_of = None
+        for name, pool in self.units.pools.items():
+            projection, _, tensor = name.rpartition(".")
+            holder = self._inner[projection] if projection else self._inner
+            (holder._inner if isinstance(holder, Projection) else holder)[tensor] = pool
+        self._followed = self.units.held  # Last, so that an interrupt leaves no layer with some old arrays.
+
     @property
     def experts(self) -> int:
         return self.units.count
@@ -78,6 +90,8 @@ class StreamedExperts(nn.Module):
         """rest: further arguments of the zoo's layer, one number per (token, expert) pair, (..., K) each."""
         many = indices.size >= SORTED_FROM
         units, ahead = self.units, None if many else self.ahead
+        units.shared.before_layer()
+        self.follow_slots()
         expert_by_expert = many and kernels_vary()
         if units.all_resident and not expert_by_expert:  # Then experts no longer move, and no id is read back.
             if self._slot_of is None:

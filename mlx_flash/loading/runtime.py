@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..defaults import PREFILL_TOKENS
 from ..flash.files import Manifest
 from ..flash.layer_ring import LayerMap
-from ..flash.stats import Counters
+from ..flash.stats import Clock, Counters
 from ..flash.swap import SwapCounters
 from ..flash.trials import Trials
 from ..flash.wiring import Wiring
@@ -27,6 +27,7 @@ from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
+from .slot_keeper import SlotKeeper
 from .streaming_needs import PROCESS
 from .warm_start import WarmStart
 
@@ -67,6 +68,8 @@ class AnyStreamer(Protocol):
     """The common interface of the streamers of neurons and of experts."""
 
     counters: Counters
+    clock: Clock
+    before_layer: Callable[[], None]
 
     def evaluate_guarded(self) -> None: ...
 
@@ -132,6 +135,10 @@ class Runtime:
     adapter: Path | None = None  # the folder of the adapter that was put into the model
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.keeper = SlotKeeper(self.plan, self.layers, self.streamer)
+        self.streamer.before_layer = self.keeper.check
 
     def evaluate_guarded(self) -> None:
         """Evaluates the outputs that still read slots, because MLX cannot do so in another thread. After a chunk of a

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FlashError
 from ..flash.swap import swap_counters
 from ..text.template_process import TemplateProcess
 from .api_errors import ApiError, stopping, why_failed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .parallel_answers import ParallelAnswers
 
 QUEUE_LIMIT = 64
+IDLE_CHECK_S = 2.0  # between two looks at the system's memory while nothing is asked
 
 
 class Engine:
@@ -253,11 +255,20 @@ class Engine:
             raise Ended
 
     def _wait(self) -> None:
-        """Waits for a request, or until the model was idle for so long that it is closed."""
+        """Waits for a request, or until the model was idle for so long that it is closed.
+
+        Meanwhile the model gives slots back if other programs need the memory.
+        """
         left = None
+        if self.switch.loaded is not None:
+            left = IDLE_CHECK_S
+            flash = self.switch.loaded.model.flash
+            with flash.lock, contextlib.suppress(FlashError):  # A disk that fails is the next request's to report.
+                flash.keeper.check()
         if self.idle_unload_s is not None and self.switch.loaded is not None and self.places.empty:
-            left = self.places.quiet_since + self.idle_unload_s - time.monotonic()
-            if left <= 0:
+            unload_in = self.places.quiet_since + self.idle_unload_s - time.monotonic()
+            left = min(IDLE_CHECK_S, unload_in)
+            if unload_in <= 0:
                 if self.places.retire():
                     self.switch.unload()
                 return

@@ -52,8 +52,9 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     stats = server.get("/stats").json()
     assert set(stats) == {
         *("model", "plan", "memory", "resident", "totals", "last", "now", "queue", "uptime_s", "prompt_caches"),
-        *("state", "library", "choices"),
+        *("state", "library", "choices", "given_back"),
     }
+    assert set(stats["given_back"]) == {"now_bytes", "given_bytes", "taken_bytes", "pressure"}
     model = stats["model"]
     assert (
         (model["id"], model["kind"], model["layers"]) == ("demo", "neurons", 5)
@@ -81,6 +82,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     value = families["mlx_flash_generated_tokens"].samples[0].value
     assert value == stats["totals"]["generated_tokens"] and answer.headers["content-type"].startswith("text/plain")
     assert families["mlx_flash_memory_budget_bytes"].samples[0].value == stats["plan"]["budget"]
+    assert families["mlx_flash_slots_given_back_bytes"].samples[0].value >= 0
 
 
 def events_of(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -149,14 +149,18 @@ class SlotKeeper:
         return halvings
 
     def _raised(self, step: int, available: int | None) -> list[int]:
-        """The halvings with which about `step` bytes, of one layer at least, are taken again. The last that went are
-        the first to come, if there is room for them."""
+        """The halvings with which about `step` bytes, of one layer at least, are taken again.
+
+        Layers with the fewest slots go first, but those that have room for new slots beside the old ones go before the
+        others, which lose their units once more.
+        """
         halvings, room = self._halvings(), self._room(available)
         while step > 0:
-            lower = [i for i, done in enumerate(halvings) if done and self._bytes_after(i, done - 1) <= room]
-            if not lower:
+            halved = [i for i, done in enumerate(halvings) if done]
+            if not halved:
                 break
-            layer = max(lower, key=lambda i: halvings[i])
+            fitting = [i for i in halved if self._bytes_after(i, halvings[i] - 1) <= room]
+            layer = max(fitting or halved, key=lambda i: halvings[i])
             more = self._bytes_of(layer, halvings[layer])
             halvings[layer] -= 1
             step, room = step - more, room - more
@@ -167,9 +171,9 @@ class SlotKeeper:
 
     def _room(self, available: int | None) -> int:
         """Bytes that new slots may have while the old ones are still there: what MLX may keep of freed buffers and what
-        was given back, but no more than half of what is available."""
+        was given back, but no more than three quarters of what is available."""
         planned = MLX_CACHE_BYTES + self.given_bytes
-        return planned if available is None else min(planned, available // 2)
+        return planned if available is None else min(planned, available * 3 // 4)
 
     def _change(self, halvings: list[int], available: int | None) -> None:
         """Halves and doubles the slots of the layers, one after the other.
@@ -193,13 +197,11 @@ class SlotKeeper:
         """Gives a layer another number of slots, and returns how many bytes that frees.
 
         The memory in use stays within the plan and within what is available. If there is no room for the new slots
-        beside the old ones, the units of a layer that shrinks are dropped first, and a layer that would grow stays.
+        beside the old ones, the layer's units are dropped first.
         """
         units = self._layers[layer].units
         before = units.cache.slots
         if slots * units.slot_bytes > self._room(available):
-            if slots > before:
-                return 0
             self._resize(layer, self._least[layer])
         self._resize(layer, slots)
         freed = int((before - slots) * units.slot_bytes)

@@ -19,6 +19,7 @@ TOTALS = {
     "bytes_read": "Bytes of units read from the disk.",
     "seconds_generating": "Seconds spent on requests.",
 }
+GIVEN_BACK = "Planned slots that the system has while it is short of memory."
 LAST = {
     "tokens_per_second": "Tokens per second of the last request that ended.",
     "first_token_s": "Seconds until the first token of the last request that ended.",
@@ -45,7 +46,7 @@ class _Snapshot(Collector):
         for name, text in LAST.items():
             if stats["last"] is not None and stats["last"][name] is not None:
                 yield GaugeMetricFamily(f"mlx_flash_last_{name}", text, value=stats["last"][name])
-        library, resident = stats["library"], stats["resident"]
+        library, resident, given_back = stats["library"], stats["resident"], stats["given_back"]
         yield CounterMetricFamily("mlx_flash_loads", "Models that were loaded.", value=library["loads"])
         yield CounterMetricFamily("mlx_flash_unloads", "Models that were closed.", value=library["unloads"])
         for name, text, value in (
@@ -57,6 +58,7 @@ class _Snapshot(Collector):
             ("memory_peak_bytes", "Peak memory of this process.", stats["memory"]["peak_bytes"]),
             ("memory_budget_bytes", "The memory budget.", stats["memory"]["budget_bytes"]),
             ("resident_share", "Share of all units that are in slots.", resident and resident["share"]),
+            ("slots_given_back_bytes", GIVEN_BACK, given_back and given_back["now_bytes"]),
             ("uptime_seconds", "Seconds since the start.", stats["uptime_s"]),
         ):
             if value is not None:  # while no model is loaded

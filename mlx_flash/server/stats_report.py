@@ -13,7 +13,7 @@ from .loaded_model import LoadedModel
 from .monitor import NO_TOTALS
 
 KINDS = {"router": "experts", "every layer": "layers"}  # by the runtime's predictor
-NO_MODEL = dict.fromkeys(("model", "plan", "choices", "prompt_caches", "resident", "last", "now"))
+NO_MODEL = dict.fromkeys(("model", "plan", "choices", "prompt_caches", "resident", "given_back", "last", "now"))
 
 
 def statistics(engine: Engine) -> dict[str, Any]:
@@ -72,6 +72,12 @@ def _of_model(engine: Engine, loaded: LoadedModel) -> dict[str, Any]:
             "slots": monitor.live.slots,
             "units": resident,
             "share": sum(resident) / (units.layers * units.per_layer),
+        },
+        "given_back": {
+            "now_bytes": flash.keeper.given_bytes,
+            "given_bytes": flash.streamer.counters.given_back,
+            "taken_bytes": flash.streamer.counters.taken_again,
+            "pressure": flash.keeper.level.name.lower(),
         },
         "last": monitor.last,
         "now": monitor.now,

@@ -17,7 +17,7 @@ from serving import PATIENCE_S, Gate, Server, gate, serving, until  # type: igno
 
 from mlx_flash.errors import BudgetError
 from mlx_flash.flash.system import peak_memory_bytes
-from mlx_flash.server import app, bodies
+from mlx_flash.server import app, bodies, engine
 from mlx_flash.server.access import Access
 from mlx_flash.server.cache_watch import MOST_BINS
 from mlx_flash.server.engine import FAILED
@@ -42,6 +42,15 @@ def error_of(response: Any) -> dict[str, Any]:
 
 
 # -- health, statistics, events ------------------------------------------------------------------------------
+
+
+def test_an_idle_server_looks_at_the_memory(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[None] = []
+    server.idle()
+    monkeypatch.setattr(engine, "IDLE_CHECK_S", 0.01)
+    monkeypatch.setattr(server.engine.model.flash.keeper, "check", lambda: looked.append(None))
+    server.engine._wake.put(None)  # ends the longer wait that began before
+    until(lambda: len(looked) > 2)
 
 
 def test_health_statistics_and_metrics(server: Server) -> None:

@@ -123,6 +123,8 @@ def test_cgroup_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
     assert system.cgroup_free_bytes("0::/a/b\n", tmp_path) == 20
     write(tmp_path / "a/b", memory__max="90\n")
     assert system.cgroup_free_bytes("0::/a/b\n", tmp_path) == 0
+    write(tmp_path / "a/b", memory__max="130\n", memory__high="115\n")
+    assert system.cgroup_free_bytes("0::/a/b\n", tmp_path) == 15
 
 
 def test_cgroup_v1_in_a_container(tmp_path: Path) -> None:

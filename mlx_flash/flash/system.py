@@ -178,19 +178,21 @@ def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
     for line in membership.splitlines():
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
-            root, limit, usage, reclaimable = mount, "memory.max", "memory.current", "inactive_file"
+            root, limits = mount, ["memory.max", "memory.high"]
+            usage, reclaimable = "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, limit = mount / "memory", "memory.limit_in_bytes"
+            root, limits = mount / "memory", ["memory.limit_in_bytes"]
             usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
         # The limits of all ancestors hold. In a container the path is the host's and may not exist below this mount.
         group = root / path.lstrip("/")
         while True:
-            limit_bytes, used_bytes = _number(group / limit), _number(group / usage)
-            if limit_bytes is not None and used_bytes is not None:
+            set_limits = [found for name in limits if (found := _number(group / name)) is not None]
+            used_bytes = _number(group / usage)
+            if set_limits and used_bytes is not None:
                 used_bytes -= _statistic(group / "memory.stat", reclaimable)
-                free.append(max(0, limit_bytes - used_bytes))
+                free.append(max(0, min(set_limits) - used_bytes))
             if group == root:
                 break
             group = group.parent

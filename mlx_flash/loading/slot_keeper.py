@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..flash.filling import fill, whole_layers
 from ..flash.pressure import Level, Pressure, memory_pressure
 from ..flash.stats import Clock, Counters
 from ..flash.system import large_memory_given_back
@@ -73,7 +74,7 @@ class SlotKeeper:
     def check(self) -> None:
         """Looks at the system, at most every CHECK_S, and changes slots if that is due.
 
-        Raises ReadError if a read that is on its way into such slots fails.
+        Raises ReadError if a read into such slots fails.
         """
         now = self._clock()
         if now < self._next_check or self._most == self._least:
@@ -204,6 +205,8 @@ class SlotKeeper:
         if slots * units.slot_bytes > self._room(available):
             self._resize(layer, self._least[layer])
         self._resize(layer, slots)
+        if slots == units.count:
+            fill(whole_layers([units]))  # A layer with all of its units is never looked up.
         freed = int((before - slots) * units.slot_bytes)
         if freed > 0:
             self._streamer.counters.given_back += freed

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError
+from mlx_flash.flash.pressure import memory_pressure
 from mlx_flash.flash.system import current_memory_bytes
 from mlx_flash.loading.load import load
 from mlx_flash.loading.plan import parse_memory
@@ -28,6 +29,7 @@ from mlx_flash.source.children import child_environment
 from .tools.cgroup import memory_group
 
 PROMPT_TOKENS = 16
+LOOKS = 50  # at the system's memory, whose time is measured
 BEGIN_AT = 40  # tokens until the second process begins
 STEP_BYTES = 8 << 20  # which the second process allocates at a time
 RUNS = {"alone": (False, False), "without giving": (True, False), "with giving": (True, True)}
@@ -101,7 +103,8 @@ def run(arguments: argparse.Namespace, other: bool, gives: bool) -> dict[str, An
         log = folder / "log"
         tokens = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
         times = [float((folder / part).read_text()) for part in ("began", "holds", "frees") if (folder / part).exists()]
-        return {"exits": exits, "kills": group.kills(), **figures_of(tokens, times)}
+        look_s = float((folder / "look").read_text()) if (folder / "look").exists() else None
+        return {"exits": exits, "kills": group.kills(), "look_s": look_s, **figures_of(tokens, times)}
 
 
 def figures_of(tokens: list[dict[str, Any]], times: list[float]) -> dict[str, Any]:
@@ -148,6 +151,7 @@ def line(name: str, row: dict[str, Any]) -> str:
         lines.append(
             f"  given {row['given_bytes'] / 1e6:.0f} MB, taken again {row['taken_bytes'] / 1e6:.0f} MB, "
             f"longest token {row['longest_ms']:.0f} ms, peak {row['peak_rss_bytes'] / 1e6:.0f} MB"
+            + ("" if row["look_s"] is None else f", a look at the system {1e3 * row['look_s']:.2f} ms")
         )
     return "\n".join(lines)
 
@@ -177,6 +181,12 @@ def generate(model: str, budget: int, tokens: int, calm: float, gives: bool, nam
             before, last = now, counters
             if count == BEGIN_AT:
                 (folder / "begin").touch()
+    looks = []
+    for _ in range(LOOKS):
+        began = time.perf_counter()
+        memory_pressure()
+        looks.append(time.perf_counter() - began)
+    (folder / "look").write_text(str(median(looks)))
 
 
 if __name__ == "__main__":

@@ -285,6 +285,9 @@ def test_a_level_takes_slots_until_it_falls_and_they_come_back_slowly() -> None:
     scene.wait(1)
     assert scene.slots == [64, 64, 64, 32]
     scene.wait(300)
+    assert scene.slots == [32] * 4
+    scene.level = Level.CRITICAL
+    scene.wait(30)
     assert scene.slots == [4] * 4  # the fewest slots of the plan stay
     assert scene.keeper.given_bytes == 240 << 20 == scene.streamer.counters.given_back
     scene.level = Level.NORMAL
@@ -397,6 +400,18 @@ def test_layers_without_slots_are_left_alone() -> None:
 
 def test_the_levels_of_macos() -> None:
     assert [pressure.level_of_macos(number) for number in (0, 1, 2, 4, 99)] == [0, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("status", "level"), [(0, Level.CRITICAL), (-1, Level.NORMAL)])
+def test_macos_is_asked_for_its_level(monkeypatch: pytest.MonkeyPatch, status: int, level: Level) -> None:
+    def sysctlbyname(name: bytes, value: Any, size: Any, new: None, new_size: int) -> int:
+        assert (name, size._obj.value, new, new_size) == (b"kern.memorystatus_vm_pressure_level", 4, None, 0)
+        value._obj.value = 0 if status else 4
+        return status
+
+    monkeypatch.setattr(pressure.sys, "platform", "darwin")
+    monkeypatch.setattr(pressure.ctypes, "CDLL", lambda _: SimpleNamespace(sysctlbyname=sysctlbyname))
+    assert pressure.memory_pressure() == Pressure(level)
 
 
 def test_the_levels_of_stalls() -> None:

@@ -24,7 +24,8 @@ from .plan import MLX_CACHE_BYTES, Plan
 
 CHECK_S = 0.25  # shortest time between two looks at the system
 MARGIN, MOST_MARGIN_BYTES = 0.05, 10**9  # share of the usable memory that stays free beside the plan, and its limit
-GIVEN_AT = {Level.WARNING: 1 / 8, Level.CRITICAL: 1 / 4}  # share of all slots that a level asks for
+GIVEN_AT = {Level.WARNING: 1 / 8, Level.CRITICAL: 1 / 4}  # share of all slots that a level asks for at a time
+MOST_GIVEN_AT = {Level.WARNING: 1 / 2, Level.CRITICAL: 1.0}  # in all: a small Mac may be at the first level for hours
 LEVEL_S = {Level.WARNING: 3.0, Level.CRITICAL: 1.0}  # time that a level gets to fall before it asks for more
 CALM_S, MOST_CALM_S = 10.0, 320.0  # time without pressure until slots are taken again
 TAKE_S = 1.0  # time between two steps of taking
@@ -92,13 +93,13 @@ class SlotKeeper:
             self._pressed_at = now
         elif self.given_bytes and now - self._pressed_at >= self._calm_s and now >= self._next_take:
             self._next_take = now + TAKE_S
-            step = int(TAKEN * self.slots_bytes)
-            if spare is None or spare - step >= 3 * (self._margin or 0) + MLX_CACHE_BYTES:
-                if (raised := self._raised(step, pressure.available)) == self._halvings():
-                    self._calm_s = CALM_S  # Everything that can come back has come.
-                else:
-                    self._took = True
-                    self._change(raised, pressure.available)
+            raised = self._raised(int(TAKEN * self.slots_bytes), pressure.available)
+            more = sum(self._bytes_after(*each) for each in enumerate(raised)) - self.slots_bytes + self.given_bytes
+            if spare is None or spare - more >= 2 * (self._margin or 0):
+                self._took = True
+                self._change(raised, pressure.available)
+                if not self.given_bytes:
+                    self._calm_s = CALM_S
 
     def _spare(self, pressure: Pressure) -> float | None:
         """The bytes that would be left if this process took all that its plan allows now; None if it is not known."""
@@ -106,7 +107,7 @@ class SlotKeeper:
             return None
         spare = pressure.usable - (self._planned_bytes - self.given_bytes)
         if self._margin is None:  # A limit that is hardly above the plan, as a container's may be, leaves no margin.
-            self._margin = min(MARGIN * pressure.usable, MOST_MARGIN_BYTES, max(0, spare) / 2)
+            self._margin = min(MARGIN * pressure.usable, MOST_MARGIN_BYTES, max(0, spare) / 3)
         return spare
 
     def _wanted(self, level: Level, spare: float | None, now: float) -> int:
@@ -116,7 +117,8 @@ class SlotKeeper:
             wanted = 2 * self._margin - spare
         if level > Level.NORMAL and now >= self._next_level:
             self._next_level = now + LEVEL_S[level]
-            wanted = max(wanted, GIVEN_AT[level] * self.slots_bytes)
+            left = MOST_GIVEN_AT[level] * self.slots_bytes - self.given_bytes
+            wanted = max(wanted, min(GIVEN_AT[level] * self.slots_bytes, left))
         return int(wanted)
 
     def _slots_after(self, layer: int, halvings: int) -> int:
@@ -181,6 +183,8 @@ class SlotKeeper:
 
         available: bytes that can be allocated now, if that is known.
         """
+        if halvings == self._halvings():
+            return
         clock = self._streamer.clock
         clock.start()
         with large_memory_given_back():

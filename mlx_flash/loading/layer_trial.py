@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -221,6 +222,8 @@ class _FewExperts:
     """Takes the place of `ExpertSlots`. All experts are in its slots, as many at once as these can hold."""
 
     all_resident = False
+    held = None
+    shared = SimpleNamespace(before_layer=lambda: None)
 
     def __init__(self, count: int, slots: int, shapes: dict[str, tuple[tuple[int, ...], mx.Dtype]]) -> None:
         self.count = count

@@ -35,11 +35,12 @@ from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.flash import system
 from mlx_flash.flash.files import ALIGNMENT, MANIFEST, Manifest, NeuronLayout, parse_manifest, read_manifest, round_up
+from mlx_flash.flash.pressure import Level, Pressure
 from mlx_flash.flash.safetensors_file import sha256_of, tensor_checksums
 from mlx_flash.layers.quantised import companions
 from mlx_flash.loading import load as loading
+from mlx_flash.loading import slot_keeper, streaming_needs
 from mlx_flash.loading import store as store_module
-from mlx_flash.loading import streaming_needs
 from mlx_flash.loading.model_types import family_of, model_classes
 from mlx_flash.source.resolve import demo_folder
 from mlx_flash.text.tokenizer import load_tokenizer
@@ -86,6 +87,12 @@ def pytest_runtest_logfinish() -> None:
 def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets all plans of a test count the same process: malloc may return at any time what earlier tests left behind."""
     monkeypatch.setattr(streaming_needs, "current_memory_bytes", functools.cache(system.current_memory_bytes))
+
+
+@pytest.fixture(autouse=True)
+def ample_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets models keep their slots, whatever else this machine does."""
+    monkeypatch.setattr(slot_keeper, "memory_pressure", lambda: Pressure(Level.NORMAL))
 
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that. Tests of Ctrl-C need the default.

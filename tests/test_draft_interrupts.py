@@ -40,6 +40,7 @@ class Checksum:
             streamer=SimpleNamespace(counters=Counters()),
             evaluate_guarded=lambda: None,
             trials=Trials(),
+            answered=lambda *_: None,
             verify_unchanged=lambda: None,
             drafting=None,
             shared_reading=None,

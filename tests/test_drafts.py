@@ -224,6 +224,7 @@ def test_a_pass_over_streamed_layers_reads_the_same_bytes(
         streamer=streamer,
         evaluate_guarded=streamer.evaluate_guarded,
         trials=Trials(),
+        answered=lambda *_: None,
         verify_unchanged=streamer.verify_unchanged,
         shared_reading=None,
         prefill_tokens=512,
@@ -345,6 +346,7 @@ def test_the_distribution_is_the_models_own(drafts: str) -> None:
         vocabulary=STATES,
         evaluate_guarded=lambda: None,
         trials=Trials(),
+        answered=lambda *_: None,
         verify_unchanged=lambda: None,
     )
     sampler = make_sampler(0.8, top_p=0.95)

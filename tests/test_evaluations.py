@@ -34,7 +34,7 @@ def stream(folder: Path) -> Iterator[Callable[..., Any]]:
 
     def open_one(slots: int, overlap: bool) -> Any:
         model, streamer = open_streamed(folder, slots)
-        streamer.overlap = overlap
+        streamer.overlap, streamer.look_ahead = overlap, False
         streamers.append(streamer)
         return model
 

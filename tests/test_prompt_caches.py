@@ -48,6 +48,7 @@ class FakeModel:
             streamer=SimpleNamespace(counters=Counters()),
             evaluate_guarded=lambda: None,
             trials=Trials(),
+            answered=lambda *_: None,
             verify_unchanged=lambda: None,
             drafting=None,
             shared_reading=None,

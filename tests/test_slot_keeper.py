@@ -443,4 +443,4 @@ def test_statistics_say_what_came_and_went() -> None:
 
 
 def test_a_stream_without_a_keeper_is_undisturbed() -> None:
-    InFlightReads(SimpleNamespace()).before_layer()  # type: ignore[arg-type]
+    InFlightReads(SimpleNamespace(), []).before_layer()  # type: ignore[arg-type]

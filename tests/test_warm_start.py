@@ -185,12 +185,11 @@ def test_the_files_are_few_small_and_without_texts(
     assert len(files) == 2
     head, body = files[0].read_bytes().split(b"\n", 1)
     assert set(json.loads(head)) == {"model", "files", "unit", "counts", "crc32"} and len(body) == 6
-    (entry,) = entries(folder_of_its_own)
-    assert entry.kind == "uses of units"
+    (entry,) = (entry for entry in entries(folder_of_its_own) if entry.kind == "uses of units")
     assert remove(entry) and not (folder_of_its_own / "uses").exists()
     monkeypatch.setattr(kept_uses, "MOST_UNITS", 2)
     KeptUses(folder, [folder / "x"], "expert", [3]).write([np.ones(3, np.float16)])
-    assert entries(folder_of_its_own) == []
+    assert not (folder_of_its_own / "uses").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_no_trouble(mixture: Path, folder_of_its_own: Path) -> None:

@@ -163,8 +163,8 @@ class Statistics:
         ]
 
     def lines(self, predictor: str) -> list[str]:
-        """Lines for the user: the reads, where the time went, the drafts, if it was set up for them, the slots that came
-        and went if any did, and swapping."""
+        """Lines for the user: the reads, where the time went, the drafts if it was set up for them, the slots that
+        came and went if any did, and swapping."""
         swapped = None if self.swap is None else self.swap.line()
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"

@@ -45,15 +45,15 @@ class SlotKeeper:
         plan: Plan,
         layers: Sequence[Any],
         streamer: Streams,
-        signal: Callable[[], Pressure] = memory_pressure,
+        signal: Callable[[], Pressure] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """layers: streamed ones; those that are not divided into slots are left alone."""
+        """layers: streamed ones; those that are not divided into slots are left alone. signal: None for the system's."""
         self._layers = [layer for layer in layers if isinstance(layer.units, Units)]
         self._most = [layer.units.cache.slots for layer in self._layers]
         self._least = [min(max(1, plan.units.least), most) for most in self._most]
         self._planned_bytes = plan.total
-        self._streamer, self._signal, self._clock = streamer, signal, clock
+        self._streamer, self._signal, self._clock = streamer, signal or memory_pressure, clock
         self._next_check = self._next_level = self._next_take = 0.0
         self._pressed_at = 0.0
         self._calm_s = CALM_S

@@ -47,6 +47,17 @@ MAC: dict[str, Any] = {
         **{"conversations": 2, "conversation_bytes_written_today": 0, "conversation_bytes_per_day": 20e9},
         "unknown": {},
     },
+    "trials": {
+        "models": [
+            {
+                "about": {"model": "/models/mixture"},
+                "same_machine": True,
+                "budgets": {"2": {"trials": {"lookahead": {"choice": False}, "io": {"choice": "direct"}}}, "8": []},
+            },
+            {"about": {}, "same_machine": False, "budgets": {}},
+        ],
+        "unknown": {},
+    },
     "findings": [
         {"name": "swap_in_use", "level": "note", "found": "2.1 GB are swapped out already", "do": "Close programs."}
     ],
@@ -66,6 +77,12 @@ def test_a_mac_in_words() -> None:
     assert "apfs (external), 90.0 GB of 494.0 GB free" in text
     assert "               16 KiB       90      700" in lines and "                1 MiB      900" in lines
     assert "1.50 GB in /Users/x/Library/Caches/mlx_flash: 1 store, 2 kept conversations" in text
+    assert lines[-7:-3] == [
+        "trials     mixture",
+        "           25% to 38% of it in memory: lookahead off, io direct",
+        "           all of it in memory: nothing was chosen yet",
+        "           None (from another version of MLX or another machine; not used)",
+    ]
     assert lines[-2:] == [
         "note       2.1 GB are swapped out already. Close programs.",
         "result     no problems, 1 note",
@@ -77,9 +94,13 @@ def test_a_machine_that_tells_nothing_in_words() -> None:
     facts = {name: nothing("no\x1bsuch") if name != "findings" else [] for name in MAC}
     text = examined(facts)
     assert "\x1b" not in text
-    for name in ("machine", "software", "memory", "power", "disk", "self-tests", "cache"):
+    for name in ("machine", "software", "memory", "power", "disk", "self-tests", "cache", "trials"):
         assert any(line.startswith(f"{name:<11}") and "unknown (no" in line for line in text.splitlines()), name
     assert text.splitlines()[-1] == "result     no problems, no notes"
+
+
+def test_no_trials_yet() -> None:
+    assert "trials     none yet; they are made while a model runs" in examined({**MAC, "trials": {"models": []}})
 
 
 def test_a_disk_that_may_answer_from_memory() -> None:

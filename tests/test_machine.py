@@ -299,7 +299,7 @@ def test_the_largest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [
         *("hardware", "versions", "environment", "memory_state", "power"),
-        *("device", "self_tests", "volume", "probe", "cache_contents"),
+        *("device", "self_tests", "volume", "probe", "cache_contents", "kept_trials"),
     ]
     for name in parts:
         monkeypatch.setattr(gathered, name, lambda *_: fails())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..machine.hazards import NOTE, PROBLEM
@@ -30,6 +31,7 @@ def examined(facts: Facts) -> str:
         "disk": _disk,
         "self-tests": _tests,
         "cache": _cache,
+        "trials": _trials,
     }
     lines = [line for name, say in blocks.items() for line in _block(name, list(say(facts)))]
     return printable("\n".join([*lines, "", *_findings(facts["findings"])]))
@@ -161,6 +163,35 @@ def _cache(facts: Facts) -> Iterator[str]:
     written = part.text("conversation_bytes_written_today", lambda nbytes: f"{nbytes / 1e9:.2f} GB")
     most = f"at most {part['conversation_bytes_per_day'] / 1e9:.0f} GB a day"
     yield f"written today for conversations: {written} ({most})"
+
+
+def _trials(facts: Facts) -> Iterator[str]:
+    """What trials chose for each model and class of budgets."""
+    part = _Part(facts, "trials")
+    if part.failed:
+        yield part.text("models")
+    elif not part["models"]:
+        yield "none yet; they are made while a model runs"
+    for model in part["models"] or []:
+        old = "" if model["same_machine"] else " (from another version of MLX or another machine; not used)"
+        yield f"{Path(str(model['about'].get('model'))).name}{old}"
+        for share, result in sorted(model["budgets"].items()):
+            yield f"{_eighths(share)} of it in memory: {_choices(result) or 'nothing was chosen yet'}"
+
+
+def _eighths(share: str) -> str:
+    """A class of budgets as a share of the model, such as "25% to 38%"."""
+    if not share.isdigit() or int(share) >= 8:
+        return "all"
+    return f"{int(share) / 8:.0%} to {(int(share) + 1) / 8:.0%}"
+
+
+def _choices(result: Any) -> str:
+    trials = result.get("trials") if isinstance(result, dict) else None
+    found = trials if isinstance(trials, dict) else {}
+    words = {name: trial.get("choice") for name, trial in found.items() if isinstance(trial, dict)}
+    said = {name: ("off", "on")[value] if isinstance(value, bool) else value for name, value in words.items()}
+    return ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 def _findings(findings: list[dict[str, str]]) -> Iterator[str]:

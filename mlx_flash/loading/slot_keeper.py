@@ -48,7 +48,8 @@ class SlotKeeper:
         signal: Callable[[], Pressure] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """layers: streamed ones; those that are not divided into slots are left alone. signal: None for the system's."""
+        """layers: streamed ones; those that are not divided into slots are left alone. signal: None for the system's
+        own."""
         self._layers = [layer for layer in layers if isinstance(layer.units, Units)]
         self._most = [layer.units.cache.slots for layer in self._layers]
         self._least = [min(max(1, plan.units.least), most) for most in self._most]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..source.cached import cache_folder
 from ..source.installed import hub_cache, installed_models
+from ..source.kept_trials import kept_trials
 from .cache_contents import cache_contents
 from .device import device, self_tests
 from .disk_probe import OWN_BYTES, probe
@@ -39,6 +40,7 @@ def gathered(model: Path | None = None, say: Callable[[str], None] = lambda _: N
         "volume": lambda: volume(model or hub_cache()),
         "disk": lambda: probe(largest_file(model), cache_folder()),
         "cache": cache_contents,
+        "trials": lambda: {"models": kept_trials(), "unknown": {}},
     }
     facts: dict[str, Any] = {}
     for name, ask in gather.items():

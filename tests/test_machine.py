@@ -268,7 +268,7 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     os.utime(left, (long_ago, long_ago))
     facts = cache_contents()
     assert facts["stale_bytes"] >= 1 << 20 and facts["conversations"] == 0
-    assert facts["conversation_bytes_written_today"] == 0 and facts["unknown"] == {}
+    assert facts["written"]["today"] == {} and facts["unknown"] == {}
     assert {entry["kind"] for entry in facts["entries"]} == {"remains of a disk probe", "benchmark's matrices"}
     for entry in entries(tmp_path / "cache"):
         assert remove(entry)

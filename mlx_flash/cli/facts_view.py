@@ -160,9 +160,15 @@ def _cache(facts: Facts) -> Iterator[str]:
     kept = part["conversations"]
     holds = f"{_counted(stores, 'store')}, {_counted(kept, 'kept conversation')}"
     yield f"{part['total_bytes'] / 1e9:.2f} GB in {part['folder']}: {holds}"
-    written = part.text("conversation_bytes_written_today", lambda nbytes: f"{nbytes / 1e9:.2f} GB")
-    most = f"at most {part['conversation_bytes_per_day'] / 1e9:.0f} GB a day"
-    yield f"written today for conversations: {written} ({most})"
+    yield f"written to the disk today: {_written(part['written'])}"
+
+
+def _written(record: dict[str, Any]) -> str:
+    """Today's bytes by what they are for, the most first, and the bounds of what recurs."""
+    most = record["most_per_day"]
+    bounds = {kind: f" (at most {nbytes / 1e9:.3g} GB a day)" for kind, nbytes in most.items()}
+    today = sorted(record["today"].items(), key=lambda item: -item[1])
+    return ", ".join(f"{nbytes / 1e9:.2f} GB of {kind}{bounds.get(kind, '')}" for kind, nbytes in today) or "nothing"
 
 
 def _trials(facts: Facts) -> Iterator[str]:

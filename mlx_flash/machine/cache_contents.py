@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from ..source.cached import Entry, cache_folder, entries
-from ..source.conversation_folder import CONVERSATIONS, MOST_BYTES_PER_DAY, ConversationFolder, FolderState
-from .told import Facts, told
+from ..source.ssd_writes import written_bytes
+from .told import Facts
 
 STALE_DAYS = 7  # An unfinished conversion of this age is not being made.
 STALE_KINDS = ("partial conversion", "remains", "benchmark's matrices", "remains of a disk probe")
@@ -18,7 +18,7 @@ def cache_contents() -> Facts:
     """folder: its path. writable: whether it can be written to. total_bytes. entries: [{"name", "kind", "bytes",
     "days"}], the largest first; days since the last use. superseded_bytes: of stores that newer ones replace.
     stale_bytes: of remains that nothing uses. conversations: their number. conversation_bytes.
-    conversation_bytes_written_today, conversation_bytes_per_day: what was written, and the most that may be.
+    written: what this package wrote to the disk, see `written_bytes`.
 
     Raises UsageError if there is no place for the folder.
     """
@@ -37,8 +37,8 @@ def cache_contents() -> Facts:
         "stale_bytes": sum(e.nbytes for e in found if e.kind in STALE_KINDS and _days(e) >= STALE_DAYS),
         "conversations": sum(entry.kept.conversations for entry in talks if entry.kept is not None),
         "conversation_bytes": sum(entry.nbytes for entry in talks),
-        "conversation_bytes_per_day": MOST_BYTES_PER_DAY,
-        **told({"conversation_bytes_written_today": lambda: _state(folder).written_today_bytes}),
+        "written": written_bytes(),
+        "unknown": {},
     }
 
 
@@ -49,10 +49,6 @@ def writable(folder: Path) -> bool:
         return os.access(folder, os.W_OK | os.X_OK)
     except OSError:
         return False
-
-
-def _state(folder: Path) -> FolderState:
-    return ConversationFolder(folder / CONVERSATIONS, "none-000000000000", {}).state()
 
 
 def _days(entry: Entry) -> float:

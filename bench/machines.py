@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_flash.errors import UsageError
-from mlx_flash.report.form import MachineReport, ReportedAnswer, ReportedMachine, read_report, write_beside
+from mlx_flash.report.form import MachineReport, ReportedAnswer, ReportedMachine, read_report
 from mlx_flash.report.pasted import (
     escaped,
     figure,
@@ -24,6 +24,7 @@ from mlx_flash.report.pasted import (
     swapped,
     table,
 )
+from mlx_flash.source.ssd_writes import write_beside
 
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,79}\.json")
 HEAD = """\
@@ -48,7 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"there is no folder {folder}. Give the one that holds the reports' JSON files.")
     reports = read_all(folder)
     target = folder.resolve().with_suffix(".md")
-    write_beside(target, page(reports, folder.resolve().name))
+    write_beside(target, page(reports, folder.resolve().name).encode())
     print(f"written: {target}")
     print(json.dumps({"command": "machines", "reports": len(reports), "macs": macs(reports)}))
 

@@ -22,8 +22,9 @@ from mlx_flash.flash.unit_file import UnitFile
 from mlx_flash.flash.unit_sums import Ranges, RangeSums
 from mlx_flash.loading import load, verification
 from mlx_flash.source import cached, failures, resolve
-from mlx_flash.source.cached import MATRICES, entries, in_use
+from mlx_flash.source.cached import MATRICES, entries, in_use, remove
 from mlx_flash.source.resolve import cached_store_path, find_store
+from mlx_flash.source.ssd_writes import write_small
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -167,6 +168,21 @@ def test_sums_and_error_reports_are_listed_and_removed(folder: Path, source: Pat
     assert entries(folder) == []
     (folder / "last-error.txt").write_text("somebody's own")
     assert entries(folder) == []
+
+
+def test_what_an_interrupted_write_left_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files get the names that `write_small` gives, and are neither renamed nor removed, as after a kill."""
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    model = f"model-{'0' * 12}"
+    for name in ("disk-rates.json", "plans.json", "swapped.json", f"uses/{model}.uses", f"trials/{model}.json"):
+        write_small(folder / name, "x")
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(folder))
+    assert len(list(folder.rglob("*.partial"))) == 5
+    for entry in entries(folder):
+        assert remove(entry)
+    assert list(folder.iterdir()) == []
 
 
 def test_what_an_interrupted_removal_left_is_removed(folder: Path, source: Path, cli: Cli) -> None:

@@ -106,10 +106,10 @@ def test_other_files_and_other_versions_are_refused(content: str, says: str, tmp
 def test_a_file_is_never_half_written(sound: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = made(Script())
 
-    def full(_: Path, text: str, **__: Any) -> int:
+    def full(_: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         write_report(report, tmp_path / "x.json")
     assert list(tmp_path.iterdir()) == []

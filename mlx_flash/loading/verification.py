@@ -8,7 +8,6 @@ import json
 import os
 import re
 import stat
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +19,7 @@ from ..flash.reader import Reader
 from ..flash.unit_file import UnitFile, identity_of
 from ..flash.unit_sums import Ranges, RangeSums, make_sums
 from ..source.cached import SUMS, SUMS_SUFFIX, cache_folder
-from ..source.ssd_writes import CHECKSUMS, count_written
+from ..source.ssd_writes import CHECKSUMS, count_written, write_beside
 
 Identity = tuple[int, int, int, int]  # the result of `identity_of`
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -178,16 +177,12 @@ def _regular(path: Path) -> BinaryIO:
 
 
 def _keep(path: Path, identity: Identity, sums: RangeSums, sha256: str) -> None:
-    """Writes sums to a temporary file and renames it, without a sync: they have their own checksum. Raises OSError."""
+    """Writes sums, without a sync: they have their own checksum. Raises OSError."""
     place = _place(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f"{place.name}.{os.getpid()}{threading.get_native_id()}.partial")
-    try:
-        written = beside.write_bytes(sums.to_bytes(_named(path, identity), sha256))
-        beside.replace(place)
-        count_written(CHECKSUMS, written)
-    finally:
-        beside.unlink(missing_ok=True)
+    data = sums.to_bytes(_named(path, identity), sha256)
+    write_beside(place, data)
+    count_written(CHECKSUMS, len(data))
 
 
 def _remove_stale(folder: Path) -> None:

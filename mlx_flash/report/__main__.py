@@ -66,7 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def write(making: Making, folder: Path) -> int:
     """Writes and prints what there is. Returns the exit code: 1 if no run was finished."""
-    from .form import write_beside, write_report
+    from ..source.ssd_writes import write_beside
+    from .form import write_report
     from .pasted import ABSENT, CONTENTS, markdown
 
     if (report := making.report()) is None:
@@ -75,7 +76,7 @@ def write(making: Making, folder: Path) -> int:
     text = markdown(report)
     stem = f"mlxflash-report-{time.strftime('%Y%m%d-%H%M%S')}"
     write_report(report, folder / f"{stem}.json")
-    write_beside(folder / f"{stem}.md", text)
+    write_beside(folder / f"{stem}.md", text.encode())
     print(text)
     print(f"written: {folder / stem}.json, {folder / stem}.md")
     for title, each in (("They contain:", CONTENTS), ("They do not contain:", ABSENT)):

@@ -7,7 +7,6 @@ or has a short pattern without slashes, so it holds no path. Times are in second
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ..errors import UsageError
+from ..source.ssd_writes import write_beside
 
 SCHEMA_VERSION = 1
 FORMAT = "mlx_flash machine report"
@@ -136,11 +136,19 @@ class ReportedAnswer(FormPart):
     peak_bytes: Count
 
 
+class ReportedChoice(FormPart):
+    """A choice among ways of reading, and where it comes from. trying: whether it was on trial when the run ended."""
+
+    choice: bool | Count | Literal["direct", "buffered"]
+    by: Literal["you", "trial", "default"]
+    trying: bool
+
+
 class ReportedRun(FormPart):
     """A process of its own, within a budget, that answers one prompt cold and warm.
 
     slot_share: of the units that have a slot. swapped_*, compressed_*, decompressed_*: of the memory of all programs,
-    while the process ran; 0 where the system does not count it.
+    while the process ran; 0 where the system does not count it. choices: after the last answer, see `Trials.choices`.
     """
 
     budget: BudgetName
@@ -153,6 +161,7 @@ class ReportedRun(FormPart):
     compressed_bytes: Count
     decompressed_bytes: Count
     answers: Annotated[list[ReportedAnswer], Field(min_length=1, max_length=2)]
+    choices: dict[Literal["lookahead", "overlap", "io", "threads", "pieces"], ReportedChoice] = {}
 
 
 class LeftOut(FormPart):
@@ -221,18 +230,8 @@ def in_name(text: object) -> str | None:
 
 
 def write_report(report: MachineReport, path: Path) -> None:
-    """Writes the file beside its place and renames it. Raises OSError."""
-    write_beside(path, json.dumps(report.model_dump(), indent=1) + "\n")
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half written. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Raises OSError."""
+    write_beside(path, (json.dumps(report.model_dump(), indent=1) + "\n").encode())
 
 
 def read_report(path: Path) -> MachineReport:

@@ -33,9 +33,17 @@ MATRICES = "mlx_flash-matrices-"  # prefix of a benchmark's temporary folder bes
 _STORE = re.compile(r".+-[0-9a-f]{12}")  # the names that resolve.cached_store_path gives
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _REMAINS = re.compile(rf"\.({_STORE.pattern}(?:{re.escape(_PARTIAL)})?)\.(?:removed|replaced)")
-_ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses(?:\.[0-9]+\.partial)?")
-_RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json(?:\.[0-9]+\.partial)?")
-_ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}(?:\.[0-9]+\.partial)?")
+_UNFINISHED = re.compile(r"(.+)\.[0-9]+\.partial")  # the names that ssd_writes.write_beside gives
+_ONE_OF_THE_USES = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.uses")
+_RESULT = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{12}\.json")
+_ONE_OF_THE_SUMS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUMS_SUFFIX)}")
+_FILES = {
+    HISTORY: "chat history",
+    DISK_RATES: "speed of disks",
+    SSD_WRITES: "bytes written per day",
+    PLANS: "plans of models",
+    SWAPS: "models that were swapped",
+}
 
 
 def cache_folder() -> Path:
@@ -199,21 +207,13 @@ def _alone_with(path: Path) -> Iterator[bool]:
 
 def _kind_of(path: Path) -> str | None:
     try:
-        if path.name == HISTORY and path.is_file():
-            return "chat history"
         if path.name == REPORT and path.is_file():
             with path.open("rb") as file:
                 return "error report" if file.read(len(REPORT_BEGINS)) == REPORT_BEGINS.encode() else None
-        if path.name == DISK_RATES and path.is_file():
-            return "speed of disks"
-        if path.name == SSD_WRITES and path.is_file():
-            return "bytes written per day"
-        if path.name == PLANS and path.is_file():
-            return "plans of models"
+        if _finished(path) in _FILES and path.is_file():
+            return _FILES[_finished(path)]
         if path.name.startswith(PROBE):
             return "remains of a disk probe"
-        if path.name == SWAPS and path.is_file():
-            return "models that were swapped"
         if path.name == USES and _all_named(path, _ONE_OF_THE_USES):
             return "uses of units"
         if path.name == TRIALS and _all_named(path, _RESULT):
@@ -234,19 +234,25 @@ def _kind_of(path: Path) -> str | None:
     return None
 
 
+def _finished(path: Path) -> str:
+    """The name that a file has, or would have got from a run that was killed."""
+    unfinished = _UNFINISHED.fullmatch(path.name)
+    return path.name if unfinished is None else unfinished[1]
+
+
 def _sums_in(folder: Path) -> list[Path]:
     """The files in the folder of sums that this package made, including those of an interrupted run."""
     return [
         path
         for path in folder.iterdir()
-        if _ONE_OF_THE_SUMS.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+        if _ONE_OF_THE_SUMS.fullmatch(_finished(path)) and path.is_file() and not path.is_symlink()
     ]
 
 
 def _all_named(folder: Path, names: re.Pattern[str]) -> bool:
     """Whether a folder holds only files with names that this package gives."""
     return folder.is_dir() and all(
-        names.fullmatch(path.name) and path.is_file() and not path.is_symlink() for path in folder.iterdir()
+        names.fullmatch(_finished(path)) and path.is_file() and not path.is_symlink() for path in folder.iterdir()
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ DOWNLOADS = "downloads"
 CONVERSIONS = "conversions"
 CHECKSUMS = "checksums"
 COPIES = "copies of small files"  # of tokenizers and the like, at every load
+PROBES = "disk probes"  # a file that is read for a moment, and removed
 SMALL = "notes about models and disks"  # measured rates, plans, trials: all that `write_small` writes
-KINDS = (DOWNLOADS, CONVERSIONS, CHECKSUMS, COPIES, SMALL)
+KINDS = (DOWNLOADS, CONVERSIONS, CHECKSUMS, COPIES, PROBES, SMALL)
 MOST_SMALL_PER_DAY = 100 * 10**6  # bytes
 DAYS = 7  # are kept
 LOCK_S = 0.5  # the longest wait for another process
@@ -39,7 +41,7 @@ def count_written(kind: str, nbytes: int) -> None:
 
 
 def write_small(path: Path, content: str | bytes) -> bool:
-    """Writes a file that can be made again, beside its name first, and counts it. Nothing of a failed write stays.
+    """Writes a file of the cache folder that can be made again, and counts it.
 
     Returns False, and writes nothing, once MOST_SMALL_PER_DAY were written today. Raises OSError.
     """
@@ -47,14 +49,23 @@ def write_small(path: Path, content: str | bytes) -> bool:
     if _days().get(today(), {}).get(SMALL, 0) + len(data) > MOST_SMALL_PER_DAY:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_beside(path, data)
+    count_written(SMALL, len(data))
+    return True
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Writes a file beside its name and renames it, so that it is never seen half written. Raises OSError.
+
+    There is no sync: after a power cut, the file may be damaged. A process that is killed may leave a file whose name
+    `cached.py` knows.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}{threading.get_native_id()}.partial")
     try:
         beside.write_bytes(data)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    count_written(SMALL, len(data))
-    return True
 
 
 def written_bytes() -> dict[str, Any]:

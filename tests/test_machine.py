@@ -33,6 +33,7 @@ from mlx_flash.machine import (
 from mlx_flash.machine.cache_contents import STALE_DAYS, cache_contents
 from mlx_flash.machine.device import device, self_tests
 from mlx_flash.source.cached import MATRICES, PROBE, entries, remove
+from mlx_flash.source.ssd_writes import PROBES, written_bytes
 
 
 def fails() -> Any:
@@ -224,12 +225,14 @@ def test_files_that_are_only_in_the_cloud(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_disk_is_measured_with_a_file_that_goes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_probe, "OWN_BYTES", 48 << 20)
     monkeypatch.setattr(disk_probe, "SPARE_BYTES", 0)
+    monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "record"))
     facts = disk_probe.probe(None, tmp_path / "cache", seconds=0.01)
     assert [(rate["at_once"], rate["piece_bytes"]) for rate in facts["rates"]] == [
         (number, size) for number in disk_probe.AT_ONCE for size in disk_probe.SIZES
     ]
     assert all(rate["bytes_per_second"] > 0 and rate["reads"] > 0 for rate in facts["rates"])
     assert facts["written_bytes"] == facts["file_bytes"] == 48 << 20
+    assert written_bytes()["today"] == {PROBES: 48 << 20}
     assert list((tmp_path / "cache").iterdir()) == []
     json.dumps(facts)
 

@@ -26,7 +26,7 @@ from mlx_flash.machine.memory_state import memory_state
 from mlx_flash.machine.volumes import volume
 from mlx_flash.report import __main__ as command
 from mlx_flash.report import making, one_run, runs_apart
-from mlx_flash.report.form import LOCAL, MachineReport, in_name, read_report
+from mlx_flash.report.form import LOCAL, MachineReport, ReportedChoice, in_name, read_report
 from mlx_flash.report.making import Making, Scope
 from mlx_flash.report.measured_model import budgets, numbers_of, prompt_of, public_name, within
 from mlx_flash.report.pasted import markdown
@@ -52,6 +52,11 @@ ANSWER: Told = {
     **{
         "ids": [5, 6, 7],
         "energy": "process CPU",
+        "choices": {
+            "lookahead": {"choice": False, "by": "trial", "trying": False},
+            "threads": {"choice": 16, "by": "default", "trying": True},
+            "io": {"choice": "buffered", "by": "you", "trying": False},
+        },
         "generated_tokens": 128,
         "first_token_s": 1.25,
         "prompt_bytes": 10**9,
@@ -98,8 +103,10 @@ def test_every_prompt_within_every_budget() -> None:
     assert [(run.prompt_tokens, run.budget) for run in report.runs[:2]] == [(32, "middle"), (32, "smallest")]
     assert all([answer.state for answer in run.answers] == ["cold", "warm"] for run in report.runs)
     assert report.left_out == [] and report.energy == "process CPU" and report.tokens == 128
+    assert report.runs[0].choices["threads"] == ReportedChoice(choice=16, by="default", trying=True)
     assert report.machine is not None and report.machine.hazards == ["swap_in_use"]
     text = markdown(report)
+    assert "- Chosen by trials: lookahead off (middle, smallest, largest)\n" in text
     assert "**Apple M2**, 8 cores (4 + 4), 8 GPU cores, 8 GiB, macOS 26.1, MLX 0.32.4 on the GPU" in text
     row = "| middle, 9.00 GB | 50% | 32 | cold | 1.25 | 12.3 | 7.50 | 200 | 90% | 25.0 | 0.89 | 12.5 |"
     assert text.count(row) == 1 and text.count("\n| ") == 2 + 12

@@ -25,6 +25,7 @@ from ..flash.reader import Reader, Ticket
 from ..flash.system import sync_to_disk
 from ..flash.unit_file import UnitFile
 from ..source.cached import PROBE
+from ..source.ssd_writes import PROBES, count_written
 from .told import Facts
 
 SIZES = (16 << 10, 128 << 10, 1 << 20, 4 << 20)  # bytes of a piece
@@ -87,6 +88,7 @@ def _own_file(folder: Path) -> Iterator[Path]:
         for _ in range(OWN_BYTES >> 24):
             file.write(random.bytes(1 << 24))
         file.flush()
+        count_written(PROBES, OWN_BYTES)
         sync_to_disk(file.fileno())
         if sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

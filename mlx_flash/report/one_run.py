@@ -60,7 +60,8 @@ def run(request: Told) -> Iterator[Told]:
     """request: "model", "memory" (bytes), "context", "prompt_tokens", "tokens", "answer_s" (most seconds of an answer
     after its first token), "left_s" (of the whole run).
 
-    Yields {"load_s", "planned_bytes", "slot_share"}, then for each answer the fields of `ReportedAnswer` and "ids".
+    Yields {"load_s", "planned_bytes", "slot_share"}, then for each answer the fields of `ReportedAnswer`,
+    "ids", "energy" and "choices".
     """
     began = time.monotonic()
     from ..loading.load import load
@@ -111,6 +112,7 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, end: flo
     return {
         "ids": ids,
         "energy": source,
+        "choices": model.flash.trials.choices(),
         "generated_tokens": len(ids),
         "first_token_s": counted.first_token_s,
         "prompt_bytes": counted.prompt.bytes,

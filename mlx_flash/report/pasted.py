@@ -11,7 +11,8 @@ CONTENTS = (
     "chip, cores, memory, swap, disk and its speed; system, Python and packages with their versions",
     "power supply, power saving, heat; self-tests; the names of the hazards that `mlxflash doctor` knows",
     'the model\'s repository id; of a local folder only "a local folder" and whole numbers of its config.json',
-    "times, bytes, hits, peak memory, swap and energy of the runs; the day on which they were made",
+    "times, bytes, hits, peak memory, swap and energy of the runs; what was tried while they ran, and what was chosen",
+    "the day on which they were made",
 )
 ABSENT = (
     "names of users, of the machine, of folders or files; paths",
@@ -149,10 +150,23 @@ def _findings(report: MachineReport) -> Iterator[str]:
     yield f"Same text, whatever the budget, cold and warm: **{same_text(report)}**{compared}"
     yield f"Swapped while a model ran: {swapped(report)}"
     yield f"Energy: {report.energy}"
+    if chosen := _chosen(report):
+        yield f"Chosen by trials: {'; '.join(chosen)}"
     reasons = dict.fromkeys(f"{left.prompt_tokens} tokens, {left.budget}, {left.reason}" for left in report.left_out)
     if reasons:
         yield f"Left out ({len(report.left_out)} answers): {'; '.join(reasons)}"
     yield f"It took {report.seconds:.0f} s."
+
+
+def _chosen(report: MachineReport) -> list[str]:
+    """Whatever trials chose, each once, with the budgets that it was chosen in."""
+    found: dict[str, dict[str, None]] = {}
+    for run in report.runs:
+        for name, each in run.choices.items():
+            if each.by == "trial":
+                word = each.choice if not isinstance(each.choice, bool) else "on" if each.choice else "off"
+                found.setdefault(f"{name} {word}", {})[run.budget] = None
+    return [f"{choice} ({', '.join(budgets)})" for choice, budgets in found.items()]
 
 
 def swapped(report: MachineReport) -> str:

@@ -175,9 +175,11 @@ class Course:
             measured.ids.append((prompt, budget, answer.pop("ids")))
             if (source := answer.pop("energy")) != "not available":
                 measured.energy = source
+            choices = answer.pop("choices")
             answers.append(ReportedAnswer(**answer))
         counted = {f"{name}_bytes": max(0, count) for name, count in moved.items()}
-        measured.runs.append(ReportedRun(budget=budget, prompt_tokens=prompt, answers=answers, **told[0], **counted))
+        run = {"budget": budget, "prompt_tokens": prompt, "answers": answers, "choices": choices}
+        measured.runs.append(ReportedRun(**run, **told[0], **counted))
 
     def _leave_out(self, measured: Measured, prompt: int, budget: BudgetName, done: int, reason: Reason) -> None:
         for state in STATES[done:]:

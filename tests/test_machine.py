@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from mlx_flash.errors import FlashError
+from mlx_flash.flash import dataless, sysctl
 from mlx_flash.machine import (
     disk_probe,
     environment,
@@ -26,12 +27,12 @@ from mlx_flash.machine import (
     hardware,
     memory_state,
     power,
-    sysctl,
     told,
     volumes,
 )
 from mlx_flash.machine.cache_contents import STALE_DAYS, cache_contents
 from mlx_flash.machine.device import device, self_tests
+from mlx_flash.source import mounts as mounts_module
 from mlx_flash.source.cached import MATRICES, PROBE, entries, remove
 from mlx_flash.source.ssd_writes import PROBES, written_bytes
 
@@ -176,7 +177,7 @@ def test_power_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def partitions(monkeypatch: pytest.MonkeyPatch, *mounts: tuple[str, str, str]) -> None:
     found = [SimpleNamespace(device=device, mountpoint=mount, fstype=kind) for device, mount, kind in mounts]
-    monkeypatch.setattr(volumes.psutil, "disk_partitions", lambda all: found)
+    monkeypatch.setattr(mounts_module.psutil, "disk_partitions", lambda all: found)
 
 
 def test_the_volume_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_files_that_are_only_in_the_cloud(tmp_path: Path, monkeypatch: pytest.Mo
 
     def flagged(path: Path, **more: Any) -> Any:
         state = stat(path, **more)
-        flags = volumes.SF_DATALESS if path.name == "there" else 0
+        flags = dataless._SF_DATALESS if path.name == "there" else 0
         return SimpleNamespace(st_mode=state.st_mode, st_flags=flags, st_dev=state.st_dev)
 
     monkeypatch.setattr(Path, "stat", flagged)

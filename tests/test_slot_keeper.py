@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from test_mixture import everything, reference  # type: ignore[import-not-found]
 from test_stream import NEURONS, Bench, gathered  # type: ignore[import-not-found]
 
-from mlx_flash.flash import pressure, system
+from mlx_flash.flash import pressure, sysctl, system
 from mlx_flash.flash.inflight import InFlightReads
 from mlx_flash.flash.pressure import Level, Pressure
 from mlx_flash.flash.slot_cache import SlotCache
@@ -404,13 +404,15 @@ def test_the_levels_of_macos() -> None:
 
 @pytest.mark.parametrize(("status", "level"), [(0, Level.CRITICAL), (-1, Level.NORMAL)])
 def test_macos_is_asked_for_its_level(monkeypatch: pytest.MonkeyPatch, status: int, level: Level) -> None:
-    def sysctlbyname(name: bytes, value: Any, size: Any, new: None, new_size: int) -> int:
-        assert (name, size._obj.value, new, new_size) == (b"kern.memorystatus_vm_pressure_level", 4, None, 0)
-        value._obj.value = 0 if status else 4
+    def sysctlbyname(name: bytes, value: Any, size: Any, *_: object) -> int:
+        assert name == b"kern.memorystatus_vm_pressure_level"
+        size._obj.value = 4
+        if value is not None:
+            value.raw = bytes([4, 0, 0, 0])
         return status
 
     monkeypatch.setattr(pressure.sys, "platform", "darwin")
-    monkeypatch.setattr(pressure.ctypes, "CDLL", lambda _: SimpleNamespace(sysctlbyname=sysctlbyname))
+    monkeypatch.setattr(sysctl.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(sysctlbyname=sysctlbyname))
     assert pressure.memory_pressure() == Pressure(level)
 
 

@@ -19,8 +19,13 @@ _PLACEHOLDER = re.compile(r"\.(.+)\.icloud")  # what earlier versions of macOS l
 
 def refuse_dataless(path: Path, status: os.stat_result) -> None:
     """Raises ReadError if the contents of a file are not on this disk. status: the file's."""
-    if _flags_of(status) & _SF_DATALESS:
+    if is_dataless(status):
         raise _in_icloud(path)
+
+
+def is_dataless(status: os.stat_result) -> bool:
+    """Whether the contents of a file are elsewhere, by its status."""
+    return bool(_flags_of(status) & _SF_DATALESS)
 
 
 def refuse_placeholders(folder: Path, entries: Collection[str], counts: Callable[[str], object]) -> None:

@@ -6,12 +6,12 @@ how much memory is available, and which share of the time tasks wait for memory 
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from .sysctl import sysctl_number
 from .system import available_memory_bytes, current_memory_bytes
 
 STALLED_PERCENT = 10.0  # of the last ten seconds in which tasks waited for memory
@@ -53,12 +53,11 @@ def level_of_macos(number: int) -> Level:
 
 
 def _macos_level() -> int:
-    """The value of kern.memorystatus_vm_pressure_level, an int; 0 if it cannot be read."""
-    level, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
-    sysctl = ctypes.CDLL(None).sysctlbyname
-    sysctl.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    name = b"kern.memorystatus_vm_pressure_level"
-    return level.value if sysctl(name, ctypes.byref(level), ctypes.byref(size), None, 0) == 0 else 0
+    """The system's number of its level; 0 if it cannot be read."""
+    try:
+        return sysctl_number("kern.memorystatus_vm_pressure_level")
+    except OSError:
+        return 0
 
 
 def stall_level(text: str) -> Level:

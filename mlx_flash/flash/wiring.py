@@ -1,6 +1,6 @@
 """Keeps a model's weights and slots in memory on macOS, where the system would otherwise compress and swap them.
 
-MLX wires its buffers up to a limit, which is 0 unless somebody sets it (`mx.set_wired_limit`; Metal, from macOS 15 on).
+MLX wires its buffers up to a limit, which is 0 until a program sets it (`mx.set_wired_limit`; Metal, from macOS 15 on).
 A buffer that is allocated when the limit is used up is not wired. So everything that stays is allocated first, and the
 limit is its sum: later buffers, which come and go with every token, stay outside.
 """

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .sysctl import sysctl_number, sysctl_text
+from ..flash.sysctl import sysctl_number, sysctl_text
 from .told import Facts, told
 
 PACKAGES = ("mlx-flash-runtime", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy", "huggingface_hub")

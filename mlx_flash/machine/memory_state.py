@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from .sysctl import swap_usage, sysctl_number
+from ..flash.sysctl import swap_usage, sysctl_number
 from .told import Facts, told
 
 # bsd/sys/kern_memorystatus.h: the levels of kern.memorystatus_vm_pressure_level.

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
-
+from ..flash.dataless import is_dataless
+from ..source.mounts import mount_of
 from .told import Facts, told
 
 NETWORK = (
@@ -28,7 +28,6 @@ NETWORK = (
     "lustre",
 )
 VIRTUAL = ("vd", "xvd", "nbd")  # names of disks of virtual machines: what they say of themselves is made up
-SF_DATALESS = 0x40000000  # sys/stat.h of macOS: the contents are elsewhere, such as in iCloud
 ASK_S = 20.0  # seconds for diskutil
 
 
@@ -41,8 +40,8 @@ def volume(folder: Path) -> Facts:
     """
     here = next(each for each in (folder, *folder.parents) if each.exists()).resolve()
     asked = {
-        "file_system": lambda: _mount_of(here)[1],
-        "network": lambda: _mount_of(here)[1].lower() in NETWORK,
+        "file_system": lambda: mount_of(here)[1],
+        "network": lambda: mount_of(here)[1].lower() in NETWORK,
         "total_bytes": lambda: shutil.disk_usage(here).total,
         "free_bytes": lambda: shutil.disk_usage(here).free,
         "cloud": lambda: in_cloud(here),
@@ -68,23 +67,12 @@ def in_cloud(folder: Path) -> bool:
 
 
 def _dataless_files(folder: Path) -> int:
-    files = [path for path in folder.iterdir() if path.is_file()]
-    return sum(bool(getattr(path.stat(), "st_flags", 0) & SF_DATALESS) for path in files)
-
-
-def _mount_of(folder: Path) -> tuple[str, str]:
-    """(device, file system) of the mount that a folder is in. Raises OSError."""
-    found = [each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)]
-    if not found:
-        raise OSError("no mount holds the folder")
-    deepest = max(len(Path(each.mountpoint).parts) for each in found)
-    last = [each for each in found if len(Path(each.mountpoint).parts) == deepest][-1]  # It hides earlier ones.
-    return last.device, last.fstype
+    return sum(path.is_file() and is_dataless(path.stat()) for path in folder.iterdir())
 
 
 def _diskutil(folder: Path) -> dict[str, object]:
     done = subprocess.run(
-        ["/usr/sbin/diskutil", "info", "-plist", _mount_of(folder)[0]],
+        ["/usr/sbin/diskutil", "info", "-plist", mount_of(folder)[0]],
         capture_output=True, timeout=ASK_S, stdin=subprocess.DEVNULL, check=True,
     )  # fmt: skip
     return plistlib.loads(done.stdout)
@@ -99,4 +87,4 @@ def _of_block_device(folder: Path, name: str) -> str:
     for place in (device, device.parent):
         if (place / name).is_file():
             return (place / name).read_text().strip()
-    raise OSError(f"the system names no disk behind its {_mount_of(folder)[1]} file system")
+    raise OSError(f"the system names no disk behind its {mount_of(folder)[1]} file system")

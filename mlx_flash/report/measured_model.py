@@ -39,11 +39,6 @@ def made_ready(model: str | None, say: Callable[[str], None]) -> Path:
     return ensure_store(source, model, say)
 
 
-def weights_of(folder: Path) -> Path:
-    """The folder's largest file."""
-    return max((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
-
-
 def examined(model: str | None, folder: Path, wanted: int) -> dict[str, Any]:
     """The model and the budgets to measure it with, as in `MachineReport`. wanted: tokens of the longest answer and
     its prompt; "context" is smaller if the model has fewer positions.
@@ -115,7 +110,7 @@ def within(size: int, use: Callable[[int], Result], most: float = MORE) -> Resul
 
 
 def public_name(model: str | None) -> str:
-    """The repository's id, or that the model is a folder: a folder's name may say who or where somebody is."""
+    """The repository's id, or that the model is a folder: a folder's name may be personal."""
     if model is None:
         return DEMO
     try:

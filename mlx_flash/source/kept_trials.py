@@ -20,6 +20,7 @@ import psutil
 from ..errors import UsageError
 from .cached import TRIALS, cache_folder
 from .model_notes import note_path, state_of
+from .mounts import mount_of
 from .ssd_writes import write_small
 
 SUFFIX = ".json"
@@ -108,9 +109,6 @@ def _machine() -> dict[str, Any]:
 
 def _disk_of(path: Path) -> list[str]:
     """The device and the file system that a file is on; empty if the system does not tell."""
-    path = path.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    if not mounts:
-        return []
-    mount = max(mounts, key=lambda part: len(part.mountpoint))
-    return [mount.device, mount.fstype]
+    with contextlib.suppress(OSError):
+        return list(mount_of(path.resolve()))
+    return []

@@ -163,6 +163,14 @@ def test_a_users_choice_leaves_the_earlier_result() -> None:
     assert machine.kept[-1]["trials"]["threads"] == kept["trials"]["threads"]
 
 
+def test_a_choice_that_is_fixed_later_leaves_the_earlier_result() -> None:
+    machine = Machine(COSTS)
+    machine.run(800)
+    found = machine.kept[-1]["trials"]["threads"]
+    machine.trials.fix("threads", 16)
+    assert machine.present()["threads"] == 16 and machine.trials.results()["trials"]["threads"] == found
+
+
 @pytest.mark.parametrize(
     "kept",
     [

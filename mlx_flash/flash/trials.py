@@ -144,6 +144,8 @@ class Trials(Mapping[str, Trial]):
             return
         if self._now_trying is trial:
             self._turns, self._now_trying, self._candidates, self._left = None, None, [], PAUSE
+        if not trial.fixed and trial.tried_at is not None:
+            self._earlier[name] = _result(trial)
         trial.fixed = True
         trial.keep(choice)
         self._idle = not any(each.open for each in self._trials.values())
@@ -162,8 +164,7 @@ class Trials(Mapping[str, Trial]):
         found: dict[str, Any] = {**self._earlier}
         for trial in self._trials.values():
             if trial.tried_at is not None and not trial.fixed:
-                result = {"choice": trial.present, "ratios": trial.ratios, "tried_at": trial.tried_at}
-                found[trial.name] = {**result, "choices": list(trial.choices)}
+                found[trial.name] = _result(trial)
         return {"trials": found, "unfinished": self._unfinished}
 
     def choices(self) -> dict[str, dict[str, Any]]:
@@ -279,6 +280,12 @@ class Trials(Mapping[str, Trial]):
             pairs = _dict(found).get("pairs")
             if name in self._trials and isinstance(pairs, list) and all(map(_is_number, pairs)):
                 self._unfinished[name] = found
+
+
+def _result(trial: Trial) -> dict[str, Any]:
+    """What is kept of an option."""
+    result = {"choice": trial.present, "ratios": dict(trial.ratios), "tried_at": trial.tried_at}
+    return {**result, "choices": list(trial.choices)}
 
 
 def _named(name: str, choice: Choice) -> str:

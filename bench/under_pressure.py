@@ -165,7 +165,7 @@ def generate(model: str, budget: int, tokens: int, calm: float, gives: bool, nam
     loaded, tokenizer = load(model, memory=budget, context=PROMPT_TOKENS + tokens)
     flash = loaded.flash
     if not gives:
-        flash.streamer.before_layer = lambda: None
+        flash.streamer.before_layer = lambda _: None
     tokenizer.eos_token_ids.clear()
     ids = np.random.default_rng(0).integers(0, flash.vocabulary, PROMPT_TOKENS).tolist()
     before, folder = time.monotonic(), Path(name)

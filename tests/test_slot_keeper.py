@@ -136,12 +136,12 @@ def test_a_graph_that_was_not_evaluated_keeps_the_old_slots(bench: Bench) -> Non
 # -- a model ------------------------------------------------------------------------------------------------
 
 
-def resizing_at_random(model: Any, seed: int, most: int) -> Callable[[], None]:
+def resizing_at_random(model: Any, seed: int, most: int) -> Callable[[mx.array], None]:
     """What a call of a layer begins with: now and then some layer gets another number of slots."""
     random = np.random.default_rng(seed)
     layers = [each for _, each in model.named_modules() if isinstance(each, StreamedExperts)]
 
-    def before_layer() -> None:
+    def before_layer(_: mx.array) -> None:
         if random.random() < 0.5:
             layer = layers[random.integers(len(layers))]
             layer.units.resize(int(random.integers(1, most + 1)))
@@ -275,6 +275,19 @@ class Scene:
     @property
     def slots(self) -> list[int]:
         return [layer.units.cache.slots for layer in self.layers]
+
+
+def test_a_graph_that_reads_old_slots_is_evaluated_before_they_change() -> None:
+    scene = Scene()
+    scene.level = Level.WARNING
+    slots = mx.zeros((1 << 20,))
+    mx.eval(slots)
+    x = slots.sum()
+    before = mx.get_active_memory()
+    del slots
+    scene.now += CHECK_S
+    scene.keeper.check(x)
+    assert scene.resized and before - mx.get_active_memory() > 3 << 20
 
 
 def test_a_level_takes_slots_until_it_falls_and_they_come_back_slowly() -> None:
@@ -445,4 +458,4 @@ def test_statistics_say_what_came_and_went() -> None:
 
 
 def test_a_stream_without_a_keeper_is_undisturbed() -> None:
-    InFlightReads(SimpleNamespace(), []).before_layer()  # type: ignore[arg-type]
+    InFlightReads(SimpleNamespace(), []).before_layer(mx.zeros(1))  # type: ignore[arg-type]

@@ -25,8 +25,8 @@ class InFlightReads:
     """The state that the layers of one model share for their reads.
 
     files: the files that units are read from. guarded: outputs of graphs that read slots of any layer. loading: layers
-    with reads on their way. before_layer: called when a call of a streamed layer begins; it may resize the slots of any
-    layer.
+    with reads on their way. before_layer: called with a layer's input when a call of a streamed layer begins; it may
+    resize the slots of any layer.
 
     What follows may change between two calls of the model. The text does not depend on it, and each call of a layer
     looks at it.
@@ -46,7 +46,7 @@ class InFlightReads:
         self.overlap = True
         self.look_ahead = False
         self.shortest_request = SHORTEST_REQUEST
-        self.before_layer: Callable[[], None] = lambda: None
+        self.before_layer: Callable[[mx.array], None] = lambda _: None
 
     def read_past_cache(self, direct: bool) -> bool:
         """`UnitFile.read_past_cache` of all files, or of none. Returns whether all reads go that way now."""

@@ -90,7 +90,7 @@ class StreamedExperts(nn.Module):
         """rest: further arguments of the zoo's layer, one number per (token, expert) pair, (..., K) each."""
         many = indices.size >= SORTED_FROM
         units, ahead = self.units, None if many else self.ahead
-        units.shared.before_layer()
+        units.shared.before_layer(x)
         self.follow_slots()
         expert_by_expert = many and kernels_vary()
         if units.all_resident and not expert_by_expert:  # Then experts no longer move, and no id is read back.

@@ -68,7 +68,7 @@ class StreamedNeurons(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        self.units.shared.before_layer()
+        self.units.shared.before_layer(x)
         if self.predictor is None or x.shape[1] > self.decode_tokens:
             y = self._all(flat)
         else:

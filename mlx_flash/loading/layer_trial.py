@@ -223,7 +223,7 @@ class _FewExperts:
 
     all_resident = False
     held = None
-    shared = SimpleNamespace(before_layer=lambda: None)
+    shared = SimpleNamespace(before_layer=lambda _: None)
 
     def __init__(self, count: int, slots: int, shapes: dict[str, tuple[tuple[int, ...], mx.Dtype]]) -> None:
         self.count = count

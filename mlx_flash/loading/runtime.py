@@ -69,7 +69,7 @@ class AnyStreamer(Protocol):
 
     counters: Counters
     clock: Clock
-    before_layer: Callable[[], None]
+    before_layer: Callable[[mx.array], None]
 
     def evaluate_guarded(self) -> None: ...
 

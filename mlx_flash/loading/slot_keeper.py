@@ -73,8 +73,11 @@ class SlotKeeper:
         """Bytes of the slots that the plan has."""
         return sum(most * layer.units.slot_bytes for most, layer in zip(self._most, self._layers, strict=True))
 
-    def check(self) -> None:
+    def check(self, x: mx.array | None = None) -> None:
         """Looks at the system, at most every CHECK_S, and changes slots if that is due.
+
+        x: the input of the layer that is called, if one is. It is evaluated before slots change: its graph reads the
+        slots of earlier layers that were never looked up, and would keep them in memory beside the new ones.
 
         Raises ReadError if a read into such slots fails.
         """
@@ -89,7 +92,7 @@ class SlotKeeper:
             if self._took:
                 self._calm_s, self._took = min(2 * self._calm_s, MOST_CALM_S), False
             self._pressed_at = now
-            self._change(self._lowered(wanted), pressure.available)
+            self._change(self._lowered(wanted), pressure.available, x)
         elif pressure.level > Level.NORMAL:
             self._pressed_at = now
         elif self.given_bytes and now - self._pressed_at >= self._calm_s and now >= self._next_take:
@@ -98,7 +101,7 @@ class SlotKeeper:
             more = sum(self._bytes_after(*each) for each in enumerate(raised)) - self.slots_bytes + self.given_bytes
             if spare is None or spare - more >= 2 * (self._margin or 0):
                 self._took = True
-                self._change(raised, pressure.available)
+                self._change(raised, pressure.available, x)
                 if not self.given_bytes:
                     self._calm_s = CALM_S
 
@@ -179,13 +182,15 @@ class SlotKeeper:
         planned = MLX_CACHE_BYTES + self.given_bytes
         return planned if available is None else min(planned, available * 3 // 4)
 
-    def _change(self, halvings: list[int], available: int | None) -> None:
+    def _change(self, halvings: list[int], available: int | None, x: mx.array | None) -> None:
         """Halves and doubles the slots of the layers, one after the other.
 
-        available: bytes that can be allocated now, if that is known.
+        available: bytes that can be allocated now, if that is known. x: see `check`.
         """
         if halvings == self._halvings():
             return
+        if x is not None:
+            mx.eval(x)
         clock = self._streamer.clock
         clock.start()
         with large_memory_given_back():

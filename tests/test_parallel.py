@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import threading
 import time
@@ -21,8 +22,11 @@ from serving import Server, serving, until  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import BudgetError, GrammarError, ReadError, UsageError
-from mlx_flash.server import running_answer
+from mlx_flash.flash.swap import SwapCounters
+from mlx_flash.loading.runtime import Runtime
+from mlx_flash.server import parallel_answers, running_answer
 from mlx_flash.server.parallel_answers import ParallelAnswers
+from mlx_flash.text import token_loop
 from mlx_flash.text.batch_generation import DecodeBatch
 from mlx_flash.text.prompt_cache import ReusedPromptCache
 from mlx_flash.text.token_loop import Chooser
@@ -155,6 +159,15 @@ def two(server: Server, steps: Steps, pool: ThreadPoolExecutor, **options: Any) 
     """Two requests that have begun together, of which the second one has the options."""
     steps.rows = 2
     return [pool.submit(ask, server, PROMPTS[0]), pool.submit(ask, server, PROMPTS[1], **options)]
+
+
+def test_swapping_meanwhile_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, told = itertools.count(), list[SwapCounters]()
+    monkeypatch.setattr(token_loop, "swap_counters", lambda: SwapCounters(swapped_out=next(counts)))
+    monkeypatch.setattr(parallel_answers, "swap_counters", lambda: SwapCounters(swapped_out=50))
+    monkeypatch.setattr(Runtime, "answered", lambda _, swap=None: told.append(swap))
+    choice(ask(server, "Hello"))
+    assert told == [SwapCounters(swapped_out=50)]
 
 
 def test_a_client_that_leaves(server: Server, alone: Server, steps: Steps, pool: ThreadPoolExecutor) -> None:

@@ -26,7 +26,7 @@ Finding = dict[str, str]
 def findings(facts: Mapping[str, Facts]) -> list[Finding]:
     """The hazards that apply: {"name", "level" (NOTE or PROBLEM), "found", "do"}, problems first."""
     found = [
-        {"name": look.__name__.strip("_"), "level": level, "found": said, "do": remedy}
+        {"name": look.__name__, "level": level, "found": said, "do": remedy}
         for look in HAZARDS
         if (told := look(_Facts(facts))) is not None
         for level, said, remedy in [told]
@@ -256,7 +256,7 @@ def external_disk(facts: _Facts) -> _Told:
     how = f" ({connection})" if (connection := facts("volume", "connection")) else ""
     return (
         NOTE,
-        f"the models are on an external disk{how}; a disk by USB gives a fifth of the internal SSD or less",
+        f"the models are on an external disk{how}, which is slower than the internal SSD",
         "Keep the models that you use on the internal disk, and do not unplug this one while a model runs.",
     )
 

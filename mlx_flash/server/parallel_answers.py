@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..flash.stats import Counters, Statistics
+from ..flash.swap import swap_counters
 from ..flash.system import large_memory_given_back
 from ..text.batch_generation import DecodeBatch
 from ..text.generation import AnswerTokens, limit_of
@@ -177,7 +178,7 @@ class ParallelAnswers:
             with large_memory_given_back():
                 fed = row.tokens[: len(row.tokens) - unfed]
                 self._loaded.turns.give_back(row.context, self._batch.leave(at), fed)
-            self._loaded.model.flash.answered()
+            self._loaded.model.flash.answered(swap_counters() - row.prompt.swap)
         finally:
             self._finish(row.place, row.job, row.watch, item)
 

@@ -152,6 +152,7 @@ def test_a_mixtures_products_do_not_depend_on_the_budget(
         for length in LENGTHS if slots % 2 else LENGTHS[::-1]:
             # Start cold or with the last prompt's slots, then warm. Longer prompts fill the slots like the others.
             for time in ("first", "again")[: 1 + (length < 100)]:
+                streamer.overlap = time == "first"
                 run(model, length)
                 found = recorder.take()
                 if length in expected:

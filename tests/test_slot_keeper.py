@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -198,12 +197,11 @@ def test_an_interrupt_while_a_layer_follows_its_slots(folder: Path) -> None:
     streamer.close()
 
 
-@functools.cache
-def demo_tokens(gives: bool) -> tuple[list[int], int]:
-    """Tokens of the demo model whose slots come and go at a scripted signal, and the bytes that were given back."""
+def tokens_of(store: Path, gives: bool) -> tuple[list[int], int]:
+    """Tokens of a model of neurons whose slots come and go at a scripted signal, and the bytes that were given back."""
     from mlx_flash.text.generation import stream_generate
 
-    model, tokenizer = load(memory="2GB", context=256)
+    model, tokenizer = load(store, memory="2GB", context=64)
     times, states = itertools.count(0.0, 0.05), itertools.cycle([Level.NORMAL] * 6 + [Level.CRITICAL] * 2)
     if gives:
         model.flash.keeper._clock = lambda: next(times)
@@ -225,8 +223,8 @@ def demo_tokens(gives: bool) -> tuple[list[int], int]:
     return [each.token for each in found], counters.given_back
 
 
-def test_the_same_text_while_neurons_come_and_go() -> None:
-    (tokens, given_back), (expected, none) = demo_tokens(True), demo_tokens(False)
+def test_the_same_text_while_neurons_come_and_go(store: Path) -> None:
+    (tokens, given_back), (expected, none) = tokens_of(store, True), tokens_of(store, False)
     assert tokens == expected and given_back > 0 and none == 0
 
 

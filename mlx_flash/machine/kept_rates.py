@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..source.cached import DISK_RATES, cache_folder
-from ..source.ssd_writes import write_small
+from ..source.ssd_writes import read_small, write_small
 
 LIFE_S = 24 * 3600  # a measurement is used for so long
 
@@ -50,8 +50,6 @@ def _kept() -> dict[str, tuple[Rate, float]]:
 
 
 def _entries() -> dict[str, Any]:
-    with contextlib.suppress(OSError, UsageError, ValueError, RecursionError):
-        path = cache_folder() / DISK_RATES
-        kept = json.loads(path.read_text()) if path.is_file() else {}  # a named pipe would wait for ever
-        return kept if isinstance(kept, dict) else {}
+    with contextlib.suppress(UsageError):
+        return read_small(cache_folder() / DISK_RATES)
     return {}

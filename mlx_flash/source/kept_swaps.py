@@ -9,11 +9,10 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .cached import SWAPS, cache_folder
-from .ssd_writes import write_small
+from .ssd_writes import read_small, write_small
 
 LIFE_S = 30 * 24 * 3600
 MOST_MODELS = 64
-MOST_BYTES = 64 << 10  # of the file
 
 
 def swapped_lately(folder: Path) -> bool:
@@ -32,9 +31,7 @@ def remember_swapping(folder: Path) -> None:
 
 def _kept() -> dict[str, float]:
     """The models, and when it was noted: seconds since the epoch."""
-    with contextlib.suppress(OSError, UsageError, ValueError, TypeError, AttributeError, RecursionError):
-        path = cache_folder() / SWAPS
-        if path.is_file() and path.stat().st_size <= MOST_BYTES:
-            found = {name: float(noted) for name, noted in json.loads(path.read_text()).items()}
-            return {name: noted for name, noted in found.items() if 0 <= time.time() - noted < LIFE_S}
+    with contextlib.suppress(UsageError, ValueError, TypeError, OverflowError):
+        found = {name: float(noted) for name, noted in read_small(cache_folder() / SWAPS).items()}
+        return {name: noted for name, noted in found.items() if 0 <= time.time() - noted < LIFE_S}
     return {}

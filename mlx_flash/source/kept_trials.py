@@ -21,10 +21,9 @@ from ..errors import UsageError
 from .cached import TRIALS, cache_folder
 from .model_notes import note_path, state_of
 from .mounts import mount_of
-from .ssd_writes import write_small
+from .ssd_writes import read_small, write_small
 
 SUFFIX = ".json"
-LARGEST_FILE = 64 << 10  # bytes
 CLASSES = 8  # of budgets, by the share of the model that is in memory
 
 
@@ -41,7 +40,7 @@ class KeptTrials:
     def read(self) -> dict[str, Any]:
         """The results for this class of budgets; empty if there are none, or if they do not hold any more."""
         with contextlib.suppress(OSError, UsageError):
-            found = _contents(self._path()).get("budgets")
+            found = read_small(self._path()).get("budgets")
             result = found.get(self._class) if isinstance(found, dict) and self._holds() else None
             return result if isinstance(result, dict) else {}
         return {}
@@ -50,12 +49,12 @@ class KeptTrials:
         """Keeps the results for this class of budgets. Does nothing if the folder cannot be written to."""
         with contextlib.suppress(OSError, UsageError):
             path = self._path()
-            others = _contents(path).get("budgets") if self._holds() else None
+            others = read_small(path).get("budgets") if self._holds() else None
             budgets = {**(others if isinstance(others, dict) else {}), self._class: results}
             write_small(path, json.dumps({"about": self._about(), "budgets": budgets}))
 
     def _holds(self) -> bool:
-        return bool(_contents(self._path()).get("about") == self._about())
+        return bool(read_small(self._path()).get("about") == self._about())
 
     def _path(self) -> Path:
         return note_path(TRIALS, self._folder, SUFFIX)
@@ -81,21 +80,12 @@ def kept_trials() -> list[dict[str, Any]]:
     found = []
     with contextlib.suppress(OSError, UsageError):
         for path in sorted((cache_folder() / TRIALS).glob(f"*{SUFFIX}")):
-            contents = _contents(path)
+            contents = read_small(path)
             about, budgets = contents.get("about"), contents.get("budgets")
             if isinstance(about, dict) and isinstance(budgets, dict):
                 same = {key: about.get(key) for key in _machine()} == _machine()
                 found.append({"about": about, "same_machine": same, "budgets": budgets})
     return found
-
-
-def _contents(path: Path) -> dict[str, Any]:
-    """What a file holds; empty if there is none, or if it is damaged or another kind of file."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if path.is_file() and path.stat().st_size <= LARGEST_FILE:  # a named pipe would wait for ever
-            contents = json.loads(path.read_text())
-            return contents if isinstance(contents, dict) else {}
-    return {}
 
 
 def _machine() -> dict[str, Any]:

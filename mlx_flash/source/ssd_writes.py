@@ -30,7 +30,7 @@ KINDS = (DOWNLOADS, CONVERSIONS, CHECKSUMS, COPIES, PROBES, SMALL)
 MOST_SMALL_PER_DAY = 100 * 10**6  # bytes
 DAYS = 7  # are kept
 LOCK_S = 0.5  # the longest wait for another process
-LONGEST = 64 << 10  # bytes of a record
+LONGEST = 64 << 10  # bytes of a record, or of a note in JSON
 
 
 def count_written(kind: str, nbytes: int) -> None:
@@ -52,6 +52,15 @@ def write_small(path: Path, content: str | bytes) -> bool:
     write_beside(path, data)
     count_written(SMALL, len(data))
     return True
+
+
+def read_small(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that `write_small` wrote; empty without a file, or if it is damaged or too large."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= LONGEST:  # a named pipe would wait for ever
+            contents = json.loads(path.read_bytes())
+            return contents if isinstance(contents, dict) else {}
+    return {}
 
 
 def write_beside(path: Path, data: bytes) -> None:

@@ -236,6 +236,15 @@ def test_damaged_files_are_replaced(files: list[Path], content: bytes | None) ->
     assert kept(files).read() == RESULTS
 
 
+def test_a_folder_whose_name_is_not_unicode(files: list[Path]) -> None:
+    folder = files[0].parent / os.fsdecode(b"model \xff")
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"abc")
+    odd = KeptTrials(folder, [folder / "weights"], 0.25, "gpu")
+    odd.write(RESULTS)
+    assert odd.read() == RESULTS
+
+
 def test_a_folder_that_cannot_be_written_to_is_no_error(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (files[0].parents[1] / "cache").mkdir()
     (files[0].parents[1] / "cache" / "trials").write_text("a file in the way")

@@ -61,7 +61,7 @@ def test_processes_count_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"x": {}}', b'{"1": {"a": -1}}', b'{"1": 2}', b"\xff", b"[" * 60_000]
+    "content", [b"", b"[]", b'{"x": {}}', b'{"1": {"a": -1}}', b'{"1": 2}', b"\xff", b"[" * 60_000, b'{"1": {"a": 1%s}}' % (b"0" * 400)]
 )
 def test_a_damaged_record_begins_anew(cache: Path, content: bytes) -> None:
     cache.mkdir()
@@ -69,6 +69,14 @@ def test_a_damaged_record_begins_anew(cache: Path, content: bytes) -> None:
     assert written_bytes()["days"] == []
     count_written(DOWNLOADS, 5)
     assert written_bytes()["today"] == {DOWNLOADS: 5}
+
+
+def test_a_pipe_in_place_of_the_record(cache: Path) -> None:
+    cache.mkdir()
+    os.mkfifo(cache / SSD_WRITES)
+    assert written_bytes()["days"] == []
+    count_written(DOWNLOADS, 5)
+    assert write_small(cache / "note", "text") and (cache / "note").read_text() == "text"
 
 
 def test_a_record_that_cannot_be_written_fails_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def test_a_choice_that_is_fixed_later_leaves_the_earlier_result() -> None:
         {"trials": {"threads": {"choice": True, "choices": [16, 8, 32], "tried_at": 1e9}}},
         {"unfinished": {"lookahead": {"candidate": True, "against": False, "pairs": ["a"]}, "io": None}},
         {"unfinished": {"lookahead": {"pairs": [float("nan")]}}},
+        {"trials": {"io": {"choice": "buffered", "choices": ["direct", "buffered"], "tried_at": 10**400}}},
     ],
 )
 def test_damaged_results_are_ignored(kept: Any) -> None:
@@ -188,6 +189,13 @@ def test_damaged_results_are_ignored(kept: Any) -> None:
     assert machine.present() == {"lookahead": False, "io": "direct", "threads": 16}
     machine.run(800)
     assert machine.present() == BEST
+
+
+def test_pairs_that_no_machine_measures_end_in_a_result() -> None:
+    machine = Machine({"io": {"direct": 1.0, "buffered": 0.5}})
+    machine.start({"unfinished": {"io": {"candidate": "buffered", "against": "direct", "pairs": 11 * [-99.0]}}})
+    machine.run(100)
+    assert machine.kept[-1]["trials"]["io"]["choice"] == "buffered"
 
 
 def test_a_choice_that_cannot_be_used_is_left_out() -> None:

@@ -129,7 +129,9 @@ def test_swapping_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not swapped_lately(tmp_path / "a")
 
 
-@pytest.mark.parametrize("contents", ["", "[]", '{"a": "b"}', "[" * 100_000, '{"a": 1e999}', "x" * 100_000])
+@pytest.mark.parametrize(
+    "contents", ["", "[]", '{"a": "b"}', "[" * 100_000, '{"a": 1e999}', f'{{"a": 1{400 * "0"}}}', "x" * 100_000]
+)
 def test_a_damaged_file_is_ignored(contents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path))
     (tmp_path / "swapped.json").write_text(contents)

@@ -15,6 +15,8 @@ from .paired_turns import PairedTurns, gain
 WARM_UP = 24  # tokens before the first trial, because a cold cache is not representative
 PAUSE = 8  # tokens between two trials
 TERM = 4000  # tokens until all options are tried again
+LATEST = 1e12  # no result is from later, in seconds since 1970
+LEAST_RATIO = 1e-4  # that is told of a choice's time
 LIFE_S = 30 * 24 * 3600.0  # results that are older are tried again at once
 
 Choice = bool | int | str
@@ -222,7 +224,7 @@ class Trials(Mapping[str, Trial]):
         ratio = round(1 - gain(turns.pairs), 4)
         if won:
             trial.ratios = {name: value for name, value in trial.ratios.items() if name != str(candidate)}
-            trial.ratios[str(trial.present)] = round(1 / ratio, 4)
+            trial.ratios[str(trial.present)] = round(1 / max(ratio, LEAST_RATIO), 4)
             trial.keep(candidate)
         else:
             trial.ratios[str(candidate)] = ratio
@@ -271,7 +273,7 @@ class Trials(Mapping[str, Trial]):
                 self._earlier[name] = result
             if trial is None or not trial.open or result.get("choices") != list(trial.choices):
                 continue
-            if not _is_among(choice, trial.choices) or type(at) not in (int, float):
+            if not _is_among(choice, trial.choices) or not _is_number(at, most=LATEST):
                 continue
             trial.ratios = {str(key): value for key, value in _dict(result.get("ratios")).items() if _is_number(value)}
             trial.tried_at = at
@@ -302,8 +304,8 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 100
+def _is_number(value: Any, most: float = 100) -> bool:
+    return type(value) in (int, float) and abs(value) < most
 
 
 def _is_among(value: Any, choices: Sequence[Choice]) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WORKER = "mlx_flash.server.plan_worker"
 PLAN_S = 120.0  # After this time the process that plans a model is ended.
 MOST_KEPT = 1000  # plans
+MOST_BYTES = 4 << 20  # of the file
 BEHIND_A_PLAN = ("mlx-flash-runtime", "mlx", "mlx-lm", "mlx-vlm")  # packages; with another version it is made again
 IRRELEVANT = ("memory", "revision", "verify", "draft_model")  # options that do not change what a model needs
 
@@ -155,7 +156,9 @@ class ModelPlans:
         if self._plans is None:
             self._plans = {}
             with contextlib.suppress(OSError, ValueError, UsageError, RecursionError):
-                found = json.loads(_file().read_bytes())
+                path = _file()
+                whole = path.is_file() and path.stat().st_size <= MOST_BYTES  # a named pipe would wait for ever
+                found = json.loads(path.read_bytes()) if whole else None
                 if isinstance(found, dict):
                     self._plans = {key: needs for key, needs in found.items() if _is_plan(needs)}
         return self._plans

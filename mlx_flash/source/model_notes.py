@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from .cached import cache_folder
 def note_path(kind: str, model: Path, suffix: str) -> Path:
     """The file about the model in a folder. kind: the folder in the cache folder. Raises UsageError."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-._")[:60] or "model"
-    return cache_folder() / kind / f"{name}-{hashlib.sha256(str(model).encode()).hexdigest()[:12]}{suffix}"
+    return cache_folder() / kind / f"{name}-{hashlib.sha256(os.fsencode(model)).hexdigest()[:12]}{suffix}"
 
 
 def state_of(files: Iterable[Path]) -> str:

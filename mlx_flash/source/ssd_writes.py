@@ -31,6 +31,7 @@ MOST_SMALL_PER_DAY = 100 * 10**6  # bytes
 DAYS = 7  # are kept
 LOCK_S = 0.5  # the longest wait for another process
 LONGEST = 64 << 10  # bytes of a record, or of a note in JSON
+MOST_COUNTED = 10**18  # bytes per day that a record can be right about
 
 
 def count_written(kind: str, nbytes: int) -> None:
@@ -100,8 +101,11 @@ def _date(day: int) -> str:
 
 def _days() -> dict[int, dict[str, int]]:
     """The record, by days since 1970; empty if there is none."""
-    with contextlib.suppress(OSError, UsageError), (cache_folder() / SSD_WRITES).open("rb") as file:
-        return {int(day): dict(kinds) for day, kinds in _parsed(file.read(LONGEST)).items()}
+    with contextlib.suppress(OSError, UsageError):
+        path = cache_folder() / SSD_WRITES
+        if path.is_file():  # a named pipe would wait for ever
+            with path.open("rb") as file:
+                return {int(day): dict(kinds) for day, kinds in _parsed(file.read(LONGEST)).items()}
     return {}
 
 
@@ -146,5 +150,5 @@ def _parsed(data: bytes) -> dict[str, dict[str, int]]:
 
 
 def _is_day(day: str, kinds: Any) -> bool:
-    whole = isinstance(kinds, dict) and all(type(nbytes) is int and nbytes >= 0 for nbytes in kinds.values())
+    whole = isinstance(kinds, dict) and all(type(nbytes) is int and 0 <= nbytes <= MOST_COUNTED for nbytes in kinds.values())
     return whole and day.isascii() and day.isdecimal() and len(day) < 10

@@ -52,7 +52,11 @@ MAC: dict[str, Any] = {
             {
                 "about": {"model": "/models/mixture"},
                 "same_machine": True,
-                "budgets": {"2": {"trials": {"lookahead": {"choice": False}, "io": {"choice": "direct"}}}, "8": []},
+                "budgets": {
+                    "2": {"trials": {"lookahead": {"choice": False}, "io": {"choice": "direct"}}},
+                    "8": [],
+                    "\u00b2": {},
+                },
             },
             {"about": {}, "same_machine": False, "budgets": {}},
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import getpass
 import json
@@ -239,6 +240,18 @@ def test_ctrl_c_before_there_is_anything(started: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_full_disk_at_the_end_leaves_the_printed_text(
+    started: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mlx_flash.report.form.write_report", full)
+    with pytest.raises(FlashError, match=r"cannot be written to .* \(No space left on device\)"):
+        started(Script(), MAC)
+    assert "Qwen3-30B-A3B-4bit" in capsys.readouterr().out
+
+
 def test_no_run_at_all_is_a_failure(started: Any) -> None:
     def change(_: Told, lines: list[Told]) -> Exception:
         lines.clear()
@@ -341,7 +354,7 @@ def test_the_prompt_has_as_many_tokens_as_asked() -> None:
 
 
 def test_a_process_that_reports_an_error() -> None:
-    with pytest.raises(FlashError, match="neither a folder nor"):
+    with pytest.raises(UsageError, match="neither a folder nor"):
         list(lines_of({"work": "examine", "model": "/no/such", "context": 64}, 60))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import string
 import sys
 from collections.abc import Callable
@@ -101,6 +102,9 @@ def test_other_files_and_other_versions_are_refused(content: str, says: str, tmp
         machines.read_all(tmp_path)
     with pytest.raises(UsageError, match="cannot be read"):
         read_report(tmp_path / "missing.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UsageError, match="is not a file"):
+        read_report(tmp_path / "pipe.json")
 
 
 def test_a_file_is_never_half_written(sound: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

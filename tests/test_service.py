@@ -125,7 +125,9 @@ def test_a_character_that_a_file_cannot_hold_is_refused(text: str) -> None:
     defined("--name=two\nlines\t").check()
 
 
-@pytest.mark.parametrize("contents", [b"", b"<plist>", b"[Unit]\nA=1\n", plistlib.dumps({"Label": "x"}), b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "contents", [b"", b"<plist>", b"[Unit]\nA=1\n", plistlib.dumps({"Label": "x"}), b"\xff\xfe", b'ExecStart="\\x20"\n']
+)
 def test_a_foreign_definition_is_told_apart(contents: bytes) -> None:
     for manager in (Launchd(), Systemd()):
         with pytest.raises(ValueError):
@@ -221,7 +223,11 @@ def test_values_that_no_service_can_have_are_refused(words: list[str], message: 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = make_parser().parse_args(["install", "--memory", "6GB", "--print", "--name", "status"])
-    assert parsed.print and parsed.words == ["--memory", "6GB", "--name", "status"] and parsed.server.memory == "6GB"
+    assert parsed.print and parsed.server.memory == "6GB" and parsed.server.name == ["status"]
+    assert flags_of(parsed.words, make_server_parser) == ("--memory=6GB", "--name=status")
+    parsed = make_parser().parse_args(["install", "--model", "install", "--pri"])
+    assert parsed.print and flags_of(parsed.words, make_server_parser) == ("--model=install",)
+    assert flags_of(["--model", "~nobody-has-this-name/x"], make_server_parser) == ("--model=~nobody-has-this-name/x",)
     for words in (["install", "--nonsense"], ["install", "--port", "x"], ["status", "--port", "1"], [], ["start"]):
         with pytest.raises(SystemExit) as ended:
             make_parser().parse_args(words)

@@ -61,7 +61,17 @@ def test_processes_count_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"x": {}}', b'{"1": {"a": -1}}', b'{"1": 2}', b"\xff", b"[" * 60_000, b'{"1": {"a": 1%s}}' % (b"0" * 400)]
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"x": {}}',
+        b'{"1": {"a": -1}}',
+        b'{"1": 2}',
+        b"\xff",
+        b"[" * 60_000,
+        b'{"1": {"a": 1%s}}' % (b"0" * 400),
+    ],
 )
 def test_a_damaged_record_begins_anew(cache: Path, content: bytes) -> None:
     cache.mkdir()

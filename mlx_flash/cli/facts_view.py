@@ -12,6 +12,7 @@ from ..machine.told import EVERYTHING, Facts
 from .printable import printable
 
 WIDTH = 96  # columns
+EIGHTHS = tuple("01234567")
 LABEL = 11  # columns of the names at the left
 TESTS = {
     "shared_memory": "memory that host and device share",
@@ -187,7 +188,7 @@ def _trials(facts: Facts) -> Iterator[str]:
 
 def _eighths(share: str) -> str:
     """A class of budgets as a share of the model, such as "25% to 38%"."""
-    if not share.isdigit() or int(share) >= 8:
+    if share not in EIGHTHS:
         return "all"
     return f"{int(share) / 8:.0%} to {(int(share) + 1) / 8:.0%}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..cli.beginning import Terminated
 from ..cli.run import program, run_command
 from ..cli.terminal import say
-from ..errors import UsageError
+from ..errors import FlashError, UsageError
 
 if TYPE_CHECKING:
     from .making import Making
@@ -75,9 +75,15 @@ def write(making: Making, folder: Path) -> int:
         return 1
     text = markdown(report)
     stem = f"mlxflash-report-{time.strftime('%Y%m%d-%H%M%S')}"
-    write_report(report, folder / f"{stem}.json")
-    write_beside(folder / f"{stem}.md", text.encode())
-    print(text)
+    print(text)  # First: it took minutes, and the disk may be full by now.
+    try:
+        write_report(report, folder / f"{stem}.json")
+        write_beside(folder / f"{stem}.md", text.encode())
+    except OSError as error:
+        raise FlashError(
+            f"the report cannot be written to {folder} ({error.strerror}). Its text is printed above. Make room and run "
+            "the command again for the JSON file, or choose another --out."
+        ) from None
     print(f"written: {folder / stem}.json, {folder / stem}.md")
     for title, each in (("They contain:", CONTENTS), ("They do not contain:", ABSENT)):
         print("\n".join([title, *(f"- {line}" for line in each)]))

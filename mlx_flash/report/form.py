@@ -236,6 +236,8 @@ def write_report(report: MachineReport, path: Path) -> None:
 
 def read_report(path: Path) -> MachineReport:
     """Raises UsageError, which names the file, for what is not a report of this version, or is out of bounds."""
+    if path.exists() and not path.is_file():  # a named pipe would wait for ever
+        raise UsageError(f"{path.name!r} is not a file, expected a machine report.")
     try:
         with path.open("rb") as file:
             content = file.read(MOST_FILE_BYTES + 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import BudgetError, FlashError
+from ..errors import BudgetError, FlashError, UsageError
 from ..flash.swap import SwapCounters, swap_counters
 from ..source.children import TERMINATED_S, child_environment
 from .form import BudgetName, Energy, LeftOut, Reason, ReportedAnswer, ReportedRun, State
@@ -50,8 +50,7 @@ def lines_of(request: Told, seconds: float | None) -> Generator[Told]:
         while line := _next(lines, end):
             told = json.loads(line)
             if "error" in told:
-                error = BudgetError(told["error"], 0) if told["kind"] == "BudgetError" else FlashError(told["error"])
-                raise error
+                raise _error_of(told)
             yield told
         if code := child.wait():
             raise FlashError(f"the process of a run ended with exit code {code} (see above).")
@@ -64,6 +63,13 @@ def lines_of(request: Told, seconds: float | None) -> Generator[Told]:
         child.stdin.close()
         reader.join()
         child.stdout.close()
+
+
+def _error_of(told: Told) -> FlashError:
+    """The error that a child told, of the kinds that make a difference here."""
+    if told["kind"] == "BudgetError":
+        return BudgetError(told["error"], 0)
+    return (UsageError if told["kind"] == "UsageError" else FlashError)(told["error"])
 
 
 def _read(source: Any, lines: queue.SimpleQueue[str]) -> None:

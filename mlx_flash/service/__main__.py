@@ -21,10 +21,10 @@ class _ServiceParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         installs = given[:1] == ["install"]
-        own = [word for word in given if word in ("install", "--print")] if installs else given
-        parsed = super().parse_args(own, namespace)
-        parsed.words = [word for word in given[1:] if word != "--print"] if installs else []
+        parsed = super().parse_args(given[:1] if installs else given, namespace)
+        parsed.words = given[1:] if installs else []
         parsed.server = make_server_parser().parse_args(parsed.words)
+        parsed.print |= parsed.server.print
         return parsed
 
 
@@ -62,7 +62,8 @@ def manager_here() -> SystemManager:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    manager, where = manager_here(), places()
+    where = places()  # First: it says so if there is no home folder.
+    manager = manager_here()
     if arguments.action == "status":
         from .service_status import show
 

@@ -24,8 +24,11 @@ def quoted(text: str, dollar: str = "$$") -> str:
 
 
 def unquoted(line: str) -> list[str]:
-    """The words of a line that `quoted` wrote."""
-    return [re.sub(r"\\.|%%|\$\$", lambda found: BACK[found[0]], word) for word in WORD.findall(line)]
+    """The words of a line that `quoted` wrote. Raises ValueError for an escape that it does not write."""
+    try:
+        return [re.sub(r"\\.|%%|\$\$", lambda found: BACK[found[0]], word) for word in WORD.findall(line)]
+    except KeyError as error:
+        raise ValueError(f"it has the escape {error}") from None
 
 
 class Systemd(SystemManager):

@@ -150,5 +150,7 @@ def _parsed(data: bytes) -> dict[str, dict[str, int]]:
 
 
 def _is_day(day: str, kinds: Any) -> bool:
-    whole = isinstance(kinds, dict) and all(type(nbytes) is int and 0 <= nbytes <= MOST_COUNTED for nbytes in kinds.values())
+    whole = isinstance(kinds, dict) and all(
+        type(nbytes) is int and 0 <= nbytes <= MOST_COUNTED for nbytes in kinds.values()
+    )
     return whole and day.isascii() and day.isdecimal() and len(day) < 10

@@ -344,6 +344,20 @@ def test_each_return_of_pressure_makes_it_wait_longer() -> None:
     assert waited == sorted(waited)
 
 
+def test_a_system_that_cannot_be_asked_is_asked_again() -> None:
+    scene = Scene()
+
+    def fail() -> Pressure:
+        raise OSError("Too many open files")
+
+    scene.keeper._signal = fail
+    scene.wait(10)
+    assert scene.slots == [64] * 4
+    scene.keeper._signal, scene.level = scene.signal, Level.CRITICAL
+    scene.wait(1)
+    assert sum(scene.slots) < 256
+
+
 def test_a_limit_that_is_just_the_plan_is_not_pressure() -> None:
     scene = Scene(1000 << 20)
     scene.wait(60)

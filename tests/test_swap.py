@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,17 @@ def test_only_swapping_is_mentioned() -> None:
     (line,) = statistics(SwapCounters(swapped_out=300 * MB)).lines("router")[len(plain) :]
     assert line == "Swap: 300 MB were written to swap while this ran: lower --memory, or close other programs"
     assert "1 MB were" in statistics(SwapCounters(swapped_out=4096)).lines("router")[-1]
+
+
+def test_counters_that_cannot_be_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap.sys, "platform", "linux")
+    before = swap_counters()
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(psutil, "swap_memory", fail)
+    assert swap_counters() == before
 
 
 def test_generations_add_up() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 def flags_of(words: Sequence[str], make_parser: Callable[[], argparse.ArgumentParser]) -> tuple[str, ...]:
     """The words of a valid command line as `--flag=value`, for a process that starts in another folder.
 
-    The values stay as they were typed, apart from folders, whose paths become absolute. An API key is left out, and so is
-    `--print`, which is for this process.
+    The values stay as they were typed, apart from folders, whose paths become absolute. An API key is left out, and
+    so is `--print`, which is for this process.
     """
     parser = make_parser()
     for action in parser._actions:

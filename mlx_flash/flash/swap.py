@@ -5,6 +5,7 @@ Slots that the system swaps out cost more than the reads that they save, and wea
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -39,10 +40,19 @@ class SwapCounters:
         return f"Swap: {megabytes} MB were written to swap while this ran: lower --memory, or close other programs"
 
 
+_latest = SwapCounters()
+
+
 def swap_counters() -> SwapCounters:
-    """The counters now; zeros where the system does not tell them."""
-    if sys.platform == "darwin":
-        return _on_macos()
+    """The counters now; zeros where the system does not tell them. If it cannot be asked, as with too many open files,
+    those of the last time."""
+    global _latest
+    with contextlib.suppress(OSError):
+        _latest = _on_macos() if sys.platform == "darwin" else _on_linux()
+    return _latest
+
+
+def _on_linux() -> SwapCounters:
     import psutil
 
     with warnings.catch_warnings():

@@ -85,7 +85,10 @@ class SlotKeeper:
         if now < self._next_check or self._most == self._least:
             return
         self._next_check = now + CHECK_S
-        pressure = self._signal()
+        try:
+            pressure = self._signal()
+        except OSError:  # such as too many open files; the next look may succeed
+            return
         self.level = pressure.level
         spare = self._spare(pressure)
         if wanted := self._wanted(pressure.level, spare, now):

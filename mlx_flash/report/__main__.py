@@ -81,8 +81,8 @@ def write(making: Making, folder: Path) -> int:
         write_beside(folder / f"{stem}.md", text.encode())
     except OSError as error:
         raise FlashError(
-            f"the report cannot be written to {folder} ({error.strerror}). Its text is printed above. Make room and run "
-            "the command again for the JSON file, or choose another --out."
+            f"the report cannot be written to {folder} ({error.strerror}). Its text is printed above. Make room and "
+            "run the command again for the JSON file, or choose another --out."
         ) from None
     print(f"written: {folder / stem}.json, {folder / stem}.md")
     for title, each in (("They contain:", CONTENTS), ("They do not contain:", ABSENT)):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import socket
@@ -232,6 +233,12 @@ def test_processes_that_crash_hang_or_print(plans: ModelPlans, monkeypatch: pyte
     kept = ModelPlans(LoadOptions)
     assert [kept.known(installed(name)) is not None for name in names] == [True, False] * 3 + [True]
     assert not plans._children
+
+
+def test_a_pipe_in_place_of_the_plans(plans: ModelPlans, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    os.mkfifo(tmp_path / "cache" / model_plans.PLANS)
+    assert plans.known(installed("a")) is None
 
 
 def test_a_server_that_stops_ends_the_planning(plans: ModelPlans) -> None:

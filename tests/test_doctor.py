@@ -52,11 +52,7 @@ MAC: dict[str, Any] = {
             {
                 "about": {"model": "/models/mixture"},
                 "same_machine": True,
-                "budgets": {
-                    "2": {"trials": {"lookahead": {"choice": False}, "io": {"choice": "direct"}}},
-                    "8": [],
-                    "\u00b2": {},
-                },
+                "budgets": {"2": {"trials": {"lookahead": {"choice": False}, "io": {"choice": "direct"}}}, "8": []},
             },
             {"about": {}, "same_machine": False, "budgets": {}},
         ],
@@ -102,6 +98,11 @@ def test_a_machine_that_tells_nothing_in_words() -> None:
     for name in ("machine", "software", "memory", "power", "disk", "self-tests", "cache", "trials"):
         assert any(line.startswith(f"{name:<11}") and "unknown (no" in line for line in text.splitlines()), name
     assert text.splitlines()[-1] == "result     no problems, no notes"
+
+
+def test_a_class_of_budgets_that_no_run_writes() -> None:
+    model = {"about": {"model": "x"}, "same_machine": True, "budgets": {"\u00b2": {}, "9" * 5000: {}}}
+    assert "nothing was chosen yet" in examined({**MAC, "trials": {"models": [model]}})
 
 
 def test_no_trials_yet() -> None:

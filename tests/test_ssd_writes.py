@@ -81,6 +81,14 @@ def test_a_damaged_record_begins_anew(cache: Path, content: bytes) -> None:
     assert written_bytes()["today"] == {DOWNLOADS: 5}
 
 
+def test_days_to_come_do_not_displace_today(cache: Path) -> None:
+    cache.mkdir()
+    later = {str(ssd_writes.today() + 100 + day): {SMALL: 1} for day in range(ssd_writes.DAYS)}
+    (cache / SSD_WRITES).write_text(json.dumps(later))
+    count_written(DOWNLOADS, 5)
+    assert written_bytes()["today"] == {DOWNLOADS: 5} and len(written_bytes()["days"]) == 1
+
+
 def test_a_pipe_in_place_of_the_record(cache: Path) -> None:
     cache.mkdir()
     os.mkfifo(cache / SSD_WRITES)

@@ -120,7 +120,8 @@ def _record() -> Iterator[dict[str, dict[str, int]]]:
         _lock(descriptor)
         record = _parsed(os.pread(descriptor, LONGEST, 0))
         yield record
-        for day in sorted(record, key=int)[:-DAYS]:
+        past = sorted((day for day in record if int(day) <= today()), key=int)
+        for day in record.keys() - {*past[-DAYS:]}:  # Days to come are from a clock that was wrong.
             del record[day]
         data = json.dumps(record).encode()
         os.pwrite(descriptor, data, 0)

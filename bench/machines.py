@@ -20,6 +20,7 @@ from mlx_flash.report.pasted import (
     model_line,
     same_text,
     share,
+    size,
     speed,
     swapped,
     table,
@@ -114,7 +115,7 @@ def _rows(report: MachineReport) -> Iterator[dict[str, str]]:
         of = {(run.prompt_tokens, answer.state): answer for run in runs for answer in run.answers}
         short, long = min(report.prompts, default=0), max(report.prompts, default=0)
         last = of.get((short, "warm")) or next(iter(of.values()))
-        row = {"memory": f"{budget.bytes / 1e9:.2f} GB", "in slots": share(runs[0].slot_share)}
+        row = {"memory": size(budget.bytes), "in slots": share(runs[0].slot_share)}
         row |= {f"tokens/s {state}": _speed(report, of.get((short, state))) for state in ("cold", "warm")}
         row["forecast"] = figure(budget.forecast_tokens_per_second)
         for prompt in dict.fromkeys((short, long)):

@@ -111,6 +111,8 @@ def test_every_prompt_within_every_budget() -> None:
     assert "**Apple M2**, 8 cores (4 + 4), 8 GPU cores, 8 GiB, macOS 26.1, MLX 0.32.4 on the GPU" in text
     row = "| middle, 9.00 GB | 50% | 32 | cold | 1.25 | 12.3 | 7.50 | 200 | 90% | 25.0 | 0.89 | 12.5 |"
     assert text.count(row) == 1 and text.count("\n| ") == 2 + 12
+    named = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [name.split(",")[0][2:] for name in named] == ["smallest"] * 4 + ["middle"] * 4 + ["largest"] * 4
     assert (
         "Same text, whatever the budget, cold and warm: **yes** (3 tokens of 6 answers to 32 tokens, budgets: 3;"
         in text

@@ -32,7 +32,7 @@ def markdown(report: MachineReport) -> str:
     if report.machine is not None:
         lines += [f"- Machine: {machine_line(report.machine)}", *_state(report.machine)]
     lines += [f"- Model: {model_line(report.model)}"]
-    lines += ["", *table([row for run in report.runs for row in _rows(report, run)]), ""]
+    lines += ["", *table([row for run in _in_order(report) for row in _rows(report, run)]), ""]
     lines += [f"- {line}" for line in _findings(report)]
     return "\n".join([*lines, ""])
 
@@ -68,15 +68,19 @@ def system_of(machine: ReportedMachine) -> str:
 def _state(machine: ReportedMachine) -> Iterator[str]:
     at = " ".join(escaped(each) for each in (machine.file_system, machine.connection) if each)
     rates = [
-        f"{rate.piece_bytes >> 10} KiB x {rate.at_once}: {rate.bytes_per_second / 1e9:.2f} GB/s"
+        f"{_piece(rate.piece_bytes)}, {rate.at_once} at once: {rate.bytes_per_second / 1e9:.2f} GB/s"
         for rate in best_rates(machine)
     ]
-    yield f"- Disk ({at or 'unknown'}): {'; '.join(rates) or 'not measured'}"
+    yield f"- Random reads of the disk ({at or 'unknown'}): {'; '.join(rates) or 'not measured'}"
     if machine.hazards:
         yield f"- Hazards: {', '.join(escaped(name) for name in machine.hazards)}"
     failed = [escaped(name) for name, passed in machine.self_tests.items() if not passed]
     passed = "passed" if machine.self_tests else "not made"
     yield f"- Self-tests: {'failed: ' + ', '.join(failed) if failed else passed}"
+
+
+def _piece(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
 
 
 def best_rates(machine: ReportedMachine) -> list[DiskRate]:
@@ -90,9 +94,15 @@ def model_line(model: ReportedModel) -> str:
     bits = f", {model.numbers['bits']} bits" if "bits" in model.numbers else ""
     streamed = model.layers * model.units_per_layer * model.unit_bytes
     return (
-        f"{escaped(model.name)}{kind}{bits}, {streamed / 1e9:.2f} GB in {escaped(model.units)} and "
-        f"{model.resident_bytes / 1e9:.2f} GB resident"
+        f"{escaped(model.name)}{kind}{bits}, {size(streamed)} in {escaped(model.units)} and "
+        f"{size(model.resident_bytes)} resident"
     )
+
+
+def _in_order(report: MachineReport) -> list[ReportedRun]:
+    """The runs by budget and prompt; they ran in the order in which they are important."""
+    of = {budget.name: budget.bytes for budget in report.budgets}
+    return sorted(report.runs, key=lambda run: (of[run.budget], run.prompt_tokens))
 
 
 def _rows(report: MachineReport, run: ReportedRun) -> Iterator[dict[str, str]]:
@@ -100,7 +110,7 @@ def _rows(report: MachineReport, run: ReportedRun) -> Iterator[dict[str, str]]:
     budget = next(each for each in report.budgets if each.name == run.budget)
     for answer in run.answers:
         yield {
-            "budget": f"{budget.name}, {budget.bytes / 1e9:.2f} GB",
+            "budget": f"{budget.name}, {size(budget.bytes)}",
             "in slots": share(run.slot_share),
             "prompt": f"{run.prompt_tokens}",
             "answer": answer.state,
@@ -128,6 +138,10 @@ def figure(value: float | None) -> str:
     )
 
 
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
@@ -146,6 +160,7 @@ def _findings(report: MachineReport) -> Iterator[str]:
         for found in report.same_text
     ]
     yield "cold: the first answer of a process; warm: the one to the same prompt again"
+    yield "in slots: what has a place in memory; wait ms: for reads, per token; peak/plan: peak memory / planned memory"
     compared = f" ({'; '.join(each)})" if each else ""
     yield f"Same text, whatever the budget, cold and warm: **{same_text(report)}**{compared}"
     yield f"Swapped while a model ran: {swapped(report)}"

@@ -61,7 +61,6 @@ SHOWN: list[tuple[str, str, dict[str, dict[str, Any]]]] = [
 ]
 UNSHOWN: list[dict[str, dict[str, Any]]] = [
     {},
-    {"memory": {"limit_free_bytes": 2**63}},  # a group of version 1 without a limit
     {"volume": {"spinning": True}},  # a virtual disk, which reads as fast as an SSD
     {"power": {"battery_percent": 9, "plugged_in": True}},
     {**LINUX, "environment": {"compiler": True, "preloaded": ["libopenblas.so.0"]}},

@@ -74,6 +74,16 @@ def test_this_machine() -> None:
     json.dumps([facts, memory])
 
 
+@pytest.mark.parametrize(("told", "kept"), [(2**63 - 4096, None), (None, None), (1 << 20, 1 << 20)])
+def test_a_limit_above_the_memory_is_not_a_limit(
+    told: int | None, kept: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("mlx_flash.flash.system.cgroup_free_bytes", lambda *_: told)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "")
+    assert memory_state._limit_free_bytes() == kept
+
+
 def test_the_self_tests_pass_here() -> None:
     tests = dict.fromkeys(["shared_memory", "reader", "packed_products", "products"], True)
     assert self_tests() == {**tests, "unknown": {}}

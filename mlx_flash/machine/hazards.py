@@ -137,8 +137,7 @@ def swap_in_use(facts: _Facts) -> _Told:
 
 
 def limited_memory(facts: _Facts) -> _Told:
-    free, total = facts("memory", "limit_free_bytes"), facts("memory", "total_bytes")
-    if free is None or total is None or free >= total:  # A group without a limit may claim a huge number.
+    if (free := facts("memory", "limit_free_bytes")) is None:
         return None
     return (
         NOTE,

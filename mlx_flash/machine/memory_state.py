@@ -44,7 +44,9 @@ def _limit_free_bytes() -> int | None:
         return None
     from ..flash.system import cgroup_free_bytes  # imports MLX
 
-    return cgroup_free_bytes(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
+    free = cgroup_free_bytes(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
+    # A group of version 1 without a limit tells a huge number.
+    return None if free is None or free >= psutil.virtual_memory().total else free
 
 
 def _swap() -> tuple[int, int]:

@@ -44,7 +44,10 @@ MAC: dict[str, Any] = {
     },
     "cache": {
         **{"folder": "/Users/x/Library/Caches/mlx_flash", "total_bytes": 1.5e9, "entries": [{"kind": "store"}]},
-        **{"conversations": 2, "written": {"today": {"downloads": 3e9}, "most_per_day": {"conversations": 20e9}}},
+        **{
+            "conversations": 2,
+            "written": {"today": {"downloads": 3e9, "checksums": 12345}, "most_per_day": {"conversations": 20e9}},
+        },
         "unknown": {},
     },
     "trials": {
@@ -77,7 +80,7 @@ def test_a_mac_in_words() -> None:
     assert "apfs (external), 90.0 GB of 494.0 GB free" in text
     assert "               16 KiB       90      700" in lines and "                1 MiB      900" in lines
     assert "1.50 GB in /Users/x/Library/Caches/mlx_flash: 1 store, 2 kept conversations" in text
-    assert "written to the disk today: 3.00 GB of downloads" in text
+    assert "written to the disk today: 3.00 GB of downloads, 0.01 MB of checksums" in text
     assert lines[-7:-3] == [
         "trials     mixture",
         "           25% to 38% of it in memory: lookahead off, io direct",

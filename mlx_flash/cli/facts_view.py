@@ -169,7 +169,11 @@ def _written(record: dict[str, Any]) -> str:
     most = record["most_per_day"]
     bounds = {kind: f" (at most {nbytes / 1e9:.3g} GB a day)" for kind, nbytes in most.items()}
     today = sorted(record["today"].items(), key=lambda item: -item[1])
-    return ", ".join(f"{nbytes / 1e9:.2f} GB of {kind}{bounds.get(kind, '')}" for kind, nbytes in today) or "nothing"
+    return ", ".join(f"{_size(nbytes)} of {kind}{bounds.get(kind, '')}" for kind, nbytes in today) or "nothing"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _trials(facts: Facts) -> Iterator[str]:

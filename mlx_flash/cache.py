@@ -19,9 +19,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("cache"),
         description="Lists the entries of the cache folder ($MLX_FLASH_CACHE, or the system's own): stores, unfinished "
-        "conversions, block sums of `--verify`, disk speeds, plans of models, the history of `chat`, the latest error "
-        "report, the server's conversations, and leftovers of an interrupted removal, benchmark or measurement of the "
-        "disk. Entries in use are never removed; the exit code is then 1.",
+        "conversions, block sums of `--verify`, disk speeds, bytes written per day, results of trials, how often units "
+        "were used, plans of models, the history of `chat`, the latest error report, the server's conversations, and "
+        "leftovers of an interrupted removal, benchmark or measurement of the disk. Entries in use are never removed; "
+        "the exit code is then 1.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--remove", nargs="+", metavar="NAME", help="remove these entries, by their names in the list")

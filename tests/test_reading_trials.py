@@ -88,7 +88,7 @@ class Recorder(Trials):
         super().__init__()
         self.told: list[Any] = []
 
-    def took(self, rows: int, positions: int, seconds: float, misses: int) -> None:
+    def took(self, rows: int, positions: int, seconds: float, misses: int, resized: bool = False) -> None:
         assert seconds > 0 and misses >= 0
         self.told.append((rows, positions))
 

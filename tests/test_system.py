@@ -116,7 +116,12 @@ def write(folder: Path, **files: str) -> None:
 
 
 def test_cgroup_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
-    write(tmp_path / "a", memory__max="1000\n", memory__current="900\n", memory__stat="anon 500\ninactive_file 250\n")
+    write(
+        tmp_path / "a",
+        memory__max="1000\n",
+        memory__current="900\n",
+        memory__stat="anon 500\ninactive_file 150\nactive_file 100\n",
+    )
     write(tmp_path / "a/b", memory__max="max\n", memory__current="100\n")
     assert system.cgroup_free_bytes("0::/a/b\n", tmp_path) == 350
     write(tmp_path / "a/b", memory__max="120\n")
@@ -132,7 +137,7 @@ def test_cgroup_v1_in_a_container(tmp_path: Path) -> None:
         tmp_path / "memory",
         memory__limit_in_bytes="5000",
         memory__usage_in_bytes="4000",
-        memory__stat="total_inactive_file 1000\n",
+        memory__stat="total_inactive_file 700\ntotal_active_file 300\n",
     )
     membership = "12:cpu,cpuacct:/x\n5:memory:/docker/0123\n0::/\n"
     assert system.cgroup_free_bytes(membership, tmp_path) == 2000

@@ -213,6 +213,21 @@ def test_a_prompt_between_tokens_drops_their_pair() -> None:
     assert machine.present() == {"io": "direct"} and not machine.kept
 
 
+def test_slots_that_come_and_go_drop_their_pair() -> None:
+    machine = Machine({"io": {"direct": 1.0, "buffered": 0.5}})
+    for _ in range(100):
+        machine.run(5)
+        machine.trials.took(1, 1, 9.0, 5, resized=True)
+    assert machine.present() == {"io": "direct"} and not machine.kept
+
+
+def test_a_choice_that_cannot_be_left_is_the_present_one() -> None:
+    trial = Trial("io", ["direct", "buffered"], lambda choice: choice == "buffered")
+    assert trial.use("buffered")
+    trial.keep("direct")
+    assert trial.present == "buffered"
+
+
 def test_no_trials_cost_nothing() -> None:
     trials = Trials()
     trials.took(1, 1, 1.0, 5)

@@ -26,6 +26,11 @@ class Counters:
     taken_again: int = 0  # bytes of slots that came back later
 
     @property
+    def resized(self) -> bool:
+        """Whether slots were given back or taken again."""
+        return bool(self.given_back or self.taken_again)
+
+    @property
     def early(self) -> int:
         """The deprecated name of `prefetched_used`."""
         return self.prefetched_used
@@ -155,7 +160,7 @@ class Statistics:
 
     def _slots_line(self) -> list[str]:
         both = self.prompt + self.decode
-        if not both.given_back and not both.taken_again:
+        if not both.resized:
             return []
         return [
             f"Memory: {both.given_back / 1e6:.0f} MB of slots given back while the system was short of memory, "

@@ -179,10 +179,10 @@ def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
             root, limits = mount, ["memory.max", "memory.high"]
-            usage, reclaimable = "memory.current", "inactive_file"
+            usage, prefix = "memory.current", ""
         elif "memory" in controllers.split(","):
             root, limits = mount / "memory", ["memory.limit_in_bytes"]
-            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
+            usage, prefix = "memory.usage_in_bytes", "total_"
         else:
             continue
         # The limits of all ancestors hold. In a container the path is the host's and may not exist below this mount.
@@ -191,7 +191,9 @@ def cgroup_free_bytes(membership: str, mount: Path) -> int | None:
             set_limits = [found for name in limits if (found := _number(group / name)) is not None]
             used_bytes = _number(group / usage)
             if set_limits and used_bytes is not None:
-                used_bytes -= _statistic(group / "memory.stat", reclaimable)
+                # The page cache counts as used. The system takes it back, what was read twice (active) as well.
+                for pages in ("inactive_file", "active_file"):
+                    used_bytes -= _statistic(group / "memory.stat", prefix + pages)
                 free.append(max(0, min(set_limits) - used_bytes))
             if group == root:
                 break

@@ -64,9 +64,9 @@ class Trial:
         return True
 
     def keep(self, choice: Choice) -> None:
-        """Makes a choice the present one, if it can be used."""
-        if self.use(choice):
-            self.present = choice
+        """Makes a choice the present one. If it cannot be used, that is the one in effect."""
+        self.use(choice)
+        self.present = self._used
 
 
 class Trials(Mapping[str, Trial]):
@@ -114,12 +114,16 @@ class Trials(Mapping[str, Trial]):
     def trying(self) -> str | None:
         return None if self._now_trying is None else self._now_trying.name
 
-    def took(self, rows: int, positions: int, seconds: float, misses: int) -> None:
+    def took(self, rows: int, positions: int, seconds: float, misses: int, resized: bool = False) -> None:
         """Counts a pass over the weights that decoded tokens. It may change a choice, so the model must not be running.
 
         rows: sequences. positions: tokens of each. seconds: of the pass. misses: units that it had to read.
+        resized: whether slots were given back or taken again meanwhile.
         """
         if self._idle:
+            return
+        if resized:
+            self.interrupted()
             return
         turns = self._turns
         if turns is None:

@@ -203,7 +203,7 @@ class SlotKeeper:
                     if after != before:
                         freed = self._bring(layer, self._slots_after(layer, after), available)
                         available = None if available is None else available + freed
-            except (MemoryError, RuntimeError):  # MLX cannot allocate. The layer keeps its slots.
+            except (MemoryError, RuntimeError):  # MLX cannot allocate. The layer keeps the slots that it has.
                 pass
         clock.managed()
 
@@ -215,16 +215,18 @@ class SlotKeeper:
         """
         units = self._layers[layer].units
         before = units.cache.slots
-        if slots * units.slot_bytes > self._room(available):
-            self._resize(layer, self._least[layer])
-        self._resize(layer, slots)
-        if slots == units.count:
-            fill(whole_layers([units]))  # A layer with all of its units is never looked up.
-        freed = int((before - slots) * units.slot_bytes)
-        if freed > 0:
-            self._streamer.counters.given_back += freed
-        else:
-            self._streamer.counters.taken_again -= freed
+        try:
+            if slots * units.slot_bytes > self._room(available):
+                self._resize(layer, self._least[layer])
+            self._resize(layer, slots)
+            if slots == units.count:
+                fill(whole_layers([units]))  # A layer with all of its units is never looked up.
+        finally:
+            freed = int((before - units.cache.slots) * units.slot_bytes)
+            if freed > 0:
+                self._streamer.counters.given_back += freed
+            else:
+                self._streamer.counters.taken_again -= freed
         return freed
 
     def _resize(self, layer: int, slots: int) -> None:

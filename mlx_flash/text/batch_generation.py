@@ -111,7 +111,7 @@ class DecodeBatch:
             seconds = time.perf_counter() - began
             flash.streamer.counters.total_s += seconds
             self.last = flash.streamer.counters - before
-            flash.trials.took(len(self._rows), 1, seconds, self.last.misses)
+            flash.trials.took(len(self._rows), 1, seconds, self.last.misses, self.last.resized)
             self.counted += self.last
         flash.verify_unchanged()  # The files must not have changed while these tokens were computed.
         return [_took(row, pair) for row, pair in zip(self._rows, found, strict=True)]

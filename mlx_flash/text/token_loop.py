@@ -223,11 +223,12 @@ class TokenLoop:
     def _timed(self, positions: int) -> Iterator[None]:
         """Wraps a pass over the weights with so many tokens."""
         with self._counting("decode") as counters:
-            misses, began = counters.misses, time.perf_counter()
+            before, began = counters.copy(), time.perf_counter()
             yield
             seconds = time.perf_counter() - began
             counters.total_s += seconds
-            self.model.flash.trials.took(1, positions, seconds, counters.misses - misses)
+            took = counters - before
+            self.model.flash.trials.took(1, positions, seconds, took.misses, took.resized)
 
     @contextlib.contextmanager
     def _counting(self, kind: str) -> Iterator[Counters]:

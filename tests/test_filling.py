@@ -20,7 +20,8 @@ from mlx_flash.flash import filling
 from mlx_flash.flash.filling import bytes_to_fill, fill, whole_layers
 from mlx_flash.flash.reader import Reader
 from mlx_flash.layers import experts as experts_module
-from mlx_flash.loading import fill_slots
+from mlx_flash.loading import fill_slots, runtime
+from mlx_flash.loading import load as loading
 from mlx_flash.loading.load import load
 from mlx_flash.loading.load_progress import watching
 
@@ -208,6 +209,9 @@ def test_a_load_that_ends_while_it_fills_closes_everything(
         real(wanted, progress)
 
     monkeypatch.setattr(fill_slots, "fill", failing)
+    own = runtime._BufferCache()  # Models that other tests left open count in the shared one.
+    for module in (loading, runtime):
+        monkeypatch.setattr(module, "BUFFER_CACHE", own)
     before = mx.set_cache_limit(1 << 30)
     with pytest.raises(type(error)):
         load(folder, context=32)

@@ -29,6 +29,7 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 from mlx_flash.convert.conversion import Settings, convert
 from mlx_flash.errors import CheckpointError, ConversionError, FlashError, NoSpaceError, UsageError
 from mlx_flash.source import hub, hub_listing
+from mlx_flash.source.cached import entries
 from mlx_flash.source.checkpoint_files import weight_files
 
 REPOSITORY = "owner/tiny"
@@ -181,7 +182,7 @@ def test_a_repository_is_converted_and_runs_also_offline(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["generation_tokens"] > 0
     assert server.requests == []
-    stores = [path.name for path in (home / "stores").iterdir() if path.is_dir()]
+    stores = [entry.name for entry in entries(home / "stores") if entry.kind == "store"]
     assert len(stores) == 1 and stores[0].startswith("owner--tiny-")
 
 

@@ -84,6 +84,7 @@ def test_published_layouts_are_verified(tmp_path: Path, monkeypatch: pytest.Monk
     for name, entry in read_header(path)[1].items():
         if "experts" in name or "moe" in name:
             content[entry.begin : entry.end] = bytes(entry.end - entry.begin)
+    monkeypatch.setattr(load, "fill_slots", lambda *_: None)  # It would read all experts before the disk is faulty.
     model, _ = load.load(folder, context=64, verify=True)
     with path.open("r+b") as file:  # as a disk that is faulty
         file.write(content)

@@ -83,15 +83,16 @@ def pytest_runtest_logfinish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets all plans of a test count the same process: what earlier tests left behind must not matter."""
-    monkeypatch.setattr(streaming_needs, "current_memory_bytes", lambda: 200_000_000)
+def steady_machine() -> Iterator[None]:
+    """Lets all plans of a test count the same process, and models keep their slots.
 
-
-@pytest.fixture(autouse=True)
-def ample_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets models keep their slots, whatever else this machine does."""
-    monkeypatch.setattr(slot_keeper, "memory_pressure", lambda: Pressure(Level.NORMAL))
+    What earlier tests left behind and what else this machine does must not matter. A test's own `monkeypatch.undo`
+    leaves these as they are.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(streaming_needs, "current_memory_bytes", lambda: 200_000_000)
+        patched.setattr(slot_keeper, "memory_pressure", lambda: Pressure(Level.NORMAL))
+        yield
 
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that. Tests of Ctrl-C need the default.

@@ -219,6 +219,14 @@ def several_in_a_block(plan: Callable[..., NeuronLayout]) -> Callable[..., Neuro
     return planned
 
 
+@pytest.fixture
+def dark_night(tmp_path: Path) -> Path:
+    """A file of plain text."""
+    path = tmp_path / "text.txt"
+    path.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
+    return path
+
+
 @pytest.fixture(scope="module")
 def one_processor() -> Iterator[None]:
     """Keeps all threads on one processor (Linux), where a woken thread does not interrupt the one that woke it.

@@ -13,16 +13,9 @@ from mlx_flash.errors import UsageError
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["ngram", "model"])
-def test_drafts_are_compared(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    flags = ["--model", tiny.store, "--text", text, "--memory", "2GB", "--prompts", 2, "--prompt-tokens", 20]
+def test_drafts_are_compared(tiny: Any, dark_night: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    flags = ["--model", tiny.store, "--text", dark_night, "--memory", "2GB", "--prompts", 2, "--prompt-tokens", 20]
     flags += ["--tokens", 16, "--depths", "1,3", "--rounds", 2]
     flags += ["--draft-model", tiny.checkpoint] if kind == "model" else []
     run("drafts", *flags)
@@ -42,8 +35,8 @@ def test_drafts_are_compared(tiny: Any, text: Path, capsys: pytest.CaptureFixtur
     assert one["units_per_pass"] < two["units_per_pass"] < four["units_per_pass"] < 4 * one["units_per_pass"]
 
 
-def test_what_cannot_be_compared(tiny: Any, text: Path) -> None:
-    flags = ("--model", tiny.store, "--text", text, "--prompts", "2", "--prompt-tokens", "20", "--tokens", "16")
+def test_what_cannot_be_compared(tiny: Any, dark_night: Path) -> None:
+    flags = ("--model", tiny.store, "--text", dark_night, "--prompts", "2", "--prompt-tokens", "20", "--tokens", "16")
     for more, message in (
         (("--depths", "1,x"), "--depths is '1,x', expected numbers separated by commas."),
         (("--depths", "8"), "--depths is 8, expected 1 to 7 for this model."),

@@ -16,21 +16,14 @@ from mlx_flash.loading import store as store_module
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("It was a dark night, and the old dog slept beside the fire. " * 8)
-    return path
-
-
 @pytest.mark.parametrize("slots", [20, 256])
 def test_ways_to_start(
-    tiny: Any, text: Path, capsys: pytest.CaptureFixture[str], slots: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, dark_night: Path, capsys: pytest.CaptureFixture[str], slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = store_module.make_plan
     monkeypatch.setattr(store_module, "make_plan", lambda *rest: replace(real(*rest), slots=(slots, slots)))
     before = os.environ["MLX_FLASH_CACHE"]
-    flags = ["--model", tiny.store, "--text", text, "--share", 1, "--context", 64, "--rounds", 1]
+    flags = ["--model", tiny.store, "--text", dark_night, "--share", 1, "--context", 64, "--rounds", 1]
     run("warm-start", *flags, "--earlier", 16, "--prompt", 12, "--tokens", 8)
     assert os.environ["MLX_FLASH_CACHE"] == before
     ways = last_line(capsys)["ways"]
@@ -44,6 +37,6 @@ def test_ways_to_start(
         assert all(row["misses"] > 0 for row in ways.values())
 
 
-def test_a_text_that_is_too_short(tiny: Any, text: Path) -> None:
+def test_a_text_that_is_too_short(tiny: Any, dark_night: Path) -> None:
     with pytest.raises(UsageError, match=r"expected 4000 \(four times --prompt\)"):
-        run("warm-start", "--model", tiny.store, "--text", text, "--context", 64, "--prompt", 1000)
+        run("warm-start", "--model", tiny.store, "--text", dark_night, "--context", 64, "--prompt", 1000)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from .stalls import stalled_percent
 from .sysctl import sysctl_number
 from .system import available_memory_bytes, current_memory_bytes
 
@@ -61,15 +62,8 @@ def _macos_level() -> int:
 
 
 def stall_level(text: str) -> Level:
-    """The level of a pressure file such as /proc/pressure/memory; NORMAL if it is empty.
-
-    Its lines tell the shares of time in which some tasks waited, and in which all of them did at once.
-    """
-    shares = {}
-    for line in text.splitlines():
-        kind, _, rest = line.partition(" ")
-        figures = dict(item.split("=", 1) for item in rest.split() if "=" in item)
-        shares[kind] = float(figures.get("avg10", 0))
+    """The level of a pressure file such as /proc/pressure/memory; NORMAL if it is empty."""
+    shares = stalled_percent(text)
     if shares.get("full", 0) >= STALLED_PERCENT:
         return Level.CRITICAL
     return Level.WARNING if shares.get("some", 0) >= STALLED_PERCENT else Level.NORMAL

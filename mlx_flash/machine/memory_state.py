@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from ..flash.stalls import stalled_percent
 from ..flash.sysctl import swap_usage, sysctl_number
 from .told import Facts, told
 
@@ -65,11 +66,10 @@ def _pressure() -> str:
 
 def pressure_share(text: str) -> float:
     """The share of the last ten seconds in which some task waited for memory. text: of /proc/pressure/memory."""
-    for line in text.splitlines():
-        kind, *fields = line.split()
-        if kind == "some":
-            return float(dict(field.split("=") for field in fields)["avg10"]) / 100
-    raise ValueError("it has no line of that kind")
+    shares = stalled_percent(text)
+    if "some" not in shares:
+        raise ValueError("it has no line of that kind")
+    return shares["some"] / 100
 
 
 def _open_files() -> int | None:

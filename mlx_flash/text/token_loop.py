@@ -222,8 +222,8 @@ class TokenLoop:
     @contextlib.contextmanager
     def _timed(self, positions: int) -> Iterator[None]:
         """Wraps a pass over the weights with so many tokens."""
-        with self._counting("decode") as counters:
-            before, began = counters.copy(), time.perf_counter()
+        with self._counting("decode") as (counters, before):
+            began = time.perf_counter()
             yield
             seconds = time.perf_counter() - began
             counters.total_s += seconds
@@ -231,15 +231,18 @@ class TokenLoop:
             self.model.flash.trials.took(1, positions, seconds, took.misses, took.resized)
 
     @contextlib.contextmanager
-    def _counting(self, kind: str) -> Iterator[Counters]:
-        """Locks the model for this generation, and adds the counts inside the context to this generation's."""
+    def _counting(self, kind: str) -> Iterator[tuple[Counters, Counters]]:
+        """Locks the model for this generation, and adds the counts inside the context to this generation's.
+
+        Yields the model's counters, and a copy of what they were.
+        """
         counters: Counters = self.model.flash.streamer.counters
         with self.model.flash.lock:
             before = counters.copy()
             if kind == "prompt":
                 self.model.flash.trials.interrupted()
             try:
-                yield counters
+                yield counters, before
             except BaseException:
                 # Only this thread can evaluate what it began, and the next generation may come from another one.
                 with contextlib.suppress(Exception):

@@ -28,6 +28,7 @@ from processes import runs  # type: ignore[import-not-found]  # beside this file
 
 from mlx_flash.apps.menubar.settings import settings_file
 
+SETTLED_S = 0.5  # for which a line of a menu must stay where it is
 SECONDS = 300.0  # limit of waits of a few seconds on an idle machine, which include the conversion of the demo model
 PROGRAMS = ("Xvfb", "trayer", "xdotool", "scrot")
 MODULES = ("toga", "toga_qt", "PySide6", "PIL")
@@ -138,16 +139,28 @@ class Screen:
             self.do("key", "Escape")
         self.wait(lambda seen: not seen["menus"])
 
+    def _line(self, text: str) -> tuple[int, int, bool]:
+        """Where a line of the open menu is, and whether it can be clicked, once that stays the same: a menu whose lines
+        have just changed is laid out anew, and a click would miss it."""
+
+        def settled() -> tuple[int, int, bool] | None:
+            before = self.look()["menus"].get(text)
+            time.sleep(SETTLED_S)
+            return before if before == self.look()["menus"].get(text) else None
+
+        found: tuple[int, int, bool] = until(settled, self.look)
+        return found
+
     def click(self, text: str) -> None:
         """Clicks a line of the open menu."""
-        x, y, enabled = self.look()["menus"][text]
+        x, y, enabled = self._line(text)
         assert enabled, f"{text} cannot be clicked"
         self.do("mousemove", x, y)
         self.do("click", 1)
 
     def point_at(self, text: str) -> None:
         """Points at a line of the open menu that opens another menu."""
-        x, y, _ = self.look()["menus"][text]
+        x, y, _ = self._line(text)
         self.do("mousemove", x - 3, y)
         self.do("mousemove", x, y)
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +41,7 @@ from .tools.report import environment
 FOUR_BITS = {"group_size": 64, "bits": 4}
 WIDE = Shape("qwen3_moe", 3, 1024, 512, 32, 4, 8, 2, 64, FOUR_BITS, True)  # The processor multiplies most of the time.
 SMALL = Shape("qwen3_moe", 8, 64, 64, 32, 4, 4, 2, 32, FOUR_BITS, True)  # The host's own work takes most of the time.
+FEW = replace(SMALL, layers=3)  # because a token waits for tens of milliseconds
 TEXT = 256  # tokens, after which a new text begins
 NEAR = 0.02  # Choices whose medians differ by less than this share are called equal,
 UNSURE = 0.05  # and so are those that a test does not tell apart at this level.
@@ -65,7 +66,7 @@ SETTINGS = {
     "slow": Setting("wide experts on a slow disk, no memory to spare for the page cache", WIDE, rate=100 * 10**6),
     "warm": Setting("the same, with the whole file in the page cache", WIDE, rate=100 * 10**6, cached=True),
     "fast": Setting("small experts on a disk as fast as memory (buffered reads, by the user)", SMALL, io="buffered"),
-    "distant": Setting("small experts on a disk of high latency, few slots", SMALL, 4, rate=10**9, latency_s=0.002),
+    "distant": Setting("small experts on a disk of high latency, few slots", FEW, 4, rate=10**9, latency_s=0.002),
 }
 
 

@@ -253,6 +253,27 @@ def test_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "a token reads nothing: about" in whole.describe()
 
 
+def test_a_plan_that_reads_more_is_never_forecast_as_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both plans compute alike, so a machine that is busy during the second forecast must not change their order."""
+    trial, slower = module.token_seconds, iter((1.0, 10.0, 100.0))
+
+    def busier(*arguments: Any) -> TokenSeconds:
+        made, factor = trial(*arguments), next(slower)
+        return TokenSeconds([(layer, factor) for layer, _ in made.layers], factor)
+
+    monkeypatch.setattr(module, "token_seconds", busier)
+    monkeypatch.setattr(ReadTrial, "rate", lambda *_: 1e9)
+    folder = make_mixture(tmp_path / "model", "llama", num_hidden_layers=4)
+    plan, _, _, foresight = plan_in_place(folder, open_in_place(folder), LoadOptions(memory=ENDLESS, context=64))
+    found = []
+    for nbytes in (10**6, 0):
+        object.__setattr__(plan, "pinned", 4 if nbytes == 0 else 1)
+        object.__setattr__(plan, "layer_bytes_per_token", nbytes)
+        found.append(foresight.of_token(plan))
+    assert found[0] is not None and found[1] is not None
+    assert found[0].compute_s == found[1].compute_s and found[0].token_s > found[1].token_s
+
+
 def test_a_model_whose_prompts_cannot_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> float:
         raise ValueError

@@ -86,7 +86,7 @@ class Foresight:
         table: DiskTable | None = None,
     ) -> None:
         self._mixture, self._choices, self._options, self._table = mixture, choices, options, table
-        self._of_tokens: dict[tuple[int, bool], tuple[TokenSeconds, Rate | None]] = {}
+        self._of_tokens: dict[int, tuple[TokenSeconds, Rate | None]] = {}
         self._of_prompts: dict[int, float] = {}
 
     def of_disk(self, table: DiskTable) -> Foresight:
@@ -185,17 +185,22 @@ class Foresight:
         return layers, [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
 
     def _computing(self, plan: InPlacePlan, disk: UnitRates) -> tuple[TokenSeconds, Rate | None]:
-        """The seconds of a token that reads nothing, and the rate at which layers are read; None if none is read."""
+        """The seconds of a token that reads nothing, and the rate at which layers are read; None if none is read.
+
+        Plans that compute alike share one measurement, or a busy moment would let a plan that reads more look faster.
+        """
         slots, batches = min([self._choices(), *plan.expert_slots]), self._read_layers(plan)[1]
-        if (key := (slots, bool(batches))) not in self._of_tokens:
+        known = self._of_tokens.get(slots)
+        if known is None or (batches and known[1] is None):
             rates: list[Rate] = []
 
             def beside(compute: Callable[[], object]) -> None:
                 if batches:
                     rates.append(disk.rate("layers", batches, BUFFERS, compute))
 
-            self._of_tokens[key] = token_seconds(self._mixture, slots, beside), next(iter(rates), None)
-        return self._of_tokens[key]
+            known = token_seconds(self._mixture, slots, beside), next(iter(rates), None)
+            self._of_tokens[slots] = known
+        return known[0], known[1] if batches else None
 
     def _layers_s(self, plan: InPlacePlan, computing: TokenSeconds) -> float:
         """The seconds in which all layers compute a token of a prompt."""

@@ -21,12 +21,12 @@ LINKED = ("convert", "bench", "apps")
 # From the ground up. A room imports only from lower floors.
 FLOORS = (
     ("errors", "defaults"),
-    ("flash",),
+    ("flash", "ranks"),
     ("source", "layers"),
     ("models", "text", "machine"),
     ("loading",),
     ("cli",),
-    ("report", "server", "generate", "chat", "launch", "check", "cache", "download", "doctor"),
+    ("report", "server", "generate", "chat", "launch", "check", "cache", "download", "doctor", "rank"),
     ("service",),
     ("convert",),
     ("bench", "apps", "demo"),

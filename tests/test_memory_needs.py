@@ -22,7 +22,7 @@ from mlx_flash.loading import load, memory_needs, streaming_needs
 from mlx_flash.loading import store as store_module
 from mlx_flash.loading.graph_memory import Evaluation, Graph, eval_order, peak_bytes, trace
 from mlx_flash.loading.in_place_model import parent_of
-from mlx_flash.loading.memory_needs import Call, Needs, needs_of
+from mlx_flash.loading.memory_needs import InputShape, Needs, needs_of
 from mlx_flash.loading.model_types import model_classes
 from mlx_flash.loading.streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes
 from mlx_flash.source.model_kind import switch_layers
@@ -202,12 +202,12 @@ def test_weights_may_be_planned_in_another_type() -> None:
 def test_rows_that_are_widened_are_counted() -> None:
     plain = NeuronLayout.plan("float16", 2, 4096, 1024, ("up", "down"))
     packed = NeuronLayout.plan("float16", 2, 4096, 1024, ("up", "down"), bits=4)
-    call = Call(tokens=512, width=1024, item_bytes=4, choices=1)
+    call = InputShape(tokens=512, width=1024, item_bytes=4, choices=1)
     rows = plain.piece_neurons * 1024 * 2
-    in_half = neurons_need(plain, 8)(Call(512, 1024, 2, 1))
+    in_half = neurons_need(plain, 8)(InputShape(512, 1024, 2, 1))
     assert neurons_need(plain, 8)(call) >= in_half + 2 * rows * 2
-    assert neurons_need(packed, 8)(call) > neurons_need(packed, 8)(Call(512, 1024, 2, 1))
-    assert neurons_need(plain, 8)(Call(1, 1024, 2, 1)) > 2 * 2 * rows  # in rounds, and then joined
+    assert neurons_need(packed, 8)(call) > neurons_need(packed, 8)(InputShape(512, 1024, 2, 1))
+    assert neurons_need(plain, 8)(InputShape(1, 1024, 2, 1)) > 2 * 2 * rows  # in rounds, and then joined
 
 
 def test_the_largest_tensor_is_loaded_beside_a_copy_of_itself() -> None:

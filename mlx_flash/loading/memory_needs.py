@@ -35,7 +35,7 @@ FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 
 @dataclass(frozen=True)
-class Call:
+class InputShape:
     """The size of the arguments of a streamed layer."""
 
     tokens: int
@@ -44,7 +44,7 @@ class Call:
     choices: int  # units that each token names; 1 if the layer itself finds them
 
 
-StreamedNeed = Callable[[Call], int]
+StreamedNeed = Callable[[InputShape], int]
 """Bytes that a streamed layer takes until it has its result."""
 
 
@@ -169,7 +169,7 @@ class _StandIn:
         """rest: see `StreamedExperts`; they are small and not evaluated with the ids."""
         width = x.shape[-1]
         choices = 1 if indices is None else indices.shape[-1]
-        besides = self.need(Call(x.size // width, width, x.dtype.size, choices))
+        besides = self.need(InputShape(x.size // width, width, x.dtype.size, choices))
         return self.calls.answer((x,) if indices is None else (x, indices), besides)
 
 

@@ -29,7 +29,7 @@ from . import dense
 from .config import read_config
 from .context import plan_context
 from .draft_model import PlannedDrafts
-from .memory_needs import Call, Needs, needs_of
+from .memory_needs import InputShape, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, grammar_bytes, make_plan
@@ -177,7 +177,7 @@ def _plan(
         matrix = layout.neurons * layout.width * dtype.size
         predictor_bytes = layout.layers * matrix
         # The last matrix is concatenated from its pieces.
-        at_load = matrix + need(Call(0, layout.width, dtype.size, 1))
+        at_load = matrix + need(InputShape(0, layout.width, dtype.size, 1))
     else:
         tensors = dense.predictor_tensors(folder, manifest, kind)
         stored = {} if tensors is None else tensors.arrays

@@ -12,7 +12,7 @@ from ..flash.in_place import TensorParts
 from ..flash.reader import BOUNCE_BYTES_PER_THREAD
 from ..flash.system import current_memory_bytes, return_freed_memory
 from ..layers.expert_products import WIDENED_AT_ONCE, is_widened
-from .memory_needs import Call, StreamedNeed
+from .memory_needs import InputShape, StreamedNeed
 
 PROCESS_MARGIN_BYTES = 48 << 20  # later growth of the process: threads, and freed memory that malloc keeps
 LEAST_MARGIN_BYTES = 16 << 20  # the part of it that recurs with every model
@@ -84,7 +84,7 @@ def neurons_need(layout: NeuronLayout, selects_up_to: int) -> StreamedNeed:
     """
     parts, neurons, width = len(layout.parts), layout.piece_neurons, layout.width
 
-    def need(call: Call) -> int:
+    def need(call: InputShape) -> int:
         tokens, item_bytes = call.tokens, call.item_bytes
         gathered = neurons * layout.bundle_bytes
         widened = 0
@@ -109,7 +109,7 @@ def experts_need(tensors: dict[str, TensorParts], drops_late: bool) -> StreamedN
     hidden = max(tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) > 1)
     matrices = [t for name, t in tensors.items() if is_widened(name.rpartition(".")[2], t.dtype)]
 
-    def need(call: Call) -> int:
+    def need(call: InputShape) -> int:
         pairs = call.tokens * call.choices
         # Two projections in parallel, each in 16 bits and in 32.
         widened = 2 * min(WIDENED_AT_ONCE, pairs) * max((3 * tensor.nbytes for tensor in matrices), default=0)

@@ -1,0 +1,91 @@
+"""A control connection with threads of its own: one reads messages, one sends a heartbeat, one watches the other's."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import messages
+
+BEAT_S = 1.0
+SILENT_S = 5.0  # A peer that is silent for so long is given up.
+JOINING_S = 15.0  # the same while MLX connects the ring, which stops all threads of Python
+ENDED = "has ended"
+
+
+class Channel:
+    """on_fault is called once, in a thread of this object, with what happened, such as "has ended". Then, and after
+    `close`, `take` raises EOFError."""
+
+    def __init__(self, connection: socket.socket, on_fault: Callable[[str], None]) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.silent_s = SILENT_S
+        self._connection = connection
+        self._on_fault = on_fault
+        self._received: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._over = threading.Event()
+        self._once = threading.Lock()
+        self._heard = time.monotonic()
+        for target in (self._read, self._beat, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+
+    def send(self, header: dict[str, Any], data: bytes = b"") -> None:
+        """Raises OSError if the connection has ended, BadMessageError."""
+        with self._sending:
+            messages.send(self._connection, header, data)
+
+    def take(self) -> tuple[dict[str, Any], bytes]:
+        """Waits for the next message. Raises EOFError."""
+        message = self._received.get()
+        if message is None:
+            self._received.put(None)
+            raise EOFError
+        return message
+
+    def close(self) -> None:
+        self._finish(None)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = messages.receive(self._connection)
+                self._heard = time.monotonic()
+                if "beat" not in message[0]:
+                    self._received.put(message)
+        except (OSError, EOFError):
+            self._finish(ENDED)
+        except messages.BadMessageError as error:
+            self._finish(f"sends what cannot be read: {error}")
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # The reader notices as well.
+                self.send({"beat": 1})
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(BEAT_S / 2):
+            now = time.monotonic()
+            if now - looked > 2 * BEAT_S:  # This process itself was stopped, so it could not hear anything.
+                self._heard = now
+            looked = now
+            if now - self._heard > self.silent_s:
+                self._finish(f"has not answered for {self.silent_s:g} s")
+
+    def _finish(self, fault: str | None) -> None:
+        with self._once:
+            first = not self._over.is_set()
+            self._over.set()
+        if first:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            self._connection.close()
+            self._received.put(None)
+            if fault is not None:
+                self._on_fault(fault)

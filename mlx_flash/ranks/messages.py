@@ -1,0 +1,60 @@
+"""Messages on the control channel: a header in JSON, and raw bytes.
+
+4 bytes  length of the header, big-endian
+4 bytes  length of the data
+header   an object in JSON, UTF-8
+data
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+from ..errors import FlashError
+
+LENGTHS = struct.Struct(">II")
+MOST_HEADER = 4 << 20  # bytes
+MOST_DATA = 64 << 20  # bytes; the ids of a prompt's chunk take a few hundred KB
+MOST_HELLO = 1024  # bytes of a header before the secret is checked
+
+
+class BadMessageError(FlashError):
+    """Bytes that are not a message, or a message above the limits."""
+
+
+def send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -> None:
+    """Raises OSError, BadMessageError."""
+    text = json.dumps(header).encode()
+    if len(text) > MOST_HEADER or len(data) > MOST_DATA:
+        raise BadMessageError(f"a message between ranks of {len(text)} + {len(data)} bytes is too long.")
+    connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
+
+
+def receive(
+    connection: socket.socket, most_header: int = MOST_HEADER, most_data: int = MOST_DATA
+) -> tuple[dict[str, Any], bytes]:
+    """The next (header, data). Raises EOFError at the end of the connection, OSError, BadMessageError."""
+    header_bytes, data_bytes = LENGTHS.unpack(_exactly(connection, LENGTHS.size))
+    if header_bytes > most_header or data_bytes > most_data:
+        raise BadMessageError(f"a message between ranks claims {header_bytes} + {data_bytes} bytes.")
+    text = _exactly(connection, header_bytes)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise BadMessageError("the header of a message between ranks is not an object in JSON.")
+    return header, _exactly(connection, data_bytes)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    found = bytearray()
+    while len(found) < count:
+        piece = connection.recv(min(count - len(found), 1 << 20))
+        if not piece:
+            raise EOFError
+        found += piece
+    return bytes(found)

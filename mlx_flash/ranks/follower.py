@@ -26,13 +26,16 @@ def _end(_: str) -> None:
 class Follower:
     """The `Group` of a rank other than 0. Its process ends at once when rank 0 ends or hangs.
 
-    setup: what RankProcess sends. handlers: `calls` answers questions with them.
+    model, memory: what the host file says for this rank, or None. setup: what RankProcess sends. handlers: `calls`
+    answers questions with them.
     """
 
     def __init__(self, setup: dict[str, Any], handlers: Handlers) -> None:
         """Raises FlashError."""
         self.rank: int = setup["rank"]
         self.size: int = setup["size"]
+        self.model: str | None = setup["model"]
+        self.memory: str | None = setup["memory"]
         self._handlers = handlers
         self._ring = Ring(self.rank, self.size, setup["address"])
         own: dict[str, Any] = {"versions": versions(), "ring": self._ring.address}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,19 +108,35 @@ class StreamedExperts(nn.Module):
             if ahead is not None and guess is not None:
                 ahead.prefetch(guess, needed)
 
+        return self.outputs(x, needed, rest, many, prefetch)
+
+    def of_slots(self, x: mx.array, slots: mx.array, *rest: mx.array) -> mx.array:
+        """The zoo's own product. slots: as `indices`, with slots in the place of ids."""
+        return self._inner(x, slots, *rest)  # type: ignore[no-any-return]
+
+    def outputs(
+        self,
+        x: mx.array,
+        needed: np.ndarray,
+        rest: Sequence[mx.array],
+        many: bool,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> mx.array:
+        """The outputs for ids that are on the host: x (..., D), needed (..., K) -> (..., K, D).
+
+        many: whether the call of the model has at least SORTED_FROM pairs. meanwhile: called when the reads have begun.
+        """
+        units, expert_by_expert = self.units, many and kernels_vary()
         if not many and (slots := units.look_up(needed)) is not None:
-            prefetch()
+            meanwhile()
             y = self._inner(x, mx.array(slots), *rest)
             units.guard(y)
             return y
         experts = np.unique(needed)
         if len(experts) and experts[-1] >= self.experts:  # some routers have a number for "none"
-            raise UnsupportedModelError(
-                f"the model's router chose expert {experts[-1]}, but its layer has only {self.experts}. A model whose "
-                "router may skip experts cannot be streamed."
-            )
+            raise skips_experts(experts[-1], self.experts)
         outputs, order = [], []
-        for group in units.use(experts, at_once=EXPERTS_AT_ONCE if many else None, meanwhile=prefetch):
+        for group in units.use(experts, at_once=EXPERTS_AT_ONCE if many else None, meanwhile=meanwhile):
             if len(group) == len(experts) and not expert_by_expert:
                 y = self._inner(x, mx.array(units.slot_of[needed].astype(np.uint32)), *rest)
                 units.guard(y)
@@ -146,6 +162,14 @@ class StreamedExperts(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])[mx.array((members // choices).astype(np.int32))]  # (n, D)
         chosen = [each.reshape(-1)[mx.array(members.astype(np.int32))] for each in rest]  # (n,) each
         return members, (by_expert if expert_by_expert else by_pair)(self._inner, tokens, slots, *chosen)
+
+
+def skips_experts(chosen: int, experts: int) -> UnsupportedModelError:
+    """The error for an expert that a layer does not have. experts: how many it has."""
+    return UnsupportedModelError(
+        f"the model's router chose expert {chosen}, but its layer has only {experts}. A model whose router may skip "
+        "experts cannot be streamed."
+    )
 
 
 def likeliest(scores: np.ndarray, units: ExpertSlots, choices: int) -> np.ndarray:

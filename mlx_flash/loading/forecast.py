@@ -146,7 +146,7 @@ class Foresight:
         token_s = _overlapped_s(_computed_between(layers, computing), reads, exposed)
         if of_experts:
             at_once = max(min(each, count) for each, count in zip(missing, plan.expert_slots, strict=True))
-            reads.append(of_experts / self._rate_of_experts(at_once, disk))
+            reads.append(of_experts / _rate_of_experts(self._mixture, at_once, disk))
             token_s += reads[-1]  # A layer's experts are known when it needs them, so nothing computes meanwhile.
         nbytes = plan.layer_bytes_per_token + of_experts
         return Forecast(nbytes, sum(reads), computing.total, token_s, even=of_experts > 0)
@@ -170,7 +170,7 @@ class Foresight:
             # The first chunk finds empty slots. Where each expert has one, loading has filled them.
             nbytes = sum(chosen * (1 + (chunks - 1) * share) for share in missing if share) * self._mixture.expert_bytes
             at_once = min(EXPERTS_AT_ONCE, chosen, *plan.expert_slots)
-            read_s += nbytes / self._rate_of_experts(at_once, disk)
+            read_s += nbytes / _rate_of_experts(self._mixture, at_once, disk)
         return compute_s + read_s - hidden_s
 
     def _missing(self, plan: InPlacePlan) -> list[float]:
@@ -211,11 +211,6 @@ class Foresight:
             self._of_prompts[slots] = prompt_seconds(self._mixture, slots, tried) / tried
         return self._of_prompts[slots]
 
-    def _rate_of_experts(self, at_once: float, disk: UnitRates) -> float:
-        """Bytes per second of so many experts that are read together."""
-        batches = _batches_of_experts(self._mixture, at_once)
-        return disk.rate(f"{round(at_once)} experts", batches, 1).bytes_per_second
-
 
 def _overlapped_s(computed: Sequence[float], reads: Sequence[float], exposed: float) -> float:
     """The seconds of a token that computes while layers are read.
@@ -243,6 +238,17 @@ def _computed_between(layers: Sequence[LayerWeights], computing: TokenSeconds) -
         now = (number_of.get(id(module), now - 1) + 1) % len(computed)
     computed[now] += computing.outside  # like the layers before the first wait of the next token
     return computed
+
+
+def experts_rate(mixture: InPlaceModel, at_once: float, options: LoadOptions) -> float:
+    """Bytes per second of so many experts that are read together from the checkpoint's files. Raises ReadError."""
+    with contextlib.closing(RatesOfFiles(mixture, options)) as disk:
+        return _rate_of_experts(mixture, at_once, disk)
+
+
+def _rate_of_experts(mixture: InPlaceModel, at_once: float, disk: UnitRates) -> float:
+    batches = _batches_of_experts(mixture, at_once)
+    return disk.rate(f"{round(at_once)} experts", batches, 1).bytes_per_second
 
 
 def _batches_of_experts(mixture: InPlaceModel, at_once: float) -> list[np.ndarray]:

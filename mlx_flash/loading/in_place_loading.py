@@ -27,6 +27,7 @@ from ..text.images import HELD_BYTES, MOST_WAITING
 from .config import number_of
 from .context import plan_context
 from .draft_model import PlannedDrafts
+from .expert_ranks import divide_experts, exchange_bytes, stream_shares
 from .forecast import Foresight
 from .image_needs import NO_IMAGES, image_needs, prompt_bytes
 from .in_place_model import InPlaceModel, parent_of
@@ -43,6 +44,7 @@ from .memory_needs import Needs, OneRow, StreamedNeed, needs_of, stand_ins
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, UnitCounts, grammar_bytes, plan_for_budget
 from .quantised_cache import plain_cache, quantise_cache
+from .ranked_loading import Ranks
 from .reading_trials import reader_for, reading_trials
 from .resident_weights import compare_headers, open_files, ranges_in, read_resident
 from .runtime import Runtime, WholeLayers, evaluate_constants
@@ -60,6 +62,8 @@ def plan_in_place(
     options: LoadOptions,
     drafts: PlannedDrafts | None = None,
     images: ImageProcessor | None = None,
+    ranks: Ranks | None = None,
+    zoo: str | None = None,
 ) -> tuple[InPlacePlan, Callable[[Callable[[str], None]], Any], Callable[[int, int], InPlacePlan], Foresight]:
     """The plan for the checkpoint in `folder`, a function that loads its model, one that makes the plan of another
     budget or context, and what forecasts the speed of either.
@@ -71,7 +75,8 @@ def plan_in_place(
     folder: the checkpoint's folder. mixture: the checkpoint's, from `open_in_place`. With `options.verify`, everything
     that is read is compared with checksums: tensors that are loaded once, and every unit at every read. Loading makes
     the checksums if they were not made before. drafts: what will draft tokens; None for nothing. images: the
-    checkpoint's processor, if the model is to read images.
+    checkpoint's processor, if the model is to read images. ranks: those that the experts are divided among; None for
+    this process alone. zoo: see `open_in_place`.
 
     Raises BudgetError, CheckpointError, UnsupportedModelError or UsageError. Loading raises ReadError.
     """
@@ -124,6 +129,7 @@ def plan_in_place(
         seeing, held = seen.at(context)
         computing = max(needs.workspace + held, seeing) + decoding
         computing += reading_bytes(options.threads or THREADS, aligned=False) + weights.rows_work
+        computing += 0 if ranks is None else exchange_bytes(mixture, options, needs.choices)
         loading = loading_excess_bytes(weights.resident) - needs.kv_cache - weights.expert_layers * weights.expert
         return Demand(
             process=process(),
@@ -165,7 +171,10 @@ def plan_in_place(
             made = with_spare_for_chunks(made, each, options.prefill_chunk)
         return with_spare_for_rows(made, tables)
 
-    plan = plan_for(options.budget)
+    plan, divided_experts = plan_for(options.budget), None
+    if ranks is not None:
+        divided_experts = divide_experts(ranks, mixture, plan, needs_at(plan.context).choices, options, zoo)
+        plan = divided_experts.plan
 
     def build(say: Callable[[str], None]) -> Any:
         files = open_files(mixture.files, direct=options.io != "buffered")
@@ -175,6 +184,8 @@ def plan_in_place(
         if options.verify:
             attach_sums(files, ranges_in(mixture, files), reader, say)
             compare_headers(mixture, files)
+        if divided_experts is not None and ranks is not None:
+            ranks.begin({"counts": divided_experts.counts})
         numbers, layers = mixture.layers_to_stream(plan.pinned)
         if plan.reads_rows:
             mixture.streamed |= mixture.of_tables()
@@ -182,7 +193,9 @@ def plan_in_place(
             adapter.read()
         read_resident(mixture, files if options.verify else None)
         streamer = InPlaceFiles(files, reader)
-        if mixture.switches:
+        if divided_experts is not None and ranks is not None:
+            stream_shares(mixture, streamer, divided_experts, ranks, options)
+        elif mixture.switches:
             mixture.stream_experts(streamer, plan.expert_slots, options.window)
         if plan.reads_rows:
             stream_tables(tables, streamer, plan.demand.table_rows, compared=options.verify)
@@ -208,6 +221,7 @@ def plan_in_place(
             share = 1 - plan.layer_bytes_per_token / plan.parameters_bytes
         kind = "layers" if dense else "experts"
         model.flash.trials = reading_trials(streamer, watched, options, folder, share, kind)
+        model.flash.ranks = ranks
         model.flash.adapter = None if adapter is None else adapter.folder
         if plan.chunks_at_once > 1:
             modules = [layer.module for layer in mixture.layers]

@@ -17,6 +17,7 @@ from ..errors import FlashError, UsageError
 from ..flash.files import is_store
 from ..flash.random_state import kept_random_state
 from ..flash.wiring import Wiring
+from ..ranks.group import Group
 from ..source.adapter_files import FUSE, find_adapter
 from ..source.checkpoint_files import files_in, small_files_in
 from ..source.compared_copies import compared_copies, name_themselves
@@ -38,6 +39,7 @@ from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
 from .planned import Planned
+from .ranked_loading import Ranks
 from .runtime import BUFFER_CACHE
 from .store import plan_store
 from .verification import compare_small_file
@@ -49,6 +51,7 @@ def load(
     *,
     say: Callable[[str], None] = lambda _: None,
     fetch: bool = True,
+    group: Group | None = None,
     **fields: Any,
 ) -> tuple[Any, Any]:
     """Loads a store (or converts a checkpoint first) within a memory budget.
@@ -58,6 +61,8 @@ def load(
         options: see LoadOptions.
         say: called with the plan and notes, before anything large is allocated.
         fetch: whether the Hub may be asked for a newer version of a repository; False for the copy on the disk.
+        group: other processes, on this machine or others, that hold and read parts of the model; None for none. Only
+            mixtures of experts are divided. The group is not closed with the model.
         fields: the fields of LoadOptions, in place of `options`: `load(path, memory="6GB", context=4096)`.
 
     Returns:
@@ -76,13 +81,15 @@ def load(
         BudgetError, UsageError, StoreError and its subclasses, CheckpointError, ConversionError, ReadError.
     """
     options = _options(options, fields)
-    with _planned(path, options, say, fetch=fetch) as planned:
+    with _planned(path, options, say, fetch=fetch, group=group) as planned:
         say(planned.plan.describe())
-        if (forecast := _forecast(planned)) is not None:
+        if group is None and (forecast := _forecast(planned)) is not None:
             say(forecast.describe())
         model = planned.build(say)
         assert planned.folder is not None
-        fill_slots(model.flash, planned.folder, options.warm_start)
+        fill_slots(model.flash, planned.folder, options.warm_start and group is None)
+        if model.flash.ranks is not None:
+            model.flash.ranks.finish()
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model)
         _wire(model, planned.folder, options.wire, say)
@@ -170,15 +177,18 @@ def _planned(
     say: Callable[[str], None],
     prepare: bool = True,
     fetch: bool = True,
+    group: Group | None = None,
 ) -> Iterator[Planned]:
-    """The model at `path`, ready to be loaded inside this context. prepare: convert it. fetch: download it."""
+    """The model at `path`, ready to be loaded inside this context. prepare: convert it. fetch: download it. group: see
+    `load`."""
     name = None if path is None else os.fspath(path)
     source = resolve_source(name, options.revision, say, fetch=fetch)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         drafts = plan_drafts(options, source, say, fetch=fetch)
         adapter = None if options.adapter is None else open_adapter(find_adapter(options.adapter, say, fetch))
-        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts, adapter)
+        ranks = None if group is None or group.size == 1 else Ranks(group, name, options)
+        planned = _plan(source, name, options, say, prepare or name is None, copies, drafts, adapter, ranks)
         if drafts is not None and drafts.model is not None:
             drafts.model.check(planned.tokenizer)
         yield planned
@@ -193,6 +203,7 @@ def _plan(
     copies: contextlib.ExitStack,
     drafts: PlannedDrafts | None,
     adapter: Adapter | None,
+    ranks: Ranks | None,
 ) -> Planned:
     """name: the user's name for the folder `source`. copies: keeps copies of small files until all is loaded."""
     if problem := _unencodable(source):
@@ -207,17 +218,19 @@ def _plan(
         mixture = holds_mixture(source, small)
         if mixture or runs_as_it_is(read_config(small), source):  # raises its errors before a conversion starts
             unit = "expert" if mixture else "layer"
-            planned = _plan_as_it_is(source, small, options, say, copies, drafts, adapter, unit)
+            planned = _plan_as_it_is(source, small, options, say, copies, drafts, adapter, unit, ranks)
             return planned._replace(folder=source)
         read_generation_config(source)
         require_tokenizer(source)
+    if ranks is not None:
+        raise UsageError(f"{source} is streamed neuron by neuron, and only experts are divided among ranks.")
     if adapter is not None:
         raise UsageError(
             f"{source} is streamed neuron by neuron, and its predictors were fitted to it without an adapter. Write "
             f"the changed model once, {FUSE}, and run FUSED."
         )
     folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
-    _check_compiler(say)
+    check_compiler(say)
     return plan_store(folder, options, copies, drafts)._replace(folder=folder)
 
 
@@ -250,6 +263,7 @@ def _plan_as_it_is(
     drafts: PlannedDrafts | None,
     adapter: Adapter | None,
     unit: str,
+    ranks: Ranks | None,
 ) -> Planned:
     """small: the folder that the configuration, the tokenizer and the index are read from. unit: what is streamed."""
     if options.predictor != "auto" or options.recall is not None:
@@ -258,7 +272,9 @@ def _plan_as_it_is(
             kind = "has no neurons that are exactly zero: every token needs every layer"
         given = "recall" if options.predictor == "auto" else f"predictor {options.predictor}"
         raise UsageError(f"{source} {kind}, so nothing is predicted. Leave {given} out.")
-    _check_compiler(say)
+    if ranks is not None and unit != "expert":
+        raise UsageError(f"{source} is streamed layer by layer, and only experts are divided among ranks.")
+    check_compiler(say)
     config, defaults = read_config(small), read_generation_config(small)
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
     name_themselves(tokenizer, small, source)
@@ -270,7 +286,7 @@ def _plan_as_it_is(
         )
     mixture = open_in_place(source, small, zoo, images=options.images, adapter=adapter)
     copies.close()  # before the first load reads and compares all weights
-    plan, build, plan_for, foresight = plan_in_place(source, mixture, options, drafts, images)
+    plan, build, plan_for, foresight = plan_in_place(source, mixture, options, drafts, images, ranks, zoo)
     return Planned(plan, tokenizer, defaults, build, plan_for, foresight, drafts)
 
 
@@ -290,7 +306,7 @@ def _import_mlx_lm() -> None:
         raise FlashError(f"mlx-lm cannot be loaded: {error}. Allow 4096 open files: `ulimit -Hn 4096`.") from None
 
 
-def _check_compiler(say: Callable[[str], None]) -> None:
+def check_compiler(say: Callable[[str], None]) -> None:
     """Switches `mx.compile` off on the CPU backend if there is no g++, which it needs. Raises FlashError."""
     folder = os.environ.get("TMPDIR")
     if mx.default_device() == mx.cpu and folder and not os.access(folder, os.W_OK | os.X_OK):

@@ -27,6 +27,7 @@ from ..text.draft_depth import MOST_DEPTH
 from ..text.generation_config import GenerationConfig
 from ..text.image_prompts import ImageProcessor
 from .plan import MLX_CACHE_BYTES, Plan
+from .ranked_loading import Ranks
 from .slot_keeper import SlotKeeper
 from .streaming_needs import PROCESS
 from .warm_start import WarmStart
@@ -133,6 +134,7 @@ class Runtime:
     warm_start: WarmStart | None = None  # keeps the uses of units for the next start
     wiring: Wiring | None = None  # of the weights and slots; None: not measured
     adapter: Path | None = None  # the folder of the adapter that was put into the model
+    ranks: Ranks | None = None  # that hold parts of the model besides this process; None for none
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 
@@ -179,6 +181,8 @@ class Runtime:
         self.streamer.close()
         if not self._closed:
             self._closed = True
+            if self.ranks is not None:
+                self.ranks.close()
             if self.wiring is not None:
                 self.wiring.close()
             BUFFER_CACHE.release()

@@ -1,0 +1,76 @@
+"""Another rank's part of a mixture: its share of every layer's experts, and nothing else of the model."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from ..flash.in_place import InPlaceFiles
+from ..layers.expert_shares import ExpertShares
+from ..layers.experts import StreamedExperts
+from ..layers.ranked_experts import EXPERTS, ExpertCalls, HeldExperts
+from ..ranks.group import Call, Group
+from .expert_ranks import capacity, compare_zoo, held_of, plan_of_share
+from .fill_slots import fill_slots
+from .in_place_model import InPlaceModel, open_in_place
+from .options import LoadOptions
+from .rank_shares import slots_of_layers
+from .reading_trials import reader_for
+from .resident_weights import compare_headers, open_files, ranges_in
+from .runtime import Runtime, evaluate_constants
+from .verification import attach_sums
+
+
+class ExpertsOfRank:
+    """The model is built lazily, as on rank 0, and its resident weights are never read.
+
+    asked: the value of the question "plan". Raises the errors of `plan_in_place`.
+    """
+
+    kind = EXPERTS
+
+    def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+        self._group, self._folder, self._options, self._choices = group, folder, options, int(asked["choices"])
+        compare_zoo(asked["mlx-vlm"])
+        self._mixture: InPlaceModel | None = open_in_place(folder, zoo=asked["zoo"], images=options.images)
+        here = asked["host"] == socket.gethostname()  # Rank 0 has planned, and the others plan now.
+        sharing, taken = (group.size - 1, int(asked["taken"])) if here else (1, 0)
+        self._plan = plan_of_share(self._mixture, options, self._choices, sharing, taken)
+        self._flash: Runtime | None = None
+        self._calls: ExpertCalls | None = None
+
+    def offer(self) -> dict[str, Any]:
+        assert self._mixture is not None
+        plan = self._plan
+        return capacity(self._mixture, sum(plan.slots), plan.budget, self._choices, self._options).as_answer()
+
+    def build(self, share: dict[str, Any]) -> None:
+        """Raises ReadError."""
+        mixture, self._mixture = self._mixture, None  # It goes once its experts are in slots.
+        assert mixture is not None
+        rank, options = self._group.rank, self._options
+        shares = [ExpertShares(counts) for counts in share["counts"]]
+        slots = slots_of_layers(sum(self._plan.slots), [counts[rank] for counts in share["counts"]])
+        files = open_files(mixture.files, direct=options.io != "buffered")
+        reader = reader_for(options)
+        if options.verify:
+            attach_sums(files, ranges_in(mixture, files), reader, lambda note: print(note, flush=True))
+            compare_headers(mixture, files)
+        streamer = InPlaceFiles(files, reader)
+        found = held_of(mixture, streamer, shares, rank, slots, options.window)
+        layers = [StreamedExperts(module, units) for _, module, units in found]
+        for layer in layers:
+            evaluate_constants(layer)
+        self._flash = Runtime(self._plan, streamer, layers, "router", 0, 0)
+        both = zip(layers, shares, strict=True)
+        self._calls = ExpertCalls(self._group, [HeldExperts(layer, of_layer, rank) for layer, of_layer in both])
+        fill_slots(self._flash, self._folder, warm=False)
+
+    def __call__(self, call: Call) -> None:
+        assert self._calls is not None
+        self._calls(call)
+
+    def close(self) -> None:
+        if self._flash is not None:
+            self._flash.close()

@@ -1,0 +1,81 @@
+"""A rank other than 0: it answers rank 0's questions, loads its share of a model, and computes what rank 0 wants."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..errors import FlashError
+from ..flash.random_state import kept_random_state
+from ..ranks.group import Call, Group, Handlers
+from ..source.resolve import resolve_source
+from .experts_of_rank import ExpertsOfRank
+from .load import check_compiler
+from .rank_questions import compare, options_in
+from .runtime import BUFFER_CACHE
+
+
+class Part(Protocol):
+    """A rank's part of a model."""
+
+    kind: str  # of the calls that it computes
+
+    def offer(self) -> dict[str, Any]:
+        """The answer to the question "plan"."""
+
+    def build(self, share: dict[str, Any]) -> None:
+        """Loads the share that rank 0 has divided, and fills its slots."""
+
+    def __call__(self, call: Call) -> None:
+        """Computes a call of rank 0."""
+
+    def close(self) -> None: ...
+
+
+PARTS: dict[str, Any] = {"experts": ExpertsOfRank}
+
+
+class OtherRank:
+    """Adds what loading needs to the handlers of a rank.
+
+    model: a folder or a repository id on this machine; None for what the user calls it on rank 0's. memory: this rank's
+    budget; None for rank 0's.
+    """
+
+    def __init__(self, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
+        self._handlers, self._model, self._memory = handlers, model, memory
+        self._part: Part | None = None
+        self.group: Group | None = None  # set before the first question
+        handlers.questions.update(plan=self._plan, build=self._build, unload=self._unload)
+
+    def _plan(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._unload(None)
+        if (kind := asked["kind"]) not in PARTS:
+            raise FlashError(f"{kind} are not divided among ranks here; install the same version on all machines.")
+        options = options_in(asked, self._memory)
+        name = asked["model"] if self._model is None else self._model
+        folder = resolve_source(name, options.revision if self._model is None else None, _print, fetch=False)
+        compare(folder, asked["checksum"])
+        check_compiler(_print)
+        with kept_random_state():
+            self._part = PARTS[kind](self.group, folder, options, asked)
+        return self._part.offer()
+
+    def _build(self, share: dict[str, Any]) -> dict[str, Any]:
+        if self._part is None:
+            raise FlashError("rank 0 has not said which model it loads.")
+        part, self._part = self._part, None  # An error leaves no part behind.
+        with BUFFER_CACHE.limited(), kept_random_state():
+            part.build(share)
+        self._part = self._handlers.calls[part.kind] = part
+        return {}
+
+    def _unload(self, _: object) -> dict[str, Any]:
+        if self._part is not None:
+            self._handlers.calls.pop(self._part.kind, None)
+            part, self._part = self._part, None
+            part.close()
+        return {}
+
+
+def _print(note: str) -> None:
+    print(note, flush=True)

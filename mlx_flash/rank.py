@@ -12,11 +12,13 @@ from .errors import FlashError
 
 
 def main(setup: dict[str, Any]) -> None:
+    from .loading.other_rank import register
     from .ranks.follower import Follower
     from .ranks.group import Handlers, follow
 
     handlers = Handlers()
     group = Follower(setup, handlers)
+    register(group, handlers, group.model, group.memory)
     follow(group, handlers)
 
 

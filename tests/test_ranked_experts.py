@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,65 +14,242 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mixtures import FAMILIES, make_mixture  # type: ignore[import-not-found]
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from rank_threads import ThreadGroup, ranks  # type: ignore[import-not-found]
-from test_mixture import assert_same, everything  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, ranks_as_threads  # type: ignore[import-not-found]
+from slow_cases import others  # type: ignore[import-not-found]
+from test_mixture import PROMPT, assert_same, everything  # type: ignore[import-not-found]
 from test_mixture_types import prompt_and_tokens  # type: ignore[import-not-found]
 from zoo_types import METAL_ONLY, TYPES  # type: ignore[import-not-found]
 
+from mlx_flash.errors import ReadError, UnsupportedModelError
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.flash.reader import Reader
+from mlx_flash.layers import expert_products, experts
 from mlx_flash.layers.expert_shares import ExpertShares, dealt
 from mlx_flash.layers.experts import StreamedExperts
+from mlx_flash.layers.later_interrupts import interrupts_later
 from mlx_flash.layers.ranked_experts import EXPERTS, ExpertCalls, HeldExperts, RankedExperts
 from mlx_flash.loading.expert_ranks import experts_of_layers, held_of
 from mlx_flash.loading.in_place_model import open_in_place, parent_of
-from mlx_flash.loading.rank_shares import Capacity, slots_of_layers, units_of_layers, units_of_ranks
+from mlx_flash.loading.rank_shares import units_of_layers
 from mlx_flash.loading.resident_weights import open_files
 from mlx_flash.ranks.group import Handlers
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
+# A layer with one expert for each token, biases in tables, numbers beside the ids, a width of its own, and so on.
+KINDS = ["deepseek_v41", "gpt_oss", "kimi_k3", "llama4", "mixtral", "nemotron_h", "qwen3_moe", "qwen3_next"]
+
+
+class Ranked:
+    """A model whose experts are held by several ranks. group: rank 0's. files: of every rank."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.group: Any = None
+        self.files: dict[int, InPlaceFiles] = {}
+
+    @property
+    def everything_read(self) -> bool:
+        return all(files.counters.bytes > 0 for files in self.files.values())
+
 
 @contextmanager
-def ranked(folder: Path, weights: list[float], slots: int) -> Iterator[tuple[Any, ThreadGroup, list[InPlaceFiles]]]:
-    """A model, rank 0's group, and every rank's files. weights: the ranks' shares. slots: of each layer and rank."""
-    opened: list[InPlaceFiles] = []
-    counts: list[list[int]] = []
+def ranked(folder: Path, weights: Sequence[float], slots: int) -> Iterator[Ranked]:
+    """weights: the ranks' shares. slots: most of each layer and rank."""
+    found, loading = Ranked(), threading.Lock()
 
     def layers_of(rank: int) -> tuple[Any, list[Any], list[ExpertShares]]:
-        mixture = open_in_place(folder)
-        layers = experts_of_layers(mixture)
-        counts[:] = units_of_layers(layers, [sum(layers) * weight / sum(weights) for weight in weights])
-        shares = [ExpertShares(each) for each in counts]
-        files = InPlaceFiles(open_files(mixture.files, direct=True), Reader(2))
-        opened.append(files)
-        held = [min(slots, each[rank]) for each in counts]
-        return mixture.model, list(held_of(mixture, files, shares, rank, held, None)), shares
+        with loading:  # It changes settings of the process.
+            mixture = open_in_place(folder)
+            layers = experts_of_layers(mixture)
+            counts = units_of_layers(layers, [sum(layers) * weight / sum(weights) for weight in weights])
+            shares = [ExpertShares(each) for each in counts]
+            files = found.files[rank] = InPlaceFiles(open_files(mixture.files, direct=True), Reader(2))
+            held = [min(slots, each[rank]) for each in counts]
+            return mixture.model, list(held_of(mixture, files, shares, rank, held, None)), shares
 
-    def prepare(group: ThreadGroup, handlers: Handlers) -> None:
-        _, found, shares = layers_of(group.rank)
-        layers = [StreamedExperts(module, units) for _, module, units in found]
-        held = [HeldExperts(layer, share, group.rank) for layer, share in zip(layers, shares, strict=True)]
+    def register(group: ThreadRank, handlers: Handlers) -> None:
+        _, layers, shares = layers_of(group.rank)
+        streamed = [StreamedExperts(module, units) for _, module, units in layers]
+        held = [HeldExperts(layer, share, group.rank) for layer, share in zip(streamed, shares, strict=True)]
         handlers.calls[EXPERTS] = ExpertCalls(group, held)
 
     try:
-        with ranks(len(weights), prepare) as group:
-            model, found, shares = layers_of(0)
-            for number, (path, module, units) in enumerate(found):
+        with ranks_as_threads(len(weights), register) as group:
+            model, layers, shares = layers_of(0)
+            for number, (path, module, units) in enumerate(layers):
                 parent, name = parent_of(model, path)
                 parent[name] = RankedExperts(module, units, number, shares[number], group)
-            yield model, group, opened
+            found.model, found.group = model, group
+            yield found
     finally:
-        for files in opened:
+        for files in found.files.values():
             files.close()
 
 
-@pytest.mark.parametrize("family", sorted((TYPES.keys() | FAMILIES.keys()) - METAL_ONLY))
+@pytest.mark.parametrize("family", others(sorted((TYPES.keys() | FAMILIES.keys()) - METAL_ONLY), KINDS))
 def test_every_type_has_the_bits_of_one_rank(tmp_path: Path, family: str) -> None:
     folder = make_mixture(tmp_path / family, family, "4 bits")
     expected = prompt_and_tokens(load_model(folder)[0])
-    for weights, slots in (([1, 1], 1), ([1, 2, 1], 2), ([2, 1, 1, 1], 8)):
-        with ranked(folder, weights, slots) as (model, group, _):
-            assert_same(prompt_and_tokens(model), expected, (weights, slots))
-            assert group.made > 0
+    for weights, slots in (([1], 2), ([1, 1], 1), ([1, 2, 1], 2), ([2, 1, 1, 1], 8)):
+        with ranked(folder, weights, slots) as found:
+            assert_same(prompt_and_tokens(found.model), expected, (weights, slots))
+            assert bool(found.group.calls_made) == (len(weights) > 1) and found.everything_read
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mixture(tmp_path_factory.mktemp("ranked"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def expected(qwen: Path) -> list[np.ndarray]:
+    return everything(load_model(qwen)[0])
+
+
+def test_all_forms_of_calls(qwen: Path, expected: list[np.ndarray]) -> None:
+    """Prompts, tokens, drafts and batches, with shares that are even, lopsided, in slots or read."""
+    for weights, slots in (([1, 1], 3), ([1, 10], 8), ([10, 1], 2), ([1, 1, 1, 1], 3)):
+        with ranked(qwen, weights, slots) as found:
+            assert_same(everything(found.model), expected, (weights, slots))
+            assert_same(everything(found.model), expected, (weights, slots, "again"))
+
+
+def test_a_prompt_goes_expert_by_expert_where_kernels_vary(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "kernels_vary", lambda: True)
+    made: list[tuple[int, ...]] = []
+    product = expert_products._product
+
+    def noting(linear: Any, x: mx.array, slot: int) -> mx.array:
+        made.append(x.shape)
+        return product(linear, x, slot)
+
+    monkeypatch.setattr(expert_products, "_product", noting)
+    with ranked(qwen, [1], 12) as found:
+        alone = prompt_and_tokens(found.model)
+        shapes = sorted(made)
+    made.clear()
+    with ranked(qwen, [1, 2], 3) as found:
+        assert_same(prompt_and_tokens(found.model), alone, "two ranks")
+    assert sorted(made) == shapes and shapes
+
+
+def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(
+    qwen: Path, expected: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ranked(qwen, [1, 1], 2) as found:
+        wait, failing = Reader.wait, found.files[0].reader
+        for number in (0, 1, 7):
+            waits = iter(range(1000))
+
+            def wait_or_fail(reader: Reader, ticket: Any, waits: Any = waits, number: int = number) -> Any:
+                report = wait(reader, ticket)
+                if reader is failing and next(waits) == number:
+                    raise ReadError("injected")
+                return report
+
+            monkeypatch.setattr(Reader, "wait", wait_or_fail)
+            with pytest.raises(ReadError, match="injected"):
+                everything(found.model)
+            monkeypatch.undo()
+            assert_same(everything(found.model), expected, number)
+
+
+def test_a_failed_read_of_another_rank_ends_the_call(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = Reader.wait
+    with pytest.raises(ReadError, match="injected"), ranked(qwen, [1, 1], 2) as found:
+
+        def wait_or_fail(reader: Reader, ticket: Any) -> Any:
+            report = wait(reader, ticket)
+            if reader is found.files[1].reader:
+                raise ReadError("injected")
+            return report
+
+        monkeypatch.setattr(Reader, "wait", wait_or_fail)
+        everything(found.model)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_call(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranked(qwen, [1, 1], 2) as found:
+        cache = make_prompt_cache(found.model)
+        spread = ThreadRank.spread
+
+        def interrupted(group: ThreadRank, x: mx.array) -> mx.array:
+            os.kill(os.getpid(), signal.SIGINT)
+            return spread(group, x)
+
+        monkeypatch.setattr(ThreadRank, "spread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mx.eval(found.model(mx.array([PROMPT]), cache=cache))
+        monkeypatch.undo()
+        assert len(found.group.calls_made) == 1
+        assert_same(prompt_and_tokens(found.model), prompt_and_tokens(load_model(qwen)[0]), "after the interrupt")
+
+
+def test_only_the_main_thread_keeps_interrupts_back() -> None:
+    def elsewhere() -> None:
+        with interrupts_later():
+            done.append(True)
+
+    done: list[bool] = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_later():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_router_that_skips_experts_is_refused(qwen: Path) -> None:
+    with ranked(qwen, [1, 1], 2) as found:
+        layer = found.model.layers[0].mlp.switch_mlp
+        with pytest.raises(UnsupportedModelError, match="chose expert 12"):
+            layer(mx.zeros((1, 1, 64)), mx.array([[[3, 12]]]))
+        with pytest.raises(UnsupportedModelError, match="not sent to other ranks"):
+            layer(mx.zeros((1, 1, 64), mx.int32), mx.array([[[0, 1]]]))
+        assert not found.group.calls_made
+
+
+def test_a_call_of_rank_0s_own_experts_is_not_sent(qwen: Path) -> None:
+    with ranked(qwen, [1, 1], 6) as found:
+        layer = found.model.layers[0].mlp.switch_mlp
+        own = mx.array(layer._shares.of(0)[:2])[None, None]
+        assert layer(mx.ones((1, 1, 64)), own).shape == (1, 1, 2, 64)
+        assert not found.group.calls_made
+
+
+# -- shares ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_dealt_out_in_turns() -> None:
+    assert dealt([3, 3]).tolist() == [0, 1, 0, 1, 0, 1]
+    assert dealt([1, 3]).tolist() == [1, 0, 1, 1]
+    for counts in ([5, 3, 8], [1, 63], [16, 16, 16, 16], [7, 0, 2]):
+        holder = dealt(counts)
+        assert np.bincount(holder, minlength=len(counts)).tolist() == counts
+        for rank, count in enumerate(counts):
+            seen = np.cumsum(holder == rank) - np.arange(1, len(holder) + 1) * count / len(holder)
+            assert np.abs(seen).max() <= 1
+
+
+def test_pairs_are_divided_and_taken_back() -> None:
+    rng = np.random.default_rng(3)
+    for counts in ([6, 6], [1, 11], [4, 4, 4], [1, 2, 3, 6]):
+        shares = ExpertShares(counts)
+        for size in (1, 4, 100):
+            pairs = rng.integers(0, 12, size)
+            divided = shares.divide(pairs)
+            gathered = np.full((len(counts), divided.most), -1)
+            for rank, members in enumerate(divided.members):
+                assert (shares.holder[pairs[members]] == rank).all() and (np.diff(members) > 0).all()
+                assert (shares.of(rank)[shares.place[pairs[members]]] == pairs[members]).all()
+                gathered[rank, : len(members)] = members
+            assert gathered.reshape(-1)[divided.back].tolist() == list(range(size))
+            assert divided.most == max(map(len, divided.members))

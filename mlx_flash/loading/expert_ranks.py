@@ -18,11 +18,10 @@ from ..flash.system import usable_memory_bytes
 from ..layers.expert_shares import ExpertShares
 from ..layers.ranked_experts import RankedExperts
 from ..source.zoos import MLX_VLM, mlx_vlm_is_installed, zoo_of
-
 from .forecast import experts_rate
 from .in_place_model import InPlaceModel, module_at, parent_of
 from .in_place_plan import InPlacePlan, WeightBytes
-from .memory_needs import Call
+from .memory_needs import InputShape
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, plan_for_budget
 from .rank_shares import Capacity, slots_of_layers, units_of_layers, units_of_ranks
@@ -117,7 +116,7 @@ def plan_of_share(mixture: InPlaceModel, options: LoadOptions, choices: int, sha
     work = exchange_bytes(mixture, options, choices)
     for tensors in mixture.switches.values():
         width = max(t.shape[0] for t in tensors.values() if t.shape)
-        call = Call(tokens, width, mx.float32.size, choices)
+        call = InputShape(tokens, width, mx.float32.size, choices)
         work = max(work, exchange_bytes(mixture, options, choices) + experts_need(tensors, drops_late)(call))
     demand = Demand(
         process=process_bytes(),

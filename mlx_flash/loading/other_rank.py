@@ -34,17 +34,21 @@ class Part(Protocol):
 PARTS: dict[str, Any] = {"experts": ExpertsOfRank}
 
 
-class OtherRank:
+def register(group: Group, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
     """Adds what loading needs to the handlers of a rank.
 
     model: a folder or a repository id on this machine; None for what the user calls it on rank 0's. memory: this rank's
     budget; None for rank 0's.
     """
+    _OtherRank(group, handlers, model, memory)
 
-    def __init__(self, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
-        self._handlers, self._model, self._memory = handlers, model, memory
+
+class _OtherRank:
+    """The arguments are those of `register`."""
+
+    def __init__(self, group: Group, handlers: Handlers, model: str | None, memory: str | int | None) -> None:
+        self._group, self._handlers, self._model, self._memory = group, handlers, model, memory
         self._part: Part | None = None
-        self.group: Group | None = None  # set before the first question
         handlers.questions.update(plan=self._plan, build=self._build, unload=self._unload)
 
     def _plan(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +61,7 @@ class OtherRank:
         compare(folder, asked["checksum"])
         check_compiler(_print)
         with kept_random_state():
-            self._part = PARTS[kind](self.group, folder, options, asked)
+            self._part = PARTS[kind](self._group, folder, options, asked)
         return self._part.offer()
 
     def _build(self, share: dict[str, Any]) -> dict[str, Any]:

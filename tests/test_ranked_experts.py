@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -169,6 +170,15 @@ def test_a_failed_read_of_another_rank_ends_the_call(qwen: Path, monkeypatch: py
 
         monkeypatch.setattr(Reader, "wait", wait_or_fail)
         everything(found.model)
+
+
+def test_a_file_that_changes_under_another_rank_ends_the_call(qwen: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(qwen, folder)
+    with pytest.raises(ReadError, match="changed"), ranked(folder, [1, 1], 2) as found:
+        prompt_and_tokens(found.model)
+        os.utime(folder / "model.safetensors", (1, 1))
+        prompt_and_tokens(found.model)
 
 
 def test_ctrl_c_waits_for_the_end_of_a_call(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

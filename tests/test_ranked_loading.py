@@ -31,10 +31,13 @@ from mlx_flash.source.children import child_environment
 pytestmark = pytest.mark.usefixtures("one_processor")
 
 
+SIZES = {"num_experts": 64, "moe_intermediate_size": 512, "num_hidden_layers": 4}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts of 400 KB, so that a few MB more or less hold a share of them."""
-    path = make_mixture(tmp_path_factory.mktemp("mixture"), "qwen3_moe", num_experts=64, moe_intermediate_size=512)
+    path = make_mixture(tmp_path_factory.mktemp("mixture"), "qwen3_moe", **SIZES)
     write_tokenizer(path)
     return path
 

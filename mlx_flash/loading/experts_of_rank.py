@@ -65,7 +65,7 @@ class ExpertsOfRank:
         self._flash = Runtime(self._plan, streamer, layers, "router", 0, 0)
         both = zip(layers, shares, strict=True)
         self._calls = ExpertCalls(self._group, [HeldExperts(layer, of_layer, rank) for layer, of_layer in both])
-        fill_slots(self._flash, self._folder, warm=False)
+        fill_slots(self._flash, self._folder, warm=False, shown=False)
 
     def __call__(self, call: Call) -> None:
         assert self._calls is not None

@@ -19,10 +19,11 @@ from .warm_start import WarmStart
 SHOWN_FROM = 500e6  # bytes; shorter reads show no progress in the terminal
 
 
-def fill_slots(flash: Runtime, folder: Path, warm: bool) -> None:
+def fill_slots(flash: Runtime, folder: Path, warm: bool, shown: bool = True) -> None:
     """Fills the slots of a model that was just built. After an error or an interrupt, its files are closed.
 
-    folder: the model's. warm: whether uses of units are kept for later starts, and slots filled by them.
+    folder: the model's. warm: whether uses of units are kept for later starts, and slots filled by them. shown: whether
+    long reads have a progress bar.
     Raises ReadError.
     """
     layers = [layer.units for layer in flash.layers if isinstance(layer.units, Units)]
@@ -31,26 +32,28 @@ def fill_slots(flash: Runtime, folder: Path, warm: bool) -> None:
     unit = "expert" if flash.predictor == "router" else "neuron"
     try:
         whole = whole_layers(layers)
-        with _Shown(f"reading {unit}s", bytes_to_fill(whole)) as shown:
-            fill(whole, shown.add)
+        with _Shown(f"reading {unit}s", bytes_to_fill(whole), shown) as progress:
+            fill(whole, progress.add)
         if warm:
             files = [file.path for file in layers[0].shared.files]
             flash.warm_start = WarmStart(layers, KeptUses(folder, files, unit, [units.count for units in layers]))
-            with _Shown(f"reading {unit}s that were used before", bytes_to_fill(flash.warm_start.hottest())) as shown:
-                flash.warm_start.fill(shown.add)
+            hottest = bytes_to_fill(flash.warm_start.hottest())
+            with _Shown(f"reading {unit}s that were used before", hottest, shown) as progress:
+                flash.warm_start.fill(progress.add)
     except BaseException:
         flash.streamer.close()
         raise
 
 
 class _Shown:
-    """A progress bar, which the watchers of the load see as well. total: in bytes."""
+    """A progress bar, which the watchers of the load see as well. total: in bytes. bar: whether there is one."""
 
-    def __init__(self, stage: str, total: int) -> None:
+    def __init__(self, stage: str, total: int, bar: bool) -> None:
         from tqdm import tqdm
 
         self._stage, self._total, self._done = stage, total, 0
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=stage, disable=total < SHOWN_FROM, leave=False)
+        hidden = not bar or total < SHOWN_FROM
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=stage, disable=hidden, leave=False)
 
     def __enter__(self) -> _Shown:
         return self

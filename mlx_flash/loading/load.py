@@ -81,15 +81,29 @@ def load(
         BudgetError, UsageError, StoreError and its subclasses, CheckpointError, ConversionError, ReadError.
     """
     options = _options(options, fields)
-    with _planned(path, options, say, fetch=fetch, group=group) as planned:
+    ranks = (
+        None if group is None or group.size == 1 else Ranks(group, None if path is None else os.fspath(path), options)
+    )
+    with contextlib.nullcontext() if ranks is None else ranks.loading():
+        return _load(path, options, say, fetch, ranks)
+
+
+def _load(
+    path: str | os.PathLike[str] | None,
+    options: LoadOptions,
+    say: Callable[[str], None],
+    fetch: bool,
+    ranks: Ranks | None,
+) -> tuple[Any, Any]:
+    with _planned(path, options, say, fetch=fetch, ranks=ranks) as planned:
         say(planned.plan.describe())
-        if group is None and (forecast := _forecast(planned)) is not None:
+        if ranks is None and (forecast := _forecast(planned)) is not None:
             say(forecast.describe())
         model = planned.build(say)
         assert planned.folder is not None
-        fill_slots(model.flash, planned.folder, options.warm_start and group is None)
-        if model.flash.ranks is not None:
-            model.flash.ranks.finish()
+        fill_slots(model.flash, planned.folder, options.warm_start and ranks is None)
+        if ranks is not None:
+            ranks.finish()
         if planned.drafts is not None:
             model.flash.drafting = planned.drafts.load(model)
         _wire(model, planned.folder, options.wire, say)
@@ -177,17 +191,16 @@ def _planned(
     say: Callable[[str], None],
     prepare: bool = True,
     fetch: bool = True,
-    group: Group | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Planned]:
-    """The model at `path`, ready to be loaded inside this context. prepare: convert it. fetch: download it. group: see
-    `load`."""
+    """The model at `path`, ready to be loaded inside this context. prepare: convert it. fetch: download it. ranks: that
+    it is divided among; None for this process alone."""
     name = None if path is None else os.fspath(path)
     source = resolve_source(name, options.revision, say, fetch=fetch)
     _import_mlx_lm()  # takes a second, so wrong names are refused first
     with BUFFER_CACHE.limited(), kept_random_state(), contextlib.ExitStack() as copies:
         drafts = plan_drafts(options, source, say, fetch=fetch)
         adapter = None if options.adapter is None else open_adapter(find_adapter(options.adapter, say, fetch))
-        ranks = None if group is None or group.size == 1 else Ranks(group, name, options)
         planned = _plan(source, name, options, say, prepare or name is None, copies, drafts, adapter, ranks)
         if drafts is not None and drafts.model is not None:
             drafts.model.check(planned.tokenizer)

@@ -14,7 +14,7 @@ from .rank_questions import compare, options_in
 from .runtime import BUFFER_CACHE
 
 
-class Part(Protocol):
+class RankPart(Protocol):
     """A rank's part of a model."""
 
     kind: str  # of the calls that it computes
@@ -48,7 +48,7 @@ class _OtherRank:
 
     def __init__(self, group: Group, handlers: Handlers, model: str | None, memory: str | int | None) -> None:
         self._group, self._handlers, self._model, self._memory = group, handlers, model, memory
-        self._part: Part | None = None
+        self._part: RankPart | None = None
         handlers.questions.update(plan=self._plan, build=self._build, unload=self._unload)
 
     def _plan(self, asked: dict[str, Any]) -> dict[str, Any]:

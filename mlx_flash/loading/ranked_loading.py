@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ class Ranks:
         self._building: threading.Thread | None = None
         self._failed: BaseException | None = None
 
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Frees what the other ranks have loaded if the load fails in this context."""
+        try:
+            yield
+        except Exception:  # After Ctrl-C, the process ends, and they do.
+            self.close()
+            raise
+
     def capacities(self, own: Capacity, kind: str, folder: Path, **more: Any) -> list[Capacity]:
         """What every rank offers, rank 0 first. The other arguments are those of `question`. Raises FlashError."""
         answers = self.group.ask({"plan": question(kind, self._name, folder, self._options, **more)})
@@ -44,7 +54,7 @@ class Ranks:
             except BaseException as error:
                 self._failed = error
 
-        self._building = threading.Thread(target=ask)
+        self._building = threading.Thread(target=ask, daemon=True)
         self._building.start()
 
     def finish(self) -> None:

@@ -162,7 +162,7 @@ class Runtime:
             self.warm_start.answered()
 
     def verify_unchanged(self) -> None:
-        """Raises ReadError if a file that units are read from was changed."""
+        """Raises ReadError if a file that units are read from was changed. Other ranks do so by themselves."""
         self.streamer.verify_unchanged()
 
     def is_lost(self) -> bool:

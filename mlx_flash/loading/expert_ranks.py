@@ -76,9 +76,10 @@ def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]]) -> Ite
         slots = slots_of_layers(capacity.slots, held)
         least, most = min(held), max(held)
         each = f"{least}" if least == most else f"{least} to {most}"
-        where = "all in slots" if sum(slots) == sum(held) else f"{sum(slots) / sum(held):.0%} in slots"
-        disk = f"; its disk reads {capacity.rate / 1e9:.2g} GB/s" if capacity.rate else ""
-        share = f"{each} experts of each layer ({sum(held) / total:.0%}), {where}{disk}"
+        where = "all in slots"
+        if sum(slots) < sum(held):
+            where = f"{sum(slots) / sum(held):.0%} in slots; its disk reads {capacity.rate / 1e9:.2g} GB/s"
+        share = f"{each} experts of each layer ({sum(held) / total:.0%}), {where}"
         yield f"  rank {rank:<12}{capacity.budget / 1e9:8.3f} GB  {capacity.host}: {share}"
 
 
@@ -101,23 +102,27 @@ def mlx_vlm_version() -> str:
 
 def exchange_bytes(mixture: InPlaceModel, options: LoadOptions, choices: int) -> int:
     """The memory that the outputs of a call take beside those of one rank alone."""
-    width = max(max(t.shape[0] for t in tensors.values() if t.shape) for tensors in mixture.switches.values())
-    tokens = max(options.prefill_chunk, options.parallel)
-    return COPIES * tokens * choices * width * mx.float32.size
+    calls = [largest_call(tensors, options, choices) for tensors in mixture.switches.values()]
+    return max(COPIES * call.tokens * call.choices * call.width * call.item_bytes for call in calls)
+
+
+def largest_call(tensors: dict[str, TensorParts], options: LoadOptions, choices: int) -> InputShape:
+    """At least the input of a prompt's chunk, or of all answers' tokens. tensors: of a layer, see `InPlaceModel`."""
+    floats = [tensor.dtype.size for tensor in tensors.values() if mx.issubdtype(tensor.dtype, mx.floating)]
+    item_bytes = mx.float32.size if mx.default_device() == mx.cpu else max(floats, default=mx.float16.size)
+    width = max(tensor.shape[0] for tensor in tensors.values() if tensor.shape)  # of the layer, or within an expert
+    return InputShape(max(options.prefill_chunk, options.parallel), width, item_bytes, choices)
 
 
 def plan_of_share(mixture: InPlaceModel, options: LoadOptions, choices: int, sharing: int, taken: int) -> Plan:
     """The plan of a rank that holds nothing but experts.
 
-    sharing: the ranks without a budget of their own that are on rank 0's machine, if this one is too, else 1. taken:
-    bytes that rank 0 will allocate on this machine. Raises BudgetError.
+    sharing: number of ranks that plan at the same time on this machine. taken: bytes that rank 0 will allocate on it.
+    Raises BudgetError.
     """
-    drops_late, tokens = mx.default_device() != mx.cpu, max(options.prefill_chunk, options.parallel)
-    work = exchange_bytes(mixture, options, choices)
-    for tensors in mixture.switches.values():
-        width = max(t.shape[0] for t in tensors.values() if t.shape)
-        call = InputShape(tokens, width, mx.float32.size, choices)
-        work = max(work, exchange_bytes(mixture, options, choices) + experts_need(tensors, drops_late)(call))
+    drops_late, layers = mx.default_device() != mx.cpu, mixture.switches.values()
+    work = max(experts_need(tensors, drops_late)(largest_call(tensors, options, choices)) for tensors in layers)
+    work += exchange_bytes(mixture, options, choices)
     demand = Demand(
         process=process_bytes(),
         resident=mixture.table_bytes,

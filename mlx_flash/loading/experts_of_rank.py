@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class ExpertsOfRank:
         layers = [StreamedExperts(module, units) for _, module, units in found]
         for layer in layers:
             evaluate_constants(layer)
-        self._flash = Runtime(self._plan, streamer, layers, "router", 0, 0)
+        plan = replace(self._plan, slots=tuple(slots))  # There may be fewer experts than it has room for.
+        self._flash = Runtime(plan, streamer, layers, "router", vocabulary=0, positions=0)
         both = zip(layers, shares, strict=True)
         self._calls = ExpertCalls(self._group, [HeldExperts(layer, of_layer, rank) for layer, of_layer in both])
         fill_slots(self._flash, self._folder, warm=False, shown=False)

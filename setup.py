@@ -29,12 +29,15 @@ LIBRARIES = [
     Extension(
         name,
         sources=sources,
-        depends=[f"mlx_flash/flash/{header}.h" for header in ("batch", "crc32")],
+        depends=[f"mlx_flash/flash/{header}.h" for header in ("batch", "crc32", "requests")],
         extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread"],
     )
     for name, sources in (
-        ("mlx_flash.flash._reader", [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32", "look_up")]),
+        (
+            "mlx_flash.flash._reader",
+            [f"mlx_flash/flash/{part}.c" for part in ("reader", "batch", "crc32", "requests", "slots")],
+        ),
         ("mlx_flash.cli._stop", ["mlx_flash/cli/stop.c"]),
     )
 ]

@@ -720,7 +720,8 @@ def shorter(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctyp
         str(here / "shorter.c"),
         str(source / "reader.c"),
         str(source / "crc32.c"),
-        str(source / "look_up.c"),
+        str(source / "requests.c"),
+        str(source / "slots.c"),
         batch,
     ]
     subprocess.run([*flags, "-shared", "-o", str(library), *others], check=True)

@@ -259,7 +259,7 @@ int64_t mf_batch_new(int fd, int64_t alignment, const int64_t *requests, int64_t
     }
     batch->fd = fd;
     batch->alignment = alignment < 1 ? 1 : alignment;
-    batch->nrequests = batch->unfinished = nrequests;
+    batch->nrequests = batch->unfinished = batch->result.requests = nrequests;
     atomic_init(&batch->failed, false);
     if (!fill_batch(batch, requests, iovecs, niovecs, checks, nchecks)) {
         mf_batch_free(batch);

@@ -17,6 +17,7 @@
 #define MF_NO_BATCH (-4)   /* there is no such batch: it was already waited for or drained */
 #define MF_BAD_TABLE (-5)  /* a request, a destination or a check is invalid */
 #define MF_STOPPED (-6)    /* the pool is stopped and accepts no more batches */
+#define MF_OUTSIDE (-7)    /* a segment lies outside the file */
 
 typedef struct { /* all fields are int64; reader.py mirrors this struct */
     int64_t code;     /* 0, or the code of the first failure, which the next five fields describe */
@@ -27,6 +28,7 @@ typedef struct { /* all fields are int64; reader.py mirrors this struct */
     int64_t found;    /* CRC-32, for MF_WRONG_SUM */
     int64_t busy_ns;  /* time to completion from submission, or from the previous batch's completion if later */
     int64_t bytes;    /* bytes requested from the file, alignment included */
+    int64_t requests; /* reads of the file, after merging */
 } mf_result;
 
 typedef struct {

@@ -13,7 +13,7 @@ import numpy as np
 
 from .in_place import InPlaceFiles, TensorParts
 from .pool import AlignedPool, copy_rows
-from .reader import Ticket
+from .reader import Ticket, slot_functions
 from .requests import MERGE_BYTES
 from .self_test import check_expert_pools
 from .slot_cache import NO_SLOTS
@@ -24,7 +24,7 @@ from .units import Units
 @dataclass(frozen=True)
 class SlotMemory:
     """The slots of a layer, by the tensors' names. pools: arrays (slots, *shape) over `memory`. addresses: where the
-    pools of the streamed tensors begin, int64 (P, 1)."""
+    pools of the streamed tensors begin, int64 (P,)."""
 
     memory: dict[str, AlignedPool]
     pools: dict[str, mx.array]
@@ -58,9 +58,12 @@ class ExpertSlots(Units):
         streamed = [(name, t) for name, t in tensors.items() if not t.is_table]
         streamed.sort(key=lambda item: (item[1].file_of[0], item[1].offsets[0]))
         self._streamed = [name for name, _ in streamed]
-        self._file_of = np.array([t.file_of for _, t in streamed])  # (P, E)
-        self._offsets = np.array([t.offsets for _, t in streamed])  # (P, E)
-        self._lengths = np.array([[t.nbytes] for _, t in streamed], np.int64)  # (P, 1)
+        self._file_of = np.array([t.file_of for _, t in streamed], np.int64)  # (P, E)
+        self._offsets = np.array([t.offsets for _, t in streamed], np.int64)  # (P, E)
+        self._lengths = np.array([t.nbytes for _, t in streamed], np.int64)  # (P,)
+        self._unit_bytes = int(self._lengths.sum())
+        self._files: list[int] = np.unique(self._file_of).tolist()
+        self._list_segments = slot_functions().mf_segments
         self.held = self._slots_with(self.cache.slots)
 
     @property
@@ -70,7 +73,7 @@ class ExpertSlots(Units):
 
     @property
     def unit_bytes(self) -> int:
-        return int(self._lengths.sum())
+        return self._unit_bytes
 
     def places(self, units: np.ndarray) -> np.ndarray:
         return np.stack((self._file_of[0, units], self._offsets[0, units]), axis=1)
@@ -151,25 +154,35 @@ class ExpertSlots(Units):
             self.held.memory[name].host_rows(self.tensors[name].nbytes)[slots] = table[units]
 
     def _submit(self, units: np.ndarray, slots: np.ndarray, tickets: list[Ticket]) -> None:
-        lengths = np.repeat(self._lengths, len(units))  # (P * n,), like the arrays below
-        addresses = (self.held.addresses + self._lengths * slots).ravel()
-        offsets, file_of = self._offsets[:, units].ravel(), self._file_of[:, units].ravel()
-        share = int(lengths.sum()) // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
+        share = len(units) * self.unit_bytes // (2 * self.shared.reader.threads) // READ_ALIGNMENT * READ_ALIGNMENT
         request_bytes = min(MERGE_BYTES, max(self.shared.shortest_request, share))
-        for number in np.unique(file_of):
-            here = np.flatnonzero(file_of == number)
-            here = here[np.argsort(offsets[here], kind="stable")]
-            file = self.shared.files[number]
-            tickets.append(
-                self.shared.reader.submit(
-                    file,
-                    offsets[here],
-                    addresses[here],
-                    lengths[here],
-                    request_bytes=request_bytes,
-                    destination=self.held.memory,
+        for number in self._files:
+            offsets, addresses, lengths = self._segments(number, units, slots)
+            if len(offsets):
+                tickets.append(
+                    self.shared.reader.submit(
+                        self.shared.files[number],
+                        offsets,
+                        addresses,
+                        lengths,
+                        request_bytes=request_bytes,
+                        destination=self.held.memory,
+                    )
                 )
-            )
+
+    def _segments(self, file: int, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """What a file has of `units`, to be read into `slots`: int64 (3, n) of offsets, which ascend, addresses and
+        lengths, in bytes."""
+        units, slots = np.ascontiguousarray(units, np.int32), np.ascontiguousarray(slots, np.int32)
+        parts = len(self._lengths)
+        segments = np.empty((3, parts * len(units)), np.int64)
+        count = self._list_segments(
+            file, units.ctypes.data, slots.ctypes.data, len(units), parts, self.count, self._offsets.ctypes.data,
+            self._file_of.ctypes.data, self._lengths.ctypes.data, self.held.addresses.ctypes.data, segments.ctypes.data,
+        )  # fmt: skip
+        if count < 0:
+            raise MemoryError(f"There is no memory for a table of {parts * len(units)} segments.")
+        return segments[:, :count]
 
     def _slots_with(self, slots: int, kept: np.ndarray = NO_SLOTS, hurry: bool = False) -> SlotMemory:
         memory = {
@@ -183,7 +196,7 @@ class ExpertSlots(Units):
         check_expert_pools(memory, pools)
         for name, pool in memory.items() if len(kept) else ():
             copy_rows(self.held.memory[name], pool, self.tensors[name].nbytes, kept)
-        addresses = np.array([[memory[name].address] for name in self._streamed], np.int64)  # (P, 1)
+        addresses = np.array([memory[name].address for name in self._streamed], np.int64)  # (P,)
         return SlotMemory(memory, pools, addresses)
 
     def _take_slots(self, memory: SlotMemory) -> None:

@@ -17,13 +17,14 @@
 #include <time.h>
 
 #include "batch.h"
+#include "requests.h"
 
 #ifdef __APPLE__
 #include <pthread/qos.h>
 #endif
 
 /* Increase this whenever a signature or a table changes, so that reader.py refuses a library of another version. */
-#define MF_ABI 4
+#define MF_ABI 5
 
 #define MF_MOST_TAKEN 64 /* most requests that a thread takes at once */
 #define MF_MOST_THREADS 4096
@@ -130,6 +131,7 @@ static void *work(void *argument)
         pthread_mutex_lock(&pool->lock);
         if (failure.code != 0 && batch->result.code == 0) {
             failure.bytes = batch->result.bytes;
+            failure.requests = batch->result.requests;
             batch->result = failure;
         }
         batch->unfinished -= count;
@@ -209,6 +211,26 @@ int64_t mf_submit(mf_pool *pool, int64_t number, int fd, int64_t alignment, cons
     pthread_mutex_unlock(&pool->lock);
     wake(pool, nrequests);
     return 0;
+}
+
+/* Plans the requests of `n` segments of a file and submits them. Returns as mf_submit, or MF_OUTSIDE.
+ *
+ * offsets, addresses, lengths: (n,), in bytes. checks: as for mf_submit; a position counts the bytes of all segments. */
+int64_t mf_submit_segments(mf_pool *pool, int64_t number, int fd, const mf_rules *rules, const int64_t *offsets,
+                           const int64_t *addresses, const int64_t *lengths, int64_t n, const int64_t *checks,
+                           int64_t nchecks)
+{
+    int64_t niovecs = mf_count_iovecs(offsets, lengths, n, rules);
+    if (niovecs < 0)
+        return niovecs;
+    int64_t *tables = calloc((size_t)niovecs + 1, 5 * sizeof *tables);
+    if (tables == NULL)
+        return ENOMEM;
+    int64_t *requests = tables, *iovecs = tables + 3 * niovecs;
+    int64_t nrequests = mf_plan(offsets, addresses, lengths, n, rules, requests, iovecs);
+    int64_t code = mf_submit(pool, number, fd, rules->alignment, requests, nrequests, iovecs, niovecs, checks, nchecks);
+    free(tables);
+    return code;
 }
 
 /* Waits until every request of the batch is read or skipped, then frees the batch. Returns 0 or MF_NO_BATCH. */

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..errors import FlashError, ReadError, UsageError
 from .plain_files import AWAY, OF_A_LOST_VOLUME
-from .requests import MERGE_BYTES, plan_requests
+from .requests import MERGE_BYTES, as_segments
 from .system import READ_ALIGNMENT
 from .unit_file import Descriptor, Int64Array, UnitFile
 
@@ -34,14 +34,19 @@ aligned."""
 
 NO_CHECKS: Int64Array = np.empty((0, 3), np.int64)
 
-_ABI = 4  # MF_ABI of reader.c
-_SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED = -1, -2, -3, -6  # codes of batch.h
+_ABI = 5  # MF_ABI of reader.c
+_SHORT_READ, _WITHHELD, _WRONG_SUM, _STOPPED, _OUTSIDE = -1, -2, -3, -6, -7  # codes of batch.h
 
 
 class _Result(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("code", "offset", "wanted", "got", "expected", "found", "busy_ns", "bytes")
+        (name, ctypes.c_int64)
+        for name in ("code", "offset", "wanted", "got", "expected", "found", "busy_ns", "bytes", "requests")
     ]
+
+
+class _Rules(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("file_bytes", "alignment", "request_bytes", "block")]
 
 
 @functools.cache
@@ -76,19 +81,24 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     library.mf_use_threads.argtypes, library.mf_use_threads.restype = [pointer, int64], None
     library.mf_outstanding.argtypes, library.mf_outstanding.restype = [pointer], int64
     library.mf_wait.argtypes, library.mf_wait.restype = [pointer, int64, ctypes.POINTER(_Result)], int64
-    tables: list[Any] = [pointer, int64] * 3
-    submit = keeping_gil.mf_submit
-    submit.argtypes, submit.restype = [pointer, int64, ctypes.c_int, int64, *tables], int64
+    submit = keeping_gil.mf_submit_segments
+    submit.argtypes = [pointer, int64, ctypes.c_int, ctypes.POINTER(_Rules), *[pointer] * 3, int64, pointer, int64]
+    submit.restype = int64
     library.mf_crc32_each.argtypes, library.mf_crc32_each.restype = [pointer, int64, int64, int64, pointer], None
-    look_up = keeping_gil.mf_look_up
-    look_up.argtypes = [pointer, int64, pointer, pointer, int64, ctypes.c_float, pointer]
-    look_up.restype = int64
+    slots: dict[str, list[Any]] = {
+        "mf_look_up": [pointer, int64, pointer, pointer, int64, ctypes.c_float, pointer],
+        "mf_make_room": [*[pointer, int64] * 4, pointer, pointer, int64, *[pointer] * 3],
+        "mf_segments": [int64, pointer, pointer, *[int64] * 3, *[pointer] * 5],
+    }
+    for name, types in slots.items():
+        function = getattr(keeping_gil, name)
+        function.argtypes, function.restype = types, int64
     return library, keeping_gil
 
 
-def look_up_function() -> Callable[..., int]:
-    """mf_look_up of look_up.c, which keeps the GIL."""
-    return _library()[1].mf_look_up  # type: ignore[no-any-return]
+def slot_functions() -> ctypes.PyDLL:
+    """The functions of slots.c, which keep the GIL."""
+    return _library()[1]
 
 
 def crc32_of_each(address: int, stride: int, length: int, count: int) -> npt.NDArray[np.uint32]:
@@ -115,12 +125,11 @@ class ReadReport:
 class Ticket:
     """A batch of reads in flight. Pass it to `Reader.wait` once. It keeps its file open and its destination alive."""
 
-    __slots__ = ("_descriptor", "destination", "file", "number", "requests")
+    __slots__ = ("_descriptor", "destination", "file", "number")
 
-    def __init__(self, file: UnitFile, descriptor: Descriptor, requests: int, destination: object) -> None:
+    def __init__(self, file: UnitFile, descriptor: Descriptor, destination: object) -> None:
         self.number = next(_numbers)
         self.file = file
-        self.requests = requests
         self.destination = destination
         self._descriptor: Descriptor | None = descriptor
 
@@ -216,18 +225,22 @@ class Reader:
         pool, descriptor = self._usable(), file._descriptor
         if descriptor is None:
             raise ReadError(f"{file.path} is closed.")
-        requests, iovecs = plan_requests(file, offsets, addresses, lengths, min(request_bytes, self.longest_request))
+        columns = as_segments(offsets, addresses, lengths)
+        size = min(request_bytes, self.longest_request)
+        if not READ_ALIGNMENT <= size <= MERGE_BYTES or size % READ_ALIGNMENT:
+            raise ValueError(f"request_bytes is {size}, expected a multiple of {READ_ALIGNMENT} to {MERGE_BYTES}")
         checks = NO_CHECKS if file.sums is None else file.sums.checks(offsets, lengths)
-        ticket = Ticket(file, descriptor, len(requests), destination)
+        rules = _Rules(file.size, file.alignment, size, READ_ALIGNMENT)
+        ticket = Ticket(file, descriptor, destination)
         try:
             self._outstanding.add(ticket)  # first, since an interrupt after the call would lose the ticket
-            # The GIL is kept: this only copies tables, and taking the GIL back from a busy thread costs 5 ms.
-            code = pool.keeping_gil.mf_submit(
-                pool.pointer, ticket.number, descriptor.number, file.alignment,
-                requests.ctypes.data, len(requests), iovecs.ctypes.data, len(iovecs), checks.ctypes.data, len(checks),
+            # The GIL is kept: this only makes tables, and taking the GIL back from a busy thread costs 5 ms.
+            code = pool.keeping_gil.mf_submit_segments(
+                pool.pointer, ticket.number, descriptor.number, rules, *(column.ctypes.data for column in columns),
+                len(offsets), checks.ctypes.data, len(checks),
             )  # fmt: skip
             if code != 0:
-                raise _refusal(code, len(iovecs))
+                raise _refusal(code, file, *columns)
             return ticket
         except BaseException:
             pool.library.mf_wait(pool.pointer, ticket.number, ctypes.byref(_Result()))
@@ -249,7 +262,7 @@ class Reader:
             raise ReadError("This ticket was already waited for, or belongs to another reader.")
         if result.code != 0:
             raise _failure(ticket.file, result)
-        return ReadReport(result.busy_ns * 1e-9, ticket.requests, result.bytes)
+        return ReadReport(result.busy_ns * 1e-9, result.requests, result.bytes)
 
     def read(
         self,
@@ -307,10 +320,17 @@ class Reader:
             self.close()
 
 
-def _refusal(code: int, reads: int) -> Exception:
-    """The exception for a batch that reader.c refused."""
+def _refusal(code: int, file: UnitFile, offsets: Int64Array, addresses: Int64Array, lengths: Int64Array) -> Exception:
+    """The exception for segments that reader.c refused."""
     if code == errno.ENOMEM:
-        return MemoryError(f"There is no memory for a table of {reads} reads.")
+        return MemoryError(f"There is no memory for a table of {len(offsets)} segments.")
+    if code == _OUTSIDE:
+        outside = (offsets < 0) | (lengths < 0) | (lengths > file.size) | (offsets > file.size - lengths)
+        at = int(np.argmax(outside))
+        return ReadError(
+            f"{file.path} has {file.size} bytes; {lengths[at]} bytes at {offsets[at]} lie outside it. The file and its "
+            "index disagree. Run `python -m mlx_flash.check` on a store, or download a checkpoint again."
+        )
     if code == _STOPPED:
         return ReadError("The reader is closed.")
     return ValueError(

@@ -6,11 +6,13 @@ stays in its slot until another unit takes it, and the layer gathers by slot num
 
 from __future__ import annotations
 
+import ctypes
+import errno
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .reader import look_up_function
+from .reader import slot_functions
 
 HALF_LIFE = 32  # calls; 16 to 64 work equally well, much less or more works worse (bench/results/activations.md)
 LARGEST_USE_WEIGHT = 1e30  # scores are scaled down before a float32 could overflow
@@ -53,7 +55,7 @@ class SlotCache:
         self.clock = 0
         self.resident = 0  # number of occupied slots
         self.event_log: EventLog | None = None  # None: events are not recorded
-        self._look_up = look_up_function()
+        self._c = slot_functions()
         self._changing = False  # still True after an interrupt within `reserve` or `commit`
 
     @property
@@ -91,7 +93,7 @@ class SlotCache:
             return None
         wanted = np.ascontiguousarray(units, np.uint32)  # an id below 0 becomes one that no layer has
         slots = np.empty_like(wanted)
-        found = self._look_up(
+        found = self._c.mf_look_up(
             wanted.ctypes.data, wanted.size, self.slot_of.ctypes.data, self.score.ctypes.data, len(self.slot_of),
             weight, slots.ctypes.data,
         )  # fmt: skip
@@ -134,23 +136,26 @@ class SlotCache:
         """Makes room for `units` (unique ids, at most `slots` of them), but not in the slots `taken`, which look empty.
 
         Returns the missing units and the slots to read them into, both int32. Those slots are empty until `commit`.
-        Units among `units` that are in slots are not evicted.
+        Units among `units` that are in slots are not evicted. Empty slots are filled first; of slots with equal scores,
+        the lowest comes first. Raises ValueError if the units do not fit.
         """
         self.recover()
-        slots = self.slot_of[units]
-        absent = slots < 0
-        missing = units[absent]
-        if not len(missing):
-            return missing, NO_SLOTS
-        targets = self._victims(len(missing), keep=np.concatenate((slots[~absent], taken)))
-        old = self.unit_of[targets]
-        old = old[old >= 0]
+        wanted, avoided = np.ascontiguousarray(units, np.int32), np.ascontiguousarray(taken, np.int32)
+        missing, targets = np.empty_like(wanted), np.empty_like(wanted)
+        last_used = None if self.window is None else self.last_used.ctypes.data
+        evicted = ctypes.c_int64()
         self._changing = True
-        self.resident -= len(old)  # first: it is never too high, not even after an interrupt
-        self.slot_of[old] = -1
-        self.unit_of[targets] = -1
+        self.resident -= len(wanted)  # first: it is never too high, not even after an interrupt
+        count = self._c.mf_make_room(
+            wanted.ctypes.data, len(wanted), avoided.ctypes.data, len(avoided), self.slot_of.ctypes.data,
+            len(self.slot_of), self.unit_of.ctypes.data, len(self.unit_of), self.score.ctypes.data, last_used,
+            self.clock - (self.window or 0), missing.ctypes.data, targets.ctypes.data, ctypes.byref(evicted),
+        )  # fmt: skip
+        self.resident += len(wanted) - evicted.value
         self._changing = False
-        return missing, targets
+        if count < 0:
+            raise self._no_room(count, wanted, avoided)
+        return missing[:count], targets[:count]
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
         """Records that the bytes of `units` are in `slots`."""
@@ -190,16 +195,13 @@ class SlotCache:
         self.resident = len(units)
         self._changing = False
 
-    def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
-        """The slots to fill next, ascending: empty slots, then those with the lowest scores, but none of `keep`."""
-        if count == self.slots:
-            return np.arange(count, dtype=np.int32)
-        scores = self.eviction_scores()
-        if self.resident < self.slots:
-            empty = np.flatnonzero(self.unit_of < 0)
-            scores[empty] = empty - self.slots  # negative, in order of the slots
-        scores[keep] = np.inf
-        return np.sort(np.argpartition(scores, count - 1)[:count]).astype(np.int32)
+    def _no_room(self, code: int, units: np.ndarray, taken: np.ndarray) -> Exception:
+        """The exception for units that mf_make_room refused."""
+        if code == -errno.ENOMEM:
+            return MemoryError(f"There is no memory for the choice among {self.slots} slots.")
+        return ValueError(
+            f"expected units 0 to {len(self.slot_of) - 1} that fit into {self.slots} slots beside {len(taken)} taken ones, got {units}"
+        )
 
     def eviction_scores(self) -> np.ndarray:
         """Eviction score per slot, (slots,), >= 0. The lowest is evicted first. Undefined for empty slots."""

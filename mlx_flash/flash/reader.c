@@ -87,6 +87,41 @@ static void finish_batch(mf_pool *pool, mf_batch *batch)
     pthread_cond_broadcast(&pool->done);
 }
 
+/* Takes requests of the first batch in the queue, reads them and verifies them. The caller holds the lock, which is free
+ * meanwhile. number: the thread's, below nworking; -1 for a thread that has no part of the bounce memory. */
+static void serve(mf_pool *pool, int number)
+{
+    mf_batch *batch = pool->head;
+    /* Guided self-scheduling. At first a thread takes many requests, so that it does not take the lock for every read.
+     * Near the end it takes one at a time, so that no thread is left with a queue of its own. */
+    int64_t count = (batch->nrequests - batch->taken) / (2 * pool->nworking);
+    count = count < 1 ? 1 : count > MF_MOST_TAKEN ? MF_MOST_TAKEN : count;
+    int64_t first = batch->taken;
+    batch->taken += count;
+    if (batch->taken == batch->nrequests) {
+        pool->head = batch->next_to_do;
+        if (pool->head == NULL)
+            pool->tail = NULL;
+    }
+    int sleeping = pool->head == NULL ? 0 : pool->idle;
+    size_t share = number < 0 ? 0 : pool->bounce_size / (size_t)pool->nworking / MF_PAGE * MF_PAGE;
+    mf_bounce bounce = {number < 0 ? NULL : pool->bounce + share * (size_t)number, share};
+    pthread_mutex_unlock(&pool->lock);
+    wake(pool, number < 0 ? 0 : sleeping);
+
+    mf_result failure = mf_batch_serve(batch, first, count, &bounce);
+
+    pthread_mutex_lock(&pool->lock);
+    if (failure.code != 0 && batch->result.code == 0) {
+        failure.bytes = batch->result.bytes;
+        failure.requests = batch->result.requests;
+        batch->result = failure;
+    }
+    batch->unfinished -= count;
+    if (batch->unfinished == 0)
+        finish_batch(pool, batch);
+}
+
 static void *work(void *argument)
 {
     mf_pool *pool = argument;
@@ -98,45 +133,15 @@ static void *work(void *argument)
     for (;;) {
         if (number >= pool->nworking && !pool->stopping) {
             pthread_cond_wait(&pool->parked, &pool->lock);
-            continue;
-        }
-        if (pool->head == NULL && !pool->stopping) {
+        } else if (pool->head == NULL && !pool->stopping) {
             pool->idle++;
             pthread_cond_wait(&pool->work, &pool->lock);
             pool->idle--;
-            continue;
-        }
-        mf_batch *batch = pool->head;
-        if (batch == NULL || number >= pool->nworking)
+        } else if (pool->head == NULL || number >= pool->nworking) {
             break;
-        /* Guided self-scheduling. At first a thread takes many requests, so that it does not take the lock for every
-         * read. Near the end it takes one at a time, so that no thread is left with a queue of its own. */
-        int64_t count = (batch->nrequests - batch->taken) / (2 * pool->nworking);
-        count = count < 1 ? 1 : count > MF_MOST_TAKEN ? MF_MOST_TAKEN : count;
-        int64_t first = batch->taken;
-        batch->taken += count;
-        if (batch->taken == batch->nrequests) {
-            pool->head = batch->next_to_do;
-            if (pool->head == NULL)
-                pool->tail = NULL;
+        } else {
+            serve(pool, number);
         }
-        int sleeping = pool->head == NULL ? 0 : pool->idle;
-        size_t share = pool->bounce_size / (size_t)pool->nworking / MF_PAGE * MF_PAGE;
-        mf_bounce bounce = {pool->bounce + share * (size_t)number, share};
-        pthread_mutex_unlock(&pool->lock);
-        wake(pool, sleeping);
-
-        mf_result failure = mf_batch_serve(batch, first, count, &bounce);
-
-        pthread_mutex_lock(&pool->lock);
-        if (failure.code != 0 && batch->result.code == 0) {
-            failure.bytes = batch->result.bytes;
-            failure.requests = batch->result.requests;
-            batch->result = failure;
-        }
-        batch->unfinished -= count;
-        if (batch->unfinished == 0)
-            finish_batch(pool, batch);
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
@@ -243,8 +248,13 @@ int64_t mf_wait(mf_pool *pool, int64_t number, mf_result *result)
         return MF_NO_BATCH;
     }
     batch->waiting++;
-    while (!batch->done)
-        pthread_cond_wait(&pool->done, &pool->lock);
+    while (!batch->done) {
+        /* Reads through the page cache may end before another thread wakes up, and never need bounce memory. */
+        if (pool->head == batch && batch->alignment == 1)
+            serve(pool, -1);
+        else
+            pthread_cond_wait(&pool->done, &pool->lock);
+    }
     batch->waiting--;
     *result = batch->result;
     if (batch->waiting == 0) {

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import BudgetError, FlashError, ReadError, UsageError
 from mlx_flash.flash import reader as reader_module
-from mlx_flash.flash.reader import BOUNCE_BYTES_PER_THREAD, Reader
-from mlx_flash.flash.requests import MERGE_BYTES, plan_requests
+from mlx_flash.flash.reader import Reader
+from mlx_flash.flash.requests import MERGE_BYTES
 from mlx_flash.flash.system import READ_ALIGNMENT
 from mlx_flash.flash.unit_file import UnitFile
 
@@ -146,70 +146,6 @@ def test_nothing_to_read(reader: Reader, file: UnitFile) -> None:
     assert reader.read(file, *columns()).requests == 0
     report = reader.read(file, *columns((0, 0, 0), (SIZE, 0, 0)))
     assert (report.requests, report.bytes) == (0, 0)
-
-
-def test_neighbours_become_one_request(path: Path) -> None:
-    with UnitFile(path) as file:
-        rows = [(i * PAGE, 10 * PAGE * (i + 1), PAGE) for i in range(600) if i != 7]
-        requests, iovecs = plan_requests(file, *columns(*rows))
-        assert len(iovecs) == 599
-        assert requests[:, 0].tolist() == [0, 8 * PAGE, 8 * PAGE + MERGE_BYTES, 8 * PAGE + 2 * MERGE_BYTES]
-        assert requests[:, 1].tolist() == [0, 7, 7 + 256, 7 + 512]
-        assert requests[:, 2].tolist() == [7, 256, 256, 599 - 519]
-
-
-def test_an_unaligned_segment_leaves_its_neighbours_direct(path: Path) -> None:
-    with UnitFile(path) as file:
-        rows = [(0, PAGE, PAGE), (PAGE, 9 * PAGE, 100), (PAGE + 100, 10 * PAGE, PAGE - 100), (2 * PAGE, 4 * PAGE, PAGE)]
-        requests, _ = plan_requests(file, *columns(*rows))
-        assert requests[:, 2].tolist() == ([1, 2, 1] if file.direct else [4])
-
-
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    blocks=st.lists(st.integers(0, 900), max_size=200),
-    ordered=st.booleans(),
-    length=st.sampled_from([0, 1, 100, PAGE, 2 * PAGE, MERGE_BYTES // 2, MERGE_BYTES]),
-    shift=st.sampled_from([0, 0, 8]),
-)
-def test_one_length_for_all_is_the_same(path: Path, blocks: list[int], ordered: bool, length: int, shift: int) -> None:
-    """Compares the fast way of planning with the general one on arbitrary input."""
-    blocks = sorted(set(blocks)) if ordered else blocks
-    offsets = np.array(blocks, np.int64) * length + shift
-    addresses = np.arange(len(blocks), dtype=np.int64) * length + (1 << 40) + shift
-    arguments = offsets, addresses, np.full(len(blocks), length, np.int64)
-    with UnitFile(path) as file:
-        try:
-            expected = plan_requests(file, *arguments)
-        except ReadError:
-            with pytest.raises(ReadError):
-                plan_requests(file, offsets, addresses, length)
-            return
-        for found, table in zip(plan_requests(file, offsets, addresses, length), expected, strict=True):
-            assert np.array_equal(found, table)
-
-
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lengths=st.lists(
-        st.sampled_from([1, PAGE, MERGE_BYTES // 2 - 1, MERGE_BYTES, 1572863, 1572864, 2 * MERGE_BYTES + 5])
-    ),
-    skip=st.integers(0, 2 * PAGE),
-)
-def test_requests_are_bounded_and_complete(path: Path, lengths: list[int], skip: int) -> None:
-    with UnitFile(path) as file:
-        lengths = [n for n, end in zip(lengths, itertools.accumulate(lengths), strict=True) if end + skip <= SIZE]
-        offsets = skip + np.concatenate(([0], np.cumsum(lengths)))[:-1].astype(np.int64)
-        requests, iovecs = plan_requests(file, offsets, offsets + (1 << 40), np.array(lengths, np.int64))
-        assert iovecs[:, 1].sum() == sum(lengths)
-        assert (iovecs[:, 1] > 0).all()
-        at = skip
-        for offset, first, count in requests:
-            run = iovecs[first : first + count]
-            assert offset == at and run[0, 0] == at + (1 << 40)
-            at += run[:, 1].sum()
-            first_page, end_page = offset // PAGE, -(-at // PAGE)
-            assert (end_page - first_page) * PAGE <= BOUNCE_BYTES_PER_THREAD
 
 
 def test_alignment_is_counted(path: Path) -> None:
@@ -538,8 +474,8 @@ def test_a_budget_error_keeps_its_figures() -> None:
     assert error.exit_code == 2
 
 
-def test_result_layout_is_eight_int64() -> None:
-    assert ctypes.sizeof(reader_module._Result) == 64
+def test_result_layout_is_nine_int64() -> None:
+    assert ctypes.sizeof(reader_module._Result) == 72
 
 
 # -- checksums --------------------------------------------------------------------------------------------------
@@ -602,19 +538,25 @@ def test_what_is_read_is_compared(
 
 
 def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> None:
-    """plan_requests never makes such tables, but reader.c does not rely on that."""
+    """mf_plan never makes such tables, but mf_submit does not rely on that."""
     target = destination(PAGE)
     address, most, least = target.ctypes.data, 2**63 - 1, -(2**63)
     pool = reader._pool
     assert pool is not None
     numbers = itertools.count(1 << 40)
+    hand_over = pool.keeping_gil.mf_submit
+    hand_over.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64] + [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    ] * 3
+    hand_over.restype = ctypes.c_int64
 
     def submit(*rows: Any, alignment: int = 1, **counts: int) -> int:
         tables = [np.array(table, np.int64) for table in (*rows, [])[:3]]
         sizes = [counts.get(name, len(t)) for name, t in zip(("requests", "iovecs", "checks"), tables, strict=True)]
         both = itertools.chain.from_iterable((t.ctypes.data, n) for t, n in zip(tables, sizes, strict=True))
         number = next(numbers)
-        code = pool.keeping_gil.mf_submit(pool.pointer, number, file.fd, alignment, *both)
+        code = hand_over(pool.pointer, number, file.fd, alignment, *both)
         pool.library.mf_wait(pool.pointer, number, ctypes.byref(reader_module._Result()))
         return int(code)
 

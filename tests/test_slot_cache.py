@@ -224,24 +224,84 @@ def test_more_slots_than_units_are_no_use() -> None:
     assert (cache.slots, cache.free) == (3, 0)
 
 
-def test_an_interrupted_commit_claims_nothing() -> None:
-    class Interrupting(np.ndarray):
-        def __setitem__(self, *_: object) -> None:
+class Interrupting:
+    """The functions of slots.c, of which one is interrupted before or after its work."""
+
+    def __init__(self, functions: Any, name: str, after: bool) -> None:
+        self.functions, self.name, self.after = functions, name, after
+
+    def __getattr__(self, name: str) -> Any:
+        def interrupted(*arguments: Any) -> None:
+            if self.after:
+                getattr(self.functions, name)(*arguments)
             raise KeyboardInterrupt
 
-    for field in ("unit_of", "last_used", "slot_of"):
-        cache = SlotCache(6, 3)
-        missing, slots = cache.reserve(np.array([1, 4]))
-        kept = getattr(cache, field)
-        setattr(cache, field, kept.view(Interrupting))
-        with pytest.raises(KeyboardInterrupt):
-            cache.commit(missing, slots)
-        setattr(cache, field, kept)
-        assert (cache.slot_of == -1).all() and cache.resident == 0, field
-        units = np.array([0, 1, 5])
-        cache.mark_used(units)
-        cache.commit(*cache.reserve(units))
-        assert (cache.unit_of[cache.slot_of[units]] == units).all()
+        return interrupted if name == self.name else getattr(self.functions, name)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["mf_make_room", "mf_commit"])
+def test_an_interrupted_change_claims_nothing(name: str, after: bool) -> None:
+    cache = SlotCache(6, 3)
+    put(cache, 2, 3, 5)
+    cache.mark_used(ids(1, 5))
+    functions, cache._c = cache._c, Interrupting(cache._c, name, after)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        cache.commit(*cache.reserve(ids(1, 5)))
+    cache._c = functions
+    assert cache.resident <= np.count_nonzero(cache.unit_of >= 0)
+    units = ids(0, 1, 5)
+    cache.mark_used(units)
+    assert cache.resident == np.count_nonzero(cache.unit_of >= 0) == np.count_nonzero(cache.slot_of >= 0)
+    cache.commit(*cache.reserve(units))
+    assert (cache.unit_of[cache.slot_of[units]] == units).all() and cache.resident == 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), units=st.integers(1, 120), window=st.none() | st.integers(1, 5))
+def test_victims_are_those_of_a_sort_by_score(data: st.DataObject, units: int, window: int | None) -> None:
+    slots = data.draw(st.integers(1, units))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    cache = SlotCache(units, slots, window)
+    held = rng.permutation(units)[: rng.integers(0, slots + 1)]
+    places = rng.permutation(slots)[: len(held)]
+    cache.clock = 9
+    cache.commit(held, places)
+    cache.score[:] = rng.choice([0, 0.5, 1, 2.25, 1e29], units)  # many are equal
+    cache.last_used[:] = rng.integers(0, 10, slots)
+    wanted = np.sort(rng.permutation(units)[: rng.integers(0, slots + 1)])
+    before, absent = cache.slot_of[wanted], cache.slot_of[wanted] < 0
+    free = np.setdiff1d(np.flatnonzero(cache.unit_of < 0), before)
+    taken = free[: rng.integers(0, len(free) + 1)][: slots - len(wanted)]
+    scores = cache.eviction_scores().astype(np.float64)
+    empty = cache.unit_of < 0
+    scores[empty] = np.arange(slots)[empty] - slots
+    scores[np.concatenate((before[~absent], taken))] = np.inf
+    expected = np.sort(np.argsort(scores, kind="stable")[: np.count_nonzero(absent)])
+    gone = cache.unit_of[expected]
+
+    missing, targets = cache.reserve(wanted, taken)
+    assert missing.tolist() == wanted[absent].tolist() and targets.tolist() == expected.tolist()
+    assert (cache.unit_of[expected] < 0).all() and (cache.slot_of[gone[gone >= 0]] < 0).all()
+    assert cache.resident == np.count_nonzero(cache.unit_of >= 0) == np.count_nonzero(cache.slot_of >= 0)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    cache = SlotCache(5, 2)
+    put(cache, 1, 2)
+    for call in (
+        lambda: cache.reserve(ids(0, 3, 4)),
+        lambda: cache.reserve(ids(1, 3), taken=ids(1)),
+        lambda: cache.reserve(ids(3), taken=ids(2)),
+        lambda: cache.reserve(ids(5)),
+        lambda: cache.reserve(ids(-1)),
+        lambda: cache.mark_used(ids(1, 5)),
+        lambda: cache.commit(ids(3), ids(2)),
+        lambda: cache.commit(ids(-1), ids(0)),
+    ):
+        with pytest.raises(ValueError, match="expected units 0 to 4"):
+            call()
+    assert cache.unit_of.tolist() == [1, 2] and cache.slot_of.tolist() == [-1, 0, 1, -1, -1] and cache.resident == 2
 
 
 def test_what_looks_empty_may_be_taken() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .addresses import address
 from .in_place import InPlaceFiles, TensorParts
 from .pool import AlignedPool, copy_rows
 from .reader import Ticket, slot_functions
@@ -173,12 +174,12 @@ class ExpertSlots(Units):
     def _segments(self, file: int, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """What a file has of `units`, to be read into `slots`: int64 (3, n) of offsets, which ascend, addresses and
         lengths, in bytes."""
-        units, slots = np.ascontiguousarray(units, np.int32), np.ascontiguousarray(slots, np.int32)
+        units, slots = np.array(units, np.int32), np.array(slots, np.int32)
         parts = len(self._lengths)
         segments = np.empty((3, parts * len(units)), np.int64)
         count = self._list_segments(
-            file, units.ctypes.data, slots.ctypes.data, len(units), parts, self.count, self._offsets.ctypes.data,
-            self._file_of.ctypes.data, self._lengths.ctypes.data, self.held.addresses.ctypes.data, segments.ctypes.data,
+            file, address(units), address(slots), len(units), parts, self.count, address(self._offsets),
+            address(self._file_of), address(self._lengths), address(self.held.addresses), address(segments),
         )  # fmt: skip
         if count < 0:
             raise MemoryError(f"There is no memory for a table of {parts * len(units)} segments.")

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FlashError, ReadError, UsageError
+from .addresses import address
 from .plain_files import AWAY, OF_A_LOST_VOLUME
 from .requests import MERGE_BYTES, as_segments
 from .system import READ_ALIGNMENT
@@ -87,7 +88,9 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     library.mf_crc32_each.argtypes, library.mf_crc32_each.restype = [pointer, int64, int64, int64, pointer], None
     slots: dict[str, list[Any]] = {
         "mf_look_up": [pointer, int64, pointer, pointer, int64, ctypes.c_float, pointer],
-        "mf_make_room": [*[pointer, int64] * 4, pointer, pointer, int64, *[pointer] * 3],
+        "mf_mark_used": [*[pointer, int64] * 2, pointer, ctypes.c_float, pointer, int64],
+        "mf_commit": [pointer, pointer, int64, pointer, int64, pointer, pointer, int64, int64],
+        "mf_make_room": [*[pointer, int64] * 4, pointer, pointer, int64, pointer, pointer, ctypes.POINTER(int64)],
         "mf_segments": [int64, pointer, pointer, *[int64] * 3, *[pointer] * 5],
     }
     for name, types in slots.items():
@@ -236,8 +239,8 @@ class Reader:
             self._outstanding.add(ticket)  # first, since an interrupt after the call would lose the ticket
             # The GIL is kept: this only makes tables, and taking the GIL back from a busy thread costs 5 ms.
             code = pool.keeping_gil.mf_submit_segments(
-                pool.pointer, ticket.number, descriptor.number, rules, *(column.ctypes.data for column in columns),
-                len(offsets), checks.ctypes.data, len(checks),
+                pool.pointer, ticket.number, descriptor.number, rules, *map(address, columns), len(offsets),
+                address(checks), len(checks),
             )  # fmt: skip
             if code != 0:
                 raise _refusal(code, file, *columns)

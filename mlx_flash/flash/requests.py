@@ -14,7 +14,7 @@ MERGE_BYTES = 1 << 20
 def as_segments(
     offsets: npt.NDArray[np.integer], addresses: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer] | int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The three columns of a table of segments as C reads them: int64 (n,) each, contiguous.
+    """The three columns of a table of segments as C reads them: int64 (n,) each, contiguous and writable.
 
     lengths: one number if all have it. Raises ValueError if the columns disagree, or have no integers.
     """
@@ -28,4 +28,4 @@ def as_segments(
     columns = offsets, addresses, lengths
     if any(column.dtype.kind not in "iu" for column in columns) and len(offsets):
         raise ValueError("offsets, addresses and lengths must be integers")
-    return tuple(np.ascontiguousarray(column, np.int64) for column in columns)  # type: ignore[return-value]
+    return tuple(np.require(column, np.int64, "CW") for column in columns)  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .addresses import address
 from .reader import slot_functions
 
 HALF_LIFE = 32  # calls; 16 to 64 work equally well, much less or more works worse (bench/results/activations.md)
@@ -91,11 +92,11 @@ class SlotCache:
         weight = self.use_weight * self.use_weight_growth
         if self.window is not None or weight > LARGEST_USE_WEIGHT:
             return None
-        wanted = np.ascontiguousarray(units, np.uint32)  # an id below 0 becomes one that no layer has
+        wanted = np.array(units, np.uint32)  # an id below 0 becomes one that no layer has
         slots = np.empty_like(wanted)
         found = self._c.mf_look_up(
-            wanted.ctypes.data, wanted.size, self.slot_of.ctypes.data, self.score.ctypes.data, len(self.slot_of),
-            weight, slots.ctypes.data,
+            address(wanted), wanted.size, address(self.slot_of), address(self.score), len(self.slot_of), weight,
+            address(slots),
         )  # fmt: skip
         if not found:
             return None
@@ -111,17 +112,19 @@ class SlotCache:
         self.clock += 1
         if self.event_log is not None:
             self.event_log.used.append(units)
-        slots = self.slot_of[units]
-        here = slots[slots >= 0]
-        if self.window is not None:
-            self.last_used[here] = self.clock
-            return len(here)
-        self.use_weight *= self.use_weight_growth
-        if self.use_weight > LARGEST_USE_WEIGHT:
-            self.score /= self.use_weight
-            self.use_weight = 1.0
-        self.score[units] += self.use_weight
-        return len(here)
+        if self.window is None:
+            self.use_weight *= self.use_weight_growth
+            if self.use_weight > LARGEST_USE_WEIGHT:
+                self.score /= self.use_weight
+                self.use_weight = 1.0
+        wanted = np.array(units, np.int32)
+        here = self._c.mf_mark_used(
+            address(wanted), len(wanted), address(self.slot_of), len(self.slot_of), address(self.score),
+            self.use_weight, None if self.window is None else address(self.last_used), self.clock,
+        )  # fmt: skip
+        if here < 0:
+            raise self._refusal(here, wanted)
+        return int(here)
 
     def uses(self) -> np.ndarray:
         """How often each unit was used lately: the scores, float32 (units,). A unit that every call uses has 47."""
@@ -140,32 +143,37 @@ class SlotCache:
         the lowest comes first. Raises ValueError if the units do not fit.
         """
         self.recover()
-        wanted, avoided = np.ascontiguousarray(units, np.int32), np.ascontiguousarray(taken, np.int32)
+        wanted, avoided = np.array(units, np.int32), np.array(taken, np.int32)
         missing, targets = np.empty_like(wanted), np.empty_like(wanted)
-        last_used = None if self.window is None else self.last_used.ctypes.data
         evicted = ctypes.c_int64()
         self._changing = True
         self.resident -= len(wanted)  # first: it is never too high, not even after an interrupt
         count = self._c.mf_make_room(
-            wanted.ctypes.data, len(wanted), avoided.ctypes.data, len(avoided), self.slot_of.ctypes.data,
-            len(self.slot_of), self.unit_of.ctypes.data, len(self.unit_of), self.score.ctypes.data, last_used,
-            self.clock - (self.window or 0), missing.ctypes.data, targets.ctypes.data, ctypes.byref(evicted),
+            address(wanted), len(wanted), address(avoided), len(avoided), address(self.slot_of), len(self.slot_of),
+            address(self.unit_of), self.slots, address(self.score),
+            None if self.window is None else address(self.last_used), self.clock - (self.window or 0),
+            address(missing), address(targets), evicted,
         )  # fmt: skip
         self.resident += len(wanted) - evicted.value
         self._changing = False
         if count < 0:
-            raise self._no_room(count, wanted, avoided)
+            raise self._refusal(count, wanted)
         return missing[:count], targets[:count]
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
         """Records that the bytes of `units` are in `slots`."""
         self.recover()
+        arrived, places = np.array(units, np.int32), np.array(slots, np.int32)
         self._changing = True
-        self.unit_of[slots] = units
-        self.last_used[slots] = self.clock
-        self.slot_of[units] = slots
-        self.resident += len(units)
+        code = self._c.mf_commit(
+            address(arrived), address(places), len(arrived), address(self.slot_of), len(self.slot_of),
+            address(self.unit_of), address(self.last_used), self.slots, self.clock,
+        )  # fmt: skip
+        if code >= 0:
+            self.resident += len(arrived)
         self._changing = False
+        if code < 0:
+            raise self._refusal(code, arrived)
         if self.event_log is not None:
             self.event_log.read.append(units)
 
@@ -195,13 +203,11 @@ class SlotCache:
         self.resident = len(units)
         self._changing = False
 
-    def _no_room(self, code: int, units: np.ndarray, taken: np.ndarray) -> Exception:
-        """The exception for units that mf_make_room refused."""
+    def _refusal(self, code: int, units: np.ndarray) -> Exception:
+        """The exception for units that slots.c refused."""
         if code == -errno.ENOMEM:
-            return MemoryError(f"There is no memory for the choice among {self.slots} slots.")
-        return ValueError(
-            f"expected units 0 to {len(self.slot_of) - 1} that fit into {self.slots} slots beside {len(taken)} taken ones, got {units}"
-        )
+            return MemoryError(f"There is no memory to choose among {self.slots} slots.")
+        return ValueError(f"expected units 0 to {len(self.slot_of) - 1}, and a slot for each, got {units.tolist()}")
 
     def eviction_scores(self) -> np.ndarray:
         """Eviction score per slot, (slots,), >= 0. The lowest is evicted first. Undefined for empty slots."""

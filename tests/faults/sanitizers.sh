@@ -14,7 +14,7 @@ for kinds in address,undefined thread; do
     # The reader's own reads are cut short at odd places; what shorter.c calls is the system's preadv.
     "${CC:-cc}" "${flags[@]}" -Dpreadv=shorter_preadv -c "$source/batch.c" -o "$work/batch.o"
     "${CC:-cc}" "${flags[@]}" -o "$work/stress" "$here/reader_stress.c" "$here/shorter.c" "$source/reader.c" \
-        "$source/crc32.c" "$source/requests.c" "$work/batch.o"
+        "$source/crc32.c" "$source/requests.c" "$source/slots.c" "$work/batch.o"
     echo -n "$kinds: "
     "$work/stress" "${1:-30}" "${2:-1}" "$work/file"
 done

@@ -545,16 +545,14 @@ def test_tables_that_cannot_be_are_refused(reader: Reader, file: UnitFile) -> No
     assert pool is not None
     numbers = itertools.count(1 << 40)
     hand_over = pool.keeping_gil.mf_submit
-    hand_over.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64] + [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-    ] * 3
+    tables: list[Any] = [ctypes.c_void_p, ctypes.c_int64] * 3
+    hand_over.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, *tables]
     hand_over.restype = ctypes.c_int64
 
     def submit(*rows: Any, alignment: int = 1, **counts: int) -> int:
-        tables = [np.array(table, np.int64) for table in (*rows, [])[:3]]
-        sizes = [counts.get(name, len(t)) for name, t in zip(("requests", "iovecs", "checks"), tables, strict=True)]
-        both = itertools.chain.from_iterable((t.ctypes.data, n) for t, n in zip(tables, sizes, strict=True))
+        arrays = [np.array(table, np.int64) for table in (*rows, [])[:3]]
+        sizes = [counts.get(name, len(t)) for name, t in zip(("requests", "iovecs", "checks"), arrays, strict=True)]
+        both = itertools.chain.from_iterable((t.ctypes.data, n) for t, n in zip(arrays, sizes, strict=True))
         number = next(numbers)
         code = hand_over(pool.pointer, number, file.fd, alignment, *both)
         pool.library.mf_wait(pool.pointer, number, ctypes.byref(reader_module._Result()))

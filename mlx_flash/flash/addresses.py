@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
-address = (ctypes.c_char * 0).from_buffer
+import numpy as np
+
+address: Callable[[np.ndarray], Any] = (ctypes.c_char * 0).from_buffer  # type: ignore[assignment]
 """The memory of a writable, contiguous array, as an argument that is a pointer. It keeps the array alive, and takes a
 quarter of the time of `array.ctypes.data`. Raises TypeError or BufferError for other arrays."""

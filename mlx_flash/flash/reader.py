@@ -12,7 +12,6 @@ import errno
 import functools
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType

@@ -28,4 +28,4 @@ def as_segments(
     columns = offsets, addresses, lengths
     if any(column.dtype.kind not in "iu" for column in columns) and len(offsets):
         raise ValueError("offsets, addresses and lengths must be integers")
-    return tuple(np.array(column, np.int64) for column in columns)  # type: ignore[return-value]
+    return tuple(column.astype(np.int64) for column in columns)  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,37 +225,45 @@ def test_more_slots_than_units_are_no_use() -> None:
     assert (cache.slots, cache.free) == (3, 0)
 
 
-class Interrupting:
-    """The functions of slots.c, of which one is interrupted before or after its work."""
-
-    def __init__(self, functions: Any, name: str, after: bool) -> None:
-        self.functions, self.name, self.after = functions, name, after
-
-    def __getattr__(self, name: str) -> Any:
-        def interrupted(*arguments: Any) -> None:
-            if self.after:
-                getattr(self.functions, name)(*arguments)
+def test_an_interrupted_commit_claims_nothing() -> None:
+    class Interrupting(np.ndarray):
+        def __setitem__(self, *_: object) -> None:
             raise KeyboardInterrupt
 
-        return interrupted if name == self.name else getattr(self.functions, name)
+    for field in ("unit_of", "last_used", "slot_of"):
+        cache = SlotCache(6, 3)
+        missing, slots = cache.reserve(np.array([1, 4]))
+        kept = getattr(cache, field)
+        setattr(cache, field, kept.view(Interrupting))
+        with pytest.raises(KeyboardInterrupt):
+            cache.commit(missing, slots)
+        setattr(cache, field, kept)
+        assert (cache.slot_of == -1).all() and cache.resident == 0, field
+        units = np.array([0, 1, 5])
+        cache.mark_used(units)
+        cache.commit(*cache.reserve(units))
+        assert (cache.unit_of[cache.slot_of[units]] == units).all()
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("name", ["mf_make_room", "mf_commit"])
-def test_an_interrupted_change_claims_nothing(name: str, after: bool) -> None:
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interrupted_eviction_claims_nothing(done: bool) -> None:
     cache = SlotCache(6, 3)
     put(cache, 2, 3, 5)
-    cache.mark_used(ids(1, 5))
-    functions, cache._c = cache._c, Interrupting(cache._c, name, after)  # type: ignore[assignment]
+    functions = cache._c
+
+    def interrupted(*arguments: Any) -> None:
+        if done:
+            functions.mf_make_room(*arguments)
+        raise KeyboardInterrupt
+
+    cache._c = SimpleNamespace(mf_make_room=interrupted)  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
-        cache.commit(*cache.reserve(ids(1, 5)))
+        cache.reserve(ids(1, 5))
     cache._c = functions
-    assert cache.resident <= np.count_nonzero(cache.unit_of >= 0)
-    units = ids(0, 1, 5)
-    cache.mark_used(units)
-    assert cache.resident == np.count_nonzero(cache.unit_of >= 0) == np.count_nonzero(cache.slot_of >= 0)
-    cache.commit(*cache.reserve(units))
-    assert (cache.unit_of[cache.slot_of[units]] == units).all() and cache.resident == 3
+    assert cache.resident <= np.count_nonzero(cache.unit_of >= 0) == 3 - done
+    put(cache, 0, 1, 5)
+    assert sorted(cache.unit_of.tolist()) == [0, 1, 5] and cache.resident == 3
+    assert np.flatnonzero(cache.slot_of >= 0).tolist() == [0, 1, 5]
 
 
 @settings(max_examples=300, deadline=None)
@@ -295,9 +304,6 @@ def test_what_cannot_be_is_refused() -> None:
         lambda: cache.reserve(ids(3), taken=ids(2)),
         lambda: cache.reserve(ids(5)),
         lambda: cache.reserve(ids(-1)),
-        lambda: cache.mark_used(ids(1, 5)),
-        lambda: cache.commit(ids(3), ids(2)),
-        lambda: cache.commit(ids(-1), ids(0)),
     ):
         with pytest.raises(ValueError, match="expected units 0 to 4"):
             call()

@@ -87,8 +87,6 @@ def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     library.mf_crc32_each.argtypes, library.mf_crc32_each.restype = [pointer, int64, int64, int64, pointer], None
     slots: dict[str, list[Any]] = {
         "mf_look_up": [pointer, int64, pointer, pointer, int64, ctypes.c_float, pointer],
-        "mf_mark_used": [*[pointer, int64] * 2, pointer, ctypes.c_float, pointer, int64],
-        "mf_commit": [pointer, pointer, int64, pointer, int64, pointer, pointer, int64, int64],
         "mf_make_room": [*[pointer, int64] * 4, pointer, pointer, int64, pointer, pointer, ctypes.POINTER(int64)],
         "mf_segments": [int64, pointer, pointer, *[int64] * 3, *[pointer] * 5],
     }

@@ -112,19 +112,17 @@ class SlotCache:
         self.clock += 1
         if self.event_log is not None:
             self.event_log.used.append(units)
-        if self.window is None:
-            self.use_weight *= self.use_weight_growth
-            if self.use_weight > LARGEST_USE_WEIGHT:
-                self.score /= self.use_weight
-                self.use_weight = 1.0
-        wanted = np.array(units, np.int32)
-        here = self._c.mf_mark_used(
-            address(wanted), len(wanted), address(self.slot_of), len(self.slot_of), address(self.score),
-            self.use_weight, None if self.window is None else address(self.last_used), self.clock,
-        )  # fmt: skip
-        if here < 0:
-            raise self._refusal(here, wanted)
-        return int(here)
+        slots = self.slot_of[units]
+        here = slots[slots >= 0]
+        if self.window is not None:
+            self.last_used[here] = self.clock
+            return len(here)
+        self.use_weight *= self.use_weight_growth
+        if self.use_weight > LARGEST_USE_WEIGHT:
+            self.score /= self.use_weight
+            self.use_weight = 1.0
+        self.score[units] += self.use_weight
+        return len(here)
 
     def uses(self) -> np.ndarray:
         """How often each unit was used lately: the scores, float32 (units,). A unit that every call uses has 47."""
@@ -156,24 +154,21 @@ class SlotCache:
         )  # fmt: skip
         self.resident += len(wanted) - evicted.value
         self._changing = False
+        if count == -errno.ENOMEM:
+            raise MemoryError(f"There is no memory to choose among {self.slots} slots.")
         if count < 0:
-            raise self._refusal(count, wanted)
+            raise ValueError(f"expected units 0 to {len(self.slot_of) - 1}, and a slot for each, got {wanted.tolist()}")
         return missing[:count], targets[:count]
 
     def commit(self, units: np.ndarray, slots: np.ndarray) -> None:
         """Records that the bytes of `units` are in `slots`."""
         self.recover()
-        arrived, places = np.array(units, np.int32), np.array(slots, np.int32)
         self._changing = True
-        code = self._c.mf_commit(
-            address(arrived), address(places), len(arrived), address(self.slot_of), len(self.slot_of),
-            address(self.unit_of), address(self.last_used), self.slots, self.clock,
-        )  # fmt: skip
-        if code >= 0:
-            self.resident += len(arrived)
+        self.unit_of[slots] = units
+        self.last_used[slots] = self.clock
+        self.slot_of[units] = slots
+        self.resident += len(units)
         self._changing = False
-        if code < 0:
-            raise self._refusal(code, arrived)
         if self.event_log is not None:
             self.event_log.read.append(units)
 
@@ -202,12 +197,6 @@ class SlotCache:
         self.slot_of[units] = np.arange(len(units))
         self.resident = len(units)
         self._changing = False
-
-    def _refusal(self, code: int, units: np.ndarray) -> Exception:
-        """The exception for units that slots.c refused."""
-        if code == -errno.ENOMEM:
-            return MemoryError(f"There is no memory to choose among {self.slots} slots.")
-        return ValueError(f"expected units 0 to {len(self.slot_of) - 1}, and a slot for each, got {units.tolist()}")
 
     def eviction_scores(self) -> np.ndarray:
         """Eviction score per slot, (slots,), >= 0. The lowest is evicted first. Undefined for empty slots."""

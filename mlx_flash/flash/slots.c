@@ -36,44 +36,6 @@ int64_t mf_look_up(const uint32_t *ids, int64_t n, const int32_t *slot_of, float
     return different;
 }
 
-/* Marks the use of `n` units. Returns how many of them have a slot, or MF_NO_ROOM, and then nothing has changed.
- *
- * units: (n,), each once. slot_of, score: (all,). last_used: (slots,), which becomes `clock` for units in slots; NULL to
- * add `use` to the score of each unit instead. */
-int64_t mf_mark_used(const int32_t *units, int64_t n, const int32_t *slot_of, int64_t all, float *score, float use,
-                     int64_t *last_used, int64_t clock)
-{
-    int64_t here = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (units[i] < 0 || units[i] >= all)
-            return MF_NO_ROOM;
-    for (int64_t i = 0; i < n; i++) {
-        int32_t slot = slot_of[units[i]];
-        here += slot >= 0;
-        if (last_used == NULL)
-            score[units[i]] += use;
-        else if (slot >= 0)
-            last_used[slot] = clock;
-    }
-    return here;
-}
-
-/* Records that `n` units are in `slots` now, and were used at `clock`. Returns n, or MF_NO_ROOM, and then nothing has
- * changed. */
-int64_t mf_commit(const int32_t *units, const int32_t *slots, int64_t n, int32_t *slot_of, int64_t all,
-                  int32_t *unit_of, int64_t *last_used, int64_t nslots, int64_t clock)
-{
-    for (int64_t i = 0; i < n; i++)
-        if (units[i] < 0 || units[i] >= all || slots[i] < 0 || slots[i] >= nslots)
-            return MF_NO_ROOM;
-    for (int64_t i = 0; i < n; i++) {
-        slot_of[units[i]] = slots[i];
-        unit_of[slots[i]] = units[i];
-        last_used[slots[i]] = clock;
-    }
-    return n;
-}
-
 /* -- making room ------------------------------------------------------------------------------------------------ */
 
 typedef struct { /* see mf_make_room */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from .cli.chat_commands import converse
@@ -10,6 +11,7 @@ from .cli.chat_input import TypedLines, piped_lines
 from .cli.chat_session import Chat
 from .cli.command_list import HELP
 from .cli.model_arguments import add_model_arguments
+from .cli.rank_arguments import add_rank_arguments, ranks_of
 from .cli.run import program, run_command
 from .cli.terminal import Interrupts, say
 from .text.sampling import add_sampling_arguments, check_sampling
@@ -27,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    add_rank_arguments(parser)
     text = parser.add_argument_group("text")
     add_sampling_arguments(text, max_tokens=256)
     text.add_argument(
@@ -46,15 +49,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    chat = Chat(arguments)
-    if interactive:
-        say("Type a message and press Return; /help lists the commands.")
-    try:
+    with ranks_of(arguments, program("chat")) as group, contextlib.closing(Chat(arguments, group)) as chat:
+        if interactive:
+            say("Type a message and press Return; /help lists the commands.")
         with Interrupts(AGAIN if interactive else None) as interrupts:
             lines = TypedLines(interrupts) if interactive else piped_lines(interrupts)
             return converse(chat, lines, interrupts, interactive)
-    finally:
-        chat.close()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,18 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cli.model_arguments import add_model_arguments, load_model
 from .cli.printable import for_stream
+from .cli.rank_arguments import add_rank_arguments, ranks_of
 from .cli.run import program, run_command
 from .cli.terminal import WITHOUT_TEMPLATE, Interrupts, PromptInterrupted, context_hint, progress_line, say
 from .errors import ChatTemplateError, UsageError
 from .text.sampling import add_sampling_arguments, check_sampling, make_processors, sampling_of, seeded_sampler
+
+if TYPE_CHECKING:
+    from .ranks.group import Group
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -26,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         "needs them. Text goes to standard output, everything else to standard error.",
     )
     add_model_arguments(parser, prompt_cache="0")  # There is one prompt.
+    add_rank_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--prompt",
@@ -91,7 +96,13 @@ def main(arguments: argparse.Namespace) -> int:
     check_count(len(arguments.image))
     pictures = [read_image(path) for path in arguments.image]
     arguments.images = arguments.images or bool(pictures)
-    model, tokenizer = load_model(arguments, say)
+    with ranks_of(arguments, program("generate")) as group:
+        return generate(arguments, asked, pictures, group)
+
+
+def generate(arguments: argparse.Namespace, asked: str, pictures: list[Any], group: Group | None) -> int:
+    """Prints a text. asked: the prompt. pictures: what it is about. Returns the exit code."""
+    model, tokenizer = load_model(arguments, say, group)
     from .text.generation import stream_generate, summary
 
     sampling = sampling_of(arguments, model.flash.defaults)

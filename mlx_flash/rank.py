@@ -23,6 +23,7 @@ def main(setup: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    os.dup2(2, 1)  # Rank 0 shows what comes on standard error.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides when this process ends.
     try:
         main(json.loads(sys.stdin.readline()))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.errors import FlashError
+from mlx_flash.ranks import channel
 from mlx_flash.ranks.group import Call, Group, Handlers
 from mlx_flash.ranks.hosts import local_hosts
 from mlx_flash.ranks.leader import Leader
@@ -30,6 +31,9 @@ def register(group: Group, handlers: Handlers) -> None:
         group.receive((call.numbers["rows"], 4), mx.bfloat16)
         group.gather(mx.zeros((call.numbers["rows"], 4), mx.bfloat16))
 
+    def hang(_: Call) -> None:
+        time.sleep(600)
+
     def refuse(_: object) -> dict[str, object]:
         raise FlashError("it has another model.")
 
@@ -37,6 +41,7 @@ def register(group: Group, handlers: Handlers) -> None:
     handlers.questions["refuse"] = refuse
     handlers.calls["product"] = product
     handlers.calls["blind"] = blind
+    handlers.calls["hang"] = hang
 
 
 def other_rank(setup: dict[str, object]) -> None:
@@ -94,6 +99,16 @@ def main(ranks: int, what: str) -> None:
     elif what == "stuck":  # waits in MLX for ranks that know nothing of it
         with group.guarded():
             mx.eval(group.gather(mx.zeros((1, 4))))
+    elif what == "hang":  # the main thread of another rank, while its heartbeat lives
+        channel.STUCK_S = 1.0
+        group.call("hang", np.arange(1))
+        with group.guarded():
+            mx.eval(group.gather(mx.zeros((1, 4))))
+    elif what == "steps":  # works without end
+        with group.guarded():
+            for step in range(10**9):
+                group.call("product", np.arange(4), layer=step, rows=1)
+                mx.eval(group.gather(group.spread(mx.ones((1, 4), mx.bfloat16))))
     elif what == "idle":
         time.sleep(60)
     group.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,29 @@ def test_a_rank_that_ends_or_hangs_ends_all(number: signal.Signals) -> None:
     assert process.returncode == 1
     assert errors.count("rank 2 (127.0.0.1)") == 1
     assert errors.endswith("the generation ends on all machines.\n")
+    assert all_end(others)
+
+
+def test_a_rank_whose_main_thread_hangs_ends_all() -> None:
+    process = start(2, "hang")
+    others = started(process)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors == "rank 1 (127.0.0.1) has not finished a call for 1 s, so the generation ends on all machines.\n"
+    assert all_end(others)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_faults_of_working_ranks(seed: int) -> None:
+    source = random.Random(seed)
+    process = start(3, "steps")
+    others = started(process)
+    time.sleep(source.random() / 2)
+    rank = source.randrange(1, 3)
+    others[rank - 1].send_signal(source.choice([signal.SIGKILL, signal.SIGTERM]))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count(f"rank {rank} (127.0.0.1)") == 1 and errors.endswith("ends on all machines.\n"), errors
     assert all_end(others)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import BudgetError, FlashError, UsageError
 from ..flash.stats import Statistics
 from ..loading.plan import parse_memory
+from ..ranks.group import Group
 from ..text.answer_parts import AnswerFormat
 from ..text.sampling import make_processors, seeded_sampler
 from .answer_view import AnswerView
@@ -44,8 +45,9 @@ class CutAnswer:
 class Chat:
     """A loaded model, the conversation with it, and the statistics of its answers."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: argparse.Namespace, group: Group | None = None) -> None:
+        """group: see `load`."""
+        self.arguments, self._group = arguments, group
         self.last: Statistics | None = None
         self.total: Statistics | None = None
         self.answers = 0
@@ -99,7 +101,7 @@ class Chat:
     def _load(self) -> None:
         self.model: Any
         self.tokenizer: Any
-        self.model, self.tokenizer = load_model(self.arguments, say)
+        self.model, self.tokenizer = load_model(self.arguments, say, self._group)
         from ..text.prompt_cache import ReusedPromptCache
 
         self.format = AnswerFormat(self.tokenizer)

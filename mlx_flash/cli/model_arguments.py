@@ -23,6 +23,7 @@ from .run import REVISION_HELP
 
 if TYPE_CHECKING:
     from ..loading.options import LoadOptions
+    from ..ranks.group import Group
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, prompt_cache: str = "auto") -> None:
@@ -170,11 +171,13 @@ def _context(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {MAX_CONTEXT}") from None
 
 
-def load_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """(model, tokenizer) loaded as the arguments say. say: receives the plan and notes. Raises the errors of `load`."""
+def load_model(
+    arguments: argparse.Namespace, say: Callable[[str], None], group: Group | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) loaded as the arguments say. say, group: see `load`, whose errors are raised."""
     from ..loading.load import load
 
-    return load(arguments.model, options_of(arguments), say=say)
+    return load(arguments.model, options_of(arguments), say=say, group=group)
 
 
 def options_of(arguments: argparse.Namespace) -> LoadOptions:

@@ -14,19 +14,28 @@ from . import messages
 
 BEAT_S = 1.0
 SILENT_S = 5.0  # A peer that is silent for so long is given up.
+# A call of a layer that takes so long is given up. A chunk of a prompt may read all units of a layer: 6 GB of the
+# largest mixtures take a minute from a disk of 100 MB/s.
+STUCK_S = 300.0
 JOINING_S = 15.0  # the same while MLX connects the ring, which stops all threads of Python
 ENDED = "has ended"
 
 
 class Channel:
     """on_fault is called once, in a thread of this object, with what happened, such as "has ended". Then, and after
-    `close`, `take` raises EOFError."""
+    `close`, `take` raises EOFError.
 
-    def __init__(self, connection: socket.socket, on_fault: Callable[[str], None]) -> None:
+    busy_s: for how long this process has been computing a call, in seconds. It goes with the heartbeat, since the
+    heartbeat's thread lives on when the main thread hangs.
+    """
+
+    def __init__(
+        self, connection: socket.socket, on_fault: Callable[[str], None], busy_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.silent_s = SILENT_S
         self._connection = connection
-        self._on_fault = on_fault
+        self._on_fault, self._busy_s = on_fault, busy_s
         self._received: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._over = threading.Event()
@@ -58,6 +67,8 @@ class Channel:
                 self._heard = time.monotonic()
                 if "beat" not in message[0]:
                     self._received.put(message)
+                elif not isinstance(busy := message[0]["beat"], int | float) or busy > STUCK_S:
+                    self._finish(f"has not finished a call for {STUCK_S:g} s")
         except (OSError, EOFError):
             self._finish(ENDED)
         except messages.BadMessageError as error:
@@ -66,7 +77,7 @@ class Channel:
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
             with contextlib.suppress(OSError):  # The reader notices as well.
-                self.send({"beat": 1})
+                self.send({"beat": round(self._busy_s(), 1)})
 
     def _watch(self) -> None:
         looked = time.monotonic()

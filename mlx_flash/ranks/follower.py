@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,8 @@ class Follower:
             greet(connection, setup["secret"], self.rank)
         except (OSError, EOFError, BadMessageError) as error:
             raise FlashError(f"rank 0 cannot be reached at {host}: {error or 'it closed the connection'}.") from None
-        self._channel = Channel(connection, _end)
+        self._called: float | None = None  # when the call that is being computed came
+        self._channel = Channel(connection, _end, self._busy_s)
         self._channel.silent_s = JOINING_S
         self._joined = False
 
@@ -70,7 +72,9 @@ class Follower:
                 answer = self._handlers.answer(header["question"])
                 self._channel.send({"answer": answer, "number": header.get("number")})
             else:
+                self._called = time.monotonic()
                 yield Call(header["call"], np.frombuffer(data, np.int32).reshape(header["shape"]), header["numbers"])
+                self._called = None
 
     def spread(self, x: mx.array) -> mx.array:
         raise FlashError("only rank 0 spreads.")
@@ -84,6 +88,9 @@ class Follower:
     def close(self) -> None:
         self._channel.close()
         self._ring.close()
+
+    def _busy_s(self) -> float:
+        return 0.0 if (called := self._called) is None else time.monotonic() - called
 
     def _probe(self, seen: list[list[str]]) -> dict[str, Any]:
         self._ring.probe(seen[self.rank])

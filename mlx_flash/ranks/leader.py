@@ -20,7 +20,7 @@ from .group import Call
 from .hosts import RankHost
 from .ring import Ring
 from .secret import check, new_secret
-from .starting import OF_MLX, RankProcess, Wrap, name_of
+from .starting import ENDING_S, OF_MLX, RankProcess, Wrap, name_of
 from .versions import check_versions
 
 ALL_END = ", so the generation ends on all machines."
@@ -112,8 +112,9 @@ class Leader:
         for channel in self._channels.values():
             with contextlib.suppress(OSError):
                 channel.send({"end": True})
+        deadline = time.monotonic() + ENDING_S
         for process in self._processes:
-            process.finish()
+            process.finish(deadline - time.monotonic())
         for channel in self._channels.values():
             channel.close()
         self._ring.close()
@@ -134,6 +135,11 @@ class Leader:
     def pids(self) -> list[int]:
         """The processes on this machine that stand for the other ranks."""
         return [process.pid for process in self._processes]
+
+    @property
+    def with_own_model(self) -> list[str]:
+        """The other machines for which the host file names the model."""
+        return [host.ssh for host in self._hosts[1:] if host.model is not None]
 
     # -- the start -------------------------------------------------------------------------------------------------
 

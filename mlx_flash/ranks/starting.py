@@ -72,10 +72,10 @@ class RankProcess:
         last = self._lines[-1].removesuffix(".") if self._lines else "it printed nothing"
         return f"{self.name} ended with code {self._process.returncode}: {last}"
 
-    def finish(self) -> None:
-        """Waits for its end, and kills it after ENDING_S."""
+    def finish(self, wait_s: float) -> None:
+        """Waits for its end, and kills it after `wait_s`."""
         try:
-            self._process.wait(ENDING_S)
+            self._process.wait(max(0.0, wait_s))
         except subprocess.TimeoutExpired:
             self.kill()
         self._reader.join(1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..cli import stopping
 from ..cli.beginning import TERMINATED, Interrupted, Terminated
 from ..cli.model_arguments import options_of
+from ..cli.rank_arguments import ranks_of
 from ..cli.run import obey_lifeline, program, run_command
 from ..cli.terminal import say
 from ..errors import UsageError
@@ -92,7 +93,12 @@ def main(arguments: argparse.Namespace) -> int:
         say("note: with --allow-origin '*' and without a key, every web page that you open can use this server")
     names = tuple(dict.fromkeys((engine.name, *access.names)))
     library = Library(engine, names, arguments.model, options_of(arguments), say)
-    with closing(library), HttpThread(make_app(engine, access, library), bound), Signals(engine) as signals:
+    with (
+        ranks_of(arguments, program("server"), engine.abandon) as library.group,
+        closing(library),
+        HttpThread(make_app(engine, access, library), bound),
+        Signals(engine) as signals,
+    ):
         _tell_address(f"Serving {engine.name} at {url_of(bound)}")
         try:
             engine.run(library.load_own)

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from ..cli.model_arguments import add_model_arguments, options_of
+from ..cli.rank_arguments import add_rank_arguments
 from ..cli.run import add_lifeline_argument, whole_number
 from ..defaults import KEY_VARIABLE, MOST_PARALLEL
 from ..errors import UsageError
@@ -26,6 +27,7 @@ DESCRIPTION = (
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_rank_arguments(parser)
     http = parser.add_argument_group("server")
     http.add_argument(
         "--host", default="127.0.0.1", help="address to bind to (default: %(default)s, this machine only)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .parallel_answers import ParallelAnswers
 
 QUEUE_LIMIT = 64
+TELLING_S = 1.0  # for the requests of a server that ends
+SENDING_S = 0.5  # for their answers to leave
 IDLE_CHECK_S = 2.0  # between two looks at the system's memory while nothing is asked
 
 
@@ -174,6 +177,20 @@ class Engine:
         """Ends the running generation within one token, then `run`. Safe in a signal handler."""
         self._stopping = True
         self._wake.put(None)
+
+    def abandon(self, sentence: str) -> None:
+        """Ends every request with an error, while the models' thread may hang; the process has to end after it."""
+
+        def tell() -> None:
+            error = ApiError(503, sentence, code="lost_rank")
+            for job in list(self.running):
+                job.tell(error)
+            self.places.close(error)
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(TELLING_S)
+        time.sleep(SENDING_S)
 
     @property
     def waiting(self) -> int:

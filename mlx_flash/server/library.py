@@ -26,6 +26,7 @@ from .model_switch import RESTART, Target, Tell
 
 if TYPE_CHECKING:
     from ..loading.options import LoadOptions
+    from ..ranks.leader import Leader
 
 LOOKED_AT_S = 600.0  # After this time a model that cannot run is planned again for the list.
 ASKED_S = 30.0  # The same for a request that names it.
@@ -48,6 +49,7 @@ class Library:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.engine, self.own_names, self.model, self.options, self.say = engine, own_names, model, options, say
+        self.group: Leader | None = None  # the ranks that models are loaded on; None for this process alone
         self.memory = options.memory  # the budget; a request may change it
         self.plans = ModelPlans(self._options_to_plan)
         self._changed = False  # whether the budget was changed by a request
@@ -223,9 +225,14 @@ class Library:
         from ..loading.load_progress import watching
 
         path = self.model if model is None else model.model
+        if model is not None and self.group is not None and (hosts := self.group.with_own_model):
+            raise UsageError(
+                f"the host file names the folder of the model on {', '.join(hosts)}, so the ranks have no other one. "
+                "Start another server for it, or leave the key model out."
+            )
         try:
             with watching(tell):
-                loaded, tokenizer = load(path, options, say=self.say, fetch=fetch)
+                loaded, tokenizer = load(path, options, say=self.say, fetch=fetch, group=self.group)
         except BudgetError as error:
             self._refused[_identity(model)] = time.monotonic(), error.smallest_bytes
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -69,8 +70,10 @@ class RankProcess:
         except subprocess.TimeoutExpired:
             return None
         self._reader.join(1)
+        if (code := self._process.returncode) < 0 and not self._lines:
+            return f"{self.name} was ended by {signal.Signals(-code).name}"
         last = self._lines[-1].removesuffix(".") if self._lines else "it printed nothing"
-        return f"{self.name} ended with code {self._process.returncode}: {last}"
+        return f"{self.name} ended with code {code}: {last}"
 
     def finish(self, wait_s: float) -> None:
         """Waits for its end, and kills it after `wait_s`."""

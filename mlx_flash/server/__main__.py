@@ -94,11 +94,13 @@ def main(arguments: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys((engine.name, *access.names)))
     library = Library(engine, names, arguments.model, options_of(arguments), say)
     with (
-        ranks_of(arguments, program("server"), engine.abandon) as library.group,
+        ranks_of(arguments, program("server"), engine.abandon) as group,
         closing(library),
         HttpThread(make_app(engine, access, library), bound),
         Signals(engine) as signals,
     ):
+        if group is not None:
+            library.group, engine.guarded = group, group.guarded
         _tell_address(f"Serving {engine.name} at {url_of(bound)}")
         try:
             engine.run(library.load_own)

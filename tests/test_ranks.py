@@ -90,9 +90,7 @@ def test_a_rank_whose_main_thread_hangs_ends_all() -> None:
     others = started(process)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors.endswith(
-        "rank 1 (127.0.0.1) has not finished a call for 1 s, so the generation ends on all machines.\n"
-    )
+    assert "rank 1 (127.0.0.1) has not finished a call for 1 s, so" in errors.splitlines()[-1]
     assert all_end(others)
 
 

@@ -1,4 +1,4 @@
-"""Random faults of ranks, the same in every run. `python tests/rank_faults.py --rounds 20` injects as many as you like."""
+"""Random faults of ranks, the same in every run. `python tests/rank_faults.py --rounds 20` injects others."""
 
 from __future__ import annotations
 

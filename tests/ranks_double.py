@@ -36,6 +36,7 @@ class Shared:
         self.size = size
         self.messages: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size)]
         self.spread: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size)]
+        self.passed: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size)]
         self.answers: list[queue.SimpleQueue[dict[str, Any]]] = [queue.SimpleQueue() for _ in range(size)]
         self.gathered: list[bytes] = [b""] * size
         self.meeting = threading.Barrier(size, timeout=WAIT_S)
@@ -95,6 +96,12 @@ class ThreadRank:
         everything = b"".join(self._shared.gathered)
         self._meet()  # Nobody writes the next `gathered` before everybody has read this one.
         return _array_of(everything, (self.size, *y.shape), y.dtype)
+
+    def send_next(self, x: mx.array) -> None:
+        self._shared.passed[self.rank].put(_bytes_of(x))
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        return _array_of(self._wait(self._shared.passed[self.rank - 1]), shape, dtype)
 
     def close(self) -> None:
         if not self._closed:

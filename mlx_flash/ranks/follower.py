@@ -85,6 +85,12 @@ class Follower:
     def gather(self, y: mx.array) -> mx.array:
         return self._ring.gather(y)
 
+    def send_next(self, x: mx.array) -> None:
+        self._ring.send_next(x)
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        return self._ring.receive_previous(shape, dtype)
+
     def close(self) -> None:
         self._channel.close()
         self._ring.close()

@@ -24,8 +24,8 @@ class Call:
 class Group(Protocol):
     """The ranks that compute one model together.
 
-    MLX's communications must be enqueued in the same order on all ranks. `spread`, `receive` and `gather` enqueue
-    theirs at once, so the order of these calls is that order.
+    MLX's communications must be enqueued in the same order on all ranks. All methods that communicate enqueue
+    at once, so the order of these calls is that order.
     """
 
     rank: int
@@ -51,6 +51,12 @@ class Group(Protocol):
 
     def gather(self, y: mx.array) -> mx.array:
         """y: (n, ...), of equal shape and dtype on every rank -> (size, n, ...), in rank order."""
+
+    def send_next(self, x: mx.array) -> None:
+        """Begins to send x to the next rank; after the last one comes rank 0."""
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """What the rank before sends with `send_next`."""
 
     def close(self) -> None:
         """Rank 0: ends the other ranks. No process is left. It may be called twice."""

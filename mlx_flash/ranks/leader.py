@@ -107,6 +107,14 @@ class Leader:
         self._raise_fault()
         return self._ring.gather(y)
 
+    def send_next(self, x: mx.array) -> None:
+        self._raise_fault()
+        self._ring.send_next(x)
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        self._raise_fault()
+        return self._ring.receive_previous(shape, dtype)
+
     def close(self) -> None:
         self._closing.set()
         for channel in self._channels.values():

@@ -87,6 +87,14 @@ class Ring:
         mx.async_eval(gathered)
         return gathered.reshape(self.size, *y.shape)
 
+    def send_next(self, x: mx.array) -> None:
+        mx.async_eval(mx.distributed.send(x, (self.rank + 1) % self.size, group=self._joined()))
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        x = mx.distributed.recv(shape, dtype, (self.rank - 1) % self.size, group=self._joined())
+        mx.async_eval(x)
+        return x
+
     def close(self) -> None:
         self._kept.close()
         if self._listener is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..flash.in_place import InPlaceFiles
 from ..layers.expert_shares import ExpertShares
@@ -30,6 +30,7 @@ class ExpertsOfRank:
     """
 
     kind = EXPERTS
+    questions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
         self._group, self._folder, self._options, self._choices = group, folder, options, int(asked["choices"])

@@ -153,6 +153,7 @@ def plan_in_place(
         def divided(units: UnitCounts, demand: Demand, slot_bytes: int, resident: str, budget: int | None) -> Plan:
             chooser = "none: every token needs every layer" if dense else "none: the router chooses"
             resident += "" if images is None else ", the vision part"
+            resident += mixture.part and f"; {mixture.part}"
             drafting = "" if drafts is None else drafts.note
             added_note = "" if adapter is None else adapter.note
             notes = PlanNotes(resident, chooser, kv_cache=note + kv_bits, drafts=drafting, adapter=added_note)
@@ -165,8 +166,8 @@ def plan_in_place(
     def plan_for(total: int | None, context: int | str | None = options.context) -> InPlacePlan:
         made = plan_context(context, positions, demand_at, partial(divide, total), total, free)
         made = replace(made, parameters_bytes=whole_weights.everything)
-        # In a shared reading, the model returns no hidden states.
-        if made.layer_bytes_per_token and not (drafts is not None and drafts.of_own_head):
+        # In a shared reading, the model returns no hidden states, and other ranks' layers are not called.
+        if made.layer_bytes_per_token and not mixture.part and not (drafts is not None and drafts.of_own_head):
             each = bytes_of_a_shared_token(mixture, streamed)
             made = with_spare_for_chunks(made, each, options.prefill_chunk)
         return with_spare_for_rows(made, tables)

@@ -46,6 +46,7 @@ class InPlaceModel:
     lookup_tables: list[Table]  # those whose rows can be read
     streamed: set[str]  # paths of the parameters that do not stay in memory
     adapter: Adapter | None = None  # what was put into the model
+    part: str = ""  # what this rank computes, where layers are shared out over ranks
 
     @property
     def experts(self) -> int:

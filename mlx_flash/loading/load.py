@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .fill_slots import fill_slots
 from .forecast import Forecast
 from .in_place_loading import plan_in_place
 from .in_place_model import open_in_place
+from .layer_ranks import DividedLayers
 from .model_types import runs_as_it_is
 from .options import LoadOptions
 from .plan import Plan
@@ -61,8 +63,8 @@ def load(
         options: see LoadOptions.
         say: called with the plan and notes, before anything large is allocated.
         fetch: whether the Hub may be asked for a newer version of a repository; False for the copy on the disk.
-        group: other processes, on this machine or others, that hold and read parts of the model; None for none. Only
-            mixtures of experts are divided. The group is not closed with the model.
+        group: other processes, on this machine or others, that hold and read parts of the model; None for none. The
+            experts of a mixture and the layers of a dense model are divided. The group is not closed with the model.
         fields: the fields of LoadOptions, in place of `options`: `load(path, memory="6GB", context=4096)`.
 
     Returns:
@@ -285,8 +287,6 @@ def _plan_as_it_is(
             kind = "has no neurons that are exactly zero: every token needs every layer"
         given = "recall" if options.predictor == "auto" else f"predictor {options.predictor}"
         raise UsageError(f"{source} {kind}, so nothing is predicted. Leave {given} out.")
-    if ranks is not None and unit != "expert":
-        raise UsageError(f"{source} is streamed layer by layer, and only experts are divided among ranks.")
     check_compiler(say)
     config, defaults = read_config(small), read_generation_config(small)
     tokenizer = load_tokenizer(small, config)  # first, because the plan counts the memory that is in use by then
@@ -299,7 +299,13 @@ def _plan_as_it_is(
         )
     mixture = open_in_place(source, small, zoo, images=options.images, adapter=adapter)
     copies.close()  # before the first load reads and compares all weights
+    divided = None
+    if ranks is not None and unit == "layer":
+        divided = DividedLayers(ranks, source, mixture, options, drafts)
+        options, ranks = divided.options, None
     plan, build, plan_for, foresight = plan_in_place(source, mixture, options, drafts, images, ranks, zoo)
+    if divided is not None:
+        plan, build = divided.planned(plan), partial(divided.build, build)
     return Planned(plan, tokenizer, defaults, build, plan_for, foresight, drafts)
 
 

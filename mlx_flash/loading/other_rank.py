@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import FlashError
 from ..flash.random_state import kept_random_state
+from ..layers.ranked_experts import EXPERTS
+from ..layers.ranked_layers import LAYERS
 from ..ranks.group import Call, Group, Handlers
 from ..source.resolve import resolve_source
 from .experts_of_rank import ExpertsOfRank
+from .layers_of_rank import LayersOfRank
 from .load import check_compiler
 from .rank_questions import compare, options_in
 from .runtime import BUFFER_CACHE
@@ -18,6 +22,7 @@ class RankPart(Protocol):
     """A rank's part of a model."""
 
     kind: str  # of the calls that it computes
+    questions: dict[str, Callable[[Any], dict[str, Any]]]  # that it answers once it is built
 
     def offer(self) -> dict[str, Any]:
         """The answer to the question "plan"."""
@@ -31,7 +36,7 @@ class RankPart(Protocol):
     def close(self) -> None: ...
 
 
-PARTS: dict[str, Any] = {"experts": ExpertsOfRank}
+PARTS: dict[str, Any] = {EXPERTS: ExpertsOfRank, LAYERS: LayersOfRank}
 
 
 def register(group: Group, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
@@ -71,12 +76,15 @@ class _OtherRank:
         with BUFFER_CACHE.limited(), kept_random_state():
             part.build(share)
         self._part = self._handlers.calls[part.kind] = part
+        self._handlers.questions.update(part.questions)
         return {}
 
     def _unload(self, _: object) -> dict[str, Any]:
         if self._part is not None:
             self._handlers.calls.pop(self._part.kind, None)
             part, self._part = self._part, None
+            for name in part.questions:
+                self._handlers.questions.pop(name, None)
             part.close()
         return {}
 

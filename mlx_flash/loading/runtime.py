@@ -135,6 +135,7 @@ class Runtime:
     wiring: Wiring | None = None  # of the weights and slots; None: not measured
     adapter: Path | None = None  # the folder of the adapter that was put into the model
     ranks: Ranks | None = None  # that hold parts of the model besides this process; None for none
+    one_conversation: bool = False  # whether other ranks hold the KV cache of the last conversation, and of no other
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while the model computes a token or a chunk
     _closed: bool = False
 

@@ -74,7 +74,7 @@ class ReusedPromptCache:
     """
 
     def __init__(self, model: Any, files: ConversationFiles | None = None) -> None:
-        self.model, self._files = model, files
+        self.model, self._files = model, None if model.flash.one_conversation else files
         self.reused = 0  # number of the last prompt's tokens that were in a cache already
         self.planned_bytes: int = model.flash.plan.demand.prompt_caches  # may be lowered at any time
         self._last = self._empty()  # the last conversation's

@@ -1,0 +1,320 @@
+"""A dense model whose layers are shared out over ranks in ranges, as a pipeline.
+
+Every rank makes the same call of the same model with the same token ids. A layer of another rank returns its input, and
+its cache only counts the tokens, so that masks and positions are right. The first layer of a rank takes its input from
+the rank before; the result of its last layer goes to the rank after. Rank 0 has the first range, the embeddings and the
+output head, so the last rank's result returns to it.
+
+The numbers that a layer computes with, and the shapes of its arrays, are those of one rank, and so are the bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import FlashError, UsageError
+from ..flash.host_arrays import to_numpy
+from .later_interrupts import interrupts_later
+from .pipeline_text import (
+    DIGEST_BYTES,
+    count_tokens,
+    counts_tokens,
+    digests_of,
+    marks_of,
+    newest_digest,
+    no_marks,
+    trims,
+)
+from .streamed_layers import WRAPS
+
+LAYERS = "layers"  # the kind of a call: the digest of a text and the tokens that follow it, or nothing, to forget it
+FOLLOW = "follow"  # of a question whether a rank can continue a text
+
+
+class Neighbours(Protocol):
+    """What a pipeline needs of the ranks' group."""
+
+    rank: int
+    size: int
+
+    def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]: ...
+
+    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None: ...
+
+    def send_next(self, x: mx.array) -> None:
+        """Begins to send x to the next rank; after the last one comes rank 0."""
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """What the rank before sends, of this shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one layer hands to the next: (1, T, width)."""
+
+    width: int
+    dtype: mx.Dtype
+
+    def shape(self, tokens: int) -> tuple[int, int, int]:
+        return (1, tokens, self.width)
+
+
+class _Whole:
+    """Stands between the layers until a rank is connected: nothing is sent."""
+
+    def marks(self, x: mx.array) -> mx.array:
+        return no_marks(x.shape[-2], x.shape[0])
+
+    def skipped(self, x: mx.array, last: bool) -> mx.array:
+        return x
+
+    def enter(self, x: mx.array) -> mx.array:
+        return x
+
+    def leave(self, x: mx.array) -> mx.array:
+        return x
+
+
+def leave_out(layer: nn.Module, last: bool) -> None:
+    """Makes a layer return its first argument, while its cache counts the tokens. last: whether it is the model's."""
+    _wrap(layer, _left_out)
+    object.__setattr__(layer, "_last", last)
+
+
+def join(layer: nn.Module, first: bool, last: bool) -> None:
+    """Makes a rank's own layer hand over what it takes and returns. first, last: of the rank's range."""
+    _wrap(layer, _joined)
+    object.__setattr__(layer, "_at", (first, last))
+
+
+def connect(layers: Sequence[nn.Module], ends: _Whole) -> None:
+    """Puts a rank's ends between layers that were left out or joined."""
+    for layer in layers:
+        object.__setattr__(layer, "_ends", ends)
+
+
+def _wrap(layer: nn.Module, kind_of: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    object.__setattr__(layer, "_ends", _Whole())
+    object.__setattr__(layer, "__class__", kind_of(type(layer)))
+
+
+@functools.cache
+def _left_out(kind: type[nn.Module]) -> type[nn.Module]:
+    class LeftOut(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, x: mx.array, *arguments: Any, **named: Any) -> mx.array:
+            for part in (*arguments, *named.values()):
+                if counts_tokens(part):
+                    count_tokens(part, self._ends.marks(x))
+            return self._ends.skipped(x, self._last)
+
+    return _named(LeftOut, kind)
+
+
+@functools.cache
+def _joined(kind: type[nn.Module]) -> type[nn.Module]:
+    class Joined(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, x: mx.array, *arguments: Any, **named: Any) -> Any:
+            first, last = self._at
+            result = super().__call__(self._ends.enter(x) if first else x, *arguments, **named)
+            return self._ends.leave(result) if last else result
+
+    return _named(Joined, kind)
+
+
+def _named(made: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    made.__name__, made.__qualname__ = kind.__name__, kind.__qualname__
+    setattr(made, WRAPS, True)
+    return made
+
+
+@dataclass
+class _Pass:
+    """A call of the model. start: tokens and digest of the text before it. ids: int32 (T,). marks: of its tokens.
+
+    sent, received: whether rank 0's result is on its way, and whether the last rank's is.
+    """
+
+    start: tuple[int, bytes]
+    ids: np.ndarray
+    marks: mx.array
+    sent: bool = False
+    received: bool = False
+
+
+class FirstRank(_Whole):
+    """Rank 0's end: it tells the other ranks what they must compute, and receives what they have computed.
+
+    One conversation at a time: the other ranks hold the text of the last call, or the beginning of it.
+    """
+
+    def __init__(self, group: Neighbours, passed: Passed, counting: int) -> None:
+        """counting: the number, in a prompt cache, of a layer of another rank."""
+        self._group, self._passed, self._counting = group, passed, counting
+        self._end: tuple[int, bytes] | None = (0, b"")  # tokens and digest of the text that the others hold
+        self._pass: _Pass | None = None
+        self._lost = ""  # why no more calls can be made
+
+    @contextmanager
+    def passing(self, inputs: mx.array, cache: list[Any] | None) -> Iterator[None]:
+        """Wraps a call of the model. inputs: ids (1, T). cache: its prompt cache.
+
+        Raises UsageError for a call that several ranks cannot follow, FlashError if the others hold another text.
+        """
+        if self._lost:
+            raise FlashError(f"the layers of the other ranks are not in step any more: {self._lost}. Start again.")
+        if cache is None:
+            raise UsageError("a model whose layers are shared out over ranks needs a prompt cache.")
+        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] == 0:
+            raise UsageError("a model whose layers are shared out over ranks reads one text at a time.")
+        part = cache[self._counting]
+        if not counts_tokens(part):
+            raise UsageError(f"layers that are shared out over ranks cannot use a {type(part).__name__}.")
+        ids = to_numpy(inputs[0]).astype(np.int32)
+        start = (int(part.offset), newest_digest(part) if part.offset else b"")
+        if start[0] and start != self._end:
+            self._group.ask({FOLLOW: {"tokens": start[0], "digest": start[1].hex()}})
+        digests = digests_of(start[1], ids.tolist())
+        self._pass = running = _Pass(start, ids, marks_of(digests))
+        try:
+            yield
+            if not running.received:
+                raise FlashError("the model did not call its layers one after the other.")
+            self._end = (start[0] + len(ids), digests[-1])
+        except BaseException:
+            self._catch_up(running)
+            raise
+        finally:
+            self._pass = None
+
+    def _catch_up(self, running: _Pass) -> None:
+        """Receives what the others send in a pass that ended early, and makes them forget the text."""
+        if running.sent and not self._lost:
+            self._lost = "a pass was interrupted"
+            if not running.received:
+                mx.eval(self._group.receive_previous(self._passed.shape(len(running.ids)), self._passed.dtype))
+            self._group.call(LAYERS, np.zeros(0, np.int32))
+            self._lost = ""
+
+    def _running(self) -> _Pass:
+        if self._pass is None or self._pass.received:
+            raise FlashError("the model's layers were called in another way than by calling the model.")
+        return self._pass
+
+    def marks(self, x: mx.array) -> mx.array:
+        return self._running().marks
+
+    def leave(self, x: mx.array) -> mx.array:
+        """The others are called when there is something for them, because a rank that waits in MLX keeps a core busy.
+
+        Until then, an interruption is none of their business.
+        """
+        running = self._running()
+        mx.eval(x)
+        before = np.frombuffer(running.start[1].ljust(DIGEST_BYTES, b"\0"), np.int32)
+        with interrupts_later():
+            self._end, self._lost = None, "a message was not sent"
+            self._group.call(LAYERS, np.concatenate((before, running.ids)), tokens=running.start[0])
+            self._group.send_next(x)
+            running.sent, self._lost = True, ""
+        return x
+
+    def skipped(self, x: mx.array, last: bool) -> mx.array:
+        if not last:
+            return x
+        running = self._running()
+        with interrupts_later():
+            self._lost = "a message was not received"
+            received = self._group.receive_previous(x.shape, x.dtype)
+            mx.async_eval(received)
+            running.received, self._lost = True, ""
+        return received
+
+
+def lead(model: Any, first: FirstRank) -> None:
+    """Makes every call of the model pass all ranks."""
+    kind = type(model)
+
+    class Leading(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, inputs: mx.array, cache: Any = None, *arguments: Any, **named: Any) -> Any:
+            if any(value is not None for value in (*arguments, *named.values())):
+                raise UsageError("a model whose layers are shared out over ranks is called with token ids alone.")
+            with first.passing(inputs, cache):
+                return super().__call__(inputs, cache=cache)
+
+    Leading.__name__, Leading.__qualname__ = kind.__name__, kind.__qualname__
+    object.__setattr__(model, "__class__", Leading)
+
+
+class OtherRank(_Whole):
+    """Another rank's end, with the conversation that its range of layers is in."""
+
+    def __init__(
+        self,
+        group: Neighbours,
+        model: Any,
+        new_cache: Callable[[], list[Any]],
+        unchanged: Callable[[], None],
+        make_room: Callable[[list[Any], int], None],
+    ) -> None:
+        """new_cache: makes an empty prompt cache of the whole model. unchanged: raises ReadError if a file that was
+        read for this pass was changed meanwhile. make_room: grows a cache in use to hold so many tokens."""
+        self._group, self._model = group, model
+        self._new_cache, self._unchanged, self._make_room = new_cache, unchanged, make_room
+        self._cache: list[Any] = []
+        self._digests: list[bytes] = []  # of the text after each of its tokens
+
+    def can_follow(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Answers the question FOLLOW. Raises FlashError if this rank cannot continue the text."""
+        self._require(int(asked["tokens"]), bytes.fromhex(asked["digest"]))
+        return {}
+
+    def forget(self) -> None:
+        """Drops the conversation."""
+        self._cache, self._digests = [], []
+
+    def compute(self, ids: np.ndarray, tokens: int, digest: bytes) -> None:
+        """Computes this rank's layers for the next tokens of a text.
+
+        ids: int32 (T,). tokens: of the text before them, and its digest. Raises FlashError as `can_follow` does.
+        """
+        self._require(tokens, digest)
+        if tokens == 0:
+            self.forget()
+            self._cache = self._new_cache()
+        if surplus := len(self._digests) - tokens:
+            for part in self._cache:
+                part.trim(surplus)
+            del self._digests[tokens:]
+        self._make_room(self._cache, tokens + len(ids))
+        self._digests += digests_of(digest if tokens else b"", ids.tolist())
+        self._model(mx.array(ids)[None], cache=self._cache)
+        mx.async_eval([part.state for part in self._cache])
+
+    def _require(self, tokens: int, digest: bytes) -> None:
+        if tokens == 0:
+            return
+        held = len(self._digests)
+        if held < tokens or self._digests[tokens - 1] != digest or (held > tokens and not trims(self._cache)):
+            raise FlashError(
+                f"its layers do not hold the first {tokens} tokens of this conversation any more. Begin it anew: "
+                "where layers are shared out over ranks, each rank holds one conversation."
+            )
+
+    def marks(self, x: mx.array) -> mx.array:
+        return no_marks(x.shape[-2])
+
+    def enter(self, x: mx.array) -> mx.array:
+        return self._group.receive_previous(x.shape, x.dtype)
+
+    def leave(self, x: mx.array) -> mx.array:
+        self._unchanged()
+        self._group.send_next(x)
+        return x

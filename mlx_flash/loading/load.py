@@ -238,7 +238,7 @@ def _plan(
         read_generation_config(source)
         require_tokenizer(source)
     if ranks is not None:
-        raise UsageError(f"{source} is streamed neuron by neuron, and only experts are divided among ranks.")
+        raise UsageError(f"{source} is streamed neuron by neuron, and only experts and layers are divided among ranks.")
     if adapter is not None:
         raise UsageError(
             f"{source} is streamed neuron by neuron, and its predictors were fitted to it without an adapter. Write "

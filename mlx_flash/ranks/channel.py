@@ -13,7 +13,7 @@ from typing import Any
 from . import messages
 
 BEAT_S = 1.0
-SILENT_S = 5.0  # A peer that is silent for so long is given up.
+SILENT_S = 8.0  # A peer that is silent for so long is given up. Loading a model keeps a busy processor for seconds.
 # A call of a layer that takes so long is given up. A chunk of a prompt may read all units of a layer: 6 GB of the
 # largest mixtures take a minute from a disk of 100 MB/s.
 STUCK_S = 300.0

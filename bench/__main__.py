@@ -33,6 +33,7 @@ COMMANDS = {  # command -> its module
     "drafts": "drafts_time",
     "together": "together",
     "host": "host_time",
+    "neuron-pieces": "neuron_pieces",
     "trials": "trial_choices",
     "grammars": "grammars",
     "lookahead": "guesses",

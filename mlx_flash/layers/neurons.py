@@ -111,14 +111,23 @@ class StreamedNeurons(nn.Module):
 
         y = mx.zeros_like(x)
         for ids, rows in self.units.use(_union(chosen), packed=len(x) <= PACKED_TOKENS, meanwhile=prefetch):
-            index = mx.array(ids.astype(np.int32))
-            known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
-            h = self._activation(*known, *self._products(x, rows, index))
-            if len(chosen) > 1:
-                h = mx.where(mx.take(mask, index, axis=1), h, 0)
-            y = y + _combine(h, rows[-1])
+            y = y + self._output(x, ids, rows, mask if len(chosen) > 1 else None, activations)
             self.units.guard(y)
         return y
+
+    def _output(
+        self, x: mx.array, ids: np.ndarray, rows: StoredRows, mask: mx.array | None, activations: mx.array | None
+    ) -> mx.array:
+        """The part of the layer's output that neurons `ids` (n,) give, (N, D). rows: see `NeuronSlots.use`.
+
+        mask: bool (N, F), each position's own neurons; None if all have the same. activations: see Predictor.
+        """
+        index = mx.array(ids.astype(np.int32))
+        known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
+        h = self._activation(*known, *self._products(x, rows, index))
+        if mask is not None:
+            h = mx.where(mx.take(mask, index, axis=1), h, 0)
+        return _combine(h, rows[-1])
 
 
 def _project(x: mx.array, rows: mx.array | PackedRows) -> mx.array:

@@ -90,19 +90,30 @@ class _Piece:
 class NeuronSlots(Units):
     """One layer of the bundle file behind a cache of `slots` blocks.
 
-    parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere).
+    parts: the neighbouring parts of a bundle that are kept in slots (all, or those not resident elsewhere). share: the
+    blocks that are held, None for all. Neurons are then counted from the first one of the share, and blocks as well.
     Raises FlashError if this machine's device does not see what the host writes into the slots.
     """
 
     shared: NeuronFile
 
     def __init__(
-        self, shared: NeuronFile, layer: int, slots: int, parts: tuple[str, ...], window: int | None = None
+        self,
+        shared: NeuronFile,
+        layer: int,
+        slots: int,
+        parts: tuple[str, ...],
+        window: int | None = None,
+        share: range | None = None,
     ) -> None:
         layout = shared.layout
-        super().__init__(shared, layout.blocks, slots, window)
+        held = range(layout.blocks) if share is None else share
+        super().__init__(shared, len(held), slots, window)
         self.layout = layout
         self.layer = layer
+        self.first_neuron = held.start * layout.neurons_per_block
+        self.neurons = min(held.stop * layout.neurons_per_block, layout.neurons) - self.first_neuron
+        self.file_offset = layer * layout.layer_bytes + held.start * layout.block_bytes
         self.parts = parts
         self.part_offset, self.slot_bytes = layout.part_range(parts)
         self.rows = self._slots_with(self.cache.slots) if self.cache.slots else None
@@ -128,7 +139,7 @@ class NeuronSlots(Units):
         return self.slot_bytes
 
     def places(self, units: np.ndarray) -> np.ndarray:
-        offsets = self.layer * self.layout.layer_bytes + units.astype(np.int64) * self.layout.block_bytes
+        offsets = self.file_offset + units.astype(np.int64) * self.layout.block_bytes
         return np.stack((np.zeros(len(units), np.int64), offsets + self.part_offset), axis=1)
 
     def _verify_file(self) -> None:
@@ -226,10 +237,10 @@ class NeuronSlots(Units):
         self.cache.recover()
         with self.shared.draining():
             ready = self._start_piece(0)
-            for start in range(0, self.layout.neurons, self.layout.piece_neurons):
+            for start in range(0, self.neurons, self.layout.piece_neurons):
                 piece = ready
                 self._finish_piece(piece)
-                if piece.stop < self.layout.neurons:
+                if piece.stop < self.neurons:
                     ready = self._start_piece(piece.stop)
                 ids = np.arange(start, piece.stop)
                 blocks, lanes = np.divmod(ids, self.layout.neurons_per_block)
@@ -237,7 +248,7 @@ class NeuronSlots(Units):
                 yield start, piece.stop, piece.rows.take(piece.places[blocks - first], lanes, self.parts)
 
     def whole_bundles(self) -> Generator[tuple[int, int, tuple[mx.array, ...]]]:
-        """Like `pieces`, with every part and without the slots.
+        """Like `pieces`, with every part, without the slots, and of the whole layer.
 
         The store has checksums of whole blocks only. If slots hold a part of each block, the checksums of these parts
         are made here, from bytes that have just been verified.
@@ -258,7 +269,7 @@ class NeuronSlots(Units):
     def _start_piece(self, start: int) -> _Piece:
         clock, counters, layout = self.shared.clock, self.shared.counters, self.layout
         clock.start()
-        stop = min(start + layout.piece_neurons, layout.neurons)
+        stop = min(start + layout.piece_neurons, self.neurons)
         first = start // layout.neurons_per_block
         blocks = np.arange(first, -(-stop // layout.neurons_per_block))
         absent = int(np.count_nonzero(self.cache.slot_of[blocks] < 0))
@@ -275,7 +286,7 @@ class NeuronSlots(Units):
         else:
             which = first // layout.piece_blocks % 2
             pool = self.shared.scratch[which]
-            offset = self.layer * layout.layer_bytes + first * layout.block_bytes
+            offset = self.file_offset + first * layout.block_bytes
             segment = (np.array([value]) for value in (offset, pool.address, len(blocks) * layout.block_bytes))
             # Blocks in slots are read as well, because one long read is faster than several with gaps.
             counters.misses += len(blocks)
@@ -306,6 +317,6 @@ class NeuronSlots(Units):
     def _submit_blocks(self, blocks: np.ndarray, slots: np.ndarray) -> Ticket:
         assert self.pool is not None
         layout = self.layout
-        offsets = self.layer * layout.layer_bytes + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
+        offsets = self.file_offset + blocks.astype(np.int64) * layout.block_bytes + self.part_offset
         addresses = self.pool.address + slots.astype(np.int64) * self.slot_bytes
         return self.shared.reader.submit(self.shared.file, offsets, addresses, self.slot_bytes, destination=self.pool)

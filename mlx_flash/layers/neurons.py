@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 
 import mlx.core as mx
@@ -53,7 +54,7 @@ class StreamedNeurons(nn.Module):
         def score(x: mx.array) -> mx.array:
             return predictor(x * scale + shift)[0]  # bool (N, F)
 
-        self.ahead = LookAhead(following.units, score, lambda mask, _: _union(mask))
+        self.ahead = LookAhead(following.units, score, lambda mask, _: following._to_prefetch(_union(mask)))
 
     def exact_predictor(self, dtype: mx.Dtype) -> ExactPredictor:
         """A predictor that computes which neurons can be active. Reads the first projection, which it keeps."""
@@ -109,25 +110,40 @@ class StreamedNeurons(nn.Module):
             if ahead is not None and guess is not None:
                 ahead.prefetch(guess, chosen)
 
+        return self._sum(x, _union(chosen), mask if len(chosen) > 1 else None, activations, prefetch)
+
+    def _sum(
+        self,
+        x: mx.array,
+        ids: np.ndarray,
+        mask: mx.array | None,
+        activations: mx.array | None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> mx.array:
+        """The output of neurons `ids` (ascending), without a bias: (N, D). meanwhile: see `Units.use`.
+
+        mask: bool (N, F), each position's own neurons; None if all have the same. activations: see Predictor.
+        """
         y = mx.zeros_like(x)
-        for ids, rows in self.units.use(_union(chosen), packed=len(x) <= PACKED_TOKENS, meanwhile=prefetch):
-            y = y + self._output(x, ids, rows, mask if len(chosen) > 1 else None, activations)
+        for piece, rows in self.units.use(ids, packed=len(x) <= PACKED_TOKENS, meanwhile=meanwhile):
+            y = y + self._output(x, piece, rows, mask, activations)
             self.units.guard(y)
         return y
 
     def _output(
         self, x: mx.array, ids: np.ndarray, rows: StoredRows, mask: mx.array | None, activations: mx.array | None
     ) -> mx.array:
-        """The part of the layer's output that neurons `ids` (n,) give, (N, D). rows: see `NeuronSlots.use`.
-
-        mask: bool (N, F), each position's own neurons; None if all have the same. activations: see Predictor.
-        """
+        """What one piece of `_sum` adds."""
         index = mx.array(ids.astype(np.int32))
         known = [] if activations is None else [mx.take(activations, index, axis=1)]  # (N, n)
         h = self._activation(*known, *self._products(x, rows, index))
         if mask is not None:
             h = mx.where(mx.take(mask, index, axis=1), h, 0)
         return _combine(h, rows[-1])
+
+    def _to_prefetch(self, ids: np.ndarray) -> np.ndarray:
+        """Those of the guessed neurons `ids` (ascending) that this process reads."""
+        return ids
 
 
 def _project(x: mx.array, rows: mx.array | PackedRows) -> mx.array:

@@ -16,9 +16,11 @@ import numpy as np
 from ..flash.neurons import NeuronSlots
 from ..ranks.group import Call, Group
 from .activations import Activation
+from .later_interrupts import interrupts_later
 from .neurons import StreamedNeurons
 
-SOME, ALL, AHEAD = "neurons", "all neurons", "neurons ahead"  # the kinds of these calls
+NEURONS = "neurons"  # the kind of these calls
+SOME, ALL, AHEAD = range(3)  # what a call is for: the named neurons, all of them, or only to read the named ones
 NO_IDS = np.empty(0, np.int32)
 
 
@@ -33,8 +35,7 @@ class RankedNeurons(StreamedNeurons):
         self._layer, self._group = layer, group
 
     def _all(self, x: mx.array) -> mx.array:
-        self._call(ALL, NO_IDS, x)
-        return self._exchange(x, super()._all)
+        return self._exchange(x, super()._all, ALL, NO_IDS, x)
 
     def _sum(
         self,
@@ -49,13 +50,13 @@ class RankedNeurons(StreamedNeurons):
         if not len(others):
             return compute(x, own, mask, activations, meanwhile)
         masks = [] if mask is None else [mx.take(mask, mx.array(others), axis=1).astype(x.dtype)]  # (N, n)
-        self._call(SOME, others, mx.concatenate([x, *masks], axis=1), masked=len(masks))
-        return self._exchange(x, lambda x: compute(x, own, mask, activations, meanwhile))
+        sent = mx.concatenate([x, *masks], axis=1)
+        return self._exchange(x, lambda x: compute(x, own, mask, activations, meanwhile), SOME, others, sent)
 
     def _to_prefetch(self, ids: np.ndarray) -> np.ndarray:
         own, others = self._divided(ids)
         if len(others):
-            self._group.call(AHEAD, others, layer=self._layer)
+            self._group.call(NEURONS, others, purpose=AHEAD, layer=self._layer)
         return own
 
     def _divided(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,18 +64,24 @@ class RankedNeurons(StreamedNeurons):
         own = np.searchsorted(ids, self.units.neurons)
         return ids[:own], ids[own:].astype(np.int32)
 
-    def _call(self, kind: str, ids: np.ndarray, x: mx.array, **numbers: int) -> None:
-        self._group.call(kind, ids, layer=self._layer, tokens=len(x), **numbers)
-        self._group.spread(x)
+    def _exchange(
+        self, x: mx.array, compute: Callable[[mx.array], mx.array], purpose: int, ids: np.ndarray, sent: mx.array
+    ) -> mx.array:
+        """The sum of all ranks' outputs for x (N, D): (N, D).
 
-    def _exchange(self, x: mx.array, compute: Callable[[mx.array], mx.array]) -> mx.array:
-        """The sum of all ranks' outputs for x (N, D): (N, D)."""
-        try:
-            y = compute(x)
-        except BaseException:  # such as a failed read: the other ranks gather all the same
-            self._group.gather(mx.zeros_like(x))
-            raise
-        first, *others = self._group.gather(y)
+        compute: this rank's output. purpose, ids: of the call of the others. sent: x, with their masks beside it.
+        """
+        group = self._group
+        masked = sent.shape[-1] - x.shape[-1]
+        with interrupts_later():
+            group.call(NEURONS, ids, purpose=purpose, layer=self._layer, tokens=len(x), masked=masked)
+            group.spread(sent)
+            try:
+                y = compute(x)
+            except BaseException:  # such as a failed read: the other ranks gather all the same
+                group.gather(mx.zeros_like(x))
+                raise
+            first, *others = group.gather(y)
         for each in others:
             first = first + each
         return first
@@ -88,18 +95,18 @@ class NeuronCalls:
 
     def __call__(self, call: Call) -> None:
         """Reads the neurons that are missing, and adds up the outputs of this rank's own. Raises ReadError."""
-        layer = self._layers[call.numbers["layer"]]
+        layer, purpose = self._layers[call.numbers["layer"]], call.numbers["purpose"]
         units, width = layer.units, layer.units.layout.width
         begin, end = np.searchsorted(call.ids, (units.first_neuron, units.first_neuron + units.neurons))
         ids = call.ids[begin:end] - units.first_neuron
-        if call.kind == AHEAD:
+        if purpose == AHEAD:
             units.prefetch(ids)
             return
-        columns = len(call.ids) if call.numbers.get("masked") else 0
+        columns = call.numbers["masked"]
         x = self._group.receive((call.numbers["tokens"], width + columns), self._dtype)
         units.shared.before_layer(x)
         x, masks = x[:, :width], x[:, width:]
-        if call.kind == ALL:
+        if purpose == ALL:
             y = layer._all(x)
         elif not columns:
             y = layer._sum(x, ids, None, None)

@@ -23,10 +23,13 @@ from ..layers.activations import Activation
 from ..layers.neurons import StreamedNeurons
 from ..layers.predictors import ImportedPredictor, LowRankPredictor, Predictor, ShadowPredictor
 from ..layers.quantised import companions, matrices_of, widen
+from ..layers.ranked_neurons import RankedNeurons
 from ..layers.recall import PredictorSetting
 from .load_progress import tell_progress
+from .neuron_ranks import DividedNeurons
 from .options import LoadOptions
 from .plan import Plan
+from .ranked_loading import Ranks
 from .reading_trials import reader_for, reading_trials
 from .runtime import Runtime, evaluate_constants
 
@@ -43,10 +46,13 @@ def build(
     folder: Path,
     options: LoadOptions,
     say: Callable[[str], None],
+    ranks: Ranks | None = None,
+    divided: DividedNeurons | None = None,
 ) -> Any:
     """Turns a model with random, never evaluated weights into the one that runs. Its `flash` is the Runtime.
 
     kind: the kind of predictor, with its `setting` if it is a stored one. say: called with notes.
+    ranks: those that hold neurons, as they are `divided`; None for this process alone.
 
     Raises CorruptStoreError or MissingTensorError if the contents of the store in `folder` do not match the model or
     the checksums, ReadError if they cannot be read.
@@ -63,9 +69,13 @@ def build(
     file.sums = read_block_sums(folder, manifest)
     streamer = NeuronFile(file, reader_for(options), layout)
     bias = any(name.endswith(".up_bias") for name in manifest.files[Manifest.resident_file]["crc32"])
+    share = None if divided is None else divided.of(0)
     for index, layer in enumerate(model.layers):
-        stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), options.window)
-        layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
+        stream = NeuronSlots(streamer, index, plan.slots[index], slot_parts(manifest, kind), options.window, share)
+        if ranks is None:
+            layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
+        else:
+            layer.mlp = RankedNeurons(stream, activation, manifest.decode_tokens, bias, index, ranks.group)
     _load_resident(model, folder, manifest, dtype)
     tensors = predictor_tensors(folder, manifest, kind)
     for index, layer in enumerate(model.layers):
@@ -89,6 +99,7 @@ def build(
         most_positions=manifest.decode_tokens,
         prefill_tokens=options.prefill_chunk,
         trials=reading_trials(streamer, layers, options, folder, plan.slot_share, "neurons"),
+        ranks=ranks,
     )
     return model
 

@@ -62,14 +62,14 @@ def divide_experts(
     found = ranks.capacities(own, "experts", folder, **more)
     counts = units_of_layers(layers, units_of_ranks(sum(layers), found))
     slots = tuple(slots_of_layers(own.slots, [each[0] for each in counts]))
-    changed: dict[str, Any] = {"expert_slots": slots, "ranks": tuple(described(found, counts))}
+    changed: dict[str, Any] = {"expert_slots": slots, "ranks": tuple(described(found, counts, "experts"))}
     if not plan.layer_bytes_per_token:
         changed |= {"slots": slots, "notes": replace(plan.notes, slots=", of rank 0's share")}
     return DividedExperts(replace(plan, **changed), counts)
 
 
-def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]]) -> Iterator[str]:
-    """The lines of the plan about the ranks. counts: see `DividedExperts`."""
+def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]], units: str) -> Iterator[str]:
+    """The lines of the plan about the ranks. counts: see `DividedExperts`. units: what is divided."""
     total = sum(map(sum, counts))
     for rank, capacity in enumerate(ranks):
         held = [each[rank] for each in counts]
@@ -79,7 +79,7 @@ def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]]) -> Ite
         where = "all in slots"
         if sum(slots) < sum(held):
             where = f"{sum(slots) / sum(held):.0%} in slots; its disk reads {capacity.rate / 1e9:.2g} GB/s"
-        share = f"{each} experts of each layer ({sum(held) / total:.0%}), {where}"
+        share = f"{each} {units} of each layer ({sum(held) / total:.0%}), {where}"
         yield f"  rank {rank:<12}{capacity.budget / 1e9:8.3f} GB  {capacity.host}: {share}"
 
 

@@ -95,7 +95,7 @@ class InPlacePlan(Plan):
     layer_bytes_per_token: bytes of the other layers, which every token reads. proposed_bytes: bytes of the units that
     `bytes_for` counts. parameters_bytes: bytes of all weights of the checkpoint. chunks_at_once: number of a prompt's
     chunks that share a reading of the layers. reads_rows: whether rows of lookup tables are read. rows_saved: memory
-    that this saves, or would save, in bytes. ranks: for several ranks, a line about each one's share.
+    that this saves, or would save, in bytes.
     """
 
     expert_slots: tuple[int, ...] = ()
@@ -106,10 +106,6 @@ class InPlacePlan(Plan):
     chunks_at_once: int = 1
     reads_rows: bool = False
     rows_saved: int = 0
-    ranks: tuple[str, ...] = ()
-
-    def describe(self) -> str:
-        return "\n".join([super().describe(), *self.ranks])
 
     @property
     def spare_slots(self) -> int:

@@ -64,7 +64,8 @@ def load(
         say: called with the plan and notes, before anything large is allocated.
         fetch: whether the Hub may be asked for a newer version of a repository; False for the copy on the disk.
         group: other processes, on this machine or others, that hold and read parts of the model; None for none. The
-            experts of a mixture and the layers of a dense model are divided. The group is not closed with the model.
+            experts of a mixture, the neurons of a store and the layers of a dense model are divided. The group is not
+            closed with the model.
         fields: the fields of LoadOptions, in place of `options`: `load(path, memory="6GB", context=4096)`.
 
     Returns:
@@ -237,16 +238,14 @@ def _plan(
             return planned._replace(folder=source)
         read_generation_config(source)
         require_tokenizer(source)
-    if ranks is not None:
-        raise UsageError(f"{source} is streamed neuron by neuron, and only experts and layers are divided among ranks.")
     if adapter is not None:
         raise UsageError(
             f"{source} is streamed neuron by neuron, and its predictors were fitted to it without an adapter. Write "
             f"the changed model once, {FUSE}, and run FUSED."
         )
-    folder = ensure_store(source, name, say) if prepare else _converted_before(source, name)
+    folder = ensure_store(source, name, say) if prepare else converted_before(source, name)
     check_compiler(say)
-    return plan_store(folder, options, copies, drafts)._replace(folder=folder)
+    return plan_store(folder, options, copies, drafts, ranks)._replace(folder=folder)
 
 
 def _require_vision(source: Path, small: Path) -> None:
@@ -259,7 +258,11 @@ def _require_vision(source: Path, small: Path) -> None:
         raise UsageError(f"{source} ({config.get('model_type')}) is not a model that reads images. Leave images out.")
 
 
-def _converted_before(source: Path, name: str | None) -> Path:
+def converted_before(source: Path, name: str | None) -> Path:
+    """The store at `source`, or the one that the checkpoint there was converted to. name: the user's name for it.
+
+    Raises UsageError.
+    """
     folder = source if is_store(source) else cached_store_path(source, name)[0]
     if not is_store(folder):
         raise UsageError(

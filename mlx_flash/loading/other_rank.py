@@ -7,13 +7,12 @@ from typing import Any, Protocol
 
 from ..errors import FlashError
 from ..flash.random_state import kept_random_state
-from ..layers.ranked_experts import EXPERTS
-from ..layers.ranked_layers import LAYERS
 from ..ranks.group import Call, Group, Handlers
 from ..source.resolve import resolve_source
 from .experts_of_rank import ExpertsOfRank
 from .layers_of_rank import LayersOfRank
-from .load import check_compiler
+from .load import check_compiler, converted_before
+from .neurons_of_rank import NeuronsOfRank
 from .rank_questions import compare, options_in
 from .runtime import BUFFER_CACHE
 
@@ -36,7 +35,7 @@ class RankPart(Protocol):
     def close(self) -> None: ...
 
 
-PARTS: dict[str, Any] = {EXPERTS: ExpertsOfRank, LAYERS: LayersOfRank}
+PARTS: dict[str, Any] = {each.kind: each for each in (ExpertsOfRank, NeuronsOfRank, LayersOfRank)}
 
 
 def register(group: Group, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
@@ -63,6 +62,8 @@ class _OtherRank:
         options = options_in(asked, self._memory)
         name = asked["model"] if self._model is None else self._model
         folder = resolve_source(name, options.revision if self._model is None else None, _print, fetch=False)
+        if kind == NeuronsOfRank.kind:
+            folder = converted_before(folder, name)
         compare(folder, asked["checksum"])
         check_compiler(_print)
         with kept_random_state():

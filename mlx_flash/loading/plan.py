@@ -111,6 +111,7 @@ class Plan:
     free: int  # free memory of the machine when the plan was made
     smallest: int  # smallest budget for this model
     everything: int  # budget with which all units are resident
+    ranks: tuple[str, ...] = ()  # for several ranks, a line about each one's share
 
     @property
     def slots_bytes(self) -> int:
@@ -182,7 +183,7 @@ class Plan:
                 "free, so the system will have to swap. Close other programs, or choose a smaller --memory (without "
                 "it, the budget is a share of the free memory)."
             )
-        return "\n".join(["memory plan", *lines])
+        return "\n".join(["memory plan", *lines, *self.ranks])
 
     @property
     def _tokens(self) -> str:

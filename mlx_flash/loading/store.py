@@ -31,19 +31,26 @@ from .context import plan_context
 from .draft_model import PlannedDrafts
 from .memory_needs import InputShape, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
+from .neuron_ranks import divide_neurons, gathered_bytes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, grammar_bytes, make_plan
 from .planned import Planned
 from .quantised_cache import quantise_cache
+from .ranked_loading import Ranks
 from .streaming_needs import loading_excess_bytes, neurons_need, process_bytes, reading_bytes, scratch_bytes
 
 
 def plan_store(
-    folder: Path, options: LoadOptions, copies: contextlib.ExitStack, drafts: PlannedDrafts | None
+    folder: Path,
+    options: LoadOptions,
+    copies: contextlib.ExitStack,
+    drafts: PlannedDrafts | None,
+    ranks: Ranks | None = None,
 ) -> Planned:
     """The plan for the store in `folder`, ready to be loaded.
 
-    copies: keeps copies of small files until all is loaded. Raises StoreError and its subclasses, BudgetError and
+    copies: keeps copies of small files until all is loaded. ranks: those that the neurons are divided among; None for
+    this process alone. Raises StoreError and its subclasses, BudgetError and
     UsageError.
     """
     manifest = read_manifest(folder)
@@ -75,16 +82,21 @@ def plan_store(
             f"{manifest.layout.layers}. Convert the checkpoint again."
         )
     _check_ffn(model.layers[0].mlp, manifest, folder)
-    plan = _plan(model, manifest, kind, setting, folder, options, drafts)
+    size = 1 if ranks is None else ranks.group.size
+    plan, divided = _plan(model, manifest, kind, setting, folder, options, drafts, size), None
+    if ranks is not None:
+        plan, divided = divide_neurons(ranks, manifest, plan, _need(manifest, kind, setting), folder, options)
 
     def build(say: Callable[[str], None]) -> Any:
         if setting is not None:
             say(setting.describe())
-        return dense.build(model, manifest, plan, kind, setting, folder, options, say)
+        if ranks is not None and divided is not None:
+            ranks.begin({"counts": divided.counts, "need": divided.need})
+        return dense.build(model, manifest, plan, kind, setting, folder, options, say, ranks, divided)
 
     def plan_for(total: int, context: int | str | None = options.context) -> Plan:
         asked = replace(options, memory=total, context=context)
-        return _plan(model, manifest, kind, setting, folder, asked, drafts)
+        return _plan(model, manifest, kind, setting, folder, asked, drafts, size)
 
     return Planned(plan, tokenizer, read_generation_config(small), build, plan_for, drafts=drafts)
 
@@ -149,7 +161,9 @@ def _plan(
     folder: Path,
     options: LoadOptions,
     drafts: PlannedDrafts | None,
+    ranks: int,
 ) -> Plan:
+    """ranks: the number of those that hold neurons."""
     layout = manifest.layout
     dtype = dense.compute_dtype(manifest.resident_dtype)
     sizes = dense.resident_sizes(folder, manifest, dtype.size)
@@ -192,7 +206,8 @@ def _plan(
         threads = options.threads or THREADS
         demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, process(), at_load, options.parallel)
         drafting = 0 if drafts is None else drafts.bytes_at(context, needs, manifest.decode_tokens)
-        return replace(demand, drafts=drafting)
+        gathered = gathered_bytes(layout, options.prefill_chunk, ranks) if ranks > 1 else 0
+        return replace(demand, drafts=drafting, workspace=demand.workspace + gathered)
 
     def divide(demand: Demand, context: int, note: str) -> Plan:
         notes = replace(_notes(manifest, kind, note + kv_bits), drafts="" if drafts is None else drafts.note)

@@ -34,6 +34,7 @@ COMMANDS = {  # command -> its module
     "together": "together",
     "host": "host_time",
     "neuron-pieces": "neuron_pieces",
+    "rank-tokens": "rank_tokens",
     "trials": "trial_choices",
     "grammars": "grammars",
     "lookahead": "guesses",

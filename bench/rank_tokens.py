@@ -57,11 +57,12 @@ def main(arguments: argparse.Namespace) -> None:
     for count in ranks:
         question = [folder, count, arguments.memory, arguments.tokens]
         runs.append(ask(__name__, question, f"{count} ranks"))
-    rows, first = [], runs[0]["ids"]
+    rows, first = [], runs[0]["ids"]  # [prompt][token]
     for run in runs:
         pairs = [pair for a, b in zip(first, run["ids"], strict=True) for pair in zip(a, b, strict=True)]
         run["equal"], run["tokens"] = sum(a == b for a, b in pairs), len(pairs)
         held = f"{run['held'] / run['blocks']:.0%}"
+        del run["ids"]
         rows.append([str(run["ranks"]), held, f"{run['equal']} of {run['tokens']}", f"{run['ms']:.1f}"])
     table(["ranks", "neurons of rank 0", f"tokens as with {ranks[0]}", "ms per token"], rows)
     where = environment(find_store(arguments.model))

@@ -198,8 +198,9 @@ def test_shares_of_a_layer_are_its_rows(tiny_of: Callable[[str], Tiny], name: st
         for part, found in zip(rows, zip(*pieces, strict=True), strict=True):
             assert np.allclose(np.concatenate(found), part, atol=1e-6)
         last = np.array([units.neurons - 1])
-        ((_, found_last),) = units.use(last, packed=False)
-        assert all(np.allclose(np.array(a[0]), b[-1], atol=1e-6) for a, b in zip(found_last, rows, strict=True))
+        found_rows: list[Any] = [rows_of for _, rows_of in units.use(last, packed=False)]
+        assert len(found_rows) == 1
+        assert all(np.allclose(np.array(a)[0], b[-1], atol=1e-6) for a, b in zip(found_rows[0], rows, strict=True))
     shared.close()
 
 

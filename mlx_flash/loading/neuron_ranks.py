@@ -101,8 +101,8 @@ def gathered_bytes(layout: NeuronLayout, tokens: int, ranks: int) -> int:
 def plan_of_share(manifest: Manifest, biases: int, options: LoadOptions, sharing: int, taken: int, size: int) -> Plan:
     """The plan of a rank that holds nothing but neurons.
 
-    biases: their bytes. sharing: the ranks without a budget of their own that are on rank 0's machine, if this one is
-    too, else 1. taken: bytes that rank 0 will allocate on this machine. size: the number of ranks. Raises BudgetError.
+    biases: their bytes. sharing: number of ranks that plan at the same time on this machine. taken: bytes that rank 0
+    will allocate on it. size: number of all ranks. Raises BudgetError.
     """
     layout = manifest.layout
     tokens = max(options.prefill_chunk, options.parallel * manifest.decode_tokens)

@@ -72,7 +72,7 @@ class NeuronsOfRank:
             layers.append(self._layer(units))
         self._flash = Runtime(self._plan, streamer, layers, "none", 0, 0, manifest)
         self._calls = NeuronCalls(self._group, layers, self._dtype)
-        fill_slots(self._flash, self._folder, warm=False)
+        fill_slots(self._flash, self._folder, warm=False, shown=False)
 
     def _layer(self, units: NeuronSlots) -> StreamedNeurons:
         manifest = self._manifest

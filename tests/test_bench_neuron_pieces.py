@@ -1,4 +1,4 @@
-"""`bench neuron-pieces`: both ways decode the same token, and the pieces add up."""
+"""`bench neuron-pieces` and `rank-tokens`: both ways decode the same token, and what ranks say is compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 
-from mlx_flash.bench import neuron_pieces
+from mlx_flash.bench import neuron_pieces, rank_tokens
 from mlx_flash.bench.__main__ import make_parser
 from mlx_flash.errors import UsageError
 from mlx_flash.layers.neurons import StreamedNeurons
@@ -33,3 +33,28 @@ def test_the_command_prints_both_ways(tiny_of: Callable[[str], Tiny], capsys: py
     arguments.tokens = 1000
     with pytest.raises(UsageError, match="positions"):
         arguments.run(arguments)
+
+
+def test_tokens_of_ranks_are_compared(
+    tiny_of: Callable[[str], Tiny], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {1: [[5, 6], [7, 8]], 2: [[5, 6], [7, 8]], 3: [[5, 6], [7, 9]]}
+    asked = []
+
+    def ask(_: str, question: list[Any], name: str) -> dict[str, Any]:
+        asked.append(name)
+        return {"ranks": question[1], "ids": said[question[1]], "ms": 1.0, "held": 2, "blocks": 4}
+
+    monkeypatch.setattr(rank_tokens, "ask", ask)
+    store = str(tiny_of("float32").store)
+    arguments = make_parser().parse_args(["rank-tokens", "--model", store, "--ranks", "1,2,3"])
+    arguments.run(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [run["equal"] for run in json.loads(lines[-1])["runs"]] == [4, 4, 3]
+    assert len(asked) == 3 and any("3 of 4" in line for line in lines)
+
+
+def test_one_rank_continues_prompts_alone(speaker: Any) -> None:
+    found = rank_tokens.continue_prompts(str(speaker), 1, "1GB", 3)
+    assert [len(ids) for ids in found["ids"]] == [3] * len(rank_tokens.PROMPTS)
+    assert found["held"] == found["blocks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,13 @@ class NeuronsOfRank:
         mark_in_use(file.fd)
         file.sums = read_block_sums(self._folder, manifest)
         streamer = NeuronFile(file, reader_for(options), manifest.layout)
+        plan = replace(self._plan, slots=divided.slots(rank, sum(self._plan.slots)))
         layers = []
-        for number, slots in enumerate(divided.slots(rank, sum(self._plan.slots))):
+        for number, slots in enumerate(plan.slots):
             parts = manifest.layout.parts
             units = NeuronSlots(streamer, number, slots, parts, options.window, divided.of(rank))
             layers.append(self._layer(units))
-        self._flash = Runtime(self._plan, streamer, layers, "none", 0, 0, manifest)
+        self._flash = Runtime(plan, streamer, layers, "none", vocabulary=0, positions=0, manifest=manifest)
         self._calls = NeuronCalls(self._group, layers, self._dtype)
         fill_slots(self._flash, self._folder, warm=False, shown=False)
 

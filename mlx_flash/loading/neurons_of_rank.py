@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -38,6 +38,7 @@ class NeuronsOfRank:
     """
 
     kind = NEURONS
+    questions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
         self._group, self._folder, self._options = group, folder, options

@@ -76,10 +76,13 @@ def remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """Makes a group and removes it at the end. Raises UsageError if that is not possible."""
+def memory_group(limit_bytes: int, name: str = "") -> Iterator[MemoryGroup]:
+    """Makes a group and removes it at the end. Raises UsageError if that is not possible.
+
+    name: tells several groups of this process apart.
+    """
     v1 = (V1 / "memory.limit_in_bytes").exists()
-    folder = (V1 if v1 else V2) / f"mlx_flash-{os.getpid()}"
+    folder = (V1 if v1 else V2) / f"mlx_flash-{os.getpid()}{name}"
     try:
         folder.mkdir()
         (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit_bytes))

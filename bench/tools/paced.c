@@ -3,7 +3,7 @@
  * Every preadv takes its turn: it may return when a disk of that rate, which serves one read after the other, would have
  * served it and all reads before it, and not before a latency has passed. A read that the real disk serves later than
  * that is not delayed. Reads through the page cache may be let through, as if all of the file were in it. pacing.py
- * builds the library and sets the rate.
+ * builds the library and sets the rate; a process whose environment has PACED_BYTES_PER_SECOND begins with that rate.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -35,6 +36,13 @@ void paced_set(int64_t rate, int64_t latency, int direct)
     latency_ns = latency;
     only_direct = direct;
     pthread_mutex_unlock(&lock);
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    const char *rate = getenv("PACED_BYTES_PER_SECOND");
+    if (rate != NULL)
+        paced_set(atoll(rate), 0, 0);
 }
 
 /* Returns when a read of so many bytes, which begins now, may return; 0 if it is not paced. */

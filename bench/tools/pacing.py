@@ -28,6 +28,11 @@ def preloaded() -> Iterator[None]:
         os.environ["LD_PRELOAD"] = before
 
 
+def paced_environment(bytes_per_second: int) -> dict[str, str]:
+    """The variables with which a process and all its children read at that rate, each for itself; 0 as the disk is."""
+    return {"LD_PRELOAD": preload_with(library()), "PACED_BYTES_PER_SECOND": str(bytes_per_second)}
+
+
 def hold(bytes_per_second: int, latency_s: float = 0.0, only_direct: bool = False) -> None:
     """Holds the reads of this process, which was started with the library, at a rate. 0 ends that.
 

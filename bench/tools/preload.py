@@ -1,4 +1,4 @@
-"""Builds the libraries that are preloaded into child processes. Needs a C compiler and Linux."""
+"""Builds the libraries that are preloaded into child processes, and small programs. Needs a C compiler and Linux."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ import tempfile
 from pathlib import Path
 
 
-@functools.cache
 def library_of(source: Path) -> Path:
     """The compiled library of a C file, built once per version of the file."""
+    return _built(source, ".so", ("-shared", "-fPIC"))
+
+
+def program_of(source: Path) -> Path:
+    """The compiled program of a C file, built once per version of the file."""
+    return _built(source, ".program", ())
+
+
+@functools.cache
+def _built(source: Path, suffix: str, options: tuple[str, ...]) -> Path:
     version = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    target = Path(tempfile.gettempdir()) / f"{source.stem}-{os.getuid()}-{version}.so"
+    target = Path(tempfile.gettempdir()) / f"{source.stem}-{os.getuid()}-{version}{suffix}"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(source), "-ldl", "-lpthread"], check=True)
+        subprocess.run(["cc", *options, "-O1", "-o", str(made), str(source), "-ldl", "-lpthread"], check=True)
         made.replace(target)
     return target
 

@@ -1,0 +1,66 @@
+"""What several machines cost and bring per token: the model to compare measurements with, and to compute others from.
+
+A layer's experts are shared out over N ranks in a ring. Rank 0 sends every rank a control message (the ids) and its
+input x down the chain 0, 1, ..., N-1; each rank multiplies its own experts; a gather in the ring takes N-1 steps, in
+each of which every rank passes one rank's outputs y on. So a layer's exchange takes
+
+    exchange = max(control, (N-1) * (message + x_bytes / rate)) + (N-1) * (message + y_bytes / rate)
+
+seconds, where `message` is the time of an empty message between neighbours and `control` that of a control message. A
+token takes, with L layers and each rank reading its own missing experts,
+
+    token = resident + L * exchange + L * expert_bytes / disk * largest(missing, N)
+
+where `largest` is the expected number of missing experts on the rank that has most of them, and `resident` all work
+that one rank does alone. Reading that overlaps with the exchange is not counted, so the model is pessimistic there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Link:
+    """message_s: of an empty message from neighbour to neighbour. control_s: of a control message, one way."""
+
+    message_s: float
+    control_s: float
+    bytes_per_second: float
+
+
+def gather_seconds(link: Link, ranks: int, y_bytes: float) -> float:
+    """y_bytes: of one rank's outputs."""
+    return (ranks - 1) * (link.message_s + y_bytes / link.bytes_per_second)
+
+
+def exchange_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> float:
+    """All messages of one layer on a ring, without any work between them."""
+    if ranks == 1:
+        return 0.0
+    return max(link.control_s, gather_seconds(link, ranks, x_bytes)) + gather_seconds(link, ranks, y_bytes)
+
+
+def largest_share(experts: int, chosen: int, ranks: int) -> float:
+    """The expected number of a token's experts on the rank that has most of them.
+
+    The experts are dealt evenly, and every set of `chosen` ones is equally likely. P(most <= m) is the coefficient of
+    z**chosen in the product over the ranks of sum_{j <= m} C(n_r, j) z**j, divided by C(experts, chosen).
+    """
+    held = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
+    at_most = []
+    for most in range(chosen + 1):
+        product = np.ones(1)
+        for n in held:
+            product = np.convolve(product, [comb(n, j) for j in range(most + 1)])[: chosen + 1]
+        ways = product[chosen] if len(product) > chosen else 0.0
+        at_most.append(ways / comb(experts, chosen))
+    return float(sum(1 - share for share in at_most[:-1]))
+
+
+def token_seconds(resident_s: float, layers: int, exchange_s: float, read_s: float) -> float:
+    """read_s: of a layer, on the rank that reads most."""
+    return resident_s + layers * (exchange_s + read_s)

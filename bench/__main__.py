@@ -36,6 +36,7 @@ COMMANDS = {  # command -> its module
     "neuron-pieces": "neuron_pieces",
     "rank-tokens": "rank_tokens",
     "trials": "trial_choices",
+    "ranks": "several_ranks",
     "ring-costs": "ring_costs",
     "grammars": "grammars",
     "lookahead": "guesses",

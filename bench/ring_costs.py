@@ -2,8 +2,9 @@
 
 Each rank is a process in a network namespace of its own. Packets between namespaces are carried by a small program that
 holds each for a fixed time. Rank 0 measures messages alone, gathers, and the whole exchange of a layer in two ways: as
-the ranks do it (ids on the control connection, x down the chain, a gather in the ring), and over the control connections
-alone. The model of tools/rank_costs.py is fitted to the messages and the gathers, and compared with the exchanges.
+the ranks do it (ids on the control connection, x down the chain, a gather in the ring), and over the control
+connections alone (a star). The model of tools/rank_costs.py is fitted to the messages and the gathers, and compared
+with the exchanges.
 """
 
 from __future__ import annotations

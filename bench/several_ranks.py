@@ -1,0 +1,250 @@
+"""What do several ranks bring? Tokens per second of a mixture on 1, 2 and 4 ranks, each with its own memory and disk.
+
+A synthetic mixture of experts is written. Each rank is a process in a network namespace and a memory cgroup of its own,
+and its reads are held at a fixed rate, so two ranks have twice the memory and twice the disk. They share the
+processor's cores, though. Packets between ranks are held for a fixed time, those of the control connections included.
+All decode the same tokens, drawn at random; their logits must have the same bits. Beside each measurement stands what
+tools/rank_costs.py computes from the messages alone, measured between the same namespaces, and the time of one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flash.cli.run import whole_number
+from mlx_flash.errors import FlashError
+from mlx_flash.source.children import child_environment
+
+from . import ring_costs
+from .quality import say
+from .synthetic.mixture_checkpoint import Shape, write_mixture
+from .tools import figures, subprocess_json
+from .tools.cgroup import run_child
+from .tools.namespaces import Machines, machines
+from .tools.pacing import paced_environment
+from .tools.rank_costs import Link, exchange_seconds, largest_share, token_seconds
+from .tools.report import environment
+
+FOUR_BITS = {"group_size": 64, "bits": 4}
+SHAPE = Shape("qwen3_moe", 6, 1024, 512, 64, 8, 8, 2, 64, FOUR_BITS, True)
+SHARE = 0.25  # of the experts that one rank's memory has room for
+CONTEXT = 512
+DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
+WARM_UP = 32  # tokens
+WAITED = 24  # tokens of which the time in gathers is taken, after those that are timed
+MESSAGE_ROUNDS = 40
+PART = "mlx_flash.bench.several_ranks"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=whole_number(1, 8), action="append", help="repeatable (default: 1, 2 and 4)")
+    parser.add_argument("--delay-ms", type=float, action="append", help=f"each way; repeatable (default: {DELAYS_MS})")
+    parser.add_argument("--tokens", type=whole_number(4), default=64, help="to time (default: %(default)s)")
+    parser.add_argument(
+        "--disk",
+        type=whole_number(1),
+        default=50,
+        metavar="MB",
+        help="MB per second of each rank (default: %(default)s)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    counts = sorted({1, *(arguments.ranks or (1, 2, 4))})  # all are compared with one
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="mlx_flash-ranks-") as folder:
+        path = Path(folder) / "model"
+        write_mixture(path, SHAPE, SHAPE.layers, mx.float32, 0)
+        budget = subprocess_json.ask(PART, ["budget", {"model": str(path)}], "the plan")["budget"]
+        question = {"model": str(path), "memory": budget, "tokens": arguments.tokens, "cache": folder}
+        for count in counts:
+            for delay_ms in (arguments.delay_ms or DELAYS_MS) if count > 1 else (0.0,):
+                say(f"{count} ranks, {delay_ms:g} ms each way")
+                with machines(count, delay_ms / 1e3, budget) as made:
+                    found = decode(made, question, arguments.disk * 10**6)
+                    pairs = rows_of_gather(count)
+                    messages = ring_costs.measure(made, pairs, MESSAGE_ROUNDS) if count > 1 else None
+                rows.append({"ranks": count, "delay_ms": delay_ms, **found, "messages": messages})
+    for row in rows:
+        compare(row, rows[0], arguments.disk * 1e6)
+    show(rows)
+    settings = {"share": SHARE, "budget": budget, "disk_bytes_per_second": arguments.disk * 10**6, "shape": vars(SHAPE)}
+    print(json.dumps({"command": "ranks", "environment": environment(Path.cwd()), **settings, "rows": rows}))
+
+
+def decode(made: Machines, question: dict[str, Any], rate: int) -> dict[str, Any]:
+    """Starts rank 0 on the first machine; it starts the others."""
+    hosts = [{"ssh": name, "ips": [address]} for name, address in zip(made.names, made.addresses, strict=True)]
+    (made.folder / "hosts.json").write_text(json.dumps(hosts))
+    asked = {**question, "hosts": str(made.folder / "hosts.json") if len(hosts) > 1 else None}
+    words = [sys.executable, "-B", "-m", PART, json.dumps(["decode", asked])]
+    where = child_environment(**made.environment(), **paced_environment(rate), MLX_FLASH_CACHE=question["cache"])
+    done = run_child(made.command(0, words), where)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    if done.returncode != 0 or "error" in found:
+        kills = sum(group.kills() for group in made.groups)
+        raise FlashError(
+            found.get("error") or f"rank 0 ended with {done.returncode}; the kernel killed {kills} processes."
+        )
+    return {**found, "peak_bytes": [group.peak_bytes() for group in made.groups]}
+
+
+def rows_of_gather(ranks: int) -> int:
+    """Rows that each rank adds to a gather of one token, on average: those of the rank that has most, rounded."""
+    return max(1, round(largest_share(SHAPE.experts, SHAPE.choices, ranks)))
+
+
+def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
+    """Adds what the model says of a row, and whether its logits have the bits of one rank."""
+    row["same_bits"] = row["logits"] == alone["logits"]
+    row["speed"] = alone["token_s"] / row["token_s"]
+    if row["messages"] is None:
+        row["computed_s"] = row["token_s"]
+        return
+    pairs, x_bytes = rows_of_gather(row["ranks"]), 4 * SHAPE.hidden
+    row["link"] = ring_costs.compared(row["ranks"], pairs, row["messages"])["link"]
+    exchange = exchange_seconds(Link(**row["link"]), row["ranks"], x_bytes, pairs * x_bytes)
+    missing = sum(row["bytes"]) / row["expert_bytes"] / SHAPE.layers
+    read = row["expert_bytes"] / rate * most_missing(missing, row["ranks"])
+    resident = alone["token_s"] - sum(alone["bytes"]) / rate
+    row["exchange_s"] = exchange
+    row["computed_s"] = token_seconds(resident, SHAPE.layers, exchange, read)
+
+
+def most_missing(missing: float, ranks: int) -> float:
+    """`largest_share` for a mean number of experts, which need not be whole."""
+    low = int(missing)
+    shares = [largest_share(SHAPE.experts, n, ranks) if n else 0.0 for n in (low, low + 1)]
+    return shares[0] + (missing - low) * (shares[1] - shares[0])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    head = [
+        "ranks",
+        "delay ms",
+        "tokens/s",
+        "of one",
+        "ms/token",
+        "computed",
+        "MB/rank",
+        "in gathers",
+        "peaks MB",
+        "bits",
+    ]
+    cells = [
+        [
+            str(row["ranks"]), f"{row['delay_ms']:g}", f"{1 / row['token_s']:.2f}", f"{row['speed']:.2f}",
+            f"{1e3 * row['token_s']:.1f}", f"{1e3 * row['computed_s']:.1f}",
+            " ".join(f"{each / 1e6:.2f}" for each in row["bytes"]),
+            f"{1e3 * row['gathers_s']:.1f}" if row["ranks"] > 1 else "-",
+            " ".join(f"{each / 1e6:.0f}" for each in row["peak_bytes"]),
+            "same" if row["same_bits"] else "OTHER",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    figures.table(head, cells)
+
+
+# -- in the child processes ------------------------------------------------------------------------------------------
+
+
+def work(part: str, question: dict[str, Any]) -> dict[str, Any]:
+    return {"budget": budget_of, "decode": decode_here}[part](question)
+
+
+def budget_of(question: dict[str, Any]) -> dict[str, Any]:
+    from mlx_flash.loading.load import plan
+    from mlx_flash.loading.plan import ENDLESS
+
+    return {"budget": plan(question["model"], memory=ENDLESS, context=CONTEXT).bytes_for(SHARE)}
+
+
+def decode_here(question: dict[str, Any]) -> dict[str, Any]:
+    """Decodes tokens on rank 0. All times are medians per token; bytes: read per token, by each rank."""
+    from mlx_flash.loading.load import load
+
+    group: Any = None
+    if question["hosts"]:
+        from mlx_flash.ranks.hosts import read_hosts
+        from mlx_flash.ranks.leader import Leader
+
+        group = Leader(read_hosts(question["hosts"]), say=say)
+    try:
+        options = {"memory": question["memory"], "context": CONTEXT, "threads": 8, "io": "direct", "trials": False}
+        model, _ = load(question["model"], say=say, **({"group": group} if group else {}), **options)
+        processes = ["self", *(() if group is None else group.pids)]
+        return measure(model, group, processes, question["tokens"])
+    finally:
+        if group is not None:
+            group.close()
+
+
+def measure(model: Any, group: Any, processes: list[Any], tokens: int) -> dict[str, Any]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, WARM_UP + tokens + WAITED)
+    cache, digest = make_prompt_cache(model), hashlib.sha256()
+
+    def step(token: int) -> float:
+        began = time.perf_counter()
+        logits = model(mx.array([[token]]), cache=cache)
+        mx.eval(logits)
+        took = time.perf_counter() - began
+        digest.update(memoryview(logits.astype(mx.float32)))
+        return took
+
+    for token in ids[:WARM_UP]:
+        step(int(token))
+    before = [bytes_read(each) for each in processes]
+    times = [step(int(token)) for token in ids[WARM_UP : WARM_UP + tokens]]
+    nbytes = [(bytes_read(each) - old) / tokens for each, old in zip(processes, before, strict=True)]
+    waits = gathers_timed(group) if group is not None else []
+    for token in ids[WARM_UP + tokens :]:
+        step(int(token))
+    units = model.flash.layers[0].units
+    return {
+        "token_s": sum(times) / len(times),
+        "median_s": median(times),
+        "bytes": nbytes,
+        "gathers_s": sum(waits) / WAITED,
+        "expert_bytes": units.unit_bytes,
+        "logits": digest.hexdigest(),
+    }
+
+
+def gathers_timed(group: Any) -> list[float]:
+    """From now on, appends the seconds that rank 0 waits in each gather after its own outputs are there."""
+    waits: list[float] = []
+    gather = group.gather
+
+    def timed(y: mx.array) -> mx.array:
+        mx.eval(y)
+        began = time.perf_counter()
+        gathered: mx.array = gather(y)
+        mx.eval(gathered)
+        waits.append(time.perf_counter() - began)
+        return gathered
+
+    group.gather = timed
+    return waits
+
+
+def bytes_read(process: Any) -> int:
+    """Bytes that a process has read from disks."""
+    lines = Path(f"/proc/{process}/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+if __name__ == "__main__":
+    subprocess_json.answer(work)

@@ -179,7 +179,7 @@ def decode_here(question: dict[str, Any]) -> dict[str, Any]:
         from mlx_flash.ranks.hosts import read_hosts
         from mlx_flash.ranks.leader import Leader
 
-        group = Leader(read_hosts(question["hosts"]), say=say)
+        group = Leader(read_hosts(question["hosts"]), say=say, environment=child_environment())
     try:
         options = {"memory": question["memory"], "context": CONTEXT, "threads": 8, "io": "direct", "trials": False}
         model, _ = load(question["model"], say=say, **({"group": group} if group else {}), **options)

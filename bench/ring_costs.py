@@ -96,8 +96,9 @@ def compared(ranks: int, pairs: int, found: dict[str, Any]) -> dict[str, Any]:
     """The link fitted to messages and gathers, and the exchange computed from it."""
     steps = ranks - 1
     times = np.divide([found[f"gather {size}"] for size in SIZES], steps)
-    per_byte, message = np.polyfit(SIZES, times, 1, w=1 / times)
-    link = Link(float(message), found["control"] / 2, float(1 / per_byte))
+    per_byte = max(1e-12, float(np.polyfit(SIZES, times, 1, w=1 / times)[0]))
+    message = max(0.0, median(times - per_byte * np.array(SIZES)))
+    link = Link(message, found["control"] / 2, 1 / per_byte)
     x_bytes = 4 * HIDDEN
     return {
         "link": vars(link),

@@ -37,7 +37,7 @@ from .tools.rank_costs import Link, exchange_seconds, largest_share, token_secon
 from .tools.report import environment
 
 FOUR_BITS = {"group_size": 64, "bits": 4}
-SHAPE = Shape("qwen3_moe", 6, 1024, 512, 64, 8, 8, 2, 64, FOUR_BITS, True)
+SHAPE = Shape("qwen3_moe", 6, 1024, 1024, 128, 8, 8, 2, 64, FOUR_BITS, True)
 SHARE = 0.25  # of the experts that one rank's memory has room for
 CONTEXT = 512
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
@@ -88,6 +88,7 @@ def decode(made: Machines, question: dict[str, Any], rate: int) -> dict[str, Any
     hosts = [{"ssh": name, "ips": [address]} for name, address in zip(made.names, made.addresses, strict=True)]
     (made.folder / "hosts.json").write_text(json.dumps(hosts))
     asked = {**question, "hosts": str(made.folder / "hosts.json") if len(hosts) > 1 else None}
+    asked["groups"] = [str(group.folder) for group in made.groups]
     words = [sys.executable, "-B", "-m", PART, json.dumps(["decode", asked])]
     where = child_environment(**made.environment(), **paced_environment(rate), MLX_FLASH_CACHE=question["cache"])
     done = run_child(made.command(0, words), where)
@@ -183,14 +184,14 @@ def decode_here(question: dict[str, Any]) -> dict[str, Any]:
     try:
         options = {"memory": question["memory"], "context": CONTEXT, "threads": 8, "io": "direct", "trials": False}
         model, _ = load(question["model"], say=say, **({"group": group} if group else {}), **options)
-        processes = ["self", *(() if group is None else group.pids)]
-        return measure(model, group, processes, question["tokens"])
+        return measure(model, group, [Path(each) for each in question["groups"]], question["tokens"])
     finally:
         if group is not None:
             group.close()
 
 
-def measure(model: Any, group: Any, processes: list[Any], tokens: int) -> dict[str, Any]:
+def measure(model: Any, group: Any, ranks: list[Path], tokens: int) -> dict[str, Any]:
+    """ranks: the cgroup of each."""
     from mlx_lm.models.cache import make_prompt_cache
 
     ids = np.random.default_rng(0).integers(0, model.args.vocab_size, WARM_UP + tokens + WAITED)
@@ -206,9 +207,9 @@ def measure(model: Any, group: Any, processes: list[Any], tokens: int) -> dict[s
 
     for token in ids[:WARM_UP]:
         step(int(token))
-    before = [bytes_read(each) for each in processes]
+    before = [bytes_read(each) for each in ranks]
     times = [step(int(token)) for token in ids[WARM_UP : WARM_UP + tokens]]
-    nbytes = [(bytes_read(each) - old) / tokens for each, old in zip(processes, before, strict=True)]
+    nbytes = [(bytes_read(each) - old) / tokens for each, old in zip(ranks, before, strict=True)]
     waits = gathers_timed(group) if group is not None else []
     for token in ids[WARM_UP + tokens :]:
         step(int(token))
@@ -240,10 +241,10 @@ def gathers_timed(group: Any) -> list[float]:
     return waits
 
 
-def bytes_read(process: Any) -> int:
-    """Bytes that a process has read from disks."""
-    lines = Path(f"/proc/{process}/io").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+def bytes_read(group: Path) -> int:
+    """Bytes that the processes of a cgroup have read from disks."""
+    text = [Path(f"/proc/{process}/io").read_text() for process in (group / "cgroup.procs").read_text().split()]
+    return sum(int(line.split()[1]) for each in text for line in each.splitlines() if line.startswith("read_bytes"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ from .tools.report import environment
 
 FOUR_BITS = {"group_size": 64, "bits": 4}
 SHAPE = Shape("qwen3_moe", 6, 1024, 1024, 128, 8, 8, 2, 64, FOUR_BITS, True)
+REPEATED = 0.2  # share of a token's experts that the next token reuses: most of them change, so much is read
 SHARE = 0.25  # of the experts that one rank's memory has room for
+FOR_RANKS = 90 * 10**6  # bytes more for each of several ranks, for MLX's ring and the messages of a prompt's chunk
 CONTEXT = 512
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
 WARM_UP = 32  # tokens
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disk",
         type=whole_number(1),
-        default=50,
+        default=60,
         metavar="MB",
         help="MB per second of each rank (default: %(default)s)",
     )
@@ -65,14 +67,15 @@ def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mlx_flash-ranks-") as folder:
         path = Path(folder) / "model"
-        write_mixture(path, SHAPE, SHAPE.layers, mx.float32, 0)
+        write_mixture(path, SHAPE, SHAPE.layers, mx.float32, 0, REPEATED)
         budget = subprocess_json.ask(PART, ["budget", {"model": str(path)}], "the plan")["budget"]
-        question = {"model": str(path), "memory": budget, "tokens": arguments.tokens, "cache": folder}
+        question = {"model": str(path), "tokens": arguments.tokens, "cache": folder}
         for count in counts:
             for delay_ms in (arguments.delay_ms or DELAYS_MS) if count > 1 else (0.0,):
                 say(f"{count} ranks, {delay_ms:g} ms each way")
-                with machines(count, delay_ms / 1e3, budget) as made:
-                    found = decode(made, question, arguments.disk * 10**6)
+                memory = budget + (FOR_RANKS if count > 1 else 0)
+                with machines(count, delay_ms / 1e3, memory) as made:
+                    found = decode(made, {**question, "memory": memory}, arguments.disk * 10**6)
                     pairs = rows_of_gather(count)
                     messages = ring_costs.measure(made, pairs, MESSAGE_ROUNDS) if count > 1 else None
                 rows.append({"ranks": count, "delay_ms": delay_ms, **found, "messages": messages})

@@ -80,12 +80,17 @@ def main(arguments: argparse.Namespace) -> None:
     )
 
 
-def write_mixture(output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int) -> int:
-    """Writes a checkpoint to a temporary folder and renames it, so that it is complete. Returns its bytes."""
+def write_mixture(
+    output: Path, shape: Shape, layers: int, dtype: mx.Dtype, seed: int, repeated: float = REPEATED
+) -> int:
+    """Writes a checkpoint to a temporary folder and renames it, so that it is complete. Returns its bytes.
+
+    repeated: the share of a token's experts that the next token reuses.
+    """
     return write_random(
         output,
-        lambda vocabulary: _tensors(shape, layers, vocabulary, dtype, seed),
-        lambda vocabulary: _config(shape, layers, vocabulary, seed),
+        lambda vocabulary: _tensors(shape, layers, vocabulary, dtype, seed, repeated),
+        lambda vocabulary: _config(shape, layers, vocabulary, seed, repeated),
     )
 
 
@@ -108,7 +113,7 @@ def popularity(experts: int, choices: int, repeated: float, rng: np.random.Gener
 
 
 def _tensors(
-    shape: Shape, layers: int, vocabulary: int, dtype: mx.Dtype, seed: int
+    shape: Shape, layers: int, vocabulary: int, dtype: mx.Dtype, seed: int, repeated: float
 ) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype, Load]]:
     """(name, shape, dtype, load) of all tensors, under mlx-lm's names."""
     hidden = shape.hidden
@@ -125,7 +130,7 @@ def _tensors(
         rng = np.random.default_rng([seed, 2, layer])
         own = rng.standard_normal((shape.experts, hidden)) / np.sqrt(hidden)
         own -= np.outer(own @ common, common)  # make a token's own part independent of the common part
-        bias = popularity(shape.experts, shape.choices, REPEATED, rng) * np.sqrt(1 - SHARED**2)
+        bias = popularity(shape.experts, shape.choices, repeated, rng) * np.sqrt(1 - SHARED**2)
         return mx.array((own + np.outer(bias / (np.sqrt(hidden) * SHARED), common)).astype(np.float32)).astype(dtype)
 
     def matrix(name: str, dims: tuple[int, int], spread: float) -> Iterator[Any]:
@@ -182,10 +187,10 @@ def _tensors(
                 yield plain(f"{path}.bias", (shape.experts, rows), 0.0)
 
 
-def _config(shape: Shape, layers: int, vocabulary: int, seed: int) -> dict[str, Any]:
+def _config(shape: Shape, layers: int, vocabulary: int, seed: int, repeated: float) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": shape.model_type,
-        "synthetic": {"repeated": REPEATED, "seed": seed},
+        "synthetic": {"repeated": repeated, "seed": seed},
         "vocab_size": vocabulary,
         "hidden_size": shape.hidden,
         "num_hidden_layers": layers,

@@ -38,6 +38,7 @@ COMMANDS = {  # command -> its module
     "trials": "trial_choices",
     "ranks": "several_ranks",
     "ring-costs": "ring_costs",
+    "links": "link_table",
     "grammars": "grammars",
     "lookahead": "guesses",
     "ordering": "ordering",

@@ -33,7 +33,7 @@ from mlx_flash.source.children import child_environment
 from .quality import say
 from .tools import figures, subprocess_json
 from .tools.namespaces import Machines, machines
-from .tools.rank_costs import Link, exchange_seconds
+from .tools.rank_costs import Link, exchange_seconds, star_seconds
 from .tools.report import environment
 
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
@@ -102,17 +102,29 @@ def compared(ranks: int, pairs: int, found: dict[str, Any]) -> dict[str, Any]:
     x_bytes = 4 * HIDDEN
     return {
         "link": vars(link),
-        "exchange_computed": exchange_seconds(link, ranks, x_bytes, x_bytes * pairs),
+        "ring_computed": exchange_seconds(link, ranks, x_bytes, x_bytes * pairs),
+        "star_computed": star_seconds(link, ranks, x_bytes, x_bytes * pairs),
     }
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    head = ["ranks", "delay ms", "control ms", "message ms", "GB/s", "ring ms", "computed", "star ms", "spins"]
+    head = [
+        "ranks",
+        "delay ms",
+        "control ms",
+        "message ms",
+        "GB/s",
+        "ring ms",
+        "computed",
+        "star ms",
+        "computed",
+        "spins",
+    ]
     rows = [
         [
             str(row["ranks"]), f"{row['delay_ms']:g}", f"{1e3 * row['link']['control_s']:.3f}",
             f"{1e3 * row['link']['message_s']:.3f}", f"{row['link']['bytes_per_second'] / 1e9:.2f}",
-            f"{1e3 * row['ring']:.3f}", f"{1e3 * row['exchange_computed']:.3f}", f"{1e3 * row['star']:.3f}",
+            f"{1e3 * row['ring']:.3f}", f"{1e3 * row['ring_computed']:.3f}", f"{1e3 * row['star']:.3f}", f"{1e3 * row['star_computed']:.3f}",
             f"{row['spinning']:.2f}",
         ]
         for row in results

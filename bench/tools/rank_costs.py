@@ -44,6 +44,16 @@ def exchange_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> 
     return max(link.control_s, gather_seconds(link, ranks, x_bytes)) + gather_seconds(link, ranks, y_bytes)
 
 
+def star_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> float:
+    """The same if rank 0 sent x with each control message, and every rank answered with its outputs alone.
+
+    All bytes pass rank 0's own connection to the link.
+    """
+    if ranks == 1:
+        return 0.0
+    return 2 * link.control_s + (ranks - 1) * (x_bytes + y_bytes) / link.bytes_per_second
+
+
 def largest_share(experts: int, chosen: int, ranks: int) -> float:
     """The expected number of a token's experts on the rank that has most of them.
 

@@ -1,0 +1,73 @@
+"""What would several Macs cost and bring, by the link between them? Computed, from published figures; nothing is run.
+
+For Qwen3-30B-A3B in 4 bits, with memory for a quarter of the experts on each machine, and every expert chosen equally
+often. The formulas are those of tools/rank_costs.py. What rank 0 does alone takes as long as on one machine, and is
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .synthetic.mixture_checkpoint import SHAPES
+from .tools import figures
+from .tools.rank_costs import Link, exchange_seconds, largest_share, star_seconds
+
+LINKS = {
+    # Round trips of 0.34 to 0.70 ms and 52 Gbit/s between two Macs: github.com/exo-explore/exo, pull request 2063.
+    "Thunderbolt 5, TCP": Link(0.29e-3, 0.29e-3, 6.6e9),
+    # 5 to 9 microseconds are reported for a message, and 3.5 GB/s: github.com/ml-explore/mlx, issue 3207. The control
+    # connection is TCP.
+    "Thunderbolt 5, JACCL": Link(0.009e-3, 0.29e-3, 3.5e9),
+    # An assumption: round trips of 0.2 ms. The rate is that of the wire.
+    "10 GbE, TCP": Link(0.1e-3, 0.1e-3, 1.18e9),
+}
+SHARE = 0.25  # of the experts, on each machine
+HALF = 2  # bytes of a number of x and y
+CHUNK = 512  # tokens of a prompt
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--disk", type=float, default=3.0, metavar="GB", help="per second, of each machine (default: %(default)s)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    rows = [row_of(name, link, ranks, arguments.disk * 1e9) for name, link in LINKS.items() for ranks in (2, 4)]
+    alone = row_of("one machine", Link(0, 0, 1), 1, arguments.disk * 1e9)
+    head = ["link", "ranks", "layer ms", "token: messages ms", "reading ms", "both ms", "as a star", "prompt chunk s"]
+    cells = [
+        [
+            row["link"], str(row["ranks"]), f"{row['layer_ms']:.2f}", f"{row['messages_ms']:.1f}",
+            f"{row['reading_ms']:.0f}", f"{row['messages_ms'] + row['reading_ms']:.0f}", f"{row['star_ms']:.1f}",
+            f"{row['chunk_s']:.2f}",
+        ]
+        for row in [alone, *rows]
+    ]  # fmt: skip
+    print("computed, not measured")
+    figures.table(head, cells)
+    print(json.dumps({"command": "links", "disk_bytes_per_second": arguments.disk * 1e9, "rows": [alone, *rows]}))
+
+
+def row_of(name: str, link: Link, ranks: int, disk: float) -> dict[str, Any]:
+    """star_ms: the messages of a token over the control connections alone."""
+    shape = SHAPES["qwen3-30b-a3b"]
+    expert = 3 * shape.hidden * shape.neurons * (4 + 2 * 16 / 64) / 8  # 4 bits, and a scale and a bias for 64 numbers
+    x_bytes = HALF * shape.hidden
+    y_bytes = x_bytes * largest_share(shape.experts, shape.choices, ranks)
+    layer = exchange_seconds(link, ranks, x_bytes, y_bytes)
+    missing = max(0.0, 1 - ranks * SHARE)
+    read = expert / disk * missing * largest_share(shape.experts, shape.choices, ranks)
+    pairs = CHUNK * shape.choices / ranks  # about even, because there are many
+    return {
+        "link": name,
+        "ranks": ranks,
+        "layer_ms": 1e3 * layer,
+        "messages_ms": 1e3 * layer * shape.layers,
+        "reading_ms": 1e3 * read * shape.layers,
+        "star_ms": 1e3 * shape.layers * star_seconds(link, ranks, x_bytes, y_bytes),
+        "chunk_s": shape.layers * exchange_seconds(link, ranks, CHUNK * x_bytes, pairs * x_bytes),
+    }

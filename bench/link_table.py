@@ -18,8 +18,8 @@ from .tools.rank_costs import Link, exchange_seconds, largest_share, star_second
 LINKS = {
     # Round trips of 0.34 to 0.70 ms and 52 Gbit/s between two Macs: github.com/exo-explore/exo, pull request 2063.
     "Thunderbolt 5, TCP": Link(0.29e-3, 0.29e-3, 6.6e9),
-    # 5 to 9 microseconds are reported for a message, and 3.5 GB/s: github.com/ml-explore/mlx, issue 3207. The control
-    # connection is TCP.
+    # 5 to 9 microseconds are reported for a message (techboards.net, thread 5374), and 3.5 GB/s (github.com/
+    # ml-explore/mlx, issue 3207). The control connection is TCP all the same.
     "Thunderbolt 5, JACCL": Link(0.009e-3, 0.29e-3, 3.5e9),
     # An assumption: round trips of 0.2 ms. The rate is that of the wire.
     "10 GbE, TCP": Link(0.1e-3, 0.1e-3, 1.18e9),
@@ -59,8 +59,8 @@ def row_of(name: str, link: Link, ranks: int, disk: float) -> dict[str, Any]:
     x_bytes = HALF * shape.hidden
     y_bytes = x_bytes * largest_share(shape.experts, shape.choices, ranks)
     layer = exchange_seconds(link, ranks, x_bytes, y_bytes)
-    missing = max(0.0, 1 - ranks * SHARE)
-    read = expert / disk * missing * largest_share(shape.experts, shape.choices, ranks)
+    missing = shape.choices * max(0.0, 1 - ranks * SHARE)
+    read = expert / disk * largest_share(shape.experts, missing, ranks)
     pairs = CHUNK * shape.choices / ranks  # about even, because there are many
     return {
         "link": name,

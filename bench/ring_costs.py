@@ -108,27 +108,17 @@ def compared(ranks: int, pairs: int, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    head = [
-        "ranks",
-        "delay ms",
-        "control ms",
-        "message ms",
-        "GB/s",
-        "ring ms",
-        "computed",
-        "star ms",
-        "computed",
-        "spins",
-    ]
-    rows = [
-        [
-            str(row["ranks"]), f"{row['delay_ms']:g}", f"{1e3 * row['link']['control_s']:.3f}",
-            f"{1e3 * row['link']['message_s']:.3f}", f"{row['link']['bytes_per_second'] / 1e9:.2f}",
-            f"{1e3 * row['ring']:.3f}", f"{1e3 * row['ring_computed']:.3f}", f"{1e3 * row['star']:.3f}", f"{1e3 * row['star_computed']:.3f}",
-            f"{row['spinning']:.2f}",
-        ]
-        for row in results
-    ]  # fmt: skip
+    head = ["ranks", "delay ms", "control ms", "message ms", "GB/s", "ring", "computed", "star", "computed", "spins"]
+    rows = []
+    for row in results:
+        link, times = row["link"], (row[name] for name in ("ring", "ring_computed", "star", "star_computed"))
+        rows.append(
+            [
+                str(row["ranks"]), f"{row['delay_ms']:g}", f"{1e3 * link['control_s']:.3f}",
+                f"{1e3 * link['message_s']:.3f}", f"{link['bytes_per_second'] / 1e9:.2f}",
+                *(f"{1e3 * seconds:.3f}" for seconds in times), f"{row['spinning']:.2f}",
+            ]
+        )  # fmt: skip
     figures.table(head, rows)
 
 

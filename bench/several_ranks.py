@@ -120,17 +120,10 @@ def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
     row["link"] = ring_costs.compared(row["ranks"], pairs, row["messages"])["link"]
     exchange = exchange_seconds(Link(**row["link"]), row["ranks"], x_bytes, pairs * x_bytes)
     missing = sum(row["bytes"]) / row["expert_bytes"] / SHAPE.layers
-    read = row["expert_bytes"] / rate * most_missing(missing, row["ranks"])
+    read = row["expert_bytes"] / rate * largest_share(SHAPE.experts, missing, row["ranks"])
     resident = alone["token_s"] - sum(alone["bytes"]) / rate
     row["exchange_s"] = exchange
     row["computed_s"] = token_seconds(resident, SHAPE.layers, exchange, read)
-
-
-def most_missing(missing: float, ranks: int) -> float:
-    """`largest_share` for a mean number of experts, which need not be whole."""
-    low = int(missing)
-    shares = [largest_share(SHAPE.experts, n, ranks) if n else 0.0 for n in (low, low + 1)]
-    return shares[0] + (missing - low) * (shares[1] - shares[0])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

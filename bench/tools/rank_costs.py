@@ -54,21 +54,28 @@ def star_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> floa
     return 2 * link.control_s + (ranks - 1) * (x_bytes + y_bytes) / link.bytes_per_second
 
 
-def largest_share(experts: int, chosen: int, ranks: int) -> float:
-    """The expected number of a token's experts on the rank that has most of them.
+def largest_share(experts: int, chosen: float, ranks: int) -> float:
+    """The expected number of `chosen` experts of a layer on the rank that has most of them.
 
-    The experts are dealt evenly, and every set of `chosen` ones is equally likely. P(most <= m) is the coefficient of
-    z**chosen in the product over the ranks of sum_{j <= m} C(n_r, j) z**j, divided by C(experts, chosen).
+    The experts are dealt evenly, and every set of that many is equally likely. P(most <= m) is the coefficient of
+    z**chosen in the product over the ranks of sum_{j <= m} C(n_r, j) z**j, divided by C(experts, chosen). A mean number
+    that is not whole lies between its neighbours.
     """
+    whole = int(chosen)
+    below = _largest_share(experts, whole, ranks)
+    return below + (chosen - whole) * (_largest_share(experts, whole + 1, ranks) - below) if chosen > whole else below
+
+
+def _largest_share(experts: int, chosen: int, ranks: int) -> float:
     held = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
-    at_most = []
-    for most in range(chosen + 1):
+    expected = 0.0
+    for most in range(chosen):
         product = np.ones(1)
         for n in held:
             product = np.convolve(product, [comb(n, j) for j in range(most + 1)])[: chosen + 1]
-        ways = product[chosen] if len(product) > chosen else 0.0
-        at_most.append(ways / comb(experts, chosen))
-    return float(sum(1 - share for share in at_most[:-1]))
+        at_most = product[chosen] / comb(experts, chosen) if len(product) > chosen else 0.0
+        expected += 1 - at_most
+    return expected
 
 
 def token_seconds(resident_s: float, layers: int, exchange_s: float, read_s: float) -> float:

@@ -1,7 +1,7 @@
 """Several machines on one: a network namespace and a memory cgroup for each, joined by a wire of a fixed delay.
 
-Needs Linux, root and a C compiler. The namespace number i (from 0) is called mac(i + 1) and has the address
-10.77.0.(i + 1). `ssh mac2 COMMAND` works inside `Machines.environment`: a script of this module stands in for ssh. It
+Needs Linux, root and a C compiler. The machine number i (from 0) is called mac(i + 1) and has the address
+10.77.0.(i + 1). `ssh mac2 COMMAND` works with `Machines.environment`: a script of this module stands in for ssh. It
 enters the namespace and the cgroup of that machine, and runs the command there.
 """
 
@@ -25,6 +25,7 @@ from .preload import program_of
 SOURCE = Path(__file__).with_name("wire.c")
 MTU = 9000  # bytes of a packet; jumbo frames
 DEVICE = "wire0"  # as in wire.c
+SPACES = Path("/var/run/netns")  # where `ip netns` has them
 
 # Options come before the host; of those that are used here, -o has a value. The rest is a command for a shell.
 SSH = """#!/bin/sh
@@ -37,17 +38,18 @@ while :; do
 done
 host=$1
 shift
-group="{groups}/$host/procs"
+group="{folder}/$host/procs"
 [ -e "$group" ] && echo $$ > "$group"
-exec nsenter --net="/var/run/netns/$host" /bin/sh -c "$*"
+exec nsenter --net="{folder}/$host/space" /bin/sh -c "$*"
 """
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Namespaces and their groups. folder: holds `ssh`, for the front of PATH."""
+    """Names of machines, their namespaces and their groups. folder: holds `ssh`, for the front of PATH."""
 
     names: list[str]
+    spaces: list[Path]
     groups: list[MemoryGroup]  # one for each machine, or none
     folder: Path
 
@@ -72,9 +74,11 @@ def usable() -> str | None:
     """Why machines cannot be made here; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [name for name in ("ip", "nsenter", "cc") if shutil.which(name) is None]
+    missing = [name for name in ("ip", "nsenter", "unshare", "cc") if shutil.which(name) is None]
     if missing or not Path("/dev/net/tun").exists():
         return f"{' and '.join(missing) or '/dev/net/tun'} is missing"
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0:
+        return "this container has no right to make network namespaces"
     return None
 
 
@@ -89,33 +93,35 @@ def machines(count: int, delay_s: float = 0.0, limit_bytes: int | None = None) -
     names = [f"mac{i + 1}" for i in range(count)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx_flash-machines-")))
-        for name in names:
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "delete", name)
-        stack.enter_context(_wire(names, delay_s))
+        spaces = [SPACES / f"{folder.name}-{name}" for name in names]
+        for name, space in zip(names, spaces, strict=True):
+            _ip("netns", "add", space.name)
+            stack.callback(_ip, "netns", "delete", space.name)
+            (folder / name).mkdir()
+            (folder / name / "space").symlink_to(space)
+        stack.enter_context(_wire([space.name for space in spaces], delay_s))
         groups = []
         if limit_bytes is not None:
-            for name in names:
-                groups.append(stack.enter_context(memory_group(limit_bytes, name)))
-                (folder / name).mkdir()
-                (folder / name / "procs").symlink_to(groups[-1].folder / "cgroup.procs")
-        (folder / "ssh").write_text(SSH.format(groups=folder))
+            groups = [stack.enter_context(memory_group(limit_bytes, f"-{name}")) for name in names]
+        for name, group in zip(names, groups, strict=False):
+            (folder / name / "procs").symlink_to(group.folder / "cgroup.procs")
+        (folder / "ssh").write_text(SSH.format(folder=folder))
         (folder / "ssh").chmod(0o755)
-        yield Machines(names, groups, folder)
+        yield Machines(names, spaces, groups, folder)
 
 
 @contextmanager
-def _wire(names: Sequence[str], delay_s: float) -> Iterator[None]:
-    command = [str(program_of(SOURCE)), str(round(delay_s * 1e9)), str(MTU), *names]
+def _wire(spaces: Sequence[str], delay_s: float) -> Iterator[None]:
+    command = [str(program_of(SOURCE)), str(round(delay_s * 1e9)), str(MTU), *spaces]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as wire:
         try:
             assert wire.stdout is not None
             if wire.stdout.readline() != "ready\n":
                 raise UsageError("the wire between the namespaces could not be made (see above).")
-            for i, name in enumerate(names):
-                _ip("-n", name, "link", "set", "lo", "up")
-                _ip("-n", name, "address", "add", f"{address(i)}/24", "dev", DEVICE)
-                _ip("-n", name, "link", "set", DEVICE, "mtu", str(MTU), "up")
+            for i, space in enumerate(spaces):
+                _ip("-n", space, "link", "set", "lo", "up")
+                _ip("-n", space, "address", "add", f"{address(i)}/24", "dev", DEVICE)
+                _ip("-n", space, "link", "set", DEVICE, "mtu", str(MTU), "up")
             yield
         finally:
             wire.kill()

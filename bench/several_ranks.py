@@ -179,7 +179,7 @@ def decode_here(question: dict[str, Any]) -> dict[str, Any]:
         group = Leader(read_hosts(question["hosts"]), say=say, environment=child_environment())
     try:
         options = {"memory": question["memory"], "context": CONTEXT, "threads": 8, "io": "direct", "trials": False}
-        model, _ = load(question["model"], say=say, **({"group": group} if group else {}), **options)
+        model, _ = load(question["model"], group=group, say=say, **options)
         return measure(model, group, [Path(each) for each in question["groups"]], question["tokens"])
     finally:
         if group is not None:

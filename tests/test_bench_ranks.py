@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from mlx_flash.bench import link_table
 from mlx_flash.bench.tools import namespaces
 from mlx_flash.bench.tools.rank_costs import Link, exchange_seconds, largest_share, star_seconds
+from mlx_flash.ranks.hosts import read_hosts
 
 
 @pytest.mark.parametrize(("experts", "chosen", "ranks"), [(6, 3, 2), (7, 4, 3), (8, 1, 4), (5, 5, 2)])
@@ -70,6 +72,17 @@ def test_a_wire_is_not_faster_than_its_delay(two: namespaces.Machines) -> None:
     words = ["python3", "-c", program, two.addresses[1]]
     done = subprocess.run(two.command(0, words), capture_output=True, text=True, timeout=60)
     assert float(done.stdout) >= 0.002, done.stderr
+
+
+def test_a_command_runs_on_two_machines(tmp_path: Path) -> None:
+    if (reason := namespaces.usable()) is not None:
+        pytest.skip(reason)
+    hosts = tmp_path / "macs.json"
+    command = [sys.executable, "-m", "mlx_flash.bench.tools.two_machines", "--hosts", str(hosts)]
+    done = subprocess.run([*command, "--", "sh", "-c", "exit 5"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5, done.stderr
+    assert [host.ssh for host in read_hosts(hosts)] == ["mac1", "mac2"]
+    assert [host.address for host in read_hosts(hosts)] == [namespaces.address(0), namespaces.address(1)]
 
 
 def test_no_machine_is_left() -> None:

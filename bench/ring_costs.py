@@ -97,7 +97,7 @@ def compared(ranks: int, pairs: int, found: dict[str, Any]) -> dict[str, Any]:
     steps = ranks - 1
     times = np.divide([found[f"gather {size}"] for size in SIZES], steps)
     per_byte = max(1e-12, float(np.polyfit(SIZES, times, 1, w=1 / times)[0]))
-    message = max(0.0, median(times - per_byte * np.array(SIZES)))
+    message = max(0.0, median(seconds - per_byte * size for seconds, size in zip(times, SIZES, strict=True)))
     link = Link(message, found["control"] / 2, 1 / per_byte)
     x_bytes = 4 * HIDDEN
     return {

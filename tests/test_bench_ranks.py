@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ import pytest
 from mlx_flash.bench import link_table
 from mlx_flash.bench.tools import namespaces
 from mlx_flash.bench.tools.rank_costs import Link, exchange_seconds, largest_share, star_seconds
-from mlx_flash.ranks.hosts import read_hosts
 
 
 @pytest.mark.parametrize(("experts", "chosen", "ranks"), [(6, 3, 2), (7, 4, 3), (8, 1, 4), (5, 5, 2)])
@@ -81,8 +81,10 @@ def test_a_command_runs_on_two_machines(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlx_flash.bench.tools.two_machines", "--hosts", str(hosts)]
     done = subprocess.run([*command, "--", "sh", "-c", "exit 5"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 5, done.stderr
-    assert [host.ssh for host in read_hosts(hosts)] == ["mac1", "mac2"]
-    assert [host.address for host in read_hosts(hosts)] == [namespaces.address(0), namespaces.address(1)]
+    assert json.loads(hosts.read_text()) == [
+        {"ssh": "mac1", "ips": [namespaces.address(0)]},
+        {"ssh": "mac2", "ips": [namespaces.address(1)]},
+    ]
 
 
 def test_no_machine_is_left() -> None:

@@ -80,10 +80,9 @@ def measure(made: Machines, pairs: int, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         for rank in reversed(range(len(made.names))):
             words = [sys.executable, "-B", "-m", "mlx_flash.bench.ring_costs", json.dumps([{**question, "rank": rank}])]
-            where = child_environment(**made.environment())
-            child = stack.enter_context(
-                subprocess.Popen(made.command(rank, words), env=where, stdout=subprocess.PIPE, text=True)
-            )
+            command, own = made.command(rank, words), made.environment()
+            child = subprocess.Popen(command, env=child_environment(**own), stdout=subprocess.PIPE, text=True)
+            stack.enter_context(child)
             stack.callback(child.kill)
         output, _ = child.communicate()
         if child.returncode != 0:

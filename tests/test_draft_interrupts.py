@@ -45,6 +45,7 @@ class Checksum:
             drafting=None,
             shared_reading=None,
             prefill_tokens=512,
+            one_conversation=False,
             most_positions=8,
         )
 

@@ -53,6 +53,7 @@ class FakeModel:
             drafting=None,
             shared_reading=None,
             prefill_tokens=512,
+            one_conversation=False,
         )
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:

@@ -22,8 +22,9 @@ from ranks_double import ThreadRank, ranks_as_threads  # type: ignore[import-not
 from test_mixture import assert_same, everything  # type: ignore[import-not-found]
 
 import mlx_flash
-from mlx_flash.errors import BudgetError, FlashError, UsageError
+from mlx_flash.errors import BudgetError, CheckpointError, FlashError, UsageError
 from mlx_flash.loading.other_rank import register
+from mlx_flash.loading.rank_questions import checksum_of, compare
 from mlx_flash.loading.rank_shares import Capacity, slots_of_layers, units_of_layers, units_of_ranks
 from mlx_flash.ranks.group import Handlers
 from mlx_flash.source.children import child_environment
@@ -141,8 +142,19 @@ def test_a_shard_with_another_header_is_refused(folder: Path, tmp_path: Path) ->
     weights: Any = mx.load(str(other / "model.safetensors"))
     weights["lm_head.weight"] = weights["lm_head.weight"].astype(mx.bfloat16)
     mx.save_safetensors(str(other / "model.safetensors"), weights)
-    with group_of([str(other)], [None]) as group, pytest.raises(FlashError, match="headers of its weights differ"):
+    with group_of([str(other)], [None]) as group, pytest.raises(FlashError, match="or its weights differ"):
         mlx_flash.load(folder, memory="1GB", context=64, group=group)
+
+
+def test_other_weights_under_the_same_header_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Two trainings of one architecture have the same configuration and headers."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert checksum_of(other) != checksum_of(folder)
+    with pytest.raises(CheckpointError, match="is not the model that rank 0 has"):
+        compare(other, checksum_of(folder))
 
 
 def test_a_budget_that_is_too_small_is_refused_by_its_rank(folder: Path) -> None:

@@ -186,6 +186,15 @@ def test_only_who_knows_the_secret_is_admitted(theirs: str, rank: int, admitted:
     assert bool(errors) is not admitted
 
 
+@pytest.mark.parametrize("proof", ["\ud800", "ü", 1, None])
+def test_a_proof_in_another_form_is_refused(proof: object) -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        messages.send(other, {"rank": 1, "nonce": "\ud800", "proof": proof})
+        with pytest.raises(FlashError, match="does not come from a rank"):
+            secret.check(one, secret.new_secret(), 3)
+
+
 def test_rank_0_proves_itself_as_well() -> None:
     one, other = socket.socketpair()
     with one, other:
@@ -233,6 +242,7 @@ def test_a_host_file(tmp_path: Path) -> None:
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["mac2.local"]}], "IPv4 address"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "-oProxyCommand=x", "ips": ["10.0.0.2"]}], "name for ssh"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"], "memory": 8}], "as memory"),
+        ({"envs": None, "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}] * 2}, "as envs"),
         ({"envs": ["A B"], "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}] * 2}, "NAME=VALUE"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 def interrupts_later() -> Iterator[None]:
     """What Ctrl-C does within this context, it does at its end: ranks that have begun to communicate must finish.
 
-    Only the main thread is interrupted, so nothing is done in others.
+    Only the main thread is interrupted, so nothing is done in others. Signals that end the process are not kept back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

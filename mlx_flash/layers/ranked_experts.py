@@ -91,7 +91,7 @@ class RankedExperts(StreamedExperts):
         return rows[mx.array(divided.back)].reshape(*needed.shape, -1)
 
     def _exchange(self, x: mx.array, ids: np.ndarray, rest: Sequence[mx.array], divided: DividedPairs) -> mx.array:
-        """The outputs of all ranks, one after the other: (ranks * most, O). The arguments are those of `outputs`."""
+        """The outputs of all ranks, in rank order: (ranks * most, O). The arguments are those of `outputs`."""
         group, held = self._group, self._held
         kinds = {f"rest{number}": number_of(each.dtype) for number, each in enumerate(rest)}
         group.call(EXPERTS, ids, layer=self._layer, width=x.shape[-1], dtype=number_of(x.dtype), **kinds)

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import FlashError, UsageError
 from ..flash.host_arrays import to_numpy
+from ..ranks.group import Group
 from .later_interrupts import interrupts_later
 from .pipeline_text import (
     DIGEST_BYTES,
@@ -37,23 +38,6 @@ from .streamed_layers import WRAPS
 
 LAYERS = "layers"  # the kind of a call: the digest of a text and the tokens that follow it, or nothing, to forget it
 FOLLOW = "follow"  # of a question whether a rank can continue a text
-
-
-class Neighbours(Protocol):
-    """What a pipeline needs of the ranks' group."""
-
-    rank: int
-    size: int
-
-    def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]: ...
-
-    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None: ...
-
-    def send_next(self, x: mx.array) -> None:
-        """Begins to send x to the next rank; after the last one comes rank 0."""
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """What the rank before sends, of this shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +139,12 @@ class FirstRank(_Whole):
     One conversation at a time: the other ranks hold the text of the last call, or the beginning of it.
     """
 
-    def __init__(self, group: Neighbours, passed: Passed, counting: int) -> None:
+    def __init__(self, group: Group, passed: Passed, counting: int) -> None:
         """counting: the number, in a prompt cache, of a layer of another rank."""
         self._group, self._passed, self._counting = group, passed, counting
         self._end: tuple[int, bytes] | None = (0, b"")  # tokens and digest of the text that the others hold
         self._pass: _Pass | None = None
-        self._lost = ""  # why no more calls can be made
+        self._lost = ""  # how the ranks fell out of step, so that no more calls can be made
 
     @contextmanager
     def passing(self, inputs: mx.array, cache: list[Any] | None) -> Iterator[None]:
@@ -214,7 +198,7 @@ class FirstRank(_Whole):
     def leave(self, x: mx.array) -> mx.array:
         """The others are called when there is something for them, because a rank that waits in MLX keeps a core busy.
 
-        Until then, an interruption is none of their business.
+        Until then, an interrupt needs no message to them.
         """
         running = self._running()
         mx.eval(x)
@@ -233,7 +217,6 @@ class FirstRank(_Whole):
         with interrupts_later():
             self._lost = "a message was not received"
             received = self._group.receive_previous(x.shape, x.dtype)
-            mx.async_eval(received)
             running.received, self._lost = True, ""
         return received
 
@@ -258,7 +241,7 @@ class OtherRank(_Whole):
 
     def __init__(
         self,
-        group: Neighbours,
+        group: Group,
         model: Any,
         new_cache: Callable[[], list[Any]],
         unchanged: Callable[[], None],

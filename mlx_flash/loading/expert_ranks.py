@@ -24,8 +24,9 @@ from .in_place_plan import InPlacePlan, WeightBytes
 from .memory_needs import InputShape
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, plan_for_budget
+from .rank_questions import this_host
 from .rank_shares import Capacity, slots_of_layers, units_of_layers, units_of_ranks
-from .ranked_loading import Ranks, this_host
+from .ranked_loading import Ranks
 from .streaming_needs import experts_need, process_bytes, reading_bytes
 
 COPIES = 3  # of the outputs of a call's pairs: padded, gathered, and in the model's order

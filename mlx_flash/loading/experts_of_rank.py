@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from .expert_ranks import capacity, compare_zoo, held_of, plan_of_share
 from .fill_slots import fill_slots
 from .in_place_model import InPlaceModel, open_in_place
 from .options import LoadOptions
+from .rank_questions import on_host_of_rank_0
 from .rank_shares import slots_of_layers
 from .reading_trials import reader_for
 from .resident_weights import compare_headers, open_files, ranges_in
@@ -36,8 +36,7 @@ class ExpertsOfRank:
         self._group, self._folder, self._options, self._choices = group, folder, options, int(asked["choices"])
         compare_zoo(asked["mlx-vlm"])
         self._mixture: InPlaceModel | None = open_in_place(folder, zoo=asked["zoo"], images=options.images)
-        here = asked["host"] == socket.gethostname()  # Rank 0 has planned, and the others plan now.
-        sharing, taken = (group.size - 1, int(asked["taken"])) if here else (1, 0)
+        sharing, taken = on_host_of_rank_0(asked, group.size)
         self._plan = plan_of_share(self._mixture, options, self._choices, sharing, taken)
         self._flash: Runtime | None = None
         self._calls: ExpertCalls | None = None

@@ -27,8 +27,9 @@ from .layer_ranges import RankRoom, divide_layers, find_joints, keep_range
 from .memory_needs import Needs, needs_of
 from .options import LoadOptions
 from .plan import FREE_SHARE, MLX_CACHE_BYTES
+from .rank_questions import this_host
 from .rank_shares import Capacity
-from .ranked_loading import Ranks, this_host
+from .ranked_loading import Ranks
 from .reading_trials import reader_for
 from .resident_weights import open_files
 from .streaming_needs import loading_excess_bytes, process_bytes, reading_bytes

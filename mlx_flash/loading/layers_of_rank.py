@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from .layer_ranges import find_joints, keep_range
 from .layer_ranks import capacity_of, needs_at
 from .options import LoadOptions
 from .quantised_cache import plain_cache
+from .rank_questions import this_host
 
 
 class LayersOfRank:
@@ -35,7 +35,7 @@ class LayersOfRank:
         self._mixture = open_in_place(folder)
         find_joints(self._mixture)
         self._options = replace(options, context=int(asked["context"]), prompt_cache=0)
-        sharing = group.size if asked["host"] == socket.gethostname() else 1
+        sharing = group.size if asked["host"] == this_host() else 1
         needs = needs_at(self._mixture, self._options)
         self._capacity = capacity_of(self._mixture, self._options, needs, sharing, ends=False)
         self._options = replace(self._options, memory=self._capacity.budget)

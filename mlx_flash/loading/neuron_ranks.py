@@ -24,8 +24,9 @@ from .expert_ranks import described
 from .memory_needs import InputShape
 from .options import LoadOptions
 from .plan import MIN_SLOTS, MLX_CACHE_BYTES, Demand, Plan, PlanNotes, distribute_slots, make_plan
+from .rank_questions import this_host
 from .rank_shares import Capacity, units_of_layers, units_of_ranks
-from .ranked_loading import Ranks, this_host
+from .ranked_loading import Ranks
 from .streaming_needs import neurons_need, process_bytes, reading_bytes, scratch_bytes
 
 BATCHES, BATCH_BYTES = 32, 4 << 20  # of the trial that measures a disk's rate

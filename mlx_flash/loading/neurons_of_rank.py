@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from . import dense
 from .fill_slots import fill_slots
 from .neuron_ranks import DividedNeurons, neuron_capacity, plan_of_share
 from .options import LoadOptions
+from .rank_questions import on_host_of_rank_0
 from .reading_trials import reader_for
 from .runtime import Runtime
 
@@ -48,8 +48,7 @@ class NeuronsOfRank:
         arrays = self._resident.arrays
         self._biases = {int(name.split(".")[-3]): name for name in arrays if name.endswith(UP_BIAS)}
         nbytes = sum(arrays[name].size * self._dtype.size for name in self._biases.values())
-        here = asked["host"] == socket.gethostname()  # Rank 0 has planned, and the others plan now.
-        sharing, taken = (group.size - 1, int(asked["taken"])) if here else (1, 0)
+        sharing, taken = on_host_of_rank_0(asked, group.size)
         self._plan = plan_of_share(self._manifest, nbytes, options, sharing, taken, group.size)
         self._flash: Runtime | None = None
         self._calls: NeuronCalls | None = None

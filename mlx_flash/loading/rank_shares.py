@@ -12,7 +12,7 @@ class Capacity:
     """What one rank offers.
 
     host: the machine's name. budget: of its process, in bytes. slots: units of all layers together that it has room
-    for. rate: bytes per second of its disk; 0 if it was not measured, because the slots hold all units.
+    for; of a dense model, bytes. rate: bytes per second of its disk; 0 if it was not measured, because all units fit.
     """
 
     host: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +70,3 @@ class Ranks:
             self.finish()
         with contextlib.suppress(FlashError):  # A rank that has gone holds nothing.
             self.group.ask({"unload": {}})
-
-
-def this_host() -> str:
-    return socket.gethostname()

@@ -14,9 +14,9 @@ from . import messages
 
 BEAT_S = 1.0
 SILENT_S = 8.0  # A peer that is silent for so long is given up. Loading a model keeps a busy processor for seconds.
-# A call of a layer that takes so long is given up. A chunk of a prompt may read all units of a layer: 6 GB of the
-# largest mixtures take a minute from a disk of 100 MB/s.
-STUCK_S = 300.0
+# A call that takes so long is given up. A chunk of a prompt may read all units of a layer: 6 GB of the largest mixtures
+# take a minute from a disk of 100 MB/s. A call of a dense model's layers lasts while all ranks before this one compute.
+STUCK_S = 900.0
 JOINING_S = 15.0  # the same while MLX connects the ring, which stops all threads of Python
 ENDED = "has ended"
 

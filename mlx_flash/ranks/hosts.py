@@ -54,6 +54,8 @@ def read_hosts(path: str | os.PathLike[str]) -> list[RankHost]:
     entries = found["hosts"] if isinstance(found, dict) else found
     if len(entries) < 2:
         raise UsageError(f"the host file {path} names {len(entries)} machines; at least 2 are needed.")
+    if not isinstance(parsed.envs, list):
+        raise UsageError(f"the host file {path} has {parsed.envs!r:.80} as envs; a list of NAME=VALUE is expected.")
     variables = tuple(parsed.envs)
     for variable in variables:
         if not isinstance(variable, str) or not VARIABLE.fullmatch(variable):

@@ -117,13 +117,13 @@ class Leader:
 
     def close(self) -> None:
         self._closing.set()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             with contextlib.suppress(OSError):
                 channel.send({"end": True})
         deadline = time.monotonic() + ENDING_S
         for process in self._processes:
             process.finish(deadline - time.monotonic())
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             channel.close()
         self._ring.close()
 
@@ -216,11 +216,13 @@ class Leader:
         for rank in range(1, self.size):
             try:
                 header, _ = self._channels[rank].take()
+                while (number := header.get("number")) in range(self._asked):  # of a question that was interrupted
+                    header, _ = self._channels[rank].take()
             except EOFError:
                 self._raise_fault()
                 raise FlashError(f"{self._name(rank)} has ended.") from None
             answer = header.get("answer")
-            if header.get("number") != self._asked or not isinstance(answer, dict):
+            if number != self._asked or not isinstance(answer, dict):
                 raise FlashError(f"{self._name(rank)} sends what is not an answer.")
             answers.append(answer)
         for rank, answer in enumerate(answers, 1):

@@ -18,6 +18,7 @@ from .hosts import RankHost
 
 MODULE = "mlx_flash.rank"
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+KILLING_S = 1.0
 ENDING_S = 3.0
 KEPT_LINES = 20
 OF_MLX = "[ring] "  # how MLX's words about its connections begin; what it prints about closed ones is not shown
@@ -70,8 +71,8 @@ class RankProcess:
         except subprocess.TimeoutExpired:
             return None
         self._reader.join(1)
-        if (code := self._process.returncode) < 0 and not self._lines:
-            return f"{self.name} was ended by {signal.Signals(-code).name}"
+        if (code := self._process.returncode) < 0:  # What it printed before does not tell why.
+            return f"{self.name} was ended by {_name_of(-code)}"
         last = self._lines[-1].removesuffix(".") if self._lines else "it printed nothing"
         return f"{self.name} ended with code {code}: {last}"
 
@@ -85,7 +86,8 @@ class RankProcess:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # It waits for a disk that does not answer.
+            self._process.wait(KILLING_S)
 
     @property
     def pid(self) -> int:
@@ -112,3 +114,11 @@ def rank_command(host: RankHost) -> list[str]:
     if host.local:
         return ["env", *host.variables, *command] if host.variables else command
     return [*SSH, "--", host.ssh, shlex.join(["env", "PYTHONSAFEPATH=1", *host.variables, *command])]
+
+
+def _name_of(number: int) -> str:
+    """The name of a signal, or its number if it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

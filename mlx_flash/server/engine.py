@@ -148,6 +148,13 @@ class Engine:
         """Takes the memory of structured answers out of that of the prompt caches. Raises ApiError if that is small."""
         demand = self.model.flash.plan.demand
         needed, planned = demand.grammars, demand.prompt_caches
+        if needed > planned and self.model.flash.one_conversation:
+            raise ApiError(
+                400,
+                "a dense model over several ranks has no prompt caches, from which structured answers take their "
+                "memory. Run it on one machine, or ask without a schema.",
+                code="no_memory",
+            )
         if needed > planned:
             raise ApiError(
                 400,

@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.cli.run import whole_number
+from mlx_flash.cli.stopping import end_with_stdin
 from mlx_flash.errors import FlashError
 from mlx_flash.source.children import child_environment
 
@@ -81,11 +82,14 @@ def measure(made: Machines, pairs: int, rounds: int) -> dict[str, Any]:
         for rank in reversed(range(len(made.names))):
             words = [sys.executable, "-B", "-m", "mlx_flash.bench.ring_costs", json.dumps([{**question, "rank": rank}])]
             command, own = made.command(rank, words), made.environment()
-            child = subprocess.Popen(command, env=child_environment(**own), stdout=subprocess.PIPE, text=True)
+            child = subprocess.Popen(
+                command, env=child_environment(**own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
             stack.enter_context(child)
             stack.callback(child.kill)
-        output, _ = child.communicate()
-        if child.returncode != 0:
+        assert child.stdout is not None
+        output = child.stdout.read()  # `communicate` would close the input, with which a rank ends.
+        if child.wait() != 0:
             raise FlashError("rank 0 failed (see above).")
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
@@ -214,6 +218,7 @@ class Rank:
 
 
 def work(question: dict[str, Any]) -> dict[str, Any]:
+    end_with_stdin()  # A rank that waits in MLX outlives an interrupted parent otherwise, and keeps a core busy.
     rank = Rank(question["rank"], question["addresses"])
     pairs = question["pairs"]
     x = mx.random.normal((1, HIDDEN))

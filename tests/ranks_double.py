@@ -20,8 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-from mlx_flash.errors import FlashError
+from mlx_flash.errors import FlashError, ReadError
+from mlx_flash.flash.reader import Reader
 from mlx_flash.ranks.group import Call, Handlers, follow
 
 WAIT_S = 60.0
@@ -163,3 +165,19 @@ def _array_of(data: bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     if not data:
         return mx.zeros(shape, dtype)
     return mx.array(np.frombuffer(data, np.uint8)).view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def failing_wait(failing: Reader, number: int) -> Iterator[None]:
+    """Within it, the wait of this number, from 0, of a reader raises ReadError("injected") once its reads are done."""
+    wait, waits = Reader.wait, iter(range(1000))
+
+    def wait_or_fail(reader: Reader, ticket: Any) -> Any:
+        report = wait(reader, ticket)
+        if reader is failing and next(waits) == number:
+            raise ReadError("injected")
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "wait", wait_or_fail)
+        yield

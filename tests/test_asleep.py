@@ -137,7 +137,7 @@ def test_a_rate_is_kept_only_if_it_was_not_disturbed(
     if not held:
         ticks = iter(range(0, 10**6, 10))
         monkeypatch.setattr(unit_rates, "Undisturbed", lambda: Undisturbed(lambda: next(ticks)))
-    disk = unit_rates.RatesOfFiles(mixture, LoadOptions())
+    disk = unit_rates.RatesOfFiles(mixture.files, LoadOptions())
     assert disk.rate("experts", [np.array([[0, 4096, 4096]])], 1).bytes_per_second > 0
     disk.close()
     assert bool(kept_rates()) is held

@@ -17,7 +17,7 @@ import pytest
 from mixtures import FAMILIES, make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from ranks_double import ThreadRank, ranks_as_threads  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, failing_wait, ranks_as_threads  # type: ignore[import-not-found]
 from slow_cases import others  # type: ignore[import-not-found]
 from test_mixture import PROMPT, assert_same, everything  # type: ignore[import-not-found]
 from test_mixture_types import prompt_and_tokens  # type: ignore[import-not-found]
@@ -137,24 +137,12 @@ def test_a_prompt_goes_expert_by_expert_where_kernels_vary(qwen: Path, monkeypat
     assert sorted(made) == shapes and shapes
 
 
-def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(
-    qwen: Path, expected: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(qwen: Path, expected: list[np.ndarray]) -> None:
     with ranked(qwen, [1, 1], 2) as found:
-        wait, failing = Reader.wait, found.files[0].reader
+        reader = found.files[0].reader
         for number in (0, 1, 7):
-            waits = iter(range(1000))
-
-            def wait_or_fail(reader: Reader, ticket: Any, waits: Any = waits, number: int = number) -> Any:
-                report = wait(reader, ticket)
-                if reader is failing and next(waits) == number:
-                    raise ReadError("injected")
-                return report
-
-            monkeypatch.setattr(Reader, "wait", wait_or_fail)
-            with pytest.raises(ReadError, match="injected"):
+            with failing_wait(reader, number), pytest.raises(ReadError, match="injected"):
                 everything(found.model)
-            monkeypatch.undo()
             assert_same(everything(found.model), expected, number)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
-from ranks_double import ThreadRank, ranks_as_threads  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, failing_wait, ranks_as_threads  # type: ignore[import-not-found]
 from slow_cases import others  # type: ignore[import-not-found]
 from test_mixture import everything as everything_of_a_mixture  # type: ignore[import-not-found]
 from test_neurons import GREEDY_TOKENS, PROMPT, TOLERANCE, everything, greedy  # type: ignore[import-not-found]
@@ -148,25 +148,13 @@ def test_guesses_are_read_by_the_ranks_that_hold_them(
     assert set(read) == {0, 256} and all(read.values())
 
 
-def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(
-    tiny: Tiny, ranked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(tiny: Tiny, ranked: Any) -> None:
     with ranked(tiny.store, [1, 1], 20) as (model, _):
         expected = everything(model)
-        wait, failing = Reader.wait, model.flash.streamer.reader
+        reader = model.flash.streamer.reader
         for number in (0, 1, 12):
-            waits = iter(range(1000))
-
-            def wait_or_fail(reader: Reader, ticket: Any, waits: Any = waits, number: int = number) -> Any:
-                report = wait(reader, ticket)
-                if reader is failing and next(waits) == number:
-                    raise ReadError("injected")
-                return report
-
-            monkeypatch.setattr(Reader, "wait", wait_or_fail)
-            with pytest.raises(ReadError, match="injected"):
+            with failing_wait(reader, number), pytest.raises(ReadError, match="injected"):
                 everything(model)
-            monkeypatch.setattr(Reader, "wait", wait)
             assert all(np.array_equal(a, b) for a, b in zip(everything(model), expected, strict=True))
 
 

@@ -25,7 +25,7 @@ from .memory_needs import InputShape
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, plan_for_budget
 from .rank_questions import this_host
-from .rank_shares import Capacity, slots_of_layers, units_of_layers, units_of_ranks
+from .rank_shares import Capacity, described, slots_of_layers, units_of_layers, units_of_ranks
 from .ranked_loading import Ranks
 from .streaming_needs import experts_need, process_bytes, reading_bytes
 
@@ -67,21 +67,6 @@ def divide_experts(
     if not plan.layer_bytes_per_token:
         changed |= {"slots": slots, "notes": replace(plan.notes, slots=", of rank 0's share")}
     return DividedExperts(replace(plan, **changed), counts)
-
-
-def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]], units: str) -> Iterator[str]:
-    """The lines of the plan about the ranks. counts: see `DividedExperts`. units: what is divided."""
-    total = sum(map(sum, counts))
-    for rank, capacity in enumerate(ranks):
-        held = [each[rank] for each in counts]
-        slots = slots_of_layers(capacity.slots, held)
-        least, most = min(held), max(held)
-        each = f"{least}" if least == most else f"{least} to {most}"
-        where = "all in slots"
-        if sum(slots) < sum(held):
-            where = f"{sum(slots) / sum(held):.0%} in slots; its disk reads {capacity.rate / 1e9:.2g} GB/s"
-        share = f"{each} {units} of each layer ({sum(held) / total:.0%}), {where}"
-        yield f"  rank {rank:<12}{capacity.budget / 1e9:8.3f} GB  {capacity.host}: {share}"
 
 
 def capacity(mixture: InPlaceModel, slots: int, budget: int, choices: int, options: LoadOptions) -> Capacity:
@@ -161,12 +146,12 @@ def held_of(
     slots: of each layer.
     """
     for (path, tensors), of_layer, count in zip(mixture.switches.items(), shares, slots, strict=True):
-        units = ExpertSlots(shared, parts_of(tensors, of_layer.of(rank)), count, window, path)
+        units = ExpertSlots(shared, parts_of_experts(tensors, of_layer.of(rank)), count, window, path)
         shared.layers[path] = tensors  # Errors name experts by their ids in the model.
         yield path, module_at(mixture.model, path), units
 
 
-def parts_of(tensors: dict[str, TensorParts], experts: np.ndarray) -> dict[str, TensorParts]:
+def parts_of_experts(tensors: dict[str, TensorParts], experts: np.ndarray) -> dict[str, TensorParts]:
     """The places of some of a layer's experts, int (n,)."""
     return {
         name: replace(tensor, file_of=tensor.file_of[experts], offsets=tensor.offsets[experts])

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..flash.in_place import InPlaceFiles
 from ..layers.expert_shares import ExpertShares
 from ..layers.experts import StreamedExperts
 from ..layers.ranked_experts import EXPERTS, ExpertCalls, HeldExperts
-from ..ranks.group import Call, Group
+from ..ranks.group import Group
 from .expert_ranks import capacity, compare_zoo, held_of, plan_of_share
 from .fill_slots import fill_slots
 from .in_place_model import InPlaceModel, open_in_place
 from .options import LoadOptions
-from .rank_questions import on_host_of_rank_0
+from .rank_questions import on_host_of_rank_0, tell_user
 from .rank_shares import slots_of_layers
 from .reading_trials import reader_for
 from .resident_weights import compare_headers, open_files, ranges_in
 from .runtime import Runtime, evaluate_constants
+from .units_of_rank import UnitsOfRank
 from .verification import attach_sums
 
 
-class ExpertsOfRank:
+class ExpertsOfRank(UnitsOfRank):
     """The model is built lazily, as on rank 0, and its resident weights are never read.
 
     asked: the value of the question "plan". Raises the errors of `plan_in_place`.
     """
 
     kind = EXPERTS
-    questions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+        super().__init__()
         self._group, self._folder, self._options, self._choices = group, folder, options, int(asked["choices"])
         compare_zoo(asked["mlx-vlm"])
         self._mixture: InPlaceModel | None = open_in_place(folder, zoo=asked["zoo"], images=options.images)
         sharing, taken = on_host_of_rank_0(asked, group.size)
         self._plan = plan_of_share(self._mixture, options, self._choices, sharing, taken)
-        self._flash: Runtime | None = None
-        self._calls: ExpertCalls | None = None
 
     def offer(self) -> dict[str, Any]:
         assert self._mixture is not None
@@ -56,7 +55,7 @@ class ExpertsOfRank:
         files = open_files(mixture.files, direct=options.io != "buffered")
         reader = reader_for(options)
         if options.verify:
-            attach_sums(files, ranges_in(mixture, files), reader, lambda note: print(note, flush=True))
+            attach_sums(files, ranges_in(mixture, files), reader, tell_user)
             compare_headers(mixture, files)
         streamer = InPlaceFiles(files, reader)
         found = held_of(mixture, streamer, shares, rank, slots, options.window)
@@ -68,11 +67,3 @@ class ExpertsOfRank:
         both = zip(layers, shares, strict=True)
         self._calls = ExpertCalls(self._group, [HeldExperts(layer, of_layer, rank) for layer, of_layer in both])
         fill_slots(self._flash, self._folder, warm=False, shown=False)
-
-    def __call__(self, call: Call) -> None:
-        assert self._calls is not None
-        self._calls(call)
-
-    def close(self) -> None:
-        if self._flash is not None:
-            self._flash.close()

@@ -128,7 +128,7 @@ class Foresight:
     def _disk(self) -> UnitRates:
         if self._table is not None:
             return RatesOfDisk(self._table, self._options)
-        return RatesOfFiles(self._mixture, self._options)
+        return RatesOfFiles(self._mixture.files, self._options)
 
     def _token(self, plan: InPlacePlan, disk: UnitRates) -> Forecast | None:
         missing = self._missing(plan)
@@ -242,7 +242,7 @@ def _computed_between(layers: Sequence[LayerWeights], computing: TokenSeconds) -
 
 def experts_rate(mixture: InPlaceModel, at_once: float, options: LoadOptions) -> float:
     """Bytes per second of so many experts that are read together from the checkpoint's files. Raises ReadError."""
-    with contextlib.closing(RatesOfFiles(mixture, options)) as disk:
+    with contextlib.closing(RatesOfFiles(mixture.files, options)) as disk:
         return _rate_of_experts(mixture, at_once, disk)
 
 

@@ -5,6 +5,7 @@ One conversation at a time: the other ranks keep the KV caches of their layers, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 
 from ..defaults import CONTEXT, THREADS
 from ..errors import UsageError
-from ..flash.disk_rate import ReadTrial
 from ..flash.layer_ring import BUFFERS
 from ..flash.system import usable_memory_bytes
 from ..layers.ranked_layers import LAYERS, FirstRank, connect, lead
@@ -30,9 +30,8 @@ from .plan import FREE_SHARE, MLX_CACHE_BYTES
 from .rank_questions import this_host
 from .rank_shares import Capacity
 from .ranked_loading import Ranks
-from .reading_trials import reader_for
-from .resident_weights import open_files
 from .streaming_needs import loading_excess_bytes, process_bytes, reading_bytes
+from .unit_rates import RatesOfFiles
 
 RATE_LAYERS = 4  # layers that are read to measure a disk
 NO_CACHES = "one conversation at a time, and none of the earlier ones is kept"
@@ -123,15 +122,10 @@ def capacity_of(mixture: InPlaceModel, options: LoadOptions, needs: Needs, shari
 
 def _disk_rate(mixture: InPlaceModel, options: LoadOptions) -> float:
     """Bytes per second that layers are read with. Raises ReadError."""
-    files, reader = open_files(mixture.files, direct=options.io != "buffered"), reader_for(options)
-    try:
-        layers = mixture.layers[-RATE_LAYERS:]
-        batches = [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
-        return ReadTrial(files, reader, batches).rate(1)
-    finally:
-        reader.close()
-        for file in files:
-            file.close()
+    layers = mixture.layers[-RATE_LAYERS:]
+    batches = [np.concatenate([tensor.segments for tensor in layer.tensors]) for layer in layers]
+    with contextlib.closing(RatesOfFiles(mixture.files, options)) as disk:
+        return disk.rate("layers alone", batches, 1).bytes_per_second
 
 
 def _context(mixture: InPlaceModel, options: LoadOptions) -> int:

@@ -19,7 +19,7 @@ from .layer_ranges import find_joints, keep_range
 from .layer_ranks import capacity_of, needs_at
 from .options import LoadOptions
 from .quantised_cache import plain_cache
-from .rank_questions import this_host
+from .rank_questions import tell_user, this_host
 
 
 class LayersOfRank:
@@ -55,7 +55,7 @@ class LayersOfRank:
         mixture, modules = self._mixture, [layer.module for layer in self._mixture.layers]
         keep_range(mixture, range(*share["ranges"][self._group.rank]), ends=False)
         _, build, _, _ = plan_in_place(self._folder, mixture, self._options)
-        self._model = model = build(lambda note: print(note, flush=True))
+        self._model = model = build(tell_user)
         unchanged = model.flash.verify_unchanged
         self._rank = OtherRank(self._group, model, lambda: plain_cache(model), unchanged, make_room)
         connect(modules, self._rank)

@@ -13,21 +13,17 @@ import numpy as np
 
 from ..defaults import THREADS
 from ..errors import UsageError
-from ..flash.disk_rate import ReadTrial
 from ..flash.files import CHECKSUM_BYTES, Manifest, NeuronLayout
-from ..flash.reader import Reader
 from ..flash.system import READ_ALIGNMENT, usable_memory_bytes
-from ..flash.undisturbed import Undisturbed
-from ..flash.unit_file import UnitFile
 from ..layers.ranked_neurons import NEURONS
-from .expert_ranks import described
 from .memory_needs import InputShape
 from .options import LoadOptions
 from .plan import MIN_SLOTS, MLX_CACHE_BYTES, Demand, Plan, PlanNotes, distribute_slots, make_plan
 from .rank_questions import this_host
-from .rank_shares import Capacity, units_of_layers, units_of_ranks
+from .rank_shares import Capacity, described, units_of_layers, units_of_ranks
 from .ranked_loading import Ranks
 from .streaming_needs import neurons_need, process_bytes, reading_bytes, scratch_bytes
+from .unit_rates import RatesOfFiles
 
 BATCHES, BATCH_BYTES = 32, 4 << 20  # of the trial that measures a disk's rate
 
@@ -86,12 +82,8 @@ def _rate(folder: Path, layout: NeuronLayout, options: LoadOptions) -> float:
         blocks = np.sort(random.choice(layout.blocks, count, replace=False))
         offsets = layer * layout.layer_bytes + blocks * layout.block_bytes
         batches.append(np.stack([0 * offsets, offsets, 0 * offsets + layout.block_bytes], axis=1))
-    with (
-        contextlib.closing(Reader(options.threads or THREADS)) as reader,
-        contextlib.closing(UnitFile(folder / Manifest.neurons_file, direct=options.io != "buffered")) as file,
-        Undisturbed(),
-    ):
-        return ReadTrial([file], reader, batches).rate(1)
+    with contextlib.closing(RatesOfFiles([folder / Manifest.neurons_file], options)) as disk:
+        return disk.rate("neurons", batches, 1).bytes_per_second
 
 
 def gathered_bytes(layout: NeuronLayout, tokens: int, ranks: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +16,7 @@ from ..flash.unit_sums import read_block_sums
 from ..layers.activations import Activation
 from ..layers.neurons import StreamedNeurons
 from ..layers.ranked_neurons import NEURONS, NeuronCalls
-from ..ranks.group import Call, Group
+from ..ranks.group import Group
 from . import dense
 from .fill_slots import fill_slots
 from .neuron_ranks import DividedNeurons, neuron_capacity, plan_of_share
@@ -24,11 +24,12 @@ from .options import LoadOptions
 from .rank_questions import on_host_of_rank_0
 from .reading_trials import reader_for
 from .runtime import Runtime
+from .units_of_rank import UnitsOfRank
 
 UP_BIAS = ".up_bias"  # ends the names of these vectors, "model.layers.3.mlp.up_bias"
 
 
-class NeuronsOfRank:
+class NeuronsOfRank(UnitsOfRank):
     """The same store is opened as on rank 0, and its resident weights but the biases of neurons are never read.
 
     A slot holds all parts of its neurons. With the exact predictor, rank 0 has the first parts of all neurons in
@@ -38,9 +39,9 @@ class NeuronsOfRank:
     """
 
     kind = NEURONS
-    questions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+        super().__init__()
         self._group, self._folder, self._options = group, folder, options
         self._manifest = read_manifest(folder)
         self._dtype = dense.compute_dtype(self._manifest.resident_dtype)
@@ -50,8 +51,6 @@ class NeuronsOfRank:
         nbytes = sum(arrays[name].size * self._dtype.size for name in self._biases.values())
         sharing, taken = on_host_of_rank_0(asked, group.size)
         self._plan = plan_of_share(self._manifest, nbytes, options, sharing, taken, group.size)
-        self._flash: Runtime | None = None
-        self._calls: NeuronCalls | None = None
 
     def offer(self) -> dict[str, Any]:
         plan = self._plan
@@ -84,11 +83,3 @@ class NeuronsOfRank:
             layer.up_bias = mx.contiguous(whole[units.first_neuron : units.first_neuron + units.neurons])
             mx.eval(layer.up_bias)
         return layer
-
-    def __call__(self, call: Call) -> None:
-        assert self._calls is not None
-        self._calls(call)
-
-    def close(self) -> None:
-        if self._flash is not None:
-            self._flash.close()

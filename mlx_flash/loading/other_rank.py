@@ -13,7 +13,7 @@ from .experts_of_rank import ExpertsOfRank
 from .layers_of_rank import LayersOfRank
 from .load import check_compiler, converted_before
 from .neurons_of_rank import NeuronsOfRank
-from .rank_questions import compare, options_in
+from .rank_questions import compare, options_in, tell_user
 from .runtime import BUFFER_CACHE
 
 
@@ -61,11 +61,11 @@ class _OtherRank:
             raise FlashError(f"{kind} are not divided among ranks here; install the same version on all machines.")
         options = options_in(asked, self._memory)
         name = asked["model"] if self._model is None else self._model
-        folder = resolve_source(name, options.revision if self._model is None else None, _print, fetch=False)
+        folder = resolve_source(name, options.revision if self._model is None else None, tell_user, fetch=False)
         if kind == NeuronsOfRank.kind:
             folder = converted_before(folder, name)
         compare(folder, asked["checksum"])
-        check_compiler(_print)
+        check_compiler(tell_user)
         with kept_random_state():
             self._part = PARTS[kind](self._group, folder, options, asked)
         return self._part.offer()
@@ -88,7 +88,3 @@ class _OtherRank:
                 self._handlers.questions.pop(name, None)
             part.close()
         return {}
-
-
-def _print(note: str) -> None:
-    print(note, flush=True)

@@ -88,3 +88,8 @@ def options_in(asked: dict[str, Any], memory: str | int | None) -> LoadOptions:
     options = replace(LoadOptions(**asked["options"]), memory=asked["memory"] if memory is None else memory)
     options.check()
     return replace(options, trials=False)
+
+
+def tell_user(note: str) -> None:
+    """Prints a note of another rank, which rank 0 shows with the rank's name before it."""
+    print(note, flush=True)

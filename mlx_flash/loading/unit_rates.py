@@ -1,9 +1,10 @@
-"""How fast a checkpoint's units will be read: as its own files are read, or as the disk that it will be on reads."""
+"""How fast a model's units will be read: as its own files are read, or as the disk that it will be on reads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,6 @@ from ..flash.requests import MERGE_BYTES
 from ..flash.undisturbed import Undisturbed
 from ..machine.disk_table import DiskTable, rate_in
 from ..machine.kept_rates import Rate, keep_rates, kept_rates
-from .in_place_model import InPlaceModel
 from .options import LoadOptions
 from .resident_weights import open_files
 
@@ -38,12 +38,12 @@ class UnitRates(Protocol):
 
 
 class RatesOfFiles:
-    """Measures how fast a checkpoint's units are read, or remembers what was measured within the last day."""
+    """Measures how fast units are read from their files, or remembers what was measured within the last day."""
 
-    def __init__(self, mixture: InPlaceModel, options: LoadOptions) -> None:
-        self._files = open_files(mixture.files, options.io != "buffered")
+    def __init__(self, files: Sequence[Path], options: LoadOptions) -> None:
+        self._files = open_files(files, options.io != "buffered")
         self._reader = Reader(options.threads or THREADS)
-        state, way = os.stat(mixture.files[0]), "direct" if self._files[0].direct else "buffered"
+        state, way = os.stat(files[0]), "direct" if self._files[0].direct else "buffered"
         self._name = f"{state.st_dev}-{state.st_ino}-{state.st_size}, {way}, {self._reader.threads} threads"
 
     def rate(

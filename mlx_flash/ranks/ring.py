@@ -71,7 +71,7 @@ class Ring:
             raise FlashError("this process already belongs to another group of ranks; start a new process.")
 
     def spread(self, x: mx.array) -> mx.array:
-        mx.async_eval(mx.distributed.send(x, 1, group=self._joined()))
+        self.send_next(x)
         return x
 
     def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

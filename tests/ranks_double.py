@@ -1,10 +1,9 @@
-"""Ranks as threads of this process: the `Group` of mlx_flash/ranks without processes, sockets or MLX's ring.
+"""Ranks as threads of this process: the `Group` of mlx_flash/ranks without processes or sockets.
 
-MLX's arrays belong to the thread that made them, so bytes go from thread to thread. `receive` and `gather` wait, and
-give evaluated arrays.
+MLX's arrays belong to the thread that made them, so bytes go from thread to thread.
 
     with ranks_as_threads(3, register) as group:  # rank 0's
-        group.ask({"build": ...}); group.call("experts", ids, layer=0); group.spread(x); group.gather(y)
+        group.ask({"build": ...}); group.call("experts", ids, [x], layer=0); group.results()
 
 register(group, handlers) runs in the thread of every other rank, and adds to its handlers.
 """
@@ -15,7 +14,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ import pytest
 
 from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash.reader import Reader
+from mlx_flash.ranks.arrays import packed, unpacked
 from mlx_flash.ranks.group import Call, Handlers, follow
 
 WAIT_S = 60.0
@@ -37,16 +37,8 @@ class Shared:
     def __init__(self, size: int) -> None:
         self.size = size
         self.messages: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size)]
-        self.spread: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size)]
-        self.passed: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size)]
-        self.answers: list[queue.SimpleQueue[dict[str, Any]]] = [queue.SimpleQueue() for _ in range(size)]
-        self.gathered: list[bytes] = [b""] * size
-        self.meeting = threading.Barrier(size, timeout=WAIT_S)
+        self.replies: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size)]
         self.errors: list[Exception] = []
-
-    def fail(self, error: Exception) -> None:
-        self.errors.append(error)
-        self.meeting.abort()
 
 
 class ThreadRank:
@@ -56,68 +48,83 @@ class ThreadRank:
         self.rank, self.size = rank, shared.size
         self.calls_made: list[tuple[str, dict[str, int]]] = []
         self._shared, self._handlers = shared, handlers
+        self._sent = self._awaited = 0
+        self._called: Sequence[int] = ()
+        self._number = 0
         self._closed = False
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
+        self._sent = self._awaited = self._sent + 1
         text = json.dumps(question)
         for others in self._shared.messages[1:]:
-            others.put({"question": text})
-        answers = [self._wait(answers) for answers in self._shared.answers[1:]]
+            others.put({"question": text, "number": self._sent})
+        answers = [self._received(rank) for rank in range(1, self.size)]
         for rank, answer in enumerate(answers, 1):
             if "error" in answer:
                 raise FlashError(f"rank {rank}: {answer['error']}")
         return answers
 
-    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+    def call(
+        self,
+        kind: str,
+        ids: np.ndarray,
+        arrays: Sequence[mx.array] = (),
+        ranks: Sequence[int] | None = None,
+        **numbers: int,
+    ) -> None:
+        self._called = range(1, self.size) if ranks is None else ranks
+        self._send(self._called, kind, ids, arrays, numbers)
+        self._awaited = self._sent
+
+    def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+        self._send(range(1, self.size), kind, ids, (), numbers)
+
+    def _send(
+        self, ranks: Sequence[int], kind: str, ids: np.ndarray, arrays: Sequence[mx.array], numbers: dict[str, int]
+    ) -> None:
+        data, (forms, sent) = ids.astype(np.int32, copy=False).tobytes(), packed(arrays)
+        self._sent += 1
         self.calls_made.append((kind, numbers))
-        data = ids.astype(np.int32, copy=False).tobytes()
-        for others in self._shared.messages[1:]:
-            others.put({"call": kind, "numbers": json.dumps(numbers), "ids": data, "shape": ids.shape})
+        message = {"call": kind, "numbers": json.dumps(numbers), "ids": data, "shape": ids.shape}
+        for rank in ranks:
+            self._shared.messages[rank].put({**message, "forms": forms, "sent": sent, "number": self._sent})
+
+    def results(self) -> list[mx.array]:
+        received = [(rank, self._received(rank)) for rank in self._called]
+        for rank, reply in received:
+            if isinstance(reply, str):
+                raise FlashError(f"rank {rank}: {reply}")
+        return [array for _, (forms, data) in received for array in unpacked(forms, memoryview(data))]
 
     def calls(self) -> Iterator[Call]:
         while "end" not in (message := self._shared.messages[self.rank].get()):
+            self._number = message["number"]
             if "question" in message:
                 answer = self._handlers.answer(json.loads(message["question"]))
-                self._shared.answers[self.rank].put(json.loads(json.dumps(answer)))
+                self._put(json.loads(json.dumps(answer)))
             else:
                 ids = np.frombuffer(message["ids"], np.int32).reshape(message["shape"])
-                yield Call(message["call"], ids, json.loads(message["numbers"]))
+                arrays = unpacked(message["forms"], memoryview(message["sent"]))
+                yield Call(message["call"], ids, arrays, json.loads(message["numbers"]))
 
-    def spread(self, x: mx.array) -> mx.array:
-        data = _bytes_of(x)
-        for others in self._shared.spread[1:]:
-            others.put(data)
-        return x
+    def reply(self, result: mx.array | str) -> None:
+        self._put(result if isinstance(result, str) else packed([result]))
 
-    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        return _array_of(self._wait(self._shared.spread[self.rank]), shape, dtype)
+    def _put(self, reply: Any) -> None:
+        self._shared.replies[self.rank].put((self._number, reply))
 
-    def gather(self, y: mx.array) -> mx.array:
-        self._shared.gathered[self.rank] = _bytes_of(y)
-        self._meet()
-        everything = b"".join(self._shared.gathered)
-        self._meet()  # Nobody writes the next `gathered` before everybody has read this one.
-        return _array_of(everything, (self.size, *y.shape), y.dtype)
-
-    def send_next(self, x: mx.array) -> None:
-        self._shared.passed[self.rank].put(_bytes_of(x))
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        return _array_of(self._wait(self._shared.passed[self.rank - 1]), shape, dtype)
+    def _received(self, rank: int) -> Any:
+        """The reply to what is awaited; those to what came before, which nobody waited for, go."""
+        number = -1
+        while number < self._awaited:
+            number, reply = self._wait(self._shared.replies[rank])
+        return reply
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             for others in self._shared.messages[1:]:
                 others.put({"end": True})
-
-    def _meet(self) -> None:
-        try:
-            self._shared.meeting.wait()
-        except threading.BrokenBarrierError:
-            if self.rank == 0 and self._shared.errors:
-                raise self._shared.errors[0] from None
-            raise
 
     def _wait(self, source: queue.SimpleQueue[Any]) -> Any:
         for _ in range(int(WAIT_S / 0.1)):
@@ -140,7 +147,7 @@ def ranks_as_threads(size: int, register: Register) -> Iterator[ThreadRank]:
             register(group, handlers)
             follow(group, handlers)
         except Exception as error:
-            shared.fail(error)
+            shared.errors.append(error)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(1, size)]
     for thread in threads:
@@ -154,17 +161,6 @@ def ranks_as_threads(size: int, register: Register) -> Iterator[ThreadRank]:
             thread.join(WAIT_S)
     if shared.errors:
         raise shared.errors[0]
-
-
-def _bytes_of(x: mx.array) -> bytes:
-    flat: Any = mx.contiguous(x.reshape(-1)).view(mx.uint8) if x.size else b""
-    return bytes(memoryview(flat))
-
-
-def _array_of(data: bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    if not data:
-        return mx.zeros(shape, dtype)
-    return mx.array(np.frombuffer(data, np.uint8)).view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""Rank 0 of a real group, as a process: `python ranks_program.py RANKS WHAT`. It prints JSON. MLX joins one ring per
-process, so a test cannot be rank 0 itself."""
+"""Rank 0 of a real group, as a process: `python ranks_program.py RANKS WHAT`. It prints JSON. A fault ends the process,
+so a test cannot be rank 0 itself."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -22,26 +23,32 @@ OTHER_RANKS = "import json, sys, ranks_program; ranks_program.other_rank(json.lo
 
 def register(group: Group, handlers: Handlers) -> None:
     """Each rank multiplies x by its rank."""
+    noted: list[int] = []
 
-    def product(call: Call) -> None:
-        x = group.receive((call.numbers["rows"], 4), mx.bfloat16)
-        group.gather(x * group.rank + mx.array(call.ids.sum()).astype(mx.bfloat16))
+    def product(call: Call) -> mx.array:
+        (x,) = call.arrays
+        return x * group.rank + mx.array(call.ids.sum()).astype(x.dtype)
 
-    def blind(call: Call) -> None:  # does not use x
-        group.receive((call.numbers["rows"], 4), mx.bfloat16)
-        group.gather(mx.zeros((call.numbers["rows"], 4), mx.bfloat16))
+    def note(call: Call) -> None:  # returns nothing
+        noted.append(call.numbers["layer"])
 
-    def hang(_: Call) -> None:
+    def notes(_: object) -> dict[str, object]:
+        return {"noted": noted}
+
+    def fail(_: Call) -> mx.array:
+        raise FlashError("its disk is broken.")
+
+    def hang(_: Call) -> mx.array:
         time.sleep(600)
+        raise AssertionError
 
     def refuse(_: object) -> dict[str, object]:
         raise FlashError("it has another model.")
 
     handlers.questions["echo"] = lambda value: {"rank": group.rank, "value": value}
     handlers.questions["refuse"] = refuse
-    handlers.calls["product"] = product
-    handlers.calls["blind"] = blind
-    handlers.calls["hang"] = hang
+    handlers.questions["notes"] = notes
+    handlers.calls.update(product=product, note=note, fail=fail, hang=hang)
 
 
 def other_rank(setup: dict[str, object]) -> None:
@@ -62,28 +69,46 @@ def use(group: Group) -> dict[str, object]:
     answers = group.ask({"echo": [1, "two"]})
     sums = []
     for step in range(20):
-        rows = 1 + step % 3
-        kind = "blind" if step % 5 == 4 else "product"
-        group.call(kind, np.arange(4).reshape(2, 2), layer=step, rows=rows)
-        x = group.spread(mx.full((rows, 4), 2, mx.bfloat16) + step % 2)
-        gathered = group.gather(x * 0)
-        sums.append(gathered.astype(mx.float32).sum(axis=(1, 2)).tolist())
+        rows, ranks = 1 + step % 3, [1] if step % 5 == 4 else None
+        group.call("product", np.arange(4), [mx.zeros((2, 2))])  # is not waited for, as after Ctrl-C
+        x = mx.full((4, rows), 2, mx.bfloat16).T + step % 2
+        group.call("product", np.arange(4).reshape(2, 2), [x], ranks, layer=step)
+        group.tell("note", np.zeros(0, np.int32), layer=step)
+        results = group.results()
+        assert all(y.shape == (rows, 4) and y.dtype == mx.bfloat16 for y in results)
+        sums.append([y.astype(mx.float32).sum().item() for y in results])
+    group.call("product", np.arange(4), [mx.zeros((0, 3), mx.float16)])
+    empty = [list(y.shape) for y in group.results()]
+    noted = [answer["noted"] for answer in group.ask({"notes": None})]
+    said = []
+    for kind in ("fail", "unknown"):
+        group.call(kind, np.arange(1))
+        said.append(_said(group.results))
+    said.append(_said(lambda: group.ask({"refuse": None})))
+    said.append(_said(lambda: group.call("product", np.arange(1), [mx.zeros(1, mx.complex64)])))
+    again = len(group.ask({"echo": None}))
+    return {"answers": answers, "sums": sums, "empty": empty, "noted": noted, "said": said, "again": again}
+
+
+def _said(act: Callable[[], object]) -> str:
     try:
-        group.ask({"refuse": None})
-        refused = ""
+        act()
+        return ""
     except FlashError as error:
-        refused = str(error)
-    return {"answers": answers, "sums": sums, "refused": refused, "again": len(group.ask({"echo": None}))}
+        return str(error)
 
 
 def expected(size: int) -> dict[str, object]:
+    """What `use` returns, but the sentences."""
     sums = []
     for step in range(20):
         rows, x = 1 + step % 3, 2 + step % 2
-        sums.append([0.0] + [0.0 if step % 5 == 4 else rows * 4.0 * (x * rank + 6) for rank in range(1, size)])
+        sums.append([rows * 4.0 * (x * rank + 6) for rank in range(1, 2 if step % 5 == 4 else size)])
     return {
         "answers": [{"rank": rank, "value": [1, "two"]} for rank in range(1, size)],
         "sums": sums,
+        "empty": [[0, 3]] * (size - 1),
+        "noted": [list(range(20))] * (size - 1),
         "again": size - 1,
     }
 
@@ -96,19 +121,17 @@ def main(ranks: int, what: str) -> None:
     print(json.dumps({"pids": group.pids}), flush=True)
     if what == "use":
         print(json.dumps(use(group)), flush=True)
-    elif what == "stuck":  # waits in MLX for ranks that know nothing of it
-        with group.guarded():
-            mx.eval(group.gather(mx.zeros((1, 4))))
+    elif what == "stuck":  # waits for ranks that do not reply
+        group.call("note", np.arange(1), layer=0)
+        group.results()
     elif what == "hang":  # the main thread of another rank, while its heartbeat lives
         channel.STUCK_S = 1.0
         group.call("hang", np.arange(1))
-        with group.guarded():
-            mx.eval(group.gather(mx.zeros((1, 4))))
+        group.results()
     elif what == "steps":  # works without end
-        with group.guarded():
-            for step in range(10**9):
-                group.call("product", np.arange(4), layer=step, rows=1)
-                mx.eval(group.gather(group.spread(mx.ones((1, 4), mx.bfloat16))))
+        for step in range(10**9):
+            group.call("product", np.arange(4), [mx.ones((1, 4), mx.bfloat16)], layer=step)
+            group.results()
     elif what == "idle":
         time.sleep(60)
     group.close()

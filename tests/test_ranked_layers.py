@@ -25,7 +25,7 @@ from ranks_double import ThreadRank, ranks_as_threads  # type: ignore[import-not
 from slow_cases import others  # type: ignore[import-not-found]
 from test_streamed_layers import DENSE as STREAMED  # type: ignore[import-not-found]
 
-from mlx_flash.errors import FlashError, UnsupportedModelError, UsageError
+from mlx_flash.errors import FlashError, ReadError, UnsupportedModelError, UsageError
 from mlx_flash.layers import ranked_layers
 from mlx_flash.loading import layer_weights
 from mlx_flash.loading.in_place_loading import plan_in_place
@@ -169,7 +169,7 @@ def test_other_ranks_hold_one_conversation(model_of: Callable[[str], Path]) -> N
         # The other one goes on where they no longer are.
         with pytest.raises(FlashError, match=r"rank 1: .*40 tokens.*anew"):
             said(model, first, [7])
-        assert len(group.calls_made) == asked + 2  # nothing was computed
+        assert len(group.calls_made) == asked + 4  # nothing was computed
         assert np.array_equal(said(model, copied, [9]), said(plain, resident, [9]))
         said(model, second, PROMPT[:5])
         with pytest.raises(FlashError, match="39 tokens"):
@@ -206,13 +206,14 @@ def test_a_window_that_has_moved_on_cannot_go_back(model_of: Callable[[str], Pat
             DividedLayers(None, folder, open_in_place(folder), options, object())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("where", ["before the call", "in its own layers", "in a call of MLX", "behind them"])
+@pytest.mark.parametrize("where", ["before the call", "in its own layers", "while they compute", "behind them"])
 def test_an_interrupted_pass_leaves_the_ranks_in_step(
     model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     folder = model_of("llama")
     with shared_out(folder, 3) as (model, group):
         cache = fed(model, PROMPT)
+        calls, this = len(group.calls_made), threading.current_thread()
         with monkeypatch.context() as patched:
 
             def interrupted(*_: Any, **__: Any) -> Any:
@@ -221,43 +222,50 @@ def test_an_interrupted_pass_leaves_the_ranks_in_step(
             if where == "before the call":
                 patched.setattr(ranked_layers, "to_numpy", interrupted)
             elif where == "in its own layers":
-                patched.setattr(llama.MLP, "__call__", only_in(threading.current_thread(), interrupted))
+                patched.setattr(llama.MLP, "__call__", only_in(this, llama.MLP.__call__, interrupted))
             elif where == "behind them":
-                patched.setattr(ranked_layers.FirstRank, "skipped", only_last(interrupted))
+                patched.setattr(ranked_layers.FirstRank, "leave", after(ranked_layers.FirstRank.leave, interrupted))
             else:
-                patched.setattr(group, "send_next", interrupted)
+                patched.setattr(group, "results", interrupted)
+            before = copy.deepcopy(cache)
             with pytest.raises(KeyboardInterrupt):
                 model(mx.array([[4, 5]]), cache=cache)
-        if where == "in a call of MLX":
-            with pytest.raises(FlashError, match="in step"):
-                fed(model, PROMPT)
-            group.send_next(mx.zeros((1, 2, 64)))
-            return
-        if where == "behind them":
-            with pytest.raises(FlashError, match="anew"):
-                model(mx.array([[4, 5]]), cache=cache)
-        else:
-            assert len(group.calls_made) == 1  # the others were not called
+        assert len(group.calls_made) - calls == {"while they compute": 1, "behind them": 2}.get(where, 0)
+        # The others go back to where the text was.
+        plain = load_model(folder)[0]
+        expected = plain(mx.array([[6]]), cache=fed(plain, PROMPT))
+        assert np.array_equal(model(mx.array([[6]]), cache=before), expected)
         assert_same(everything(model), reference(folder), where)
 
 
-def only_last(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` after the last layer's result has come."""
-    real = ranked_layers.FirstRank.skipped
+def test_a_pass_that_fails_on_another_rank_ends_its_conversation(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any) -> Any:
+        raise ReadError("injected")
 
-    def either(self: Any, x: mx.array, last: bool) -> mx.array:
-        result = real(self, x, last)
-        return call() if last else result
+    folder = model_of("llama")
+    with shared_out(folder, 3) as (model, _):
+        cache = fed(model, PROMPT)
+        before = copy.deepcopy(cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(ranked_layers.OtherRank, "leave", failed)
+            with pytest.raises(FlashError, match="rank 1: injected"):
+                model(mx.array([[4, 5]]), cache=cache)
+        with pytest.raises(FlashError, match=r"rank 1: .*anew"):
+            model(mx.array([[4, 5]]), cache=before)
+        assert_same(everything(model), reference(folder), "afterwards")
 
-    return either
+
+def after(real: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: (real(*arguments), call())
 
 
-def only_in(thread: threading.Thread, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` in one thread; the others compute as ever."""
-    real = llama.MLP.__call__
+def only_in(thread: threading.Thread, real: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` instead of `real` in one thread; the others compute as ever."""
 
-    def either(self: Any, *arguments: Any) -> Any:
-        return call() if threading.current_thread() is thread else real(self, *arguments)
+    def either(*arguments: Any, **named: Any) -> Any:
+        return call() if threading.current_thread() is thread else real(*arguments, **named)
 
     return either
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ from slow_cases import others  # type: ignore[import-not-found]
 from test_mixture import everything as everything_of_a_mixture  # type: ignore[import-not-found]
 from test_neurons import GREEDY_TOKENS, PROMPT, TOLERANCE, everything, greedy  # type: ignore[import-not-found]
 
-from mlx_flash.errors import ReadError
+from mlx_flash.errors import FlashError, ReadError
 from mlx_flash.flash.files import Manifest, read_manifest
 from mlx_flash.flash.neurons import NeuronFile, NeuronSlots
 from mlx_flash.flash.reader import Reader
@@ -158,10 +160,12 @@ def test_a_failed_read_of_rank_0_leaves_the_ranks_in_step(tiny: Tiny, ranked: An
             assert all(np.array_equal(a, b) for a, b in zip(everything(model), expected, strict=True))
 
 
-def test_a_failed_read_of_another_rank_ends_the_call(tiny: Tiny, ranked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = Reader.wait
-    with pytest.raises(ReadError, match="injected"), ranked(tiny.store, [1, 1], 20) as (model, _):
-        own = model.flash.streamer.reader
+def test_a_failed_read_of_another_rank_leaves_the_ranks_in_step(
+    tiny: Tiny, ranked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ranked(tiny.store, [1, 1], 20) as (model, _):
+        expected = everything(model)
+        own, wait = model.flash.streamer.reader, Reader.wait
 
         def wait_or_fail(reader: Reader, ticket: Any) -> Any:
             report = wait(reader, ticket)
@@ -169,8 +173,25 @@ def test_a_failed_read_of_another_rank_ends_the_call(tiny: Tiny, ranked: Any, mo
                 raise ReadError("injected")
             return report
 
-        monkeypatch.setattr(Reader, "wait", wait_or_fail)
-        mx.eval(model(mx.array([PROMPT]), cache=make_prompt_cache(model)))
+        with monkeypatch.context() as patched:
+            patched.setattr(Reader, "wait", wait_or_fail)
+            with pytest.raises(FlashError, match="rank 1: injected"):
+                mx.eval(model(mx.array([PROMPT]), cache=make_prompt_cache(model)))
+        assert all(np.array_equal(a, b) for a, b in zip(everything(model), expected, strict=True))
+
+
+def test_a_file_that_changes_under_another_rank_ends_the_call(
+    tiny: Tiny, ranked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny.store, store)
+    with ranked(store, [1, 1], 1000) as (model, _):
+        token, cache = mx.array([[5]]), make_prompt_cache(model)
+        mx.eval(model(token, cache=cache))
+        os.utime(store / Manifest.neurons_file, (1, 1))
+        monkeypatch.setattr(model.flash.streamer.file, "verify_unchanged", lambda: None)  # rank 0 looks at its own
+        with pytest.raises(FlashError, match=r"rank 1: .*changed"):
+            model(token, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["float32", "gated 8 bits"])
@@ -193,7 +214,6 @@ def test_shares_of_a_layer_are_its_rows(tiny_of: Callable[[str], Tiny], name: st
 
 
 def test_ranks_that_are_processes(tiny: Tiny, open_model: Any, tmp_path: Path) -> None:
-    """With MLX's own ring between them, whose communications must come in one order."""
     program = Path(__file__).with_name("ranked_program.py")
     command = [sys.executable, str(program), str(tiny.store), str(tmp_path / "logits")]
     subprocess.run(command, env=child_environment(), check=True, timeout=100, stdout=subprocess.DEVNULL)

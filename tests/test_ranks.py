@@ -44,7 +44,14 @@ def all_end(processes: list[psutil.Process]) -> bool:
 
 
 def check_use(found: dict[str, Any], size: int) -> None:
-    assert "another model" in found.pop("refused")
+    said = [
+        "its disk is broken",
+        "'unknown', is not known here",
+        "it has another model",
+        "complex64, which is not sent",
+    ]
+    for sentence, part in zip(found.pop("said"), said, strict=True):
+        assert part in sentence
     assert found == ranks_program.expected(size)
 
 
@@ -65,14 +72,6 @@ def test_ranks_as_threads(size: int) -> None:
             check_use(ranks_program.use(group), size)
 
 
-def test_an_error_in_a_thread_reaches_rank_0() -> None:
-    import numpy as np
-
-    with pytest.raises(FlashError, match="not known"), ranks_as_threads(2, ranks_program.register) as group:
-        group.call("unknown", np.zeros(1, np.int32))
-        group.gather(ranks_program.mx.zeros(1))
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_ends_or_hangs_ends_all(number: signal.Signals) -> None:
     process = start(3, "stuck")
@@ -80,7 +79,7 @@ def test_a_rank_that_ends_or_hangs_ends_all(number: signal.Signals) -> None:
     others[1].send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors.count("rank 2 (127.0.0.1)") == 1
+    assert errors.count("rank 2 (127.0.0.1)") == 1, errors
     assert errors.endswith("the generation ends on all machines.\n")
     assert all_end(others)
 
@@ -130,7 +129,7 @@ def test_messages_arrive_whole() -> None:
     one, other = socket.socketpair()
     with one, other:
         threading.Thread(target=messages.send, args=(one, {"call": "é"}, bytes(3 << 20))).start()
-        assert messages.receive(other) == ({"call": "é"}, bytes(3 << 20))
+        assert messages.receive(other) == ({"call": "é"}, bytearray(3 << 20))
         one.close()
         with pytest.raises(EOFError):
             messages.receive(other)

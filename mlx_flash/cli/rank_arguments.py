@@ -43,7 +43,7 @@ def ranks_of(
     """The group of the ranks that the arguments name; None for this process alone.
 
     They have ended when the context does. If one of them ends or hangs before, this process ends with code 1 and a
-    sentence, even if its main thread waits in MLX. before_end: called with the sentence then, in another thread.
+    sentence, even if its main thread waits for a disk. before_end: called with the sentence then, in another thread.
     Raises UsageError or FlashError.
     """
     if arguments.hosts is None and arguments.ranks is None:
@@ -64,8 +64,7 @@ def ranks_of(
 
     group = Leader(hosts, child_environment(), say=say, on_fault=end)
     try:
-        with group.guarded():
-            yield group
+        yield group
     finally:
         group.close()
 

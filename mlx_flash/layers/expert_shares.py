@@ -15,12 +15,11 @@ import numpy as np
 class DividedPairs:
     """The pairs of a call, by rank.
 
-    members: for each rank, the numbers of its pairs, ascending, int (n,). most: the largest n, to which all ranks pad
-    their outputs. back: for each pair, the row of its output among those of all ranks, int32 (P,).
+    members: for each rank, the numbers of its pairs, ascending, int (n,). back: for each pair, the row of its output
+    when those of all ranks stand one after another, int32 (P,).
     """
 
     members: list[np.ndarray]
-    most: int
     back: np.ndarray
 
 
@@ -48,12 +47,9 @@ class ExpertShares:
         holders = self.holder[experts]
         by_rank = np.argsort(holders, kind="stable")
         ends = np.cumsum(np.bincount(holders, minlength=self.ranks))
-        begins = np.concatenate(([0], ends[:-1]))
-        most = int((ends - begins).max())
         back = np.empty(len(experts), np.int32)
-        back[by_rank] = np.arange(len(experts)) + (np.arange(self.ranks) * most - begins)[holders[by_rank]]
-        members = [by_rank[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        return DividedPairs(members, most, back)
+        back[by_rank] = np.arange(len(experts))
+        return DividedPairs(np.split(by_rank, ends[:-1]), back)
 
 
 def dealt(counts: Sequence[int]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """A dense model whose layers are shared out over ranks in ranges, as a pipeline.
 
 Every rank makes the same call of the same model with the same token ids. A layer of another rank returns its input, and
-its cache only counts the tokens, so that masks and positions are right. The first layer of a rank takes its input from
-the rank before; the result of its last layer goes to the rank after. Rank 0 has the first range, the embeddings and the
-output head, so the last rank's result returns to it.
+its cache only counts the tokens, so that masks and positions are right. Rank 0 has the first range, the embeddings and
+the output head. It sends the result of its last layer to the next rank, that rank's result to the one after, and goes
+on with what the last rank returns.
 
 The numbers that a layer computes with, and the shapes of its arrays, are those of one rank, and so are the bits.
 """
@@ -23,7 +23,6 @@ import numpy as np
 from ..errors import FlashError, UsageError
 from ..flash.host_arrays import to_numpy
 from ..ranks.group import Group
-from .later_interrupts import interrupts_later
 from .pipeline_text import (
     DIGEST_BYTES,
     count_tokens,
@@ -36,19 +35,8 @@ from .pipeline_text import (
 )
 from .streamed_layers import WRAPS
 
-LAYERS = "layers"  # the kind of a call: the digest of a text and the tokens that follow it, or nothing, to forget it
+LAYERS = "layers"  # the kind of a call: the digest of a text and the tokens that follow it
 FOLLOW = "follow"  # of a question whether a rank can continue a text
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What one layer hands to the next: (1, T, width)."""
-
-    width: int
-    dtype: mx.Dtype
-
-    def shape(self, tokens: int) -> tuple[int, int, int]:
-        return (1, tokens, self.width)
 
 
 class _Whole:
@@ -57,9 +45,6 @@ class _Whole:
     def marks(self, x: mx.array) -> mx.array:
         return no_marks(x.shape[-2], x.shape[0])
 
-    def skipped(self, x: mx.array, last: bool) -> mx.array:
-        return x
-
     def enter(self, x: mx.array) -> mx.array:
         return x
 
@@ -67,10 +52,9 @@ class _Whole:
         return x
 
 
-def leave_out(layer: nn.Module, last: bool) -> None:
-    """Makes a layer return its first argument, while its cache counts the tokens. last: whether it is the model's."""
+def leave_out(layer: nn.Module) -> None:
+    """Makes a layer return its first argument, while its cache counts the tokens."""
     _wrap(layer, _left_out)
-    object.__setattr__(layer, "_last", last)
 
 
 def join(layer: nn.Module, first: bool, last: bool) -> None:
@@ -97,7 +81,7 @@ def _left_out(kind: type[nn.Module]) -> type[nn.Module]:
             for part in (*arguments, *named.values()):
                 if counts_tokens(part):
                     count_tokens(part, self._ends.marks(x))
-            return self._ends.skipped(x, self._last)
+            return x
 
     return _named(LeftOut, kind)
 
@@ -123,14 +107,13 @@ def _named(made: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
 class _Pass:
     """A call of the model. start: tokens and digest of the text before it. ids: int32 (T,). marks: of its tokens.
 
-    sent, received: whether rank 0's result is on its way, and whether the last rank's is.
+    passed: whether the other ranks have computed it.
     """
 
     start: tuple[int, bytes]
     ids: np.ndarray
     marks: mx.array
-    sent: bool = False
-    received: bool = False
+    passed: bool = False
 
 
 class FirstRank(_Whole):
@@ -139,12 +122,11 @@ class FirstRank(_Whole):
     One conversation at a time: the other ranks hold the text of the last call, or the beginning of it.
     """
 
-    def __init__(self, group: Group, passed: Passed, counting: int) -> None:
+    def __init__(self, group: Group, counting: int) -> None:
         """counting: the number, in a prompt cache, of a layer of another rank."""
-        self._group, self._passed, self._counting = group, passed, counting
-        self._end: tuple[int, bytes] | None = (0, b"")  # tokens and digest of the text that the others hold
+        self._group, self._counting = group, counting
+        self._end: tuple[int, bytes] | None = (0, b"")  # tokens and digest of the text that the others hold, if known
         self._pass: _Pass | None = None
-        self._lost = ""  # how the ranks fell out of step, so that no more calls can be made
 
     @contextmanager
     def passing(self, inputs: mx.array, cache: list[Any] | None) -> Iterator[None]:
@@ -152,8 +134,6 @@ class FirstRank(_Whole):
 
         Raises UsageError for a call that several ranks cannot follow, FlashError if the others hold another text.
         """
-        if self._lost:
-            raise FlashError(f"the layers of the other ranks are not in step any more: {self._lost}. Start again.")
         if cache is None:
             raise UsageError("a model whose layers are shared out over ranks needs a prompt cache.")
         if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] == 0:
@@ -169,26 +149,14 @@ class FirstRank(_Whole):
         self._pass = running = _Pass(start, ids, marks_of(digests))
         try:
             yield
-            if not running.received:
+            if not running.passed:
                 raise FlashError("the model did not call its layers one after the other.")
             self._end = (start[0] + len(ids), digests[-1])
-        except BaseException:
-            self._catch_up(running)
-            raise
         finally:
             self._pass = None
 
-    def _catch_up(self, running: _Pass) -> None:
-        """Receives what the others send in a pass that ended early, and makes them forget the text."""
-        if running.sent and not self._lost:
-            self._lost = "a pass was interrupted"
-            if not running.received:
-                mx.eval(self._group.receive_previous(self._passed.shape(len(running.ids)), self._passed.dtype))
-            self._group.call(LAYERS, np.zeros(0, np.int32))
-            self._lost = ""
-
     def _running(self) -> _Pass:
-        if self._pass is None or self._pass.received:
+        if self._pass is None:
             raise FlashError("the model's layers were called in another way than by calling the model.")
         return self._pass
 
@@ -196,29 +164,16 @@ class FirstRank(_Whole):
         return self._running().marks
 
     def leave(self, x: mx.array) -> mx.array:
-        """The others are called when there is something for them, because a rank that waits in MLX keeps a core busy.
-
-        Until then, an interrupt needs no message to them.
-        """
         running = self._running()
         mx.eval(x)
         before = np.frombuffer(running.start[1].ljust(DIGEST_BYTES, b"\0"), np.int32)
-        with interrupts_later():
-            self._end, self._lost = None, "a message was not sent"
-            self._group.call(LAYERS, np.concatenate((before, running.ids)), tokens=running.start[0])
-            self._group.send_next(x)
-            running.sent, self._lost = True, ""
+        self._end = None
+        for rank in range(1, self._group.size):
+            ids = np.concatenate((before, running.ids))
+            self._group.call(LAYERS, ids, [x], [rank], tokens=running.start[0])
+            (x,) = self._group.results()
+        running.passed = True
         return x
-
-    def skipped(self, x: mx.array, last: bool) -> mx.array:
-        if not last:
-            return x
-        running = self._running()
-        with interrupts_later():
-            self._lost = "a message was not received"
-            received = self._group.receive_previous(x.shape, x.dtype)
-            running.received, self._lost = True, ""
-        return received
 
 
 def lead(model: Any, first: FirstRank) -> None:
@@ -241,7 +196,6 @@ class OtherRank(_Whole):
 
     def __init__(
         self,
-        group: Group,
         model: Any,
         new_cache: Callable[[], list[Any]],
         unchanged: Callable[[], None],
@@ -249,37 +203,46 @@ class OtherRank(_Whole):
     ) -> None:
         """new_cache: makes an empty prompt cache of the whole model. unchanged: raises ReadError if a file that was
         read for this pass was changed meanwhile. make_room: grows a cache in use to hold so many tokens."""
-        self._group, self._model = group, model
+        self._model = model
         self._new_cache, self._unchanged, self._make_room = new_cache, unchanged, make_room
         self._cache: list[Any] = []
         self._digests: list[bytes] = []  # of the text after each of its tokens
+        self._given: mx.array | None = None
+        self._result: mx.array | None = None
 
     def can_follow(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Answers the question FOLLOW. Raises FlashError if this rank cannot continue the text."""
         self._require(int(asked["tokens"]), bytes.fromhex(asked["digest"]))
         return {}
 
-    def forget(self) -> None:
-        """Drops the conversation."""
-        self._cache, self._digests = [], []
+    def compute(self, x: mx.array, ids: np.ndarray, tokens: int, digest: bytes) -> mx.array:
+        """The result of this rank's layers for the next tokens of a text: (1, T, D).
 
-    def compute(self, ids: np.ndarray, tokens: int, digest: bytes) -> None:
-        """Computes this rank's layers for the next tokens of a text.
-
-        ids: int32 (T,). tokens: of the text before them, and its digest. Raises FlashError as `can_follow` does.
+        x: the result of the rank before, (1, T, D). ids: int32 (T,). tokens: of the text before them, and its digest.
+        Raises FlashError as `can_follow` does, and ReadError. The conversation is dropped if anything fails.
         """
         self._require(tokens, digest)
-        if tokens == 0:
-            self.forget()
-            self._cache = self._new_cache()
-        if surplus := len(self._digests) - tokens:
-            for part in self._cache:
-                part.trim(surplus)
-            del self._digests[tokens:]
-        self._make_room(self._cache, tokens + len(ids))
-        self._digests += digests_of(digest if tokens else b"", ids.tolist())
-        self._model(mx.array(ids)[None], cache=self._cache)
-        mx.async_eval([part.state for part in self._cache])
+        try:
+            if tokens == 0:
+                self._cache, self._digests = self._new_cache(), []
+            if surplus := len(self._digests) - tokens:
+                for part in self._cache:
+                    part.trim(surplus)
+                del self._digests[tokens:]
+            self._make_room(self._cache, tokens + len(ids))
+            self._digests += digests_of(digest if tokens else b"", ids.tolist())
+            self._given = x
+            self._model(mx.array(ids)[None], cache=self._cache)
+            result = self._result
+            assert result is not None
+            mx.eval(result, [part.state for part in self._cache])
+            self._unchanged()
+            return result
+        except BaseException:
+            self._cache, self._digests = [], []
+            raise
+        finally:
+            self._given = self._result = None
 
     def _require(self, tokens: int, digest: bytes) -> None:
         if tokens == 0:
@@ -295,9 +258,9 @@ class OtherRank(_Whole):
         return no_marks(x.shape[-2])
 
     def enter(self, x: mx.array) -> mx.array:
-        return self._group.receive_previous(x.shape, x.dtype)
+        assert self._given is not None
+        return self._given
 
     def leave(self, x: mx.array) -> mx.array:
-        self._unchanged()
-        self._group.send_next(x)
+        self._result = x
         return x

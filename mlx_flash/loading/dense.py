@@ -75,7 +75,8 @@ def build(
         if ranks is None:
             layer.mlp = StreamedNeurons(stream, activation, manifest.decode_tokens, bias)
         else:
-            layer.mlp = RankedNeurons(stream, activation, manifest.decode_tokens, bias, index, ranks.group)
+            last = index + 1 == len(model.layers)
+            layer.mlp = RankedNeurons(stream, activation, manifest.decode_tokens, bias, index, last, ranks.group)
     _load_resident(model, folder, manifest, dtype)
     tensors = predictor_tensors(folder, manifest, kind)
     for index, layer in enumerate(model.layers):

@@ -29,7 +29,7 @@ from .rank_shares import Capacity, described, slots_of_layers, units_of_layers, 
 from .ranked_loading import Ranks
 from .streaming_needs import experts_need, process_bytes, reading_bytes
 
-COPIES = 3  # of the outputs of a call's pairs: padded, gathered, and in the model's order
+COPIES = 4  # of the outputs of a call's pairs: in messages, as arrays, one after another, and in the model's order
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def stream_shares(
     shares, slots = divided.shares, divided.plan.expert_slots
     for number, (path, module, units) in enumerate(held_of(mixture, shared, shares, 0, slots, options.window)):
         parent, name = parent_of(mixture.model, path)
-        parent[name] = RankedExperts(module, units, number, shares[number], ranks.group)
+        last = number + 1 == len(shares)
+        parent[name] = RankedExperts(module, units, number, last, shares[number], ranks.group)
 
 
 def held_of(

@@ -65,5 +65,5 @@ class ExpertsOfRank(UnitsOfRank):
         plan = replace(self._plan, slots=tuple(slots))  # There may be fewer experts than it has room for.
         self._flash = Runtime(plan, streamer, layers, "router", vocabulary=0, positions=0)
         both = zip(layers, shares, strict=True)
-        self._calls = ExpertCalls(self._group, [HeldExperts(layer, of_layer, rank) for layer, of_layer in both])
+        self._calls = ExpertCalls(rank, [HeldExperts(layer, of_layer) for layer, of_layer in both])
         fill_slots(self._flash, self._folder, warm=False, shown=False)

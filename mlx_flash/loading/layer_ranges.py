@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..errors import UnsupportedModelError
 from ..layers.pipeline_text import counts_tokens
-from ..layers.ranked_layers import Passed, join, leave_out
+from ..layers.ranked_layers import join, leave_out
 from ..layers.streamed_layers import instead, without_hooks
 from ..source.model_kind import error_line
 from .graph_memory import Graph, trace
@@ -29,11 +29,10 @@ TRIAL_TOKENS = (2, 1)  # attention may treat a prompt and a single token differe
 class Joints:
     """Where a model's layers can be taken apart.
 
-    passed: what goes from one to the next. caches: for each layer, in the order of calls, its place in a prompt cache.
-    rewinds: whether every cache can always be trimmed.
+    caches: for each layer, in the order of calls, its place in a prompt cache. rewinds: whether every cache can always
+    be trimmed.
     """
 
-    passed: Passed
     caches: list[int]
     rewinds: bool
 
@@ -84,11 +83,11 @@ class _Trial:
             forms = {(tuple(each.shape), each.dtype) for each in self.seen}
             if len(forms) != 1 or self.seen[0].ndim != 3:
                 raise UnsupportedModelError("its layers do not all hand over an array of one shape and type")
-        passed = Passed(self.seen[0].shape[-1], self.seen[0].dtype)
+        width, dtype = self.seen[0].shape[-1], self.seen[0].dtype
         places = list(self.places)
         for tokens in TRIAL_TOKENS:
-            self._check(tokens, passed)
-        return Joints(passed, places, all(getattr(part, "max_size", None) is None for part in cache))
+            self._check(tokens, width, dtype)
+        return Joints(places, all(getattr(part, "max_size", None) is None for part in cache))
 
     def _call(self, cache: list[Any], tokens: int, given: Sequence[mx.array] = ()) -> mx.array:
         """Logits. given: taken by the layers, then by what follows, in place of the results before them."""
@@ -112,7 +111,7 @@ class _Trial:
             logits: mx.array = self.model(mx.zeros((1, tokens), mx.int32), cache=cache)
         return logits
 
-    def _check(self, tokens: int, passed: Passed) -> None:
+    def _check(self, tokens: int, width: int, dtype: mx.Dtype) -> None:
         """Raises UnsupportedModelError if a result depends on more than what its rank will have."""
         from mlx.utils import tree_flatten
 
@@ -127,7 +126,7 @@ class _Trial:
             (place, name) for place in order for name in ("keys", "values") if getattr(cache[place], name) is not None
         ]
         before = [getattr(cache[place], name) for place, name in held]
-        between = [mx.zeros(passed.shape(tokens), passed.dtype) for _ in range(len(self.modules) + 1)]
+        between = [mx.zeros((1, tokens, width), dtype) for _ in range(len(self.modules) + 1)]
 
         def step(*arrays: mx.array) -> list[mx.array]:
             rest = iter(arrays)
@@ -216,7 +215,7 @@ def keep_range(mixture: InPlaceModel, own: range, ends: bool) -> None:
         if number in own:
             join(layer.module, number == own[0], number == own[-1])
         else:
-            leave_out(layer.module, number == len(layers) - 1)
+            leave_out(layer.module)
     mixture.layers = [layers[number] for number in own]
     if not ends:
         mixture.lookup_tables = []

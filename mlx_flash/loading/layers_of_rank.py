@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from ..layers.pipeline_text import DIGEST_BYTES
@@ -57,17 +58,15 @@ class LayersOfRank:
         _, build, _, _ = plan_in_place(self._folder, mixture, self._options)
         self._model = model = build(tell_user)
         unchanged = model.flash.verify_unchanged
-        self._rank = OtherRank(self._group, model, lambda: plain_cache(model), unchanged, make_room)
+        self._rank = OtherRank(model, lambda: plain_cache(model), unchanged, make_room)
         connect(modules, self._rank)
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call) -> mx.array:
         """Computes the range. Raises ReadError, and FlashError for a text that it cannot continue."""
         assert self._rank is not None
-        if not len(call.ids):
-            self._rank.forget()
-            return
         digest: np.ndarray = call.ids[: DIGEST_BYTES // call.ids.itemsize]
-        self._rank.compute(call.ids[len(digest) :], call.numbers["tokens"], digest.tobytes())
+        (x,) = call.arrays
+        return self._rank.compute(x, call.ids[len(digest) :], call.numbers["tokens"], digest.tobytes())
 
     def close(self) -> None:
         if self._model is not None:

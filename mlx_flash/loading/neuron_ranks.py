@@ -86,9 +86,10 @@ def _rate(folder: Path, layout: NeuronLayout, options: LoadOptions) -> float:
         return disk.rate("neurons", batches, 1).bytes_per_second
 
 
-def gathered_bytes(layout: NeuronLayout, tokens: int, ranks: int) -> int:
-    """The memory that a call's exchange takes: its input, its output, and the output of every rank."""
-    return (ranks + 2) * tokens * layout.width * mx.float32.size
+def exchanged_bytes(layout: NeuronLayout, tokens: int, ranks: int) -> int:
+    """The memory that a call's exchange takes: its input, its output and that of every rank, as arrays and as the bytes
+    of messages."""
+    return 2 * (ranks + 2) * tokens * layout.width * mx.float32.size
 
 
 def plan_of_share(manifest: Manifest, biases: int, options: LoadOptions, sharing: int, taken: int, size: int) -> Plan:
@@ -101,7 +102,7 @@ def plan_of_share(manifest: Manifest, biases: int, options: LoadOptions, sharing
     tokens = max(options.prefill_chunk, options.parallel * manifest.decode_tokens)
     need = neurons_need(layout, manifest.decode_tokens)
     calls = [InputShape(count, layout.width, mx.float32.size, 1) for count in (manifest.decode_tokens, tokens)]
-    work = gathered_bytes(layout, tokens, size) + max(map(need, calls))
+    work = exchanged_bytes(layout, tokens, size) + max(map(need, calls))
     aligned = layout.block_bytes % READ_ALIGNMENT == 0
     sums = 2 * layout.layers * layout.blocks * CHECKSUM_BYTES
     work += scratch_bytes(layout) + sums + reading_bytes(options.threads or THREADS, aligned)

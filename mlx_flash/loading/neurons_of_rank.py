@@ -72,7 +72,7 @@ class NeuronsOfRank(UnitsOfRank):
             units = NeuronSlots(streamer, number, slots, parts, options.window, divided.of(rank))
             layers.append(self._layer(units))
         self._flash = Runtime(plan, streamer, layers, "none", vocabulary=0, positions=0, manifest=manifest)
-        self._calls = NeuronCalls(self._group, layers, self._dtype)
+        self._calls = NeuronCalls(layers)
         fill_slots(self._flash, self._folder, warm=False, shown=False)
 
     def _layer(self, units: NeuronSlots) -> StreamedNeurons:

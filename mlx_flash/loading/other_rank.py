@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import mlx.core as mx
+
 from ..errors import FlashError
 from ..flash.random_state import kept_random_state
 from ..ranks.group import Call, Group, Handlers
@@ -29,8 +31,8 @@ class RankPart(Protocol):
     def build(self, share: dict[str, Any]) -> None:
         """Loads the share that rank 0 has divided, and fills its slots."""
 
-    def __call__(self, call: Call) -> None:
-        """Computes a call of rank 0."""
+    def __call__(self, call: Call) -> mx.array | None:
+        """Computes a call of rank 0. None if rank 0 does not wait for a result."""
 
     def close(self) -> None: ...
 

@@ -31,7 +31,7 @@ from .context import plan_context
 from .draft_model import PlannedDrafts
 from .memory_needs import InputShape, Needs, needs_of
 from .model_types import CONFIG_ERRORS, model_arguments, model_classes
-from .neuron_ranks import divide_neurons, gathered_bytes
+from .neuron_ranks import divide_neurons, exchanged_bytes
 from .options import LoadOptions
 from .plan import MLX_CACHE_BYTES, Demand, Plan, PlanNotes, blocks_needed, grammar_bytes, make_plan
 from .planned import Planned
@@ -206,8 +206,8 @@ def _plan(
         threads = options.threads or THREADS
         demand = demand_of(layout, parts, sizes, predictor_bytes, needs, threads, process(), at_load, options.parallel)
         drafting = 0 if drafts is None else drafts.bytes_at(context, needs, manifest.decode_tokens)
-        gathered = gathered_bytes(layout, options.prefill_chunk, ranks) if ranks > 1 else 0
-        return replace(demand, drafts=drafting, workspace=demand.workspace + gathered)
+        exchanged = exchanged_bytes(layout, options.prefill_chunk, ranks) if ranks > 1 else 0
+        return replace(demand, drafts=drafting, workspace=demand.workspace + exchanged)
 
     def divide(demand: Demand, context: int, note: str) -> Plan:
         notes = replace(_notes(manifest, kind, note + kv_bits), drafts="" if drafts is None else drafts.note)

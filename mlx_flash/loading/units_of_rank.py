@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import mlx.core as mx
+
 from ..ranks.group import Call
 from .runtime import Runtime
 
@@ -16,12 +18,12 @@ class UnitsOfRank:
 
     def __init__(self) -> None:
         self._flash: Runtime | None = None
-        self._calls: Callable[[Call], None] | None = None
+        self._calls: Callable[[Call], mx.array | None] | None = None
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call) -> mx.array | None:
         """Computes a call of rank 0. Raises ReadError."""
         assert self._calls is not None
-        self._calls(call)
+        return self._calls(call)
 
     def close(self) -> None:
         if self._flash is not None:

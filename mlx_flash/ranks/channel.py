@@ -17,7 +17,6 @@ SILENT_S = 8.0  # A peer that is silent for so long is given up. Loading a model
 # A call that takes so long is given up. A chunk of a prompt may read all units of a layer: 6 GB of the largest mixtures
 # take a minute from a disk of 100 MB/s. A call of a dense model's layers lasts while all ranks before this one compute.
 STUCK_S = 900.0
-JOINING_S = 15.0  # the same while MLX connects the ring, which stops all threads of Python
 ENDED = "has ended"
 
 
@@ -33,10 +32,9 @@ class Channel:
         self, connection: socket.socket, on_fault: Callable[[str], None], busy_s: Callable[[], float] = lambda: 0.0
     ) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.silent_s = SILENT_S
         self._connection = connection
         self._on_fault, self._busy_s = on_fault, busy_s
-        self._received: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._over = threading.Event()
         self._once = threading.Lock()
@@ -49,7 +47,7 @@ class Channel:
         with self._sending:
             messages.send(self._connection, header, data)
 
-    def take(self) -> tuple[dict[str, Any], bytes]:
+    def take(self) -> messages.Message:
         """Waits for the next message. Raises EOFError."""
         message = self._received.get()
         if message is None:
@@ -86,8 +84,8 @@ class Channel:
             if now - looked > 2 * BEAT_S:  # This process itself was stopped, so it could not hear anything.
                 self._heard = now
             looked = now
-            if now - self._heard > self.silent_s:
-                self._finish(f"has not answered for {self.silent_s:g} s")
+            if now - self._heard > SILENT_S:
+                self._finish(f"has not answered for {SILENT_S:g} s")
 
     def _finish(self, fault: str | None) -> None:
         with self._once:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from .channel import JOINING_S, SILENT_S, Channel
+from .arrays import packed, unpacked
+from .channel import Channel
 from .group import Call, Handlers
 from .messages import BadMessageError
-from .ring import Ring
 from .secret import HELLO_S, greet
 from .versions import versions
 
@@ -38,9 +39,7 @@ class Follower:
         self.model: str | None = setup["model"]
         self.memory: str | None = setup["memory"]
         self._handlers = handlers
-        self._ring = Ring(self.rank, self.size, setup["address"])
-        own: dict[str, Any] = {"versions": versions(), "ring": self._ring.address}
-        handlers.questions.update(versions=lambda _: own, probe=self._probe, join=self._join)
+        handlers.questions["versions"] = lambda _: {"versions": versions()}
         host, port = setup["leader"]
         try:
             connection = socket.create_connection((host, port), HELLO_S, source_address=(setup["address"], 0))
@@ -48,14 +47,26 @@ class Follower:
         except (OSError, EOFError, BadMessageError) as error:
             raise FlashError(f"rank 0 cannot be reached at {host}: {error or 'it closed the connection'}.") from None
         self._called: float | None = None  # when the call that is being computed came
+        self._number: object = None  # of that call
         self._channel = Channel(connection, _end, self._busy_s)
-        self._channel.silent_s = JOINING_S
-        self._joined = False
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
         raise FlashError("only rank 0 asks.")
 
-    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+    def call(
+        self,
+        kind: str,
+        ids: np.ndarray,
+        arrays: Sequence[mx.array] = (),
+        ranks: Sequence[int] | None = None,
+        **numbers: int,
+    ) -> None:
+        raise FlashError("only rank 0 makes calls.")
+
+    def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+        raise FlashError("only rank 0 makes calls.")
+
+    def results(self) -> list[mx.array]:
         raise FlashError("only rank 0 makes calls.")
 
     def calls(self) -> Iterator[Call]:
@@ -66,43 +77,31 @@ class Follower:
                 return
             if "end" in header:
                 return
-            if self._joined:  # and so has rank 0, which does not send anything before
-                self._channel.silent_s = SILENT_S
+            self._number = header.get("number")
             if "question" in header:
                 answer = self._handlers.answer(header["question"])
-                self._channel.send({"answer": answer, "number": header.get("number")})
+                self._channel.send({"answer": answer, "number": self._number})
             else:
                 self._called = time.monotonic()
-                yield Call(header["call"], np.frombuffer(data, np.int32).reshape(header["shape"]), header["numbers"])
+                yield _call_in(header, data)
                 self._called = None
 
-    def spread(self, x: mx.array) -> mx.array:
-        raise FlashError("only rank 0 spreads.")
-
-    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        return self._ring.receive(shape, dtype)
-
-    def gather(self, y: mx.array) -> mx.array:
-        return self._ring.gather(y)
-
-    def send_next(self, x: mx.array) -> None:
-        self._ring.send_next(x)
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        return self._ring.receive_previous(shape, dtype)
+    def reply(self, result: mx.array | str) -> None:
+        if isinstance(result, str):
+            self._channel.send({"error": result, "number": self._number})
+        else:
+            forms, data = packed([result])
+            self._channel.send({"arrays": forms, "number": self._number}, data)
 
     def close(self) -> None:
         self._channel.close()
-        self._ring.close()
 
     def _busy_s(self) -> float:
         return 0.0 if (called := self._called) is None else time.monotonic() - called
 
-    def _probe(self, seen: list[list[str]]) -> dict[str, Any]:
-        self._ring.probe(seen[self.rank])
-        return {}
 
-    def _join(self, seen: list[list[str]]) -> dict[str, Any]:
-        self._ring.join(seen[self.rank])
-        self._joined = True
-        return {}
+def _call_in(header: dict[str, Any], data: bytearray) -> Call:
+    shape = header["shape"]
+    nbytes = np.dtype(np.int32).itemsize * prod(shape)
+    ids = np.frombuffer(data, np.int32, prod(shape)).reshape(shape)
+    return Call(header["call"], ids, unpacked(header["arrays"], memoryview(data)[nbytes:]), header["numbers"])

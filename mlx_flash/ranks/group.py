@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,19 +14,17 @@ from ..errors import FlashError
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a layer. ids: int32, in the shape that rank 0 gave. numbers: such as the layer and the tokens."""
+    """A call of a layer. ids: int32, in the shape that rank 0 gave. arrays: what the layer computes with, evaluated.
+    numbers: such as the layer and the tokens."""
 
     kind: str
     ids: np.ndarray
+    arrays: list[mx.array]
     numbers: dict[str, int]
 
 
 class Group(Protocol):
-    """The ranks that compute one model together.
-
-    MLX's communications must be enqueued in the same order on all ranks. All methods that communicate enqueue
-    at once, so the order of these calls is that order.
-    """
+    """The ranks that compute one model together. Rank 0 asks and calls, and the others answer to it alone."""
 
     rank: int
     size: int
@@ -37,26 +35,35 @@ class Group(Protocol):
         Raises FlashError with a rank's own sentence if its answer is {"error": sentence}.
         """
 
-    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
-        """Rank 0: sends a call to every other rank, and does not wait for it. ids: int32."""
+    def call(
+        self,
+        kind: str,
+        ids: np.ndarray,
+        arrays: Sequence[mx.array] = (),
+        ranks: Sequence[int] | None = None,
+        **numbers: int,
+    ) -> None:
+        """Rank 0: sends a call and does not wait for it. ids: int32. ranks: to which it goes, ascending; None for all
+        others.
+
+        The arrays are evaluated. Raises UnsupportedModelError for one of a type that is not sent.
+        """
+
+    def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+        """Rank 0: sends a call that returns nothing to every other rank. ids: int32."""
+
+    def results(self) -> list[mx.array]:
+        """Rank 0: what the ranks return for the last `call`, evaluated, in rank order. What they return for an earlier
+        one that was not waited for, such as after Ctrl-C, is dropped.
+
+        Raises FlashError with a rank's own sentence if it has failed.
+        """
 
     def calls(self) -> Iterator[Call]:
         """Other ranks: the calls, until rank 0 closes the group. Questions are answered between them."""
 
-    def spread(self, x: mx.array) -> mx.array:
-        """Rank 0: begins to send x to every other rank. Returns x."""
-
-    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Other ranks: the x of the matching `spread`. It is passed on to the next rank, and need not be used."""
-
-    def gather(self, y: mx.array) -> mx.array:
-        """y: (n, ...), of equal shape and dtype on every rank -> (size, n, ...), in rank order."""
-
-    def send_next(self, x: mx.array) -> None:
-        """Begins to send x to the next rank; after the last one comes rank 0."""
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """What the rank before sends with `send_next`."""
+    def reply(self, result: mx.array | str) -> None:
+        """Other ranks: answers the call, with an array that is evaluated or with a sentence about what failed."""
 
     def close(self) -> None:
         """Rank 0: ends the other ranks. No process is left. It may be called twice."""
@@ -66,14 +73,15 @@ class Group(Protocol):
 class Handlers:
     """What another rank does with what rank 0 sends. Handlers may add handlers, as building a model does.
 
-    questions: answers the value of a question's one key with an object for JSON; a FlashError becomes the answer
-    {"error": sentence}. calls: computes a call of that kind.
+    questions: answers the value of a question's one key with an object for JSON. calls: computes a call of that kind;
+    None for one that was told. Both may raise FlashError, whose sentence rank 0 raises then.
     """
 
     questions: dict[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
-    calls: dict[str, Callable[[Call], None]] = field(default_factory=dict)
+    calls: dict[str, Callable[[Call], mx.array | None]] = field(default_factory=dict)
 
     def answer(self, question: Any) -> dict[str, Any]:
+        """The answer to a question, or {"error": sentence}."""
         try:
             if not isinstance(question, dict) or len(question) != 1:
                 raise FlashError("a question between ranks must have one key.")
@@ -81,15 +89,29 @@ class Handlers:
             if name not in self.questions:
                 raise FlashError(f"a question between ranks, {name!r}, is not known here.")
             return self.questions[name](value)
-        except FlashError as error:
-            return {"error": str(error)}
-        except Exception as error:  # such as one of MLX: rank 0 prints it
-            return {"error": f"unexpected error: {type(error).__name__}: {error}"}
+        except Exception as error:
+            return {"error": _sentence(error)}
+
+    def result(self, call: Call) -> mx.array | str | None:
+        """What a call returns, evaluated, or a sentence about what failed."""
+        try:
+            if call.kind not in self.calls:
+                raise FlashError(f"a call between ranks, {call.kind!r}, is not known here.")
+            result = self.calls[call.kind](call)
+            if result is not None:
+                mx.eval(result)
+            return result
+        except Exception as error:
+            return _sentence(error)
 
 
 def follow(group: Group, handlers: Handlers) -> None:
     """Other ranks: computes calls until rank 0 closes the group."""
     for call in group.calls():
-        if call.kind not in handlers.calls:
-            raise FlashError(f"a call between ranks, {call.kind!r}, is not known here.")
-        handlers.calls[call.kind](call)
+        if (result := handlers.result(call)) is not None:
+            group.reply(result)
+
+
+def _sentence(error: Exception) -> str:
+    """For rank 0, which prints it."""
+    return str(error) if isinstance(error, FlashError) else f"unexpected error: {type(error).__name__}: {error}"

@@ -8,32 +8,31 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from .channel import ENDED, JOINING_S, SILENT_S, Channel
+from .arrays import packed, unpacked
+from .channel import ENDED, Channel
 from .group import Call
 from .hosts import RankHost
-from .ring import Ring
+from .later_interrupts import interrupts_later
+from .messages import Message
 from .secret import check, new_secret
-from .starting import ENDING_S, OF_MLX, RankProcess, Wrap, name_of
+from .starting import ENDING_S, RankProcess, Wrap, name_of
 from .versions import check_versions
 
 ALL_END = ", so the generation ends on all machines."
 LAST_WORDS_S = 0.5  # for a process whose connection has closed to end
-MLX_PRINTS_S = 0.2  # MLX prints some lines about the closed connections; ours must not fall between them.
 TELLING_S = 2.0
 START_S = 60.0  # for all ranks to start Python and to connect
 
-Views = Callable[[int, list[str]], list[str]]
-
 
 def end_process(sentence: str) -> None:
-    """Ends this process even while its main thread waits in MLX for a rank that has gone."""
+    """Ends this process, whatever its main thread waits for."""
     with contextlib.suppress(OSError, ValueError):
         print(sentence, file=sys.stderr, flush=True)
     os._exit(1)
@@ -52,14 +51,12 @@ class Leader:
         say: Callable[[str], None] = lambda _: None,
         on_fault: Callable[[str], None] = end_process,
         wrap: Wrap | None = None,
-        views: Views | None = None,
     ) -> None:
         """Starts every rank but the first of `hosts`, and connects them.
 
         on_fault: called once, in a thread of its own, with a sentence that names a rank that has ended or hangs; the
         other ranks are told to end before that. environment: for the processes that are started on this machine, as
-        `child_environment` gives it. wrap: see RankProcess. views: (rank, addresses by rank) -> the
-        addresses as that rank sees them, where the connections lead through a relay.
+        `child_environment` gives it. wrap: see RankProcess.
 
         Raises FlashError; no other rank is left then.
         """
@@ -71,11 +68,12 @@ class Leader:
         self._told = threading.Event()  # on_fault has returned
         self._channels: dict[int, Channel] = {}
         self._processes: list[RankProcess] = []
-        self._asked = 0
-        self._ring = Ring(0, self.size, hosts[0].address)
+        self._sent = 0  # questions and calls
+        self._awaited = 0  # the number of the last one that is answered
+        self._called: Sequence[int] = ()  # the ranks that it went to
         try:
             self._start(say, environment, wrap)
-            self._connect(views or (lambda _, addresses: addresses))
+            self._compare()
         except BaseException:
             self._closing.set()
             for process in self._processes:
@@ -86,34 +84,46 @@ class Leader:
     # -- what a Group does -----------------------------------------------------------------------------------------
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        self._post(question)
-        return self._answers()
+        self._called = range(1, self.size)
+        self._await({"question": question})
+        answers = []
+        for rank in self._called:
+            header, _ = self._received(rank)
+            if not isinstance(answer := header.get("answer"), dict):
+                raise FlashError(f"{self._name(rank)} sends what is not an answer.")
+            answers.append(answer)
+        for rank, answer in enumerate(answers, 1):
+            if "error" in answer:
+                raise FlashError(f"{self._name(rank)}: {answer['error']}")
+        return answers
 
-    def call(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
-        data = ids.astype(np.int32, copy=False).tobytes()
-        self._send({"call": kind, "numbers": numbers, "shape": ids.shape}, data)
+    def call(
+        self,
+        kind: str,
+        ids: np.ndarray,
+        arrays: Sequence[mx.array] = (),
+        ranks: Sequence[int] | None = None,
+        **numbers: int,
+    ) -> None:
+        forms, data = packed(arrays)
+        self._called = range(1, self.size) if ranks is None else ranks
+        self._await({**_header(kind, ids, numbers), "arrays": forms}, _bytes_of(ids) + data)
+
+    def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
+        self._send(range(1, self.size), {**_header(kind, ids, numbers), "arrays": []}, _bytes_of(ids))
+
+    def results(self) -> list[mx.array]:
+        received = [self._received(rank) for rank in self._called]
+        for rank, (header, _) in zip(self._called, received, strict=True):
+            if "error" in header:
+                raise FlashError(f"{self._name(rank)}: {header['error']}")
+        return [array for header, data in received for array in unpacked(header["arrays"], memoryview(data))]
 
     def calls(self) -> Iterator[Call]:
         raise FlashError("rank 0 makes calls and receives none.")
 
-    def spread(self, x: mx.array) -> mx.array:
-        self._raise_fault()
-        return self._ring.spread(x)
-
-    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        raise FlashError("rank 0 spreads and receives nothing.")
-
-    def gather(self, y: mx.array) -> mx.array:
-        self._raise_fault()
-        return self._ring.gather(y)
-
-    def send_next(self, x: mx.array) -> None:
-        self._raise_fault()
-        self._ring.send_next(x)
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        self._raise_fault()
-        return self._ring.receive_previous(shape, dtype)
+    def reply(self, result: mx.array | str) -> None:
+        raise FlashError("rank 0 makes calls and receives none.")
 
     def close(self) -> None:
         self._closing.set()
@@ -125,19 +135,6 @@ class Leader:
             process.finish(deadline - time.monotonic())
         for channel in list(self._channels.values()):
             channel.close()
-        self._ring.close()
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Where a block's MLX raises an error because a rank has gone, raises FlashError with the sentence about it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not str(error).startswith(OF_MLX):
-                raise
-            self._told.wait(SILENT_S + TELLING_S)
-            self._raise_fault()
-            raise FlashError(f"the ranks have lost their connection: {error}.") from None
 
     @property
     def pids(self) -> list[int]:
@@ -188,56 +185,39 @@ class Leader:
             else:
                 self._channels[rank] = Channel(connection, lambda what: self._lost(rank, what))
 
-    def _connect(self, views: Views) -> None:
-        ranks = range(1, self.size)
-        told = [{}, *self.ask({"versions": None})]
-        for rank in ranks:
-            check_versions(self._name(rank), told[rank].get("versions"))
-        addresses = [self._ring.address, *(str(told[rank].get("ring")) for rank in ranks)]
-        seen = [views(rank, list(addresses)) for rank in range(self.size)]
-        self._ring.probe(seen[0])
-        self.ask({"probe": seen})
-        for channel in self._channels.values():
-            channel.silent_s = JOINING_S
-        self._post({"join": seen})
-        self._ring.join(seen[0])
-        self._answers()
-        for channel in self._channels.values():
-            channel.silent_s = SILENT_S
+    def _compare(self) -> None:
+        for rank, answer in enumerate(self.ask({"versions": None}), 1):
+            check_versions(self._name(rank), answer.get("versions"))
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def _post(self, question: dict[str, Any]) -> None:
-        self._asked += 1
-        self._send({"question": question, "number": self._asked})
+    def _await(self, header: dict[str, Any], data: bytes = b"") -> None:
+        self._awaited = self._sent + 1
+        self._send(self._called, header, data)
 
-    def _answers(self) -> list[dict[str, Any]]:
-        answers = []
-        for rank in range(1, self.size):
-            try:
-                header, _ = self._channels[rank].take()
-                while (number := header.get("number")) in range(self._asked):  # of a question that was interrupted
-                    header, _ = self._channels[rank].take()
-            except EOFError:
-                self._raise_fault()
-                raise FlashError(f"{self._name(rank)} has ended.") from None
-            answer = header.get("answer")
-            if number != self._asked or not isinstance(answer, dict):
-                raise FlashError(f"{self._name(rank)} sends what is not an answer.")
-            answers.append(answer)
-        for rank, answer in enumerate(answers, 1):
-            if "error" in answer:
-                raise FlashError(f"{self._name(rank)}: {answer['error']}")
-        return answers
-
-    def _send(self, header: dict[str, Any], data: bytes = b"") -> None:
+    def _send(self, ranks: Sequence[int], header: dict[str, Any], data: bytes = b"") -> None:
         self._raise_fault()
-        for rank in range(1, self.size):
-            try:
-                self._channels[rank].send(header, data)
-            except OSError:
-                self._raise_fault()
-                raise FlashError(f"{self._name(rank)} has ended.") from None
+        self._sent += 1
+        with interrupts_later():  # A part of a message would spoil the connection.
+            for rank in ranks:
+                try:
+                    self._channels[rank].send({**header, "number": self._sent}, data)
+                except OSError:
+                    self._raise_fault()
+                    raise FlashError(f"{self._name(rank)} has ended.") from None
+
+    def _received(self, rank: int) -> Message:
+        """What a rank answers to what is awaited. Answers to what came before, which nobody waited for, go."""
+        try:
+            message = self._channels[rank].take()
+            while (number := message[0].get("number")) in range(self._awaited):
+                message = self._channels[rank].take()
+        except EOFError:
+            self._raise_fault()
+            raise FlashError(f"{self._name(rank)} has ended.") from None
+        if number != self._awaited and "error" not in message[0]:
+            raise FlashError(f"{self._name(rank)} sends what is not an answer.")
+        return message
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
@@ -254,7 +234,6 @@ class Leader:
         for process in self._processes:
             with contextlib.suppress(OSError):
                 process.kill()
-        time.sleep(MLX_PRINTS_S)
         self._on_fault(self.fault)
         self._told.set()
 
@@ -265,3 +244,11 @@ class Leader:
 
     def _name(self, rank: int) -> str:
         return name_of(rank, self._hosts[rank])
+
+
+def _header(kind: str, ids: np.ndarray, numbers: dict[str, int]) -> dict[str, Any]:
+    return {"call": kind, "numbers": numbers, "shape": ids.shape}
+
+
+def _bytes_of(ids: np.ndarray) -> bytes:
+    return ids.astype(np.int32, copy=False).tobytes()

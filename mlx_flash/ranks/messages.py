@@ -17,12 +17,15 @@ from ..errors import FlashError
 
 LENGTHS = struct.Struct(">II")
 MOST_HEADER = 4 << 20  # bytes
-MOST_DATA = 64 << 20  # bytes; the ids of a prompt's chunk take a few hundred KB
+MOST_DATA = 1 << 30  # bytes; the outputs for a chunk of a prompt take hundreds of MB with the largest models
 MOST_HELLO = 1024  # bytes of a header before the secret is checked
 
 
 class BadMessageError(FlashError):
     """Bytes that are not a message, or a message above the limits."""
+
+
+Message = tuple[dict[str, Any], bytearray]
 
 
 def send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -> None:
@@ -33,9 +36,7 @@ def send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -
     connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
 
 
-def receive(
-    connection: socket.socket, most_header: int = MOST_HEADER, most_data: int = MOST_DATA
-) -> tuple[dict[str, Any], bytes]:
+def receive(connection: socket.socket, most_header: int = MOST_HEADER, most_data: int = MOST_DATA) -> Message:
     """The next (header, data). Raises EOFError at the end of the connection, OSError, BadMessageError."""
     header_bytes, data_bytes = LENGTHS.unpack(_exactly(connection, LENGTHS.size))
     if header_bytes > most_header or data_bytes > most_data:
@@ -50,11 +51,12 @@ def receive(
     return header, _exactly(connection, data_bytes)
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    found = bytearray()
-    while len(found) < count:
-        piece = connection.recv(min(count - len(found), 1 << 20))
-        if not piece:
+def _exactly(connection: socket.socket, count: int) -> bytearray:
+    found = bytearray(count)
+    left = memoryview(found)
+    while left:
+        received = connection.recv_into(left)
+        if not received:
             raise EOFError
-        found += piece
-    return bytes(found)
+        left = left[received:]
+    return found

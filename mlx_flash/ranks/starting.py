@@ -21,7 +21,6 @@ SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 KILLING_S = 1.0
 ENDING_S = 3.0
 KEPT_LINES = 20
-OF_MLX = "[ring] "  # how MLX's words about its connections begin; what it prints about closed ones is not shown
 
 Wrap = Callable[[int, list[str]], list[str]]
 
@@ -99,7 +98,7 @@ class RankProcess:
         with self._process.stderr as stream:
             for line in stream:
                 text = line.decode(errors="replace").rstrip()
-                if text and not text.startswith(OF_MLX):
+                if text:
                     self._lines.append(text)
                     self._say(f"{self.name}: {text}")
 

@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
         Signals(engine) as signals,
     ):
         if group is not None:
-            library.group, engine.guarded = group, group.guarded
+            library.group = group
         _tell_address(f"Serving {engine.name} at {url_of(bound)}")
         try:
             engine.run(library.load_own)

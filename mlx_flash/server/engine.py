@@ -19,7 +19,7 @@ from ..flash.swap import swap_counters
 from ..text.template_process import TemplateProcess
 from .api_errors import ApiError, stopping, why_failed
 from .events import EventHub
-from .jobs import End, Ended, Guarded, Job, Progress
+from .jobs import End, Ended, Job, Progress
 from .loaded_model import LoadedModel
 from .model_switch import FAILED, LOADING, READY, STOPPED, ModelSwitch, Target, Tell, why_not_loaded
 from .places import Load, Places, QueuePlace, Unload
@@ -51,7 +51,6 @@ class Engine:
         self.template_variables: dict[str, Any] = {}  # for the chat template, where a request sets none
         self.thinking_tokens: int | None = None  # most tokens of an answer's thoughts; None: no limit
         self.idle_unload_s: float | None = None  # time without requests after which the model is closed
-        self.guarded: Guarded = contextlib.nullcontext  # a context in which models compute
         self.templates = TemplateProcess()
         self.running: list[Job] = []
         self._parallel = 1
@@ -263,7 +262,7 @@ class Engine:
         if loaded.answers is None:
             from .parallel_answers import ParallelAnswers
 
-            loaded.answers = ParallelAnswers(loaded, self.running, self.places, lambda: self._stopping, self.guarded)
+            loaded.answers = ParallelAnswers(loaded, self.running, self.places, lambda: self._stopping)
         return loaded.answers
 
     def _load(self, target: Target) -> None:
@@ -308,8 +307,7 @@ class Engine:
         failed = True
         last: End | ApiError = stopping()
         try:
-            with self.guarded():
-                last = self._generate(job, watch)
+            last = self._generate(job, watch)
             failed = False
         except Ended:
             failed = not job.left

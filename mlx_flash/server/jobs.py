@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +69,6 @@ class End:
     answer_seconds: float = 0.0
 
 
-Guarded = Callable[[], AbstractContextManager[Any]]
 Item = Thought | Piece | ToolCall | Progress | End | Exception
 
 

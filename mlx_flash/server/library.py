@@ -231,7 +231,7 @@ class Library:
                 "Start another server for it, or leave the key model out."
             )
         try:
-            with watching(tell), self.engine.guarded():
+            with watching(tell):
                 loaded, tokenizer = load(path, options, say=self.say, fetch=fetch, group=self.group)
         except BudgetError as error:
             self._refused[_identity(model)] = time.monotonic(), error.smallest_bytes

@@ -19,7 +19,7 @@ from ..text.batch_generation import DecodeBatch
 from ..text.generation import AnswerTokens, limit_of
 from ..text.token_loop import Chooser, Token, TokenLoop
 from .api_errors import ApiError, stopping, why_failed
-from .jobs import End, Ended, Guarded, Job, Progress
+from .jobs import End, Ended, Job, Progress
 from .loaded_model import LoadedModel
 from .places import Places, QueuePlace
 from .running_answer import RunningAnswer
@@ -54,15 +54,12 @@ class _ParallelAnswer:
 class ParallelAnswers:
     """The answers of a loaded model. For the engine's thread.
 
-    running: jobs that have been begun are added to it, and taken out at their end. guarded: see `Engine`. rows: in the
+    running: jobs that have been begun are added to it, and taken out at their end. rows: in the
     order of the batch.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, running: list[Job], places: Places, stops: Callable[[], bool], guarded: Guarded
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, running: list[Job], places: Places, stops: Callable[[], bool]) -> None:
         self._loaded, self._running, self._places, self._stops = loaded, running, places, stops
-        self._guarded = guarded
         self._batch = DecodeBatch(loaded.model)
         self.rows: list[_ParallelAnswer] = []
 
@@ -82,8 +79,7 @@ class ParallelAnswers:
         watch = monitor.begin(job)
         try:
             self._check(job)
-            with self._guarded():
-                self._join(self._read(place, job, watch))
+            self._join(self._read(place, job, watch))
         except Exception as error:
             self._finish(place, job, watch, error)
         except BaseException:
@@ -136,8 +132,7 @@ class ParallelAnswers:
                 if row.job.left or self._stops():
                     self._leave(row, Ended())
             if self.rows:
-                with self._guarded():
-                    self._feed()
+                self._feed()
         except Exception as error:
             self.end(error)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts_later() -> Iterator[None]:
-    """What Ctrl-C does within this context, it does at its end: ranks that have begun to communicate must finish.
+    """What Ctrl-C does within this context, it does at its end: a message between ranks that has begun must end.
 
     Only the main thread is interrupted, so nothing is done in others. Signals that end the process are not kept back.
     """

@@ -37,7 +37,7 @@ COMMANDS = {  # command -> its module
     "rank-tokens": "rank_tokens",
     "trials": "trial_choices",
     "ranks": "several_ranks",
-    "ring-costs": "ring_costs",
+    "message-costs": "message_costs",
     "links": "link_table",
     "grammars": "grammars",
     "lookahead": "guesses",

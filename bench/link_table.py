@@ -13,7 +13,7 @@ from typing import Any
 
 from .synthetic.mixture_checkpoint import SHAPES
 from .tools import figures
-from .tools.rank_costs import Link, exchange_seconds, largest_share, star_seconds
+from .tools.rank_costs import Link, exchange_seconds, largest_share, ring_seconds
 
 LINKS = {
     # Round trips of 0.34 to 0.70 ms and 52 Gbit/s between two Macs: github.com/exo-explore/exo, pull request 2063.
@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     rows = [row_of(name, link, ranks, arguments.disk * 1e9) for name, link in LINKS.items() for ranks in (2, 4)]
     alone = row_of("one machine", Link(0, 0, 1), 1, arguments.disk * 1e9)
-    head = ["link", "ranks", "layer ms", "token: messages ms", "reading ms", "both ms", "as a star", "prompt chunk s"]
+    head = ["link", "ranks", "layer ms", "token: messages ms", "reading ms", "both ms", "in a ring", "prompt chunk s"]
     cells = [
         [
             row["link"], str(row["ranks"]), f"{row['layer_ms']:.2f}", f"{row['messages_ms']:.1f}",
-            f"{row['reading_ms']:.0f}", f"{row['messages_ms'] + row['reading_ms']:.0f}", f"{row['star_ms']:.1f}",
+            f"{row['reading_ms']:.0f}", f"{row['messages_ms'] + row['reading_ms']:.0f}", f"{row['ring_ms']:.1f}",
             f"{row['chunk_s']:.2f}",
         ]
         for row in [alone, *rows]
@@ -53,11 +53,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def row_of(name: str, link: Link, ranks: int, disk: float) -> dict[str, Any]:
-    """star_ms: the messages of a token over the control connections alone."""
+    """ring_ms: the messages of a token in MLX's ring."""
     shape = SHAPES["qwen3-30b-a3b"]
     expert = 3 * shape.hidden * shape.neurons * (4 + 2 * 16 / 64) / 8  # 4 bits, and a scale and a bias for 64 numbers
     x_bytes = HALF * shape.hidden
-    y_bytes = x_bytes * largest_share(shape.experts, shape.choices, ranks)
+    y_bytes = x_bytes * shape.choices / ranks
+    most = x_bytes * largest_share(shape.experts, shape.choices, ranks)  # A gather pads to the rank that has most.
     layer = exchange_seconds(link, ranks, x_bytes, y_bytes)
     missing = shape.choices * max(0.0, 1 - ranks * SHARE)
     read = expert / disk * largest_share(shape.experts, missing, ranks)
@@ -68,6 +69,6 @@ def row_of(name: str, link: Link, ranks: int, disk: float) -> dict[str, Any]:
         "layer_ms": 1e3 * layer,
         "messages_ms": 1e3 * layer * shape.layers,
         "reading_ms": 1e3 * read * shape.layers,
-        "star_ms": 1e3 * shape.layers * star_seconds(link, ranks, x_bytes, y_bytes),
+        "ring_ms": 1e3 * shape.layers * ring_seconds(link, ranks, x_bytes, most),
         "chunk_s": shape.layers * exchange_seconds(link, ranks, CHUNK * x_bytes, pairs * x_bytes),
     }

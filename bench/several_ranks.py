@@ -26,7 +26,7 @@ from mlx_flash.cli.run import whole_number
 from mlx_flash.errors import FlashError
 from mlx_flash.source.children import child_environment
 
-from . import ring_costs
+from . import message_costs
 from .quality import say
 from .synthetic.mixture_checkpoint import Shape, write_mixture
 from .tools import figures, subprocess_json
@@ -40,11 +40,11 @@ FOUR_BITS = {"group_size": 64, "bits": 4}
 SHAPE = Shape("qwen3_moe", 6, 1024, 1024, 128, 8, 8, 2, 64, FOUR_BITS, True)
 REPEATED = 0.2  # share of a token's experts that the next token reuses: most of them change, so much is read
 SHARE = 0.25  # of the experts that one rank's memory has room for
-FOR_RANKS = 90 * 10**6  # bytes more for each of several ranks, for MLX's ring and the messages of a prompt's chunk
+FOR_RANKS = 90 * 10**6  # bytes more for each of several ranks, for the messages of a prompt's chunk
 CONTEXT = 512
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
 WARM_UP = 32  # tokens
-WAITED = 24  # tokens of which the time in gathers is taken, after those that are timed
+WAITED = 24  # tokens of which the time of waiting for ranks is taken, after those that are timed
 MESSAGE_ROUNDS = 40
 PART = "mlx_flash.bench.several_ranks"
 
@@ -76,8 +76,8 @@ def main(arguments: argparse.Namespace) -> None:
                 memory = budget + (FOR_RANKS if count > 1 else 0)
                 with machines(count, delay_ms / 1e3, memory) as made:
                     found = decode(made, {**question, "memory": memory}, arguments.disk * 10**6)
-                    pairs = rows_of_gather(count)
-                    messages = ring_costs.measure(made, pairs, MESSAGE_ROUNDS) if count > 1 else None
+                    pairs = rows_of_rank(count)
+                    messages = message_costs.measure(made, pairs, MESSAGE_ROUNDS) if count > 1 else None
                 rows.append({"ranks": count, "delay_ms": delay_ms, **found, "messages": messages})
     for row in rows:
         compare(row, rows[0], arguments.disk * 1e6)
@@ -104,9 +104,9 @@ def decode(made: Machines, question: dict[str, Any], rate: int) -> dict[str, Any
     return {**found, "peak_bytes": [group.peak_bytes() for group in made.groups]}
 
 
-def rows_of_gather(ranks: int) -> int:
-    """Rows that each rank adds to a gather of one token, on average: those of the rank that has most, rounded."""
-    return max(1, round(largest_share(SHAPE.experts, SHAPE.choices, ranks)))
+def rows_of_rank(ranks: int) -> int:
+    """Rows that each rank returns for one token, on average, rounded."""
+    return max(1, round(SHAPE.choices / ranks))
 
 
 def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
@@ -116,8 +116,8 @@ def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
     if row["messages"] is None:
         row["computed_s"] = row["token_s"]
         return
-    pairs, x_bytes = rows_of_gather(row["ranks"]), 4 * SHAPE.hidden
-    row["link"] = ring_costs.compared(row["ranks"], pairs, row["messages"])["link"]
+    pairs, x_bytes = rows_of_rank(row["ranks"]), 4 * SHAPE.hidden
+    row["link"] = message_costs.compared(row["ranks"], pairs, row["messages"])["link"]
     exchange = exchange_seconds(Link(**row["link"]), row["ranks"], x_bytes, pairs * x_bytes)
     missing = sum(row["bytes"]) / row["expert_bytes"] / SHAPE.layers
     read = row["expert_bytes"] / rate * largest_share(SHAPE.experts, missing, row["ranks"])
@@ -135,7 +135,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         "ms/token",
         "computed",
         "MB/rank",
-        "in gathers",
+        "waiting ms",
         "peaks MB",
         "bits",
     ]
@@ -144,7 +144,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(row["ranks"]), f"{row['delay_ms']:g}", f"{1 / row['token_s']:.2f}", f"{row['speed']:.2f}",
             f"{1e3 * row['token_s']:.1f}", f"{1e3 * row['computed_s']:.1f}",
             " ".join(f"{each / 1e6:.2f}" for each in row["bytes"]),
-            f"{1e3 * row['gathers_s']:.1f}" if row["ranks"] > 1 else "-",
+            f"{1e3 * row['waiting_s']:.1f}" if row["ranks"] > 1 else "-",
             " ".join(f"{each / 1e6:.0f}" for each in row["peak_bytes"]),
             "same" if row["same_bits"] else "OTHER",
         ]
@@ -206,7 +206,7 @@ def measure(model: Any, group: Any, ranks: list[Path], tokens: int) -> dict[str,
     before = [bytes_read(each) for each in ranks]
     times = [step(int(token)) for token in ids[WARM_UP : WARM_UP + tokens]]
     nbytes = [(bytes_read(each) - old) / tokens for each, old in zip(ranks, before, strict=True)]
-    waits = gathers_timed(group) if group is not None else []
+    waits = waits_timed(group) if group is not None else []
     for token in ids[WARM_UP + tokens :]:
         step(int(token))
     units = model.flash.layers[0].units
@@ -214,26 +214,24 @@ def measure(model: Any, group: Any, ranks: list[Path], tokens: int) -> dict[str,
         "token_s": sum(times) / len(times),
         "median_s": median(times),
         "bytes": nbytes,
-        "gathers_s": sum(waits) / WAITED,
+        "waiting_s": sum(waits) / WAITED,
         "expert_bytes": units.unit_bytes,
         "logits": digest.hexdigest(),
     }
 
 
-def gathers_timed(group: Any) -> list[float]:
-    """From now on, appends the seconds that rank 0 waits in each gather after its own outputs are there."""
+def waits_timed(group: Any) -> list[float]:
+    """From now on, appends the seconds that rank 0 waits for the results of each layer."""
     waits: list[float] = []
-    gather = group.gather
+    results = group.results
 
-    def timed(y: mx.array) -> mx.array:
-        mx.eval(y)
+    def timed() -> list[mx.array]:
         began = time.perf_counter()
-        gathered: mx.array = gather(y)
-        mx.eval(gathered)
+        found: list[mx.array] = results()
         waits.append(time.perf_counter() - began)
-        return gathered
+        return found
 
-    group.gather = timed
+    group.results = timed
     return waits
 
 

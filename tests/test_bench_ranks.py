@@ -13,7 +13,7 @@ import pytest
 
 from mlx_flash.bench import link_table
 from mlx_flash.bench.tools import namespaces
-from mlx_flash.bench.tools.rank_costs import Link, exchange_seconds, largest_share, star_seconds
+from mlx_flash.bench.tools.rank_costs import Link, exchange_seconds, largest_share, ring_seconds
 
 
 @pytest.mark.parametrize(("experts", "chosen", "ranks"), [(6, 3, 2), (7, 4, 3), (8, 1, 4), (5, 5, 2)])
@@ -31,12 +31,12 @@ def test_a_mean_number_lies_between_its_neighbours() -> None:
     assert largest_share(8, 0, 2) == 0
 
 
-def test_an_exchange_is_a_chain_and_a_gather() -> None:
+def test_an_exchange_is_two_messages_and_a_ring_has_more() -> None:
     link = Link(message_s=1.0, control_s=5.0, bytes_per_second=10.0)
-    assert exchange_seconds(link, 1, 10, 20) == star_seconds(link, 1, 10, 20) == 0
-    assert exchange_seconds(link, 2, 10, 20) == 5 + 3  # the control message takes longer than x
-    assert exchange_seconds(link, 4, 10, 20) == 3 * 2 + 3 * 3
-    assert star_seconds(link, 4, 10, 20) == 2 * 5 + 3 * 3
+    assert exchange_seconds(link, 1, 10, 20) == ring_seconds(link, 1, 10, 20) == 0
+    assert exchange_seconds(link, 4, 10, 20) == 2 * 5 + 3 * 3
+    assert ring_seconds(link, 2, 10, 20) == 5 + 3  # the control message takes longer than x
+    assert ring_seconds(link, 4, 10, 20) == 3 * 2 + 3 * 3
 
 
 def test_one_machine_sends_nothing() -> None:

@@ -1,18 +1,23 @@
 """What several machines cost and bring per token: the model to compare measurements with, and to compute others from.
 
-A layer's experts are shared out over N ranks in a ring. Rank 0 sends every rank a control message (the ids) and its
-input x down the chain 0, 1, ..., N-1; each rank multiplies its own experts; a gather in the ring takes N-1 steps, in
-each of which every rank passes one rank's outputs y on. So a layer's exchange takes
+A layer's experts are shared out over N ranks. Rank 0 sends the ids and the layer's input, x, to the others; each of
+them multiplies its own experts and returns their outputs, y. All bytes pass rank 0's own connection to the link. So the
+messages of a layer, its exchange, take
 
-    exchange = max(control, (N-1) * (message + x_bytes / rate)) + (N-1) * (message + y_bytes / rate)
+    exchange = 2 * control + (N-1) * (x_bytes + y_bytes) / rate
 
-seconds, where `message` is the time of an empty message between neighbours and `control` that of a control message. A
-token takes, with L layers and each rank reading its own missing experts,
+seconds, where `control` is the time of a short message one way. A token takes, with L layers and each rank reading its
+own missing experts,
 
     token = resident + L * exchange + L * expert_bytes / disk * largest(missing, N)
 
 where `largest` is the expected number of missing experts on the rank that has most of them, and `resident` all work
 that one rank does alone. Reading that overlaps with the exchange is not counted, so the model is pessimistic there.
+
+MLX's own group would do the same in a ring: x goes down the chain 0, 1, ..., N-1, and then, in N-1 steps, every rank
+passes the outputs of one rank on. With `message` as the time of an empty message between neighbours, that takes
+
+    ring = max(control, (N-1) * (message + x_bytes / rate)) + (N-1) * (message + y_bytes / rate)
 """
 
 from __future__ import annotations
@@ -32,26 +37,23 @@ class Link:
     bytes_per_second: float
 
 
-def gather_seconds(link: Link, ranks: int, y_bytes: float) -> float:
-    """y_bytes: of one rank's outputs."""
-    return (ranks - 1) * (link.message_s + y_bytes / link.bytes_per_second)
-
-
 def exchange_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> float:
-    """All messages of one layer on a ring, without any work between them."""
-    if ranks == 1:
-        return 0.0
-    return max(link.control_s, gather_seconds(link, ranks, x_bytes)) + gather_seconds(link, ranks, y_bytes)
-
-
-def star_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> float:
-    """The same if rank 0 sent x with each control message, and every rank answered with its outputs alone.
-
-    All bytes pass rank 0's own connection to the link.
-    """
+    """All messages of one layer, without any work between them. y_bytes: of one rank's outputs."""
     if ranks == 1:
         return 0.0
     return 2 * link.control_s + (ranks - 1) * (x_bytes + y_bytes) / link.bytes_per_second
+
+
+def gather_seconds(link: Link, ranks: int, y_bytes: float) -> float:
+    """A gather in MLX's ring."""
+    return (ranks - 1) * (link.message_s + y_bytes / link.bytes_per_second)
+
+
+def ring_seconds(link: Link, ranks: int, x_bytes: float, y_bytes: float) -> float:
+    """The messages of one layer in MLX's ring."""
+    if ranks == 1:
+        return 0.0
+    return max(link.control_s, gather_seconds(link, ranks, x_bytes)) + gather_seconds(link, ranks, y_bytes)
 
 
 def largest_share(experts: int, chosen: float, ranks: int) -> float:

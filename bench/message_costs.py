@@ -1,10 +1,10 @@
-"""What do the messages of a layer cost? MLX's ring and a control connection, with latency between the ranks.
+"""What do the messages of a layer cost, over the control connections and in MLX's ring, with latency between the ranks?
 
 Each rank is a process in a network namespace of its own. Packets between namespaces are carried by a small program that
-holds each for a fixed time. Rank 0 measures messages alone, gathers, and the whole exchange of a layer in two ways: as
-the ranks do it (ids on the control connection, x down the chain, a gather in the ring), and over the control
-connections alone (a star). The model of tools/rank_costs.py is fitted to the messages and the gathers, and compared
-with the exchanges.
+holds each for a fixed time. Rank 0 measures short messages, gathers in the ring, and the whole exchange of a layer in
+two ways: as the ranks do it (the ids with x on each control connection, and the outputs back), and with MLX's ring (ids
+on the control connections, x down the chain, a gather). The model of tools/rank_costs.py is fitted to the messages and
+compared with the exchanges.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from mlx_flash.source.children import child_environment
 from .quality import say
 from .tools import figures, subprocess_json
 from .tools.namespaces import Machines, machines
-from .tools.rank_costs import Link, exchange_seconds, star_seconds
+from .tools.rank_costs import Link, exchange_seconds, ring_seconds
 from .tools.report import environment
 
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
 HIDDEN = 2048  # x is one row of so many float32 numbers
-SIZES = (4096, 16384, 65536, 262144)  # bytes of a rank's part of a gather
+SIZES = (4096, 16384, 65536, 262144)  # bytes of a rank's outputs
 WARM_UP = 5  # rounds
 IDS_BYTES = 64  # of a control message
 RING_PORT, CONTROL_PORT = 5700, 5701
+PART = "mlx_flash.bench.message_costs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--delay-ms", type=float, action="append", help=f"each way; may be repeated (default: {DELAYS_MS})"
     )
     parser.add_argument(
-        "--pairs", type=whole_number(1), default=5, help="rows of y on each rank, padded (default: %(default)s)"
+        "--pairs", type=whole_number(1), default=5, help="rows of y on each rank (default: %(default)s)"
     )
     parser.add_argument(
         "--rounds", type=whole_number(10), default=200, help="to take the median of (default: %(default)s)"
@@ -68,7 +69,7 @@ def main(arguments: argparse.Namespace) -> None:
             results.append({"ranks": count, "delay_ms": delay_ms, **found, **compared(count, arguments.pairs, found)})
     show(results)
     result = {
-        "command": "ring-costs",
+        "command": "message-costs",
         "environment": environment(Path(tempfile.gettempdir())),
         "pairs": arguments.pairs,
     }
@@ -80,7 +81,13 @@ def measure(made: Machines, pairs: int, rounds: int) -> dict[str, Any]:
     question = {"addresses": made.addresses, "pairs": pairs, "rounds": rounds}
     with ExitStack() as stack:
         for rank in reversed(range(len(made.names))):
-            words = [sys.executable, "-B", "-m", "mlx_flash.bench.ring_costs", json.dumps([{**question, "rank": rank}])]
+            words = [
+                sys.executable,
+                "-B",
+                "-m",
+                "mlx_flash.bench.message_costs",
+                json.dumps([{**question, "rank": rank}]),
+            ]
             command, own = made.command(rank, words), made.environment()
             child = subprocess.Popen(
                 command, env=child_environment(**own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -96,30 +103,49 @@ def measure(made: Machines, pairs: int, rounds: int) -> dict[str, Any]:
 
 
 def compared(ranks: int, pairs: int, found: dict[str, Any]) -> dict[str, Any]:
-    """The link fitted to messages and gathers, and the exchange computed from it."""
+    """The link fitted to the messages, and the exchanges computed from it."""
     steps = ranks - 1
-    times = np.divide([found[f"gather {size}"] for size in SIZES], steps)
-    per_byte = max(1e-12, float(np.polyfit(SIZES, times, 1, w=1 / times)[0]))
-    message = max(0.0, median(seconds - per_byte * size for seconds, size in zip(times, SIZES, strict=True)))
-    link = Link(message, found["control"] / 2, 1 / per_byte)
+    per_byte = _per_byte([found[f"answer {size}"] / steps for size in SIZES])
+    gathers = [found[f"gather {size}"] / steps for size in SIZES]
+    in_ring = _per_byte(gathers)
+    message = max(0.0, median(seconds - in_ring * size for seconds, size in zip(gathers, SIZES, strict=True)))
+    link, ring = Link(message, found["control"] / 2, 1 / per_byte), Link(message, found["control"] / 2, 1 / in_ring)
     x_bytes = 4 * HIDDEN
     return {
         "link": vars(link),
-        "ring_computed": exchange_seconds(link, ranks, x_bytes, x_bytes * pairs),
-        "star_computed": star_seconds(link, ranks, x_bytes, x_bytes * pairs),
+        "ring_rate": ring.bytes_per_second,
+        "exchange_computed": exchange_seconds(link, ranks, x_bytes, x_bytes * pairs),
+        "ring_computed": ring_seconds(ring, ranks, x_bytes, x_bytes * pairs),
     }
 
 
+def _per_byte(times: list[float]) -> float:
+    """Seconds per byte, from the seconds for each of SIZES."""
+    return max(1e-12, float(np.polyfit(SIZES, times, 1, w=1 / np.array(times))[0]))
+
+
 def show(results: list[dict[str, Any]]) -> None:
-    head = ["ranks", "delay ms", "control ms", "message ms", "GB/s", "ring", "computed", "star", "computed", "spins"]
+    head = [
+        "ranks",
+        "delay ms",
+        "control ms",
+        "GB/s",
+        "exchange",
+        "computed",
+        "message ms",
+        "ring",
+        "computed",
+        "spins",
+    ]
     rows = []
     for row in results:
-        link, times = row["link"], (row[name] for name in ("ring", "ring_computed", "star", "star_computed"))
+        link = row["link"]
         rows.append(
             [
                 str(row["ranks"]), f"{row['delay_ms']:g}", f"{1e3 * link['control_s']:.3f}",
-                f"{1e3 * link['message_s']:.3f}", f"{link['bytes_per_second'] / 1e9:.2f}",
-                *(f"{1e3 * seconds:.3f}" for seconds in times), f"{row['spinning']:.2f}",
+                f"{link['bytes_per_second'] / 1e9:.2f}", f"{1e3 * row['exchange']:.3f}",
+                f"{1e3 * row['exchange_computed']:.3f}", f"{1e3 * link['message_s']:.3f}", f"{1e3 * row['ring']:.3f}",
+                f"{1e3 * row['ring_computed']:.3f}", f"{row['spinning']:.2f}",
             ]
         )  # fmt: skip
     figures.table(head, rows)
@@ -176,8 +202,9 @@ class Rank:
             self.receive(nbytes)
             self.send(back)
 
-    def exchange(self, x: mx.array, pairs: int) -> None:
-        """A layer's messages: ids on the control connections, x down the chain, a gather of `pairs` rows per rank."""
+    def in_ring(self, x: mx.array, pairs: int) -> None:
+        """A layer's messages with MLX's ring: ids on the control connections, x down the chain, and a gather of `pairs`
+        rows of each rank."""
         if self.rank == 0:
             self.send(IDS_BYTES)
             mx.async_eval(mx.distributed.send(x, 1, group=self.group))
@@ -224,14 +251,18 @@ def work(question: dict[str, Any]) -> dict[str, Any]:
     x = mx.random.normal((1, HIDDEN))
     mx.eval(x)
 
+    def answer(nbytes: int) -> Callable[[], object]:
+        return lambda: rank.answer(IDS_BYTES, nbytes)
+
     def gather(nbytes: int) -> Callable[[], object]:
         y = mx.zeros(nbytes // 4)
         return lambda: mx.eval(rank.gather(y + 1))
 
     steps = {
         "control": lambda: rank.answer(IDS_BYTES, IDS_BYTES),
-        "ring": lambda: rank.exchange(x, pairs),
-        "star": lambda: rank.answer(IDS_BYTES + x.nbytes, pairs * x.nbytes),
+        "exchange": lambda: rank.answer(IDS_BYTES + x.nbytes, pairs * x.nbytes),
+        "ring": lambda: rank.in_ring(x, pairs),
+        **{f"answer {size}": answer(size) for size in SIZES},
         **{f"gather {size}": gather(size) for size in SIZES},
     }
     found: dict[str, Any] = rank.times(steps, question["rounds"])

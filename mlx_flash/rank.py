@@ -12,12 +12,13 @@ from .errors import FlashError
 
 
 def main(setup: dict[str, Any]) -> None:
-    from .loading.other_rank import register
     from .ranks.follower import Follower
     from .ranks.group import Handlers, follow
 
     handlers = Handlers()
-    group = Follower(setup, handlers)
+    group = Follower(setup, handlers)  # first, so that rank 0 knows a rank that hangs from one that imports for seconds
+    from .loading.other_rank import register
+
     register(group, handlers, group.model, group.memory)
     follow(group, handlers)
 
@@ -33,4 +34,4 @@ if __name__ == "__main__":
     except Exception as error:
         print(f"unexpected error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    os._exit(0)  # Threads of MLX may still wait for a connection.
+    os._exit(0)  # Threads may still wait for a disk.

@@ -26,7 +26,7 @@ from processes import has_ended  # type: ignore[import-not-found]
 
 MOMENTS = ("starting", "loading", "generating")
 KINDS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
-MOST_S = {"starting": 75.0, "loading": 10.0, "generating": 10.0}  # from a fault to the end; a start may take a minute
+MOST_S = {"starting": 30.0, "loading": 10.0, "generating": 10.0}  # from a fault to the end; a start may take 20 s
 PATIENCE_S = 120.0
 
 

@@ -28,7 +28,7 @@ from .versions import check_versions
 ALL_END = ", so the generation ends on all machines."
 LAST_WORDS_S = 0.5  # for a process whose connection has closed to end
 TELLING_S = 2.0
-START_S = 60.0  # for all ranks to start Python and to connect
+START_S = 20.0  # for all ranks to start Python and to connect
 
 
 def end_process(sentence: str) -> None:

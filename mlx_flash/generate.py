@@ -171,6 +171,7 @@ def as_json(response: Any, model: Any, text: str, tokens: list[int]) -> dict[str
         "peak_memory_bytes": int(response.peak_memory * 1e9),
         "hit_rate": statistics.hit_rate,
         **statistics.per_token(),
+        "ranks": statistics.of_ranks(),
         "drafts": None if statistics.drafts is None else asdict(statistics.drafts),
         "swap": None if statistics.swap is None else asdict(statistics.swap),
         "choices": model.flash.trials.choices(),

@@ -51,7 +51,12 @@ class ThreadRank:
         self._sent = self._awaited = 0
         self._called: Sequence[int] = ()
         self._number = 0
+        self._read_by: dict[int, int] = {}
         self._closed = False
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self._read_by.values())
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
         self._sent = self._awaited = self._sent + 1
@@ -94,7 +99,8 @@ class ThreadRank:
         for rank, reply in received:
             if isinstance(reply, str):
                 raise FlashError(f"rank {rank}: {reply}")
-        return [array for _, (forms, data) in received for array in unpacked(forms, memoryview(data))]
+        self._read_by.update((rank, read) for rank, (_, _, read) in received)
+        return [array for _, (forms, data, _) in received for array in unpacked(forms, memoryview(data))]
 
     def calls(self) -> Iterator[Call]:
         while "end" not in (message := self._shared.messages[self.rank].get()):
@@ -108,7 +114,7 @@ class ThreadRank:
                 yield Call(message["call"], ids, arrays, json.loads(message["numbers"]))
 
     def reply(self, result: mx.array | str) -> None:
-        self._put(result if isinstance(result, str) else packed([result]))
+        self._put(result if isinstance(result, str) else (*packed([result]), self._handlers.bytes_read()))
 
     def _put(self, reply: Any) -> None:
         self._shared.replies[self.rank].put((self._number, reply))

@@ -24,6 +24,7 @@ OTHER_RANKS = "import json, sys, ranks_program; ranks_program.other_rank(json.lo
 def register(group: Group, handlers: Handlers) -> None:
     """Each rank multiplies x by its rank."""
     noted: list[int] = []
+    handlers.bytes_read = lambda: 10 * len(noted)
 
     def product(call: Call) -> mx.array:
         (x,) = call.arrays
@@ -79,6 +80,7 @@ def use(group: Group) -> dict[str, object]:
         sums.append([y.astype(mx.float32).sum().item() for y in results])
     group.call("product", np.arange(4), [mx.zeros((0, 3), mx.float16)])
     empty = [list(y.shape) for y in group.results()]
+    read = group.bytes_read
     noted = [answer["noted"] for answer in group.ask({"notes": None})]
     said = []
     for kind in ("fail", "unknown"):
@@ -87,7 +89,15 @@ def use(group: Group) -> dict[str, object]:
     said.append(_said(lambda: group.ask({"refuse": None})))
     said.append(_said(lambda: group.call("product", np.arange(1), [mx.zeros(1, mx.complex64)])))
     again = len(group.ask({"echo": None}))
-    return {"answers": answers, "sums": sums, "empty": empty, "noted": noted, "said": said, "again": again}
+    return {
+        "read": read,
+        "answers": answers,
+        "sums": sums,
+        "empty": empty,
+        "noted": noted,
+        "said": said,
+        "again": again,
+    }
 
 
 def _said(act: Callable[[], object]) -> str:
@@ -108,6 +118,7 @@ def expected(size: int) -> dict[str, object]:
         "answers": [{"rank": rank, "value": [1, "two"]} for rank in range(1, size)],
         "sums": sums,
         "empty": [[0, 3]] * (size - 1),
+        "read": 10 * 20 * (size - 1),
         "noted": [list(range(20))] * (size - 1),
         "again": size - 1,
     }

@@ -30,7 +30,7 @@ PYTHON_M = [sys.executable, "-m", "mlx_flash.generate"]
 KEYS = {
     *("text", "tokens", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "first_token_s"),
     *("peak_memory_bytes", "hit_rate", "bytes_per_token", "reads_per_token", "read_s", "wait_s", "manage_s"),
-    *("compute_s", "predictor", "predictor_measured", "drafts", "swap", "choices", "plan"),
+    *("compute_s", "ranks", "predictor", "predictor_measured", "drafts", "swap", "choices", "plan"),
 }
 PLAN_KINDS = {
     *("process", "resident_weights", "adapter", "predictors", "slots", "table_rows", "kv_cache", "prompt_caches"),

@@ -31,16 +31,18 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_mixture(tmp_path_factory.mktemp("mixture")))
 
 
-def tokens(model: Path, *more: str) -> list[int]:
+def answer(model: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "mlx_flash.generate", "--model", str(model), "--memory", "1GB", "-m", "8"]
     flags = ["--temp", "0", "--json", *more]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout.splitlines()[-1])["tokens"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_two_ranks_say_the_same(mixture: Path) -> None:
-    assert tokens(mixture, "--ranks", "2") == tokens(mixture)
+    alone, two = answer(mixture), answer(mixture, "--ranks", "2")
+    assert two["tokens"] == alone["tokens"] and alone["ranks"] is None
+    assert two["ranks"]["wait_s"] > 0 and two["ranks"]["bytes_per_token"] == 0  # all in slots
 
 
 def test_a_rank_that_ends_ends_the_server_and_its_streams(mixture: Path) -> None:

@@ -76,6 +76,7 @@ def ranked(folder: Path, weights: Sequence[float], slots: int) -> Iterator[Ranke
         streamed = [StreamedExperts(module, units) for _, module, units in layers]
         held = [HeldExperts(layer, share) for layer, share in zip(streamed, shares, strict=True)]
         handlers.calls[EXPERTS] = ExpertCalls(group.rank, held)
+        handlers.bytes_read = lambda: found.files[group.rank].counters.bytes
 
     try:
         with ranks_as_threads(len(weights), register) as group:
@@ -98,6 +99,8 @@ def test_every_type_has_the_bits_of_one_rank(tmp_path: Path, family: str) -> Non
         with ranked(folder, weights, slots) as found:
             assert_same(prompt_and_tokens(found.model), expected, (weights, slots))
             assert bool(found.group.calls_made) == (len(weights) > 1) and found.everything_read
+            others_read = sum(found.files[rank].counters.bytes for rank in range(1, len(weights)))
+            assert found.files[0].counters.ranks_bytes == others_read
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ class Counters:
     total_s: float = 0.0  # time of whole calls of the model
     given_back: int = 0  # bytes of slots that the system got while it was short of memory
     taken_again: int = 0  # bytes of slots that came back later
+    ranks_s: float = 0.0  # time when this process waited for what other ranks compute
+    ranks_bytes: int = 0  # bytes that other ranks read
 
     @property
     def resized(self) -> bool:
@@ -158,6 +160,22 @@ class Statistics:
             "compute_s": max(0.0, d.total_s - d.wait_s - d.manage_s) / n,
         }
 
+    def of_ranks(self) -> dict[str, float] | None:
+        """Means per decoded token of what other ranks cost: "wait_s", which is a part of `compute_s`, and
+        "bytes_per_token", which they read. None if there are none."""
+        if not self.decode.ranks_s:
+            return None
+        n = max(1, self.decoded_tokens)
+        return {"wait_s": self.decode.ranks_s / n, "bytes_per_token": self.decode.ranks_bytes / n}
+
+    def _ranks_line(self) -> list[str]:
+        if (each := self.of_ranks()) is None:
+            return []
+        return [
+            f"Other ranks: {each['bytes_per_token'] / 1e6:.3f} MB read per token; {1e3 * each['wait_s']:.2f} ms of the "
+            "compute are spent waiting for them"
+        ]
+
     def _slots_line(self) -> list[str]:
         both = self.prompt + self.decode
         if not both.resized:
@@ -168,8 +186,8 @@ class Statistics:
         ]
 
     def lines(self, predictor: str) -> list[str]:
-        """Lines for the user: the reads, where the time went, the drafts if it was set up for them, the slots that
-        came and went if any did, and swapping."""
+        """Lines for the user: the reads, where the time went, other ranks if there are any, the drafts if it was set up
+        for them, the slots that came and went if any did, and swapping."""
         swapped = None if self.swap is None else self.swap.line()
         each = self.per_token()
         hits = "none needed" if self.hit_rate is None else f"{self.hit_rate:.1%} hits"
@@ -180,6 +198,7 @@ class Statistics:
             f"{each['reads_per_token']:.1f} reads per token, {speed}",
             f"Time per token: {1e3 * each['wait_s']:.2f} ms waiting for reads, {1e3 * each['manage_s']:.2f} ms cache "
             f"management, {1e3 * each['compute_s']:.2f} ms compute",
+            *self._ranks_line(),
             *([self.drafts.line(self.decoded_tokens)] if self.drafts is not None else []),
             *self._slots_line(),
             *([] if swapped is None else [swapped]),

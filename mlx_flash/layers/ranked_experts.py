@@ -20,6 +20,7 @@ from ..ranks.group import Call, Group
 from .expert_products import SORTED_FROM
 from .expert_shares import ExpertShares
 from .experts import StreamedExperts, skips_experts
+from .rank_results import results_of
 
 EXPERTS = "experts"  # the kind of these calls
 
@@ -79,7 +80,7 @@ class RankedExperts(StreamedExperts):
             rows.append(self._held.outputs(tokens, ids, chosen, own))
             mx.async_eval(rows)
         if others:
-            rows += [row for row in self._group.results() if len(row)]
+            rows += [row for row in results_of(self._group, self.units.shared.counters) if len(row)]
         return mx.concatenate(rows)[mx.array(divided.back)].reshape(*needed.shape, -1)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import FlashError, UsageError
 from ..flash.host_arrays import to_numpy
+from ..flash.stats import Counters
 from ..ranks.group import Group
 from .pipeline_text import (
     DIGEST_BYTES,
@@ -33,6 +34,7 @@ from .pipeline_text import (
     no_marks,
     trims,
 )
+from .rank_results import results_of
 from .streamed_layers import WRAPS
 
 LAYERS = "layers"  # the kind of a call: the digest of a text and the tokens that follow it
@@ -122,9 +124,9 @@ class FirstRank(_Whole):
     One conversation at a time: the other ranks hold the text of the last call, or the beginning of it.
     """
 
-    def __init__(self, group: Group, counting: int) -> None:
-        """counting: the number, in a prompt cache, of a layer of another rank."""
-        self._group, self._counting = group, counting
+    def __init__(self, group: Group, counting: int, counters: Counters) -> None:
+        """counting: the number, in a prompt cache, of a layer of another rank. counters: the model's."""
+        self._group, self._counting, self._counters = group, counting, counters
         self._end: tuple[int, bytes] | None = (0, b"")  # tokens and digest of the text that the others hold, if known
         self._pass: _Pass | None = None
 
@@ -171,7 +173,7 @@ class FirstRank(_Whole):
         for rank in range(1, self._group.size):
             ids = np.concatenate((before, running.ids))
             self._group.call(LAYERS, ids, [x], [rank], tokens=running.start[0])
-            (x,) = self._group.results()
+            (x,) = results_of(self._group, self._counters)
         running.passed = True
         return x
 

@@ -16,6 +16,7 @@ from ..flash.neurons import NeuronSlots
 from ..ranks.group import Call, Group
 from .activations import Activation
 from .neurons import StreamedNeurons
+from .rank_results import results_of
 
 NEURONS = "neurons"  # the kind of these calls
 SOME, ALL, AHEAD = range(3)  # what a call is for: the named neurons, all of them, or only to read the named ones
@@ -84,7 +85,7 @@ class RankedNeurons(StreamedNeurons):
         self._group.call(NEURONS, ids, (x, *masks), purpose=purpose, layer=self._layer)
         y = compute(x)
         mx.async_eval(y)
-        for each in self._group.results():
+        for each in results_of(self._group, self.units.shared.counters):
             y = y + each
         return y
 

@@ -89,7 +89,7 @@ class DividedLayers:
         self._ranks.begin({"ranges": [[own[0], own[-1] + 1] for own in self._ranges]})
         model = build(say)
         counting = self._joints.caches[self._ranges[0][-1] + 1]
-        first = FirstRank(self._ranks.group, counting)
+        first = FirstRank(self._ranks.group, counting, model.flash.streamer.counters)
         connect(self._modules, first)
         lead(model, first)
         model.flash.ranks, model.flash.one_conversation = self._ranks, True

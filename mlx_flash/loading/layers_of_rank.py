@@ -68,6 +68,10 @@ class LayersOfRank:
         (x,) = call.arrays
         return self._rank.compute(x, call.ids[len(digest) :], call.numbers["tokens"], digest.tobytes())
 
+    @property
+    def bytes_read(self) -> int:
+        return 0 if self._model is None else int(self._model.flash.streamer.counters.bytes)
+
     def close(self) -> None:
         if self._model is not None:
             self._model.flash.close()

@@ -25,6 +25,8 @@ class RankPart(Protocol):
     kind: str  # of the calls that it computes
     questions: dict[str, Callable[[Any], dict[str, Any]]]  # that it answers once it is built
 
+    bytes_read: int  # since it was built
+
     def offer(self) -> dict[str, Any]:
         """The answer to the question "plan"."""
 
@@ -55,6 +57,7 @@ class _OtherRank:
     def __init__(self, group: Group, handlers: Handlers, model: str | None, memory: str | int | None) -> None:
         self._group, self._handlers, self._model, self._memory = group, handlers, model, memory
         self._part: RankPart | None = None
+        handlers.bytes_read = lambda: 0 if self._part is None else self._part.bytes_read
         handlers.questions.update(plan=self._plan, build=self._build, unload=self._unload)
 
     def _plan(self, asked: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class UnitsOfRank:
         assert self._calls is not None
         return self._calls(call)
 
+    @property
+    def bytes_read(self) -> int:
+        return 0 if self._flash is None else self._flash.streamer.counters.bytes
+
     def close(self) -> None:
         if self._flash is not None:
             self._flash.close()

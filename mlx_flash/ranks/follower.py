@@ -48,6 +48,7 @@ class Follower:
             raise FlashError(f"rank 0 cannot be reached at {host}: {error or 'it closed the connection'}.") from None
         self._called: float | None = None  # when the call that is being computed came
         self._number: object = None  # of that call
+        self.bytes_read = 0  # that rank 0 knows of
         self._channel = Channel(connection, _end, self._busy_s)
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,7 +92,9 @@ class Follower:
             self._channel.send({"error": result, "number": self._number})
         else:
             forms, data = packed([result])
-            self._channel.send({"arrays": forms, "number": self._number}, data)
+            read, self.bytes_read = self.bytes_read, self._handlers.bytes_read()
+            header = {"arrays": forms, "number": self._number, "read": max(0, self.bytes_read - read)}
+            self._channel.send(header, data)
 
     def close(self) -> None:
         self._channel.close()

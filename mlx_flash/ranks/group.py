@@ -29,6 +29,10 @@ class Group(Protocol):
     rank: int
     size: int
 
+    @property
+    def bytes_read(self) -> int:
+        """Rank 0: what the others have read from their disks, as far as their results tell."""
+
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
         """Rank 0: sends a question, as JSON with one key, to every other rank. Returns their answers in rank order.
 
@@ -74,11 +78,13 @@ class Handlers:
     """What another rank does with what rank 0 sends. Handlers may add handlers, as building a model does.
 
     questions: answers the value of a question's one key with an object for JSON. calls: computes a call of that kind;
-    None for one that was told. Both may raise FlashError, whose sentence rank 0 raises then.
+    None for one that was told. Both may raise FlashError, whose sentence rank 0 raises then. bytes_read: what this rank
+    has read from its disk until now.
     """
 
     questions: dict[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
     calls: dict[str, Callable[[Call], mx.array | None]] = field(default_factory=dict)
+    bytes_read: Callable[[], int] = lambda: 0
 
     def answer(self, question: Any) -> dict[str, Any]:
         """The answer to a question, or {"error": sentence}."""

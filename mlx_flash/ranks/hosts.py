@@ -21,8 +21,9 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\n]*")
 class RankHost:
     """One rank's machine.
 
-    ssh: its name for ssh. address: the IPv4 address on which rank 0 listens, and from which another rank connects. python: the
-    interpreter there, None for this one's path. memory, model: None for what rank 0 was given. variables: NAME=VALUE.
+    ssh: its name for ssh. address: the IPv4 address on which rank 0 listens, and from which another rank connects.
+    python: the interpreter there, None for this one's path. memory, model: None for what rank 0 was given. variables:
+    NAME=VALUE.
     """
 
     ssh: str

@@ -62,6 +62,7 @@ class Leader:
         """
         self.size = len(hosts)
         self.fault: str | None = None
+        self.bytes_read = 0
         self._hosts, self._on_fault = hosts, on_fault
         self._closing = threading.Event()
         self._faulty = threading.Lock()
@@ -209,9 +210,11 @@ class Leader:
     def _received(self, rank: int) -> Message:
         """What a rank answers to what is awaited. Answers to what came before, which nobody waited for, go."""
         try:
-            message = self._channels[rank].take()
-            while (number := message[0].get("number")) in range(self._awaited):
+            number: object = 0
+            while number in range(self._awaited):
                 message = self._channels[rank].take()
+                number = message[0].get("number")
+                self.bytes_read += message[0].get("read", 0)
         except EOFError:
             self._raise_fault()
             raise FlashError(f"{self._name(rank)} has ended.") from None

@@ -22,9 +22,11 @@ from ranks_double import ranks_as_threads  # type: ignore[import-not-found]  # f
 
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.ranks import messages, secret
-from mlx_flash.ranks.hosts import RankHost, read_hosts
+from mlx_flash.ranks.hosts import RankHost, local_hosts, read_hosts
+from mlx_flash.ranks.leader import Leader
 from mlx_flash.ranks.starting import rank_command
 from mlx_flash.ranks.versions import check_versions, versions
+from mlx_flash.source.children import child_environment
 
 
 def start(ranks: int, what: str) -> subprocess.Popen[str]:
@@ -120,6 +122,14 @@ def test_a_rank_that_cannot_start_is_named() -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "rank 1 (127.0.0.1) ended with code 1: no such module." in errors
+
+
+def test_addresses_of_other_machines_are_refused() -> None:
+    here, elsewhere = local_hosts(2)[0], RankHost("127.0.0.1", "192.0.2.1")
+    with pytest.raises(FlashError, match=r"cannot listen on 192\.0\.2\.1: .*first machine"):
+        Leader([elsewhere, here], child_environment())
+    with pytest.raises(FlashError, match=r"rank 1 .* cannot be reached at 127\.0\.0\.1 from 192\.0\.2\.1: .*host file"):
+        Leader([here, elsewhere], child_environment())
 
 
 # -- the control channel -------------------------------------------------------------------------------------------

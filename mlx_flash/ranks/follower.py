@@ -45,7 +45,10 @@ class Follower:
             connection = socket.create_connection((host, port), HELLO_S, source_address=(setup["address"], 0))
             greet(connection, setup["secret"], self.rank)
         except (OSError, EOFError, BadMessageError) as error:
-            raise FlashError(f"rank 0 cannot be reached at {host}: {error or 'it closed the connection'}.") from None
+            raise FlashError(
+                f"rank 0 cannot be reached at {host} from {setup['address']}: {error or 'it closed the connection'}. "
+                "Check the addresses in the host file and the firewalls."
+            ) from None
         self._called: float | None = None  # when the call that is being computed came
         self._number: object = None  # of that call
         self.bytes_read = 0  # that rank 0 knows of

@@ -150,8 +150,15 @@ class Leader:
     # -- the start -------------------------------------------------------------------------------------------------
 
     def _start(self, say: Callable[[str], None], environment: Mapping[str, str], wrap: Wrap | None) -> None:
-        secret = new_secret()
-        with socket.create_server((self._hosts[0].address, 0), backlog=64) as server:
+        secret, own_address = new_secret(), self._hosts[0].address
+        try:
+            listening = socket.create_server((own_address, 0), backlog=64)
+        except OSError as error:
+            raise FlashError(
+                f"rank 0 cannot listen on {own_address}: {os.strerror(error.errno or 0)}. The first machine of the "
+                "host file must be this one; give its own address there."
+            ) from None
+        with listening as server:
             address = server.getsockname()
             for rank, host in enumerate(self._hosts[1:], 1):
                 setup = {"rank": rank, "size": self.size, "leader": list(address), "address": host.address}

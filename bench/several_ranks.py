@@ -1,8 +1,8 @@
-"""What do several ranks bring? Tokens per second of a mixture on 1, 2 and 4 ranks, each with its own memory and disk.
+"""What do several ranks bring? Tokens per second on 1, 2 and 4 ranks, each with its own memory and disk.
 
-A synthetic mixture of experts is written. Each rank is a process in a network namespace and a memory cgroup of its own,
-and its reads are held at a fixed rate, so two ranks have twice the memory and twice the disk. They share the
-processor's cores, though. Packets between ranks are held for a fixed time, those of the control connections included.
+A synthetic mixture of experts, or a dense model, is written. Each rank is a process in a network namespace and a memory
+cgroup of its own, and its reads are held at a fixed rate, so two ranks have twice the memory and twice the disk. They
+share the processor's cores, though. Packets between ranks are held for a fixed time, those of the heartbeat included.
 All decode the same tokens, drawn at random; their logits must have the same bits. Beside each measurement stands what
 tools/rank_costs.py computes from the messages alone, measured between the same namespaces, and the time of one rank.
 """
@@ -28,6 +28,7 @@ from mlx_flash.source.children import child_environment
 
 from . import message_costs
 from .quality import say
+from .synthetic.dense_checkpoint import write_dense
 from .synthetic.mixture_checkpoint import Shape, write_mixture
 from .tools import figures, subprocess_json
 from .tools.cgroup import run_child
@@ -41,10 +42,12 @@ SHAPE = Shape("qwen3_moe", 6, 1024, 1024, 128, 8, 8, 2, 64, FOUR_BITS, True)
 REPEATED = 0.2  # share of a token's experts that the next token reuses: most of them change, so much is read
 SHARE = 0.25  # of the experts that one rank's memory has room for
 FOR_RANKS = 90 * 10**6  # bytes more for each of several ranks, for the messages of a prompt's chunk
+FOR_RANKS_DENSE = 10 * 10**6
 CONTEXT = 512
 DELAYS_MS = (0.0, 0.05, 0.3, 1.0)
 WARM_UP = 32  # tokens
-WAITED = 24  # tokens of which the time of waiting for ranks is taken, after those that are timed
+DENSE_SHAPE, DENSE_LAYERS, DENSE_TYPE = "1b", 16, "4bit"
+WARM_UP_DENSE = 4
 MESSAGE_ROUNDS = 40
 PART = "mlx_flash.bench.several_ranks"
 
@@ -53,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=whole_number(1, 8), action="append", help="repeatable (default: 1, 2 and 4)")
     parser.add_argument("--delay-ms", type=float, action="append", help=f"each way; repeatable (default: {DELAYS_MS})")
     parser.add_argument("--tokens", type=whole_number(4), default=64, help="to time (default: %(default)s)")
+    parser.add_argument(
+        "--dense", action="store_true", help="a dense model, whose layers are shared out in ranges (default: a mixture)"
+    )
     parser.add_argument(
         "--disk",
         type=whole_number(1),
@@ -67,22 +73,29 @@ def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mlx_flash-ranks-") as folder:
         path = Path(folder) / "model"
-        write_mixture(path, SHAPE, SHAPE.layers, mx.float32, 0, REPEATED)
+        if arguments.dense:
+            write_dense(path, DENSE_SHAPE, DENSE_LAYERS, DENSE_TYPE, 0)
+        else:
+            write_mixture(path, SHAPE, SHAPE.layers, mx.float32, 0, REPEATED)
         budget = subprocess_json.ask(PART, ["budget", {"model": str(path)}], "the plan")["budget"]
         question = {"model": str(path), "tokens": arguments.tokens, "cache": folder}
+        question["warm_up"] = WARM_UP_DENSE if arguments.dense else WARM_UP
+        more = FOR_RANKS_DENSE if arguments.dense else FOR_RANKS
         for count in counts:
             for delay_ms in (arguments.delay_ms or DELAYS_MS) if count > 1 else (0.0,):
                 say(f"{count} ranks, {delay_ms:g} ms each way")
-                memory = budget + (FOR_RANKS if count > 1 else 0)
+                memory = budget + (more if count > 1 else 0)
                 with machines(count, delay_ms / 1e3, memory) as made:
                     found = decode(made, {**question, "memory": memory}, arguments.disk * 10**6)
                     pairs = rows_of_rank(count)
                     messages = message_costs.measure(made, pairs, MESSAGE_ROUNDS) if count > 1 else None
                 rows.append({"ranks": count, "delay_ms": delay_ms, **found, "messages": messages})
     for row in rows:
-        compare(row, rows[0], arguments.disk * 1e6)
+        compare(row, rows[0], arguments.disk * 1e6, arguments.dense)
     show(rows)
-    settings = {"share": SHARE, "budget": budget, "disk_bytes_per_second": arguments.disk * 10**6, "shape": vars(SHAPE)}
+    dense = {"shape": DENSE_SHAPE, "layers": DENSE_LAYERS, "dtype": DENSE_TYPE}
+    shape = dense if arguments.dense else vars(SHAPE)
+    settings = {"share": SHARE, "budget": budget, "disk_bytes_per_second": arguments.disk * 10**6, "shape": shape}
     print(json.dumps({"command": "ranks", "environment": environment(Path.cwd()), **settings, "rows": rows}))
 
 
@@ -109,7 +122,7 @@ def rows_of_rank(ranks: int) -> int:
     return max(1, round(SHAPE.choices / ranks))
 
 
-def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
+def compare(row: dict[str, Any], alone: dict[str, Any], rate: float, dense: bool) -> None:
     """Adds what the model says of a row, and whether its logits have the bits of one rank."""
     row["same_bits"] = row["logits"] == alone["logits"]
     row["speed"] = alone["token_s"] / row["token_s"]
@@ -118,10 +131,13 @@ def compare(row: dict[str, Any], alone: dict[str, Any], rate: float) -> None:
         return
     pairs, x_bytes = rows_of_rank(row["ranks"]), 4 * SHAPE.hidden
     row["link"] = message_costs.compared(row["ranks"], pairs, row["messages"])["link"]
+    resident = alone["token_s"] - sum(alone["bytes"]) / rate
+    if dense:  # One rank computes after the other, and what it reads meanwhile is not counted.
+        row["computed_s"] = resident + 2 * (row["ranks"] - 1) * row["link"]["control_s"] + sum(row["bytes"]) / rate
+        return
     exchange = exchange_seconds(Link(**row["link"]), row["ranks"], x_bytes, pairs * x_bytes)
     missing = sum(row["bytes"]) / row["expert_bytes"] / SHAPE.layers
     read = row["expert_bytes"] / rate * largest_share(SHAPE.experts, missing, row["ranks"])
-    resident = alone["token_s"] - sum(alone["bytes"]) / rate
     row["exchange_s"] = exchange
     row["computed_s"] = token_seconds(resident, SHAPE.layers, exchange, read)
 
@@ -180,17 +196,18 @@ def decode_here(question: dict[str, Any]) -> dict[str, Any]:
     try:
         options = {"memory": question["memory"], "context": CONTEXT, "threads": 8, "io": "direct", "trials": False}
         model, _ = load(question["model"], group=group, say=say, **options)
-        return measure(model, group, [Path(each) for each in question["groups"]], question["tokens"])
+        return measure(model, group, [Path(each) for each in question["groups"]], question)
     finally:
         if group is not None:
             group.close()
 
 
-def measure(model: Any, group: Any, ranks: list[Path], tokens: int) -> dict[str, Any]:
+def measure(model: Any, group: Any, ranks: list[Path], question: dict[str, Any]) -> dict[str, Any]:
     """ranks: the cgroup of each."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, WARM_UP + tokens + WAITED)
+    tokens, warm_up = question["tokens"], question["warm_up"]
+    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, warm_up + tokens)
     cache, digest = make_prompt_cache(model), hashlib.sha256()
 
     def step(token: int) -> float:
@@ -201,38 +218,20 @@ def measure(model: Any, group: Any, ranks: list[Path], tokens: int) -> dict[str,
         digest.update(memoryview(logits.astype(mx.float32)))
         return took
 
-    for token in ids[:WARM_UP]:
+    for token in ids[:warm_up]:
         step(int(token))
     before = [bytes_read(each) for each in ranks]
-    times = [step(int(token)) for token in ids[WARM_UP : WARM_UP + tokens]]
+    waited = model.flash.streamer.counters.ranks_s
+    times = [step(int(token)) for token in ids[warm_up:]]
     nbytes = [(bytes_read(each) - old) / tokens for each, old in zip(ranks, before, strict=True)]
-    waits = waits_timed(group) if group is not None else []
-    for token in ids[WARM_UP + tokens :]:
-        step(int(token))
-    units = model.flash.layers[0].units
     return {
         "token_s": sum(times) / len(times),
         "median_s": median(times),
         "bytes": nbytes,
-        "waiting_s": sum(waits) / WAITED,
-        "expert_bytes": units.unit_bytes,
+        "waiting_s": (model.flash.streamer.counters.ranks_s - waited) / tokens,
+        "expert_bytes": getattr(model.flash.layers[0].units, "unit_bytes", None),
         "logits": digest.hexdigest(),
     }
-
-
-def waits_timed(group: Any) -> list[float]:
-    """From now on, appends the seconds that rank 0 waits for the results of each layer."""
-    waits: list[float] = []
-    results = group.results
-
-    def timed() -> list[mx.array]:
-        began = time.perf_counter()
-        found: list[mx.array] = results()
-        waits.append(time.perf_counter() - began)
-        return found
-
-    group.results = timed
-    return waits
 
 
 def bytes_read(group: Path) -> int:

@@ -81,7 +81,7 @@ def test_health_statistics_and_metrics(server: Server) -> None:
     assert stats["last"]["generated_tokens"] == 9 and stats["last"]["prompt_tokens"] == stats["last"]["prompt_tokens"]
     assert set(stats["last"]) == {
         *("tokens_per_second", "prompt_tokens", "generated_tokens", "first_token_s", "hit_rate", "bytes_per_token"),
-        *("bytes_per_second", "wait_s", "manage_s", "compute_s", "drafted_tokens", "accepted_tokens"),
+        *("bytes_per_second", "wait_s", "manage_s", "compute_s", "drafted_tokens", "accepted_tokens", "ranks"),
     }
     totals = {name: stats["totals"][name] - before["totals"][name] for name in stats["totals"]}
     assert (totals["requests"], totals["failed"], totals["generated_tokens"]) == (1, 0, 9)
@@ -127,7 +127,7 @@ def test_events_tell_of_prompt_tokens_and_end(server: Server, gate: Gate) -> Non
     for data in tokens:
         assert set(data) == {
             *("id", "n", "tokens_per_second", "hit_rate", "bytes", "bytes_per_second", "wait_s", "manage_s"),
-            *("compute_s", "layers"),
+            *("compute_s", "layers", "ranks"),
         }
         assert len(data["layers"]) == 5
         for kinds in data["layers"]:

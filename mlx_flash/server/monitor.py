@@ -152,11 +152,13 @@ def _means(statistics: Statistics | None) -> dict[str, Any]:
         return {
             "hit_rate": None,
             "bytes_per_second": None,
+            "ranks": None,
             **dict.fromkeys(("bytes_per_token", "wait_s", "manage_s", "compute_s"), 0.0),
         }
     each = statistics.per_token()
     return {
         "hit_rate": statistics.hit_rate,
         "bytes_per_second": statistics.bytes_per_second,
+        "ranks": statistics.of_ranks(),
         **{name: each[name] for name in ("bytes_per_token", "wait_s", "manage_s", "compute_s")},
     }

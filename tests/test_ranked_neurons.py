@@ -180,15 +180,23 @@ def test_a_failed_read_of_another_rank_leaves_the_ranks_in_step(
         assert all(np.array_equal(a, b) for a, b in zip(everything(model), expected, strict=True))
 
 
-def test_a_file_that_changes_under_another_rank_ends_the_call(
+def test_a_file_that_changes_under_another_rank_ends_the_token(
     tiny: Tiny, ranked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(tiny.store, store)
-    with ranked(store, [1, 1], 1000) as (model, _):
+    with ranked(store, [1, 1], 1000, predictor="lowrank") as (model, group):
         token, cache = mx.array([[5]]), make_prompt_cache(model)
         mx.eval(model(token, cache=cache))
-        os.utime(store / Manifest.neurons_file, (1, 1))
+        call = group.call
+
+        def changing(kind: str, *arguments: Any, layer: int, **numbers: int) -> None:
+            """Behind the first layer, in which every rank looks at its file."""
+            if layer:
+                os.utime(store / Manifest.neurons_file, (1, 1))
+            call(kind, *arguments, layer=layer, **numbers)
+
+        monkeypatch.setattr(group, "call", changing)
         monkeypatch.setattr(model.flash.streamer.file, "verify_unchanged", lambda: None)  # rank 0 looks at its own
         with pytest.raises(FlashError, match=r"rank 1: .*changed"):
             model(token, cache=cache)

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,28 @@ from typing import TYPE_CHECKING, Any
 import gated_server  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, LocatorAssertions, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE_S = 600  # the first start converts the demo model
+WAIT_MS = 600_000  # limit of every wait for a page; no test needs it
+
+
+def expect(found: Locator) -> LocatorAssertions:
+    """Playwright's assertions about elements, each of which waits until it holds."""
+    from playwright.sync_api import expect as expect_within
+
+    expect_within.set_options(timeout=WAIT_MS)
+    return expect_within(found)
 
 
 class PageWaits:
-    """Waits for what the page shows. `page`: the page."""
+    """Waits for what the page shows. `page`: the page.
+
+    A test reads the page at once only where the page has done everything before Playwright's action returns: in the
+    handler of a click or a key, without a request, its database, or a dialog that closes. Everywhere else it waits, for
+    something that was not there before the action.
+    """
 
     page: Page
 
@@ -39,6 +53,25 @@ class PageWaits:
         self.shows(
             "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent)",
             [selector, pattern],
+        )
+
+    def reads_all(self, selector: str, *texts: str) -> None:
+        """Waits until the elements of a selector have exactly these texts, in turn."""
+        found = self.page.locator(selector)
+        if texts:
+            expect(found).to_have_text(texts)
+        else:
+            expect(found).to_have_count(0)
+
+    def hears(self, condition: Callable[[], object]) -> None:
+        """Waits until the page's events, such as requests and messages of the console, make a condition true."""
+        while not condition():
+            self.page.wait_for_timeout(10)  # Playwright delivers events during this wait.
+
+    def redraws(self) -> None:
+        """Waits until a whole frame has passed, in which the page adapts to changed sizes."""
+        self.page.evaluate(
+            "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
         )
 
 
@@ -132,6 +165,11 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def keep_moments(page: Page) -> None:
+    """Makes what the open page shows for a moment stay there: none of its later timers ends."""
+    page.evaluate("() => { window.setTimeout = () => 0; }")
 
 
 def forget_all(page: Page) -> None:

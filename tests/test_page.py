@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import make_mixture  # type: ignore[import-not-found]
-from page_browser import CHROMIUM, PageWaits, Server, chromium, forget_all, running, smallest_budget  # type: ignore[import-not-found]  # found beside this file
+from page_browser import (  # type: ignore[import-not-found]  # found beside this file
+    CHROMIUM,
+    WAIT_MS,
+    PageWaits,
+    Server,
+    chromium,
+    forget_all,
+    running,
+    smallest_budget,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, ViewportSize
@@ -24,7 +33,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
 ]
 
-WAIT_MS = 600_000  # limit of every wait; no test needs it
 VIEWPORT: ViewportSize = {"width": 1280, "height": 720}  # Playwright's default
 BEGINNING = "It was a dark night, and"
 READY = '#state[data-state="ready"]'
@@ -85,8 +93,10 @@ class Tab(PageWaits):
         self.page.press("#prompt", "Enter")
 
     def answered(self, state: str = "done") -> str:
-        self.page.wait_for_selector(f'{ANSWER}[data-state="{state}"]')
-        return self.page.text_content(f"{ANSWER} .text") or ""
+        """Waits until the last answer has ended, and for its Markdown. Returns its text."""
+        text = self.page.locator(f'{ANSWER}[data-state="{state}"] > .text:not(.plain)')
+        text.wait_for(state="attached")
+        return text.text_content() or ""
 
     def speak(self) -> None:
         """Asks for a long answer and waits for some text. More comes only when the server is released."""
@@ -96,9 +106,8 @@ class Tab(PageWaits):
         self.wait_for_text()
 
     def wait_for_text(self) -> None:
-        self.shows(
-            f"""() => document.querySelector('{ANSWER}[data-state="streaming"] .text')?.textContent.length > 3"""
-        )
+        text = f'{ANSWER}[data-state="streaming"] > .text:not(.plain)'
+        self.shows("text => document.querySelector(text)?.textContent.length > 3", text)
 
     def asked(self) -> list[Any]:
         """The bodies of the requests for an answer."""
@@ -159,8 +168,8 @@ def tab(empty_tab: Tab) -> Tab:
 
 def expect_failed_loads(tab: Tab, least: int = 1) -> None:
     """Checks that at least so many requests failed, which Chromium reports, and that there was no other error."""
-    failed = [text for text in tab.complaints if text.startswith("Failed to load resource")]
-    assert len(failed) >= least and failed == tab.complaints
+    tab.hears(lambda: len(tab.complaints) >= least)
+    assert all(text.startswith("Failed to load resource") for text in tab.complaints), tab.complaints
     tab.complaints.clear()
 
 
@@ -256,8 +265,9 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_experts_have_cells_of
         tab = open_tab(locked)
         page = tab.page
         page.goto(locked.url)
-        for key in ("wrong", KEY):
+        for key, said in (("wrong", "^$"), (KEY, ".")):
             page.wait_for_selector("#key-dialog[open]")
+            tab.reads("#key-wrong", said)
             page.fill("#key", key)
             page.press("#key", "Enter")
         page.wait_for_selector(READY)
@@ -314,9 +324,13 @@ def test_the_end_stays_in_sight_unless_one_reads_above(empty_tab: Tab, width: in
     tab.shows(f"() => ({room})() >= 0")
     page.click("#settings summary")
     tab.shows(f"() => ({room})() >= 0")
-    page.evaluate("document.querySelector('#log article').scrollIntoView()")
-    tab.shows(f"() => ({room})() < -500")
+    page.evaluate(
+        """() => new Promise(done => {
+            addEventListener('scroll', () => done(), {capture: true, once: true});
+            document.querySelector('#log article').scrollIntoView(); })"""
+    )
     page.click("#settings summary")
+    tab.redraws()
     assert page.evaluate(room) < -500
 
 
@@ -324,9 +338,10 @@ def test_retry_asks_the_same_again_and_replaces_the_answer(tab: Tab) -> None:
     tab.set(max_tokens="8")
     tab.say(BEGINNING)
     tab.answered()
-    tab.page.click(".retry")
-    tab.shows("() => document.querySelectorAll('#log article').length === 2")
+    with tab.page.expect_request("**/v1/chat/completions"):
+        tab.page.click(".retry")
     tab.answered()
+    assert tab.page.locator("#log article").count() == 2
     first, second = tab.asked()
     assert first["messages"] == second["messages"] == [{"role": "user", "content": BEGINNING}]
     assert tab.page.locator(".retry").count() == 1
@@ -361,9 +376,8 @@ def test_two_pages_take_turns(tab: Tab, open_tab: Callable[..., Tab]) -> None:
     first, second = tab, open_tab()
     second.open()
     first.speak()
-    doing = "() => document.getElementById('doing').textContent"
-    second.shows(f"() => ({doing})() === 'Speaking, for another client'")
-    assert first.page.evaluate(doing) == "Speaking"
+    first.reads("#doing", "^Speaking$")
+    second.reads("#doing", "^Speaking, for another client$")
     second.set(max_tokens="4")
     second.say(BEGINNING)
     second.page.wait_for_selector(f"{ANSWER}.waiting")
@@ -422,6 +436,8 @@ def test_a_model_that_could_not_be_loaded_says_why(empty_tab: Tab, server: Serve
     tab.page.goto(server.url)
     tab.page.wait_for_selector('#banner[data-state="failed"]')
     assert why in (tab.page.text_content("#banner") or "")
+    tab.page.unroute("**/health")
+    tab.page.wait_for_selector(READY)  # No further request fails.
     expect_failed_loads(tab)
 
 
@@ -615,8 +631,7 @@ def test_less_motion_is_honoured(empty_tab: Tab, motion: Literal["no-preference"
     page.route("**/v1/chat/completions", lambda route: held.append(route))  # no reply comes, so the caret waits
     empty_tab.say(BEGINNING)
     page.wait_for_selector(f"{ANSWER}.waiting")
-    while not held:
-        page.wait_for_timeout(10)  # the route is called during this wait
+    empty_tab.hears(lambda: held)
     caret = f"getComputedStyle(document.querySelector('{ANSWER} .text'), '::after').animationName"
     assert page.evaluate(caret) == animation
     held[0].abort("aborted")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from page_browser import CHROMIUM, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
+from page_browser import CHROMIUM, WAIT_MS, chromium, forget_all, keep_moments  # type: ignore[import-not-found]  # found beside this file
 from scripted_page import ScriptedPage, call, scripted_page, text, thought  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
 ]
 
-WAIT_MS = 600_000  # limit of every wait; no test needs it
 ANSWER = "#log article.assistant:last-child"
 BODY = f"{ANSWER} > .text"
 POLICY = (
@@ -225,6 +224,7 @@ def test_code_and_answers_are_copied(page: Page, server: ScriptedPage) -> None:
     answered(page)
     assert texts(page, ".language") == ["python"]
     assert page.locator(f"{BODY} .hl-keyword").all_text_contents() == ["def", "return"]
+    keep_moments(page)
     page.focus(f"{BODY} .copy-code")
     page.keyboard.press("Enter")
     page.wait_for_selector(f"{BODY} .copy-code[data-copied=true]")
@@ -235,6 +235,7 @@ def test_code_and_answers_are_copied(page: Page, server: ScriptedPage) -> None:
     page.evaluate(
         "Object.defineProperty(navigator, 'clipboard', {value: undefined})"
     )  # as over http to another machine
+    page.evaluate(f"delete document.querySelector('{BODY} .copy-code').dataset.copied")
     page.click(f"{BODY} .copy-code")
     page.wait_for_selector(f"{BODY} .copy-code[data-copied=true]")
 
@@ -345,6 +346,7 @@ def test_tool_calls_are_shown(page: Page, server: ScriptedPage) -> None:
     assert page.locator(".call .language").all_inner_texts() == ["Tool call weather", "Tool call broken"]
     assert page.locator(".call code").all_inner_texts() == ['{\n  "city": "<b>",\n  "days": 3\n}', '{"a": ']
     page.wait_for_selector(".call .hl-attr")
+    keep_moments(page)
     page.click(".call .copy-code")
     page.wait_for_selector(".call .copy-code[data-copied=true]")
     assert page.evaluate("navigator.clipboard.readText()") == '{\n  "city": "<b>",\n  "days": 3\n}'

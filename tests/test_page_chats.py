@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from page_browser import CHROMIUM, PageWaits, chromium, forget_all  # type: ignore[import-not-found]  # found beside this file
+from page_browser import (  # type: ignore[import-not-found]  # found beside this file
+    CHROMIUM,
+    WAIT_MS,
+    PageWaits,
+    chromium,
+    expect,
+    forget_all,
+    keep_moments,
+)
 from scripted import Scripted, scripted, server  # type: ignore[import-not-found]  # noqa: F401
 from serving import Server  # type: ignore[import-not-found]
 from switching import Switching, library  # type: ignore[import-not-found]
@@ -26,7 +34,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
 ]
 
-WAIT_MS = 600_000  # limit of every wait; no test needs it
 READY = '#state[data-state="ready"]'
 LAST = "#log article:last-child"
 # Hands files to the page as a drop does. argument: [[name, text], ...].
@@ -80,12 +87,13 @@ class Chat(PageWaits):
         self.page.wait_for_selector(f'{LAST}.assistant[data-state="{state}"]')
         return body_of(sent.value)
 
-    def titles(self) -> list[str]:
-        return self.page.locator(".chat-title").all_text_contents()
+    def lists(self, *titles: str) -> None:
+        """Waits until the list has these chats."""
+        self.reads_all(".chat-title", *titles)
 
-    def texts(self) -> list[str]:
-        """What the shown branch says, question and answer in turn."""
-        return [text.strip() for text in self.page.locator("#log article > .text").all_text_contents()]
+    def tells(self, *texts: str) -> None:
+        """Waits until the shown branch says this, question and answer in turn."""
+        self.reads_all("#log article > .text", *texts)
 
     def set(self, **values: str) -> None:
         self.page.evaluate("document.getElementById('settings').open = true")
@@ -100,6 +108,16 @@ class Chat(PageWaits):
         """Clicks a button of a chat in the list."""
         self.page.locator("#chats-list [data-chat]", has_text=title).hover()
         self.page.get_by_role("button", name=f"{button} {title}").click()
+
+    def delete(self, title: str, decision: str = "delete") -> None:
+        """Deletes a chat, or with the decision "" cancels that. Waits until the page has been told."""
+        self.row(title, "Delete")
+        self.page.evaluate(
+            """() => { window.decided = new Promise(done =>
+                document.getElementById('delete-dialog').addEventListener('close', () => done(), {once: true})); }"""
+        )
+        self.page.click(f"#delete-dialog button[value='{decision}']")
+        self.page.evaluate("() => window.decided")
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +141,8 @@ def chat(common: Chat, scripted: Scripted) -> Iterator[Chat]:  # noqa: F811
 
 def expect_refusals(chat: Chat) -> None:
     """Checks that requests failed, which Chromium reports, and that there was no other error."""
-    failed = [text for text in chat.complaints if text.startswith("Failed to load resource")]
-    assert failed and failed == chat.complaints
+    chat.hears(lambda: chat.complaints)
+    assert all(text.startswith("Failed to load resource") for text in chat.complaints), chat.complaints
     chat.complaints.clear()
 
 
@@ -133,36 +151,35 @@ def test_chats_are_kept_found_renamed_and_deleted(chat: Chat) -> None:
     chat.say("Bread with rye")
     page.click("#new-chat")
     chat.say("Soup of beans")
-    assert chat.titles() == ["Soup of beans", "Bread with rye"]
+    chat.lists("Soup of beans", "Bread with rye")
     chat.reload()
-    assert chat.titles() == ["Soup of beans", "Bread with rye"] and chat.texts() == ["Soup of beans", "Good day."]
+    chat.lists("Soup of beans", "Bread with rye")
+    chat.tells("Soup of beans", "Good day.")
     page.get_by_role("button", name="Bread with rye").first.click()
-    chat.reads(f"{LAST} .text", "Good day.")
-    assert chat.texts() == ["Bread with rye", "Good day."]
+    chat.tells("Bread with rye", "Good day.")
 
     for words, found in (("BEANS", ["Soup of beans"]), ("good day", ["Soup of beans", "Bread with rye"]), ("ice", [])):
         page.fill("#chats-search", words)
-        chat.shows("([count]) => document.querySelectorAll('#chats-list [data-chat]').length === count", [len(found)])
-        assert chat.titles() == found
+        chat.lists(*found)
     assert page.inner_text("#chats-none") == "No chat has these words."
     page.fill("#chats-search", "")
-    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 2")
+    chat.lists("Soup of beans", "Bread with rye")
 
     chat.row("Bread with rye", "Rename")
     page.keyboard.type("Baking")
     page.keyboard.press("Enter")
-    assert chat.titles() == ["Soup of beans", "Baking"]
-    chat.row("Baking", "Delete")
-    page.click("#delete-dialog button[value='']")
-    assert chat.titles() == ["Soup of beans", "Baking"]
-    chat.row("Baking", "Delete")
-    page.click("#delete-dialog button[value=delete]")
-    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 1")
-    assert chat.texts() == []
+    chat.lists("Soup of beans", "Baking")
+    chat.delete("Baking", decision="")
+    chat.lists("Soup of beans", "Baking")
+    keep_moments(page)
+    chat.delete("Baking")
+    chat.lists("Soup of beans")
+    chat.tells()
     page.click("#chats-undo")
-    chat.reads(f"{LAST} .text", "Good day.")
+    chat.tells("Bread with rye", "Good day.")
     chat.reload()
-    assert chat.titles() == ["Soup of beans", "Baking"] and chat.texts() == ["Bread with rye", "Good day."]
+    chat.lists("Soup of beans", "Baking")
+    chat.tells("Bread with rye", "Good day.")
 
 
 def test_a_file_of_chats_comes_back_as_it_was(chat: Chat, tmp_path: Path) -> None:
@@ -183,11 +200,10 @@ def test_a_file_of_chats_comes_back_as_it_was(chat: Chat, tmp_path: Path) -> Non
         return tmp_path / name
 
     first = export("first.json")
-    for title in ("Another", "Read this"):
-        chat.row(title, "Delete")
-        page.click("#delete-dialog button[value=delete]")
-        page.wait_for_selector("#chats-undo")
-    assert chat.titles() == []
+    chat.delete("Another")
+    chat.lists("Read this")
+    chat.delete("Read this")
+    chat.lists()
     page.set_input_files("#chats-file", first)
     chat.reads("#chats-note", r"^2 chats are imported\.$")
     assert json.loads(export("second.json").read_text()) == json.loads(first.read_text())
@@ -223,9 +239,7 @@ def test_a_chat_of_the_terminal_can_be_imported(chat: Chat, tmp_path: Path) -> N
     chat.page.set_input_files("#chats-file", tmp_path / "saved.json")
     chat.reads("#chats-note", r"^1 chat is imported\.$")
     chat.page.get_by_role("button", name="Question 0").first.click()
-    wanted = [text for i in range(9) for text in (f"Question {i}", f"Answer {i}")]
-    chat.reads(f"{LAST} .text", "Answer 8")
-    assert chat.texts() == wanted
+    chat.tells(*(text for i in range(9) for text in (f"Question {i}", f"Answer {i}")))
     with chat.page.expect_download() as got:
         chat.page.evaluate("document.getElementById('chat-menu').open = true")
         chat.page.click("#export-json")
@@ -243,20 +257,21 @@ def test_a_changed_question_and_a_second_answer_are_branches(chat: Chat, scripte
     page.keyboard.type("Three")
     body = chat.asked(lambda: page.keyboard.press("Enter"))
     assert body["messages"] == [{"role": "user", "content": "Three"}]
-    assert chat.texts() == ["Three", "Other."]
+    chat.tells("Three", "Other.")
     chat.reads("#log article:first-child .versions", "2/2")
     page.click("#log article:first-child .step[aria-label='Earlier version']")
-    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
+    chat.tells("One", "Good day.", "Two", "Good day.")
     chat.asked(lambda: page.click(f"{LAST} .retry"))
-    assert chat.texts() == ["One", "Good day.", "Two", "Other."]
+    chat.tells("One", "Good day.", "Two", "Other.")
     chat.reload()
-    assert chat.texts() == ["One", "Good day.", "Two", "Other."]
+    chat.tells("One", "Good day.", "Two", "Other.")
     page.click(f"{LAST} .step[aria-label='Earlier version']")
-    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
+    chat.tells("One", "Good day.", "Two", "Good day.")
     page.click("#log article:first-child .edit")
     page.keyboard.press("Escape")
-    assert chat.texts() == ["One", "Good day.", "Two", "Good day."]
-    assert chat.titles() == ["One"]
+    expect(page.locator(".editor")).to_have_count(0)
+    chat.tells("One", "Good day.", "Two", "Good day.")
+    chat.lists("One")
 
 
 def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
@@ -264,7 +279,7 @@ def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:
     scripted.script = lambda prompt: "llo there." if prompt.endswith("He") else "Hello there."
     chat.set(max_tokens="2", system="Be brief.")
     chat.say("Hi")
-    assert chat.texts() == ["Hi", "He"]
+    chat.tells("Hi", "He")
     assert (page.text_content(f"{LAST} .note") or "").endswith("cut there")
     chat.set(max_tokens="100")
     body = chat.asked(lambda: page.click(f"{LAST} .continue"))
@@ -275,10 +290,11 @@ def test_an_answer_that_was_cut_goes_on(chat: Chat, scripted: Scripted) -> None:
         {"role": "assistant", "content": "He"},
     ]
     assert body["continue_final_message"] is True
-    assert chat.texts() == ["Hi", "Hello there."] and page.locator(f"{LAST} .continue").count() == 0
+    chat.tells("Hi", "Hello there.")
+    assert page.locator(f"{LAST} .continue").count() == 0
     assert re.match(r"^\d+ more tokens\b", page.text_content(f"{LAST} .note") or "")
     chat.reload()
-    assert chat.texts() == ["Hi", "Hello there."]
+    chat.tells("Hi", "Hello there.")
 
 
 def test_thoughts_that_were_cut_go_on(chat: Chat, scripted: Scripted) -> None:  # noqa: F811
@@ -287,19 +303,17 @@ def test_thoughts_that_were_cut_go_on(chat: Chat, scripted: Scripted) -> None:  
     scripted.script = lambda prompt: rest if prompt.endswith("They") else "<think>\nThey greet.\n</think>\n\nHello."
     chat.set(max_tokens="7")
     chat.say("Hi")
-    assert chat.texts() == ["Hi", ""]
+    chat.tells("Hi", "")
     chat.set(max_tokens="100")
     body = chat.asked(lambda: page.click(f"{LAST} .continue"))
     assert body["messages"][1] == {"role": "assistant", "content": "", "reasoning_content": "They"}
     assert scripted.prompts[-1].endswith("<|im_start|>assistant\n<think>\nThey")
-    assert chat.texts() == ["Hi", "Hello."]
+    chat.tells("Hi", "Hello.")
     page.click(f"{LAST} .thoughts summary")
     chat.reads(f"{LAST} .thoughts", "They greet\\.")
 
 
 def test_every_setting_reaches_the_request(chat: Chat) -> None:
-    from playwright.sync_api import expect
-
     page = chat.page
     given = {
         **{"temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "repetition_penalty": "1.1"},
@@ -328,6 +342,7 @@ def test_every_setting_reaches_the_request(chat: Chat) -> None:
     page.fill("#prompt", "As a schema")
     page.press("#prompt", "Enter")
     assert (page.text_content("#schema-wrong") or "").startswith("This is not JSON: ")
+    expect(page.locator("[name=schema]")).to_be_focused()
     assert page.input_value("#prompt") == "As a schema"  # not sent
     schema = {"type": "object", "not": {}}
     chat.set(schema=json.dumps(schema))
@@ -357,6 +372,7 @@ def test_text_files_go_into_the_question(chat: Chat, tmp_path: Path) -> None:
     page = chat.page
     (tmp_path / "a.py").write_text("print('```')\n")
     page.set_input_files("#attach-file", tmp_path / "a.py")
+    page.wait_for_selector("#files li")  # The page reads files of two actions at the same time.
     page.evaluate(DROP, [["b.txt", "Two"], ["c.txt", "Three"]])
     chat.shows("() => document.querySelectorAll('#files li').length === 3")
     page.get_by_role("button", name="Remove c.txt").click()
@@ -380,28 +396,27 @@ def test_text_files_go_into_the_question(chat: Chat, tmp_path: Path) -> None:
         page.click("#send")  # a file without a question
     assert body_of(sent.value)["messages"][0]["content"] == "f.md:\n`````md\n````\n````\n`````"
     page.wait_for_selector(f'{LAST}.assistant[data-state="done"]')
-    assert chat.titles()[0] == "f.md"
+    chat.lists("f.md", "What is this?")
 
 
 def test_two_tabs_add_to_the_same_chats(chat: Chat) -> None:
     chat.say("One")
     other = Chat(chat.page.context.new_page(), chat.server)
     other.open()
-    assert other.titles() == ["One"] and other.texts() == []
+    other.lists("One")
+    other.tells()
     other.say("Two")
-    chat.shows("() => document.querySelectorAll('#chats-list [data-chat]').length === 2")
+    chat.lists("Two", "One")
     other.page.get_by_role("button", name="One").first.click()
-    other.reads(f"{LAST} .text", "Good day.")
+    other.tells("One", "Good day.")
     other.say("Three")
-    chat.shows("() => document.querySelectorAll('#log article').length === 4")
-    chat.reads(f"{LAST} .text", "Good day.")
-    assert chat.texts() == ["One", "Good day.", "Three", "Good day."]
+    chat.tells("One", "Good day.", "Three", "Good day.")
     chat.say("Four")
-    other.shows("() => document.querySelectorAll('#log article').length === 6")
-    other.row("One", "Delete")
-    other.page.click("#delete-dialog button[value=delete]")
-    chat.shows("() => document.querySelectorAll('#log article').length === 0")
-    assert chat.titles() == ["Two"] and other.complaints == []
+    other.tells("One", "Good day.", "Three", "Good day.", "Four", "Good day.")
+    other.delete("One")
+    chat.tells()
+    chat.lists("Two")
+    assert other.complaints == []
     other.page.close()
 
 
@@ -413,15 +428,15 @@ def test_an_answer_goes_on_while_another_chat_is_open(chat: Chat, scripted: Scri
     with page.expect_request("**/v1/chat/completions"):
         page.press("#prompt", "Enter")
     page.click("#new-chat")
-    assert page.is_hidden("#stop") and chat.texts() == []
-    while not held:
-        page.wait_for_timeout(10)  # the route is called during this wait
+    assert page.is_hidden("#stop")
+    chat.tells()
+    chat.hears(lambda: held)
     held[0].continue_()
     page.unroute("**/v1/chat/completions")
     chat.say("Fast")
     page.get_by_role("button", name="Slow").first.click()
+    chat.tells("Slow", "Good day.")
     page.wait_for_selector(f'{LAST}.assistant[data-state="done"]')
-    assert chat.texts() == ["Slow", "Good day."]
 
 
 @pytest.mark.parametrize("fault", ["indexedDB.open = () => { throw new Error('off'); }", "put"])
@@ -437,8 +452,8 @@ def test_a_browser_that_keeps_nothing_says_so(browser: Browser, server: Server, 
     page.wait_for_selector("#store-note:not([hidden])")
     assert ("is full" if fault == "put" else "keeps no chats") in page.inner_text("#store-note")
     page.get_by_role("button", name="One").first.click()
-    chat.shows("() => document.querySelector('#log .user .text').textContent === 'One'")
-    assert chat.texts() == ["One", "Good day."] and chat.complaints == []
+    chat.tells("One", "Good day.")
+    assert chat.complaints == []
     page.context.close()
 
 
@@ -450,7 +465,8 @@ def test_the_chat_of_an_earlier_version_becomes_the_first(browser: Browser, serv
     chat = Chat(page, server)
     for _ in range(2):
         chat.open()
-        assert chat.texts() == ["Old question", "Old answer"] and chat.titles() == ["Old question"]
+        chat.tells("Old question", "Old answer")
+        chat.lists("Old question")
     assert page.evaluate("localStorage.getItem('mlx_flash.conversation')") is None
     assert chat.say("More")["messages"][0] == {"role": "user", "content": "Old question"}
     page.context.close()
@@ -491,7 +507,7 @@ def test_a_model_is_chosen_and_its_loading_shown(chat: Chat) -> None:
     switch.model["model"]["id"] = "other/large"
     switch.library = library("ready")
     chat.reads("#model", "^other/large$")
-    assert page.is_hidden("#banner")
+    expect(page.locator("#banner")).to_be_hidden()
 
 
 def test_a_model_that_sleeps_is_woken_by_a_message(chat: Chat) -> None:
@@ -502,7 +518,7 @@ def test_a_model_that_sleeps_is_woken_by_a_message(chat: Chat) -> None:
     chat.reads("#banner-text", r"^The model is asleep\. Your next message wakes it\.$")
     assert page.text_content("#state") == "Asleep" and page.text_content("#model") == "demo"
     chat.say("Wake up")
-    assert chat.texts() == ["Wake up", "Good day."]
+    chat.tells("Wake up", "Good day.")
 
 
 # Narrow screens.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_browser import CHROMIUM, chromium  # type: ignore[import-not-found]  # found beside this file
+from page_browser import CHROMIUM, WAIT_MS, chromium  # type: ignore[import-not-found]  # found beside this file
 from scripted import Scripted, make_scripted  # type: ignore[import-not-found]
 from serving import serving  # type: ignore[import-not-found]
 
@@ -78,6 +78,7 @@ def test_an_error_within_the_thoughts_ends_them(
 def test_the_page_folds_thoughts(scripted: Scripted) -> None:
     with serving(scripted.load) as server, chromium() as browser:
         page = browser.new_page()
+        page.set_default_timeout(WAIT_MS)
         page.goto(server.url)
         page.wait_for_selector('#state[data-state="ready"]')
         for number in (1, 2):

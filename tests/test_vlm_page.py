@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from page_browser import CHROMIUM, chromium, running  # type: ignore[import-not-found]
+from page_browser import CHROMIUM, WAIT_MS, chromium, expect, running  # type: ignore[import-not-found]
 from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ pytestmark = [
 pytest.importorskip("mlx_vlm")
 Image = pytest.importorskip("PIL.Image")
 
-WAIT_MS = 600_000  # limit of every wait; no test needs it
 READY = '#state[data-state="ready"]'
 DONE = '#log article.assistant:last-child[data-state="done"]'
 # Hands files to the page as a drop or a paste does. arguments: [kind, name, base64].
@@ -38,6 +37,16 @@ HAND_OVER = """([kind, name, text]) => {
     : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
   document.getElementById("prompt").dispatchEvent(event);
 }"""
+
+# Whether the images of a message are in the browser's database. They are written after its text.
+STORED = """() => new Promise(done => {
+  const opening = indexedDB.open("mlx_flash");
+  opening.onsuccess = () => {
+    const counting = opening.result.transaction("images").objectStore("images").count();
+    opening.result.close();
+    counting.onsuccess = () => done(counting.result > 0);
+  };
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +84,7 @@ def asked(page: Page) -> Any:
 
 def test_images_are_chosen_dropped_and_pasted(page: Page, tmp_path: Path) -> None:
     page.set_input_files("#attach-file", png(tmp_path, (30, 40), "red"))
+    page.wait_for_selector("#pictures li")  # The page reads files of two actions at the same time.
     for kind, colour in (("drop", "green"), ("paste", "blue")):
         text = base64.b64encode(png(tmp_path, (20, 20), colour).read_bytes()).decode()
         page.evaluate(HAND_OVER, [kind, f"{colour}.png", text])
@@ -90,9 +100,10 @@ def test_images_are_chosen_dropped_and_pasted(page: Page, tmp_path: Path) -> Non
     assert page.locator("#pictures li").count() == 0
     page.fill("#prompt", "and")  # the images are sent again with their turn
     assert asked(page) == "and"
+    page.wait_for_function(STORED)
     page.reload()
     page.wait_for_selector(READY)
-    assert page.locator("#log article.user img").count() == 2
+    expect(page.locator("#log article.user img")).to_have_count(2)
 
 
 def test_a_large_image_is_scaled_down_and_stands_beside_a_text(page: Page, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from mlx_flash.apps.menubar.downloads import (
     DONE,
     DOWNLOAD,
     IDLE,
-    LOADING,
     PAUSED,
     SEARCH,
     VERDICT,
@@ -191,8 +190,10 @@ def test_a_download_is_paused_continued_broken_and_finished() -> None:
     stage.downloads.download()
     process = stage.process(DOWNLOAD, 2)
     process.give({"done": 4 * GB, "total": 4 * GB, "rate": None, "seconds_left": None}, {"folder": "/x"}, None)
-    state = stage.wait(lambda state: state.download.phase == DONE)
-    assert stage.downloaded == ["a/b"] and stage.unfinished[-1] == () and hub_wording.is_here(state)
+    until(lambda: stage.downloaded)  # the last of several changes
+    state = stage.downloads.state
+    assert state.download.phase == DONE and hub_wording.is_here(state)
+    assert stage.downloaded == ["a/b"] and stage.unfinished[-1] == ()
     assert not hub_wording.can_download(state) and not hub_wording.can_discard(state)
     stage.downloads.close()
 
@@ -315,7 +316,8 @@ def test_a_model_is_found_looked_at_downloaded_and_forgotten(hub: Hub, tmp_path:
     assert 0 < (state.verdict.smallest or 0) <= (state.verdict.everything or 0)
     assert all(span is not None for span in hub.fetched()["model.safetensors"])
     downloads.download()
-    state = wait(lambda state: state.download.phase != LOADING)
+    wait(lambda state: got or state.download.phase == BROKEN)
+    state = downloads.state
     assert state.download.phase == DONE and got == ["owner/Mixture"] and state.unfinished == (), state
 
     big = make_checkpoint(tmp_path / "big", hidden=256, neurons=2048, layers=4)

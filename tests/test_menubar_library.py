@@ -206,7 +206,7 @@ def test_a_model_that_the_server_refuses_changes_nothing(
     assert not controller.state.notice and not (tmp_path / "settings").exists()
 
     server.state, server.failure, server.loads = "failed", "the disk is gone", 3
-    state = wait(controller, lambda state: (state.library or {}).get("failure"))
+    state = wait(controller, lambda state: state.served == "failed" and (state.library or {}).get("failure"))
     assert wording.headline(state) == "Not loaded: the disk is gone" and wording.icon_text(state) == "!"
 
 

@@ -351,8 +351,9 @@ def test_a_session_from_the_first_look_to_the_end(screen: Screen) -> None:
     screen.click("Stop the engine")
     until(lambda: not third.is_running())
     until(lambda: not screen.shows(GREEN))
-    assert screen.open_menu()["Start the engine"][2]
-    assert not screen.look()["menus"]["Open the page"][2]
+    screen.open_menu()
+    menu = screen.wait(lambda seen: "Start the engine" in seen["menus"] and seen["menus"])
+    assert menu["Start the engine"][2] and not menu["Open the page"][2]
     screen.click("Start the engine")
     fourth = screen.running(third)
 

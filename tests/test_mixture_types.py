@@ -1,10 +1,12 @@
 """Every mixture type of mlx-lm: its resident model's bits from streamed experts, with and without guesses.
 
-The layouts that their makers publish are tested in test_published_layouts.py.
+The experts are in this process, or shared out over two, three and four ranks, which are threads. The layouts that
+their makers publish are tested in test_published_layouts.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,18 @@ from mixture_types import PAGE, RUN_HERE, listed, table_of, verdicts  # type: ig
 from mixtures import FAMILIES, make_mixture, open_streamed  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from ranked_mixture import ranked  # type: ignore[import-not-found]
 from test_mixture import PROMPT, assert_same  # type: ignore[import-not-found]
 from zoo_types import METAL_ONLY, TYPES  # type: ignore[import-not-found]
 
 from mlx_flash.flash.in_place import InPlaceFiles
 from mlx_flash.layers.experts import StreamedExperts
 from mlx_flash.layers.routers import Router
+from mlx_flash.loading.in_place_model import open_in_place
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
+EVERY = sorted((TYPES.keys() | FAMILIES.keys()) - METAL_ONLY)
 # Their routers take another state than their experts, of another width.
 UNGUESSED = {"kimi_k3"}
 # Families of mixtures.py with a single layer of experts there, and with two.
@@ -56,18 +61,44 @@ def prompt_and_tokens(model: Any) -> list[np.ndarray]:
     return [np.array(model(mx.array([call]), cache=cache).astype(mx.float32)) for call in calls]
 
 
+@pytest.fixture(scope="module")
+def mixture_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[np.ndarray]]]:
+    """(folder, what mlx-lm computes) of a type in MLX's layout and 4 bits."""
+
+    @functools.cache
+    def make(family: str) -> tuple[Path, list[np.ndarray]]:
+        folder = make_mixture(tmp_path_factory.mktemp(family), family, "4 bits")
+        return folder, prompt_and_tokens(load_model(folder)[0])
+
+    return make
+
+
 @pytest.mark.parametrize("family", sorted(TYPES.keys() - METAL_ONLY))
-def test_every_type_has_the_bits_of_mlx_lm(tmp_path: Path, stream: Callable[..., Any], family: str) -> None:
-    """In MLX's layout and 4 bits, with one slot and with all experts in memory."""
-    folder = make_mixture(tmp_path / family, family, "4 bits")
-    expected = prompt_and_tokens(load_model(folder)[0])
+def test_every_type_has_the_bits_of_mlx_lm(
+    mixture_of: Callable[..., Any], stream: Callable[..., Any], family: str
+) -> None:
+    """With one slot and with all experts in memory."""
+    folder, expected = mixture_of(family)
     for slots in (1, 8):
         model, streamer = stream(folder, slots)
         assert_same(prompt_and_tokens(model), expected, slots)
         assert streamer.counters.bytes > 0
 
 
-@pytest.mark.parametrize("family", sorted((TYPES.keys() | FAMILIES.keys()) - METAL_ONLY))
+@pytest.mark.parametrize("family", EVERY)
+def test_every_type_has_the_same_bits_over_ranks(mixture_of: Callable[..., Any], family: str) -> None:
+    """On two, three and four ranks, with one slot, with a few, and with all experts in memory."""
+    folder, expected = mixture_of(family)
+    mixture = open_in_place(folder)
+    for weights, slots in (([1, 1], 1), ([1, 2, 1], 2), ([2, 1, 1, 1], 8)):
+        with ranked(mixture, weights, slots) as found:
+            assert_same(prompt_and_tokens(found.model), expected, (weights, slots))
+            assert found.group.calls_made and found.everything_read
+            others_read = sum(found.files[rank].counters.bytes for rank in range(1, len(weights)))
+            assert found.files[0].counters.ranks_bytes == others_read
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_guesses(tmp_path: Path, stream: Callable[..., Any], family: str) -> None:
     """Every layer but the last guesses by the next one's router, and the bits are those without guesses."""
     folder = make_mixture(tmp_path / family, family, **TWO_LAYERS.get(family, {}))

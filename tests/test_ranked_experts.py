@@ -1,4 +1,7 @@
-"""Experts over several ranks: the bits of one rank, whoever holds which expert in how many slots."""
+"""Experts over several ranks: the bits of one rank, whoever holds which expert in how many slots.
+
+That every type of mixture has them is tested in test_mixture_types.py, beside the same on one rank.
+"""
 
 from __future__ import annotations
 
@@ -6,101 +9,26 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mixtures import FAMILIES, make_mixture  # type: ignore[import-not-found]
+from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from ranks_double import ThreadRank, failing_wait, ranks_as_threads  # type: ignore[import-not-found]
-from slow_cases import others  # type: ignore[import-not-found]
+from ranked_mixture import ranked  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, failing_wait  # type: ignore[import-not-found]
 from test_mixture import PROMPT, assert_same, everything  # type: ignore[import-not-found]
 from test_mixture_types import prompt_and_tokens  # type: ignore[import-not-found]
-from zoo_types import METAL_ONLY, TYPES  # type: ignore[import-not-found]
 
 from mlx_flash.errors import FlashError, ReadError, UnsupportedModelError
-from mlx_flash.flash.in_place import InPlaceFiles
-from mlx_flash.flash.reader import Reader
 from mlx_flash.layers import expert_products, experts
 from mlx_flash.layers.expert_shares import ExpertShares, dealt
-from mlx_flash.layers.experts import StreamedExperts
-from mlx_flash.layers.ranked_experts import EXPERTS, ExpertCalls, HeldExperts, RankedExperts
-from mlx_flash.loading.expert_ranks import experts_of_layers, held_of
-from mlx_flash.loading.in_place_model import open_in_place, parent_of
-from mlx_flash.loading.rank_shares import units_of_layers
-from mlx_flash.loading.resident_weights import open_files
-from mlx_flash.ranks.group import Handlers
 from mlx_flash.ranks.later_interrupts import interrupts_later
 
 pytestmark = pytest.mark.usefixtures("one_processor")
-
-# A layer with one expert for each token, biases in tables, numbers beside the ids, a width of its own, and so on.
-KINDS = ["deepseek_v41", "gpt_oss", "kimi_k3", "llama4", "mixtral", "nemotron_h", "qwen3_moe", "qwen3_next"]
-
-
-class Ranked:
-    """A model whose experts are held by several ranks. group: rank 0's. files: of every rank."""
-
-    def __init__(self) -> None:
-        self.model: Any = None
-        self.group: Any = None
-        self.files: dict[int, InPlaceFiles] = {}
-
-    @property
-    def everything_read(self) -> bool:
-        return all(files.counters.bytes > 0 for files in self.files.values())
-
-
-@contextmanager
-def ranked(folder: Path, weights: Sequence[float], slots: int) -> Iterator[Ranked]:
-    """weights: the ranks' shares. slots: most of each layer and rank."""
-    found, loading = Ranked(), threading.Lock()
-
-    def layers_of(rank: int) -> tuple[Any, list[Any], list[ExpertShares]]:
-        with loading:  # It changes settings of the process.
-            mixture = open_in_place(folder)
-            layers = experts_of_layers(mixture)
-            counts = units_of_layers(layers, [sum(layers) * weight / sum(weights) for weight in weights])
-            shares = [ExpertShares(each) for each in counts]
-            files = found.files[rank] = InPlaceFiles(open_files(mixture.files, direct=True), Reader(2))
-            held = [min(slots, each[rank]) for each in counts]
-            return mixture.model, list(held_of(mixture, files, shares, rank, held, None)), shares
-
-    def register(group: ThreadRank, handlers: Handlers) -> None:
-        _, layers, shares = layers_of(group.rank)
-        streamed = [StreamedExperts(module, units) for _, module, units in layers]
-        held = [HeldExperts(layer, share) for layer, share in zip(streamed, shares, strict=True)]
-        handlers.calls[EXPERTS] = ExpertCalls(group.rank, held)
-        handlers.bytes_read = lambda: found.files[group.rank].counters.bytes
-
-    try:
-        with ranks_as_threads(len(weights), register) as group:
-            model, layers, shares = layers_of(0)
-            for number, (path, module, units) in enumerate(layers):
-                parent, name = parent_of(model, path)
-                parent[name] = RankedExperts(module, units, number, number + 1 == len(layers), shares[number], group)
-            found.model, found.group = model, group
-            yield found
-    finally:
-        for files in found.files.values():
-            files.close()
-
-
-@pytest.mark.parametrize("family", others(sorted((TYPES.keys() | FAMILIES.keys()) - METAL_ONLY), KINDS))
-def test_every_type_has_the_bits_of_one_rank(tmp_path: Path, family: str) -> None:
-    folder = make_mixture(tmp_path / family, family, "4 bits")
-    expected = prompt_and_tokens(load_model(folder)[0])
-    for weights, slots in (([1], 2), ([1, 1], 1), ([1, 2, 1], 2), ([2, 1, 1, 1], 8)):
-        with ranked(folder, weights, slots) as found:
-            assert_same(prompt_and_tokens(found.model), expected, (weights, slots))
-            assert bool(found.group.calls_made) == (len(weights) > 1) and found.everything_read
-            others_read = sum(found.files[rank].counters.bytes for rank in range(1, len(weights)))
-            assert found.files[0].counters.ranks_bytes == others_read
 
 
 @pytest.fixture(scope="module")

@@ -138,10 +138,11 @@ def reference(folder: Path) -> list[np.ndarray]:
     ("family", "size", "streamed"),
     others(
         [(family, size, streamed) for family in DENSE for size in (2, 3, 4) for streamed in (False, True)],
-        [("llama", 2, True), ("qwen3", 4, False), ("gemma3_text", 3, True), ("cohere2", 2, False)],
+        [("llama", 2, False), ("gemma3_text", 3, True)],
     ),
 )
 def test_the_bits_of_one_rank(model_of: Callable[[str], Path], family: str, size: int, streamed: bool) -> None:
+    """With a plan; every family without one is tested in test_ranked_families.py."""
     folder = model_of(family)
     with shared_out(folder, size, streamed) as (model, _):
         for turn in range(2):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import write_tokenizer  # type: ignore[import-not-found]
 from mixtures import VOCABULARY, open_streamed  # type: ignore[import-not-found]
+from ranked_mixture import ranked  # type: ignore[import-not-found]
 from test_kernel_choice import Recorder  # type: ignore[import-not-found]
 from test_mixture import PROMPT, assert_same  # type: ignore[import-not-found]
 from vlm_mixtures import TYPES, make_vlm_mixture  # type: ignore[import-not-found]
@@ -74,6 +75,16 @@ def test_every_type_has_the_bits_of_mlx_vlm(
         assert_same(answers(model), expected, slots)
         assert streamer.counters.bytes > 0
         streamer.close()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_type_has_the_same_bits_over_ranks(mixture_of: Callable[..., Path], model_type: str) -> None:
+    folder = mixture_of(model_type, "4 bits")
+    expected, mixture = resident(folder), open_in_place(folder, zoo=MLX_VLM)
+    for weights, slots in (([1, 1], 1), ([1, 2, 1], 2), ([2, 1, 1, 1], 12)):
+        with ranked(mixture, weights, slots) as found:
+            assert_same(answers(found.model), expected, (weights, slots))
+            assert found.group.calls_made and found.everything_read
 
 
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t != "gemma4"])

@@ -15,6 +15,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from own_heads import HEADS, make_with_head  # type: ignore[import-not-found]  # found beside this file
+from test_ranked_loading import group_of  # type: ignore[import-not-found]
 
 import mlx_flash
 from mlx_flash.errors import BudgetError
@@ -114,6 +115,20 @@ def test_a_checkpoint_as_it_is_published(checkpoint_of: Callable[..., Path], mod
     with loaded(folder, memory=smallest_budget(folder), draft="mtp") as (model, tokenizer):
         found, statistics = said(model, tokenizer, num_draft_tokens=3)
         assert found == expected and statistics.drafts.drafted > 0 and statistics.decode.bytes > 0
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "qwen3_5_moe", "qwen4_exp"])
+def test_the_text_is_the_same_over_ranks(checkpoint_of: Callable[..., Path], model_type: str) -> None:
+    """Rank 0 has the head."""
+    folder, found = checkpoint_of(model_type), []
+    with group_of([None], [None]) as group:
+        for ranks in (None, group):
+            with loaded(folder, memory=4 * 10**9, draft="mtp", group=ranks) as (model, tokenizer):
+                tokens, statistics = said(model, tokenizer, num_draft_tokens=3)
+                found.append(tokens)
+                assert statistics.drafts.drafted > 0
+        assert group.calls_made
+    assert found[0] == found[1]
 
 
 class Knowing:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from seeing_models import said_by_mlx_vlm  # type: ignore[import-not-found]
+from test_ranked_loading import group_of  # type: ignore[import-not-found]
 from vlm_mixtures import make_seeing_mixture  # type: ignore[import-not-found]
 
 import mlx_flash
@@ -78,6 +79,17 @@ def test_the_zoo_s_own_numbers(folder: Path, load: Any) -> None:
     made, found_logits = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
     assert made == tokens
     assert np.array_equal(found_logits, logprobs)
+
+
+def test_the_same_over_ranks(load: Any) -> None:
+    """Rank 0 has the vision part, and the other one a share of the text model's experts."""
+    model, tokenizer = load()
+    expected = spoken(model, tokenizer, *look(model, TEXT, [picture()]))
+    with group_of([None], [None]) as group:
+        shared, _ = load(group=group)
+        found = spoken(shared, tokenizer, *look(shared, TEXT, [picture()]))
+        shared.flash.close()
+    assert found[0] == expected[0] and np.array_equal(found[1], expected[1]) and group.calls_made
 
 
 def test_the_same_at_every_budget_and_another_for_another_image(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

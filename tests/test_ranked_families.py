@@ -1,13 +1,15 @@
-"""Every dense family at two, three and four ranks, against mlx-lm's resident model, bit for bit.
+"""Dense families on two, three and four ranks, against mlx-lm's resident model, bit for bit.
+
+One family of every form runs on all numbers of ranks, and each of the others on one, or with `-m slow` on all.
 
 The ranks are threads. Nothing is planned here, since planning takes longer than computing: test_ranked_layers.py loads
-some of the families with a plan, and with `-m slow` all of them.
+models with a plan.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,52 @@ from mlx_flash.ranks.group import Call, Handlers
 from mlx_flash.text.cached_context import make_room
 
 pytestmark = pytest.mark.usefixtures("one_processor")
+
+# mlx-lm's other types whose layers can be shared out, beside one of every form in DENSE.
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "cohere": {},
+    "ernie4_5": {"use_bias": False},
+    "exaone": {"num_layers": 5, "layer_norm_epsilon": 1e-5},
+    "exaone4": {"rope_scaling": None, "sliding_window": 8, "sliding_window_pattern": "LG"},
+    "gemma": {},
+    "glm": {},
+    "gpt2": {"n_ctx": 512, "n_embd": 64, "n_head": 4, "n_layer": 5, "n_positions": 512, "layer_norm_epsilon": 1e-5},
+    "gpt_bigcode": {
+        "n_embd": 64, "n_layer": 5, "n_inner": 128, "n_head": 4, "n_positions": 512, "layer_norm_epsilon": 1e-5,
+    },
+    "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.5},
+    "granite": {
+        "logits_scaling": 2.0, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "mlp_bias": False,
+    },
+    "helium": {"mlp_bias": False},
+    "hunyuan_v1_dense": {},
+    "internlm2": {},
+    "internlm3": {},
+    "llama4_text": {"intermediate_size_mlp": 128, "no_rope_layers": [1, 1, 1, 0, 1], "use_qk_norm": True},
+    "mimo": {},
+    "minicpm": {"dim_model_base": 64, "scale_depth": 1.4, "scale_emb": 1},
+    "muse_glimmer": {},
+    "nanbeige": {},
+    "nanochat": {},
+    "olmo3": {"sliding_window": 8},
+    "phi": {},
+    "plamo3": {},
+    "qwen2_vl": {},
+    "qwen3_vl": {},
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {"use_qkv_bias": False, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
+    "telechat3": {},
+    "youtu_llm": {},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models' tensors are short."""
+    monkeypatch.setattr(layer_weights, "SHORTEST_TENSOR", 2048)
 
 
 @contextmanager
@@ -83,12 +131,27 @@ def shared_out(folder: Path, size: int, streamed: bool) -> Iterator[tuple[Any, l
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_every_family_has_the_bits_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_every_form_has_the_bits_of_one_rank(tmp_path: Path, family: str) -> None:
     """On two, three and four ranks. Layers are in memory, and read for every token on three ranks."""
-    monkeypatch.setattr(layer_weights, "SHORTEST_TENSOR", 2048)  # These models' tensors are short.
-    folder = make_mixture(tmp_path / family, family, "4 bits", **{**WIDE, **SETTINGS[family]})
+    compare(tmp_path / family, family, SETTINGS[family], (2, 3, 4))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Each on one number of ranks: two, three and four in turn. `-m slow` has all."""
+    compare(tmp_path / family, family, OTHERS[family], (2 + sorted(OTHERS).index(family) % 3,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_on_all_numbers_of_ranks(tmp_path: Path, family: str) -> None:
+    compare(tmp_path / family, family, OTHERS[family], (2, 3, 4))
+
+
+def compare(folder: Path, family: str, settings: dict[str, Any], sizes: Sequence[int]) -> None:
+    make_mixture(folder, family, "4 bits", **{**WIDE, **settings})
     expected = everything(load_model(folder)[0])
-    for size in (2, 3, 4):
+    for size in sizes:
         with shared_out(folder, size, streamed=size == 3) as (model, files):
             assert_same(everything(model), expected, size)
             assert len(files) == size and all((each.counters.bytes > 0) == (size == 3) for each in files)

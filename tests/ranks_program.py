@@ -3,16 +3,27 @@ so a test cannot be rank 0 itself."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.cli.beginning import Interrupted
 from mlx_flash.errors import FlashError
 from mlx_flash.ranks import channel
+from mlx_flash.ranks.greetings import Greetings
 from mlx_flash.ranks.group import Call, Group, Handlers
 from mlx_flash.ranks.hosts import local_hosts
 from mlx_flash.ranks.leader import Leader
@@ -75,17 +86,19 @@ def use(group: Group) -> dict[str, object]:
         x = mx.full((4, rows), 2, mx.bfloat16).T + step % 2
         group.call("product", np.arange(4).reshape(2, 2), [x], ranks, layer=step)
         group.tell("note", np.zeros(0, np.int32), layer=step)
-        results = group.results()
-        assert all(y.shape == (rows, 4) and y.dtype == mx.bfloat16 for y in results)
+        results = group.results([(rows, 4)] * (1 if ranks else group.size - 1), mx.bfloat16)
         sums.append([y.astype(mx.float32).sum().item() for y in results])
     group.call("product", np.arange(4), [mx.zeros((0, 3), mx.float16)])
-    empty = [list(y.shape) for y in group.results()]
+    empty = [list(y.shape) for y in group.results([(None, 3)] * (group.size - 1))]
     read = group.bytes_read
-    noted = [answer["noted"] for answer in group.ask({"notes": None})]
+    noted = [answer["noted"][-20:] for answer in group.ask({"notes": None})]
     said = []
     for kind in ("fail", "unknown"):
         group.call(kind, np.arange(1))
-        said.append(_said(group.results))
+        said.append(_said(lambda: group.results([()] * (group.size - 1))))
+    for shape, dtype in (((1, 4), None), ((2,), None), ((2, None, 1), None), ((2, None), mx.float16)):
+        group.call("product", np.arange(1), [mx.zeros((2, 4))])
+        said.append(_said(partial(group.results, [shape] * (group.size - 1), dtype)))
     said.append(_said(lambda: group.ask({"refuse": None})))
     said.append(_said(lambda: group.call("product", np.arange(1), [mx.zeros(1, mx.complex64)])))
     again = len(group.ask({"echo": None}))
@@ -98,6 +111,67 @@ def use(group: Group) -> dict[str, object]:
         "said": said,
         "again": again,
     }
+
+
+def interrupted(group: Group, most: int) -> int:
+    """Works while Ctrl-C comes at random moments. Returns how often it came; what each step returns must be right."""
+    source, came, listening = random.Random(0), 0, False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came, listening
+        if listening:
+            came, listening = came + 1, False
+            raise Interrupted
+
+    def press() -> None:
+        while came < most:
+            time.sleep(source.random() / 500)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    threading.Thread(target=press, daemon=True).start()
+    step = 0
+    while came < most:
+        step += 1
+        with contextlib.suppress(Interrupted):
+            listening = True
+            if step % 10 == 0:
+                assert [each["value"] for each in group.ask({"echo": step})] == [step] * (group.size - 1)
+            if step % 3 == 0:
+                group.tell("note", np.zeros(0, np.int32), layer=step)
+            ranks = [1] if step % 4 == 3 else range(1, group.size)
+            group.call("product", np.array([step]), [mx.full((1, 1 + step % 5000), float(step))], ranks, layer=step)
+            for rank, y in zip(ranks, group.results([(1, 1 + step % 5000)] * len(ranks), mx.float32), strict=True):
+                assert (y == step * rank + step).all().item()
+            listening = False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return came
+
+
+flooding: list[subprocess.Popen[bytes]] = []
+
+
+def flood(address: tuple[str, int], count: int) -> None:
+    """Opens connections that are no rank's, and leaves them open: silent ones, garbage, half a message, a port scan."""
+    command = "import ranks_program, sys; ranks_program.flood_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+    words = [sys.executable, "-c", command, *map(str, address), str(count)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    flooding.append(process)  # It ends when its standard input closes.
+    assert process.stdout is not None and process.stdout.readline() == b"open\n"
+
+
+def flood_here(host: str, port: int, count: int) -> None:
+    kept = []
+    for number in range(count):
+        connection = socket.create_connection((host, port))
+        with contextlib.suppress(OSError):
+            connection.sendall((b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x10", b"\0\0\0\x02\0\0\0\0{}")[number % 4])
+        if number % 5:
+            kept.append(connection)
+        else:
+            connection.close()
+    print("open", flush=True)
+    sys.stdin.read()
 
 
 def _said(act: Callable[[], object]) -> str:
@@ -128,21 +202,33 @@ def main(ranks: int, what: str) -> None:
     wrap = lambda rank, command: [command[0], "-c", OTHER_RANKS]  # noqa: E731
     if what == "broken":
         wrap = lambda rank, command: [command[0], "-c", "raise SystemExit('no such module')"]  # noqa: E731
+    if what == "flooded":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        accept = Leader._accept
+
+        def flooded(leader: Leader, server: socket.socket, greetings: Greetings) -> None:
+            threading.Thread(target=flood, args=(server.getsockname(), 300)).start()
+            accept(leader, server, greetings)
+
+        Leader._accept = flooded  # type: ignore[method-assign]
     group = Leader(local_hosts(ranks), child_environment(), wrap=wrap)
     print(json.dumps({"pids": group.pids}), flush=True)
-    if what == "use":
+    if what in ("use", "flooded"):
+        print(json.dumps(use(group)), flush=True)
+    elif what == "interrupted":
+        print(interrupted(group, 300), flush=True)
         print(json.dumps(use(group)), flush=True)
     elif what == "stuck":  # waits for ranks that do not reply
         group.call("note", np.arange(1), layer=0)
-        group.results()
+        group.results([(1, 4)] * (ranks - 1))
     elif what == "hang":  # the main thread of another rank, while its heartbeat lives
         channel.STUCK_S = 1.0
         group.call("hang", np.arange(1))
-        group.results()
+        group.results([(1, 4)] * (ranks - 1))
     elif what == "steps":  # works without end
         for step in range(10**9):
             group.call("product", np.arange(4), [mx.ones((1, 4), mx.bfloat16)], layer=step)
-            group.results()
+            group.results([(1, 4)] * (ranks - 1))
     elif what == "idle":
         time.sleep(60)
     group.close()

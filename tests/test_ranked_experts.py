@@ -19,7 +19,7 @@ from mixtures import make_mixture  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from ranked_mixture import ranked  # type: ignore[import-not-found]
-from ranks_double import ThreadRank, failing_wait  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, failing_wait, without_last_row  # type: ignore[import-not-found]
 from test_mixture import PROMPT, assert_same, everything  # type: ignore[import-not-found]
 from test_mixture_types import prompt_and_tokens  # type: ignore[import-not-found]
 
@@ -96,10 +96,16 @@ def test_a_file_that_changes_under_another_rank_ends_the_call(qwen: Path, tmp_pa
             prompt_and_tokens(found.model)
 
 
+def test_results_of_another_shape_are_refused(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadRank, "altered", without_last_row)
+    with ranked(qwen, [1, 1], 2) as found, pytest.raises(FlashError, match=r"it returns \[\d+, 64\] .* is expected"):
+        mx.eval(found.model(mx.array([PROMPT]), cache=make_prompt_cache(found.model)))
+
+
 def test_ctrl_c_in_a_call_leaves_the_ranks_in_step(
     qwen: Path, expected: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: ThreadRank) -> list[mx.array]:
+    def interrupted(_: ThreadRank, *__: object) -> list[mx.array]:
         raise KeyboardInterrupt
 
     with ranked(qwen, [1, 1], 2) as found:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import Tiny  # type: ignore[import-not-found]
 from mlx_lm.models.cache import make_prompt_cache
-from ranks_double import ThreadRank, failing_wait, ranks_as_threads  # type: ignore[import-not-found]
+from ranks_double import ThreadRank, failing_wait, ranks_as_threads, without_last_row  # type: ignore[import-not-found]
 from slow_cases import others  # type: ignore[import-not-found]
 from test_mixture import everything as everything_of_a_mixture  # type: ignore[import-not-found]
 from test_neurons import GREEDY_TOKENS, PROMPT, TOLERANCE, everything, greedy  # type: ignore[import-not-found]
@@ -242,3 +242,13 @@ def test_the_plan_names_every_rank(tiny: Tiny, open_model: Any) -> None:
     counts = [int(line.split(": ")[1].split()[0]) for line in lines]
     assert len(counts) == 3 and sum(counts) == blocks and max(counts) <= min(counts) + 1
     assert all("blocks of neurons of each layer (3" in line and line.endswith("all in slots") for line in lines)
+
+
+def test_a_result_of_another_shape_is_refused(
+    tiny_of: Callable[[str], Tiny], ranked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of one token would be added to that of every token."""
+    monkeypatch.setattr(ThreadRank, "altered", without_last_row)
+    refused = pytest.raises(FlashError, match=r"it returns \[1, \d+\] .* where \[2, \d+\] .* is expected")
+    with ranked(tiny_of("float32").store, [1, 1], 1000, predictor="none") as (model, _), refused:
+        mx.eval(model(mx.array([PROMPT[:2]]), cache=make_prompt_cache(model)))

@@ -49,6 +49,8 @@ def check_use(found: dict[str, Any], size: int) -> None:
     said = [
         "its disk is broken",
         "'unknown', is not known here",
+        *["where [1, 4] (any) is expected", "where [2] (any) is expected", "where [2, any, 1] (any) is expected"],
+        "returns [2, 4] (mlx.core.float32) where [2, any] (mlx.core.float16) is expected",
         "it has another model",
         "complex64, which is not sent",
     ]
@@ -64,6 +66,26 @@ def test_ranks_as_processes(size: int) -> None:
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     check_use(json.loads(printed), size)
+    assert all_end(others)
+
+
+def test_ctrl_c_at_any_moment_spoils_nothing() -> None:
+    process = start(3, "interrupted")
+    others = started(process)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    came, found = printed.splitlines()
+    assert int(came) >= 300
+    check_use({**json.loads(found), "read": ranks_program.expected(3)["read"]}, 3)
+    assert all_end(others)
+
+
+def test_connections_of_others_do_not_stop_a_start() -> None:
+    process = start(3, "flooded")
+    others = started(process)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    check_use(json.loads(printed), 3)
     assert all_end(others)
 
 
@@ -241,12 +263,23 @@ def test_a_host_file(tmp_path: Path) -> None:
     assert command[-1] == "env PYTHONSAFEPATH=1 'A=b c' '/p y' -m mlx_flash.rank"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "none"])
+def test_a_host_file_is_a_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "hosts.json"
+    if kind != "none":
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    with pytest.raises(UsageError, match="is not a file"):
+        read_hosts(path)
+
+
 @OPEN_FILE
 @pytest.mark.parametrize(
     ("hosts", "said"),
     [
         ("not JSON", "Failed to parse"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}], "names 1 machines"),
+        *((each, "no list of machines") for each in ("null", "5", '"x"', '{"hosts": {}}')),
+        *(([{"ssh": "a", "ips": [each]}] * 2, "IPv4 address") for each in ("0.0.0.0", "224.0.0.1", "255.255.255.255")),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": []}], "IPv4 address"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["mac2.local"]}], "IPv4 address"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "-oProxyCommand=x", "ips": ["10.0.0.2"]}], "name for ssh"),

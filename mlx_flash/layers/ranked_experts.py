@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import FlashError
 from ..flash.experts import ExpertSlots
 from ..flash.host_arrays import to_numpy
 from ..ranks.group import Call, Group
@@ -80,7 +81,11 @@ class RankedExperts(StreamedExperts):
             rows.append(self._held.outputs(tokens, ids, chosen, own))
             mx.async_eval(rows)
         if others:
-            rows += [row for row in results_of(self._group, self.units.shared.counters) if len(row)]
+            width = rows[0].shape[-1] if rows else None
+            shapes = [(count, width if count else None) for count in (len(divided.members[rank]) for rank in others)]
+            rows += [row for row in results_of(self._group, self.units.shared.counters, shapes) if len(row)]
+            if len({row.dtype for row in rows}) > 1:
+                raise FlashError(f"ranks return outputs of different types: {[str(row.dtype) for row in rows]}.")
         return mx.concatenate(rows)[mx.array(divided.back)].reshape(*needed.shape, -1)
 
 

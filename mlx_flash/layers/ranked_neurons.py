@@ -85,7 +85,8 @@ class RankedNeurons(StreamedNeurons):
         self._group.call(NEURONS, ids, (x, *masks), purpose=purpose, layer=self._layer)
         y = compute(x)
         mx.async_eval(y)
-        for each in results_of(self._group, self.units.shared.counters):
+        shapes = [y.shape] * (self._group.size - 1)
+        for each in results_of(self._group, self.units.shared.counters, shapes, y.dtype):
             y = y + each
         return y
 

@@ -61,8 +61,7 @@ class Channel:
     def _read(self) -> None:
         try:
             while True:
-                message = messages.receive(self._connection)
-                self._heard = time.monotonic()
+                message = messages.receive(self._connection, heard=self._hear)
                 if "beat" not in message[0]:
                     self._received.put(message)
                 elif not isinstance(busy := message[0]["beat"], int | float) or busy > STUCK_S:
@@ -71,6 +70,10 @@ class Channel:
             self._finish(ENDED)
         except messages.BadMessageError as error:
             self._finish(f"sends what cannot be read: {error}")
+
+    def _hear(self) -> None:
+        """A long message is a sign of life as well, since no heartbeat comes until it has been sent."""
+        self._heard = time.monotonic()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):

@@ -6,14 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from .arrays import packed, unpacked
+from .arrays import packed, unpacked, unpacked_ids
 from .channel import Channel
 from .group import Call, Handlers
 from .messages import BadMessageError
@@ -40,13 +39,13 @@ class Follower:
         self.memory: str | None = setup["memory"]
         self._handlers = handlers
         handlers.questions["versions"] = lambda _: {"versions": versions()}
-        host, port = setup["leader"]
+        (host, port), own = setup["leader"], setup["address"]
         try:
-            connection = socket.create_connection((host, port), HELLO_S, source_address=(setup["address"], 0))
+            connection = socket.create_connection((host, port), HELLO_S, source_address=(own, 0))
             greet(connection, setup["secret"], self.rank)
         except (OSError, EOFError, BadMessageError) as error:
             raise FlashError(
-                f"rank 0 cannot be reached at {host} from {setup['address']}: {error or 'it closed the connection'}. "
+                f"rank 0 cannot be reached at {host} from {own}: {error or 'it closed the connection'}. "
                 "Check the addresses in the host file and the firewalls."
             ) from None
         self._called: float | None = None  # when the call that is being computed came
@@ -70,7 +69,7 @@ class Follower:
     def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
         raise FlashError("only rank 0 makes calls.")
 
-    def results(self) -> list[mx.array]:
+    def results(self, shapes: Sequence[Sequence[int | None]], dtype: mx.Dtype | None = None) -> list[mx.array]:
         raise FlashError("only rank 0 makes calls.")
 
     def calls(self) -> Iterator[Call]:
@@ -107,7 +106,9 @@ class Follower:
 
 
 def _call_in(header: dict[str, Any], data: bytearray) -> Call:
-    shape = header["shape"]
-    nbytes = np.dtype(np.int32).itemsize * prod(shape)
-    ids = np.frombuffer(data, np.int32, prod(shape)).reshape(shape)
-    return Call(header["call"], ids, unpacked(header["arrays"], memoryview(data)[nbytes:]), header["numbers"])
+    """Raises BadMessageError."""
+    kind, numbers = header.get("call"), header.get("numbers")
+    if not isinstance(kind, str) or not isinstance(numbers, dict):
+        raise BadMessageError(f"a message between ranks is neither a question nor a call: {header!r:.100}.")
+    ids, rest = unpacked_ids(header.get("shape"), data)
+    return Call(kind, ids, unpacked(header.get("arrays"), rest), numbers)

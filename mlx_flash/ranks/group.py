@@ -56,11 +56,14 @@ class Group(Protocol):
     def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
         """Rank 0: sends a call that returns nothing to every other rank. ids: int32."""
 
-    def results(self) -> list[mx.array]:
+    def results(self, shapes: Sequence[Sequence[int | None]], dtype: mx.Dtype | None = None) -> list[mx.array]:
         """Rank 0: what the ranks return for the last `call`, evaluated, in rank order. What they return for an earlier
         one that was not waited for, such as after Ctrl-C, is dropped.
 
-        Raises FlashError with a rank's own sentence if it has failed.
+        shapes: of the results; None for a side of any length. dtype: of all results; None for any.
+
+        Raises FlashError with a rank's own sentence if it has failed, or with what it has returned if that is not what
+        the arguments say.
         """
 
     def calls(self) -> Iterator[Call]:

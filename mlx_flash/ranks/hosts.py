@@ -47,12 +47,16 @@ def read_hosts(path: str | os.PathLike[str]) -> list[RankHost]:
     """The ranks of a host file, in its order. Raises UsageError."""
     from mlx._distributed_utils.common import Hostfile
 
+    if not Path(path).is_file():  # A pipe could be read once only.
+        raise UsageError(f"the host file {str(path)!r} is not a file. `mlx.distributed_config` writes such a file.")
     try:
         parsed = Hostfile.from_file(path)
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UsageError(f"{error}. `mlx.distributed_config` writes such a file.") from None
     entries = found["hosts"] if isinstance(found, dict) else found
+    if not isinstance(entries, list):
+        raise UsageError(f"the host file {path} has no list of machines. `mlx.distributed_config` writes such a file.")
     if len(entries) < 2:
         raise UsageError(f"the host file {path} names {len(entries)} machines; at least 2 are needed.")
     if not isinstance(parsed.envs, list):
@@ -77,7 +81,10 @@ def _address(path: Any, host: Any) -> str:
     """The first address of the entry."""
     ips = host.ips if isinstance(host.ips, list) else []
     try:
-        return str(ipaddress.IPv4Address(ips[0]))
+        address = ipaddress.IPv4Address(ips[0])
+        if address.is_unspecified or address.is_multicast or address.is_reserved:  # of no interface, or of all
+            raise ValueError
+        return str(address)
     except (IndexError, ValueError):
         raise UsageError(
             f"the host file {path} gives {host.ssh_hostname} the addresses {host.ips!r}; the IPv4 address of the "

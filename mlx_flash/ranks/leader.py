@@ -15,13 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from .arrays import packed, unpacked
+from .arrays import packed, unpacked_result
 from .channel import ENDED, Channel
+from .greetings import Greetings
 from .group import Call
 from .hosts import RankHost
 from .later_interrupts import interrupts_later
-from .messages import Message
-from .secret import check, new_secret
+from .messages import BadMessageError, Message
+from .secret import new_secret
 from .starting import ENDING_S, RankProcess, Wrap, name_of
 from .versions import check_versions
 
@@ -113,12 +114,18 @@ class Leader:
     def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
         self._send(range(1, self.size), {**_header(kind, ids, numbers), "arrays": []}, _bytes_of(ids))
 
-    def results(self) -> list[mx.array]:
+    def results(self, shapes: Sequence[Sequence[int | None]], dtype: mx.Dtype | None = None) -> list[mx.array]:
         received = [self._received(rank) for rank in self._called]
         for rank, (header, _) in zip(self._called, received, strict=True):
             if "error" in header:
                 raise FlashError(f"{self._name(rank)}: {header['error']}")
-        return [array for header, data in received for array in unpacked(header["arrays"], memoryview(data))]
+        arrays = []
+        for rank, (header, data), shape in zip(self._called, received, shapes, strict=True):
+            try:
+                arrays.append(unpacked_result(header.get("arrays"), data, shape, dtype))
+            except BadMessageError as error:
+                raise FlashError(f"{self._name(rank)}: {error}") from None
+        return arrays
 
     def calls(self) -> Iterator[Call]:
         raise FlashError("rank 0 makes calls and receives none.")
@@ -151,6 +158,7 @@ class Leader:
 
     def _start(self, say: Callable[[str], None], environment: Mapping[str, str], wrap: Wrap | None) -> None:
         secret, own_address = new_secret(), self._hosts[0].address
+        greetings = Greetings(secret, self.size, self._admit)
         try:
             listening = socket.create_server((own_address, 0), backlog=64)
         except OSError as error:
@@ -158,40 +166,34 @@ class Leader:
                 f"rank 0 cannot listen on {own_address}: {os.strerror(error.errno or 0)}. The first machine of the "
                 "host file must be this one; give its own address there."
             ) from None
-        with listening as server:
+        with listening as server, contextlib.closing(greetings):
             address = server.getsockname()
             for rank, host in enumerate(self._hosts[1:], 1):
                 setup = {"rank": rank, "size": self.size, "leader": list(address), "address": host.address}
                 own = {"model": host.model, "memory": host.memory}
                 process = RankProcess(rank, host, setup | own | {"secret": secret}, say, environment, wrap)
                 self._processes.append(process)
-            self._accept(server, secret)
+            self._accept(server, greetings)
 
-    def _accept(self, server: socket.socket, secret: str) -> None:
+    def _accept(self, server: socket.socket, greetings: Greetings) -> None:
         """Waits until every rank has connected. Connections of others are dropped."""
         deadline = time.monotonic() + START_S
         server.settimeout(0.1)
         while missing := set(range(1, self.size)) - set(self._channels):
-            with contextlib.suppress(TimeoutError):
-                connection, _ = server.accept()
-                threading.Thread(target=self._admit, args=(connection, secret), daemon=True).start()
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                greetings.begin(server.accept()[0])
             for rank in missing:
                 if (ended := self._processes[rank - 1].ended(0)) is not None:
                     raise FlashError(f"{ended}.")
             if time.monotonic() > deadline:
                 raise FlashError(f"{self._name(min(missing))} has not connected within {START_S:g} s.")
 
-    def _admit(self, connection: socket.socket, secret: str) -> None:
-        try:
-            rank = check(connection, secret, self.size)
-        except (OSError, EOFError, FlashError):
-            connection.close()
-            return
+    def _admit(self, rank: int, connection: socket.socket) -> bool:
         with self._faulty:
             if rank in self._channels or self._closing.is_set():
-                connection.close()
-            else:
-                self._channels[rank] = Channel(connection, lambda what: self._lost(rank, what))
+                return False
+            self._channels[rank] = Channel(connection, lambda what: self._lost(rank, what))
+            return True
 
     def _compare(self) -> None:
         for rank, answer in enumerate(self.ask({"versions": None}), 1):
@@ -221,7 +223,8 @@ class Leader:
             while number in range(self._awaited):
                 message = self._channels[rank].take()
                 number = message[0].get("number")
-                self.bytes_read += message[0].get("read", 0)
+                if type(read := message[0].get("read")) is int:
+                    self.bytes_read += read
         except EOFError:
             self._raise_fault()
             raise FlashError(f"{self._name(rank)} has ended.") from None

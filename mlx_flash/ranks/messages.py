@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import FlashError
@@ -36,27 +37,36 @@ def send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -
     connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
 
 
-def receive(connection: socket.socket, most_header: int = MOST_HEADER, most_data: int = MOST_DATA) -> Message:
-    """The next (header, data). Raises EOFError at the end of the connection, OSError, BadMessageError."""
-    header_bytes, data_bytes = LENGTHS.unpack(_exactly(connection, LENGTHS.size))
+def receive(
+    connection: socket.socket,
+    most_header: int = MOST_HEADER,
+    most_data: int = MOST_DATA,
+    heard: Callable[[], None] = lambda: None,
+) -> Message:
+    """The next (header, data). heard: called whenever some bytes have come.
+
+    Raises EOFError at the end of the connection, OSError, BadMessageError.
+    """
+    header_bytes, data_bytes = LENGTHS.unpack(_exactly(connection, LENGTHS.size, heard))
     if header_bytes > most_header or data_bytes > most_data:
         raise BadMessageError(f"a message between ranks claims {header_bytes} + {data_bytes} bytes.")
-    text = _exactly(connection, header_bytes)
+    text = _exactly(connection, header_bytes, heard)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise BadMessageError("the header of a message between ranks is not an object in JSON.")
-    return header, _exactly(connection, data_bytes)
+    return header, _exactly(connection, data_bytes, heard)
 
 
-def _exactly(connection: socket.socket, count: int) -> bytearray:
+def _exactly(connection: socket.socket, count: int, heard: Callable[[], None]) -> bytearray:
     found = bytearray(count)
     left = memoryview(found)
     while left:
         received = connection.recv_into(left)
         if not received:
             raise EOFError
+        heard()
         left = left[received:]
     return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hmac
 import secrets
 import socket
+import time
 
 from .messages import MOST_HELLO, BadMessageError, receive, send
 
-HELLO_S = 5.0  # of silence before the secret is checked
+HELLO_S = 5.0  # until the secret has been checked
 
 
 def new_secret() -> str:
@@ -30,9 +31,15 @@ def greet(connection: socket.socket, secret: str, rank: int) -> None:
 def check(connection: socket.socket, secret: str, size: int) -> int:
     """Rank 0's side. Returns the rank that connects. Raises OSError, EOFError, BadMessageError."""
     connection.settimeout(HELLO_S)
+    until = time.monotonic() + HELLO_S
+
+    def in_time() -> None:  # also for one who sends a byte now and then
+        if time.monotonic() > until:
+            raise TimeoutError
+
     own = secrets.token_hex(16)
     send(connection, {"nonce": own})
-    hello, _ = receive(connection, MOST_HELLO, 0)
+    hello, _ = receive(connection, MOST_HELLO, 0, in_time)
     rank = hello.get("rank")
     if type(rank) is not int or not 0 < rank < size or not _equal(hello.get("proof"), _proof(secret, f"{rank} {own}")):
         raise BadMessageError("a connection does not come from a rank of this group.")

@@ -431,3 +431,22 @@ def health(port: int) -> int:
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         return int(client.makefile("rb").readline().split()[1])
+
+
+def test_ctrl_c_in_the_import_of_a_compiled_module() -> None:
+    program = """
+import argparse, os, signal, sys, time
+sys.argv = ["mlxflash"]
+from mlx_flash.cli.run import run_command
+
+def main(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ImportError("initialising the extension failed") from None
+
+run_command(argparse.ArgumentParser(prog="x"), main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (130, "\nx: interrupted\n")

@@ -13,6 +13,7 @@ AGAIN_S = 0.01
 HUNG_UP = 129  # exit code after SIGHUP (the terminal was closed)
 OWN_HANDLERS = ("app", "apps.menubar")
 
+interrupted = False  # whether `interrupt` has raised
 _terminated = 143
 
 
@@ -78,6 +79,8 @@ def tell_again() -> None:
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
     """A signal handler like Python's default_int_handler; raises Interrupted."""
+    global interrupted
+    interrupted = True
     raise Interrupted
 
 

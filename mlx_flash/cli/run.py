@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from ..errors import FlashError
-from . import stopping
+from . import beginning, stopping
 from .beginning import HUNG_UP, Terminated, hand_over, tell_again
 from .printable import for_stream
 
@@ -114,7 +114,8 @@ def _say_why(name: str, error: Exception | KeyboardInterrupt) -> int:
     if isinstance(error, FlashError):
         print(for_stream(f"{name}: {error}", sys.stderr), file=sys.stderr)
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    # A compiled module that is interrupted while Python imports it ends with an ImportError.
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, ImportError) and beginning.interrupted):
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     if isinstance(error, BrokenPipeError):  # The reader of our output has gone, as `| head` does.

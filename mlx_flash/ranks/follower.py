@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +22,10 @@ from .secret import HELLO_S, greet
 from .versions import versions
 
 
-def _end(_: str) -> None:
+def _end(what: str) -> None:
+    """what: has happened to rank 0. It shows the sentence if it still runs."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"rank 0 {what}, as seen from this rank.", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -210,7 +210,7 @@ def main(ranks: int, what: str) -> None:
             threading.Thread(target=flood, args=(server.getsockname(), 300)).start()
             accept(leader, server, greetings)
 
-        Leader._accept = flooded  # type: ignore[method-assign]
+        Leader._accept = flooded  # type: ignore
     group = Leader(local_hosts(ranks), child_environment(), wrap=wrap)
     print(json.dumps({"pids": group.pids}), flush=True)
     if what in ("use", "flooded"):

@@ -15,7 +15,8 @@ import pytest
 from mlx_flash.ranks import channel, messages, secret
 from mlx_flash.ranks.arrays import packed, unpacked, unpacked_ids, unpacked_result
 from mlx_flash.ranks.channel import Channel
-from mlx_flash.ranks.follower import _call_in
+from mlx_flash.ranks.follower import Follower, _call_in
+from mlx_flash.ranks.group import Handlers
 from mlx_flash.ranks.messages import BadMessageError
 
 PATIENCE_S = 60.0
@@ -64,6 +65,31 @@ def test_a_result_is_one_array() -> None:
     forms, data = packed([mx.zeros(2), mx.zeros(2)])
     with pytest.raises(BadMessageError, match="it returns 2 arrays"):
         unpacked_result(forms, data, (2,), None)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"), [(mx.zeros(4, mx.int32), "int32, which is not sent"), (mx.zeros(5), "smaller --prefill-chunk")]
+)
+def test_a_result_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch, result: mx.array, said: str) -> None:
+    monkeypatch.setattr(messages, "MOST_DATA", 16)
+    follower: Any = object.__new__(Follower)
+    one, other = socket.socketpair()
+    with one, other:
+        follower._channel, follower._number, follower.bytes_read = _Sender(one), 7, 0
+        follower._handlers = Handlers()
+        follower.reply(result)
+        header, data = messages.receive(other)
+    assert said in header.pop("error") and header == {"number": 7} and not data
+
+
+class _Sender:
+    """The sending half of a `Channel`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def send(self, header: dict[str, Any], data: bytes = b"") -> None:
+        messages.send(self._connection, header, data)
 
 
 # -- bytes that come slowly ----------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Channel:
                     self._finish(f"has not finished a call for {STUCK_S:g} s")
         except (OSError, EOFError):
             self._finish(ENDED)
-        except messages.BadMessageError as error:
+        except (messages.BadMessageError, MemoryError) as error:
             self._finish(f"sends what cannot be read: {error}")
 
     def _hear(self) -> None:

@@ -95,13 +95,17 @@ class Follower:
                 self._called = None
 
     def reply(self, result: mx.array | str) -> None:
-        if isinstance(result, str):
-            self._channel.send({"error": result, "number": self._number})
-        else:
-            forms, data = packed([result])
-            read, self.bytes_read = self.bytes_read, self._handlers.bytes_read()
-            header = {"arrays": forms, "number": self._number, "read": max(0, self.bytes_read - read)}
-            self._channel.send(header, data)
+        if not isinstance(result, str):
+            try:
+                forms, data = packed([result])
+                read = self._handlers.bytes_read()
+                header = {"arrays": forms, "number": self._number, "read": max(0, read - self.bytes_read)}
+                self._channel.send(header, data)
+                self.bytes_read = read
+                return
+            except FlashError as error:  # Nothing has been sent.
+                result = str(error)
+        self._channel.send({"error": result, "number": self._number})
 
     def close(self) -> None:
         self._channel.close()

@@ -33,7 +33,9 @@ def send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -
     """Raises OSError, BadMessageError."""
     text = json.dumps(header).encode()
     if len(text) > MOST_HEADER or len(data) > MOST_DATA:
-        raise BadMessageError(f"a message between ranks of {len(text)} + {len(data)} bytes is too long.")
+        raise BadMessageError(
+            f"a message between ranks of {len(text)} + {len(data)} bytes is too long. Use a smaller --prefill-chunk."
+        )
     connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
 
 

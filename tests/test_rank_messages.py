@@ -92,6 +92,31 @@ class _Sender:
         messages.send(self._connection, header, data)
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "claims 1195725856 + 790644820 bytes"),
+        (struct.pack(">II", 11, 0) + b'{"beat":[]}', "a heartbeat of []"),
+    ],
+)
+def test_what_cannot_be_read_ends_the_channel(sent: bytes, said: str) -> None:
+    faults: list[str] = []
+    one, other = _connected()
+    with one, other:
+        channel = Channel(one, faults.append)
+        other.sendall(sent)
+        with pytest.raises(EOFError):
+            channel.take()
+        _until(lambda: faults)
+    assert said in faults[0] and not faults[0].endswith(".") and len(faults) == 1
+
+
+def _connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        return one, server.accept()[0]
+
+
 # -- bytes that come slowly ----------------------------------------------------------------------------------------
 
 
@@ -100,9 +125,7 @@ def test_a_part_of_a_long_message_is_a_sign_of_life(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(channel, "BEAT_S", 0.01)
     monkeypatch.setattr(channel, "SILENT_S", np.inf)
     faults: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname())
-        other, _ = server.accept()
+    one, other = _connected()
     with one, other:
         peer = Channel(one, faults.append)
         peer._heard = 0.0  # long ago

@@ -64,12 +64,15 @@ class Channel:
                 message = messages.receive(self._connection, heard=self._hear)
                 if "beat" not in message[0]:
                     self._received.put(message)
-                elif not isinstance(busy := message[0]["beat"], int | float) or busy > STUCK_S:
+                elif not isinstance(busy := message[0]["beat"], int | float):
+                    raise messages.BadMessageError(f"a heartbeat of {busy!r:.100}")
+                elif busy > STUCK_S:
                     self._finish(f"has not finished a call for {STUCK_S:g} s")
         except (OSError, EOFError):
             self._finish(ENDED)
         except (messages.BadMessageError, MemoryError) as error:
-            self._finish(f"sends what cannot be read: {error}")
+            why = str(error).removesuffix(".") or "it is too long for this machine's memory"
+            self._finish(f"sends what cannot be read: {why}")
 
     def _hear(self) -> None:
         """A long message is a sign of life as well, since no heartbeat comes until it has been sent."""

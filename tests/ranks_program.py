@@ -16,19 +16,22 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import flooding  # type: ignore[import-not-found]  # found beside this file
 import mlx.core as mx
 import numpy as np
 
 from mlx_flash.cli.beginning import Interrupted
 from mlx_flash.errors import FlashError
-from mlx_flash.ranks import channel
+from mlx_flash.ranks import channel, leader
 from mlx_flash.ranks.greetings import Greetings
 from mlx_flash.ranks.group import Call, Group, Handlers
 from mlx_flash.ranks.hosts import local_hosts
 from mlx_flash.ranks.leader import Leader
 from mlx_flash.source.children import child_environment
 
+AFTER = "CONNECT_AFTER"  # the file that other ranks wait for before they connect, if it is set
 OTHER_RANKS = "import json, sys, ranks_program; ranks_program.other_rank(json.loads(sys.stdin.readline()))"
 
 
@@ -69,6 +72,8 @@ def other_rank(setup: dict[str, object]) -> None:
     from mlx_flash.ranks.follower import Follower
     from mlx_flash.ranks.group import follow
 
+    while AFTER in os.environ and not Path(os.environ[AFTER]).exists():
+        time.sleep(0.01)
     handlers = Handlers()
     group = Follower(setup, handlers)
     register(group, handlers)
@@ -140,38 +145,25 @@ def interrupted(group: Group, most: int) -> int:
             if step % 3 == 0:
                 group.tell("note", np.zeros(0, np.int32), layer=step)
             ranks = [1] if step % 4 == 3 else range(1, group.size)
-            group.call("product", np.array([step]), [mx.full((1, 1 + step % 5000), float(step))], ranks, layer=step)
-            for rank, y in zip(ranks, group.results([(1, 1 + step % 5000)] * len(ranks), mx.float32), strict=True):
+            width = 1 << 20 if step % 5 == 0 else 1 + step  # A long message is interrupted while it is being sent.
+            group.call("product", np.array([step]), [mx.full((1, width), float(step))], ranks, layer=step)
+            for rank, y in zip(ranks, group.results([(1, width)] * len(ranks), mx.float32), strict=True):
                 assert (y == step * rank + step).all().item()
             listening = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return came
 
 
-flooding: list[subprocess.Popen[bytes]] = []
+floods: list[subprocess.Popen[bytes]] = []  # They end when their standard input closes.
 
 
-def flood(address: tuple[str, int], count: int) -> None:
-    """Opens connections that are no rank's, and leaves them open: silent ones, garbage, half a message, a port scan."""
-    command = "import ranks_program, sys; ranks_program.flood_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
-    words = [sys.executable, "-c", command, *map(str, address), str(count)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    flooding.append(process)  # It ends when its standard input closes.
+def flood(address: tuple[str, int]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, flooding.__file__, *map(str, address), "150"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    floods.append(process)
     assert process.stdout is not None and process.stdout.readline() == b"open\n"
-
-
-def flood_here(host: str, port: int, count: int) -> None:
-    kept = []
-    for number in range(count):
-        connection = socket.create_connection((host, port))
-        with contextlib.suppress(OSError):
-            connection.sendall((b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x10", b"\0\0\0\x02\0\0\0\0{}")[number % 4])
-        if number % 5:
-            kept.append(connection)
-        else:
-            connection.close()
-    print("open", flush=True)
-    sys.stdin.read()
+    Path(os.environ[AFTER]).touch()
 
 
 def _said(act: Callable[[], object]) -> str:
@@ -203,12 +195,13 @@ def main(ranks: int, what: str) -> None:
     if what == "broken":
         wrap = lambda rank, command: [command[0], "-c", "raise SystemExit('no such module')"]  # noqa: E731
     if what == "flooded":
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        leader.START_S = 60.0
         accept = Leader._accept
 
-        def flooded(leader: Leader, server: socket.socket, greetings: Greetings) -> None:
-            threading.Thread(target=flood, args=(server.getsockname(), 300)).start()
-            accept(leader, server, greetings)
+        def flooded(group: Leader, server: socket.socket, greetings: Greetings) -> None:
+            threading.Thread(target=flood, args=(server.getsockname(),)).start()
+            accept(group, server, greetings)
 
         Leader._accept = flooded  # type: ignore
     group = Leader(local_hosts(ranks), child_environment(), wrap=wrap)

@@ -29,8 +29,8 @@ from mlx_flash.ranks.versions import check_versions, versions
 from mlx_flash.source.children import child_environment
 
 
-def start(ranks: int, what: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+def start(ranks: int, what: str, **more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, ranks_program.__file__, str(ranks), what]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -80,8 +80,8 @@ def test_ctrl_c_at_any_moment_spoils_nothing() -> None:
     assert all_end(others)
 
 
-def test_connections_of_others_do_not_stop_a_start() -> None:
-    process = start(3, "flooded")
+def test_connections_of_others_do_not_stop_a_start(tmp_path: Path) -> None:
+    process = start(3, "flooded", **{ranks_program.AFTER: str(tmp_path / "flooded")})
     others = started(process)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

@@ -24,6 +24,12 @@ LINKS = {
     # An assumption: round trips of 0.2 ms. The rate is that of the wire.
     "10 GbE, TCP": Link(0.1e-3, 0.1e-3, 1.18e9),
 }
+OWN, RING = "own connections", "MLX's ring"
+WAYS = {OWN: exchange_seconds, RING: ring_seconds}
+ROWS = [
+    ("Thunderbolt 5, TCP", OWN), ("Thunderbolt 5, TCP", RING), ("Thunderbolt 5, JACCL", RING),
+    ("10 GbE, TCP", OWN), ("10 GbE, TCP", RING),
+]  # fmt: skip
 SHARE = 0.25  # of the experts, on each machine
 HALF = 2  # bytes of a number of x and y
 CHUNK = 512  # tokens of a prompt
@@ -36,14 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    rows = [row_of(name, link, ranks, arguments.disk * 1e9) for name, link in LINKS.items() for ranks in (2, 4)]
-    alone = row_of("one machine", Link(0, 0, 1), 1, arguments.disk * 1e9)
-    head = ["link", "ranks", "layer ms", "token: messages ms", "reading ms", "both ms", "in a ring", "prompt chunk s"]
+    rows = [row_of(name, LINKS[name], way, ranks, arguments.disk * 1e9) for name, way in ROWS for ranks in (2, 4)]
+    alone = row_of("one machine", Link(0, 0, 1), OWN, 1, arguments.disk * 1e9)
+    head = ["link", "over", "ranks", "layer ms", "token: messages ms", "reading ms", "both ms", "prompt chunk s"]
     cells = [
         [
-            row["link"], str(row["ranks"]), f"{row['layer_ms']:.2f}", f"{row['messages_ms']:.1f}",
-            f"{row['reading_ms']:.0f}", f"{row['messages_ms'] + row['reading_ms']:.0f}", f"{row['ring_ms']:.1f}",
-            f"{row['chunk_s']:.2f}",
+            row["link"], row["over"], str(row["ranks"]), f"{row['layer_ms']:.2f}", f"{row['messages_ms']:.1f}",
+            f"{row['reading_ms']:.0f}", f"{row['messages_ms'] + row['reading_ms']:.0f}", f"{row['chunk_s']:.2f}",
         ]
         for row in [alone, *rows]
     ]  # fmt: skip
@@ -52,23 +57,24 @@ def main(arguments: argparse.Namespace) -> None:
     print(json.dumps({"command": "links", "disk_bytes_per_second": arguments.disk * 1e9, "rows": [alone, *rows]}))
 
 
-def row_of(name: str, link: Link, ranks: int, disk: float) -> dict[str, Any]:
-    """ring_ms: the messages of a token in MLX's ring."""
+def row_of(name: str, link: Link, way: str, ranks: int, disk: float) -> dict[str, Any]:
+    """way: of WAYS. disk: bytes per second."""
     shape = SHAPES["qwen3-30b-a3b"]
     expert = 3 * shape.hidden * shape.neurons * (4 + 2 * 16 / 64) / 8  # 4 bits, and a scale and a bias for 64 numbers
     x_bytes = HALF * shape.hidden
     y_bytes = x_bytes * shape.choices / ranks
-    most = x_bytes * largest_share(shape.experts, shape.choices, ranks)  # A gather pads to the rank that has most.
-    layer = exchange_seconds(link, ranks, x_bytes, y_bytes)
+    if way == RING:  # A gather pads to the rank that has most.
+        y_bytes = x_bytes * largest_share(shape.experts, shape.choices, ranks)
+    layer = WAYS[way](link, ranks, x_bytes, y_bytes)
     missing = shape.choices * max(0.0, 1 - ranks * SHARE)
     read = expert / disk * largest_share(shape.experts, missing, ranks)
     pairs = CHUNK * shape.choices / ranks  # about even, because there are many
     return {
         "link": name,
+        "over": way,
         "ranks": ranks,
         "layer_ms": 1e3 * layer,
         "messages_ms": 1e3 * layer * shape.layers,
         "reading_ms": 1e3 * read * shape.layers,
-        "ring_ms": 1e3 * shape.layers * ring_seconds(link, ranks, x_bytes, most),
-        "chunk_s": shape.layers * exchange_seconds(link, ranks, CHUNK * x_bytes, pairs * x_bytes),
+        "chunk_s": shape.layers * WAYS[way](link, ranks, CHUNK * x_bytes, pairs * x_bytes),
     }

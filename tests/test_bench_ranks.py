@@ -40,7 +40,7 @@ def test_an_exchange_is_two_messages_and_a_ring_has_more() -> None:
 
 
 def test_one_machine_sends_nothing() -> None:
-    row = link_table.row_of("alone", link_table.LINKS["10 GbE, TCP"], 1, 3e9)
+    row = link_table.row_of("alone", link_table.LINKS["10 GbE, TCP"], link_table.OWN, 1, 3e9)
     assert row["layer_ms"] == row["chunk_s"] == 0
     assert row["reading_ms"] == pytest.approx(48 * 6 * 2.654208e6 / 3e9 * 1e3)
 

@@ -96,7 +96,7 @@ def test_a_mixture_is_divided_and_has_the_bits_of_one_rank(folder: Path, expecte
     for rank, lines in enumerate(zip(fits, few, strict=True)):
         for line in lines:
             assert re.match(rf"  rank {rank} .* GB  \S+: \d.* experts of each layer \(\d+%\), ", line), line
-        assert lines[0].endswith("all in slots") and "% in slots; its disk reads" in lines[1]
+        assert lines[0].endswith("all in slots") and "% of them in slots; its disk reads" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_weights_under_the_same_header_are_refused(folder: Path, tmp_path:
 
 def test_a_budget_that_is_too_small_is_refused_by_its_rank(folder: Path) -> None:
     with group_of([None, None], [None, "210MB"]) as group:
-        with pytest.raises(FlashError, match=r"rank 2: this model needs at least \d+MB"):
+        with pytest.raises(FlashError, match=r"rank 2: this model needs at least \d+MB.*host file: \d+MB"):
             mlx_flash.load(folder, memory="1GB", context=64, group=group)
         with pytest.raises(BudgetError):  # rank 0's own
             mlx_flash.load(folder, memory="210MB", context=64, group=group)

@@ -284,6 +284,7 @@ def test_a_host_file_is_a_file(tmp_path: Path, kind: str) -> None:
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["mac2.local"]}], "IPv4 address"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "-oProxyCommand=x", "ips": ["10.0.0.2"]}], "name for ssh"),
         ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"], "memory": 8}], "as memory"),
+        ([{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"], "memroy": "8GB"}], "'memory' is"),
         ({"envs": None, "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}] * 2}, "as envs"),
         ({"envs": ["A B"], "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}] * 2}, "NAME=VALUE"),
     ],

@@ -26,7 +26,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
         "--hosts",
         metavar="FILE",
         help="compute the model on the machines of this host file, which `mlx.distributed_config` writes; the first is "
-        "this one. What they send each other is neither encrypted nor authenticated (default: this machine alone)",
+        "this one. What they send each other is neither encrypted nor signed (default: this machine alone)",
     )
     ranks.add_argument(
         "--ranks",

@@ -63,7 +63,10 @@ def divide_experts(
     found = ranks.capacities(own, "experts", folder, **more)
     counts = units_of_layers(layers, units_of_ranks(sum(layers), found))
     slots = tuple(slots_of_layers(own.slots, [each[0] for each in counts]))
-    changed: dict[str, Any] = {"expert_slots": slots, "ranks": tuple(described(found, counts, "experts"))}
+    changed: dict[str, Any] = {
+        "expert_slots": slots,
+        "ranks": tuple(described(ranks.group.names, found, counts, "experts")),
+    }
     if not plan.layer_bytes_per_token:
         changed |= {"slots": slots, "notes": replace(plan.notes, slots=", of rank 0's share")}
     return DividedExperts(replace(plan, **changed), counts)

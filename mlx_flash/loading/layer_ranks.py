@@ -77,7 +77,7 @@ class DividedLayers:
         buffers = BUFFERS * weights.buffer
         rooms = [RankRoom(rank.slots, rank.rate or 1.0) for rank in found]
         self._ranges = divide_layers(weights.layers, kept, rooms)
-        self._lines = tuple(_described(self._ranges, weights.layers, kept, found, buffers))
+        self._lines = tuple(_described(self._ranks.group.names, self._ranges, weights.layers, kept, found, buffers))
         keep_range(mixture, self._ranges[0], ends=True)
 
     def planned(self, plan: InPlacePlan) -> InPlacePlan:
@@ -159,14 +159,19 @@ def _refuse(options: LoadOptions) -> None:
 
 
 def _described(
-    ranges: Sequence[range], sizes: Sequence[int], kept: int, found: Sequence[Capacity], buffers: int
+    names: Sequence[str],
+    ranges: Sequence[range],
+    sizes: Sequence[int],
+    kept: int,
+    found: Sequence[Capacity],
+    buffers: int,
 ) -> Iterator[str]:
     """The lines of the plan about the ranks. sizes: of the layers' weights. kept: of a layer's KV cache."""
-    for number, (own, rank) in enumerate(zip(ranges, found, strict=True)):
+    for number, (name, own, rank) in enumerate(zip(names, ranges, found, strict=True)):
         weights = sum(sizes[each] for each in own)
         room = rank.slots - len(own) * kept
         read = 0 if weights <= room else min(weights, weights - room + buffers)
         what = f"layers {own[0] + 1} to {own[-1] + 1} of {len(sizes)}, {weights / 1e9:.3f} GB"
         reads = f"; a token reads {read / 1e9:.3f} GB at {rank.rate / 1e9:.2g} GB/s" if read else ", all in memory"
-        yield f"  rank {number:<12}{rank.budget / 1e9:8.3f} GB  {rank.host}: {what}{reads}"
+        yield f"  rank {number:<12}{rank.budget / 1e9:8.3f} GB  {name}: {what}{reads}"
     yield f"  {NO_CACHES}"

@@ -62,7 +62,7 @@ def divide_neurons(
     wanted = units_of_ranks(layout.layers * layout.blocks, found)
     (counts,) = units_of_layers([layout.blocks], [each / layout.layers for each in wanted])
     divided = DividedNeurons(counts, list(need))
-    lines = tuple(described(found, [counts] * layout.layers, "blocks of neurons"))
+    lines = tuple(described(ranks.group.names, found, [counts] * layout.layers, "blocks of neurons"))
     notes = replace(plan.notes, slots=f"{plan.notes.slots}, of rank 0's share")
     return replace(plan, slots=divided.slots(0, own.slots), notes=notes, ranks=lines), divided
 

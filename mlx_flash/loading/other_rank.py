@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..errors import FlashError
+from ..errors import BudgetError, FlashError
 from ..flash.random_state import kept_random_state
 from ..ranks.group import Call, Group, Handlers
 from ..source.resolve import resolve_source
@@ -71,8 +71,13 @@ class _OtherRank:
             folder = converted_before(folder, name)
         compare(folder, asked["checksum"])
         check_compiler(tell_user)
-        with kept_random_state():
-            self._part = PARTS[kind](self._group, folder, options, asked)
+        try:
+            with kept_random_state():
+                self._part = PARTS[kind](self._group, folder, options, asked)
+        except BudgetError as error:
+            if self._memory is None:
+                raise
+            raise FlashError(str(error).replace("--memory", '"memory" in the host file:')) from None
         return self._part.offer()
 
     def _build(self, share: dict[str, Any]) -> dict[str, Any]:

@@ -81,17 +81,19 @@ def slots_of_layers(slots: int, held: Sequence[int]) -> list[int]:
     return found
 
 
-def described(ranks: Sequence[Capacity], counts: Sequence[Sequence[int]], units: str) -> Iterator[str]:
-    """The lines of the plan about the ranks. counts: of each layer, the units that each rank holds. units: what is
-    divided."""
+def described(
+    names: Sequence[str], ranks: Sequence[Capacity], counts: Sequence[Sequence[int]], units: str
+) -> Iterator[str]:
+    """The lines of the plan about the ranks. names: of their machines. counts: of each layer, the units that each rank
+    holds. units: what is divided."""
     total = sum(map(sum, counts))
-    for rank, capacity in enumerate(ranks):
+    for rank, (name, capacity) in enumerate(zip(names, ranks, strict=True)):
         held = [each[rank] for each in counts]
         slots = slots_of_layers(capacity.slots, held)
         least, most = min(held), max(held)
         each = f"{least}" if least == most else f"{least} to {most}"
         where = "all in slots"
         if sum(slots) < sum(held):
-            where = f"{sum(slots) / sum(held):.0%} in slots; its disk reads {capacity.rate / 1e9:.2g} GB/s"
+            where = f"{sum(slots) / sum(held):.0%} of them in slots; its disk reads {capacity.rate / 1e9:.2g} GB/s"
         share = f"{each} {units} of each layer ({sum(held) / total:.0%}), {where}"
-        yield f"  rank {rank:<12}{capacity.budget / 1e9:8.3f} GB  {capacity.host}: {share}"
+        yield f"  rank {rank:<12}{capacity.budget / 1e9:8.3f} GB  {name}: {share}"

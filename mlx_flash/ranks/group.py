@@ -28,6 +28,7 @@ class Group(Protocol):
 
     rank: int
     size: int
+    names: Sequence[str]  # rank 0: of all ranks' machines, as the user calls them
 
     @property
     def bytes_read(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import json
 import os
@@ -93,6 +94,9 @@ def _address(path: Any, host: Any) -> str:
 
 
 def _own(path: Any, entry: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+    for key in entry.keys() - OWN_KEYS:  # MLX's keys are many.
+        if meant := difflib.get_close_matches(key, OWN_KEYS, 1):
+            raise UsageError(f"the host file {path} has the key {key!r}, which is not known; {meant[0]!r} is.")
     for key in OWN_KEYS:
         if not isinstance(entry.get(key), str | None):
             raise UsageError(f"the host file {path} has {entry[key]!r} as {key}; a text is expected.")

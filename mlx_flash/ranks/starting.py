@@ -21,6 +21,8 @@ SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 KILLING_S = 1.0
 ENDING_S = 3.0
 KEPT_LINES = 20
+NOT_FOUND = 127  # the exit code of a shell and of env, for a command that is not there
+NO_PYTHON = 'install mlx-flash-runtime there, and name its Python as "python" in the host file'
 
 Wrap = Callable[[int, list[str]], list[str]]
 
@@ -73,7 +75,8 @@ class RankProcess:
         if (code := self._process.returncode) < 0:  # What it printed before does not tell why.
             return f"{self.name} was ended by {_name_of(-code)}"
         last = self._lines[-1].removesuffix(".") if self._lines else "it printed nothing"
-        return f"{self.name} ended with code {code}: {last}"
+        advice = f" ({NO_PYTHON})" if code == NOT_FOUND or "No module named" in last else ""
+        return f"{self.name} ended with code {code}: {last}{advice}"
 
     def finish(self, wait_s: float) -> None:
         """Waits for its end, and kills it after `wait_s`."""

@@ -42,7 +42,7 @@ class Follower:
         self.size: int = setup["size"]
         self.model: str | None = setup["model"]
         self.memory: str | None = setup["memory"]
-        self.names = ()
+        self.names: Sequence[str] = ()
         self._handlers = handlers
         handlers.questions["versions"] = lambda _: {"versions": versions()}
         (host, port), own = setup["leader"], setup["address"]

@@ -62,7 +62,7 @@ class Leader:
         Raises FlashError; no other rank is left then.
         """
         self.size = len(hosts)
-        self.names = [host.ssh for host in hosts]
+        self.names: Sequence[str] = [host.ssh for host in hosts]
         self.fault: str | None = None
         self.bytes_read = 0
         self._hosts, self._on_fault = hosts, on_fault

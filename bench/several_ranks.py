@@ -126,15 +126,12 @@ def compare(row: dict[str, Any], alone: dict[str, Any], rate: float, dense: bool
     """Adds what the model says of a row, and whether its logits have the bits of one rank."""
     row["same_bits"] = row["logits"] == alone["logits"]
     row["speed"] = alone["token_s"] / row["token_s"]
-    if row["messages"] is None:
-        row["computed_s"] = row["token_s"]
+    if row["messages"] is None or dense:  # A dense model's layers are read while others compute, which has no formula.
+        row["computed_s"] = None
         return
     pairs, x_bytes = rows_of_rank(row["ranks"]), 4 * SHAPE.hidden
     row["link"] = message_costs.compared(row["ranks"], pairs, row["messages"])["link"]
     resident = alone["token_s"] - sum(alone["bytes"]) / rate
-    if dense:  # One rank computes after the other, and what it reads meanwhile is not counted.
-        row["computed_s"] = resident + 2 * (row["ranks"] - 1) * row["link"]["control_s"] + sum(row["bytes"]) / rate
-        return
     exchange = exchange_seconds(Link(**row["link"]), row["ranks"], x_bytes, pairs * x_bytes)
     missing = sum(row["bytes"]) / row["expert_bytes"] / SHAPE.layers
     read = row["expert_bytes"] / rate * largest_share(SHAPE.experts, missing, row["ranks"])
@@ -158,7 +155,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     cells = [
         [
             str(row["ranks"]), f"{row['delay_ms']:g}", f"{1 / row['token_s']:.2f}", f"{row['speed']:.2f}",
-            f"{1e3 * row['token_s']:.1f}", f"{1e3 * row['computed_s']:.1f}",
+            f"{1e3 * row['token_s']:.1f}", "-" if row["computed_s"] is None else f"{1e3 * row['computed_s']:.1f}",
             " ".join(f"{each / 1e6:.2f}" for each in row["bytes"]),
             f"{1e3 * row['waiting_s']:.1f}" if row["ranks"] > 1 else "-",
             " ".join(f"{each / 1e6:.0f}" for each in row["peak_bytes"]),

@@ -52,7 +52,8 @@ class ThreadRank:
     """The `Group` of one rank. calls_made: (kind, numbers) of each call, for tests to look at."""
 
     def __init__(self, rank: int, shared: Shared, handlers: Handlers) -> None:
-        self.rank, self.size, self.names = rank, shared.size, ["127.0.0.1"] * shared.size
+        self.rank, self.size = rank, shared.size
+        self.names: Sequence[str] = ["127.0.0.1"] * shared.size
         self.calls_made: list[tuple[str, dict[str, int]]] = []
         self._shared, self._handlers = shared, handlers
         self._sent = self._awaited = 0

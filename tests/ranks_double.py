@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: the `Group` of mlx_flash/ranks without processes or sockets.
+"""Ranks as threads of this process: both sides of a group of mlx_flash/ranks without processes or sockets.
 
 MLX's arrays belong to the thread that made them, so bytes go from thread to thread.
 
@@ -49,7 +49,8 @@ class Shared:
 
 
 class ThreadRank:
-    """The `Group` of one rank. calls_made: (kind, numbers) of each call, for tests to look at."""
+    """The `Group` of rank 0, or the `FollowingGroup` of another. calls_made: (kind, numbers) of each call, for tests to
+    look at."""
 
     def __init__(self, rank: int, shared: Shared, handlers: Handlers) -> None:
         self.rank, self.size = rank, shared.size

@@ -26,7 +26,7 @@ from mlx_flash.cli.beginning import Interrupted
 from mlx_flash.errors import FlashError
 from mlx_flash.ranks import channel, leader
 from mlx_flash.ranks.greetings import Greetings
-from mlx_flash.ranks.group import Call, Group, Handlers
+from mlx_flash.ranks.group import Call, FollowingGroup, Group, Handlers
 from mlx_flash.ranks.hosts import local_hosts
 from mlx_flash.ranks.leader import Leader
 from mlx_flash.source.children import child_environment
@@ -35,7 +35,7 @@ AFTER = "CONNECT_AFTER"  # the file that other ranks wait for before they connec
 OTHER_RANKS = "import json, sys, ranks_program; ranks_program.other_rank(json.loads(sys.stdin.readline()))"
 
 
-def register(group: Group, handlers: Handlers) -> None:
+def register(group: FollowingGroup, handlers: Handlers) -> None:
     """Each rank multiplies x by its rank."""
     noted: list[int] = []
     handlers.bytes_read = lambda: 10 * len(noted)

@@ -110,10 +110,6 @@ class StreamedExperts(nn.Module):
 
         return self.outputs(x, needed, rest, many, prefetch)
 
-    def of_slots(self, x: mx.array, slots: mx.array, *rest: mx.array) -> mx.array:
-        """The zoo's own product. slots: as `indices`, with slots in the place of ids."""
-        return self._inner(x, slots, *rest)  # type: ignore[no-any-return]
-
     def outputs(
         self,
         x: mx.array,

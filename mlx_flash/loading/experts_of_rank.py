@@ -10,7 +10,7 @@ from ..flash.in_place import InPlaceFiles
 from ..layers.expert_shares import ExpertShares
 from ..layers.experts import StreamedExperts
 from ..layers.ranked_experts import EXPERTS, ExpertCalls, HeldExperts
-from ..ranks.group import Group
+from ..ranks.group import FollowingGroup
 from .expert_ranks import capacity, compare_zoo, held_of, plan_of_share
 from .fill_slots import fill_slots
 from .in_place_model import InPlaceModel, open_in_place
@@ -32,7 +32,7 @@ class ExpertsOfRank(UnitsOfRank):
 
     kind = EXPERTS
 
-    def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+    def __init__(self, group: FollowingGroup, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
         super().__init__()
         self._group, self._folder, self._options, self._choices = group, folder, options, int(asked["choices"])
         compare_zoo(asked["mlx-vlm"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..layers.pipeline_text import DIGEST_BYTES
 from ..layers.ranked_layers import FOLLOW, LAYERS, OtherRank, connect
-from ..ranks.group import Call, Group
+from ..ranks.group import Call, FollowingGroup
 from ..text.cached_context import make_room
 from .in_place_loading import plan_in_place
 from .in_place_model import open_in_place
@@ -31,7 +31,7 @@ class LayersOfRank:
 
     kind = LAYERS
 
-    def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+    def __init__(self, group: FollowingGroup, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
         self._group, self._folder = group, folder
         self._mixture = open_in_place(folder)
         find_joints(self._mixture)

@@ -16,7 +16,7 @@ from ..flash.unit_sums import read_block_sums
 from ..layers.activations import Activation
 from ..layers.neurons import StreamedNeurons
 from ..layers.ranked_neurons import NEURONS, NeuronCalls
-from ..ranks.group import Group
+from ..ranks.group import FollowingGroup
 from . import dense
 from .fill_slots import fill_slots
 from .neuron_ranks import DividedNeurons, neuron_capacity, plan_of_share
@@ -40,7 +40,7 @@ class NeuronsOfRank(UnitsOfRank):
 
     kind = NEURONS
 
-    def __init__(self, group: Group, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
+    def __init__(self, group: FollowingGroup, folder: Path, options: LoadOptions, asked: dict[str, Any]) -> None:
         super().__init__()
         self._group, self._folder, self._options = group, folder, options
         self._manifest = read_manifest(folder)

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..errors import BudgetError, FlashError
 from ..flash.random_state import kept_random_state
-from ..ranks.group import Call, Group, Handlers
+from ..ranks.group import Call, FollowingGroup, Handlers
 from ..source.resolve import resolve_source
 from .experts_of_rank import ExpertsOfRank
 from .layers_of_rank import LayersOfRank
@@ -42,7 +42,9 @@ class RankPart(Protocol):
 PARTS: dict[str, Any] = {each.kind: each for each in (ExpertsOfRank, NeuronsOfRank, LayersOfRank)}
 
 
-def register(group: Group, handlers: Handlers, model: str | None = None, memory: str | int | None = None) -> None:
+def register(
+    group: FollowingGroup, handlers: Handlers, model: str | None = None, memory: str | int | None = None
+) -> None:
     """Adds what loading needs to the handlers of a rank.
 
     model: a folder or a repository id on this machine; None for what the user calls it on rank 0's. memory: this rank's
@@ -54,7 +56,7 @@ def register(group: Group, handlers: Handlers, model: str | None = None, memory:
 class _OtherRank:
     """The arguments are those of `register`."""
 
-    def __init__(self, group: Group, handlers: Handlers, model: str | None, memory: str | int | None) -> None:
+    def __init__(self, group: FollowingGroup, handlers: Handlers, model: str | None, memory: str | int | None) -> None:
         self._group, self._handlers, self._model, self._memory = group, handlers, model, memory
         self._part: RankPart | None = None
         handlers.bytes_read = lambda: 0 if self._part is None else self._part.bytes_read

@@ -7,11 +7,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import FlashError
 from .arrays import packed, unpacked, unpacked_ids
@@ -30,7 +29,7 @@ def _end(what: str) -> None:
 
 
 class Follower:
-    """The `Group` of a rank other than 0. Its process ends at once when rank 0 ends or hangs.
+    """The `FollowingGroup` of a process. Its process ends at once when rank 0 ends or hangs.
 
     model, memory: what the host file says for this rank, or None. setup: what RankProcess sends. handlers: `calls`
     answers questions with them.
@@ -42,7 +41,6 @@ class Follower:
         self.size: int = setup["size"]
         self.model: str | None = setup["model"]
         self.memory: str | None = setup["memory"]
-        self.names: Sequence[str] = ()
         self._handlers = handlers
         handlers.questions["versions"] = lambda _: {"versions": versions()}
         (host, port), own = setup["leader"], setup["address"]
@@ -58,25 +56,6 @@ class Follower:
         self._number: object = None  # of that call
         self.bytes_read = 0  # that rank 0 knows of
         self._channel = Channel(connection, _end, self._busy_s)
-
-    def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        raise FlashError("only rank 0 asks.")
-
-    def call(
-        self,
-        kind: str,
-        ids: np.ndarray,
-        arrays: Sequence[mx.array] = (),
-        ranks: Sequence[int] | None = None,
-        **numbers: int,
-    ) -> None:
-        raise FlashError("only rank 0 makes calls.")
-
-    def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
-        raise FlashError("only rank 0 makes calls.")
-
-    def results(self, shapes: Sequence[Sequence[int | None]], dtype: mx.Dtype | None = None) -> list[mx.array]:
-        raise FlashError("only rank 0 makes calls.")
 
     def calls(self) -> Iterator[Call]:
         while True:

@@ -1,4 +1,4 @@
-"""What layers and loading see of the ranks: `Group`, and the calls and questions that rank 0 sends to the others."""
+"""What layers and loading see of the ranks: both sides of a group, and the calls and questions between them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ class Call:
 
 
 class Group(Protocol):
-    """The ranks that compute one model together. Rank 0 asks and calls, and the others answer to it alone."""
+    """Rank 0's side of the ranks that compute one model together: it asks and calls, and the others answer."""
 
-    rank: int
     size: int
-    names: Sequence[str]  # rank 0: of all ranks' machines, as the user calls them
+    names: Sequence[str]  # of all ranks' machines, as the user calls them
 
     @property
     def bytes_read(self) -> int:
-        """Rank 0: what the others have read from their disks, as far as their results tell."""
+        """What the others have read from their disks, as far as their results tell."""
 
     def ask(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rank 0: sends a question, as JSON with one key, to every other rank. Returns their answers in rank order.
+        """Sends a question, as JSON with one key, to every other rank. Returns their answers in rank order.
 
         Raises FlashError with a rank's own sentence if its answer is {"error": sentence}.
         """
@@ -48,17 +47,17 @@ class Group(Protocol):
         ranks: Sequence[int] | None = None,
         **numbers: int,
     ) -> None:
-        """Rank 0: sends a call and does not wait for it. ids: int32. ranks: to which it goes, ascending; None for all
+        """Sends a call and does not wait for it. ids: int32. ranks: to which it goes, ascending; None for all
         others.
 
         The arrays are evaluated. Raises UnsupportedModelError for one of a type that is not sent.
         """
 
     def tell(self, kind: str, ids: np.ndarray, **numbers: int) -> None:
-        """Rank 0: sends a call that returns nothing to every other rank. ids: int32."""
+        """Sends a call that returns nothing to every other rank. ids: int32."""
 
     def results(self, shapes: Sequence[Sequence[int | None]], dtype: mx.Dtype | None = None) -> list[mx.array]:
-        """Rank 0: what the ranks return for the last `call`, evaluated, in rank order. What they return for an earlier
+        """What the ranks return for the last `call`, evaluated, in rank order. What they return for an earlier
         one that was not waited for, such as after Ctrl-C, is dropped.
 
         shapes: of the results; None for a side of any length. dtype: of all results; None for any.
@@ -67,14 +66,21 @@ class Group(Protocol):
         the arguments say.
         """
 
+    def close(self) -> None:
+        """Ends the other ranks. No process is left. It may be called twice."""
+
+
+class FollowingGroup(Protocol):
+    """Another rank's side: it answers rank 0 alone."""
+
+    rank: int
+    size: int
+
     def calls(self) -> Iterator[Call]:
-        """Other ranks: the calls, until rank 0 closes the group. Questions are answered between them."""
+        """The calls, until rank 0 closes the group. Questions are answered between them."""
 
     def reply(self, result: mx.array | str) -> None:
-        """Other ranks: answers the call, with an array that is evaluated or with a sentence about what failed."""
-
-    def close(self) -> None:
-        """Rank 0: ends the other ranks. No process is left. It may be called twice."""
+        """Answers the call, with an array that is evaluated or with a sentence about what failed."""
 
 
 @dataclass
@@ -115,7 +121,7 @@ class Handlers:
             return _sentence(error)
 
 
-def follow(group: Group, handlers: Handlers) -> None:
+def follow(group: FollowingGroup, handlers: Handlers) -> None:
     """Other ranks: computes calls until rank 0 closes the group."""
     for call in group.calls():
         if (result := handlers.result(call)) is not None:

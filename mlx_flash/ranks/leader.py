@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,6 @@ from ..errors import FlashError
 from .arrays import packed, unpacked_result
 from .channel import ENDED, Channel
 from .greetings import Greetings
-from .group import Call
 from .hosts import RankHost
 from .later_interrupts import interrupts_later
 from .messages import BadMessageError, Message
@@ -41,8 +40,6 @@ def end_process(sentence: str) -> None:
 
 class Leader:
     """Rank 0's `Group`. Only one thread may use it at a time."""
-
-    rank = 0
 
     def __init__(
         self,
@@ -127,12 +124,6 @@ class Leader:
             except BadMessageError as error:
                 raise FlashError(f"{self._name(rank)}: {error}") from None
         return arrays
-
-    def calls(self) -> Iterator[Call]:
-        raise FlashError("rank 0 makes calls and receives none.")
-
-    def reply(self, result: mx.array | str) -> None:
-        raise FlashError("rank 0 makes calls and receives none.")
 
     def close(self) -> None:
         self._closing.set()

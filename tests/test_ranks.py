@@ -131,6 +131,33 @@ def test_random_faults_of_working_ranks(seed: int) -> None:
     assert all_end(others)
 
 
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_closed_connection_waits_for_its_reason(sends: bool) -> None:
+    """Another thread finds it out, and the sentence is that thread's."""
+
+    class Closed:
+        def send(self, header: dict[str, Any], data: bytes) -> None:
+            if sends:
+                raise BrokenPipeError
+
+        def take(self) -> messages.Message:
+            raise EOFError
+
+    leader: Any = Leader.__new__(Leader)
+    leader.size, leader.fault, leader._hosts, leader._channels = 2, None, local_hosts(2), {1: Closed()}
+    leader._sent, leader._told = 0, threading.Event()
+
+    def lost() -> None:
+        leader.fault = "rank 1 was ended by SIGKILL"
+        leader._told.set()
+
+    timer = threading.Timer(0.1, lost)
+    timer.start()
+    with pytest.raises(FlashError, match="SIGKILL"):
+        leader.ask({"echo": None})
+    timer.join()
+
+
 def test_the_others_end_with_rank_0() -> None:
     process = start(3, "idle")
     others = started(process)

@@ -205,8 +205,7 @@ class Leader:
                 try:
                     self._channels[rank].send({**header, "number": self._sent}, data)
                 except OSError:
-                    self._raise_fault()
-                    raise FlashError(f"{self._name(rank)} has ended.") from None
+                    raise self._gone(rank) from None
 
     def _received(self, rank: int) -> Message:
         """What a rank answers to what is awaited. Answers to what came before, which nobody waited for, go."""
@@ -218,8 +217,7 @@ class Leader:
                 if type(read := message[0].get("read")) is int:
                     self.bytes_read += read
         except EOFError:
-            self._raise_fault()
-            raise FlashError(f"{self._name(rank)} has ended.") from None
+            raise self._gone(rank) from None
         if number != self._awaited and "error" not in message[0]:
             raise FlashError(f"{self._name(rank)} sends what is not an answer.")
         return message
@@ -246,6 +244,11 @@ class Leader:
         if self.fault is not None:
             self._told.wait(TELLING_S)  # `end_process` ends the process meanwhile, with one sentence.
             raise FlashError(self.fault)
+
+    def _gone(self, rank: int) -> FlashError:
+        """What to raise where a rank's connection has closed. `_lost` finds out why meanwhile, in another thread."""
+        self._told.wait(LAST_WORDS_S + TELLING_S)
+        return FlashError(self.fault or f"{self._name(rank)} has ended.")
 
     def _name(self, rank: int) -> str:
         return name_of(rank, self._hosts[rank])

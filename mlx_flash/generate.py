@@ -140,6 +140,10 @@ def generate(arguments: argparse.Namespace, asked: str, pictures: list[Any], gro
                     break
         except PromptInterrupted:
             pass
+        except Exception:
+            if pieces:
+                print(flush=True)  # The sentence that follows begins a line.
+            raise
     print(flush=True)
     if response is None:
         say("interrupted while reading the prompt; no token was generated")

@@ -20,10 +20,11 @@ from pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal  # type: ignore[i
 from tiny import make_checkpoint  # type: ignore[import-not-found]
 
 from mlx_flash import chat
+from mlx_flash.cli.answer_view import AnswerView
 from mlx_flash.cli.run import run_command
 from mlx_flash.cli.terminal import Interrupts
 from mlx_flash.convert.conversion import Settings, convert
-from mlx_flash.errors import ChatTemplateError, UsageError
+from mlx_flash.errors import ChatTemplateError, FlashError, UsageError
 from mlx_flash.loading.load import load
 from mlx_flash.source.resolve import find_store
 from mlx_flash.text.conversation import Conversation
@@ -244,6 +245,15 @@ def test_a_full_context_drops_the_oldest_turns(start: Callable[..., PseudoTermin
     assert "A larger --context makes more room, up to" in said
     assert "the plan has room for 64, answer included" in ask(terminal, "word " * 80)
     assert len(ask(terminal, "And then")) > 5
+
+
+def test_an_error_in_the_middle_of_an_answer_begins_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    for said in ("", "The captain"):
+        view = AnswerView(None)
+        with pytest.raises(FlashError), view:
+            view.add(said)
+            raise FlashError("the disk has gone.")
+        assert capfd.readouterr().out == (f"{said}\n" if said else "")
 
 
 # -- through pipes -------------------------------------------------------------------------------------------

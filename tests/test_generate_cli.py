@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,9 @@ from tiny import make_checkpoint  # type: ignore[import-not-found]
 import mlx_flash
 from mlx_flash.cli.run import run_command
 from mlx_flash.convert.conversion import Settings, convert
+from mlx_flash.errors import FlashError
 from mlx_flash.loading.load import load
+from mlx_flash.text import generation
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 
@@ -251,6 +254,22 @@ def test_a_broken_store_ends_with_1(run: Callable[..., Any], own_store: Path) ->
     (own_store / "neurons.bin").unlink()
     code, output, error = run("--model", str(own_store))
     assert (code, output) == (1, "") and "lacks neurons.bin" in error
+
+
+def test_an_error_in_the_middle_of_a_text_begins_a_line(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = generation.stream_generate
+
+    def breaks(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from itertools.islice(real(*arguments, **options), 3)
+        raise FlashError("the disk has gone.")
+
+    whole = run("--max-tokens", "3")[1]
+    monkeypatch.setattr(generation, "stream_generate", breaks)
+    code, output, error = run()
+    assert (code, output) == (1, whole) and output.endswith("\n")
+    assert error.splitlines()[-1].endswith(": the disk has gone.")
 
 
 @pytest.fixture

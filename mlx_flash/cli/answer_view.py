@@ -58,7 +58,8 @@ class AnswerView:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
             self._end_thoughts()
-            self._end_block()
+            if not self._end_block() and self.text and issubclass(kind, Exception):
+                print(flush=True)  # The sentence that follows begins a line.
 
     def add(self, text: str) -> None:
         self._show([Text(text)] if self._parts is None else self._parts.feed(text))

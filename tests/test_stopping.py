@@ -217,10 +217,13 @@ def test_a_stop_while_an_error_is_told_gives_no_traceback(number: signal.Signals
         assert errors_of(process) == "waits: a sentence\n" and process.returncode == 1
 
 
+@pytest.mark.parametrize("pause_s", [0.01, 0.0])  # Without a pause it would come again before Python has reported it.
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143)])
-def test_a_stop_within_a_destructor_is_not_lost(number: signal.Signals, code: int) -> None:
+def test_a_stop_within_a_destructor_is_not_lost(number: signal.Signals, code: int, pause_s: float) -> None:
     """Python reports exceptions of a destructor and continues."""
     work = f"""
+    from mlx_flash.cli import beginning
+    beginning.AGAIN_S = {pause_s}
     class Dying:
         def __del__(self):
             os.kill(os.getpid(), {number:d})

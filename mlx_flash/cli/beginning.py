@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 TERMINATED = {"server": 0, "service.start": 0}  # exit codes after SIGTERM; every other command exits with 143
@@ -68,13 +69,23 @@ def tell_again() -> None:
         lost = unraisable.exc_value
         if isinstance(lost, KeyboardInterrupt | Terminated):
             number = lost.number if isinstance(lost, Terminated) else signal.SIGINT
-            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))  # The `__del__` has ended by then.
-            again.daemon = True
-            again.start()
+            threading.Thread(target=_send_after, args=(sys._getframe(), number), daemon=True).start()
         else:
             usual(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _send_after(hook: FrameType, number: int) -> None:
+    """Sends the signal once the frame has ended. Before, its exception would be lost as well."""
+    while True:
+        time.sleep(AGAIN_S)
+        try:
+            hook.clear()
+        except RuntimeError:  # It is still running.
+            continue
+        os.kill(os.getpid(), number)
+        return
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
-from processes import has_ended  # type: ignore[import-not-found]  # found beside this file
+from processes import has_ended, runs  # type: ignore[import-not-found]  # found beside this file
 from rank_faults import tiny_mixture  # type: ignore[import-not-found]  # found beside this file
 from serving import PATIENCE_S, until  # type: ignore[import-not-found]
 from test_server_process import ready, started  # type: ignore[import-not-found]
@@ -49,7 +49,7 @@ def test_a_rank_that_ends_ends_the_server_and_its_streams(mixture: Path) -> None
     body = {"prompt": [7, 8, 9], "max_tokens": 400, "stream": True, "logit_bias": {"1": -100, "0": -100}}
     with started("--model", str(mixture), "--memory", "1GB", "--ranks", "2") as (process, url):
         until(lambda: ready(url))
-        (rank,) = [each for each in psutil.Process(process.pid).children() if "mlx_flash.rank" in each.cmdline()]
+        (rank,) = [each for each in psutil.Process(process.pid).children() if runs(each, "mlx_flash.rank")]
         stream = httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S, verify=False)
         with stream as answer:
             lines = answer.iter_lines()

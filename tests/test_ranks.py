@@ -32,12 +32,17 @@ from mlx_flash.source.children import child_environment
 def start(ranks: int, what: str, **more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, ranks_program.__file__, str(ranks), what]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def started(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    assert process.stdout is not None
-    return [psutil.Process(pid) for pid in json.loads(process.stdout.readline())["pids"]]
+    """The other ranks, which work only after this."""
+    assert process.stdin is not None and process.stdout is not None
+    others = [psutil.Process(pid) for pid in json.loads(process.stdout.readline())["pids"]]
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return others
 
 
 def all_end(processes: list[psutil.Process]) -> bool:

@@ -28,6 +28,7 @@ tokens = mx.array(np.random.default_rng(0).integers(4, 96, (1, 40)))
 cache = make_prompt_cache(model)
 mx.eval(model(tokens[:, :20], cache=cache))
 logits = [np.array(model(tokens[:, i : i + 1], cache=cache)).tobytes() for i in range(20, 40)]
+del cache  # The plan makes room for one context.
 for response in mlx_flash.stream_generate(model, tokenizer, "Once upon a time", max_tokens=12):
     logits.append(str(response.token).encode())
 plan = model.flash.plan

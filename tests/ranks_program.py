@@ -206,7 +206,7 @@ def main(ranks: int, what: str) -> None:
         Leader._accept = flooded  # type: ignore
     group = Leader(local_hosts(ranks), child_environment(), wrap=wrap)
     print(json.dumps({"pids": group.pids}), flush=True)
-    sys.stdin.readline()
+    sys.stdin.readline()  # until the test knows their processes
     if what in ("use", "flooded"):
         print(json.dumps(use(group)), flush=True)
     elif what == "interrupted":

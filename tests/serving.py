@@ -13,8 +13,9 @@ import httpx2 as httpx
 import pytest
 
 from mlx_flash.loading import load as loading
+from mlx_flash.server import app
 from mlx_flash.server.access import Access
-from mlx_flash.server.app import make_app
+from mlx_flash.server.bodies import Bodies
 from mlx_flash.server.engine import LOADING, QUEUE_LIMIT, Engine
 from mlx_flash.server.library import Library
 from mlx_flash.server.serving import HttpThread, bind, url_of
@@ -32,8 +33,8 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 class Server:
-    def __init__(self, engine: Engine, http: HttpThread, url: str) -> None:
-        self.engine, self.http, self.url = engine, http, url
+    def __init__(self, engine: Engine, http: HttpThread, url: str, held: Bodies) -> None:
+        self.engine, self.http, self.url, self.held = engine, http, url, held
         self.port = int(url.rsplit(":", 1)[1])
 
     def client(self, **options: Any) -> httpx.Client:
@@ -84,12 +85,16 @@ def serving(
             raised.append(error)
 
     thread = threading.Thread(target=run)
-    with HttpThread(make_app(engine, access or Access(key=key), models), bound) as http:
+    held = Bodies()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "Bodies", lambda: held)
+        made = app.make_app(engine, access or Access(key=key), models)
+    with HttpThread(made, bound) as http:
         thread.start()
         try:
             if wait:
                 until(lambda: engine.state != LOADING)
-            yield Server(engine, http, url_of(bound))
+            yield Server(engine, http, url_of(bound), held)
         finally:
             engine.stop()
             thread.join(PATIENCE_S)

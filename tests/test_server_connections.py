@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from serving import PATIENCE_S, Server, serving, until  # type: ignore[import-not-found]
 
-from mlx_flash.server import answering, app, bodies, connections
+from mlx_flash.server import answering, bodies, connections
 from mlx_flash.server.access import Access
-from mlx_flash.server.bodies import Bodies
 from mlx_flash.server.guard import Guard
 from mlx_flash.server.jobs import Piece
 from mlx_flash.server.serving import HttpThread, Sparing, bind
@@ -29,17 +28,9 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def held() -> Bodies:
-    """The bodies of the server."""
-    return Bodies()
-
-
-@pytest.fixture(scope="module")
-def server(load_speaker: Callable[[], Any], held: Bodies) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "Bodies", lambda: held)
-        with serving(load_speaker) as running:
-            yield running
+def server(load_speaker: Callable[[], Any]) -> Iterator[Server]:
+    with serving(load_speaker) as running:
+        yield running
 
 
 @pytest.fixture
@@ -168,17 +159,17 @@ def slow_body(size: int) -> bytes:
 
 
 def test_slow_bodies_give_way(
-    server: Server, held: Bodies, connect: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
+    server: Server, connect: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "HELD_S", 0.0)
     slow = []
     for number in range(1, bodies.MOST_BODIES + 1):
         slow.append(connect(slow_body(bodies.MOST_BYTES)))
-        until(lambda number=number: held.held_bytes == number * (bodies.MOST_BYTES - 1))
+        until(lambda number=number: server.held.held_bytes == number * (bodies.MOST_BYTES - 1))
     full = connect(slow_body(bodies.MOST_BYTES))  # replaces the first
     assert slow[0].recv(1000).startswith(b"HTTP/1.1 408 ")
     # A request that asks whether it has arrived would need room itself, and could be why one of them is refused.
-    until(lambda: held.held_bytes == bodies.MOST_BODIES * (bodies.MOST_BYTES - 1))
+    until(lambda: server.held.held_bytes == bodies.MOST_BODIES * (bodies.MOST_BYTES - 1))
     monkeypatch.setattr(bodies, "HELD_S", 600.0)
     assert server.post(CHAT, {**SHORT, "user": "x" * 2000}).status_code == 429
     monkeypatch.setattr(bodies, "HELD_S", 0.0)

@@ -32,24 +32,14 @@ from several_models import (  # type: ignore[import-not-found]  # noqa: F401
 )
 
 from mlx_flash.loading.options import LoadOptions
-from mlx_flash.server import app, bodies, model_plans
-from mlx_flash.server.bodies import Bodies
+from mlx_flash.server import bodies, model_plans
 from mlx_flash.server.model_plans import ModelPlans
 from mlx_flash.source.installed import HUB, InstalledModel
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Bodies:
-    """The bodies of the next server."""
-    made = Bodies()
-    monkeypatch.setattr(app, "Bodies", lambda: made)
-    return made
-
 
 # -- clients ------------------------------------------------------------------------------------------------------
 
 
-def test_clients_that_leave_at_random_moments(quick: Models, held: Bodies) -> None:
+def test_clients_that_leave_at_random_moments(quick: Models) -> None:
     """Among them are orders to load and unload. No place and no body stays, and the server still answers."""
     names = [OWN, *OTHERS]
     with serving(quick.load, OWN, library=quick.of) as server:
@@ -81,7 +71,7 @@ def test_clients_that_leave_at_random_moments(quick: Models, held: Bodies) -> No
         with ThreadPoolExecutor(16) as pool:
             statuses = set(pool.map(one, range(60)))
         assert statuses <= {0, 200, 202}
-        until(lambda: server.engine.places.empty and not held.held_bytes and not server.engine.running)
+        until(lambda: server.engine.places.empty and not server.held.held_bytes and not server.engine.running)
         for name in names:
             assert ask(server, name).json()["model"] == name
 
@@ -114,7 +104,7 @@ def test_a_burst_of_orders(quick: Models) -> None:
 
 
 def test_bodies_of_requests_that_wait_for_a_model(
-    server: Server, models: Models, held: Bodies, monkeypatch: pytest.MonkeyPatch
+    server: Server, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They stay in memory, so they count; those beyond the bound are refused with what to do."""
     monkeypatch.setattr(bodies, "MOST_BYTES", 10_000)
@@ -130,7 +120,7 @@ def test_bodies_of_requests_that_wait_for_a_model(
         finally:
             models.may_load.set()
         assert sorted(each.result().status_code for each in answers) == [400] * 4 + [429] * 2
-    until(lambda: not held.held_bytes and server.engine.places.empty)
+    until(lambda: not server.held.held_bytes and server.engine.places.empty)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
